@@ -1,0 +1,189 @@
+"""Number formats: names, rounding, power-of-two scales, packed FP4 and block-scaled weights.
+
+A dtype is a name, ml_dtypes' own (``"bfloat16"``, ``"float8_e4m3fn"`` ...), because every library has an object of its own for
+each and old ones lack some. Quantised data is *bytes*: E4M3 codes, E8M0 scales and packed pairs of E2M1 are ``uint8`` arrays,
+and the contract that takes them says which they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Format = Literal["e4m3", "e2m1"]
+Host = npt.NDArray[Any]
+"""An array in host memory: what core computes addresses and tables with, before a backend takes it over."""
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FORMAT_MAX: dict[Format, float] = {"e4m3": 448.0, "e2m1": 6.0}
+AMAX_FLOOR: dict[Format, float] = {"e4m3": 1e-4, "e2m1": 6 * 2.0**-126}  # the published kernels' own
+FP8_BLOCK = 128  # an FP8 weight has one scale per 128 x 128 block; an activation one per 128 channels
+FP4_GROUP = 32  # an FP4 weight has one scale per 32 channels of a row
+KV_BLOCK = 64  # key/value rows are quantised in blocks of 64 channels
+
+E4M3_VALUES: npt.NDArray[np.float32] = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+E8M0_VALUES: npt.NDArray[np.float32] = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+E2M1_VALUES: npt.NDArray[np.float32] = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+E2M1_PAIRS: npt.NDArray[np.float32] = np.stack([np.tile(E2M1_VALUES, 16), np.repeat(E2M1_VALUES, 16)], axis=1)
+"""Values of both nibbles of a byte, the low nibble (the even column) first: [256, 2]."""
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Give NumPy's dtype object for a dtype name; raise ``ValueError`` for a name that neither NumPy nor ml_dtypes knows."""
+    try:
+        return np.dtype(getattr(ml_dtypes, name, name))
+    except TypeError:
+        raise ValueError(f"dtype {name!r} is unknown to NumPy and ml_dtypes; names are those of ml_dtypes, e.g. 'bfloat16'") from None
+
+
+def dtype_name(array: Any) -> str:
+    """Name the dtype of any library's array: ``torch.bfloat16`` and ml_dtypes' ``bfloat16`` are both ``"bfloat16"``."""
+    return str(array.dtype).removeprefix("torch.")
+
+
+def power_of_two_scale(amax: Host, fmt: Format) -> npt.NDArray[np.uint8]:
+    """Give the E8M0 byte of the smallest power of two s with ``amax / s <= max`` of the format, from float32 bits.
+
+    ``s = 2 ** ceil(log2(amax * float32(1 / max)))``: the biased exponent, plus one where any mantissa bit is set. ``amax`` is raised to
+    the format's floor first. Source: the published quantisation kernels' rounding of scales.
+    """
+    amax32 = np.maximum(amax.astype(np.float32), np.float32(AMAX_FLOOR[fmt]))
+    bits = (amax32 * np.float32(1 / FORMAT_MAX[fmt])).view(np.uint32)
+    return ((bits >> 23) + ((bits & 0x7FFFFF) != 0)).astype(np.uint8)
+
+
+def encode(x: Host, fmt: Format) -> npt.NDArray[np.uint8]:
+    """Clamp to the format's largest value and round to nearest even: one code a byte (FP4 unpacked). NaN stays NaN in E4M3."""
+    top = np.asarray(FORMAT_MAX[fmt], x.dtype)
+    kind = ml_dtypes.float8_e4m3fn if fmt == "e4m3" else ml_dtypes.float4_e2m1fn
+    return np.clip(x, -top, top).astype(kind).view(np.uint8)
+
+
+def decode(codes: Host, fmt: Format) -> npt.NDArray[np.float32]:
+    """Values of codes, one a byte, in float32."""
+    return np.take(E4M3_VALUES if fmt == "e4m3" else E2M1_VALUES, codes)
+
+
+def pack_fp4(codes: Host) -> npt.NDArray[np.uint8]:
+    """Pack E2M1 codes [..., n] two a byte [..., n / 2], the even column in the low nibble."""
+    return (codes[..., 0::2] & 0xF) | (codes[..., 1::2] << 4).astype(np.uint8)
+
+
+def unpack_fp4(packed: Host) -> npt.NDArray[np.float32]:
+    """Values [..., n] in float32 of packed bytes [..., n / 2]."""
+    pairs = np.take(E2M1_PAIRS.view(np.uint64)[:, 0], packed)
+    return pairs.view(np.float32)
+
+
+@dataclass(frozen=True)
+class ScaledArray:
+    """A quantised weight, packed as in the checkpoint: codes and their E8M0 scales.
+
+    ``data``: uint8, E4M3 codes [..., out, in] or E2M1 pairs [..., out, in / 2]. ``scale``: uint8 E8M0,
+    [..., ceil(out / 128), ceil(in / 128)] for E4M3, [..., out, in / 32] for E2M1. Either may be any backend's array.
+    """
+
+    data: Any
+    scale: Any
+    format: Format
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape, [..., out, in]."""
+        *lead, last = tuple(self.data.shape)
+        return (*lead, last * 2 if self.format == "e2m1" else last)
+
+    @property
+    def dtype(self) -> str:
+        """``float8_e4m3fn@128x128`` or ``float4_e2m1fn@1x32``."""
+        return "float8_e4m3fn@128x128" if self.format == "e4m3" else "float4_e2m1fn@1x32"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales together."""
+        return int(np.prod(self.data.shape)) + int(np.prod(self.scale.shape))
+
+    def __getitem__(self, index: int) -> ScaledArray:
+        """One expert of a stack."""
+        return ScaledArray(self.data[index], self.scale[index], self.format)
+
+    def dequantise(self, dtype: str = "float32") -> Host:
+        """Multiply codes by scales, exactly (a product of two powers-of-two grids): [out, in]. Host arrays only."""
+        out, cols = self.shape
+        values = (unpack_fp4(self.data) if self.format == "e2m1" else decode(self.data, "e4m3")).astype(numpy_dtype(dtype), copy=False)
+        scale = E8M0_VALUES[self.scale].astype(values.dtype, copy=False)
+        if self.format == "e2m1":
+            values.reshape(out, cols // FP4_GROUP, FP4_GROUP)[...] *= scale[:, :, None]
+            return values
+        for row in range(0, out, FP8_BLOCK):  # over scale rows: 1/128 of the rows
+            values[row : row + FP8_BLOCK] *= np.repeat(scale[row // FP8_BLOCK], FP8_BLOCK)[:cols]
+        return values
+
+
+def quantise_weight(weight: Host, fmt: Format) -> ScaledArray:
+    """Quantise [out, in] (in a multiple of 32) in the checkpoint's own grids: FP8 in 128 x 128 blocks, FP4 in groups of 32."""
+    out, cols = weight.shape
+    wide = weight.astype(np.float32)
+    if fmt == "e2m1":
+        groups = wide.reshape(out, cols // FP4_GROUP, FP4_GROUP)
+        scale = power_of_two_scale(np.abs(groups).max(-1), fmt)
+        codes = encode(groups / E8M0_VALUES[scale][..., None], fmt)
+        return ScaledArray(pack_fp4(codes.reshape(out, cols)), scale, fmt)
+    rows, columns = -(-out // FP8_BLOCK), -(-cols // FP8_BLOCK)
+    padded = np.pad(wide, ((0, rows * FP8_BLOCK - out), (0, columns * FP8_BLOCK - cols)))
+    blocks = padded.reshape(rows, FP8_BLOCK, columns, FP8_BLOCK)
+    scale = power_of_two_scale(np.abs(blocks).max((1, 3)), fmt)
+    codes = encode(blocks / E8M0_VALUES[scale][:, None, :, None], fmt).reshape(padded.shape)
+    return ScaledArray(np.ascontiguousarray(codes[:out, :cols]), scale, fmt)
+
+
+class Experts:
+    """The weights of one projection of all routed experts: item e is expert e's [out, in], read when it is first used."""
+
+    def __init__(self, experts: Sequence[Any]) -> None:
+        self.experts = experts
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[experts, out, in]."""
+        out, cols = self.experts[0].shape
+        return (len(self.experts), out, cols)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of each expert's weight, as ``ScaledArray.dtype`` or an array's dtype name."""
+        return dtype_name(self.experts[0])
+
+    def __getitem__(self, index: int) -> Any:
+        return self.experts[index]
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """How a row is stored in the cache.
+
+    ``kv``: key/value row of ``dim`` channels, the last ``rope_dim`` as BF16, the others as E4M3 in blocks of 64: codes, then E8M0 scales
+    padded to 8 bytes, then the BF16 channels. ``key``: indexer key of ``dim`` channels: E2M1 pairs, then one E8M0 scale per 32. ``plain``: the
+    array's own dtype, nothing packed (exact modes, and the compressor's float32 state).
+    """
+
+    kind: Literal["kv", "key", "plain"]
+    dim: int
+    rope_dim: int = 0
+
+    @property
+    def width(self) -> int:
+        """Elements of a stored row: bytes if packed, ``dim`` if plain. 584 for kv 512/64, 68 for a key of 128."""
+        if self.kind == "plain":
+            return self.dim
+        if self.kind == "key":
+            return self.dim // 2 + self.dim // FP4_GROUP
+        blocks = -(-(self.dim - self.rope_dim) // KV_BLOCK)
+        return (self.dim - self.rope_dim) + 8 * -(-blocks // 8) + 2 * self.rope_dim
