@@ -1,0 +1,129 @@
+"""Backend: what a vendor subclasses. The contracts come from ``ops``; this adds arrays, options and the answer to ``supports``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from dsv4_core.dtypes import Experts, Host, ScaledArray
+from dsv4_core.ops import OPS, FusedOps
+from dsv4_core.spec import Array, Numerics, Operand, Support
+
+
+class BackendError(RuntimeError):
+    """A backend that cannot be had or cannot run what was asked: the message says which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A keyword of a backend's constructor that the command line offers: ``--name`` with dashes."""
+
+    name: str
+    help: str
+    default: Any = None
+
+
+class Backend(FusedOps):
+    """A way to run every op. Subclass it, implement the required ops, override fused ones where that pays.
+
+    ``name``: as registered. ``options``: what the constructor takes beside ``numerics``. ``claims_level`` and ``claims``: what the backend's own file says
+    it fulfils (the conformance suite holds it to that). ``batch_invariant``, ``deterministic``: bitwise claims. ``narrower``: op -> the narrower intermediates it
+    declares, from the contract's own list.
+    """
+
+    name = "?"
+    options: ClassVar[tuple[Option, ...]] = ()
+    numerics_modes: ClassVar[tuple[Numerics, ...]] = ("native", "float32", "float64")
+    claims_level: ClassVar[int | None] = None
+    narrower: ClassVar[dict[str, tuple[str, ...]]] = {}
+    batch_invariant: bool = False
+    deterministic: bool = False
+
+    def __init__(self, *, numerics: Numerics = "native", **options: Any) -> None:
+        """Raise ``BackendError`` for a numerics mode or an option that this backend does not have."""
+        if numerics not in self.numerics_modes:
+            raise BackendError(f"backend {self.name!r}: numerics {numerics!r} is not one of {', '.join(self.numerics_modes)}")
+        known = {o.name: o.default for o in self.options}
+        if unknown := sorted(options.keys() - known.keys()):
+            takes = ", ".join(sorted(known)) or "none"
+            raise BackendError(f"backend {self.name!r} has no option {unknown[0]!r}; its options: {takes}")
+        self.numerics = numerics
+        for name, default in known.items():
+            setattr(self, name, options.get(name, default))
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Hold every op that the class defines to its contract's signature; raise ``TypeError`` with both signatures."""
+        super().__init_subclass__(**kwargs)
+        for name, spec in OPS.items():
+            if (method := cls.__dict__.get(name)) is None:
+                continue
+            theirs = inspect.signature(method)
+            if [(p.name, p.kind) for p in theirs.parameters.values()] != [(p.name, p.kind) for p in spec.signature.parameters.values()]:
+                raise TypeError(f"{cls.__name__}.{name}{theirs} does not match the contract {name}{spec.signature}")
+        for name, declared in cls.__dict__.get("narrower", {}).items():
+            for what in declared:
+                if what not in OPS[name].narrower:
+                    raise TypeError(f"{cls.__name__}.narrower[{name!r}] declares {what!r}; the contract allows {OPS[name].narrower or 'nothing narrower'}")
+
+    @classmethod
+    def implements(cls, op: str) -> bool:
+        """Say whether the class brings its own implementation of ``op``, rather than the contract's default or none."""
+        return getattr(cls, op) is not getattr(FusedOps, op)
+
+    def supports(self, op: str, **operands: Operand | Any) -> Support:
+        """Say who would run ``op`` on operands of these dtypes and shapes (scalars by value), or why nobody can.
+
+        Override to refuse by dtype or shape; a refusal becomes an error before any weight is read, never an exception in a forward.
+        """
+        del operands
+        if self.implements(op):
+            return Support(by=self.name)
+        if OPS[op].fused:
+            return Support(by="composed of required ops")
+        return Support(reason=f"backend {self.name!r} does not implement it")
+
+    def from_numpy(self, array: Host) -> Array:
+        """Take over a host array (ml_dtypes included), without a copy where memory is shared."""
+        raise NotImplementedError
+
+    def to_numpy(self, array: Array) -> Host:
+        """Give an array back to the host: bfloat16 as ml_dtypes'."""
+        raise NotImplementedError
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Allocate zeros of a dtype name."""
+        raise NotImplementedError
+
+    def load(self, weight: Host | ScaledArray) -> Any:
+        """Take over a weight of the checkpoint; memory-mapped, so reading it here or later is the backend's choice."""
+        if isinstance(weight, ScaledArray):
+            return ScaledArray(self.from_numpy(weight.data), self.from_numpy(weight.scale), weight.format)
+        return self.from_numpy(weight)
+
+    def load_experts(self, experts: Experts) -> Experts:
+        """Take over one projection of all routed experts. The default loads each expert when it is first used."""
+        return Experts(_LoadOnUse(self, experts))
+
+
+class _LoadOnUse(Sequence[Any]):
+    """Experts that are loaded one by one; shape and dtype come from the first, whose bytes stay untouched until it is used."""
+
+    def __init__(self, backend: Backend, experts: Experts) -> None:
+        self.backend, self.experts = backend, experts
+        self.loaded: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return self.experts.shape[0]
+
+    def __getitem__(self, index: Any) -> Any:
+        if index not in self.loaded:
+            self.loaded[index] = self.backend.load(self.experts[index])
+        return self.loaded[index]
+
+
+def missing_ops(backend: Backend, calls: Iterable[tuple[str, dict[str, Any]]]) -> list[tuple[str, str]]:
+    """Give (op, reason) for every call that ``backend`` does not support, each pair once."""
+    refusals = {(op, answer.reason): None for op, operands in calls if not (answer := backend.supports(op, **operands))}
+    return list(refusals)

@@ -1,0 +1,46 @@
+"""Cache rows: packed writes, gathered reads. Slots are row numbers; a row's address may pass 2^31 bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dsv4_core.dtypes import RowLayout
+from dsv4_core.spec import Array, Ops, op
+
+
+class CacheOps(Ops):
+    """Scatter, gather, concatenate."""
+
+    @op(
+        axes={"cache": "slots width", "rows": "n dim", "index": "n"},
+        returns="",
+        dtypes={"cache": "cache", "rows": "any", "index": "int32"},
+        judged="exact",
+        mutates=("cache",),
+    )
+    def cache_write(self, cache: Array, rows: Array, index: Array, *, layout: RowLayout) -> None:
+        """Store ``rows[i]`` at ``cache[index[i]]`` as ``layout`` packs it; ``-1`` stores nothing. No two indices are equal.
+
+        ``kv`` and ``key`` rows are on their format's grid already (``act_qdq``), so that packing, which quantises again, loses nothing.
+        """
+        raise NotImplementedError
+
+    @op(
+        axes={"cache": "slots width", "index": "n"},
+        returns="n dim",
+        dtypes={"cache": "cache", "index": "int32", "return": "row"},
+        judged="exact",
+    )
+    def cache_read(self, cache: Array, index: Array, *, layout: RowLayout) -> Array:
+        """Gather ``cache[index[i]]`` and unpack it: [n, layout.dim], in the activation dtype, or the cache's own where ``layout`` is plain. ``-1`` gives zeros."""
+        raise NotImplementedError
+
+    @op(
+        axes={"parts": "..."},
+        returns="...",
+        dtypes={"parts": "any", "return": "parts"},
+        judged="exact",
+    )
+    def concat(self, parts: Sequence[Array], *, axis: int) -> Array:
+        """Join arrays of one dtype along ``axis``. A single part may be returned as it is."""
+        raise NotImplementedError

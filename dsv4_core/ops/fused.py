@@ -1,0 +1,168 @@
+"""Fused ops: optional. Each body is the default, written in required ops; a backend that overrides one meets the same contract."""
+
+from __future__ import annotations
+
+from dsv4_core.dtypes import Experts, RowLayout, ScaledArray
+from dsv4_core.ops.attention import AttentionOps
+from dsv4_core.ops.cache import CacheOps
+from dsv4_core.ops.embed import EmbedOps
+from dsv4_core.ops.matmul import MatmulOps
+from dsv4_core.ops.mhc import MhcOps
+from dsv4_core.ops.moe import MoeOps
+from dsv4_core.ops.norm import NormOps
+from dsv4_core.ops.quant import QuantOps
+from dsv4_core.spec import Array, op
+
+SCORES_AT_ONCE = 1 << 24  # elements of indexer scores alive at a time in the default: 64 MB in float32
+
+
+class FusedOps(EmbedOps, NormOps, QuantOps, MatmulOps, MoeOps, AttentionOps, MhcOps, CacheOps):
+    """Required ops and the fused ones above them."""
+
+    @op(
+        axes={"x": "tokens dim", "weight": "vocab dim"},
+        returns="tokens vocab",
+        dtypes={"x": "act", "weight": "weight", "return": "wide"},
+        fused=True,
+    )
+    def logits(self, x: Array, weight: Array) -> Array:
+        """``y[t, v] = sum_d x[t, d] * weight[v, d]``, wide and not rounded."""
+        return self.linear(x, weight, out_dtype=self.wide_dtype)
+
+    @op(
+        axes={"h": "tokens hc dim", "fn": "hc*(hc+2) hc*dim", "scale": "3", "base": "hc*(hc+2)", "weight": "dim"},
+        returns=("tokens dim", "tokens hc", "tokens hc hc"),
+        dtypes={"h": "act", "fn": "float32", "scale": "float32", "base": "float32", "weight": "weight", "return.0": "act", "return.1": "wide", "return.2": "wide"},
+        fused=True,
+    )
+    def hc_pre_norm(
+        self, h: Array, fn: Array, scale: Array, base: Array, weight: Array, *, norm_eps: float, eps: float, iters: int
+    ) -> tuple[Array, Array, Array]:
+        """``hc_pre``, then ``rms_norm`` of its first result."""
+        x, post, comb = self.hc_pre(h, fn, scale, base, norm_eps=norm_eps, eps=eps, iters=iters)
+        return self.rms_norm(x, weight, eps=norm_eps), post, comb
+
+    @op(
+        axes={"x": "tokens dim", "w1": "inter dim", "w3": "inter dim", "w2": "dim inter"},
+        returns="tokens dim",
+        dtypes={"x": "act", "w1": "weight", "w3": "weight", "w2": "weight", "return": "act"},
+        fused=True,
+    )
+    def ffn(self, x: Array, w1: ScaledArray, w3: ScaledArray, w2: ScaledArray, *, limit: float) -> Array:
+        """The shared expert: ``w2 . swiglu(w1 . x, w3 . x)``."""
+        gate = self.linear(x, w1, out_dtype=self.activation_dtype)
+        up = self.linear(x, w3, out_dtype=self.activation_dtype)
+        return self.linear(self.swiglu(gate, up, None, limit=limit), w2, out_dtype=self.activation_dtype)
+
+    @op(
+        axes={
+            "x": "tokens dim",
+            "weights": "tokens topk",
+            "indices": "tokens topk",
+            "shared": "tokens dim ?",
+            "w1": "experts inter dim",
+            "w3": "experts inter dim",
+            "w2": "experts dim inter",
+        },
+        returns="tokens dim",
+        dtypes={
+            "x": "act", "weights": "wide", "indices": "int32", "shared": "act", "w1": "weight", "w3": "weight", "w2": "weight",
+            "return": "out_dtype",
+        },
+        fused=True,
+    )  # fmt: skip
+    def moe(
+        self,
+        x: Array,
+        weights: Array,
+        indices: Array,
+        shared: Array | None,
+        w1: Experts,
+        w3: Experts,
+        w2: Experts,
+        *,
+        first_expert: int,
+        limit: float,
+        out_dtype: str,
+    ) -> Array:
+        """Routed experts ``first_expert ..`` of a layer, plus ``shared``: dispatch, w1 and w3, SwiGLU, w2, combine."""
+        rows, row_weights, order, offsets = self.dispatch(x, weights, indices, first_expert=first_expert, n_experts=w1.shape[0])
+        gate, up = self.expert_linear(rows, w1, offsets), self.expert_linear(rows, w3, offsets)
+        rows = self.expert_linear(self.swiglu(gate, up, row_weights, limit=limit), w2, offsets)
+        return self.combine(rows, order, offsets, shared, topk=indices.shape[1], out_dtype=out_dtype)
+
+    @op(
+        axes={"q": "batch seq heads dim", "weights": "batch seq heads", "keys": "batch rows dim", "visible": "batch seq", "offset": "batch seq"},
+        returns="batch seq topk",
+        dtypes={"q": "act", "weights": "wide", "keys": "act", "visible": "int32", "offset": "int32", "return": "int32"},
+        judged="discrete",
+        fused=True,
+    )
+    def index_topk(self, q: Array, weights: Array, keys: Array, visible: Array, offset: Array, *, scale: float, topk: int) -> Array:
+        """``index_select`` of ``index_scores``, in blocks of tokens so that scores of a long context never exist at once."""
+        batch, seq = visible.shape
+        step = max(1, SCORES_AT_ONCE // (batch * keys.shape[1]))
+        picks = [
+            self.index_select(
+                self.index_scores(q[:, i : i + step], weights[:, i : i + step], keys, scale=scale),
+                visible[:, i : i + step],
+                offset[:, i : i + step],
+                topk=topk,
+            )
+            for i in range(0, seq, step)
+        ]
+        return self.concat(picks, axis=1)
+
+    @op(
+        axes={
+            "q": "batch seq heads dim", "weights": "batch seq heads", "cache": "slots width", "index": "batch*rows",
+            "visible": "batch seq", "offset": "batch seq",
+        },
+        returns="batch seq topk",
+        dtypes={"q": "act", "weights": "wide", "cache": "cache", "index": "int32", "visible": "int32", "offset": "int32", "return": "int32"},
+        judged="discrete",
+        fused=True,
+    )  # fmt: skip
+    def cached_index_topk(
+        self, q: Array, weights: Array, cache: Array, index: Array, visible: Array, offset: Array, *, layout: RowLayout, scale: float, topk: int
+    ) -> Array:
+        """``index_topk`` over the cached keys ``cache[index]``, ``rows`` of them per sequence."""
+        batch, dim = q.shape[0], q.shape[3]
+        keys = self.cache_read(cache, index, layout=layout).reshape((batch, index.shape[0] // batch, dim))
+        return self.index_topk(q, weights, keys, visible, offset, scale=scale, topk=topk)
+
+    @op(
+        axes={
+            "q": "tokens heads dim", "kv": "tokens dim", "ring": "ring_slots width", "ring_index": "recent",
+            "rows": "row_slots width ?", "row_index": "old ?", "attn_sink": "heads", "topk_idxs": "tokens picks",
+        },
+        returns="tokens heads dim",
+        dtypes={
+            "q": "act", "kv": "act", "ring": "cache", "ring_index": "int32", "rows": "cache", "row_index": "int32", "attn_sink": "float32",
+            "topk_idxs": "int32", "return": "act",
+        },
+        narrower=("probabilities in bfloat16",),
+        fused=True,
+    )  # fmt: skip
+    def cached_sparse_attn(
+        self,
+        q: Array,
+        kv: Array,
+        ring: Array,
+        ring_index: Array,
+        rows: Array | None,
+        row_index: Array | None,
+        attn_sink: Array,
+        topk_idxs: Array,
+        *,
+        layout: RowLayout,
+        softmax_scale: float,
+    ) -> Array:
+        """``sparse_attn`` over ``[ring[ring_index] | kv | rows[row_index]]``: window rows before this step, this step's own, compressed rows.
+
+        ``topk_idxs`` counts in that concatenation. ``rows`` and ``row_index`` are None in a layer without compression.
+        """
+        parts = [self.cache_read(ring, ring_index, layout=layout), kv]
+        if rows is not None and row_index is not None:
+            parts.append(self.cache_read(rows, row_index, layout=layout))
+        return self.sparse_attn(q, self.concat(parts, axis=0), attn_sink, topk_idxs, softmax_scale=softmax_scale)
