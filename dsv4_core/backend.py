@@ -57,8 +57,9 @@ class Backend(FusedOps):
         """Hold every op that the class defines to its contract's signature; raise ``TypeError`` with both signatures."""
         super().__init_subclass__(**kwargs)
         for name, spec in OPS.items():
-            if (method := cls.__dict__.get(name)) is None:
+            if not cls.implements(name):
                 continue
+            method = getattr(cls, name)
             theirs = inspect.signature(method)
             if [(p.name, p.kind) for p in theirs.parameters.values()] != [(p.name, p.kind) for p in spec.signature.parameters.values()]:
                 raise TypeError(f"{cls.__name__}.{name}{theirs} does not match the contract {name}{spec.signature}")

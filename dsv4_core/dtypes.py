@@ -66,6 +66,16 @@ def encode(x: Host, fmt: Format) -> npt.NDArray[np.uint8]:
     return np.clip(x, -top, top).astype(kind).view(np.uint8)
 
 
+def round_to_grid(x: Host, fmt: Format) -> Host:
+    """``decode(encode(x))`` in ``x``'s own dtype (float32 or float64), by arithmetic alone: clamp, then to nearest even on the format's grid."""
+    top = x.dtype.type(FORMAT_MAX[fmt])
+    mantissa, smallest = (3, 2.0**-6) if fmt == "e4m3" else (1, 1.0)  # bits; least normal number
+    y = np.clip(x, -top, top)
+    _, exponent = np.frexp(np.maximum(np.abs(y), x.dtype.type(smallest)))
+    unit = np.ldexp(x.dtype.type(1), exponent - 1 - mantissa)
+    return np.rint(y / unit) * unit
+
+
 def decode(codes: Host, fmt: Format) -> npt.NDArray[np.float32]:
     """Values of codes, one a byte, in float32."""
     return np.take(E4M3_VALUES if fmt == "e4m3" else E2M1_VALUES, codes)
@@ -113,6 +123,11 @@ class ScaledArray:
     def __getitem__(self, index: int) -> ScaledArray:
         """One expert of a stack."""
         return ScaledArray(self.data[index], self.scale[index], self.format)
+
+    def rows(self, start: int, stop: int) -> ScaledArray:
+        """Rows ``start .. stop - 1`` of [out, in]; ``start`` is a multiple of the scale grid's height."""
+        height = FP8_BLOCK if self.format == "e4m3" else 1
+        return ScaledArray(self.data[start:stop], self.scale[start // height : -(-stop // height)], self.format)
 
     def dequantise(self, dtype: str = "float32") -> Host:
         """Multiply codes by scales, exactly (a product of two powers-of-two grids): [out, in]. Host arrays only."""

@@ -1,0 +1,99 @@
+"""Compressor, indexer and sparse attention in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dsv4_backend_reference.numeric import Numeric
+from dsv4_core.dtypes import Host
+from dsv4_core.ops.attention import AttentionOps
+
+AT_ONCE = 1 << 22  # elements of a block's intermediate scores: 16 MB in float32
+TOKENS = 64  # of a block of attention: neighbours share most of their rows
+
+
+class ReferenceAttention(Numeric, AttentionOps):
+    """Contracts of ``ops/attention.py``."""
+
+    def compress(self, kv_score: Host, ape: Host, window_idxs: Host, *, dim: int) -> Host:
+        ratio, width = ape.shape
+        rows, span = window_idxs.shape
+        absent = window_idxs < 0
+        entries = self.widen(kv_score[np.maximum(window_idxs, 0)])
+        kv, score = entries[..., :width], entries[..., width:] + np.tile(self.widen(ape), (span // ratio, 1))
+        if span > ratio:  # overlapping: first half of the channels of the previous window, second half of the current one
+            kv = np.concatenate([kv[:, :ratio, :dim], kv[:, ratio:, dim:]], axis=1)
+            score = np.concatenate([score[:, :ratio, :dim], score[:, ratio:, dim:]], axis=1)
+        score = np.where(absent[..., None], -np.inf, score)
+        top = np.maximum(score.max(1, keepdims=True), np.finfo(score.dtype).min)  # a row without tokens: exp(-inf - min) = 0
+        weight = np.exp(score - top)
+        total = weight.sum(1)
+        mixed = np.einsum("rjc,rjc->rc", weight, np.where(absent[..., None], 0, kv))
+        return self.rounded(mixed / np.where(total == 0, 1, total))
+
+    def index_scores(self, q: Host, weights: Host, keys: Host, *, scale: float) -> Host:
+        batch, seq, heads, dim = q.shape
+        rows = keys.shape[1]
+        step = max(1, AT_ONCE // max(1, heads * rows))
+        scores = np.empty((batch, seq, rows), self.wide_type)
+        for b in range(batch):  # one product per sequence
+            wide_keys = self.widen(keys[b]).T
+            for i in range(0, seq, step):
+                wide = self.widen(q[b, i : i + step])
+                hits = (wide.reshape(-1, dim) @ wide_keys).reshape(-1, heads, rows)
+                np.maximum(hits, 0, out=hits)
+                scores[b, i : i + step] = ((self.widen(weights[b, i : i + step]) * self.wide_type.type(scale))[:, None] @ hits)[:, 0]
+        return scores
+
+    def index_select(self, scores: Host, visible: Host, offset: Host, *, topk: int) -> Host:
+        batch, seq, rows = scores.shape
+        flat = np.where(np.arange(rows) < visible.reshape(-1, 1), scores.reshape(-1, rows), -np.inf)
+        flat[np.isnan(flat)] = np.inf  # a NaN score is picked, and so reaches the output
+        kth = np.partition(flat, rows - topk, axis=-1)[:, rows - topk, None]
+        above, level = flat > kth, flat == kth
+        spare = topk - above.sum(-1, keepdims=True)
+        chosen = above | (level & (np.cumsum(level, axis=-1) <= spare))  # of equals, the lowest
+        picks = np.nonzero(chosen)[1].reshape(-1, topk)
+        valid = picks < visible.reshape(-1, 1)
+        return np.where(valid, picks + offset.reshape(-1, 1), -1).astype(np.int32).reshape(batch, seq, topk)
+
+    def sparse_attn(self, q: Host, kv: Host, attn_sink: Host, topk_idxs: Host, *, softmax_scale: float) -> Host:
+        out = np.empty(q.shape, self.wide_type)
+        sink = self.widen(attn_sink)[:, None]
+        for i in range(0, len(q), TOKENS):
+            block = slice(i, i + TOKENS)
+            out[block] = self.attend(self.widen(q[block]) * self.wide_type.type(softmax_scale), kv, sink, topk_idxs[block])
+        return self.rounded(out)
+
+    def attend(self, q: Host, kv: Host, sink: Host, idxs: Host) -> Host:
+        """Attention of a block of tokens: over the union of their rows where they share most of them, else over gathered rows."""
+        tokens, heads, dim = q.shape
+        listed = np.zeros(len(kv), bool)
+        listed[idxs[idxs >= 0]] = True
+        union = np.flatnonzero(listed)
+        if len(union) <= 2 * idxs.shape[1]:
+            place = np.zeros(len(kv) + 1, np.intp)  # place[-1] stays for the index -1
+            place[union] = np.arange(len(union))
+            count = np.zeros((tokens, len(union) + 1), self.wide_type)  # how often a token lists a row; the last column collects -1
+            np.add.at(count, (np.arange(tokens)[:, None], np.where(idxs < 0, len(union), place[idxs])), 1)
+            count = count[:, None, :-1]
+            rows = self.widen(kv[union])
+            scores = (q.reshape(-1, dim) @ rows.T).reshape(tokens, heads, -1)
+            weight = self.softmax_with_sink(scores, count, sink)
+            return (weight.reshape(tokens * heads, -1) @ rows).reshape(q.shape)
+        out = np.empty_like(q)
+        step = max(1, AT_ONCE // (idxs.shape[1] * max(dim, heads)))
+        for i in range(0, tokens, step):
+            part = slice(i, i + step)
+            rows = self.widen(kv[np.maximum(idxs[part], 0)])
+            count = (idxs[part] >= 0).astype(self.wide_type)[:, None]
+            out[part] = self.softmax_with_sink(q[part] @ rows.transpose(0, 2, 1), count, sink) @ rows
+        return out
+
+    @staticmethod
+    def softmax_with_sink(scores: Host, count: Host, sink: Host) -> Host:
+        """``count * exp(s) / (sum count * exp(s) + exp(sink))`` over the last axis; columns of count 0 do not matter."""
+        scores = np.where(count > 0, scores, -np.inf)
+        top = np.maximum(scores.max(-1, keepdims=True, initial=-np.inf), sink)
+        weight = np.exp(scores - top) * count
+        return weight / (weight.sum(-1, keepdims=True) + np.exp(sink - top))

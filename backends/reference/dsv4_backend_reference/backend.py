@@ -1,0 +1,54 @@
+"""The reference's arrays and options; its ops are in the files named like the contracts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dsv4_backend_reference.attention import ReferenceAttention
+from dsv4_backend_reference.cache import ReferenceCache
+from dsv4_backend_reference.embed import ReferenceEmbed
+from dsv4_backend_reference.matmul import ReferenceMatmul
+from dsv4_backend_reference.mhc import ReferenceMhc
+from dsv4_backend_reference.moe import ReferenceMoe
+from dsv4_backend_reference.norm import ReferenceNorm
+from dsv4_backend_reference.quant import ReferenceQuant
+from dsv4_backend_reference.weight_cache import WeightCache
+from dsv4_core.backend import Backend, Option
+from dsv4_core.dtypes import Host, numpy_dtype
+
+
+class ReferenceBackend(
+    ReferenceEmbed,
+    ReferenceNorm,
+    ReferenceQuant,
+    ReferenceMatmul,
+    ReferenceMoe,
+    ReferenceAttention,
+    ReferenceMhc,
+    ReferenceCache,
+    Backend,
+):
+    """NumPy and ml_dtypes. ``weight_cache``: bytes of dequantised weights to keep (default 2 GiB)."""
+
+    name = "reference"
+    options = (Option("weight_cache", "bytes of dequantised weights kept in memory", 2 << 30),)
+    claims_level = 3
+    deterministic = True
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.weights = WeightCache(self.weight_cache)
+
+    def from_numpy(self, array: Host) -> Host:
+        """Give the array itself."""
+        return array
+
+    def to_numpy(self, array: Host) -> Host:
+        """Give the array itself."""
+        return array
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Host:
+        """Allocate zeros; untouched pages of a large cache cost no memory."""
+        return np.zeros(shape, numpy_dtype(dtype))

@@ -1,0 +1,65 @@
+"""Hyper-connections in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dsv4_backend_reference.matmul import ReferenceMatmul
+from dsv4_core.dtypes import Host
+from dsv4_core.ops.mhc import MhcOps
+
+
+def sigmoid(x: Host) -> Host:
+    """Logistic function without overflow."""
+    return 0.5 * (1 + np.tanh(0.5 * x))
+
+
+class ReferenceMhc(ReferenceMatmul, MhcOps):
+    """Contracts of ``ops/mhc.py``."""
+
+    def hc_expand(self, x: Host, *, hc: int) -> Host:
+        return np.repeat(x[:, None], hc, axis=1)
+
+    def hc_add(self, h: Host, x: Host) -> Host:
+        return self.rounded(self.widen(h) + self.widen(x)[:, None])
+
+    def hc_split_sinkhorn(self, mixes: Host, scale: Host, base: Host, *, hc: int, eps: float, iters: int) -> tuple[Host, Host, Host]:
+        mixes, scale, base = self.widen(mixes), self.widen(scale), self.widen(base)
+        tiny = self.wide_type.type(eps)
+        pre = sigmoid(mixes[:, :hc] * scale[0] + base[:hc]) + tiny
+        post = 2 * sigmoid(mixes[:, hc : 2 * hc] * scale[1] + base[hc : 2 * hc])
+        logits = (mixes[:, 2 * hc :] * scale[2] + base[2 * hc :]).reshape(-1, hc, hc)
+        comb = np.exp(logits - logits.max(-1, keepdims=True))
+        comb = comb / comb.sum(-1, keepdims=True) + tiny
+        comb /= comb.sum(-2, keepdims=True) + tiny
+        for _ in range(iters - 1):
+            comb /= comb.sum(-1, keepdims=True) + tiny
+            comb /= comb.sum(-2, keepdims=True) + tiny
+        return pre, post, comb
+
+    def hc_pre(self, h: Host, fn: Host, scale: Host, base: Host, *, norm_eps: float, eps: float, iters: int) -> tuple[Host, Host, Host]:
+        hc = h.shape[1]
+        wide, mixes = self.mixes(h, fn, norm_eps)
+        pre, post, comb = self.hc_split_sinkhorn(mixes, scale, base, hc=hc, eps=eps, iters=iters)
+        return self.rounded(self.reduce(wide, pre)), post, comb
+
+    def hc_post(self, y: Host, h: Host, post: Host, comb: Host) -> Host:
+        mixed = comb.transpose(0, 2, 1) @ self.widen(h)
+        mixed += post[:, :, None] * self.widen(y)[:, None]
+        return self.rounded(mixed)
+
+    def hc_head(self, h: Host, fn: Host, scale: Host, base: Host, *, norm_eps: float, eps: float) -> Host:
+        wide, mixes = self.mixes(h, fn, norm_eps)
+        pre = sigmoid(mixes * self.widen(scale) + self.widen(base)) + self.wide_type.type(eps)
+        return self.rounded(self.reduce(wide, pre))
+
+    def mixes(self, h: Host, fn: Host, norm_eps: float) -> tuple[Host, Host]:
+        """The streams, wide, and ``fn @ flatten(h)`` over their root-mean-square."""
+        wide = self.widen(h)
+        flat = wide.reshape(h.shape[0], -1)
+        mean_square = np.einsum("ti,ti->t", flat, flat)[:, None] / self.wide_type.type(flat.shape[1])
+        return wide, self.times(flat, fn) / np.sqrt(mean_square + self.wide_type.type(norm_eps))
+
+    def reduce(self, wide: Host, pre: Host) -> Host:
+        """``sum_j pre[j] h[j]``."""
+        return (pre[:, None] @ wide)[:, 0]

@@ -1,0 +1,36 @@
+"""RMS norm and RoPE in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dsv4_backend_reference.numeric import Numeric
+from dsv4_core.dtypes import Host
+from dsv4_core.ops.norm import NormOps
+
+
+class ReferenceNorm(Numeric, NormOps):
+    """Contracts of ``ops/norm.py``."""
+
+    def rms_norm(self, x: Host, weight: Host | None, *, eps: float) -> Host:
+        wide = self.widen(x)
+        mean_square = np.einsum("td,td->t", wide, wide)[:, None] / wide.dtype.type(wide.shape[1])
+        y = wide / np.sqrt(mean_square + wide.dtype.type(eps))
+        if weight is not None:
+            y *= self.widen(weight)
+        return self.rounded(y)
+
+    def apply_rope(self, x: Host, positions: Host, freqs: Host, *, inverse: bool) -> Host:
+        angle = (positions.astype(np.float32)[:, None] * freqs).astype(self.wide_type)  # the product is float32 in every mode
+        cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+        if inverse:
+            sin = -sin
+        rotated = 2 * freqs.shape[0]
+        pairs = self.widen(x[..., -rotated:])
+        a, b = pairs[..., 0::2], pairs[..., 1::2]
+        y = np.empty_like(pairs)
+        y[..., 0::2] = a * cos - b * sin
+        y[..., 1::2] = a * sin + b * cos
+        out = x.copy()
+        out[..., -rotated:] = self.rounded(y)
+        return out
