@@ -1,0 +1,134 @@
+"""What CANN does for which contract, on which chip, with which CANN: answers from ``data/capabilities.toml``."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Literal, NamedTuple
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Generation = Literal["910B", "910C", "950"]
+GENERATIONS: tuple[Generation, ...] = ("910B", "910C", "950")
+Standing = Literal["documented", "source", "assumed"]
+Dtypes = Mapping[str, str]
+"""Dtype name of each operand of a contract."""
+
+_VERSION = re.compile(r"(\d+)\.(\d+)\.(?:RC(\d+)|(\d+))(?:[._-]?(?:beta|alpha|rc)\.?(\d+)?)?", re.IGNORECASE)
+
+
+def cann_version(text: str) -> tuple[int, ...]:
+    """Order CANN versions: ``8.2.RC1 < 8.5.0 < 9.1.0_beta.1 < 9.1.0``. Raises ``ValueError`` for anything else."""
+    match = _VERSION.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"CANN version {text!r} is not of the form 8.2.RC1 or 9.1.0; see the `version` line of CANN's install.info")
+    major, minor, candidate, patch, _ = match.groups()
+    released = text.strip().count("beta") + text.strip().count("alpha") == 0
+    return (int(major), int(minor), 0 if patch is None else 1 + int(patch), int(candidate or 0), int(released))
+
+
+class Cell(NamedTuple):
+    """Where one way of calling an op may be used."""
+
+    generations: tuple[Generation, ...]
+    operands: Mapping[str, tuple[str, ...]]
+    min_cann: str
+    standing: Standing
+    source: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """One npu op in one way of calling it, and the contracts that it serves."""
+
+    name: str
+    op: str
+    serves: tuple[str, ...]
+    rounding: str
+    cells: tuple[Cell, ...]
+
+
+class Absence(NamedTuple):
+    """Contracts that no npu op serves on some generation."""
+
+    contracts: tuple[str, ...]
+    generations: tuple[Generation, ...]
+    reason: str
+    operands: Mapping[str, tuple[str, ...]] = {}
+
+
+class Answer(NamedTuple):
+    """Tier of one contract: ``cann`` with the calls that make it up, or ``composed`` with the reason why not better."""
+
+    tier: Literal["cann", "composed"]
+    calls: tuple[Call, ...] = ()
+    cells: tuple[Cell, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The capability table."""
+
+    wheel: str
+    calls: tuple[Call, ...]
+    absent: tuple[Absence, ...]
+    unused: Mapping[str, str]
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """The npu ops that are called, each once."""
+        return tuple(dict.fromkeys(call.op for call in self.calls))
+
+    def answer(self, contract: str, generation: Generation, dtypes: Dtypes, *, cann: str | None = None) -> Answer:
+        """Say how a contract runs for operands of these dtypes: the table's part of it, before shapes are looked at.
+
+        A contract of several calls (quantise, multiply) is served when all of them are; calls that differ in dtypes only are alternatives. ``cann`` None: any.
+        """
+        for absence in self.absent:
+            if contract in absence.contracts and generation in absence.generations and _fits(absence.operands, dtypes):
+                return Answer("composed", reason=absence.reason)
+        serving = [call for call in self.calls if contract in call.serves]
+        if not serving:
+            return Answer("composed", reason=f"no npu op serves {contract}")
+        found = [(call, cell) for call in serving for cell in call.cells if generation in cell.generations and _fits(cell.operands, dtypes)]
+        if not found:
+            named = ", ".join(f"{name}={dtype}" for name, dtype in dtypes.items())
+            return Answer("composed", reason=f"{' and '.join(dict.fromkeys(call.op for call in serving))}: not for {named} on {generation}")
+        for call, cell in found:
+            if cann is not None and cann_version(cann) < cann_version(cell.min_cann):
+                return Answer("composed", reason=f"{call.op} needs CANN {cell.min_cann} on {generation}, found {cann}")
+        return Answer("cann", tuple(call for call, _ in found), tuple(cell for _, cell in found))
+
+
+def _fits(operands: Mapping[str, Sequence[str]], dtypes: Dtypes) -> bool:
+    """Whether every operand that is named on both sides has a dtype that is listed."""
+    return all(dtypes[name] in allowed for name, allowed in operands.items() if name in dtypes)
+
+
+def _cell(raw: Mapping[str, Any]) -> Cell:
+    operands = {name: tuple(allowed) for name, allowed in raw["operands"].items()}
+    return Cell(tuple(raw["generations"]), operands, raw["min_cann"], raw["standing"], raw["source"])
+
+
+@functools.cache
+def table() -> Table:
+    """Load the capability table."""
+    raw = tomllib.loads(resources.files(__package__).joinpath("data/capabilities.toml").read_text(encoding="utf-8"))
+    return Table(
+        wheel=raw["wheel"],
+        calls=tuple(
+            Call(call["name"], call["op"], tuple(call["serves"]), call["rounding"], tuple(map(_cell, call["cell"]))) for call in raw["call"]
+        ),
+        absent=tuple(
+            Absence(tuple(entry["contracts"]), tuple(entry["generations"]), entry["reason"], entry.get("operands", {})) for entry in raw["absent"]
+        ),
+        unused={entry["op"]: f"{entry['reason']} (instead of {entry['instead_of']})" for entry in raw["unused"]},
+    )
