@@ -78,9 +78,9 @@ class ReferenceAttention(Numeric, AttentionOps):
             np.add.at(count, (np.arange(tokens)[:, None], np.where(idxs < 0, len(union), place[idxs])), 1)
             count = count[:, None, :-1]
             rows = self.widen(kv[union])
-            scores = (q.reshape(-1, dim) @ rows.T).reshape(tokens, heads, -1)
+            scores = (q.reshape(-1, dim) @ rows.T).reshape(tokens, heads, len(union))
             weight = self.softmax_with_sink(scores, count, sink)
-            return (weight.reshape(tokens * heads, -1) @ rows).reshape(q.shape)
+            return (weight.reshape(tokens * heads, len(union)) @ rows).reshape(q.shape)
         out = np.empty_like(q)
         step = max(1, AT_ONCE // (idxs.shape[1] * max(dim, heads)))
         for i in range(0, tokens, step):

@@ -9,11 +9,9 @@ import numpy as np
 from dsv4_backend_reference.attention import ReferenceAttention
 from dsv4_backend_reference.cache import ReferenceCache
 from dsv4_backend_reference.embed import ReferenceEmbed
-from dsv4_backend_reference.matmul import ReferenceMatmul
 from dsv4_backend_reference.mhc import ReferenceMhc
 from dsv4_backend_reference.moe import ReferenceMoe
 from dsv4_backend_reference.norm import ReferenceNorm
-from dsv4_backend_reference.quant import ReferenceQuant
 from dsv4_backend_reference.weight_cache import WeightCache
 from dsv4_core.backend import Backend, Option
 from dsv4_core.dtypes import Host, numpy_dtype
@@ -22,15 +20,13 @@ from dsv4_core.dtypes import Host, numpy_dtype
 class ReferenceBackend(
     ReferenceEmbed,
     ReferenceNorm,
-    ReferenceQuant,
-    ReferenceMatmul,
     ReferenceMoe,
     ReferenceAttention,
     ReferenceMhc,
     ReferenceCache,
     Backend,
 ):
-    """NumPy and ml_dtypes. ``weight_cache``: bytes of dequantised weights to keep (default 2 GiB)."""
+    """NumPy and ml_dtypes (quantisation and matmul come in as bases of the others). ``weight_cache``: bytes of dequantised weights to keep (default 2 GiB)."""
 
     name = "reference"
     options = (Option("weight_cache", "bytes of dequantised weights kept in memory", 2 << 30),)

@@ -34,7 +34,7 @@ class ReferenceCache(ReferenceQuant, CacheOps):
             return rows
         fmt, block = ("e4m3", KV_BLOCK) if layout.kind == "kv" else ("e2m1", FP4_GROUP)
         quantised = layout.dim - layout.rope_dim
-        blocks = self.widen(rows[:, :quantised]).reshape(len(rows), -1, block)
+        blocks = self.widen(rows[:, :quantised]).reshape(len(rows), quantised // block, block)
         scale = scale_bytes(blocks, fmt)
         codes = encode(blocks / E8M0_VALUES[scale][..., None], fmt).reshape(len(rows), quantised)
         if layout.kind == "key":
@@ -49,10 +49,10 @@ class ReferenceCache(ReferenceQuant, CacheOps):
             return stored
         n, quantised = len(stored), layout.dim - layout.rope_dim
         if layout.kind == "key":
-            values = unpack_fp4(np.ascontiguousarray(stored[:, : quantised // 2])).reshape(n, -1, FP4_GROUP)
+            values = unpack_fp4(np.ascontiguousarray(stored[:, : quantised // 2])).reshape(n, quantised // FP4_GROUP, FP4_GROUP)
             scale = stored[:, quantised // 2 :]
         else:
-            values = decode(stored[:, :quantised], "e4m3").reshape(n, -1, KV_BLOCK)
+            values = decode(stored[:, :quantised], "e4m3").reshape(n, quantised // KV_BLOCK, KV_BLOCK)
             scale = stored[:, quantised : quantised + values.shape[1]]
         values *= E8M0_VALUES[scale][..., None]
         rows = np.empty((n, layout.dim), BFLOAT16)

@@ -56,7 +56,7 @@ class ReferenceMhc(ReferenceMatmul, MhcOps):
     def mixes(self, h: Host, fn: Host, norm_eps: float) -> tuple[Host, Host]:
         """The streams, wide, and ``fn @ flatten(h)`` over their root-mean-square."""
         wide = self.widen(h)
-        flat = wide.reshape(h.shape[0], -1)
+        flat = wide.reshape(h.shape[0], h.shape[1] * h.shape[2])
         mean_square = np.einsum("ti,ti->t", flat, flat)[:, None] / self.wide_type.type(flat.shape[1])
         return wide, self.times(flat, fn) / np.sqrt(mean_square + self.wide_type.type(norm_eps))
 

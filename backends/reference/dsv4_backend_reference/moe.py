@@ -51,7 +51,7 @@ class ReferenceMoe(ReferenceMatmul, MoeOps):
         tokens = rows.shape[0] // topk
         copies = np.zeros((tokens * topk, rows.shape[1]), self.wide_type)
         copies[order[:local]] = self.widen(rows[:local])
-        y = copies.reshape(tokens, topk, -1).sum(1)
+        y = copies.reshape(tokens, topk, rows.shape[1]).sum(1)
         if shared is not None:
             y += self.widen(shared)
         return self.round_to(y, out_dtype)

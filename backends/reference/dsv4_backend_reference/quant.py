@@ -29,7 +29,7 @@ class ReferenceQuant(Numeric, QuantOps):
     """Contracts of ``ops/quant.py``."""
 
     def act_quant(self, x: Host, *, block: int) -> tuple[Host, Host]:
-        blocks = self.widen(x).reshape(x.shape[0], -1, block)
+        blocks = self.widen(x).reshape(x.shape[0], x.shape[1] // block, block)
         scale = scale_bytes(blocks, "e4m3")
         return encode(blocks / E8M0_VALUES[scale][..., None], "e4m3").reshape(x.shape), scale
 
@@ -42,7 +42,7 @@ class ReferenceQuant(Numeric, QuantOps):
 
     def on_grid(self, x: Host, fmt: Format, block: int) -> Host:
         """Quantise and dequantise, wide: exactly ``q * scale``."""
-        blocks = self.widen(x).reshape(x.shape[0], -1, block)
+        blocks = self.widen(x).reshape(x.shape[0], x.shape[1] // block, block)
         scale = E8M0_VALUES[scale_bytes(blocks, fmt)][..., None].astype(blocks.dtype, copy=False)
         return (round_to_grid(blocks / scale, fmt) * scale).reshape(x.shape)
 
