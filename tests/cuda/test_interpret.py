@@ -1,0 +1,46 @@
+"""The interpreter's repair: proofs, and its refusals."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import interpreter_proofs
+import numpy as np
+import pytest
+from dsv4_backend_cuda import interpret
+
+
+@pytest.mark.parametrize("proof", interpreter_proofs.PROOFS, ids=lambda p: p.__name__)
+def test_proof(proof):
+    proof()
+
+
+def test_self_check_catches_a_wrong_rounding(monkeypatch):
+    right = interpret.narrow
+    monkeypatch.setattr(interpret, "narrow", lambda data, dtype: right(np.trunc(np.asarray(data) * 64) / 64, dtype))
+    with pytest.raises(interpret.InterpreterError, match="rounds wrongly"):
+        interpret.self_check()
+
+
+def test_self_check_catches_a_wrong_decode(monkeypatch):
+    right = interpret.widen
+    monkeypatch.setattr(interpret, "widen", lambda data, dtype: right(data, dtype) * np.float32(2))
+    with pytest.raises(interpret.InterpreterError, match="decodes wrongly"):
+        interpret.self_check()
+
+
+def test_refuses_a_version_without_proof(monkeypatch):
+    monkeypatch.setattr(interpret, "_active", False)
+    monkeypatch.setattr(interpret, "version", lambda _: "3.10.1")
+    with pytest.raises(interpret.InterpreterError, match=r"triton 3\.10\.1.*proven for 3\.9\.0"):
+        interpret.activate()
+
+
+def test_refuses_compiled_kernels():
+    code = "import triton\nfrom dsv4_backend_cuda import interpret\ninterpret.activate()"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert "before the interpreter was chosen" in run.stderr
