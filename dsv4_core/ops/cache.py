@@ -12,7 +12,7 @@ class CacheOps(Ops):
     """Scatter, gather, concatenate."""
 
     @op(
-        axes={"cache": "slots width", "rows": "n dim", "index": "n"},
+        axes={"cache": "slots layout.width", "rows": "n layout.dim", "index": "n"},
         returns="",
         dtypes={"cache": "cache", "rows": "any", "index": "int32"},
         judged="exact",
@@ -26,8 +26,8 @@ class CacheOps(Ops):
         raise NotImplementedError
 
     @op(
-        axes={"cache": "slots width", "index": "n"},
-        returns="n dim",
+        axes={"cache": "slots layout.width", "index": "n"},
+        returns="n layout.dim",
         dtypes={"cache": "cache", "index": "int32", "return": "row"},
         judged="exact",
     )

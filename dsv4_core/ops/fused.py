@@ -115,7 +115,7 @@ class FusedOps(EmbedOps, NormOps, QuantOps, MatmulOps, MoeOps, AttentionOps, Mhc
 
     @op(
         axes={
-            "q": "batch seq heads dim", "weights": "batch seq heads", "cache": "slots width", "index": "batch*rows",
+            "q": "batch seq heads dim", "weights": "batch seq heads", "cache": "slots layout.width", "index": "batch*rows",
             "visible": "batch seq", "offset": "batch seq",
         },
         returns="batch seq topk",
@@ -133,8 +133,8 @@ class FusedOps(EmbedOps, NormOps, QuantOps, MatmulOps, MoeOps, AttentionOps, Mhc
 
     @op(
         axes={
-            "q": "tokens heads dim", "kv": "tokens dim", "ring": "ring_slots width", "ring_index": "recent",
-            "rows": "row_slots width ?", "row_index": "old ?", "attn_sink": "heads", "topk_idxs": "tokens picks",
+            "q": "tokens heads dim", "kv": "tokens dim", "ring": "ring_slots layout.width", "ring_index": "recent",
+            "rows": "row_slots layout.width ?", "row_index": "old ?", "attn_sink": "heads", "topk_idxs": "tokens picks",
         },
         returns="tokens heads dim",
         dtypes={
