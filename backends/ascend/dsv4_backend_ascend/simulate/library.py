@@ -1,0 +1,120 @@
+"""The registry behind simulated CANN: kernels under the real schemas, arguments bound and checked, one chip at a time.
+
+torch's dispatcher is one per process, and so is the simulated chip: ``install`` puts it in place, and a second call changes its generation.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import resources
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from dsv4_backend_ascend.capability import GENERATIONS, Generation
+from dsv4_backend_ascend.constraints import violation
+
+Kernel = Callable[[SimpleNamespace], Any]
+"""Takes the bound arguments of a call, every one of the schema's by name, and gives its results."""
+
+KERNELS: dict[str, Kernel] = {}
+SHAPES: dict[str, Kernel] = {}
+
+
+class CannError(RuntimeError):
+    """A call that the documents do not allow."""
+
+
+def simulated(op: str, *, shapes: Kernel) -> Callable[[Kernel], Kernel]:
+    """Register the function below as the CPU kernel of an npu op, with its shape function."""
+
+    def register(kernel: Kernel) -> Kernel:
+        KERNELS[op], SHAPES[op] = kernel, shapes
+        return kernel
+
+    return register
+
+
+@functools.cache
+def schemas() -> dict[str, str]:
+    """The committed snapshot: schemas of the called ops as the real wheel prints them."""
+    snapshot = json.loads(resources.files("dsv4_backend_ascend").joinpath("data/npu_schemas.json").read_text(encoding="utf-8"))
+    return dict(snapshot["schemas"])
+
+
+@functools.cache
+def _parameters(op: str) -> tuple[tuple[str, Any], ...]:
+    """Names and defaults of an op's arguments, in the schema's order."""
+    return tuple((argument.name, argument.default_value) for argument in torch._C.parse_schema(schemas()[op]).arguments)  # noqa: SLF001
+
+
+def bind(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SimpleNamespace:
+    """Name every argument of a call, defaults included; the dispatcher has checked the call against the schema."""
+    parameters = _parameters(op)
+    return SimpleNamespace(**(dict(parameters) | {name: value for (name, _), value in zip(parameters, args, strict=False)} | kwargs))
+
+
+@dataclass
+class Chip:
+    """The simulated chip: its generation, how often each op ran, and the faulty kernels planted in it."""
+
+    generation: Generation
+    library: torch.library.Library
+    calls: Counter[str] = field(default_factory=Counter)
+    faults: dict[str, Callable[[Kernel], Kernel]] = field(default_factory=dict)
+
+    def run(self, op: str, *args: Any, **kwargs: Any) -> Any:
+        """Check a call against the documents, then compute it."""
+        arguments = bind(op, args, kwargs)
+        if broken := violation(op, self.generation, arguments):
+            raise CannError(broken)
+        self.calls[op] += 1
+        kernel = self.faults[op](KERNELS[op]) if op in self.faults else KERNELS[op]
+        return kernel(arguments)
+
+    @contextmanager
+    def planted(self, op: str, fault: Callable[[Kernel], Kernel]) -> Iterator[None]:
+        """Run ``fault(kernel)`` in place of an op's kernel, to see whether the self-test notices."""
+        self.faults[op] = fault
+        try:
+            yield
+        finally:
+            del self.faults[op]
+
+
+_chip: Chip | None = None
+
+
+def install(generation: Generation) -> Chip:
+    """Register simulated CANN for a generation. Raises ``RuntimeError`` where torch-npu is installed: its own ops come first."""
+    global _chip  # noqa: PLW0603  the dispatcher is global, see the module's docstring
+    if generation not in GENERATIONS:
+        raise ValueError(f"generation {generation!r} is not one of {', '.join(GENERATIONS)}")
+    if importlib.util.find_spec("torch_npu") is not None:
+        raise RuntimeError("torch-npu is installed: simulated CANN does not load beside it; use an environment without torch-npu, or run on the NPU")
+    if _chip is None:
+        library = torch.library.Library("npu", "DEF")
+        _chip = Chip(generation, library)
+        for op, schema in schemas().items():
+            library.define(schema.removeprefix("npu::"))
+            library.impl(op, functools.partial(_chip.run, op), "CPU")
+            torch.library.register_fake(f"npu::{op}", functools.partial(_shape, op), lib=library)
+    _chip.generation = generation
+    return _chip
+
+
+def _shape(op: str, *args: Any, **kwargs: Any) -> Any:
+    return SHAPES[op](bind(op, args, kwargs))
+
+
+def undefined(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+    """Results that the documents leave undefined: NaN, or the lowest integer, so that whoever relies on them notices."""
+    poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+    return torch.full(shape, poison, dtype=dtype, device=like.device)
