@@ -28,7 +28,7 @@ Kind = Literal[
 ]
 PROJECTIONS = ("w1", "w2", "w3")
 QUANTISED: dict[str, Format] = {"F8_E4M3": "e4m3", "I8": "e2m1", "F4": "e2m1"}
-"""Formats of quantised weights by safetensors dtype. ``I8`` states the packed shape (two FP4 a byte), ``F4`` the unpacked."""
+"""Formats of quantised weights. ``I8`` states the packed shape (two FP4 a byte), ``F4`` the unpacked one."""
 
 _OLDER_SPELLINGS = (
     (".self_attn.", ".attn."),
@@ -51,8 +51,8 @@ class Parameters(NamedTuple):
     """Parameter counts, FP4 unpacked, scales and the hash layers' ``tid2eid`` tables not counted.
 
     ``total``: layers, embedding, head; without the MTP block, as the published figures are. ``active``: what one token
-    multiplies with: of the routed experts only num_experts_per_tok, and no embedding, of which it reads one row. ``mtp``:
-    the MTP block alone, with all its experts.
+    multiplies with: num_experts_per_tok of the routed experts, and no embedding, of which it reads one row. ``mtp``
+    is the MTP block alone, with all its experts.
     """
 
     total: int
