@@ -5,18 +5,21 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import pluggy
 from packaging.requirements import Requirement
 
 from dsv4_core.backend import Backend, BackendError
+from dsv4_core.spec import Numerics
 
 GROUP = "dsv4.backends"
+ORACLES = "dsv4.oracles"
 hookspec = pluggy.HookspecMarker("dsv4")
 hookimpl = pluggy.HookimplMarker("dsv4")
 
@@ -108,6 +111,20 @@ def backend_class(name: str) -> type[Backend]:
 def create(name: str, **options: Any) -> Backend:
     """Construct a backend; options that are None are left to its defaults."""
     return backend_class(name)(**{k: v for k, v in options.items() if v is not None})
+
+
+class Oracle(Protocol):
+    """What results are judged by: every op in a wider format than any backend's, unrounded, and its sensitivity to rounding."""
+
+    def evaluate(self, op: str, operands: Sequence[Any], scalars: Mapping[str, Any], *, samples: int, seed: int) -> tuple[Any, list[Any]]:
+        """Give the op's exact result on host operands, and ``samples`` results perturbed as the contract allows."""
+
+
+def oracle(numerics: Numerics, narrower: Mapping[str, tuple[str, ...]]) -> Oracle:
+    """Construct the oracle that is installed (entry points ``dsv4.oracles``) for a mode and a backend's declared narrower intermediates."""
+    for entry in metadata.entry_points(group=ORACLES):
+        return cast("Oracle", entry.load()(numerics=numerics, narrower=narrower))
+    raise BackendError("no oracle is installed (entry points dsv4.oracles); dsv4 itself brings one: pip install --force-reinstall dsv4")
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ class ReferenceAttention(Numeric, AttentionOps):
         score = np.where(absent[..., None], -np.inf, score)
         top = np.maximum(score.max(1, keepdims=True), np.finfo(score.dtype).min)  # a row without tokens: exp(-inf - min) = 0
         weight = np.exp(score - top)
-        total = weight.sum(1)
-        mixed = np.einsum("rjc,rjc->rc", weight, np.where(absent[..., None], 0, kv))
+        total = self.total(weight, 1)[:, 0]
+        mixed = self.total(weight * np.where(absent[..., None], 0, kv), 1)[:, 0]
         return self.rounded(mixed / np.where(total == 0, 1, total))
 
     def index_scores(self, q: Host, weights: Host, keys: Host, *, scale: float) -> Host:
@@ -40,9 +40,10 @@ class ReferenceAttention(Numeric, AttentionOps):
             wide_keys = self.widen(keys[b]).T
             for i in range(0, seq, step):
                 wide = self.widen(q[b, i : i + step])
-                hits = (wide.reshape(-1, dim) @ wide_keys).reshape(-1, heads, rows)
+                hits = self.dot(wide.reshape(-1, dim), wide_keys).reshape(-1, heads, rows)
                 np.maximum(hits, 0, out=hits)
-                scores[b, i : i + step] = ((self.widen(weights[b, i : i + step]) * self.wide_type.type(scale))[:, None] @ hits)[:, 0]
+                scaled = self.widen(weights[b, i : i + step]) * self.wide_type.type(scale)
+                scores[b, i : i + step] = self.dot(scaled[:, None], hits)[:, 0]
         return scores
 
     def index_select(self, scores: Host, visible: Host, offset: Host, *, topk: int) -> Host:
@@ -78,22 +79,22 @@ class ReferenceAttention(Numeric, AttentionOps):
             np.add.at(count, (np.arange(tokens)[:, None], np.where(idxs < 0, len(union), place[idxs])), 1)
             count = count[:, None, :-1]
             rows = self.widen(kv[union])
-            scores = (q.reshape(-1, dim) @ rows.T).reshape(tokens, heads, len(union))
+            scores = self.dot(q.reshape(-1, dim), rows.T).reshape(tokens, heads, len(union))
             weight = self.softmax_with_sink(scores, count, sink)
-            return (weight.reshape(tokens * heads, len(union)) @ rows).reshape(q.shape)
+            return self.dot(weight.reshape(tokens * heads, len(union)), rows).reshape(q.shape)
         out = np.empty_like(q)
         step = max(1, AT_ONCE // (idxs.shape[1] * max(dim, heads)))
         for i in range(0, tokens, step):
             part = slice(i, i + step)
             rows = self.widen(kv[np.maximum(idxs[part], 0)])
             count = (idxs[part] >= 0).astype(self.wide_type)[:, None]
-            out[part] = self.softmax_with_sink(q[part] @ rows.transpose(0, 2, 1), count, sink) @ rows
+            weight = self.softmax_with_sink(self.dot(q[part], rows.transpose(0, 2, 1)), count, sink)
+            out[part] = self.dot(weight, rows)
         return out
 
-    @staticmethod
-    def softmax_with_sink(scores: Host, count: Host, sink: Host) -> Host:
+    def softmax_with_sink(self, scores: Host, count: Host, sink: Host) -> Host:
         """``count * exp(s) / (sum count * exp(s) + exp(sink))`` over the last axis; columns of count 0 do not matter."""
         scores = np.where(count > 0, scores, -np.inf)
         top = np.maximum(scores.max(-1, keepdims=True, initial=-np.inf), sink)
         weight = np.exp(scores - top) * count
-        return weight / (weight.sum(-1, keepdims=True) + np.exp(sink - top))
+        return weight / (self.total(weight, -1) + np.exp(sink - top))

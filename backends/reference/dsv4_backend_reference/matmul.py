@@ -29,7 +29,7 @@ class ReferenceMatmul(ReferenceQuant, MatmulOps):
         matrix = self.matrix(weight)
         for g in range(groups):  # one product per o_group: 8 or 16
             part = slice(g * rows, (g + 1) * rows)
-            y[:, part] = wide[:, g] @ (self.widened_rows(weight, part) if matrix is None else matrix[part]).T
+            y[:, part] = self.dot(wide[:, g], (self.widened_rows(weight, part) if matrix is None else matrix[part]).T)
         return self.rounded(y)
 
     def expert_linear(self, x: Host, weight: Experts, offsets: Host) -> Host:
@@ -43,13 +43,13 @@ class ReferenceMatmul(ReferenceQuant, MatmulOps):
     def times(self, x: Host, weight: Host | ScaledArray) -> Host:
         """``x @ weight.T``, wide; a weight that is not kept dequantised is taken tile by tile of its rows."""
         if (matrix := self.matrix(weight)) is not None:
-            return x @ matrix.T
+            return self.dot(x, matrix.T)
         out, cols = weight.shape
         step = max(FP8_BLOCK, TILE // cols // FP8_BLOCK * FP8_BLOCK)
         y = np.empty((x.shape[0], out), self.wide_type)
         for row in range(0, out, step):
             part = slice(row, min(row + step, out))
-            y[:, part] = x @ self.widened_rows(weight, part).T
+            y[:, part] = self.dot(x, self.widened_rows(weight, part).T)
         return y
 
     def matrix(self, weight: Host | ScaledArray) -> Host | None:

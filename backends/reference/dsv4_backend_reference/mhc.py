@@ -30,11 +30,11 @@ class ReferenceMhc(ReferenceMatmul, MhcOps):
         post = 2 * sigmoid(mixes[:, hc : 2 * hc] * scale[1] + base[hc : 2 * hc])
         logits = (mixes[:, 2 * hc :] * scale[2] + base[2 * hc :]).reshape(-1, hc, hc)
         comb = np.exp(logits - logits.max(-1, keepdims=True))
-        comb = comb / comb.sum(-1, keepdims=True) + tiny
-        comb /= comb.sum(-2, keepdims=True) + tiny
+        comb = comb / self.total(comb, -1) + tiny
+        comb /= self.total(comb, -2) + tiny
         for _ in range(iters - 1):
-            comb /= comb.sum(-1, keepdims=True) + tiny
-            comb /= comb.sum(-2, keepdims=True) + tiny
+            comb /= self.total(comb, -1) + tiny
+            comb /= self.total(comb, -2) + tiny
         return pre, post, comb
 
     def hc_pre(self, h: Host, fn: Host, scale: Host, base: Host, *, norm_eps: float, eps: float, iters: int) -> tuple[Host, Host, Host]:
@@ -44,7 +44,7 @@ class ReferenceMhc(ReferenceMatmul, MhcOps):
         return self.rounded(self.reduce(wide, pre)), post, comb
 
     def hc_post(self, y: Host, h: Host, post: Host, comb: Host) -> Host:
-        mixed = comb.transpose(0, 2, 1) @ self.widen(h)
+        mixed = self.dot(self.widen(comb).transpose(0, 2, 1), self.widen(h))
         mixed += post[:, :, None] * self.widen(y)[:, None]
         return self.rounded(mixed)
 
@@ -57,9 +57,8 @@ class ReferenceMhc(ReferenceMatmul, MhcOps):
         """The streams, wide, and ``fn @ flatten(h)`` over their root-mean-square."""
         wide = self.widen(h)
         flat = wide.reshape(h.shape[0], h.shape[1] * h.shape[2])
-        mean_square = np.einsum("ti,ti->t", flat, flat)[:, None] / self.wide_type.type(flat.shape[1])
-        return wide, self.times(flat, fn) / np.sqrt(mean_square + self.wide_type.type(norm_eps))
+        return wide, self.times(flat, fn) / np.sqrt(self.square_mean(flat) + self.wide_type.type(norm_eps))
 
     def reduce(self, wide: Host, pre: Host) -> Host:
         """``sum_j pre[j] h[j]``."""
-        return (pre[:, None] @ wide)[:, 0]
+        return self.dot(pre[:, None], wide)[:, 0]

@@ -29,7 +29,7 @@ class ReferenceMoe(ReferenceMatmul, MoeOps):
     def route_weights(self, scores: Host, indices: Host, route_scale: float) -> Host:
         """The chosen experts' scores, normalised and scaled."""
         chosen = np.take_along_axis(scores, indices, -1)
-        return chosen / chosen.sum(-1, keepdims=True) * self.wide_type.type(route_scale)
+        return chosen / self.total(chosen, -1) * self.wide_type.type(route_scale)
 
     def dispatch(self, x: Host, weights: Host, indices: Host, *, first_expert: int, n_experts: int) -> tuple[Host, Host, Host, Host]:
         local = indices.reshape(-1) - first_expert
@@ -51,7 +51,7 @@ class ReferenceMoe(ReferenceMatmul, MoeOps):
         tokens = rows.shape[0] // topk
         copies = np.zeros((tokens * topk, rows.shape[1]), self.wide_type)
         copies[order[:local]] = self.widen(rows[:local])
-        y = copies.reshape(tokens, topk, rows.shape[1]).sum(1)
+        y = self.total(copies.reshape(tokens, topk, rows.shape[1]), 1)[:, 0]
         if shared is not None:
             y += self.widen(shared)
         return self.round_to(y, out_dtype)

@@ -14,8 +14,7 @@ class ReferenceNorm(Numeric, NormOps):
 
     def rms_norm(self, x: Host, weight: Host | None, *, eps: float) -> Host:
         wide = self.widen(x)
-        mean_square = np.einsum("td,td->t", wide, wide)[:, None] / wide.dtype.type(wide.shape[1])
-        y = wide / np.sqrt(mean_square + wide.dtype.type(eps))
+        y = wide / np.sqrt(self.square_mean(wide) + wide.dtype.type(eps))
         if weight is not None:
             y *= self.widen(weight)
         return self.rounded(y)

@@ -26,6 +26,18 @@ class Numeric(Ops):
             return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32)  # several times faster than the cast
         return x.astype(self.wide_type, copy=False)
 
+    def dot(self, a: Host, b: Host) -> Host:
+        """Every product that sums over an axis: ``a @ b``, wide. Order of summation is free; subclasses choose one, or round in between."""
+        return a @ b
+
+    def total(self, x: Host, axis: int) -> Host:
+        """Every plain sum over an axis, which is kept with size 1."""
+        return x.sum(axis, keepdims=True)
+
+    def square_mean(self, x: Host) -> Host:
+        """Mean of squares over the last axis of [t, d]: [t, 1]."""
+        return np.einsum("td,td->t", x, x)[:, None] / x.dtype.type(x.shape[1])
+
     def round_to(self, x: Host, dtype: str) -> Host:
         """Round a result once to the dtype that the contract returns."""
         return x.astype(numpy_dtype(dtype), copy=False)
