@@ -1,0 +1,175 @@
+"""The oracle: the reference's own code in float64, results unrounded, and the same with random rounding where the contract rounds.
+
+The spread of the perturbed results is a case's sensitivity to rounding, element by element. Three kinds of noise, each from the contract:
+
+- every sum (``dot``, ``total``): adding n terms one after another in a format of unit roundoff u errs with standard deviation
+  ``u * sqrt(n) / 3 * sum|terms|`` when the partial sums grow evenly (each rounding contributes u / sqrt(3)); no order is worse;
+- every operand on its way in: a relative ``u``, which stands for the few elementwise roundings that follow it;
+- every rounding between the required ops of a fused one: stochastic, to the format that the contract rounds to there.
+
+What a backend declares narrower replaces u, or adds a rounding, where it declares it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from dsv4_backend_reference.backend import ReferenceBackend
+from dsv4_core.dtypes import FP8_BLOCK, Experts, Format, Host, ScaledArray
+from dsv4_core.spec import Numerics
+
+FP8_PARTIAL_UNIT = 2.0**-14  # tensor cores that align FP8 products keep about 14 bits until they are promoted
+PRECISION = {"bfloat16": 8, "float32": 24, "float64": 53}  # significant bits
+
+
+def stochastic(x: Host, dtype: str, rng: np.random.Generator) -> Host:
+    """Round float64 values to one of the two neighbours in ``dtype``, up with the probability that makes the mean right."""
+    _, exponent = np.frexp(x)
+    unit = np.ldexp(1.0, np.maximum(exponent, -125) - PRECISION[dtype])  # -125: the least normal numbers of bfloat16 and float32
+    return np.floor(x / unit + rng.random(x.shape, np.float32)) * unit
+
+
+def lowest_bit(x: Host) -> float:
+    """The largest power of two that divides every element of ``x`` (infinity for zeros)."""
+    x = x[x != 0]
+    mantissa, exponent = np.frexp(x)
+    digits = (mantissa * 2.0**53).astype(np.int64)
+    return float(np.min(np.ldexp((digits & -digits).astype(np.float64), exponent - 53), initial=np.inf))
+
+
+def summed_exactly(a: Host, b: Host, magnitude: Host, unit: float) -> bool:
+    """Say whether every order of summation gives ``a @ b`` exactly: all partial sums are multiples of one bit and fit the format."""
+    few = a.reshape(-1)[:256], b.reshape(-1)[:256]  # enough to dismiss all but data made for it
+    for left, right in (few, (a, b)):
+        if not magnitude.max(initial=0) <= lowest_bit(left) * lowest_bit(right) / unit:
+            return False
+    return True
+
+
+class Oracle(ReferenceBackend):
+    """Evaluates an op in float64, alone and perturbed. ``narrower``: as a backend declares it."""
+
+    def __init__(self, *, numerics: Numerics = "native", narrower: Mapping[str, tuple[str, ...]] | None = None) -> None:
+        super().__init__(numerics=numerics, weight_cache=1 << 29)
+        self.declared = dict(narrower or {})
+        self.unit = 2.0**-53 if numerics == "float64" else 2.0**-24
+        self.rng: np.random.Generator | None = None
+        self.partial: float | None = None  # unit of partial sums within 128 channels, where declared
+        self.bf16_probabilities = False
+        self.magnitudes: list[Host | None] = []
+        self.sums = self.roundings = self.final = 0
+
+    @property
+    def wide_dtype(self) -> str:
+        """Everything inside ops is float64."""
+        return "float64"
+
+    @property
+    def activation_dtype(self) -> str:
+        """The format that fused ops round to between their parts."""
+        return "bfloat16" if self.numerics == "native" else self.numerics
+
+    def evaluate(self, op: str, operands: Sequence[Any], scalars: Mapping[str, Any], *, samples: int, seed: int) -> tuple[Any, list[Any]]:
+        """Give the op's exact result and ``samples`` perturbed ones."""
+        call = getattr(self, op)
+        self.rng, self.roundings, self.magnitudes = None, 0, []
+        exact = call(*operands, **scalars)
+        self.final = self.roundings  # the last rounding of a call is the result's own; the judge allows for it
+        perturbed = []
+        for i in range(samples):
+            self.rng, self.sums, self.roundings = np.random.default_rng((seed, i)), 0, 0
+            perturbed.append(call(*operands, **scalars))
+        self.rng = None
+        return exact, perturbed
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Suspend the noise: what happens inside is exact by contract."""
+        rng, self.rng = self.rng, None
+        yield
+        self.rng = rng
+
+    def widen(self, x: Host) -> Host:
+        """Float64, with a relative error of one unit where perturbed."""
+        wide = x.astype(np.float64)
+        if self.rng is not None:
+            wide *= 1 + self.unit * self.rng.standard_normal(x.shape, np.float32)
+        return wide
+
+    def round_to(self, x: Host, dtype: str) -> Host:
+        """Leave results unrounded; where perturbed, round intermediate ones at random."""
+        self.roundings += 1
+        if self.rng is None or self.roundings == self.final:
+            return x.astype(np.float64, copy=False)
+        return stochastic(x, dtype, self.rng)
+
+    def dot(self, a: Host, b: Host) -> Host:
+        """``a @ b`` with the error of a sum of products."""
+        y = a @ b
+        if self.rng is not None:
+            partial = self.partial is not None and self.numerics == "native"
+            unit, n = (self.partial, min(FP8_BLOCK, a.shape[-1])) if partial and self.partial else (self.unit, a.shape[-1])
+            y += self._noise(y, lambda: self._products(a, b, unit), unit, n)
+        return y
+
+    def _products(self, a: Host, b: Host, unit: float) -> Host | None:
+        magnitude = np.abs(a) @ np.abs(b)
+        with self.quiet():
+            return None if summed_exactly(a, b, magnitude, unit) else magnitude
+
+    def total(self, x: Host, axis: int) -> Host:
+        """Sum with its error."""
+        y = x.sum(axis, keepdims=True)
+        if self.rng is not None:
+            y = y + self._noise(y, lambda: np.abs(x).sum(axis, keepdims=True), self.unit, x.shape[axis])
+        return y
+
+    def square_mean(self, x: Host) -> Host:
+        """Mean of squares with its error."""
+        return self.total(x * x, -1) / x.shape[1]
+
+    def _noise(self, y: Host, magnitude: Any, unit: float, n: int) -> Any:
+        """The error of summing n terms. Magnitudes are computed for the first sample and kept for the others."""
+        assert self.rng is not None
+        if self.sums == len(self.magnitudes):
+            self.magnitudes.append(magnitude())
+        kept = self.magnitudes[self.sums]
+        if kept is not None and kept.shape != y.shape:  # another branch than the first sample took
+            kept = magnitude()
+        self.sums += 1
+        return 0.0 if kept is None else unit * np.sqrt(n) / 3 * kept * self.rng.standard_normal(y.shape, np.float32)
+
+    def on_grid(self, x: Host, fmt: Format, block: int) -> Host:
+        """Quantisation is exact given its input."""
+        with self.quiet():
+            return super().on_grid(x, fmt, block)
+
+    def widened_rows(self, weight: Host | ScaledArray, rows: slice) -> Host:
+        """Weights are kept between calls, so they carry no noise."""
+        with self.quiet():
+            return super().widened_rows(weight, rows)
+
+    def linear(self, x: Host, weight: Host | ScaledArray, *, out_dtype: str) -> Host:
+        with self._declaring("linear", scaled=isinstance(weight, ScaledArray)):
+            return super().linear(x, weight, out_dtype=out_dtype)
+
+    def expert_linear(self, x: Host, weight: Experts, offsets: Host) -> Host:
+        with self._declaring("expert_linear", scaled="@" in weight.dtype):
+            return super().expert_linear(x, weight, offsets)
+
+    @contextmanager
+    def _declaring(self, op: str, *, scaled: bool) -> Iterator[None]:
+        self.partial = FP8_PARTIAL_UNIT if scaled and self.declared.get(op) else None
+        yield
+        self.partial = None
+
+    def softmax_with_sink(self, scores: Host, count: Host, sink: Host) -> Host:
+        """Probabilities, rounded to bfloat16 where a backend declares that for either form of attention."""
+        weight = super().softmax_with_sink(scores, count, sink)
+        if self.rng is None or not (self.declared.get("sparse_attn") or self.declared.get("cached_sparse_attn")):
+            return weight
+        return stochastic(weight, "bfloat16", self.rng)
