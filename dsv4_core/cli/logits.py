@@ -1,0 +1,40 @@
+"""``dsv4 logits``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
+
+
+@click.command("logits")
+@click.argument("model", required=False)
+@click.option("--tokens", "tokens_file", required=True, type=click.Path(path_type=Path), help="Token ids, .npy [batch, total].")
+@click.option("--prefill", type=click.IntRange(1), required=True, help="Tokens fed as the prompt; the rest follow one by one.")
+@click.option("--chunk", type=click.IntRange(1), default=2048, show_default=True, help="Tokens of a prefill step.")
+@click.option("--mtp", is_flag=True, help="Also the MTP block's logits after the prompt (needs total > prefill).")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Where to write: .npz with logits, mtp_logits.")
+@backend_options
+def command(model: str | None, tokens_file: Path, prefill: int, chunk: int, mtp: bool, out: Path, flags: BackendFlags) -> None:
+    """Teacher-forced logits: of the last prompt token and of each token after it, [batch, 1 + total - prefill, vocab]."""
+    import numpy as np
+
+    from dsv4_core.cli.running import Session, bar
+    from dsv4_core.evaluate import teacher_forced
+
+    try:
+        tokens = np.load(tokens_file)
+    except ValueError as error:
+        raise ValueError(f"{tokens_file}: not a .npy file of token ids ({error}); write it with numpy.save") from None
+    total = tokens.shape[1] if tokens.ndim == 2 else -1
+    if total < prefill + mtp:
+        need = "more than" if mtp else "at least"
+        raise ValueError(f"{tokens_file}: shape {list(tokens.shape)} must be [batch, total] with total {need} --prefill {prefill}")
+    session = Session.open(model_directory(model), flags)
+    with bar("tokens") as progress:
+        results = teacher_forced(session.model, tokens, prefill=prefill, chunk=chunk, mtp=mtp, progress=progress)
+    np.savez(out, **results)  # type: ignore[arg-type]  # its stub takes allow_pickle for an array
+    for name, values in results.items():
+        click.echo(f"{out}: {name} {list(values.shape)} {values.dtype}")

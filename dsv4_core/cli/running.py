@@ -1,0 +1,122 @@
+"""What the commands that run the model share: the check before weights load, loading with a progress bar, and text that streams."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dsv4_core.backend import BackendError, missing_ops
+from dsv4_core.generate import Drafts, Sampling, generate, speculate
+from dsv4_core.model import Model
+from dsv4_core.shapes import trace_calls
+from dsv4_core.text import TextStream, load_tokenizer
+from dsv4_core.weights import Checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from tokenizers import Tokenizer
+
+    from dsv4_core.backend import Backend
+    from dsv4_core.cli.options import BackendFlags
+    from dsv4_core.config import ModelConfig
+
+
+@contextmanager
+def bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on the terminal (nothing where standard error is not one)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done, of: progress.update(task, completed=done, total=of)
+
+
+def check_support(config: ModelConfig, backend: Backend) -> None:
+    """Raise ``BackendError`` with a table of what is missing and why; no weight has been read yet."""
+    calls = [(call.op, call.operands) for call in trace_calls(config, backend)]
+    if missing := missing_ops(backend, calls):
+        rows = "\n".join(f"  {op}: {reason}" for op, reason in missing)
+        raise BackendError(f"backend {backend.name!r} cannot run this model:\n{rows}\n`dsv4 explain` shows every op; no other backend is used in its place")
+
+
+@dataclass
+class Session:
+    """A loaded model with its tokenizer, if it has one."""
+
+    model: Model
+    tokenizer: Tokenizer | None
+
+    @classmethod
+    def open(cls, directory: Path, flags: BackendFlags) -> Session:
+        """Check, then load."""
+        backend = flags.create()
+        checkpoint = Checkpoint(directory)
+        check_support(checkpoint.config, backend)
+        with bar("loading") as progress:
+            model = Model(checkpoint, backend, progress=progress)
+        return cls(model, load_tokenizer(directory))
+
+    def run(self, prompt: Sequence[int], *, max_tokens: int, sampling: Sampling, speculative: bool, stop: set[int], chunk: int) -> Finished:
+        """Generate from one prompt, printing text (or ids) as it comes."""
+        text = TextStream(self.tokenizer) if self.tokenizer else None
+        drafts = Drafts()
+        began = time.perf_counter()
+        first = began
+        produced: list[int] = []
+        with bar("prefill") as progress:
+            tokens: Iterator[int | None]
+            if speculative:
+                tokens = speculate(self.model, prompt, max_tokens=max_tokens, stop=stop, chunk=chunk, drafts=drafts, progress=progress)
+            else:
+                steps = generate(self.model, [prompt], max_tokens=max_tokens, sampling=sampling, stop=stop, chunk=chunk, progress=progress)
+                tokens = (step[0] for step in steps)
+            head = next(tokens, None)
+            first = time.perf_counter()
+        while head is not None:
+            produced.append(head)
+            click.echo(text.push(head) if text else f"{head} ", nl=False)
+            sys.stdout.flush()
+            head = next(tokens, None)
+        click.echo()
+        return Finished(len(prompt), produced, first - began, time.perf_counter() - first, drafts)
+
+
+@dataclass
+class Finished:
+    """Counts and times of one generation."""
+
+    prompt_tokens: int
+    produced: list[int]
+    prefill_seconds: float
+    decode_seconds: float
+    drafts: Drafts
+
+    def summary(self) -> str:
+        """One line for people."""
+        n = len(self.produced)
+        line = f"{self.prompt_tokens} prompt tokens in {self.prefill_seconds:.2f} s"
+        if n > 1:
+            line += f", {n} generated, {1000 * self.decode_seconds / (n - 1):.0f} ms per token after the first"
+        if self.drafts.proposed:
+            line += f"; {self.drafts.accepted} of {self.drafts.proposed} drafts accepted"
+        return line
+
+
+def stop_tokens(config: ModelConfig, extra: Sequence[int]) -> set[int]:
+    """End-of-sentence, and what the user adds."""
+    return {config.eos_token_id, *extra}
+
+
+def report(line: Any) -> None:
+    """Tell the user something that is not the program's output."""
+    click.echo(line, err=True)
