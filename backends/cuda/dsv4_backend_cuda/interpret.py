@@ -173,10 +173,12 @@ def _repair() -> None:
     def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
         if not a.dtype.is_floating():
             return plain["create_dot"](self, a, b, d, input_precision, max_num_imprecise_acc)
-        left, right = (widen(h.data, h.dtype).astype(h.data.dtype if h.data.dtype == np.float64 else np.float32) for h in (a, b))
+        left, right = (widen(h.data, h.dtype) for h in (a, b))
         if a.dtype.scalar == tl.float32 and input_precision == it._ir.INPUT_PRECISION.TF32:  # noqa: SLF001
             left, right = _tf32(left), _tf32(right)
-        total = np.matmul(left, right) + widen(d.data, d.dtype)
+        if a.dtype.scalar in small:  # a sum of their products is exact in float64, so its order, which BLAS picks by shape, does not matter
+            left, right = left.astype(np.float64), right.astype(np.float64)
+        total = np.matmul(left, right, dtype=np.promote_types(left.dtype, np.float32)) + widen(d.data, d.dtype)
         kind = d.dtype.scalar
         return handle(narrow(total, kind) if kind in small else total.astype(d.data.dtype), kind)
 

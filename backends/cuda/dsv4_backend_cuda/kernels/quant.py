@@ -1,0 +1,140 @@
+"""Activation quantisation to FP8, quantise-dequantise on the FP8 and FP4 grids, and the Hadamard rotation before FP4."""
+
+import torch
+import triton
+import triton.language as tl
+
+from dsv4_backend_cuda import launch
+from dsv4_backend_cuda.kernels.formats import e2m1_encode, e2m1_value, e4m3_value, e8m0_of, e8m0_reciprocal, e8m0_value, quantise_e4m3
+from dsv4_backend_cuda.launch import KernelSpec, Work
+
+
+@triton.jit
+def act_quant_kernel(x, codes, scales, groups, GROUP: tl.constexpr, NATIVE: tl.constexpr, GROUPS: tl.constexpr):
+    """A program takes GROUPS groups of GROUP channels, wherever in the rows they lie: a row is a whole number of groups."""
+    group = (tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)).to(tl.int64)
+    at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = (group < groups)[:, None]
+    wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    code, exponent = quantise_e4m3(tl.reshape(wide, (GROUPS, 1, GROUP)), NATIVE)
+    tl.store(codes + at, tl.reshape(code, (GROUPS, GROUP)), mask=inside)
+    tl.store(scales + group, tl.reshape(exponent, (GROUPS,)).to(tl.uint8), mask=group < groups)
+
+
+@triton.jit
+def qdq(wide, FP4: tl.constexpr, NATIVE: tl.constexpr):
+    """float32 [groups, channels] -> the nearest values on the format's grid, float32."""
+    amax = tl.max(tl.abs(wide), axis=1)
+    if FP4:
+        exponent = e8m0_of(tl.maximum(amax, 6 * 2.0**-126), 1.0 / 6.0)
+        value = e2m1_value(e2m1_encode(wide * e8m0_reciprocal(exponent)[:, None]))
+    else:
+        code, exponents = quantise_e4m3(wide[:, None, :], NATIVE)
+        exponent = tl.reshape(exponents, (wide.shape[0],))
+        value = e4m3_value(tl.reshape(code, wide.shape), NATIVE)
+    return value * e8m0_value(exponent)[:, None]
+
+
+@triton.jit
+def act_qdq_kernel(
+    x, y, groups, DIM: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, FP4: tl.constexpr, NATIVE: tl.constexpr, GROUPS: tl.constexpr
+):
+    """As ``act_quant_kernel``, over all groups of a row of DIM channels; groups from CHANNELS on are copied."""
+    group = (tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)).to(tl.int64)
+    per_row: tl.constexpr = (DIM + GROUP - 1) // GROUP
+    column = (group % per_row)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    at = (group // per_row)[:, None] * DIM + column
+    inside = (group < groups)[:, None] & (column < DIM)
+    raw = tl.load(x + at, mask=inside, other=0.0)
+    rounded = qdq(raw.to(tl.float32), FP4, NATIVE).to(y.dtype.element_ty)
+    tl.store(y + at, tl.where(column < CHANNELS, rounded, raw), mask=inside)
+
+
+@triton.jit
+def hadamard_kernel(x, y, rows, DIM: tl.constexpr, QUANTISE: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr):
+    """Rotation as a product with the +-1 matrix, whose entries are made in registers; then, if asked, the FP4 grid in groups of 32."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    i = tl.arange(0, DIM)
+    at = row[:, None] * DIM + i[None, :]
+    inside = (row < rows)[:, None]
+    odd = i[:, None] & i[None, :]
+    odd ^= odd >> 8
+    odd ^= odd >> 4
+    odd ^= odd >> 2
+    odd ^= odd >> 1
+    sign = (1 - 2 * (odd & 1)).to(tl.bfloat16)
+    rotated = (tl.dot(tl.load(x + at, mask=inside, other=0.0), sign) * NORM).to(y.dtype.element_ty)
+    if QUANTISE:
+        grid = qdq(tl.reshape(rotated.to(tl.float32), (ROWS * DIM // 32, 32)), True, True)
+        rotated = tl.reshape(grid, (ROWS, DIM)).to(y.dtype.element_ty)
+    tl.store(y + at, rotated, mask=inside)
+
+
+def act_quant(x: torch.Tensor, *, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``ops/quant.py: act_quant`` for contiguous ``x`` [tokens, dim] and a power-of-two ``block``."""
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    scales = torch.empty((x.shape[0], x.shape[1] // block), dtype=torch.uint8, device=x.device)
+    options = launch.options("act_quant", x)
+    groups = scales.numel()
+    act_quant_kernel[(triton.cdiv(groups, options["GROUPS"]),)](x, codes, scales, groups, GROUP=block, NATIVE=launch.native_fp8(x), **options)
+    return codes, scales
+
+
+def act_qdq(x: torch.Tensor, *, format: str, block: int, channels: int) -> torch.Tensor:  # noqa: A002 - the contract's word
+    """``ops/quant.py: act_qdq`` for contiguous ``x`` [tokens, dim] and a power-of-two ``block``."""
+    y = torch.empty_like(x)
+    options = launch.options("act_qdq", x)
+    groups = x.shape[0] * triton.cdiv(x.shape[1], block)
+    act_qdq_kernel[(triton.cdiv(groups, options["GROUPS"]),)](
+        x, y, groups, DIM=x.shape[1], CHANNELS=channels, GROUP=block, FP4=format == "e2m1", NATIVE=launch.native_fp8(x), **options
+    )
+    return y
+
+
+def _rotate(x: torch.Tensor, *, quantise: bool) -> torch.Tensor:
+    rows, dim = x.shape
+    y = torch.empty_like(x)
+    options = launch.options("hadamard", x)
+    hadamard_kernel[(triton.cdiv(rows, options["ROWS"]),)](x, y, rows, DIM=dim, QUANTISE=quantise, NORM=dim**-0.5, **options)
+    return y
+
+
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """``ops/quant.py: hadamard`` for contiguous BF16 ``x`` [tokens, dim], dim a power of two from 16 to 256."""
+    return _rotate(x, quantise=False)
+
+
+def hadamard_qdq(x: torch.Tensor) -> torch.Tensor:
+    """``hadamard``, then ``act_qdq`` to E2M1 in groups of 32 over all channels."""
+    return _rotate(x, quantise=True)
+
+
+SPECS = (
+    KernelSpec(
+        name="act_quant",
+        kernel=act_quant_kernel,
+        signature={"x": "*bf16", "codes": "*u8", "scales": "*u8", "groups": "i32"},
+        variants={"block128": {"GROUP": 128}},
+        per_arch=lambda arch: {"NATIVE": arch >= 89},
+        work=lambda c: Work(bytes=c["GROUPS"] * (3.0 * c["GROUP"] + 1)),
+    ),
+    KernelSpec(
+        name="act_qdq",
+        kernel=act_qdq_kernel,
+        signature={"x": "*bf16", "y": "*bf16", "groups": "i32"},
+        variants={
+            "kv": {"DIM": 512, "CHANNELS": 448, "GROUP": 64, "FP4": False},
+            "index": {"DIM": 128, "CHANNELS": 128, "GROUP": 32, "FP4": True},
+        },
+        per_arch=lambda arch: {"NATIVE": arch >= 89},
+        work=lambda c: Work(bytes=4.0 * c["GROUPS"] * c["GROUP"]),
+    ),
+    KernelSpec(
+        name="hadamard",
+        kernel=hadamard_kernel,
+        signature={"x": "*bf16", "y": "*bf16", "rows": "i32"},
+        variants={"index": {"DIM": 128, "QUANTISE": True, "NORM": 128**-0.5}},
+        mma={80: "HMMA", 89: "HMMA", 90: "HGMMA|HMMA", 100: "UTC.*MMA|HMMA", 120: "HMMA"},
+        work=lambda c: Work(bytes=4.0 * c["ROWS"] * c["DIM"], flops=2.0 * c["ROWS"] * c["DIM"] ** 2),
+    ),
+)
