@@ -52,15 +52,36 @@ class UnsupportedOpError(NotImplementedError):
     """An op that this backend has no implementation of."""
 
 
+Tier = Literal["smoke", "standard", "full"]
+
+
 @dataclass(frozen=True)
 class Case:
-    """Sizes and scalars that an op is tried with. ``data`` names how the operands are filled; ``name`` says what the case would break."""
+    """Sizes and scalars that an op is tried with; ``name`` says what the case would break.
+
+    ``data`` names how the operands are filled, ``dtypes`` the format of weights that are not bfloat16 (``e4m3``, ``e2m1``, ``float32``), ``views`` whether
+    operands are non-contiguous. A scalar ``"act"`` or ``"wide"`` stands for that dtype's name, a ``layout`` of ``"kv"`` ... for its RowLayout.
+    """
 
     name: str
     sizes: Mapping[str, int] = field(default_factory=dict)
     scalars: Mapping[str, Any] = field(default_factory=dict)
     data: str = "normal"
-    tier: Literal["smoke", "standard", "full"] = "standard"
+    tier: Tier = "standard"
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    views: bool = False
+
+    def but(self, name: str, tier: Tier = "standard", *, data: str = "", dtypes: Mapping[str, str] | None = None, views: bool = False, **changes: Any) -> Case:
+        """The same case but for ``changes`` of sizes and scalars."""
+        sizes = {k: changes.get(k, v) for k, v in self.sizes.items()}
+        scalars = {k: changes.get(k, v) for k, v in self.scalars.items()}
+        if unknown := changes.keys() - sizes.keys() - scalars.keys():
+            raise TypeError(f"case {name!r} changes {sorted(unknown)}, which {self.name!r} does not have")
+        return Case(name, sizes, scalars, data or self.data, tier, {**self.dtypes, **(dtypes or {})}, views)
+
+    def odd(self, axis: str = "tokens", *, sizes: tuple[int, ...] = (0, 1, 17, 33, 65, 129)) -> tuple[Case, ...]:
+        """No row, one, a prime, and one past each block that kernels are tiled by."""
+        return tuple(self.but(f"{axis}={n}", "smoke" if n == 1 else "standard", **{axis: n}) for n in sizes)
 
 
 @dataclass(frozen=True)
@@ -77,6 +98,9 @@ class OpSpec:
     narrower: tuple[str, ...]
     mutates: tuple[str, ...]
     fused: bool
+    work: Mapping[str, str]
+    reads: Mapping[str, str]
+    writes: Mapping[str, str]
     cases: Callable[[], tuple[Case, ...]]
     signature: inspect.Signature
     doc: str
@@ -108,6 +132,9 @@ def op(
     narrower: tuple[str, ...] = (),
     mutates: tuple[str, ...] = (),
     fused: bool = False,
+    work: Mapping[str, str] | None = None,
+    reads: Mapping[str, str] | None = None,
+    writes: Mapping[str, str] | None = None,
     cases: Callable[[], tuple[Case, ...]] = tuple,
 ) -> Callable[[F], F]:
     """Declare the method below as a contract.
@@ -119,6 +146,11 @@ def op(
     (uint8 packed, or the dtype that a plain layout stores) or ``out_dtype`` (the scalar of that name). ``accumulate``: the least precise format that sums may be kept
     in. ``narrower``: what a backend may declare narrower than that. ``fused``: the body is the default, written in required ops; otherwise the body is never run and
     a backend that leaves the op out raises ``UnsupportedOpError``.
+
+    The counting rule, in the same names: ``work`` gives operations by what they are done in: an array operand's name (as precise as it
+    and the numerics make the product), ``act``, ``fp4`` (both sides on the FP4 grid in native mode) or ``vector`` (elementwise, wide). A
+    product and its sum are two. ``reads`` and ``writes`` give the part of an operand that is touched, where it is not all of it, respectively
+    none; ``distinct(rows, n)`` is how many of n experts get any of ``rows`` token copies. A fused op is counted through its default.
     """
     results = (returns,) if isinstance(returns, str) else returns
 
@@ -135,6 +167,9 @@ def op(
             narrower=narrower,
             mutates=mutates,
             fused=fused,
+            work=work or {},
+            reads=reads or {},
+            writes=writes or {},
             cases=cases,
             signature=inspect.signature(method),
             doc=inspect.getdoc(method) or "",

@@ -11,9 +11,117 @@ from dsv4_core.ops.mhc import MhcOps
 from dsv4_core.ops.moe import MoeOps
 from dsv4_core.ops.norm import NormOps
 from dsv4_core.ops.quant import QuantOps
-from dsv4_core.spec import Array, op
+from dsv4_core.spec import Array, Case, op
 
 SCORES_AT_ONCE = 1 << 24  # elements of indexer scores alive at a time in the default: 64 MB in float32
+
+
+def _logits_cases() -> tuple[Case, ...]:
+    base = Case("small", {"tokens": 5, "dim": 256, "vocab": 512}, tier="smoke")
+    return (base, *base.odd(), base.but("cancel", data="cancel"), base.but("views", views=True), base.but("flash", tokens=2, dim=4096, vocab=2048))
+
+
+def _hc_pre_norm_cases() -> tuple[Case, ...]:
+    base = Case("small", {"tokens": 5, "hc": 4, "dim": 64}, {"norm_eps": 1e-6, "eps": 1e-6, "iters": 20}, tier="smoke")
+    return (
+        base,
+        *base.odd(),
+        base.but("slow", "smoke", data="slow"),
+        base.but("near_eps", data="tiny"),
+        base.but("outliers", data="outliers"),
+        base.but("zero_rows", data="zero_rows"),
+        base.but("views", views=True),
+        base.but("flash", dim=4096),
+    )
+
+
+def _ffn_cases() -> tuple[Case, ...]:
+    fp8 = {"w1": "e4m3", "w3": "e4m3", "w2": "e4m3"}
+    base = Case("fp8", {"tokens": 5, "dim": 256, "inter": 128}, {"limit": 10.0}, dtypes=fp8, tier="smoke")
+    return (
+        base,
+        *base.odd(),
+        base.but("clamped", "smoke", limit=0.5),
+        base.but("bf16", dtypes=dict.fromkeys(fp8, "bfloat16")),
+        base.but("outliers", data="outliers"),
+        base.but("views", views=True),
+        base.but("flash", "full", dim=4096, inter=2048),
+    )
+
+
+def _moe_cases() -> tuple[Case, ...]:
+    fp4 = {"w1": "e2m1", "w3": "e2m1", "w2": "e2m1"}
+    base = Case(
+        "fp4",
+        {"tokens": 5, "dim": 128, "inter": 128, "experts": 6, "topk": 2},
+        {"first_expert": 0, "limit": 10.0, "out_dtype": "act"},
+        dtypes=fp4,
+        tier="smoke",
+    )
+    return (
+        base,
+        base.but("fp8", dtypes=dict.fromkeys(fp4, "e4m3")),
+        base.but("routed_alone", "smoke", dtypes={"shared": "none"}, out_dtype="wide"),
+        *base.odd(),
+        base.but("clamped", "smoke", limit=0.5),
+        base.but("one_expert", "smoke", data="one_expert"),
+        base.but("other_ranks", "smoke", data="other_ranks", first_expert=2),
+        base.but("nothing_here", data="nothing_here"),
+        base.but("outliers", data="outliers"),
+        base.but("views", views=True),
+        base.but("flash", "full", tokens=3, dim=4096, inter=2048, experts=8, topk=6),
+    )
+
+
+def _index_topk_cases() -> tuple[Case, ...]:
+    base = Case("small", {"batch": 2, "seq": 3, "heads": 4, "dim": 64, "rows": 40}, {"scale": 0.0625, "topk": 8}, tier="smoke")
+    return (
+        base,
+        base.but("ties", "smoke", data="ties"),
+        base.but("few_visible", data="few_visible"),
+        base.but("on_grid", data="fp4"),
+        *base.odd("seq", sizes=(0, 1, 17)),
+        base.but("topk=rows", topk=40),
+        base.but("views", views=True),
+        base.but("flash", batch=1, heads=64, dim=128, rows=600, topk=512, scale=0.011048543456039806),
+    )
+
+
+def _cached_index_topk_cases() -> tuple[Case, ...]:
+    base = Case(
+        "small",
+        {"batch": 2, "seq": 3, "heads": 4, "dim": 64, "rows": 40, "slots": 100, "rope_dim": 0},
+        {"layout": "key", "scale": 0.0625, "topk": 8},
+        tier="smoke",
+    )
+    return (
+        base,
+        base.but("ties", "smoke", data="ties"),
+        base.but("few_visible", data="few_visible"),
+        *base.odd("seq", sizes=(0, 1, 17)),
+        base.but("views", views=True),
+        base.but("flash", batch=1, heads=64, dim=128, rows=600, slots=700, topk=512, scale=0.011048543456039806),
+    )
+
+
+def _cached_sparse_attn_cases() -> tuple[Case, ...]:
+    base = Case(
+        "small",
+        {"tokens": 5, "heads": 4, "dim": 128, "rope_dim": 64, "ring_slots": 24, "recent": 16, "row_slots": 40, "old": 20, "picks": 24},
+        {"layout": "kv", "softmax_scale": 0.08838834764831845},
+        tier="smoke",
+    )
+    return (
+        base,
+        base.but("window_alone", "smoke", dtypes={"rows": "none"}),
+        *base.odd(),
+        base.but("padding", "smoke", data="padding"),
+        base.but("all_masked", data="all_masked"),
+        base.but("strong_sink", data="strong_sink"),
+        base.but("no_recent_rows", recent=0),
+        base.but("views", views=True),
+        base.but("flash", tokens=2, heads=64, dim=512, recent=127, ring_slots=136, picks=148, softmax_scale=512**-0.5),
+    )
 
 
 class FusedOps(EmbedOps, NormOps, QuantOps, MatmulOps, MoeOps, AttentionOps, MhcOps, CacheOps):
@@ -24,6 +132,7 @@ class FusedOps(EmbedOps, NormOps, QuantOps, MatmulOps, MoeOps, AttentionOps, Mhc
         returns="tokens vocab",
         dtypes={"x": "act", "weight": "weight", "return": "wide"},
         fused=True,
+        cases=_logits_cases,
     )
     def logits(self, x: Array, weight: Array) -> Array:
         """``y[t, v] = sum_d x[t, d] * weight[v, d]``, wide and not rounded."""
@@ -34,6 +143,7 @@ class FusedOps(EmbedOps, NormOps, QuantOps, MatmulOps, MoeOps, AttentionOps, Mhc
         returns=("tokens dim", "tokens hc", "tokens hc hc"),
         dtypes={"h": "act", "fn": "float32", "scale": "float32", "base": "float32", "weight": "weight", "return.0": "act", "return.1": "wide", "return.2": "wide"},
         fused=True,
+        cases=_hc_pre_norm_cases,
     )
     def hc_pre_norm(
         self, h: Array, fn: Array, scale: Array, base: Array, weight: Array, *, norm_eps: float, eps: float, iters: int
@@ -47,6 +157,7 @@ class FusedOps(EmbedOps, NormOps, QuantOps, MatmulOps, MoeOps, AttentionOps, Mhc
         returns="tokens dim",
         dtypes={"x": "act", "w1": "weight", "w3": "weight", "w2": "weight", "return": "act"},
         fused=True,
+        cases=_ffn_cases,
     )
     def ffn(self, x: Array, w1: ScaledArray, w3: ScaledArray, w2: ScaledArray, *, limit: float) -> Array:
         """The shared expert: ``w2 . swiglu(w1 . x, w3 . x)``."""
@@ -70,6 +181,7 @@ class FusedOps(EmbedOps, NormOps, QuantOps, MatmulOps, MoeOps, AttentionOps, Mhc
             "return": "out_dtype",
         },
         fused=True,
+        cases=_moe_cases,
     )  # fmt: skip
     def moe(
         self,
@@ -97,6 +209,7 @@ class FusedOps(EmbedOps, NormOps, QuantOps, MatmulOps, MoeOps, AttentionOps, Mhc
         dtypes={"q": "act", "weights": "wide", "keys": "act", "visible": "int32", "offset": "int32", "return": "int32"},
         judged="discrete",
         fused=True,
+        cases=_index_topk_cases,
     )
     def index_topk(self, q: Array, weights: Array, keys: Array, visible: Array, offset: Array, *, scale: float, topk: int) -> Array:
         """``index_select`` of ``index_scores``, in blocks of tokens so that scores of a long context never exist at once."""
@@ -122,6 +235,7 @@ class FusedOps(EmbedOps, NormOps, QuantOps, MatmulOps, MoeOps, AttentionOps, Mhc
         dtypes={"q": "act", "weights": "wide", "cache": "cache", "index": "int32", "visible": "int32", "offset": "int32", "return": "int32"},
         judged="discrete",
         fused=True,
+        cases=_cached_index_topk_cases,
     )  # fmt: skip
     def cached_index_topk(
         self, q: Array, weights: Array, cache: Array, index: Array, visible: Array, offset: Array, *, layout: RowLayout, scale: float, topk: int
@@ -143,6 +257,7 @@ class FusedOps(EmbedOps, NormOps, QuantOps, MatmulOps, MoeOps, AttentionOps, Mhc
         },
         narrower=("probabilities in bfloat16",),
         fused=True,
+        cases=_cached_sparse_attn_cases,
     )  # fmt: skip
     def cached_sparse_attn(
         self,
