@@ -1,0 +1,46 @@
+"""Recorded vectors: what the published model definition computes on three small checkpoints, shipped with the suite."""
+
+from __future__ import annotations
+
+import functools
+import json
+import lzma
+import math
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from dsv4_core.shards import VIEWS
+from dsv4_core.weights import embedded
+
+if TYPE_CHECKING:
+    from dsv4_core.dtypes import Host
+
+Model = Literal["tiny-flash", "tiny-pro", "tiny-jargon"]
+MODELS: tuple[Model, ...] = ("tiny-flash", "tiny-pro", "tiny-jargon")
+_GOLDEN = Path(str(resources.files("dsv4_conformance"))) / "data" / "golden"
+
+
+def checkpoint_path(model: Model) -> Path:
+    """Give the directory of a checkpoint that vectors were recorded on."""
+    return embedded() if model == "tiny-jargon" else _GOLDEN / model
+
+
+@functools.cache
+def load(model: Model, which: Literal["golden", "trace"]) -> dict[str, Host]:
+    """Read recorded tensors by name, read-only; FP8 as uint8. Names and shapes: ``data/golden/README.md``.
+
+    tiny-jargon has no trace: ``FileNotFoundError``.
+    """
+    data = lzma.decompress((_GOLDEN / model / f"{which}.safetensors.xz").read_bytes())
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:begin])
+    header.pop("__metadata__", None)
+    return {
+        name: np.frombuffer(
+            data, VIEWS[entry["dtype"]], math.prod(entry["shape"]), begin + entry["data_offsets"][0]
+        ).reshape(entry["shape"])
+        for name, entry in header.items()
+    }
