@@ -36,10 +36,20 @@ def test_every_cell_of_the_table_has_a_sample(generation):
     assert named == {sample.call for sample in samples(generation)}
 
 
-@pytest.mark.parametrize(("generation", "i", "sample"), [pytest.param(*s, id=f"{s[0]}-{s[1]}-{s[2].call}") for s in _all_samples()])
-def test_opcheck(generation, i, sample, monkeypatch):
+@pytest.mark.parametrize(
+    ("generation", "sample"), [pytest.param(g, s, id=f"{g}-{i}-{s.call}") for g, i, s in _all_samples()]
+)
+def test_opcheck(generation, sample, monkeypatch):
     allclose = torch.allclose  # has no kernel for E4M3, and opcheck compares operands before and after with it
-    monkeypatch.setattr(torch, "allclose", lambda a, b, **kw: torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if a.dtype == torch.float8_e4m3fn else allclose(a, b, **kw))
+    monkeypatch.setattr(
+        torch,
+        "allclose",
+        lambda a, b, **kw: (
+            torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+            if a.dtype == torch.float8_e4m3fn
+            else allclose(a, b, **kw)
+        ),
+    )
     chip = simulate.install(generation)
     before = chip.calls[sample.op]
     torch.library.opcheck(_op(sample.op), (), sample.arguments, test_utils=("test_schema", "test_faketensor"))
@@ -66,7 +76,7 @@ def test_what_950_alone_computes_is_refused_elsewhere(call):
 
 def test_the_dispatcher_refuses_unknown_arguments():
     simulate.install("910B")
-    with pytest.raises(RuntimeError, match="unknown|Unknown|unexpected"):
+    with pytest.raises(RuntimeError, match=r"unknown|Unknown|unexpected"):
         torch.ops.npu.npu_rms_norm(torch.ones(2, 4), torch.ones(4), eps=1e-6)
 
 
@@ -87,7 +97,13 @@ def test_unknown_generation_is_named():
 def test_it_does_not_load_beside_torch_npu(tmp_path):
     (tmp_path / "torch_npu.py").write_text("raise ImportError('libhccl.so: cannot open shared object file')\n")
     code = "from dsv4_backend_ascend import simulate\nsimulate.install('910B')"
-    run = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": f"{tmp_path}:{_source_roots()}"}, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": f"{tmp_path}:{_source_roots()}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 1
     assert "RuntimeError: torch-npu is installed: simulated CANN does not load beside it" in run.stderr
 

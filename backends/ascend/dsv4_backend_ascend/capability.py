@@ -28,7 +28,9 @@ def cann_version(text: str) -> tuple[int, ...]:
     """Order CANN versions: ``8.2.RC1 < 8.5.0 < 9.1.0_beta.1 < 9.1.0``. Raises ``ValueError`` for anything else."""
     match = _VERSION.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"CANN version {text!r} is not of the form 8.2.RC1 or 9.1.0; see the `version` line of CANN's install.info")
+        raise ValueError(
+            f"CANN version {text!r} is not of the form 8.2.RC1 or 9.1.0; see the `version` line of CANN's install.info"
+        )
     major, minor, candidate, patch, _ = match.groups()
     released = text.strip().count("beta") + text.strip().count("alpha") == 0
     return (int(major), int(minor), 0 if patch is None else 1 + int(patch), int(candidate or 0), int(released))
@@ -90,7 +92,8 @@ class Table:
     def answer(self, contract: str, generation: Generation, dtypes: Dtypes, *, cann: str | None = None) -> Answer:
         """Say how a contract runs for operands of these dtypes: the table's part of it, before shapes are looked at.
 
-        A contract of several calls (quantise, multiply) is served when all of them are; calls that differ in dtypes only are alternatives. ``cann`` None: any.
+        A contract of several calls (quantise, multiply) is served when all of them are; calls that differ in dtypes
+        only are alternatives. ``cann`` None: any.
         """
         for absence in self.absent:
             if contract in absence.contracts and generation in absence.generations and _fits(absence.operands, dtypes):
@@ -98,10 +101,18 @@ class Table:
         serving = [call for call in self.calls if contract in call.serves]
         if not serving:
             return Answer("composed", reason=f"no npu op serves {contract}")
-        found = [(call, cell) for call in serving for cell in call.cells if generation in cell.generations and _fits(cell.operands, dtypes)]
+        found = [
+            (call, cell)
+            for call in serving
+            for cell in call.cells
+            if generation in cell.generations and _fits(cell.operands, dtypes)
+        ]
         if not found:
             named = ", ".join(f"{name}={dtype}" for name, dtype in dtypes.items())
-            return Answer("composed", reason=f"{' and '.join(dict.fromkeys(call.op for call in serving))}: not for {named} on {generation}")
+            return Answer(
+                "composed",
+                reason=f"{' and '.join(dict.fromkeys(call.op for call in serving))}: not for {named} on {generation}",
+            )
         for call, cell in found:
             if cann is not None and cann_version(cann) < cann_version(cell.min_cann):
                 return Answer("composed", reason=f"{call.op} needs CANN {cell.min_cann} on {generation}, found {cann}")
@@ -125,10 +136,12 @@ def table() -> Table:
     return Table(
         wheel=raw["wheel"],
         calls=tuple(
-            Call(call["name"], call["op"], tuple(call["serves"]), call["rounding"], tuple(map(_cell, call["cell"]))) for call in raw["call"]
+            Call(call["name"], call["op"], tuple(call["serves"]), call["rounding"], tuple(map(_cell, call["cell"])))
+            for call in raw["call"]
         ),
         absent=tuple(
-            Absence(tuple(entry["contracts"]), tuple(entry["generations"]), entry["reason"], entry.get("operands", {})) for entry in raw["absent"]
+            Absence(tuple(entry["contracts"]), tuple(entry["generations"]), entry["reason"], entry.get("operands", {}))
+            for entry in raw["absent"]
         ),
         unused={entry["op"]: f"{entry['reason']} (instead of {entry['instead_of']})" for entry in raw["unused"]},
     )

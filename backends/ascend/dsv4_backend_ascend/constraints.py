@@ -1,7 +1,8 @@
 """What the documents ask of a call, checked by us: torch-npu's shape functions let most violations through.
 
-Each function takes the generation and the bound arguments of one npu op and yields the rules that they break, in words. Tensors need a ``dtype`` and a
-``shape`` only, so that a plan can be checked before any array exists. Sources: the documents named in ``data/capabilities.toml``.
+Each function takes the generation and the bound arguments of one npu op and yields the rules that they break, in
+words. Tensors need a ``dtype`` and a ``shape`` only, so that a plan can be checked before any array exists. Sources:
+the documents named in ``data/capabilities.toml``.
 """
 
 from __future__ import annotations
@@ -40,7 +41,13 @@ def contiguous(tensor: Any) -> bool:
 def rms_norm(_generation: Generation, a: SimpleNamespace) -> Iterator[str]:
     """Dtype pairs and the shape of gamma."""
     x, gamma = dtype_of(a.input), dtype_of(a.gamma)
-    if (x, gamma) not in {("float16", "float32"), ("bfloat16", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "float32")}:
+    if (x, gamma) not in {
+        ("float16", "float32"),
+        ("bfloat16", "float32"),
+        ("float16", "float16"),
+        ("bfloat16", "bfloat16"),
+        ("float32", "float32"),
+    }:
         yield f"input is {x} with gamma {gamma}; gamma is float32 or of the input's dtype"
     if tuple(a.gamma.shape) != tuple(a.input.shape)[len(a.input.shape) - len(a.gamma.shape) :]:
         yield f"gamma has shape {tuple(a.gamma.shape)}; it is the input's last axes, {tuple(a.input.shape)}"
@@ -217,20 +224,28 @@ def grouped_matmul(generation: Generation, a: SimpleNamespace) -> Iterator[str]:
         yield f"x is {kind}; bfloat16, int8 (A2, A3) or float8_e4m3fn (950)"
 
 
-def _grouped_matmul_int8(generation: Generation, a: SimpleNamespace, m: int, k: int, n: int, experts: int) -> Iterator[str]:
+def _grouped_matmul_int8(
+    generation: Generation, a: SimpleNamespace, m: int, k: int, n: int, experts: int
+) -> Iterator[str]:
     if generation == "950":
         yield "this backend multiplies int8 on A2 and A3"
     if dtype_of(a.weight[0]) != "int8" or a.weight[0].shape[1] != k:
         yield f"weight is {dtype_of(a.weight[0])} with k={a.weight[0].shape[1]}; int8 with k={k}"
     if not a.scale or dtype_of(a.scale[0]) != "bfloat16" or tuple(a.scale[0].shape) != (experts, n):
         yield f"scale is missing or not bfloat16 ({experts}, {n}); BF16 results need BF16 scales"
-    if not a.per_token_scale or dtype_of(a.per_token_scale[0]) != "float32" or tuple(a.per_token_scale[0].shape) != (m,):
+    if (
+        not a.per_token_scale
+        or dtype_of(a.per_token_scale[0]) != "float32"
+        or tuple(a.per_token_scale[0].shape) != (m,)
+    ):
         yield f"per_token_scale is missing or not float32 ({m},)"
     if a.output_dtype != BFLOAT16:
         yield f"output_dtype={a.output_dtype}; bfloat16 ({BFLOAT16})"
 
 
-def _grouped_matmul_mx(generation: Generation, a: SimpleNamespace, m: int, k: int, n: int, experts: int) -> Iterator[str]:
+def _grouped_matmul_mx(
+    generation: Generation, a: SimpleNamespace, m: int, k: int, n: int, experts: int
+) -> Iterator[str]:
     fp4 = a.weight_dtype == E2M1
     weight, groups = a.weight[0], -(-k // 64)
     if generation != "950":
@@ -239,7 +254,11 @@ def _grouped_matmul_mx(generation: Generation, a: SimpleNamespace, m: int, k: in
         yield f"weight is {dtype_of(weight)} with {weight.shape[1]} rows for k={k}; float8_e4m3fn, or uint8 pairs where weight_dtype is E2M1 ({E2M1})"
     if fp4 and (k % 64 or (hasattr(weight, "stride") and not transposed(weight) and min(weight.shape[1:]) > 1)):
         yield f"E2M1 weight with k={k}; transposed, an even number of groups of 32"
-    scales, name, shape = (a.antiquant_scale, "antiquant_scale", (experts, n, groups, 2)) if fp4 else (a.scale, "scale", (experts, groups, n, 2))
+    scales, name, shape = (
+        (a.antiquant_scale, "antiquant_scale", (experts, n, groups, 2))
+        if fp4
+        else (a.scale, "scale", (experts, groups, n, 2))
+    )
     if not scales or tuple(scales[0].shape) != shape or dtype_of(scales[0]) not in {"uint8", "int8", "float8_e8m0fnu"}:
         yield f"{name} is missing or not bytes of shape {shape}"
     if not a.per_token_scale or tuple(a.per_token_scale[0].shape) != (m, groups, 2):
@@ -279,7 +298,7 @@ def moe_init_routing_v2(_generation: Generation, a: SimpleNamespace) -> Iterator
 
 
 def moe_token_unpermute(_generation: Generation, a: SimpleNamespace) -> Iterator[str]:
-    """Picks of a token, weighted and summed."""
+    """Weighted sums of a token's picks."""
     rows = tuple(a.permuted_tokens.shape)
     if len(rows) != 2 or dtype_of(a.permuted_tokens) not in {"float16", "bfloat16", "float32"}:
         yield f"permuted_tokens is {dtype_of(a.permuted_tokens)}{rows}; [rows, channels] in a floating dtype"
@@ -287,12 +306,14 @@ def moe_token_unpermute(_generation: Generation, a: SimpleNamespace) -> Iterator
         yield f"sorted_indices is {dtype_of(a.sorted_indices)}{tuple(a.sorted_indices.shape)}; int32 {rows[:1]}"
     if a.padded_mode or a.restore_shape is not None:
         yield "padded_mode and restore_shape are not supported"
-    if a.probs is not None and (len(a.probs.shape) != 2 or a.probs.shape[0] * a.probs.shape[1] != rows[0] or a.probs.shape[1] > 512):
+    if a.probs is not None and (
+        len(a.probs.shape) != 2 or a.probs.shape[0] * a.probs.shape[1] != rows[0] or a.probs.shape[1] > 512
+    ):
         yield f"probs has shape {tuple(a.probs.shape)}; tokens, picks with {rows[0]} elements and at most 512 picks"
 
 
 def lightning_indexer(generation: Generation, a: SimpleNamespace) -> Iterator[str]:
-    """Queries of 128 channels against keys in blocks."""
+    """Key blocks of 128 channels."""
     if a.layout_query != "BSND" or a.layout_key != "PA_BSND":
         yield f"layouts {a.layout_query} and {a.layout_key}; this backend calls BSND with PA_BSND"
         return
@@ -314,9 +335,18 @@ def lightning_indexer(generation: Generation, a: SimpleNamespace) -> Iterator[st
     if a.sparse_mode not in {0, 3} or (a.pre_tokens, a.next_tokens) != (TOKENS_ALL, TOKENS_ALL) or a.return_value:
         yield f"sparse_mode={a.sparse_mode}, pre_tokens, next_tokens, return_value; 0 or 3, the defaults, False with PA_BSND"
     batch = a.query.shape[0]
-    if a.block_table is None or dtype_of(a.block_table) != "int32" or len(a.block_table.shape) != 2 or a.block_table.shape[0] != batch:
+    if (
+        a.block_table is None
+        or dtype_of(a.block_table) != "int32"
+        or len(a.block_table.shape) != 2
+        or a.block_table.shape[0] != batch
+    ):
         yield f"block_table is missing or not int32 [{batch}, blocks]"
-    if a.actual_seq_lengths_key is None or dtype_of(a.actual_seq_lengths_key) != "int32" or tuple(a.actual_seq_lengths_key.shape) != (batch,):
+    if (
+        a.actual_seq_lengths_key is None
+        or dtype_of(a.actual_seq_lengths_key) != "int32"
+        or tuple(a.actual_seq_lengths_key.shape) != (batch,)
+    ):
         yield f"actual_seq_lengths_key is missing or not int32 ({batch},)"
     if not contiguous(a.query) or not contiguous(a.key) or not contiguous(a.weights):
         yield "query, key or weights are not contiguous"
@@ -328,7 +358,9 @@ def sparse_flash_attention(generation: Generation, a: SimpleNamespace) -> Iterat
         yield f"layouts {a.layout_query} and {a.layout_kv}; this backend calls TND, where the softmax maximum and sum are returned"
         return
     tokens, heads, dim = a.query.shape
-    if len({dtype_of(t) for t in (a.query, a.key, a.value, a.query_rope, a.key_rope) if t is not None}) != 1 or dtype_of(a.query) not in {"bfloat16", "float16"}:
+    if len(
+        {dtype_of(t) for t in (a.query, a.key, a.value, a.query_rope, a.key_rope) if t is not None}
+    ) != 1 or dtype_of(a.query) not in {"bfloat16", "float16"}:
         yield "query, key, value and both ropes are not of one dtype, bfloat16 or float16"
     if dim != 512 or a.key.shape[2] != 512:
         yield f"head_dim={dim}; 512"
@@ -342,10 +374,20 @@ def sparse_flash_attention(generation: Generation, a: SimpleNamespace) -> Iterat
         yield f"{heads} heads on 950; 1 to 128"
     if a.attention_mode != 2:
         yield f"attention_mode={a.attention_mode}; 2 only"
-    if a.sparse_mode not in {0, 3} or (a.pre_tokens, a.next_tokens) != (TOKENS_ALL, TOKENS_ALL) or a.sparse_block_size != 1:
+    if (
+        a.sparse_mode not in {0, 3}
+        or (a.pre_tokens, a.next_tokens) != (TOKENS_ALL, TOKENS_ALL)
+        or a.sparse_block_size != 1
+    ):
         yield f"sparse_mode={a.sparse_mode}, sparse_block_size={a.sparse_block_size}; 0 or 3, single rows, default pre_tokens and next_tokens"
     picks = tuple(a.sparse_indices.shape)
-    if dtype_of(a.sparse_indices) != "int32" or len(picks) != 3 or picks[:2] != (tokens, 1) or picks[2] < 1 or not contiguous(a.sparse_indices):
+    if (
+        dtype_of(a.sparse_indices) != "int32"
+        or len(picks) != 3
+        or picks[:2] != (tokens, 1)
+        or picks[2] < 1
+        or not contiguous(a.sparse_indices)
+    ):
         yield f"sparse_indices is {dtype_of(a.sparse_indices)}{picks}; contiguous int32 ({tokens}, 1, picks)"
     for name in ("actual_seq_lengths_query", "actual_seq_lengths_kv"):
         lengths = getattr(a, name)

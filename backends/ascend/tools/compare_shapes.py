@@ -1,35 +1,41 @@
 """Rung L1: compare our schemas and shape functions with those of the real torch-npu wheel; write a report.
 
-Run in the environment of ``npu_venv.py``. For every way in which the backend calls an op, on every generation, the wheel's shape function and ours see the same
-meta tensors; shapes, dtypes and refusals have to agree. Calls that we refuse are tried too: what the wheel lets through is why ``constraints.py`` exists.
+Run in the environment of ``npu_venv.py``. For every way in which the backend calls an op, on every generation, the
+wheel's shape function and ours see the same meta tensors; shapes, dtypes and refusals have to agree. Calls that we
+refuse are tried too: what the wheel lets through is why ``constraints.py`` exists.
 
-    python backends/ascend/tools/npu_venv.py --venv .venv-npu run backends/ascend/tools/compare_shapes.py --report reports/ascend/l1.json
+    python backends/ascend/tools/npu_venv.py --venv .venv-npu run backends/ascend/tools/compare_shapes.py --report
+    reports/ascend/l1.json
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import datetime as dt
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch_npu  # registers the ops
+import torch_npu  # noqa: F401  registers the ops
 from torch.utils import _pytree as pytree
 from torch_npu import version
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dsv4_backend_ascend.capability import GENERATIONS, table  # noqa: E402  the path comes first
-from dsv4_backend_ascend.simulate.library import SHAPES, bind, schemas  # noqa: E402
-from dsv4_backend_ascend.simulate.samples import VIOLATIONS, Sample, samples  # noqa: E402
+from dsv4_backend_ascend.capability import GENERATIONS, table
+from dsv4_backend_ascend.simulate.library import SHAPES, bind, schemas
+from dsv4_backend_ascend.simulate.samples import VIOLATIONS, Sample, samples
 
 
 def meta(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same call on tensors without data; strides stay."""
-    return dict(pytree.tree_map_only(torch.Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"), arguments))
+    """Strip a call's tensors of their data; strides stay."""
+    return dict(
+        pytree.tree_map_only(
+            torch.Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"), arguments
+        )
+    )
 
 
 def describe(results: Any) -> list[str]:
@@ -39,7 +45,7 @@ def describe(results: Any) -> list[str]:
 
 
 def wheel(op: str, arguments: dict[str, Any]) -> tuple[list[str], str]:
-    """What the wheel's shape function says of a call, or how it refuses it."""
+    """Ask the wheel's shape function about a call; give its results or its refusal."""
     try:
         return describe(getattr(torch.ops.npu, op).default(**meta(arguments))), ""
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
@@ -50,7 +56,9 @@ def schema_drift() -> dict[str, dict[str, str]]:
     """Ops whose committed schema differs from the wheel's, with both."""
     drift = {}
     for op, committed in schemas().items():
-        found = next((str(s) for s in torch._C._jit_get_schemas_for_operator(f"npu::{op}") if not s.overload_name), "missing")  # noqa: SLF001
+        found = next(
+            (str(s) for s in torch._C._jit_get_schemas_for_operator(f"npu::{op}") if not s.overload_name), "missing"
+        )
         if found != committed:
             drift[op] = {"committed": committed, "wheel": found}
     return drift
@@ -60,16 +68,24 @@ def compare(sample: Sample) -> dict[str, Any]:
     """One call, both shape functions."""
     theirs, refusal = wheel(sample.op, sample.arguments)
     ours = describe(SHAPES[sample.op](bind(sample.op, (), meta(sample.arguments))))
-    return {"call": sample.call, "op": sample.op, "agrees": ours == theirs, "ours": ours, "wheel": theirs or f"refused: {refusal}"}
+    return {
+        "call": sample.call,
+        "op": sample.op,
+        "agrees": ours == theirs,
+        "ours": ours,
+        "wheel": theirs or f"refused: {refusal}",
+    }
 
 
 def refused_by_us() -> list[dict[str, str]]:
-    """What the wheel's shape functions do with calls that we refuse: forbidden by the documents, or not how this backend calls the op."""
+    """Ask the wheel's shape functions about calls that we refuse: forbidden by documents, or not how the op is called here."""
     found = []
     for violation in VIOLATIONS:
         sample = next(s for g in GENERATIONS for s in samples(g) if s.call == violation.call)
         _, refusal = wheel(sample.op, violation.change(sample.arguments))
-        found.append({"call": violation.call, "rule": violation.word, "wheel": f"refused: {refusal}" if refusal else "accepted"})
+        found.append(
+            {"call": violation.call, "rule": violation.word, "wheel": f"refused: {refusal}" if refusal else "accepted"}
+        )
     return found
 
 
@@ -86,7 +102,7 @@ def main() -> int:
     report = {
         "rung": "L1",
         "says": "schemas and shape functions agree with the real wheel; nothing was computed and no NPU was present",
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
         "versions": {
             "torch": torch.__version__,
             "torch-npu": version.__version__,
@@ -103,7 +119,9 @@ def main() -> int:
     args.report.parent.mkdir(parents=True, exist_ok=True)
     args.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     accepted = sum(entry["wheel"] == "accepted" for entry in refused)
-    print(f"{len(schemas())} schemas, {len(drift)} differ; {sum(map(len, calls.values()))} calls, {len(disagreements)} differ in shape")
+    print(
+        f"{len(schemas())} schemas, {len(drift)} differ; {sum(map(len, calls.values()))} calls, {len(disagreements)} differ in shape"
+    )
     print(f"{len(refused)} calls that constraints.py refuses: the wheel accepts {accepted}")
     return 1 if drift or disagreements else 0
 

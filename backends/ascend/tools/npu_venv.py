@@ -1,7 +1,8 @@
 """A virtual environment in which the real torch-npu wheel imports on a machine without CANN.
 
-``build`` installs the wheel and stands in for CANN: the shared objects that the wheel links against, holding one C function that returns 0 for each C symbol
-that CANN would provide. ``run`` executes a script there. What that gives is schemas, shape functions and fake ``npu`` tensors; nothing can be computed.
+``build`` installs the wheel and stands in for CANN: the shared objects that the wheel links against, holding one C
+function that returns 0 for each C symbol that CANN would provide. ``run`` executes a script there. What that gives is
+schemas, shape functions and fake ``npu`` tensors; nothing can be computed.
 
     python backends/ascend/tools/npu_venv.py --venv .venv-npu build
     python backends/ascend/tools/npu_venv.py --venv .venv-npu run backends/ascend/tools/snapshot_schemas.py
@@ -30,7 +31,9 @@ def needed(library: Path) -> set[str]:
 
 def undefined(library: Path) -> set[str]:
     """C symbols that ``library`` expects from CANN."""
-    text = subprocess.run(["nm", "-D", "--undefined-only", str(library)], check=True, capture_output=True, text=True).stdout
+    text = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(library)], check=True, capture_output=True, text=True
+    ).stdout
     names = (line.split()[-1] for line in text.splitlines())
     return {name for name in names if name.startswith(CANN_PREFIXES) and "@" not in name}
 
@@ -49,7 +52,11 @@ def build(root: Path) -> None:
         venv.create(root, with_pip=True)
     subprocess.run([str(root / "bin" / "python"), "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
     torch_npu = package(root)
-    libraries = [*torch_npu.glob("*.so"), *torch_npu.glob("lib/libtorch_npu.so"), *torch_npu.glob("lib/libtensorpipe.so")]
+    libraries = [
+        *torch_npu.glob("*.so"),
+        *torch_npu.glob("lib/libtorch_npu.so"),
+        *torch_npu.glob("lib/libtensorpipe.so"),
+    ]
     symbols = sorted(set().union(*map(undefined, libraries)))
     loaded = subprocess.run(["ldconfig", "-p"], check=True, capture_output=True, text=True).stdout
     own = {path.name for path in [*torch_npu.glob("lib/*"), *torch_npu.parent.glob("torch/lib/*")]}
@@ -66,7 +73,11 @@ def build(root: Path) -> None:
 
 def environment(root: Path) -> dict[str, str]:
     """Environment variables under which the wheel imports: stand-ins found, no autoload by a plain ``import torch``."""
-    return {**os.environ, "LD_LIBRARY_PATH": f"{root / 'cann-stubs'}:{package(root) / 'lib'}", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    return {
+        **os.environ,
+        "LD_LIBRARY_PATH": f"{root / 'cann-stubs'}:{package(root) / 'lib'}",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+    }
 
 
 def main() -> int:
@@ -83,7 +94,9 @@ def main() -> int:
     if args.command == "build":
         build(root)
         return 0
-    return subprocess.run([str(root / "bin" / "python"), args.script, *args.arguments], env=environment(root), check=False).returncode
+    return subprocess.run(
+        [str(root / "bin" / "python"), args.script, *args.arguments], env=environment(root), check=False
+    ).returncode
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch_npu import version
 PACKAGE = Path(__file__).resolve().parents[1] / "dsv4_backend_ascend"
 sys.path.insert(0, str(PACKAGE.parent))
 
-from dsv4_backend_ascend.capability import table  # noqa: E402  the path comes first
+from dsv4_backend_ascend.capability import table
 
 SNAPSHOT = PACKAGE / "data" / "npu_schemas.json"
 
@@ -26,11 +26,16 @@ def snapshot() -> dict[str, object]:
     """Schemas as printed by the dispatcher; an op that the wheel lacks is an error that names it."""
     schemas = {}
     for op in sorted(table().ops):
-        found = torch._C._jit_get_schemas_for_operator(f"npu::{op}")  # noqa: SLF001  the one listing of an op's overloads
+        found = torch._C._jit_get_schemas_for_operator(f"npu::{op}")
         if not found:
             raise SystemExit(f"torch-npu {torch_npu.__version__} has no npu::{op}; the capability table names it")
         schemas[op] = str(next(schema for schema in found if not schema.overload_name))
-    return {"wheel": f"torch-npu {version.__version__}", "commit": version.git_version, "torch": torch.__version__.partition("+")[0], "schemas": schemas}
+    return {
+        "wheel": f"torch-npu {version.__version__}",
+        "commit": version.git_version,
+        "torch": torch.__version__.partition("+")[0],
+        "schemas": schemas,
+    }
 
 
 def main() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,6 +10,9 @@ from dsv4_backend_ascend.constraints import E2M1
 from dsv4_backend_ascend.simulate.library import CannError, simulated, undefined
 from dsv4_backend_ascend.simulate.numerics import OUTPUT_DTYPES, expand
 from dsv4_backend_ascend.simulate.quant_matmul import int8_product, mx_weight
+
+if TYPE_CHECKING:
+    from types import SimpleNamespace
 
 
 def _dtype(a: SimpleNamespace) -> torch.dtype:
@@ -25,7 +28,9 @@ def boundaries(group_list: torch.Tensor, *, counts: bool, rows: int) -> list[int
     ends = group_list.cumsum(0) if counts else group_list
     if int(group_list.min()) < 0 or bool((ends.diff() < 0).any()) or int(ends[-1]) > rows:
         form = "counts" if counts else "running totals"
-        raise CannError(f"npu_grouped_matmul: group_list {group_list.tolist()} is not {form} of at most {rows} rows, none negative")
+        raise CannError(
+            f"npu_grouped_matmul: group_list {group_list.tolist()} is not {form} of at most {rows} rows, none negative"
+        )
     return [int(end) for end in ends]
 
 

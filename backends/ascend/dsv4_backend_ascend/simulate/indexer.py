@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 
 from dsv4_backend_ascend.simulate.library import CannError, simulated
+
+if TYPE_CHECKING:
+    from types import SimpleNamespace
 
 SCORES_AT_ONCE = 1 << 24  # elements alive at a time: tokens * heads * keys
 
@@ -18,7 +21,7 @@ def _shapes(a: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
 
 @simulated("npu_lightning_indexer", shapes=_shapes)
 def lightning_indexer(a: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``sparse_count`` best keys of each query by ``sum_h weights[h] * relu(query[h] . key)``, best first, then -1.
+    """Pick each query's ``sparse_count`` best keys by ``sum_h weights[h] * relu(query[h] . key)``, best first, then -1.
 
     Query s of a row sees its keys 0 .. length - 1; with sparse_mode 3 only those up to ``length - queries + s``.
     """
@@ -26,7 +29,9 @@ def lightning_indexer(a: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
     block = a.key.shape[1]
     lengths = a.actual_seq_lengths_key.long()
     if int(lengths.min()) < 0 or int(lengths.max()) > a.block_table.shape[1] * block:
-        raise CannError(f"npu_lightning_indexer: key lengths {lengths.tolist()} do not fit {a.block_table.shape[1]} blocks of {block}")
+        raise CannError(
+            f"npu_lightning_indexer: key lengths {lengths.tolist()} do not fit {a.block_table.shape[1]} blocks of {block}"
+        )
     longest = int(lengths.max())
     picks = torch.full((batch, seq, 1, a.sparse_count), -1, dtype=torch.int32)
     if longest == 0:
@@ -37,7 +42,9 @@ def lightning_indexer(a: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
         some = slice(b, b + step)
         # addresses past a row's length may be garbage: 0 is read, and masked below
         valid = torch.arange(used) < (lengths[some, None] + block - 1) // block
-        keys = a.key[a.block_table[some, :used].long().where(valid, 0)].reshape(-1, used * block, dim)[:, :longest].float()
+        keys = (
+            a.key[a.block_table[some, :used].long().where(valid, 0)].reshape(-1, used * block, dim)[:, :longest].float()
+        )
         scores = torch.einsum("bshd,bnd->bshn", a.query[some].float(), keys).relu_()
         scores = torch.einsum("bshn,bsh->bsn", scores, a.weights[some].float())
         visible = lengths[some, None].expand(-1, seq)

@@ -1,6 +1,7 @@
 """The registry behind simulated CANN: kernels under the real schemas, arguments bound and checked, one chip at a time.
 
-torch's dispatcher is one per process, and so is the simulated chip: ``install`` puts it in place, and a second call changes its generation.
+torch's dispatcher is one per process, and so is the simulated chip: ``install`` puts it in place, and a second call
+changes its generation.
 """
 
 from __future__ import annotations
@@ -44,21 +45,25 @@ def simulated(op: str, *, shapes: Kernel) -> Callable[[Kernel], Kernel]:
 
 @functools.cache
 def schemas() -> dict[str, str]:
-    """The committed snapshot: schemas of the called ops as the real wheel prints them."""
-    snapshot = json.loads(resources.files("dsv4_backend_ascend").joinpath("data/npu_schemas.json").read_text(encoding="utf-8"))
+    """Schemas of the called ops as the real wheel prints them: the committed snapshot."""
+    snapshot = json.loads(
+        resources.files("dsv4_backend_ascend").joinpath("data/npu_schemas.json").read_text(encoding="utf-8")
+    )
     return dict(snapshot["schemas"])
 
 
 @functools.cache
 def _parameters(op: str) -> tuple[tuple[str, Any], ...]:
     """Names and defaults of an op's arguments, in the schema's order."""
-    return tuple((argument.name, argument.default_value) for argument in torch._C.parse_schema(schemas()[op]).arguments)  # noqa: SLF001
+    return tuple((argument.name, argument.default_value) for argument in torch._C.parse_schema(schemas()[op]).arguments)
 
 
 def bind(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SimpleNamespace:
     """Name every argument of a call, defaults included; the dispatcher has checked the call against the schema."""
     parameters = _parameters(op)
-    return SimpleNamespace(**(dict(parameters) | {name: value for (name, _), value in zip(parameters, args, strict=False)} | kwargs))
+    return SimpleNamespace(
+        **(dict(parameters) | {name: value for (name, _), value in zip(parameters, args, strict=False)} | kwargs)
+    )
 
 
 @dataclass
@@ -93,12 +98,17 @@ _chip: Chip | None = None
 
 
 def install(generation: Generation) -> Chip:
-    """Register simulated CANN for a generation. Raises ``RuntimeError`` where torch-npu is installed: its own ops come first."""
-    global _chip  # noqa: PLW0603  the dispatcher is global, see the module's docstring
+    """Register simulated CANN for a generation.
+
+    Raises ``RuntimeError`` where torch-npu is installed: its own ops come first.
+    """
+    global _chip
     if generation not in GENERATIONS:
         raise ValueError(f"generation {generation!r} is not one of {', '.join(GENERATIONS)}")
     if importlib.util.find_spec("torch_npu") is not None:
-        raise RuntimeError("torch-npu is installed: simulated CANN does not load beside it; use an environment without torch-npu, or run on the NPU")
+        raise RuntimeError(
+            "torch-npu is installed: simulated CANN does not load beside it; use an environment without it, or run on the NPU"
+        )
     if _chip is None:
         library = torch.library.Library("npu", "DEF")
         _chip = Chip(generation, library)
@@ -115,6 +125,6 @@ def _shape(op: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def undefined(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
-    """Results that the documents leave undefined: NaN, or the lowest integer, so that whoever relies on them notices."""
+    """Fill results that the documents leave undefined with NaN or the lowest integer: who relies on them notices."""
     poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
     return torch.full(shape, poison, dtype=dtype, device=like.device)

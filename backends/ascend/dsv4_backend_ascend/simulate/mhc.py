@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 
 from dsv4_backend_ascend.simulate.library import simulated, undefined
+
+if TYPE_CHECKING:
+    from types import SimpleNamespace
 
 
 def _pre_shapes(a: SimpleNamespace) -> tuple[torch.Tensor, ...]:
@@ -17,9 +20,12 @@ def _pre_shapes(a: SimpleNamespace) -> tuple[torch.Tensor, ...]:
 
 @simulated("npu_mhc_pre", shapes=_pre_shapes)
 def mhc_pre(a: SimpleNamespace) -> tuple[torch.Tensor, ...]:
-    """The sub-layer's input, ``h_post`` and ``h_res`` before Sinkhorn; the last three results, for training, are undefined unless asked for.
+    """Give the sub-layer's input, ``h_post`` and ``h_res`` before Sinkhorn.
 
-    ``mix = phi @ x / sqrt(mean(x^2) + norm_eps)``; ``h_pre = sigmoid(mix * alpha[0] + bias) + hc_eps``, ``h_post = 2 sigmoid(mix * alpha[1] + bias)``, ``h_res = mix * alpha[2] + bias``.
+    The last three results, for training, are undefined unless asked for.
+
+    ``mix = phi @ x / sqrt(mean(x^2) + norm_eps)``; ``h_pre = sigmoid(mix * alpha[0] + bias) + hc_eps``, ``h_post = 2
+    sigmoid(mix * alpha[1] + bias)``, ``h_res = mix * alpha[2] + bias``.
     """
     tokens, streams, _ = a.x.shape
     x = a.x.float()
@@ -33,7 +39,12 @@ def mhc_pre(a: SimpleNamespace) -> tuple[torch.Tensor, ...]:
     h_res = (res * a.alpha[2] + bias_res).reshape(tokens, streams, streams)
     h_in = (h_pre.unsqueeze(-1) * x).sum(1).to(a.x.dtype)
     training = (inv_rms, h_mix, h_pre)
-    return (h_in, h_post, h_res, *(training if a.out_flag else (undefined(tuple(t.shape), t.dtype, a.x) for t in training)))
+    return (
+        h_in,
+        h_post,
+        h_res,
+        *(training if a.out_flag else (undefined(tuple(t.shape), t.dtype, a.x) for t in training)),
+    )
 
 
 def _sinkhorn_shapes(a: SimpleNamespace) -> tuple[torch.Tensor, None, None]:
@@ -42,7 +53,10 @@ def _sinkhorn_shapes(a: SimpleNamespace) -> tuple[torch.Tensor, None, None]:
 
 @simulated("npu_mhc_sinkhorn", shapes=_sinkhorn_shapes)
 def mhc_sinkhorn(a: SimpleNamespace) -> tuple[torch.Tensor, None, None]:
-    """``softmax(x) + eps`` over the last axis, by column sums, then ``num_iters - 1`` times by row and by column sums, eps added to each sum."""
+    """``softmax(x) + eps`` over the last axis, divided by column sums, then ``num_iters - 1`` times by row and column sums.
+
+    ``eps`` is added to each sum.
+    """
     y = torch.softmax(a.x, -1) + a.eps
     y = y / (y.sum(-2, keepdim=True) + a.eps)
     for _ in range(a.num_iters - 1):

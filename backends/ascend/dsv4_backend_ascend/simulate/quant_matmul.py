@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,9 +10,12 @@ from dsv4_backend_ascend.constraints import E2M1
 from dsv4_backend_ascend.simulate.library import simulated
 from dsv4_backend_ascend.simulate.numerics import OUTPUT_DTYPES, e2m1_pairs, expand
 
+if TYPE_CHECKING:
+    from types import SimpleNamespace
+
 
 def int8_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The int32 sums of int8 products, in float32. Float64 holds them exactly: 127^2 * 65535 < 2^53."""
+    """Sum int8 products as int32 does, to float32. Float64 holds the sums exactly: 127^2 * 65535 < 2^53."""
     return (x.double() @ weight.double()).float()
 
 
@@ -22,9 +25,12 @@ def mx_weight(weight: torch.Tensor, scale: torch.Tensor, *, pairs: bool) -> torc
     return expand(values, scale).t()
 
 
-@simulated("npu_quant_matmul", shapes=lambda a: a.x1.new_empty([a.x1.shape[0], a.x2.shape[1]], dtype=OUTPUT_DTYPES[a.output_dtype]))
+@simulated(
+    "npu_quant_matmul",
+    shapes=lambda a: a.x1.new_empty([a.x1.shape[0], a.x2.shape[1]], dtype=OUTPUT_DTYPES[a.output_dtype]),
+)
 def quant_matmul(a: SimpleNamespace) -> torch.Tensor:
-    """``x1 @ x2`` with the scales of both applied: after int32 sums, or per 32 channels inside a float32 sum. Rounded once."""
+    """``x1 @ x2`` with both scales: after int32 sums, or per 32 channels inside a float32 sum. Rounded once."""
     if a.x1.dtype == torch.int8:
         y = int8_product(a.x1, a.x2) * a.scale.float() * a.pertoken_scale.unsqueeze(-1)
     else:

@@ -1,17 +1,20 @@
-"""Calls as the backend makes them, one or more for each way of calling an op, and what is wrong with some that it must not make.
+"""Calls as the backend makes them, for each way of calling an op, and some that it must not make.
 
 ``opcheck``, the comparison with the real wheel's shape functions and the tests of the constraints all read these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from dsv4_backend_ascend.capability import Generation
 from dsv4_backend_ascend.constraints import BFLOAT16, E2M1, E4M3_NPU, E8M0
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from dsv4_backend_ascend.capability import Generation
 
 Arguments = dict[str, Any]
 
@@ -53,18 +56,32 @@ def _int8(*shape: int) -> torch.Tensor:
 
 
 def _common() -> Iterator[Sample]:
-    """Calls that every generation takes."""
+    """Yield calls that every generation takes."""
     for gamma in (torch.bfloat16, torch.float32):
-        yield Sample("rms_norm", "npu_rms_norm", {"input": _bf16(5, 48), "gamma": torch.rand(48).to(gamma), "epsilon": 1e-6})
+        yield Sample(
+            "rms_norm", "npu_rms_norm", {"input": _bf16(5, 48), "gamma": torch.rand(48).to(gamma), "epsilon": 1e-6}
+        )
     yield Sample(
         "grouped_projection",
         "npu_transpose_batchmatmul",
-        {"input": _bf16(5, 3, 32), "weight": _bf16(3, 32, 16), "perm_x1": [1, 0, 2], "perm_x2": [0, 1, 2], "perm_y": [1, 0, 2]},
+        {
+            "input": _bf16(5, 3, 32),
+            "weight": _bf16(3, 32, 16),
+            "perm_x1": [1, 0, 2],
+            "perm_x2": [0, 1, 2],
+            "perm_y": [1, 0, 2],
+        },
     )
     yield Sample(
         "grouped_projection",
         "npu_transpose_batchmatmul",
-        {"input": _bf16(3, 5, 32), "weight": _bf16(3, 16, 32).transpose(1, 2), "perm_x1": [0, 1, 2], "perm_x2": [0, 1, 2], "perm_y": [1, 0, 2]},
+        {
+            "input": _bf16(3, 5, 32),
+            "weight": _bf16(3, 16, 32).transpose(1, 2),
+            "perm_x1": [0, 1, 2],
+            "perm_x2": [0, 1, 2],
+            "perm_y": [1, 0, 2],
+        },
     )
     for counts in (0, 1):
         yield Sample(
@@ -101,7 +118,11 @@ def _common() -> Iterator[Sample]:
     yield Sample(
         "unpermute",
         "npu_moe_token_unpermute",
-        {"permuted_tokens": torch.randn(12, 16), "sorted_indices": torch.randperm(12).to(torch.int32), "probs": torch.ones(6, 2)},
+        {
+            "permuted_tokens": torch.randn(12, 16),
+            "sorted_indices": torch.randperm(12).to(torch.int32),
+            "probs": torch.ones(6, 2),
+        },
     )
     yield Sample(
         "lightning_indexer",
@@ -185,12 +206,23 @@ def _a5() -> Iterator[Sample]:
         yield Sample(
             "quantise_mx",
             "npu_dynamic_mx_quant",
-            {"input": _bf16(5, 256), "axis": -1, "round_mode": "rint", "dst_type": E4M3_NPU, "block_size": block, "scale_alg": algorithm},
+            {
+                "input": _bf16(5, 256),
+                "axis": -1,
+                "round_mode": "rint",
+                "dst_type": E4M3_NPU,
+                "block_size": block,
+                "scale_alg": algorithm,
+            },
         )
     mx = {"scale_dtype": E8M0, "pertoken_scale_dtype": E8M0, "output_dtype": BFLOAT16}
     x = {"x1": _codes(5, 128), "scale": _scales(16, 2, 2).transpose(0, 1), "pertoken_scale": _scales(5, 2, 2)}
     yield Sample("matmul_mx", "npu_quant_matmul", {**x, **mx, "x2": _codes(16, 128).t(), "group_sizes": [1, 1, 32]})
-    yield Sample("matmul_mx", "npu_quant_matmul", {**x, **mx, "x2": _bytes(16, 64).t(), "x2_dtype": E2M1, "group_sizes": [0, 0, 32]})
+    yield Sample(
+        "matmul_mx",
+        "npu_quant_matmul",
+        {**x, **mx, "x2": _bytes(16, 64).t(), "x2_dtype": E2M1, "group_sizes": [0, 0, 32]},
+    )
     grouped = {
         "x": [_codes(7, 128)],
         "per_token_scale": [_scales(7, 2, 2)],
@@ -204,17 +236,34 @@ def _a5() -> Iterator[Sample]:
     yield Sample(
         "experts_mx",
         "npu_grouped_matmul",
-        {**grouped, "weight": [_codes(3, 16, 128).transpose(1, 2)], "scale": [_scales(3, 16, 2, 2).transpose(1, 2)], "scale_dtype": E8M0},
+        {
+            **grouped,
+            "weight": [_codes(3, 16, 128).transpose(1, 2)],
+            "scale": [_scales(3, 16, 2, 2).transpose(1, 2)],
+            "scale_dtype": E8M0,
+        },
     )
     yield Sample(
         "experts_mx",
         "npu_grouped_matmul",
-        {**grouped, "weight": [_bytes(3, 16, 64).transpose(1, 2)], "antiquant_scale": [_scales(3, 16, 2, 2)], "weight_dtype": E2M1},
+        {
+            **grouped,
+            "weight": [_bytes(3, 16, 64).transpose(1, 2)],
+            "antiquant_scale": [_scales(3, 16, 2, 2)],
+            "weight_dtype": E2M1,
+        },
     )
     yield Sample(
         "mhc_pre",
         "npu_mhc_pre",
-        {"x": _bf16(5, 4, 32), "phi": torch.randn(24, 128), "alpha": torch.rand(3), "bias": torch.randn(24), "norm_eps": 1e-6, "hc_eps": 1e-6},
+        {
+            "x": _bf16(5, 4, 32),
+            "phi": torch.randn(24, 128),
+            "alpha": torch.rand(3),
+            "bias": torch.randn(24),
+            "norm_eps": 1e-6,
+            "hc_eps": 1e-6,
+        },
     )
     yield Sample("mhc_sinkhorn", "npu_mhc_sinkhorn", {"x": torch.randn(5, 4, 4), "eps": 1e-6, "num_iters": 20})
     yield Sample(
@@ -242,9 +291,15 @@ VIOLATIONS: tuple[Violation, ...] = (
     Violation("rotary", _with(rotary_mode="half"), "interleave"),
     Violation("rotary", _cast("r1", torch.bfloat16), "r1"),
     Violation("rotary", lambda a: {**a, "r1": a["r1"].expand(5, 3, 32)}, "r1"),
-    Violation("grouped_projection", lambda a: {**a, "input": _bf16(*a["input"].shape[:2], 24), "weight": _bf16(3, 24, 16)}, "multiples of 16"),
+    Violation(
+        "grouped_projection",
+        lambda a: {**a, "input": _bf16(*a["input"].shape[:2], 24), "weight": _bf16(3, 24, 16)},
+        "multiples of 16",
+    ),
     Violation("grouped_projection", _with(perm_y=[0, 1, 2]), "perm"),
-    Violation("grouped_projection", lambda a: {**a, "input": a["input"].float(), "weight": a["weight"].float()}, "HF32"),
+    Violation(
+        "grouped_projection", lambda a: {**a, "input": a["input"].float(), "weight": a["weight"].float()}, "HF32"
+    ),
     Violation("quantise_int8", _cast("input", torch.float32), "float16 or bfloat16"),
     Violation("matmul_int8", _with(output_dtype=None), "output_dtype"),
     Violation("matmul_int8", _with(pertoken_scale=None), "pertoken_scale"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 
 from dsv4_backend_ascend.simulate.library import CannError, simulated
+
+if TYPE_CHECKING:
+    from types import SimpleNamespace
 
 ROWS_AT_ONCE = 1 << 24  # gathered elements alive at a time: tokens * picks * channels
 
@@ -27,13 +30,19 @@ def picked_rows(a: SimpleNamespace) -> torch.Tensor:
     kv_starts = torch.cat([kv_ends.new_zeros(1), kv_ends[:-1]])
     lengths = (kv_ends - kv_starts)[sequence]
     if int(query_ends[-1]) != a.query.shape[0] or int(kv_ends[-1]) > a.key.shape[0]:
-        raise CannError(f"npu_sparse_flash_attention: running totals end at {int(query_ends[-1])} and {int(kv_ends[-1])}; {a.query.shape[0]} tokens, {a.key.shape[0]} rows")
+        raise CannError(
+            f"npu_sparse_flash_attention: running totals end at {int(query_ends[-1])} and {int(kv_ends[-1])}; {a.query.shape[0]} tokens, {a.key.shape[0]} rows"
+        )
     picks = a.sparse_indices[:, 0].long()
     valid = picks >= 0
     if bool((valid[:, 1:] & ~valid[:, :-1]).any()):
-        raise CannError("npu_sparse_flash_attention: sparse_indices has a valid pick behind an invalid one; valid ones come first")
+        raise CannError(
+            "npu_sparse_flash_attention: sparse_indices has a valid pick behind an invalid one; valid ones come first"
+        )
     if bool((picks >= lengths[:, None]).any()):
-        raise CannError(f"npu_sparse_flash_attention: sparse_indices reaches {int(picks.max())}; below the sequence's length")
+        raise CannError(
+            f"npu_sparse_flash_attention: sparse_indices reaches {int(picks.max())}; below the sequence's length"
+        )
     if a.sparse_mode == 3:
         starts = torch.cat([query_ends.new_zeros(1), query_ends[:-1]])
         last = lengths - (query_ends - starts)[sequence] + torch.arange(a.query.shape[0]) - starts[sequence]
@@ -43,11 +52,11 @@ def picked_rows(a: SimpleNamespace) -> torch.Tensor:
 
 @simulated("npu_sparse_flash_attention", shapes=_shapes)
 def sparse_flash_attention(a: SimpleNamespace) -> tuple[torch.Tensor, ...]:
-    """Attention of each query to its picked rows: float32 inside, rounded once; maximum and sum of the scaled scores' exponentials.
+    """Attend to each query's picked rows, float32 inside, rounded once; give the scaled scores' maximum and sum of exponentials.
 
     A query without a pick is left undefined (NaN).
     """
-    tokens, heads, dim = a.query.shape
+    tokens, heads = a.query.shape[:2]
     rows = picked_rows(a)
     key = torch.cat([a.key, a.key_rope], dim=-1)[:, 0].float()
     query = torch.cat([a.query, a.query_rope], dim=-1).float()

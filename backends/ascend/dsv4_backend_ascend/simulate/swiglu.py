@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 
 from dsv4_backend_ascend.simulate.library import simulated
+
+if TYPE_CHECKING:
+    from types import SimpleNamespace
 
 
 @simulated("npu_clipped_swiglu", shapes=lambda a: a.x.new_empty([*a.x.shape[:-1], a.x.shape[-1] // 2]))

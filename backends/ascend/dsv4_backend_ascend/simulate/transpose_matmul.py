@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
-import torch
+from typing import TYPE_CHECKING
 
 from dsv4_backend_ascend.simulate.library import simulated
+
+if TYPE_CHECKING:
+    from types import SimpleNamespace
+
+    import torch
 
 
 def _shapes(a: SimpleNamespace) -> torch.Tensor:
