@@ -1,4 +1,7 @@
-"""Backend: what a vendor subclasses. The contracts come from ``ops``; this adds arrays, options and the answer to ``supports``."""
+"""Backend: what a vendor subclasses.
+
+The contracts come from ``ops``; this adds arrays, options and the answer to ``supports``.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +31,10 @@ class Option:
 class Backend(FusedOps):
     """A way to run every op. Subclass it, implement the required ops, override fused ones where that pays.
 
-    ``name``: as registered. ``options``: what the constructor takes beside ``numerics``. ``claims_level`` and ``claims``: what the backend's own file says
-    it fulfils (the conformance suite holds it to that). ``batch_invariant``, ``deterministic``: bitwise claims. ``narrower``: op -> the narrower intermediates it
-    declares, from the contract's own list.
+    ``name``: as registered. ``options``: what the constructor takes beside ``numerics``. ``claims_level`` and
+    ``claims``: what the backend's own file says it fulfils (the conformance suite holds it to that).
+    ``batch_invariant``, ``deterministic``: bitwise claims. ``narrower``: op -> the narrower intermediates it declares,
+    from the contract's own list.
     """
 
     name = "?"
@@ -44,7 +48,9 @@ class Backend(FusedOps):
     def __init__(self, *, numerics: Numerics = "native", **options: Any) -> None:
         """Raise ``BackendError`` for a numerics mode or an option that this backend does not have."""
         if numerics not in self.numerics_modes:
-            raise BackendError(f"backend {self.name!r}: numerics {numerics!r} is not one of {', '.join(self.numerics_modes)}")
+            raise BackendError(
+                f"backend {self.name!r}: numerics {numerics!r} is not one of {', '.join(self.numerics_modes)}"
+            )
         known = {o.name: o.default for o in self.options}
         if unknown := sorted(options.keys() - known.keys()):
             takes = ", ".join(sorted(known)) or "none"
@@ -61,12 +67,16 @@ class Backend(FusedOps):
                 continue
             method = getattr(cls, name)
             theirs = inspect.signature(method)
-            if [(p.name, p.kind) for p in theirs.parameters.values()] != [(p.name, p.kind) for p in spec.signature.parameters.values()]:
+            if [(p.name, p.kind) for p in theirs.parameters.values()] != [
+                (p.name, p.kind) for p in spec.signature.parameters.values()
+            ]:
                 raise TypeError(f"{cls.__name__}.{name}{theirs} does not match the contract {name}{spec.signature}")
         for name, declared in cls.__dict__.get("narrower", {}).items():
             for what in declared:
                 if what not in OPS[name].narrower:
-                    raise TypeError(f"{cls.__name__}.narrower[{name!r}] declares {what!r}; the contract allows {OPS[name].narrower or 'nothing narrower'}")
+                    raise TypeError(
+                        f"{cls.__name__}.narrower[{name!r}] declares {what!r}; the contract allows {OPS[name].narrower or 'nothing narrower'}"
+                    )
 
     @classmethod
     def implements(cls, op: str) -> bool:
@@ -76,7 +86,8 @@ class Backend(FusedOps):
     def supports(self, op: str, **operands: Operand | Any) -> Support:
         """Say who would run ``op`` on operands of these dtypes and shapes (scalars by value), or why nobody can.
 
-        Override to refuse by dtype or shape; a refusal becomes an error before any weight is read, never an exception in a forward.
+        Override to refuse by dtype or shape; a refusal becomes an error before any weight is read, never an exception
+        in a forward.
         """
         del operands
         if self.implements(op):
@@ -109,7 +120,9 @@ class Backend(FusedOps):
 
 
 class _LoadOnUse(Sequence[Any]):
-    """Experts that are loaded one by one; shape and dtype come from the first, whose bytes stay untouched until it is used."""
+    """Experts that are loaded one by one; shape and dtype come from the first, whose bytes stay untouched until it is
+    used.
+    """
 
     def __init__(self, backend: Backend, experts: Experts) -> None:
         self.backend, self.experts = backend, experts

@@ -22,7 +22,10 @@ class CacheError(ValueError):
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's arrays; rows of sequence s begin at ``s * rows per sequence``. None where the layer's ratio has no such thing."""
+    """One layer's arrays; rows of sequence s begin at ``s * rows per sequence``.
+
+    None where the layer's ratio has no such thing.
+    """
 
     ratio: int
     ring: Array
@@ -36,7 +39,8 @@ class LayerCache:
 class Cache:
     """Room for ``sequences`` sequences of up to ``capacity`` tokens, each rewindable by ``rewindable`` tokens.
 
-    ``lengths[s]``: tokens that sequence s holds. ``furthest[s]``: the most it ever held, which limits how far back its rings reach.
+    ``lengths[s]``: tokens that sequence s holds. ``furthest[s]``: the most it ever held, which limits how far back its
+    rings reach.
     """
 
     backend: Backend
@@ -52,7 +56,9 @@ class Cache:
         """Allocate; raise ``CacheError`` where the capacity is more than the model's positions."""
         if not 0 < self.capacity <= self.config.max_position_embeddings:
             limit = self.config.max_position_embeddings
-            raise CacheError(f"cache: capacity of {self.capacity} tokens; the model has positions 0 .. {limit - 1} (max_position_embeddings)")
+            raise CacheError(
+                f"cache: capacity of {self.capacity} tokens; the model has positions 0 .. {limit - 1} (max_position_embeddings)"
+            )
         self.lengths = np.zeros(self.sequences, np.int64)
         self.furthest = np.zeros(self.sequences, np.int64)
         self.layers = [self._layer(ratio) for ratio in self.config.compress_ratios]
@@ -61,7 +67,11 @@ class Cache:
     def kv_layout(self) -> RowLayout:
         """Key/value rows: packed in native mode, plain in the exact ones."""
         c = self.config
-        return RowLayout("kv", c.head_dim, c.qk_rope_head_dim) if self.backend.numerics == "native" else RowLayout("plain", c.head_dim)
+        return (
+            RowLayout("kv", c.head_dim, c.qk_rope_head_dim)
+            if self.backend.numerics == "native"
+            else RowLayout("plain", c.head_dim)
+        )
 
     @cached_property
     def key_layout(self) -> RowLayout:
@@ -106,7 +116,12 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays: the formulas of model.md section 5, times sequences."""
-        arrays = (a for layer in self.layers for a in (layer.ring, layer.rows, layer.keys, layer.state, layer.key_state) if a is not None)
+        arrays = (
+            a
+            for layer in self.layers
+            for a in (layer.ring, layer.rows, layer.keys, layer.state, layer.key_state)
+            if a is not None
+        )
         return sum(int(np.prod(a.shape)) * _ITEMSIZE[str(a.dtype).removeprefix("torch.")] for a in arrays)
 
     def advance(self, sequences: Host, ends: Host) -> None:
@@ -115,7 +130,9 @@ class Cache:
         self.furthest[sequences] = np.maximum(self.furthest[sequences], ends)
 
     def rewind(self, sequence: int, length: int) -> None:
-        """Forget all but the first ``length`` tokens of a sequence; raise ``CacheError`` where its rings no longer reach back so far."""
+        """Forget all but the first ``length`` tokens of a sequence; raise ``CacheError`` where its rings no longer
+        reach back so far.
+        """
         have, floor = int(self.lengths[sequence]), max(0, int(self.furthest[sequence]) - self.rewindable)
         if not 0 <= length <= have:
             raise CacheError(f"rewind: sequence {sequence} holds {have} tokens, not {length}")

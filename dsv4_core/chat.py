@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
@@ -24,8 +26,8 @@ class Message(_Turn, total=False):
 def encode(messages: Sequence[Message], *, thinking: bool = False) -> str:
     """Write a conversation as a prompt; where the last turn is a user's, the assistant's is opened.
 
-    ``thinking`` opens it with ``<think>`` instead of ``</think>``. Reasoning is kept only after the last user turn; of earlier turns only the reply is.
-    Raises ``ValueError`` for another role, or for a system turn that is not the first.
+    ``thinking`` opens it with ``<think>`` instead of ``</think>``. Reasoning is kept only after the last user turn; of
+    earlier turns only the reply is. Raises ``ValueError`` for another role, or for a system turn that is not the first.
     """
     last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
     text = BEGIN
@@ -41,5 +43,7 @@ def encode(messages: Sequence[Message], *, thinking: bool = False) -> str:
             reasoning = message.get("reasoning_content", "")
             text += (f"{THINK}{reasoning}{THOUGHT}" if reasoning and i > last_user else THOUGHT) + content + END
         else:
-            raise ValueError(f"chat: message {i} has role {role!r} here; a conversation is an optional system turn, then user and assistant in turns")
+            raise ValueError(
+                f"chat: message {i} has role {role!r} here; a conversation is an optional system turn, then user and assistant in turns"
+            )
     return text

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dsv4_core.dtypes import FP4_GROUP, FP8_BLOCK, KV_BLOCK
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class ConfigError(ValueError):
@@ -31,12 +33,20 @@ class RopeScaling:
 
 def _quantization() -> dict[str, Any]:
     block = [FP8_BLOCK, FP8_BLOCK]
-    return {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": block, "activation_scheme": "dynamic", "scale_fmt": "ue8m0"}
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": block,
+        "activation_scheme": "dynamic",
+        "scale_fmt": "ue8m0",
+    }
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Hyperparameters under config.json's names; ``compress_ratios`` has one entry per layer and then one per MTP block."""
+    """Hyperparameters under config.json's names; ``compress_ratios`` has one entry per layer and then one per MTP
+    block.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -94,19 +104,43 @@ class ModelConfig:
         ratios = self.num_hidden_layers + self.num_nextn_predict_layers
         nope = self.head_dim - self.qk_rope_head_dim
         rules += [
-            ("compress_ratios", len(self.compress_ratios) == ratios, f"must have {ratios} entries: one per layer, then one per MTP block"),
-            ("compress_ratios", set(self.compress_ratios) <= {0, 4, 128}, "may hold 0 (window only), 4 (CSA) and 128 (HCA)"),
+            (
+                "compress_ratios",
+                len(self.compress_ratios) == ratios,
+                f"must have {ratios} entries: one per layer, then one per MTP block",
+            ),
+            (
+                "compress_ratios",
+                set(self.compress_ratios) <= {0, 4, 128},
+                "may hold 0 (window only), 4 (CSA) and 128 (HCA)",
+            ),
             ("compress_ratios", not any(self.compress_ratios[self.num_hidden_layers :]), "must be 0 for the MTP block"),
             ("num_nextn_predict_layers", self.num_nextn_predict_layers in {0, 1}, "may be 0 or 1"),
             ("head_dim", nope > 0 and nope % KV_BLOCK == 0, f"less qk_rope_head_dim must be a multiple of {KV_BLOCK}"),
-            ("index_head_dim", self.index_head_dim & (self.index_head_dim - 1) == 0, "must be a power of two (Hadamard rotation)"),
-            ("index_head_dim", self.index_head_dim >= max(FP4_GROUP, self.qk_rope_head_dim), "must hold the RoPE channels and one FP4 group"),
+            (
+                "index_head_dim",
+                self.index_head_dim & (self.index_head_dim - 1) == 0,
+                "must be a power of two (Hadamard rotation)",
+            ),
+            (
+                "index_head_dim",
+                self.index_head_dim >= max(FP4_GROUP, self.qk_rope_head_dim),
+                "must hold the RoPE channels and one FP4 group",
+            ),
             ("o_groups", self.num_attention_heads % self.o_groups == 0, "must divide num_attention_heads"),
-            ("num_experts_per_tok", self.num_experts_per_tok <= self.n_routed_experts, "must not exceed n_routed_experts"),
+            (
+                "num_experts_per_tok",
+                self.num_experts_per_tok <= self.n_routed_experts,
+                "must not exceed n_routed_experts",
+            ),
             ("num_hash_layers", self.num_hash_layers <= self.num_hidden_layers, "must not exceed num_hidden_layers"),
         ]
         rules += [
-            (key, getattr(self, key) % FP8_BLOCK == 0, f"must be a multiple of {FP8_BLOCK}: activations are quantised in blocks of that many channels")
+            (
+                key,
+                getattr(self, key) % FP8_BLOCK == 0,
+                f"must be a multiple of {FP8_BLOCK}: activations are quantised in blocks of that many channels",
+            )
             for key in ("hidden_size", "q_lora_rank", "moe_intermediate_size")
         ]
         wo_b_in = self.o_groups * self.o_lora_rank
@@ -127,7 +161,9 @@ class ModelConfig:
         kept = {k: v for k, v in values.items() if k in known}
         required = {f.name for f in fields(cls) if f.name in _REQUIRED}
         if missing := sorted(required - kept.keys()):
-            raise ConfigError(f"config.json: missing {', '.join(missing)}; is this a DeepSeek-V4 checkpoint (model_type {values.get('model_type')!r})?")
+            raise ConfigError(
+                f"config.json: missing {', '.join(missing)}; is this a DeepSeek-V4 checkpoint (model_type {values.get('model_type')!r})?"
+            )
         for key, ok in (("compress_ratios", list), ("num_hidden_layers", int), ("hidden_size", int)):
             if not isinstance(kept[key], ok | tuple if ok is list else ok):
                 raise ConfigError(f"config.json: {key} = {kept[key]!r} must be of type {ok.__name__}")
@@ -147,9 +183,13 @@ class ModelConfig:
         try:
             values = json.loads(path.read_text())
         except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file; a model directory holds config.json, model.safetensors.index.json and its shards") from None
+            raise ConfigError(
+                f"{path}: no such file; a model directory holds config.json, model.safetensors.index.json and its shards"
+            ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not JSON ({error}); copy the file again from the published checkpoint") from None
+            raise ConfigError(
+                f"{path}: not JSON ({error}); copy the file again from the published checkpoint"
+            ) from None
         return cls.from_dict(values)
 
     def to_json(self) -> str:
@@ -183,7 +223,9 @@ class ModelConfig:
         freq = theta ** (-2.0 * index / r)
 
         def dim(rotations: float) -> float:
-            return r * math.log(yarn.original_max_position_embeddings / (2 * math.pi * rotations)) / (2 * math.log(theta))
+            return (
+                r * math.log(yarn.original_max_position_embeddings / (2 * math.pi * rotations)) / (2 * math.log(theta))
+            )
 
         low, high = max(math.floor(dim(yarn.beta_fast)), 0), min(math.ceil(dim(yarn.beta_slow)), r - 1)
         ramp = np.clip((index - low) / (high - low if high != low else 0.001), 0, 1)
@@ -191,9 +233,26 @@ class ModelConfig:
 
 
 _REQUIRED = frozenset(
-    ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "qk_rope_head_dim", "q_lora_rank", "o_groups")
-    + ("o_lora_rank", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "num_hash_layers", "index_n_heads", "index_head_dim")
-    + ("index_topk", "compress_ratios", "routed_scaling_factor")
+    (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "head_dim",
+        "qk_rope_head_dim",
+        "q_lora_rank",
+        "o_groups",
+        "o_lora_rank",
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "num_hash_layers",
+        "index_n_heads",
+        "index_head_dim",
+        "index_topk",
+        "compress_ratios",
+        "routed_scaling_factor",
+    )
 )  # the fields above that have no default
 
 
@@ -203,23 +262,67 @@ def _csa_hca(layers: int) -> tuple[int, ...]:
 
 PRESETS: dict[str, ModelConfig] = {
     "flash": ModelConfig(
-        vocab_size=129280, hidden_size=4096, num_hidden_layers=43, num_attention_heads=64, head_dim=512, qk_rope_head_dim=64,
-        q_lora_rank=1024, o_groups=8, o_lora_rank=1024, n_routed_experts=256, num_experts_per_tok=6, moe_intermediate_size=2048,
-        num_hash_layers=3, index_n_heads=64, index_head_dim=128, index_topk=512, compress_ratios=(0, 0, *_csa_hca(41), 0),
+        vocab_size=129280,
+        hidden_size=4096,
+        num_hidden_layers=43,
+        num_attention_heads=64,
+        head_dim=512,
+        qk_rope_head_dim=64,
+        q_lora_rank=1024,
+        o_groups=8,
+        o_lora_rank=1024,
+        n_routed_experts=256,
+        num_experts_per_tok=6,
+        moe_intermediate_size=2048,
+        num_hash_layers=3,
+        index_n_heads=64,
+        index_head_dim=128,
+        index_topk=512,
+        compress_ratios=(0, 0, *_csa_hca(41), 0),
         routed_scaling_factor=1.5,
     ),
     "pro": ModelConfig(
-        vocab_size=129280, hidden_size=7168, num_hidden_layers=61, num_attention_heads=128, head_dim=512, qk_rope_head_dim=64,
-        q_lora_rank=1536, o_groups=16, o_lora_rank=1024, n_routed_experts=384, num_experts_per_tok=6, moe_intermediate_size=3072,
-        num_hash_layers=3, index_n_heads=64, index_head_dim=128, index_topk=1024, compress_ratios=(128, 128, *_csa_hca(59), 0),
+        vocab_size=129280,
+        hidden_size=7168,
+        num_hidden_layers=61,
+        num_attention_heads=128,
+        head_dim=512,
+        qk_rope_head_dim=64,
+        q_lora_rank=1536,
+        o_groups=16,
+        o_lora_rank=1024,
+        n_routed_experts=384,
+        num_experts_per_tok=6,
+        moe_intermediate_size=3072,
+        num_hash_layers=3,
+        index_n_heads=64,
+        index_head_dim=128,
+        index_topk=1024,
+        compress_ratios=(128, 128, *_csa_hca(59), 0),
         routed_scaling_factor=2.5,
     ),
     "tiny": ModelConfig(
-        vocab_size=512, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, head_dim=128, qk_rope_head_dim=64,
-        q_lora_rank=128, o_groups=2, o_lora_rank=64, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=128,
-        num_hash_layers=1, index_n_heads=4, index_head_dim=64, index_topk=32, compress_ratios=(0, 0, 4, 128, 4, 128, 0),
-        routed_scaling_factor=1.5, sliding_window=64, max_position_embeddings=4096,
+        vocab_size=512,
+        hidden_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        head_dim=128,
+        qk_rope_head_dim=64,
+        q_lora_rank=128,
+        o_groups=2,
+        o_lora_rank=64,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+        num_hash_layers=1,
+        index_n_heads=4,
+        index_head_dim=64,
+        index_topk=32,
+        compress_ratios=(0, 0, 4, 128, 4, 128, 0),
+        routed_scaling_factor=1.5,
+        sliding_window=64,
+        max_position_embeddings=4096,
         rope_scaling=RopeScaling(original_max_position_embeddings=1024),
     ),
-}  # fmt: skip
+}
 """flash and pro: the published models; tiny: every kind of layer at the size of a test."""

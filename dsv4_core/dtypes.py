@@ -1,8 +1,8 @@
 """Number formats: names, rounding, power-of-two scales, packed FP4 and block-scaled weights.
 
-A dtype is a name, ml_dtypes' own (``"bfloat16"``, ``"float8_e4m3fn"`` ...), because every library has an object of its own for
-each and old ones lack some. Quantised data is *bytes*: E4M3 codes, E8M0 scales and packed pairs of E2M1 are ``uint8`` arrays,
-and the contract that takes them says which they are.
+A dtype is a name, ml_dtypes' own (``"bfloat16"``, ``"float8_e4m3fn"`` ...), because every library has an object of its
+own for each and old ones lack some. Quantised data is *bytes*: E4M3 codes, E8M0 scales and packed pairs of E2M1 are
+``uint8`` arrays, and the contract that takes them says which they are.
 """
 
 from __future__ import annotations
@@ -30,17 +30,23 @@ KV_BLOCK = 64  # key/value rows are quantised in blocks of 64 channels
 
 E4M3_VALUES: npt.NDArray[np.float32] = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 E8M0_VALUES: npt.NDArray[np.float32] = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
-E2M1_VALUES: npt.NDArray[np.float32] = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+E2M1_VALUES: npt.NDArray[np.float32] = np.array(
+    [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32
+)
 E2M1_PAIRS: npt.NDArray[np.float32] = np.stack([np.tile(E2M1_VALUES, 16), np.repeat(E2M1_VALUES, 16)], axis=1)
 """Values of both nibbles of a byte, the low nibble (the even column) first: [256, 2]."""
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """Give NumPy's dtype object for a dtype name; raise ``ValueError`` for a name that neither NumPy nor ml_dtypes knows."""
+    """Give NumPy's dtype object for a dtype name; raise ``ValueError`` for a name that neither NumPy nor ml_dtypes
+    knows.
+    """
     try:
         return np.dtype(getattr(ml_dtypes, name, name))
     except TypeError:
-        raise ValueError(f"dtype {name!r} is unknown to NumPy and ml_dtypes; names are those of ml_dtypes, e.g. 'bfloat16'") from None
+        raise ValueError(
+            f"dtype {name!r} is unknown to NumPy and ml_dtypes; names are those of ml_dtypes, e.g. 'bfloat16'"
+        ) from None
 
 
 def dtype_name(array: Any) -> str:
@@ -51,8 +57,8 @@ def dtype_name(array: Any) -> str:
 def power_of_two_scale(amax: Host, fmt: Format) -> npt.NDArray[np.uint8]:
     """Give the E8M0 byte of the smallest power of two s with ``amax / s <= max`` of the format, from float32 bits.
 
-    ``s = 2 ** ceil(log2(amax * float32(1 / max)))``: the biased exponent, plus one where any mantissa bit is set. ``amax`` is raised to
-    the format's floor first. Source: the published quantisation kernels' rounding of scales.
+    ``s = 2 ** ceil(log2(amax * float32(1 / max)))``: the biased exponent, plus one where any mantissa bit is set.
+    ``amax`` is raised to the format's floor first. Source: the published quantisation kernels' rounding of scales.
     """
     amax32 = np.maximum(amax.astype(np.float32), np.float32(AMAX_FLOOR[fmt]))
     bits = (amax32 * np.float32(1 / FORMAT_MAX[fmt])).view(np.uint32)
@@ -60,14 +66,19 @@ def power_of_two_scale(amax: Host, fmt: Format) -> npt.NDArray[np.uint8]:
 
 
 def encode(x: Host, fmt: Format) -> npt.NDArray[np.uint8]:
-    """Clamp to the format's largest value and round to nearest even: one code a byte (FP4 unpacked). NaN stays NaN in E4M3."""
+    """Clamp to the format's largest value and round to nearest even: one code a byte (FP4 unpacked).
+
+    NaN stays NaN in E4M3.
+    """
     top = np.asarray(FORMAT_MAX[fmt], x.dtype)
     kind = ml_dtypes.float8_e4m3fn if fmt == "e4m3" else ml_dtypes.float4_e2m1fn
     return np.clip(x, -top, top).astype(kind).view(np.uint8)
 
 
 def round_to_grid(x: Host, fmt: Format) -> Host:
-    """``decode(encode(x))`` in ``x``'s own dtype (float32 or float64), by arithmetic alone: clamp, then to nearest even on the format's grid."""
+    """``decode(encode(x))`` in ``x``'s own dtype (float32 or float64), by arithmetic alone: clamp, then to nearest even
+    on the format's grid.
+    """
     top = x.dtype.type(FORMAT_MAX[fmt])
     mantissa, smallest = (3, 2.0**-6) if fmt == "e4m3" else (1, 1.0)  # bits; least normal number
     y = np.clip(x, -top, top)
@@ -132,7 +143,9 @@ class ScaledArray:
     def dequantise(self, dtype: str = "float32") -> Host:
         """Multiply codes by scales, exactly (a product of two powers-of-two grids): [out, in]. Host arrays only."""
         out, cols = self.shape
-        values = (unpack_fp4(self.data) if self.format == "e2m1" else decode(self.data, "e4m3")).astype(numpy_dtype(dtype), copy=False)
+        values = (unpack_fp4(self.data) if self.format == "e2m1" else decode(self.data, "e4m3")).astype(
+            numpy_dtype(dtype), copy=False
+        )
         scale = E8M0_VALUES[self.scale].astype(values.dtype, copy=False)
         if self.format == "e2m1":
             values.reshape(out, cols // FP4_GROUP, FP4_GROUP)[...] *= scale[:, :, None]
@@ -143,7 +156,9 @@ class ScaledArray:
 
 
 def quantise_weight(weight: Host, fmt: Format) -> ScaledArray:
-    """Quantise [out, in] (in a multiple of 32) in the checkpoint's own grids: FP8 in 128 x 128 blocks, FP4 in groups of 32."""
+    """Quantise [out, in] (in a multiple of 32) in the checkpoint's own grids: FP8 in 128 x 128 blocks, FP4 in groups of
+    32.
+    """
     out, cols = weight.shape
     wide = weight.astype(np.float32)
     if fmt == "e2m1":
@@ -184,9 +199,10 @@ class Experts:
 class RowLayout:
     """How a row is stored in the cache.
 
-    ``kv``: key/value row of ``dim`` channels, the last ``rope_dim`` as BF16, the others as E4M3 in blocks of 64: codes, then E8M0 scales
-    padded to 8 bytes, then the BF16 channels. ``key``: indexer key of ``dim`` channels: E2M1 pairs, then one E8M0 scale per 32. ``plain``: the
-    array's own dtype, nothing packed (exact modes, and the compressor's float32 state).
+    ``kv``: key/value row of ``dim`` channels, the last ``rope_dim`` as BF16, the others as E4M3 in blocks of 64: codes,
+    then E8M0 scales padded to 8 bytes, then the BF16 channels. ``key``: indexer key of ``dim`` channels: E2M1 pairs,
+    then one E8M0 scale per 32. ``plain``: the array's own dtype, nothing packed (exact modes, and the compressor's
+    float32 state).
     """
 
     kind: Literal["kv", "key", "plain"]

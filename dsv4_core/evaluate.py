@@ -19,12 +19,18 @@ if TYPE_CHECKING:
 
 
 def teacher_forced(
-    model: Model, tokens: Host, *, prefill: int, chunk: int = CHUNK, mtp: bool = False, progress: Callable[[int, int], None] | None = None
+    model: Model,
+    tokens: Host,
+    *,
+    prefill: int,
+    chunk: int = CHUNK,
+    mtp: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Host]:
     """Feed ``tokens`` [batch, total], the first ``prefill`` in chunks, the rest one by one.
 
-    Gives ``logits`` [batch, 1 + total - prefill, vocab], float32 (float64 in float64 mode), and where ``mtp`` also ``mtp_logits`` [batch, vocab]: the MTP block
-    over the prompt's streams with tokens 1 .. prefill, last position.
+    Gives ``logits`` [batch, 1 + total - prefill, vocab], float32 (float64 in float64 mode), and where ``mtp`` also
+    ``mtp_logits`` [batch, vocab]: the MTP block over the prompt's streams with tokens 1 .. prefill, last position.
     """
     be = model.backend
     batch, total = tokens.shape

@@ -22,7 +22,10 @@ CHUNK = 2048  # tokens of a prefill step: activations and scores of one chunk ar
 
 @dataclass(frozen=True)
 class Sampling:
-    """``temperature = 0`` is greedy. Each sequence draws from a stream of its own, so that its text does not depend on the batch."""
+    """``temperature = 0`` is greedy.
+
+    Each sequence draws from a stream of its own, so that its text does not depend on the batch.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -54,7 +57,9 @@ def prefill(
     mtp_next: Host | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prefilled:
-    """Feed ``ids`` [n, S] in chunks; ``counts``: how many of each row are real (padding on the right). ``mtp_next`` [n, S]: run the MTP block too, on these next tokens.
+    """Feed ``ids`` [n, S] in chunks; ``counts``: how many of each row are real (padding on the right).
+
+    ``mtp_next`` [n, S]: run the MTP block too, on these next tokens.
 
     ``progress(done, of)`` is called after each chunk, in tokens per sequence.
     """
@@ -78,9 +83,14 @@ def prefill(
                 last_mtp[b] = None if mtp is None else mtp[at : at + 1]
         if progress:
             progress(min(start + chunk, total), total)
-    joined = [model.backend.concat([row for row in rows if row is not None], axis=0) if rows[0] is not None else None for rows in (last, last_mtp)]
+    joined = [
+        model.backend.concat([row for row in rows if row is not None], axis=0) if rows[0] is not None else None
+        for rows in (last, last_mtp)
+    ]
     if joined[0] is None:
-        raise ValueError("prefill: a sequence has no token; a prompt needs at least one (the tokenizer's begin-of-sentence token)")
+        raise ValueError(
+            "prefill: a sequence has no token; a prompt needs at least one (the tokenizer's begin-of-sentence token)"
+        )
     return Prefilled(joined[0], joined[1])
 
 
@@ -89,14 +99,16 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
-    sampling: Sampling = Sampling(),  # noqa: B008  frozen
+    sampling: Sampling = Sampling(),
     stop: Collection[int] = (),
     chunk: int = CHUNK,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[list[int | None]]:
-    """Yield one token per sequence and step, None for a sequence that has stopped; a stop token is yielded, then its sequence stops.
+    """Yield one token per sequence and step, None for a sequence that has stopped; a stop token is yielded, then its
+    sequence stops.
 
-    Raises ``CacheError`` where prompt and ``max_tokens`` exceed the model's positions, ``ValueError`` for ids outside the vocabulary.
+    Raises ``CacheError`` where prompt and ``max_tokens`` exceed the model's positions, ``ValueError`` for ids outside
+    the vocabulary.
     """
     batch = len(prompts)
     counts = [len(p) for p in prompts]
@@ -138,12 +150,16 @@ def speculate(
     drafts: Drafts | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[int]:
-    """Greedy decoding of one sequence, two tokens a step where the MTP block guesses the second one right: yields the same tokens as ``generate``.
+    """Greedy decoding of one sequence, two tokens a step where the MTP block guesses the second one right: yields the
+    same tokens as ``generate``.
 
-    The same bits too where the backend is batch invariant; elsewhere a step of two tokens may round differently from two of one.
+    The same bits too where the backend is batch invariant; elsewhere a step of two tokens may round differently from
+    two of one.
     """
     be, drafts = model.backend, drafts or Drafts()
-    cache = Cache(be, model.config, 1, min(len(prompt) + max_tokens + 1, model.config.max_position_embeddings), rewindable=1)
+    cache = Cache(
+        be, model.config, 1, min(len(prompt) + max_tokens + 1, model.config.max_position_embeddings), rewindable=1
+    )
     *head, last = prompt
     if head:
         prefill(model, cache, np.array([head]), chunk=chunk, mtp_next=np.array([prompt[1:]]), progress=progress)
@@ -175,4 +191,6 @@ def speculate(
 def _sample(model: Model, logits: Array, sampling: Sampling, uniform: Host) -> Host:
     """Sampled ids [n] int32 on the host: the one thing that the graph reads back."""
     be = model.backend
-    return be.to_numpy(be.sample(logits, be.from_numpy(uniform), temperature=sampling.temperature, top_p=sampling.top_p))
+    return be.to_numpy(
+        be.sample(logits, be.from_numpy(uniform), temperature=sampling.temperature, top_p=sampling.top_p)
+    )

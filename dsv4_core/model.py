@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dsv4_core.dtypes import FP4_GROUP, KV_BLOCK, Experts, RowLayout, ScaledArray
+from dsv4_core.dtypes import FP4_GROUP, KV_BLOCK, Experts, ScaledArray
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dsv4_core.backend import Backend
-    from dsv4_core.cache import Cache, LayerCache
+    from dsv4_core.cache import LayerCache
     from dsv4_core.config import ModelConfig
     from dsv4_core.dtypes import Host
     from dsv4_core.spec import Array
@@ -35,7 +35,10 @@ class WeightSource(Protocol):
 
 @dataclass(frozen=True)
 class Parallel:
-    """What one rank of several computes, and where partial results are put together. Alone: everything, and nothing to reduce."""
+    """What one rank of several computes, and where partial results are put together.
+
+    Alone: everything, and nothing to reduce.
+    """
 
     first_expert: int = 0
     reduce_attention: Callable[[Array], Array] | None = None
@@ -141,7 +144,12 @@ class Model:
     """DeepSeek-V4: ``forward`` gives streams, ``logits`` reduces them, ``mtp`` looks one token further."""
 
     def __init__(
-        self, source: WeightSource, backend: Backend, *, parallel: Parallel = ALONE, progress: Callable[[int, int], None] | None = None
+        self,
+        source: WeightSource,
+        backend: Backend,
+        *,
+        parallel: Parallel = ALONE,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Load every weight through ``backend.load``; ``progress(done, of)`` is called after each layer."""
         self.config, self.backend, self.parallel = source.config, backend, parallel
@@ -162,7 +170,10 @@ class Model:
                 progress(c.layers, c.layers)
 
     def forward(self, step: Step) -> Array:
-        """Run the main stack on a step's tokens; give the streams [T, hc, D]. The cache's rows are written, its lengths are not."""
+        """Run the main stack on a step's tokens; give the streams [T, hc, D].
+
+        The cache's rows are written, its lengths are not.
+        """
         be = self.backend
         h = be.hc_expand(self._embedding(step.ids), hc=self.config.hc_mult)
         for block in self.blocks:
@@ -170,7 +181,9 @@ class Model:
         return h
 
     def mtp(self, h: Array, next_ids: Array, step: Step) -> Array:
-        """Run the MTP block on the main stack's streams and the *next* tokens' ids, at the same positions; give its streams."""
+        """Run the MTP block on the main stack's streams and the *next* tokens' ids, at the same positions; give its
+        streams.
+        """
         be, c, mtp = self.backend, self.config, self.mtp_block
         if mtp is None:
             raise ValueError("this checkpoint has no MTP block (num_nextn_predict_layers = 0)")
@@ -250,14 +263,23 @@ class Model:
         x = be.hadamard(x.reshape((n * heads, di)))
         return be.act_qdq(x, format="e2m1", block=FP4_GROUP, channels=di)
 
-    def _compress(self, w: Compressor, x: Array, block: Block, cache: LayerCache, step: Step, where: Compression) -> None:
+    def _compress(
+        self, w: Compressor, x: Array, block: Block, cache: LayerCache, step: Step, where: Compression
+    ) -> None:
         """Add this step's tokens to the open windows and store the rows of those that close."""
         be, c = self.backend, self.config
         rows = self._close_windows(w, x, c.head_dim, cache.state, step, where)
         if rows is not None:
-            be.cache_write(_held(cache.rows), self._kv_row(rows, where.row_positions, block.freqs), where.row_write, layout=step.cache.kv_layout)
+            be.cache_write(
+                _held(cache.rows),
+                self._kv_row(rows, where.row_positions, block.freqs),
+                where.row_write,
+                layout=step.cache.kv_layout,
+            )
 
-    def _close_windows(self, w: Compressor, x: Array, dim: int, state: Array | None, step: Step, where: Compression) -> Array | None:
+    def _close_windows(
+        self, w: Compressor, x: Array, dim: int, state: Array | None, step: Step, where: Compression
+    ) -> Array | None:
         """Rows [n * closing, dim], normed, of the windows that close in this step; None where none does."""
         be, c = self.backend, self.config
         layout = step.cache.state_layout(where.ratio, dim)
@@ -272,7 +294,9 @@ class Model:
     def _picked_rows(
         self, w: Indexer | None, qr: Array, x: Array, block: Block, cache: LayerCache, step: Step, where: Compression
     ) -> tuple[Array, Array] | None:
-        """Which compressed rows are read and, counted among all rows, which each token attends to: ``row_index``, ``idxs`` [T, ...]."""
+        """Which compressed rows are read and, counted among all rows, which each token attends to: ``row_index``,
+        ``idxs`` [T, ...].
+        """
         if w is None:
             return (where.row_read, where.row_idxs) if where.bound and where.row_idxs is not None else None
         be, c = self.backend, self.config
@@ -307,10 +331,21 @@ class Model:
         if w.tid2eid is not None:
             weights, indices = be.gate_hash(x, w.gate, w.tid2eid, step.ids, route_scale=c.routed_scaling_factor)
         else:
-            weights, indices = be.gate(x, w.gate, w.bias, topk=c.num_experts_per_tok, route_scale=c.routed_scaling_factor)
+            weights, indices = be.gate(
+                x, w.gate, w.bias, topk=c.num_experts_per_tok, route_scale=c.routed_scaling_factor
+            )
         shared = be.ffn(x, *w.shared, limit=c.swiglu_limit)
         out_dtype = be.wide_dtype if p.reduce_moe else be.activation_dtype
-        y = be.moe(x, weights, indices, shared, *w.experts, first_expert=p.first_expert, limit=c.swiglu_limit, out_dtype=out_dtype)
+        y = be.moe(
+            x,
+            weights,
+            indices,
+            shared,
+            *w.experts,
+            first_expert=p.first_expert,
+            limit=c.swiglu_limit,
+            out_dtype=out_dtype,
+        )
         return p.reduce_moe(y) if p.reduce_moe else y
 
 
@@ -339,15 +374,25 @@ class _Loader:
         return Head(self.mix(f"{prefix}hc_head"), self.weight(f"{prefix}norm"))
 
     def compressor(self, prefix: str) -> Compressor:
-        return Compressor(self.weight(f"{prefix}.wkv"), self.weight(f"{prefix}.wgate"), self.array(f"{prefix}.ape"), self.weight(f"{prefix}.norm"))
+        return Compressor(
+            self.weight(f"{prefix}.wkv"),
+            self.weight(f"{prefix}.wgate"),
+            self.array(f"{prefix}.ape"),
+            self.weight(f"{prefix}.norm"),
+        )
 
     def attention(self, prefix: str, ratio: int) -> Attention:
         indexer = None
         if ratio == 4:
             at = f"{prefix}.indexer"
-            indexer = Indexer(self.weight(f"{at}.wq_b"), self.weight(f"{at}.weights_proj"), self.compressor(f"{at}.compressor"))
+            indexer = Indexer(
+                self.weight(f"{at}.wq_b"), self.weight(f"{at}.weights_proj"), self.compressor(f"{at}.compressor")
+            )
         return Attention(
-            **{name: self.weight(f"{prefix}.{name}") for name in ("wq_a", "q_norm", "wq_b", "wkv", "kv_norm", "wo_a", "wo_b")},
+            **{
+                name: self.weight(f"{prefix}.{name}")
+                for name in ("wq_a", "q_norm", "wq_b", "wkv", "kv_norm", "wo_a", "wo_b")
+            },
             attn_sink=self.array(f"{prefix}.attn_sink"),
             compressor=self.compressor(f"{prefix}.compressor") if ratio else None,
             indexer=indexer,

@@ -1,22 +1,28 @@
-"""Finding backends: entry points ``dsv4.backends``, one pluggy hook, and the choice among them. The only module that imports pluggy."""
+"""Finding backends: entry points ``dsv4.backends``, one pluggy hook, and the choice among them.
+
+The only module that imports pluggy.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import pluggy
 from packaging.requirements import Requirement
 
 from dsv4_core.backend import Backend, BackendError
-from dsv4_core.spec import Numerics
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from dsv4_core.spec import Numerics
 
 GROUP = "dsv4.backends"
 ORACLES = "dsv4.oracles"
@@ -47,7 +53,11 @@ class Installed:
     @property
     def install_command(self) -> str:
         """The command that installs what is missing."""
-        return f"pip install '{self.distribution}[{self.extra}]'" if self.extra else f"pip install {' '.join(self.missing)}"
+        return (
+            f"pip install '{self.distribution}[{self.extra}]'"
+            if self.extra
+            else f"pip install {' '.join(self.missing)}"
+        )
 
 
 _MODULES = {"torch-npu": "torch_npu", "ml-dtypes": "ml_dtypes"}  # requirement names that are not their module's
@@ -71,7 +81,9 @@ def installed() -> dict[str, Installed]:
         extra = next(iter(entry.extras), "")
         distribution = entry.dist
         declared = [Requirement(r) for r in (distribution.requires or [])] if distribution else []
-        needed = [r for r in declared if (r.marker is None and not extra) or (r.marker and extra and _only_with(r, extra))]
+        needed = [
+            r for r in declared if (r.marker is None and not extra) or (r.marker and extra and _only_with(r, extra))
+        ]
         backends[entry.name] = Installed(
             name=entry.name,
             module=entry.module,
@@ -90,21 +102,31 @@ def _only_with(requirement: Requirement, extra: str) -> bool:
 
 
 def backend_class(name: str) -> type[Backend]:
-    """Import the chosen backend, and no other; raise ``BackendError`` where it is unknown, lacks a library or fails to import."""
+    """Import the chosen backend, and no other; raise ``BackendError`` where it is unknown, lacks a library or fails to
+    import.
+    """
     known = installed()
     if name not in known:
-        raise BackendError(f"unknown backend {name!r}; installed: {', '.join(sorted(known)) or 'none'}. `dsv4 backends` lists them with what they need")
-    if known[name].missing:
-        raise BackendError(f"backend {name!r} needs {', '.join(known[name].missing)}, not found here; {known[name].install_command}")
+        raise BackendError(
+            f"unknown backend {name!r}; installed: {', '.join(sorted(known)) or 'none'}. `dsv4 backends` lists them with what they need"
+        )
     manager = pluggy.PluginManager("dsv4")
     manager.add_hookspecs(BackendHooks)
     try:
         manager.load_setuptools_entrypoints(GROUP, name=name)
     except ImportError as error:
-        raise BackendError(f"backend {name!r} ({known[name].module}) failed to import: {error}; see `dsv4 backends`") from error
+        if known[name].missing:
+            raise BackendError(
+                f"backend {name!r} needs {', '.join(known[name].missing)}, not found here; {known[name].install_command}"
+            ) from error
+        raise BackendError(
+            f"backend {name!r} ({known[name].module}) failed to import: {error}; see `dsv4 backends`"
+        ) from error
     found = cast("type[Backend] | None", manager.hook.dsv4_backend())
     if found is None:
-        raise BackendError(f"module {known[name].module!r} has no hook dsv4_backend; decorate a function of that name with dsv4_core.registry.hookimpl")
+        raise BackendError(
+            f"module {known[name].module!r} has no hook dsv4_backend; decorate a function of that name with dsv4_core.registry.hookimpl"
+        )
     return found
 
 
@@ -114,17 +136,25 @@ def create(name: str, **options: Any) -> Backend:
 
 
 class Oracle(Protocol):
-    """What results are judged by: every op in a wider format than any backend's, unrounded, and its sensitivity to rounding."""
+    """What results are judged by: every op in a wider format than any backend's, unrounded, and its sensitivity to
+    rounding.
+    """
 
-    def evaluate(self, op: str, operands: Sequence[Any], scalars: Mapping[str, Any], *, samples: int, seed: int) -> tuple[Any, list[Any]]:
+    def evaluate(
+        self, op: str, operands: Sequence[Any], scalars: Mapping[str, Any], *, samples: int, seed: int
+    ) -> tuple[Any, list[Any]]:
         """Give the op's exact result on host operands, and ``samples`` results perturbed as the contract allows."""
 
 
 def oracle(numerics: Numerics, narrower: Mapping[str, tuple[str, ...]]) -> Oracle:
-    """Construct the oracle that is installed (entry points ``dsv4.oracles``) for a mode and a backend's declared narrower intermediates."""
+    """Construct the oracle that is installed (entry points ``dsv4.oracles``) for a mode and a backend's declared
+    narrower intermediates.
+    """
     for entry in metadata.entry_points(group=ORACLES):
         return cast("Oracle", entry.load()(numerics=numerics, narrower=narrower))
-    raise BackendError("no oracle is installed (entry points dsv4.oracles); dsv4 itself brings one: pip install --force-reinstall dsv4")
+    raise BackendError(
+        "no oracle is installed (entry points dsv4.oracles); dsv4 itself brings one: pip install --force-reinstall dsv4"
+    )
 
 
 @dataclass(frozen=True)
@@ -136,9 +166,16 @@ class Choice:
 
 
 def choose(flag: str | None, *, directory: Path | None = None) -> Choice:
-    """Choose by ``--backend``, then ``DSV4_BACKEND``, then ``[run] backend`` in dsv4.toml, then auto. Nothing is imported."""
+    """Choose by ``--backend``, then ``DSV4_BACKEND``, then ``[run] backend`` in dsv4.toml, then auto.
+
+    Nothing is imported.
+    """
     config = (directory or Path.cwd()) / "dsv4.toml"
-    sources = [("--backend", flag), ("DSV4_BACKEND", os.environ.get("DSV4_BACKEND")), (str(config), _configured(config))]
+    sources = [
+        ("--backend", flag),
+        ("DSV4_BACKEND", os.environ.get("DSV4_BACKEND")),
+        (str(config), _configured(config)),
+    ]
     for source, name in sources:
         if name and name != "auto":
             return Choice(name, f"chosen by {source}")

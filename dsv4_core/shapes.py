@@ -179,7 +179,7 @@ class ShapeBackend(Backend):
 
     name = "shapes"
 
-    def __init__(self, *, numerics: Numerics = "native", like: type[Backend] | None = None) -> None:
+    def __init__(self, *, numerics: Numerics = "native", like: type[Backend] | Backend | None = None) -> None:
         super().__init__(numerics=numerics)
         self.like = like
         self.layer: int | None = None  # whose ops are running; set by LayeredModel
@@ -187,13 +187,13 @@ class ShapeBackend(Backend):
     def run(self, spec: OpSpec, values: dict[str, Any]) -> Any:
         """Carry out one op: check its operands, make its results."""
         self.check_dtypes(spec, values)
-        if spec.name == "concat":
-            return self.joined(values["parts"], values["axis"])
-        sizes = bind_axes(spec, values)
+        sizes = {} if spec.name == "concat" else bind_axes(spec, values)
         return self.results(spec, values, sizes)
 
     def results(self, spec: OpSpec, values: Mapping[str, Any], sizes: Mapping[str, Any]) -> Any:
         """Make arrays of the declared result shapes and dtypes: one, a tuple, or None."""
+        if spec.name == "concat":
+            return self.joined(values["parts"], values["axis"])
         made = []
         for i, text in enumerate(spec.returns):
             if text:
@@ -295,7 +295,7 @@ class ShapeSource:
     def array(self, name: str) -> Any:
         """Give a tensor by its full name."""
         spec = self.specs[name]
-        return ShapeArray(spec.shape, STORED[spec.dtype], "weight")
+        return ShapeArray(spec.shape, STORED[spec.dtype], spec.kind)
 
     def weight(self, name: str) -> Any:
         """Give ``name.weight``, joined with its scale if it has one."""
@@ -333,7 +333,7 @@ class LayeredModel(Model):
 class Recorder(ShapeBackend):
     """Notes every call."""
 
-    def __init__(self, *, numerics: Numerics = "native", like: type[Backend] | None = None) -> None:
+    def __init__(self, *, numerics: Numerics = "native", like: type[Backend] | Backend | None = None) -> None:
         super().__init__(numerics=numerics, like=like)
         self.calls: list[Call] = []
 
@@ -345,21 +345,21 @@ class Recorder(ShapeBackend):
 
 def trace_calls(
     config: ModelConfig,
-    backend_class: type[Backend],
+    backend: type[Backend] | Backend,
     *,
-    numerics: Numerics = "native",
+    numerics: Numerics | None = None,
     batch: int = 1,
     seq: int = 1,
     start: int = 0,
     mtp: bool = False,
     expert_format: Format = "e2m1",
 ) -> list[Call]:
-    """Record the calls that ``backend_class`` would get in one step.
+    """Record the calls that ``backend`` (or its class) would get in one step, in its numerics where none are named.
 
     The step is ``seq`` tokens of each of ``batch`` sequences that hold ``start`` tokens; ``mtp``: the MTP block's, too.
     Logits and sampling are of each sequence's last token. Raises ``ShapeError`` where operands contradict their contract.
     """
-    recorder = Recorder(numerics=numerics, like=backend_class)
+    recorder = Recorder(numerics=numerics or backend.numerics, like=backend)
     run_step(LayeredModel(ShapeSource(config, expert_format), recorder), batch=batch, seq=seq, start=start, mtp=mtp)
     return recorder.calls
 

@@ -59,8 +59,9 @@ Tier = Literal["smoke", "standard", "full"]
 class Case:
     """Sizes and scalars that an op is tried with; ``name`` says what the case would break.
 
-    ``data`` names how the operands are filled, ``dtypes`` the format of weights that are not bfloat16 (``e4m3``, ``e2m1``, ``float32``), ``views`` whether
-    operands are non-contiguous. A scalar ``"act"`` or ``"wide"`` stands for that dtype's name, a ``layout`` of ``"kv"`` ... for its RowLayout.
+    ``data`` names how the operands are filled, ``dtypes`` the format of weights that are not bfloat16 (``e4m3``,
+    ``e2m1``, ``float32``), ``views`` whether operands are non-contiguous. A scalar ``"act"`` or ``"wide"`` stands for
+    that dtype's name, a ``layout`` of ``"kv"`` ... for its RowLayout.
     """
 
     name: str
@@ -71,7 +72,16 @@ class Case:
     dtypes: Mapping[str, str] = field(default_factory=dict)
     views: bool = False
 
-    def but(self, name: str, tier: Tier = "standard", *, data: str = "", dtypes: Mapping[str, str] | None = None, views: bool = False, **changes: Any) -> Case:
+    def but(
+        self,
+        name: str,
+        tier: Tier = "standard",
+        *,
+        data: str = "",
+        dtypes: Mapping[str, str] | None = None,
+        views: bool = False,
+        **changes: Any,
+    ) -> Case:
         """The same case but for ``changes`` of sizes and scalars."""
         sizes = {k: changes.get(k, v) for k, v in self.sizes.items()}
         scalars = {k: changes.get(k, v) for k, v in self.scalars.items()}
@@ -108,7 +118,9 @@ class OpSpec:
     @property
     def arrays(self) -> tuple[str, ...]:
         """Names of the positional operands."""
-        return tuple(p.name for p in self.signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self")
+        return tuple(
+            p.name for p in self.signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"
+        )
 
     @property
     def scalars(self) -> tuple[str, ...]:
@@ -139,18 +151,21 @@ def op(
 ) -> Callable[[F], F]:
     """Declare the method below as a contract.
 
-    ``axes``: the named axes of each array operand, e.g. ``"tokens dim"``; an axis may be an integer or an expression in names of other
-    axes and scalars (``"tokens*topk"``, ``"experts+1"``). A trailing ``?`` on the whole marks an operand that may be None. ``returns``: the axes of the result or
-    results ("" for none). ``dtypes``: per operand and for ``return`` (one entry for all results, or ``return.0`` ...): ``act`` (bfloat16; float32 or float64
-    in the exact modes), ``wide`` (float32; float64 in float64 mode), a dtype name, ``weight`` (an array or ``ScaledArray``), ``cache``
-    (uint8 packed, or the dtype that a plain layout stores) or ``out_dtype`` (the scalar of that name). ``accumulate``: the least precise format that sums may be kept
-    in. ``narrower``: what a backend may declare narrower than that. ``fused``: the body is the default, written in required ops; otherwise the body is never run and
-    a backend that leaves the op out raises ``UnsupportedOpError``.
+    ``axes``: the named axes of each array operand, e.g. ``"tokens dim"``; an axis may be an integer or an expression in
+    names of other axes and scalars (``"tokens*topk"``, ``"experts+1"``). A trailing ``?`` on the whole marks an operand
+    that may be None. ``returns``: the axes of the result or results ("" for none). ``dtypes``: per operand and for
+    ``return`` (one entry for all results, or ``return.0`` ...): ``act`` (bfloat16; float32 or float64 in the exact
+    modes), ``wide`` (float32; float64 in float64 mode), a dtype name, ``weight`` (an array or ``ScaledArray``),
+    ``cache`` (uint8 packed, or the dtype that a plain layout stores) or ``out_dtype`` (the scalar of that name).
+    ``accumulate``: the least precise format that sums may be kept in. ``narrower``: what a backend may declare narrower
+    than that. ``fused``: the body is the default, written in required ops; otherwise the body is never run and a
+    backend that leaves the op out raises ``UnsupportedOpError``.
 
-    The counting rule, in the same names: ``work`` gives operations by what they are done in: an array operand's name (as precise as it
-    and the numerics make the product), ``act``, ``fp4`` (both sides on the FP4 grid in native mode) or ``vector`` (elementwise, wide). A
-    product and its sum are two. ``reads`` and ``writes`` give the part of an operand that is touched, where it is not all of it, respectively
-    none; ``distinct(rows, n)`` is how many of n experts get any of ``rows`` token copies. A fused op is counted through its default.
+    The counting rule, in the same names: ``work`` gives operations by what they are done in: an array operand's name
+    (as precise as it and the numerics make the product), ``act``, ``fp4`` (both sides on the FP4 grid in native mode)
+    or ``vector`` (elementwise, wide). A product and its sum are two. ``reads`` and ``writes`` give the part of an
+    operand that is touched, where it is not all of it, respectively none; ``distinct(rows, n)`` is how many of n
+    experts get any of ``rows`` token copies. A fused op is counted through its default.
     """
     results = (returns,) if isinstance(returns, str) else returns
 
@@ -179,7 +194,9 @@ def op(
 
         @functools.wraps(method)
         def missing(self: Any, *_args: Any, **_kwargs: Any) -> Any:
-            raise UnsupportedOpError(f"backend {self.name!r} does not implement the required op {name!r}; implement {name}{OPS[name].signature}")
+            raise UnsupportedOpError(
+                f"backend {self.name!r} does not implement the required op {name!r}; implement {name}{OPS[name].signature}"
+            )
 
         return cast("F", missing)
 

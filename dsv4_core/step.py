@@ -1,7 +1,8 @@
 """One forward step's addresses: which rows every token reads and writes, computed on the host from lengths alone.
 
-All integer arithmetic of attention stands here, once for all backends: the graph and the ops get index arrays. Positions are
-known on the host, so nothing is read back from a device; a captured graph is replayed with new index arrays of the same shapes.
+All integer arithmetic of attention stands here, once for all backends: the graph and the ops get index arrays.
+Positions are known on the host, so nothing is read back from a device; a captured graph is replayed with new index
+arrays of the same shapes.
 
 Letters: n sequences, S tokens each (padded on the right), T = n * S. A token's rows are counted in the concatenation
 ``[window rows before the step: n * before | this step's: T | compressed: ...]``.
@@ -16,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsv4_core.cache import Cache, CacheError
-from dsv4_core.dtypes import Host
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dsv4_core.dtypes import Host
     from dsv4_core.spec import Array
 
 
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
 class Compression:
     """Addresses of one compress ratio. Closed: windows that end in this step, ``closing`` per sequence at most.
 
-    ``state_read`` / ``state_write``: tokens of open windows (write: -1 for tokens too old to keep). ``window_idxs`` [n * closing, span]: each closing window's tokens in
-    ``[state_read | step]``. ``row_write``, ``row_positions`` [n * closing]. ``bound``: compressed rows that any token may see. ``row_read`` [n * bound]. ``visible``
-    [n, S]. ``row_idxs`` [T, bound]: all visible rows (ratio 128).
+    ``state_read`` / ``state_write``: tokens of open windows (write: -1 for tokens too old to keep). ``window_idxs`` [n
+    * closing, span]: each closing window's tokens in ``[state_read | step]``. ``row_write``, ``row_positions`` [n *
+    closing]. ``bound``: compressed rows that any token may see. ``row_read`` [n * bound]. ``visible`` [n, S].
+    ``row_idxs`` [T, bound]: all visible rows (ratio 128).
     """
 
     ratio: int
@@ -49,9 +51,11 @@ class Compression:
 
 @dataclass(frozen=True)
 class Picks:
-    """Where the indexer's picks are read from (ratio 4). Gathered: each token's picks are read one by one and ``idxs`` is known beforehand;
-    otherwise all ``bound`` rows are read and the picks themselves, shifted by ``offset`` [n, S], are the indices.
-    """  # noqa: D205  one sentence
+    """Where the indexer's picks are read from (ratio 4).
+
+    Gathered: each token's picks are read one by one and ``idxs`` is known beforehand; otherwise all ``bound`` rows are
+    read and the picks themselves, shifted by ``offset`` [n, S], are the indices.
+    """
 
     topk: int
     gathered: bool
@@ -60,10 +64,16 @@ class Picks:
 
 
 class Step:
-    """A rectangle of tokens: ``ids`` [n, S] for cache rows ``sequences``, of which the first ``counts[b]`` of row b are real."""
+    """A rectangle of tokens: ``ids`` [n, S] for cache rows ``sequences``, of which the first ``counts[b]`` of row b are
+    real.
+    """
 
-    def __init__(self, cache: Cache, ids: Host, sequences: Sequence[int] | None = None, counts: Sequence[int] | None = None) -> None:
-        """Raise ``CacheError`` where a sequence would grow past the cache's capacity, and ``ValueError`` for ids outside the vocabulary."""
+    def __init__(
+        self, cache: Cache, ids: Host, sequences: Sequence[int] | None = None, counts: Sequence[int] | None = None
+    ) -> None:
+        """Raise ``CacheError`` where a sequence would grow past the cache's capacity, and ``ValueError`` for ids
+        outside the vocabulary.
+        """
         self.cache, self.backend, self.config = cache, cache.backend, cache.config
         self.batch, self.seq = ids.shape
         self.sequences = np.arange(self.batch) if sequences is None else np.asarray(sequences, np.int64)
@@ -95,7 +105,9 @@ class Step:
 
     @cached_property
     def ring_read(self) -> Array:
-        """Ring slots of the ``before`` rows that precede each sequence's tokens, oldest first; -1 before its beginning: [n * before]."""
+        """Ring slots of the ``before`` rows that precede each sequence's tokens, oldest first; -1 before its beginning:
+        [n * before].
+        """
         position = self.starts[:, None] + np.arange(-self.before, 0)
         return self._array(self._slots(position, self.cache.ring_rows).reshape(-1))
 
@@ -118,7 +130,9 @@ class Step:
         return np.where(position < 0, -1, sequence * rows + position % rows)
 
     def _newest(self, rows: int) -> Host:
-        """Slots [T] of this step's tokens in such rings, -1 for padding and for tokens that are overwritten within the step."""
+        """Slots [T] of this step's tokens in such rings, -1 for padding and for tokens that are overwritten within the
+        step.
+        """
         kept = self.host_positions >= self.ends[:, None] - rows
         return self._slots(np.where(kept, self.host_positions, -1), rows).reshape(-1)
 
@@ -126,7 +140,11 @@ class Step:
         """Index of positions [n, ...] in ``[before rows of each sequence | this step's tokens]``."""
         shape = (-1, *(1,) * (position.ndim - 1))
         start, b = self.starts.reshape(shape), np.arange(self.batch).reshape(shape)
-        return np.where(position >= start, self.batch * before + b * self.seq + position - start, b * before + position - start + before)
+        return np.where(
+            position >= start,
+            self.batch * before + b * self.seq + position - start,
+            b * before + position - start + before,
+        )
 
     def compression(self, ratio: int) -> Compression:
         """Addresses of a compress ratio, made once a step."""
@@ -157,7 +175,9 @@ class Step:
         if ratio == 4:
             picks = self._picks(visible, bound, behind, rows) if bound else None
         else:
-            row_idxs = self._array(np.where(column < visible[:, :, None], base[:, :, None] + column, -1).reshape(self.tokens, bound))
+            row_idxs = self._array(
+                np.where(column < visible[:, :, None], base[:, :, None] + column, -1).reshape(self.tokens, bound)
+            )
         return Compression(
             ratio=ratio,
             closing=closing,
@@ -181,7 +201,12 @@ class Step:
             return Picks(topk, gathered, self._array(offset), None)
         pick = np.arange(topk)
         idxs = np.where(pick < visible.reshape(-1, 1), behind + np.arange(self.tokens)[:, None] * topk + pick, -1)
-        return Picks(topk, gathered, self._array(np.broadcast_to(self.sequences[:, None] * rows, visible.shape)), self._array(idxs))
+        return Picks(
+            topk,
+            gathered,
+            self._array(np.broadcast_to(self.sequences[:, None] * rows, visible.shape)),
+            self._array(idxs),
+        )
 
 
 def check_ids(ids: Host, vocab_size: int) -> None:
@@ -191,4 +216,6 @@ def check_ids(ids: Host, vocab_size: int) -> None:
     wrong = np.argwhere((ids < 0) | (ids >= vocab_size))
     if len(wrong):
         where = tuple(int(i) for i in wrong[0])
-        raise ValueError(f"token id {int(ids[where])} at {list(where)} is outside the vocabulary 0 .. {vocab_size - 1}; was it made by another tokenizer?")
+        raise ValueError(
+            f"token id {int(ids[where])} at {list(where)} is outside the vocabulary 0 .. {vocab_size - 1}; was it made by another tokenizer?"
+        )

@@ -20,11 +20,16 @@ def load_tokenizer(model_dir: Path) -> Tokenizer | None:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path}: not a tokenizer that the tokenizers library reads ({error}); copy it again or use token ids") from None
+        raise ValueError(
+            f"{path}: not a tokenizer that the tokenizers library reads ({error}); copy it again or use token ids"
+        ) from None
 
 
 class TextStream:
-    """Ids to text, as they come: a piece is given out once its bytes are whole characters. Special tokens are not shown."""
+    """Ids to text, as they come: a piece is given out once its bytes are whole characters.
+
+    Special tokens are not shown.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         from tokenizers.decoders import DecodeStream

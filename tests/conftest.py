@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-
 from dsv4_conformance import golden
+
 from dsv4_core import registry
-from dsv4_core.cache import Cache
 from dsv4_core.model import Model
 from dsv4_core.step import Step
 from dsv4_core.weights import Checkpoint
+
+if TYPE_CHECKING:
+    from dsv4_core.cache import Cache
 
 RECORDED = ("tiny-flash", "tiny-pro", "tiny-jargon")
 

@@ -1,4 +1,6 @@
-"""Native arithmetic, op by op, on the published model's recorded inputs: both models, prefill and every recorded decode position."""
+"""Native arithmetic, op by op, on the published model's recorded inputs: both models, prefill and every recorded decode
+position.
+"""
 
 import functools
 
@@ -69,7 +71,9 @@ def test_act_quant_bit_for_bit(model_name, model):
         np.testing.assert_array_equal(scale, rows(t["scale"]))
 
 
-@pytest.mark.parametrize(("op", "fmt", "block"), [("act_quant_qdq_64", "e4m3", 64), ("act_quant_fp4_qdq_32", "e2m1", 32)])
+@pytest.mark.parametrize(
+    ("op", "fmt", "block"), [("act_quant_qdq_64", "e4m3", 64), ("act_quant_fp4_qdq_32", "e2m1", 32)]
+)
 def test_quantise_dequantise_bit_for_bit(model_name, model, op, fmt, block):
     for _, _, t in recorded_calls(model_name, op):
         x = rows(t["x"])
@@ -114,7 +118,9 @@ def test_hc_split_sinkhorn(model_name, model):
     for _, _, t in recorded_calls(model_name, "hc_split_sinkhorn"):
         got = model.backend.hc_split_sinkhorn(rows(t["mixes"]), t["hc_scale"], t["hc_base"], hc=4, eps=1e-6, iters=20)
         for value, name in zip(got, ("pre", "post", "comb"), strict=True):
-            np.testing.assert_allclose(value, t[name].reshape(value.shape), rtol=2e-6, atol=1e-9)  # 16 units after 40 divisions
+            np.testing.assert_allclose(
+                value, t[name].reshape(value.shape), rtol=2e-6, atol=1e-9
+            )  # 16 units after 40 divisions
 
 
 def test_hc_pre(model_name, model):
@@ -132,7 +138,9 @@ def test_hc_post(model_name, model):
         h = t.get("residual", trace[f"{time}.layer{layer}.hc_pre.x"]).reshape(-1, 4, model.config.hidden_size)
         y, post, comb = rows(t["x"]), rows(t["post"]), t["comb"].reshape(-1, 4, 4)
         got = model.backend.hc_post(y, h, post, comb)
-        terms = np.abs(wide(post))[:, :, None] * np.abs(wide(y))[:, None] + np.abs(wide(comb)).transpose(0, 2, 1) @ np.abs(wide(h))
+        terms = np.abs(wide(post))[:, :, None] * np.abs(wide(y))[:, None] + np.abs(wide(comb)).transpose(
+            0, 2, 1
+        ) @ np.abs(wide(h))
         assert within_one_bf16_unit(got, t["out"].reshape(h.shape), terms)
 
 
@@ -149,7 +157,9 @@ def test_gate(model_name, model):
     for _, layer, t in recorded_calls(model_name, "gate"):
         w, x, ids = model.blocks[layer].ffn, rows(t["x"]), t["input_ids"].astype(np.int32)
         if w.tid2eid is None:
-            weights, indices = model.backend.gate(x, w.gate, w.bias, topk=c.num_experts_per_tok, route_scale=c.routed_scaling_factor)
+            weights, indices = model.backend.gate(
+                x, w.gate, w.bias, topk=c.num_experts_per_tok, route_scale=c.routed_scaling_factor
+            )
         else:
             weights, indices = model.backend.gate_hash(x, w.gate, w.tid2eid, ids, route_scale=c.routed_scaling_factor)
         np.testing.assert_array_equal(indices, t["indices"])  # no near-tie in the recorded scores
@@ -170,7 +180,9 @@ def test_experts_within_two_per_cent(model_name, model):
 
 @functools.cache
 def replay(model_name, layer, what):
-    """Run a layer's attention or whole block on the recorded inputs, prefill and then one by one: {time: output}, and the cache."""
+    """Run a layer's attention or whole block on the recorded inputs, prefill and then one by one: {time: output}, and
+    the cache.
+    """
     model, trace = load_model(model_name, "native"), vectors(model_name, "trace")
     cache = Cache(model.backend, model.config, 1, 320)
     outputs, block = {}, model.blocks[layer]
@@ -187,8 +199,9 @@ def replay(model_name, layer, what):
 def test_attention_and_block_within_two_per_cent(model_name, what):
     """The prefill, and the decode positions of a layer together.
 
-    A block is a chain: two BF16 units in attention change FP8 codes before the experts, and one token of one block (tiny-pro, layer 2, position 256, same
-    picks, same experts) comes out 2.2 % away; the other decode positions there are within 0.7 %.
+    A block is a chain: two BF16 units in attention change FP8 codes before the experts, and one token of one block
+    (tiny-pro, layer 2, position 256, same picks, same experts) comes out 2.2 % away; the other decode positions there
+    are within 0.7 %.
     """
     calls = recorded_calls(model_name, what)
     for layer in LAYERS[model_name]:
@@ -197,7 +210,9 @@ def test_attention_and_block_within_two_per_cent(model_name, what):
             got, want = (
                 np.concatenate([wide(x).reshape(-1, model_width) for x in column])
                 for model_width in [load_model(model_name, "native").config.hidden_size]
-                for column in zip(*((outputs[t], c["out"]) for t, at, c in calls if at == layer and t.startswith(phase)), strict=True)
+                for column in zip(
+                    *((outputs[t], c["out"]) for t, at, c in calls if at == layer and t.startswith(phase)), strict=True
+                )
             )
             assert relative(got, want) < 2e-2, (layer, phase)
 
@@ -222,7 +237,11 @@ def test_compressed_rows(model_name, op):
         ratio, out = model.config.compress_ratios[layer], t["out"][0]
         last = 250 if time == "prefill" else int(time.removeprefix("decode")) + 1
         index = np.arange(last // ratio - len(out), last // ratio, dtype=np.int32)
-        stored, layout = (cache.layers[layer].rows, cache.kv_layout) if op == "compressor" else (cache.layers[layer].keys, cache.key_layout)
+        stored, layout = (
+            (cache.layers[layer].rows, cache.kv_layout)
+            if op == "compressor"
+            else (cache.layers[layer].keys, cache.key_layout)
+        )
         got = model.backend.cache_read(stored, index, layout=layout)
         same = bits(got) == bits(out)
         equal, total = equal + same.sum(), total + same.size
@@ -245,7 +264,9 @@ class _Picks:
 
     def cached_index_topk(self, q, weights, cache, index, visible, offset, *, layout, scale, topk):
         keys = self.backend.cache_read(cache, index, layout=layout)
-        picks = self.backend.cached_index_topk(q, weights, cache, index, visible, offset, layout=layout, scale=scale, topk=topk)
+        picks = self.backend.cached_index_topk(
+            q, weights, cache, index, visible, offset, layout=layout, scale=scale, topk=topk
+        )
         self.seen = q, weights, keys, visible, offset, picks, scale
         return picks
 
@@ -267,7 +288,9 @@ def test_indexer_picks_are_as_good_as_the_best(model_name, monkeypatch):
         q, weights, keys, visible, offset, picks, scale = spy.seen
         hits = np.maximum(np.einsum("shd,nd->shn", wide(q[0]), wide(keys)), 0) * scale
         scores = np.einsum("sh,shn->sn", wide(weights[0]), hits)
-        noise = np.einsum("sh,shn->sn", np.abs(wide(weights[0])), hits) * 2.0**-7  # two BF16 roundings of a term, and of their sum
+        noise = (
+            np.einsum("sh,shn->sn", np.abs(wide(weights[0])), hits) * 2.0**-7
+        )  # two BF16 roundings of a term, and of their sum
         theirs = trace[f"{time}.layer{layer}.indexer.topk_idxs"][0]
         before = 250 if time == "prefill" else model.config.sliding_window
         for s in range(len(x)):

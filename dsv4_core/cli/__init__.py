@@ -1,6 +1,7 @@
 """``dsv4 ...``: subcommands found by name and imported when they are run, so that ``dsv4 backends`` stays fast.
 
-A core command ``name`` is ``dsv4_core.cli.name:command``; other packages add theirs through the entry-point group ``dsv4.commands``.
+A core command ``name`` is ``dsv4_core.cli.name:command``; other packages add theirs through the entry-point group
+``dsv4.commands``.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def root() -> None:
 
 
 def main() -> None:
-    """Run the command line; errors that a user can act on are printed as one message, without a traceback, and exit with 2."""
+    """Run the command line; errors that a user can act on are printed as one message, without a traceback, and exit
+    with 2.
+    """
     from dsv4_core.backend import BackendError
 
     try:

@@ -18,7 +18,14 @@ def table() -> None:
     rows = [("backend", "from", "needs", "missing here")]
     for b in sorted(installed().values(), key=lambda b: b.name):
         needs = ", ".join(b.requires) if b.extra else "nothing beyond the package"
-        rows.append((b.name, f"{b.distribution} {b.version}", needs, f"{', '.join(b.missing)}: {b.install_command}" if b.missing else "nothing"))
+        rows.append(
+            (
+                b.name,
+                f"{b.distribution} {b.version}",
+                needs,
+                f"{', '.join(b.missing)}: {b.install_command}" if b.missing else "nothing",
+            )
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

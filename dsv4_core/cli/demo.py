@@ -11,7 +11,10 @@ PROMPT = "What is kludge?"
 @click.option("--chat", default=PROMPT, show_default=True, help="What to ask the embedded model.")
 @click.option("--max-tokens", "-n", type=click.IntRange(1), default=48, show_default=True)
 def command(chat: str, max_tokens: int) -> None:
-    """Load the embedded checkpoint, generate on the reference backend, list the backends. Needs nothing but the package."""
+    """Load the embedded checkpoint, generate on the reference backend, list the backends.
+
+    Needs nothing but the package.
+    """
     from dsv4_core.cli.backends import table
     from dsv4_core.cli.generate import encode_prompt
     from dsv4_core.cli.options import BackendFlags
@@ -19,7 +22,9 @@ def command(chat: str, max_tokens: int) -> None:
     from dsv4_core.generate import Sampling
     from dsv4_core.weights import embedded
 
-    report("embedded model: a small trained DeepSeek-V4; fluent, usually wrong. Backend: reference (NumPy), native numerics\n")
+    report(
+        "embedded model: a small trained DeepSeek-V4; fluent, usually wrong. Backend: reference (NumPy), native numerics\n"
+    )
     session = Session.open(embedded(), BackendFlags("reference", "native", {}))
     click.echo(f"> {chat}")
     prompt = encode_prompt(session.tokenizer, None, chat, "", thinking=False)

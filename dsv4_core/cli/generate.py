@@ -66,12 +66,16 @@ def command(
     report(done.summary())
 
 
-def encode_prompt(tokenizer: Tokenizer | None, prompt: str | None, chat: str | None, system: str, *, thinking: bool) -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer | None, prompt: str | None, chat: str | None, system: str, *, thinking: bool
+) -> list[int]:
     """Text to ids; raise ``ValueError`` where the checkpoint has no tokenizer or the prompt no token."""
     from dsv4_core.chat import Message, encode
 
     if tokenizer is None:
-        raise ValueError("this checkpoint has no tokenizer.json; give --tokens with ids, or copy the tokenizer beside config.json")
+        raise ValueError(
+            "this checkpoint has no tokenizer.json; give --tokens with ids, or copy the tokenizer beside config.json"
+        )
     if chat is not None:
         turns: list[Message] = [{"role": "system", "content": system}] if system else []
         prompt = encode([*turns, {"role": "user", "content": chat}], thinking=thinking)

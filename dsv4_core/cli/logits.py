@@ -11,13 +11,21 @@ from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
 
 @click.command("logits")
 @click.argument("model", required=False)
-@click.option("--tokens", "tokens_file", required=True, type=click.Path(path_type=Path), help="Token ids, .npy [batch, total].")
-@click.option("--prefill", type=click.IntRange(1), required=True, help="Tokens fed as the prompt; the rest follow one by one.")
+@click.option(
+    "--tokens", "tokens_file", required=True, type=click.Path(path_type=Path), help="Token ids, .npy [batch, total]."
+)
+@click.option(
+    "--prefill", type=click.IntRange(1), required=True, help="Tokens fed as the prompt; the rest follow one by one."
+)
 @click.option("--chunk", type=click.IntRange(1), default=2048, show_default=True, help="Tokens of a prefill step.")
 @click.option("--mtp", is_flag=True, help="Also the MTP block's logits after the prompt (needs total > prefill).")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Where to write: .npz with logits, mtp_logits.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Where to write: .npz with logits, mtp_logits."
+)
 @backend_options
-def command(model: str | None, tokens_file: Path, prefill: int, chunk: int, mtp: bool, out: Path, flags: BackendFlags) -> None:
+def command(
+    model: str | None, tokens_file: Path, prefill: int, chunk: int, mtp: bool, out: Path, flags: BackendFlags
+) -> None:
     """Teacher-forced logits: of the last prompt token and of each token after it, [batch, 1 + total - prefill, vocab]."""
     import numpy as np
 
@@ -31,7 +39,9 @@ def command(model: str | None, tokens_file: Path, prefill: int, chunk: int, mtp:
     total = tokens.shape[1] if tokens.ndim == 2 else -1
     if total < prefill + mtp:
         need = "more than" if mtp else "at least"
-        raise ValueError(f"{tokens_file}: shape {list(tokens.shape)} must be [batch, total] with total {need} --prefill {prefill}")
+        raise ValueError(
+            f"{tokens_file}: shape {list(tokens.shape)} must be [batch, total] with total {need} --prefill {prefill}"
+        )
     session = Session.open(model_directory(model), flags)
     with bar("tokens") as progress:
         results = teacher_forced(session.model, tokens, prefill=prefill, chunk=chunk, mtp=mtp, progress=progress)

@@ -1,4 +1,6 @@
-"""What the commands that run the model share: the check before weights load, loading with a progress bar, and text that streams."""
+"""What the commands that run the model share: the check before weights load, loading with a progress bar, and text that
+streams.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsv4_core.backend import BackendError, missing_ops
+from dsv4_core.dtypes import ScaledArray
 from dsv4_core.generate import Drafts, Sampling, generate, speculate
 from dsv4_core.model import Model
 from dsv4_core.shapes import trace_calls
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from dsv4_core.backend import Backend
     from dsv4_core.cli.options import BackendFlags
     from dsv4_core.config import ModelConfig
+    from dsv4_core.dtypes import Format
+    from dsv4_core.shapes import Call
 
 
 @contextmanager
@@ -41,12 +46,40 @@ def bar(label: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, of: progress.update(task, completed=done, total=of)
 
 
-def check_support(config: ModelConfig, backend: Backend) -> None:
+def check_support(config: ModelConfig, backend: Backend, expert_format: Format) -> None:
     """Raise ``BackendError`` with a table of what is missing and why; no weight has been read yet."""
-    calls = [(call.op, call.operands) for call in trace_calls(config, backend)]
+    calls = [(call.op, call.operands) for call in planned_calls(config, backend, expert_format)]
     if missing := missing_ops(backend, calls):
         rows = "\n".join(f"  {op}: {reason}" for op, reason in missing)
-        raise BackendError(f"backend {backend.name!r} cannot run this model:\n{rows}\n`dsv4 explain` shows every op; no other backend is used in its place")
+        raise BackendError(
+            f"backend {backend.name!r} cannot run this model:\n{rows}\n`dsv4 explain` shows every op; no other backend is used in its place"
+        )
+
+
+def planned_calls(config: ModelConfig, backend: Backend, expert_format: Format) -> list[Call]:
+    """Every op that a prefill and a later decode step would call, with dtypes and shapes."""
+    prompt = min(
+        512, config.max_position_embeddings
+    )  # closes windows of 4 and 128 and leaves the indexer something to choose
+    later = min(4096, config.max_position_embeddings - 1)
+    calls: list[Call] = []
+    for seq, start in ((prompt, 0), (1, later)):
+        calls += trace_calls(
+            config,
+            type(backend),
+            numerics=backend.numerics,
+            seq=seq,
+            start=start,
+            mtp=bool(config.num_nextn_predict_layers),
+            expert_format=expert_format,
+        )
+    return calls
+
+
+def expert_format(checkpoint: Checkpoint) -> Format:
+    """FP4 or FP8, as the experts' tensors are stored (not as config.json says)."""
+    first = checkpoint.weight("layers.0.ffn.experts.0.w1")
+    return first.format if isinstance(first, ScaledArray) else "e4m3"
 
 
 @dataclass
@@ -61,12 +94,21 @@ class Session:
         """Check, then load."""
         backend = flags.create()
         checkpoint = Checkpoint(directory)
-        check_support(checkpoint.config, backend)
+        check_support(checkpoint.config, backend, expert_format(checkpoint))
         with bar("loading") as progress:
             model = Model(checkpoint, backend, progress=progress)
         return cls(model, load_tokenizer(directory))
 
-    def run(self, prompt: Sequence[int], *, max_tokens: int, sampling: Sampling, speculative: bool, stop: set[int], chunk: int) -> Finished:
+    def run(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        speculative: bool,
+        stop: set[int],
+        chunk: int,
+    ) -> Finished:
         """Generate from one prompt, printing text (or ids) as it comes."""
         text = TextStream(self.tokenizer) if self.tokenizer else None
         drafts = Drafts()
@@ -76,9 +118,19 @@ class Session:
         with bar("prefill") as progress:
             tokens: Iterator[int | None]
             if speculative:
-                tokens = speculate(self.model, prompt, max_tokens=max_tokens, stop=stop, chunk=chunk, drafts=drafts, progress=progress)
+                tokens = speculate(
+                    self.model, prompt, max_tokens=max_tokens, stop=stop, chunk=chunk, drafts=drafts, progress=progress
+                )
             else:
-                steps = generate(self.model, [prompt], max_tokens=max_tokens, sampling=sampling, stop=stop, chunk=chunk, progress=progress)
+                steps = generate(
+                    self.model,
+                    [prompt],
+                    max_tokens=max_tokens,
+                    sampling=sampling,
+                    stop=stop,
+                    chunk=chunk,
+                    progress=progress,
+                )
                 tokens = (step[0] for step in steps)
             head = next(tokens, None)
             first = time.perf_counter()

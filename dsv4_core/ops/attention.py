@@ -59,7 +59,12 @@ def _index_select_cases() -> tuple[Case, ...]:
 
 
 def _sparse_attn_cases() -> tuple[Case, ...]:
-    base = Case("small", {"tokens": 5, "heads": 4, "dim": 128, "rows": 40, "picks": 16}, {"softmax_scale": 0.08838834764831845}, tier="smoke")
+    base = Case(
+        "small",
+        {"tokens": 5, "heads": 4, "dim": 128, "rows": 40, "picks": 16},
+        {"softmax_scale": 0.08838834764831845},
+        tier="smoke",
+    )
     return (
         base,
         *base.odd(),
@@ -93,10 +98,12 @@ class AttentionOps(Ops):
     def compress(self, kv_score: Array, ape: Array, window_idxs: Array, *, dim: int) -> Array:
         """Mix windows of tokens into one row each, by a softmax per channel.
 
-        ``kv_score[p]`` holds a token's kv (first half) and score (second half). Row r mixes the tokens ``window_idxs[r, j]`` (-1: none) with
-        ``w[j, c] = softmax_j(score[j, c] + ape[j mod ratio, c])``. ``span = ratio`` (``width = dim``): ``y[r, c] = sum_j w[j, c] kv[j, c]``. ``span = 2 * ratio`` (overlapping, ``width = 2 dim``): the first ``ratio``
-        tokens are the previous window and use channels ``c`` of the first half of ``width``, the others the current window and ``dim + c``; one softmax over both. A row
-        with no token is zero. Wide inside, rounded once. Source: Compressor of the published code.
+        ``kv_score[p]`` holds a token's kv (first half) and score (second half). Row r mixes the tokens ``window_idxs[r,
+        j]`` (-1: none) with ``w[j, c] = softmax_j(score[j, c] + ape[j mod ratio, c])``. ``span = ratio`` (``width =
+        dim``): ``y[r, c] = sum_j w[j, c] kv[j, c]``. ``span = 2 * ratio`` (overlapping, ``width = 2 dim``): the first
+        ``ratio`` tokens are the previous window and use channels ``c`` of the first half of ``width``, the others the
+        current window and ``dim + c``; one softmax over both. A row with no token is zero. Wide inside, rounded once.
+        Source: Compressor of the published code.
         """
         raise NotImplementedError
 
@@ -108,7 +115,10 @@ class AttentionOps(Ops):
         cases=_index_scores_cases,
     )
     def index_scores(self, q: Array, weights: Array, keys: Array, *, scale: float) -> Array:
-        """``score[b, s, n] = sum_h scale * weights[b, s, h] * relu(sum_d q[b, s, h, d] * keys[b, n, d])``, all wide. Source: Indexer."""
+        """``score[b, s, n] = sum_h scale * weights[b, s, h] * relu(sum_d q[b, s, h, d] * keys[b, n, d])``, all wide.
+
+        Source: Indexer.
+        """
         raise NotImplementedError
 
     @op(
@@ -120,9 +130,11 @@ class AttentionOps(Ops):
         cases=_index_select_cases,
     )
     def index_select(self, scores: Array, visible: Array, offset: Array, *, topk: int) -> Array:
-        """Pick each token's best rows among its first ``visible`` ones: row + ``offset``, ``-1`` where there are fewer than ``topk``.
+        """Pick each token's best rows among its first ``visible`` ones: row + ``offset``, ``-1`` where there are fewer
+        than ``topk``.
 
-        The first ``min(topk, visible)`` picks are valid, in any order, the rest -1. On a tie the lower row wins. ``topk <= rows``.
+        The first ``min(topk, visible)`` picks are valid, in any order, the rest -1. On a tie the lower row wins. ``topk
+        <= rows``.
         """
         raise NotImplementedError
 
@@ -138,7 +150,8 @@ class AttentionOps(Ops):
     def sparse_attn(self, q: Array, kv: Array, attn_sink: Array, topk_idxs: Array, *, softmax_scale: float) -> Array:
         """Attend to selected rows, each key and value at once, with a sink in the denominator.
 
-        ``s[t, h, j] = softmax_scale * sum_d q[t, h, d] kv[i, d]`` with ``i = topk_idxs[t, j]``, -1 meaning no row; ``o[t, h] = sum_j exp(s) kv[i] / (sum_j exp(s) + exp(attn_sink[h]))``. A token with no
-        row gives zeros. A row that is listed twice counts twice. Wide inside, rounded once. Source: sparse_attn of the published kernels.
+        ``s[t, h, j] = softmax_scale * sum_d q[t, h, d] kv[i, d]`` with ``i = topk_idxs[t, j]``, -1 meaning no row;
+        ``o[t, h] = sum_j exp(s) kv[i] / (sum_j exp(s) + exp(attn_sink[h]))``. A token with no row gives zeros. A row
+        that is listed twice counts twice. Wide inside, rounded once. Source: sparse_attn of the published kernels.
         """
         raise NotImplementedError

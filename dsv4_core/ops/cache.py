@@ -2,56 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from dsv4_core.dtypes import RowLayout
 from dsv4_core.spec import Array, Case, Ops, op
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dsv4_core.dtypes import RowLayout
 
 
 def _cache_write_cases() -> tuple[Case, ...]:
     kv = Case("kv", {"slots": 12, "n": 5, "dim": 128, "rope_dim": 64}, {"layout": "kv"}, tier="smoke")
     key, plain = kv.but("key", "smoke", layout="key", rope_dim=0), kv.but("plain", "smoke", layout="plain", rope_dim=0)
-    return tuple(
-        case
-        for base in (kv, key, plain)
-        for case in (
-            base,
-            base.but(f"{base.name}_padding", "smoke", data="padding"),
-            base.but(f"{base.name}_nothing", data="nothing"),
-            base.but(f"{base.name}_full", n=12),
-            base.but(f"{base.name}_n=0", n=0),
-            base.but(f"{base.name}_outliers", data="outliers"),
-            base.but(f"{base.name}_zero_rows", data="zero_rows"),
-            base.but(f"{base.name}_subnormal", data="subnormal"),
-            base.but(f"{base.name}_views", views=True),
-        )
-    ) + (
+    return (
+        *tuple(
+            case
+            for base in (kv, key, plain)
+            for case in (
+                base,
+                base.but(f"{base.name}_padding", "smoke", data="padding"),
+                base.but(f"{base.name}_nothing", data="nothing"),
+                base.but(f"{base.name}_full", n=12),
+                base.but(f"{base.name}_n=0", n=0),
+                base.but(f"{base.name}_outliers", data="outliers"),
+                base.but(f"{base.name}_zero_rows", data="zero_rows"),
+                base.but(f"{base.name}_subnormal", data="subnormal"),
+                base.but(f"{base.name}_views", views=True),
+            )
+        ),
         kv.but("flash_kv", slots=300, n=129, dim=512),
         key.but("flash_key", slots=300, n=129),
-        kv.but("past_2^31_bytes", "full", slots=3_700_000, dim=512, data="sparse"),
+        kv.but("past_2^31_bytes", "full", slots=3700000, dim=512, data="sparse"),
     )
 
 
 def _cache_read_cases() -> tuple[Case, ...]:
     kv = Case("kv", {"slots": 12, "n": 5, "dim": 128, "rope_dim": 64}, {"layout": "kv"}, tier="smoke")
     key, plain = kv.but("key", "smoke", layout="key", rope_dim=0), kv.but("plain", "smoke", layout="plain", rope_dim=0)
-    return tuple(
-        case
-        for base in (kv, key, plain)
-        for case in (
-            base,
-            base.but(f"{base.name}_padding", "smoke", data="padding"),
-            base.but(f"{base.name}_nothing", data="nothing"),
-            base.but(f"{base.name}_repeated", n=33),
-            base.but(f"{base.name}_n=0", n=0),
-            base.but(f"{base.name}_views", views=True),
-        )
-    ) + (
+    return (
+        *tuple(
+            case
+            for base in (kv, key, plain)
+            for case in (
+                base,
+                base.but(f"{base.name}_padding", "smoke", data="padding"),
+                base.but(f"{base.name}_nothing", data="nothing"),
+                base.but(f"{base.name}_repeated", n=33),
+                base.but(f"{base.name}_n=0", n=0),
+                base.but(f"{base.name}_views", views=True),
+            )
+        ),
         kv.but("kv_every_code", "smoke", data="every_code", slots=256, n=256),
         key.but("key_every_code", "smoke", data="every_code", slots=256, n=256),
         kv.but("flash_kv", slots=300, n=129, dim=512),
         key.but("flash_key", slots=300, n=129),
-        kv.but("past_2^31_bytes", "full", slots=3_700_000, dim=512, data="sparse"),
+        kv.but("past_2^31_bytes", "full", slots=3700000, dim=512, data="sparse"),
     )
 
 
@@ -82,9 +88,12 @@ class CacheOps(Ops):
         cases=_cache_write_cases,
     )
     def cache_write(self, cache: Array, rows: Array, index: Array, *, layout: RowLayout) -> None:
-        """Store ``rows[i]`` at ``cache[index[i]]`` as ``layout`` packs it; ``-1`` stores nothing. No two indices are equal.
+        """Store ``rows[i]`` at ``cache[index[i]]`` as ``layout`` packs it; ``-1`` stores nothing.
 
-        ``kv`` and ``key`` rows are on their format's grid already (``act_qdq``), so that packing, which quantises again, loses nothing.
+        No two indices are equal.
+
+        ``kv`` and ``key`` rows are on their format's grid already (``act_qdq``), so that packing, which quantises
+        again, loses nothing.
         """
         raise NotImplementedError
 
@@ -97,7 +106,9 @@ class CacheOps(Ops):
         cases=_cache_read_cases,
     )
     def cache_read(self, cache: Array, index: Array, *, layout: RowLayout) -> Array:
-        """Gather ``cache[index[i]]`` and unpack it: [n, layout.dim], in the activation dtype, or the cache's own where ``layout`` is plain. ``-1`` gives zeros."""
+        """Gather ``cache[index[i]]`` and unpack it: [n, layout.dim], in the activation dtype, or the cache's own where
+        ``layout`` is plain. ``-1`` gives zeros.
+        """
         raise NotImplementedError
 
     @op(

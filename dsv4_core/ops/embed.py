@@ -61,7 +61,8 @@ class EmbedOps(Ops):
     def sample(self, logits: Array, uniform: Array, *, temperature: float, top_p: float) -> Array:
         """Choose a token a row. ``temperature = 0``: the largest logit, the lower id on a tie.
 
-        Otherwise ``p = softmax(logits / temperature)``; sort descending (ties: lower id first), keep the shortest prefix whose sum reaches ``top_p``, and take
-        the first token at which the running sum exceeds ``uniform[t]`` times the prefix's sum.
+        Otherwise ``p = softmax(logits / temperature)``; sort descending (ties: lower id first), keep the shortest
+        prefix whose sum reaches ``top_p``, and take the first token at which the running sum exceeds ``uniform[t]``
+        times the prefix's sum.
         """
         raise NotImplementedError

@@ -1,8 +1,12 @@
-"""Fused ops: optional. Each body is the default, written in required ops; a backend that overrides one meets the same contract."""
+"""Fused ops: optional.
+
+Each body is the default, written in required ops; a backend that overrides one meets the same contract.
+"""
 
 from __future__ import annotations
 
-from dsv4_core.dtypes import Experts, RowLayout, ScaledArray
+from typing import TYPE_CHECKING
+
 from dsv4_core.ops.attention import AttentionOps
 from dsv4_core.ops.cache import CacheOps
 from dsv4_core.ops.embed import EmbedOps
@@ -13,12 +17,21 @@ from dsv4_core.ops.norm import NormOps
 from dsv4_core.ops.quant import QuantOps
 from dsv4_core.spec import Array, Case, op
 
+if TYPE_CHECKING:
+    from dsv4_core.dtypes import Experts, RowLayout, ScaledArray
+
 SCORES_AT_ONCE = 1 << 24  # elements of indexer scores alive at a time in the default: 64 MB in float32
 
 
 def _logits_cases() -> tuple[Case, ...]:
     base = Case("small", {"tokens": 5, "dim": 256, "vocab": 512}, tier="smoke")
-    return (base, *base.odd(), base.but("cancel", data="cancel"), base.but("views", views=True), base.but("flash", tokens=2, dim=4096, vocab=2048))
+    return (
+        base,
+        *base.odd(),
+        base.but("cancel", data="cancel"),
+        base.but("views", views=True),
+        base.but("flash", tokens=2, dim=4096, vocab=2048),
+    )
 
 
 def _hc_pre_norm_cases() -> tuple[Case, ...]:
@@ -74,7 +87,9 @@ def _moe_cases() -> tuple[Case, ...]:
 
 
 def _index_topk_cases() -> tuple[Case, ...]:
-    base = Case("small", {"batch": 2, "seq": 3, "heads": 4, "dim": 64, "rows": 40}, {"scale": 0.0625, "topk": 8}, tier="smoke")
+    base = Case(
+        "small", {"batch": 2, "seq": 3, "heads": 4, "dim": 64, "rows": 40}, {"scale": 0.0625, "topk": 8}, tier="smoke"
+    )
     return (
         base,
         base.but("ties", "smoke", data="ties"),
@@ -107,7 +122,17 @@ def _cached_index_topk_cases() -> tuple[Case, ...]:
 def _cached_sparse_attn_cases() -> tuple[Case, ...]:
     base = Case(
         "small",
-        {"tokens": 5, "heads": 4, "dim": 128, "rope_dim": 64, "ring_slots": 24, "recent": 16, "row_slots": 40, "old": 20, "picks": 24},
+        {
+            "tokens": 5,
+            "heads": 4,
+            "dim": 128,
+            "rope_dim": 64,
+            "ring_slots": 24,
+            "recent": 16,
+            "row_slots": 40,
+            "old": 20,
+            "picks": 24,
+        },
         {"layout": "kv", "softmax_scale": 0.08838834764831845},
         tier="smoke",
     )
@@ -141,7 +166,16 @@ class FusedOps(EmbedOps, NormOps, QuantOps, MatmulOps, MoeOps, AttentionOps, Mhc
     @op(
         axes={"h": "tokens hc dim", "fn": "hc*(hc+2) hc*dim", "scale": "3", "base": "hc*(hc+2)", "weight": "dim"},
         returns=("tokens dim", "tokens hc", "tokens hc hc"),
-        dtypes={"h": "act", "fn": "float32", "scale": "float32", "base": "float32", "weight": "weight", "return.0": "act", "return.1": "wide", "return.2": "wide"},
+        dtypes={
+            "h": "act",
+            "fn": "float32",
+            "scale": "float32",
+            "base": "float32",
+            "weight": "weight",
+            "return.0": "act",
+            "return.1": "wide",
+            "return.2": "wide",
+        },
         fused=True,
         cases=_hc_pre_norm_cases,
     )
@@ -198,21 +232,33 @@ class FusedOps(EmbedOps, NormOps, QuantOps, MatmulOps, MoeOps, AttentionOps, Mhc
         out_dtype: str,
     ) -> Array:
         """Routed experts ``first_expert ..`` of a layer, plus ``shared``: dispatch, w1 and w3, SwiGLU, w2, combine."""
-        rows, row_weights, order, offsets = self.dispatch(x, weights, indices, first_expert=first_expert, n_experts=w1.shape[0])
+        rows, row_weights, order, offsets = self.dispatch(
+            x, weights, indices, first_expert=first_expert, n_experts=w1.shape[0]
+        )
         gate, up = self.expert_linear(rows, w1, offsets), self.expert_linear(rows, w3, offsets)
         rows = self.expert_linear(self.swiglu(gate, up, row_weights, limit=limit), w2, offsets)
         return self.combine(rows, order, offsets, shared, topk=indices.shape[1], out_dtype=out_dtype)
 
     @op(
-        axes={"q": "batch seq heads dim", "weights": "batch seq heads", "keys": "batch rows dim", "visible": "batch seq", "offset": "batch seq"},
+        axes={
+            "q": "batch seq heads dim",
+            "weights": "batch seq heads",
+            "keys": "batch rows dim",
+            "visible": "batch seq",
+            "offset": "batch seq",
+        },
         returns="batch seq topk",
         dtypes={"q": "act", "weights": "wide", "keys": "act", "visible": "int32", "offset": "int32", "return": "int32"},
         judged="discrete",
         fused=True,
         cases=_index_topk_cases,
     )
-    def index_topk(self, q: Array, weights: Array, keys: Array, visible: Array, offset: Array, *, scale: float, topk: int) -> Array:
-        """``index_select`` of ``index_scores``, in blocks of tokens so that scores of a long context never exist at once."""
+    def index_topk(
+        self, q: Array, weights: Array, keys: Array, visible: Array, offset: Array, *, scale: float, topk: int
+    ) -> Array:
+        """``index_select`` of ``index_scores``, in blocks of tokens so that scores of a long context never exist at
+        once.
+        """
         batch, seq = visible.shape
         step = max(1, SCORES_AT_ONCE // (batch * keys.shape[1]))
         picks = [
@@ -238,7 +284,17 @@ class FusedOps(EmbedOps, NormOps, QuantOps, MatmulOps, MoeOps, AttentionOps, Mhc
         cases=_cached_index_topk_cases,
     )  # fmt: skip
     def cached_index_topk(
-        self, q: Array, weights: Array, cache: Array, index: Array, visible: Array, offset: Array, *, layout: RowLayout, scale: float, topk: int
+        self,
+        q: Array,
+        weights: Array,
+        cache: Array,
+        index: Array,
+        visible: Array,
+        offset: Array,
+        *,
+        layout: RowLayout,
+        scale: float,
+        topk: int,
     ) -> Array:
         """``index_topk`` over the cached keys ``cache[index]``, ``rows`` of them per sequence."""
         batch, dim = q.shape[0], q.shape[3]
@@ -273,7 +329,8 @@ class FusedOps(EmbedOps, NormOps, QuantOps, MatmulOps, MoeOps, AttentionOps, Mhc
         layout: RowLayout,
         softmax_scale: float,
     ) -> Array:
-        """``sparse_attn`` over ``[ring[ring_index] | kv | rows[row_index]]``: window rows before this step, this step's own, compressed rows.
+        """``sparse_attn`` over ``[ring[ring_index] | kv | rows[row_index]]``: window rows before this step, this step's
+        own, compressed rows.
 
         ``topk_idxs`` counts in that concatenation. ``rows`` and ``row_index`` are None in a layer without compression.
         """

@@ -1,13 +1,18 @@
 """Linear layers over BF16, F32, FP8-block and FP4-group weights.
 
-A ``weight`` is an array [out, in] or a ``ScaledArray``. Native mode, scaled weight: the activation is quantised as by ``act_quant`` with blocks of 128,
-codes are multiplied, sums kept in float32, both scales applied per block. Exact modes: the weight dequantised, the activation as it is.
+A ``weight`` is an array [out, in] or a ``ScaledArray``. Native mode, scaled weight: the activation is quantised as by
+``act_quant`` with blocks of 128, codes are multiplied, sums kept in float32, both scales applied per block. Exact
+modes: the weight dequantised, the activation as it is.
 """
 
 from __future__ import annotations
 
-from dsv4_core.dtypes import Experts, ScaledArray
+from typing import TYPE_CHECKING
+
 from dsv4_core.spec import Array, Case, Ops, op
+
+if TYPE_CHECKING:
+    from dsv4_core.dtypes import Experts, ScaledArray
 
 _NARROWER = ("fp8 products summed in less than float32 within 128 channels, promoted to float32 after each",)
 
@@ -30,9 +35,17 @@ def _linear_cases() -> tuple[Case, ...]:
         *(
             base.but(f"{name}_{data}", tier, dtypes=dtypes, data=data)
             for name, dtypes in (("fp8", fp8), ("fp4", fp4), ("bf16", {}))
-            for data, tier in (("outliers", "standard"), ("zero_rows", "standard"), ("cancel", "smoke"), ("positive", "standard"))
+            for data, tier in (
+                ("outliers", "standard"),
+                ("zero_rows", "standard"),
+                ("cancel", "smoke"),
+                ("positive", "standard"),
+            )
         ),
-        *(base.but(f"{name}_scale_ends", "smoke", dtypes=dtypes, data="scale_ends") for name, dtypes in (("fp8", fp8), ("fp4", fp4))),
+        *(
+            base.but(f"{name}_scale_ends", "smoke", dtypes=dtypes, data="scale_ends")
+            for name, dtypes in (("fp8", fp8), ("fp4", fp4))
+        ),
         base.but("fp8_every_code", "smoke", dtypes=fp8, data="one_hot", tokens=256, out=256),
         base.but("fp4_every_code", "smoke", dtypes=fp4, data="one_hot", tokens=256, out=256),
         base.but("fp4_last_byte", dtypes=fp4, data="last_byte"),
@@ -99,9 +112,11 @@ class MatmulOps(Ops):
         cases=_linear_cases,
     )
     def linear(self, x: Array, weight: Array | ScaledArray, *, out_dtype: str) -> Array:
-        """``y[t, o] = sum_i x[t, i] * weight[o, i]``, summed wide and rounded once to ``out_dtype`` (the activation or the wide dtype).
+        """``y[t, o] = sum_i x[t, i] * weight[o, i]``, summed wide and rounded once to ``out_dtype`` (the activation or
+        the wide dtype).
 
-        Scaled weights: native mode quantises ``x`` first (module docstring). Plain weights are multiplied as they are. Source: linear, fp8_gemm, fp4_gemm.
+        Scaled weights: native mode quantises ``x`` first (module docstring). Plain weights are multiplied as they are.
+        Source: linear, fp8_gemm, fp4_gemm.
         """
         raise NotImplementedError
 
@@ -113,10 +128,11 @@ class MatmulOps(Ops):
         cases=_grouped_linear_cases,
     )
     def grouped_linear(self, x: Array, weight: Array | ScaledArray) -> Array:
-        """Multiply group g of ``x`` by block g of ``out / groups`` rows: ``y[t, o] = sum_i x[t, g(o), i] * weight[o, i]``.
+        """Multiply group g of ``x`` by block g of ``out / groups`` rows: ``y[t, o] = sum_i x[t, g(o), i] * weight[o,
+        i]``.
 
-        The output projection's first half (``wo_a``): a scaled weight is dequantised to BF16 in native mode (exact for E4M3 times a power of two), and the
-        activation is *not* quantised. ``out`` is a multiple of ``groups``.
+        The output projection's first half (``wo_a``): a scaled weight is dequantised to BF16 in native mode (exact for
+        E4M3 times a power of two), and the activation is *not* quantised. ``out`` is a multiple of ``groups``.
         """
         raise NotImplementedError
 
@@ -132,6 +148,7 @@ class MatmulOps(Ops):
     def expert_linear(self, x: Array, weight: Experts, offsets: Array) -> Array:
         """Multiply rows ``offsets[e] .. offsets[e + 1] - 1`` by expert e's weight, as ``linear`` does.
 
-        Rows from ``offsets[experts]`` on belong to other ranks: zeros. Source: the loop over experts of the published MoE.
+        Rows from ``offsets[experts]`` on belong to other ranks: zeros. Source: the loop over experts of the published
+        MoE.
         """
         raise NotImplementedError

@@ -7,12 +7,25 @@ from dsv4_core.spec import Array, Case, Ops, op
 
 def _hc_expand_cases() -> tuple[Case, ...]:
     base = Case("small", {"tokens": 5, "dim": 64}, {"hc": 4}, tier="smoke")
-    return (base, *base.odd(), base.but("views", views=True), base.but("flash", dim=4096), base.but("pro", "full", dim=7168))
+    return (
+        base,
+        *base.odd(),
+        base.but("views", views=True),
+        base.but("flash", dim=4096),
+        base.but("pro", "full", dim=7168),
+    )
 
 
 def _hc_add_cases() -> tuple[Case, ...]:
     base = Case("small", {"tokens": 5, "hc": 4, "dim": 64}, tier="smoke")
-    return (base, *base.odd(), base.but("outliers", data="outliers"), base.but("cancel", data="cancel"), base.but("views", views=True), base.but("flash", dim=4096))
+    return (
+        base,
+        *base.odd(),
+        base.but("outliers", data="outliers"),
+        base.but("cancel", data="cancel"),
+        base.but("views", views=True),
+        base.but("flash", dim=4096),
+    )
 
 
 def _hc_split_sinkhorn_cases() -> tuple[Case, ...]:
@@ -105,26 +118,40 @@ class MhcOps(Ops):
         work={"vector": "tokens*(4*iters*hc*hc + 4*hc*(hc+2))"},
         cases=_hc_split_sinkhorn_cases,
     )
-    def hc_split_sinkhorn(self, mixes: Array, scale: Array, base: Array, *, hc: int, eps: float, iters: int) -> tuple[Array, Array, Array]:
+    def hc_split_sinkhorn(
+        self, mixes: Array, scale: Array, base: Array, *, hc: int, eps: float, iters: int
+    ) -> tuple[Array, Array, Array]:
         """Split mixes into ``pre``, ``post`` and the nearly doubly stochastic ``comb``.
 
-        ``pre = sigmoid(mixes[:hc] * scale[0] + base[:hc]) + eps``; ``post = 2 sigmoid(mixes[hc:2hc] * scale[1] + base[hc:2hc])``; ``comb = softmax(mixes[2hc:] * scale[2] + base[2hc:]) + eps`` as [hc, hc], over the
-        last axis; divided by (column sums + eps); then ``iters - 1`` times by (row sums + eps) and by (column sums + eps). Column sums run over the first of the two axes.
-        Source: hc_split_sinkhorn of the published kernels.
+        ``pre = sigmoid(mixes[:hc] * scale[0] + base[:hc]) + eps``; ``post = 2 sigmoid(mixes[hc:2hc] * scale[1] +
+        base[hc:2hc])``; ``comb = softmax(mixes[2hc:] * scale[2] + base[2hc:]) + eps`` as [hc, hc], over the last axis;
+        divided by (column sums + eps); then ``iters - 1`` times by (row sums + eps) and by (column sums + eps). Column
+        sums run over the first of the two axes. Source: hc_split_sinkhorn of the published kernels.
         """
         raise NotImplementedError
 
     @op(
         axes={"h": "tokens hc dim", "fn": "hc*(hc+2) hc*dim", "scale": "3", "base": "hc*(hc+2)"},
         returns=("tokens dim", "tokens hc", "tokens hc hc"),
-        dtypes={"h": "act", "fn": "float32", "scale": "float32", "base": "float32", "return.0": "act", "return.1": "wide", "return.2": "wide"},
+        dtypes={
+            "h": "act",
+            "fn": "float32",
+            "scale": "float32",
+            "base": "float32",
+            "return.0": "act",
+            "return.1": "wide",
+            "return.2": "wide",
+        },
         work={"fn": "2*tokens*hc*dim*hc*(hc+2)", "vector": "tokens*(4*hc*dim + 4*iters*hc*hc + 4*hc*(hc+2))"},
         cases=_hc_pre_cases,
     )
-    def hc_pre(self, h: Array, fn: Array, scale: Array, base: Array, *, norm_eps: float, eps: float, iters: int) -> tuple[Array, Array, Array]:
+    def hc_pre(
+        self, h: Array, fn: Array, scale: Array, base: Array, *, norm_eps: float, eps: float, iters: int
+    ) -> tuple[Array, Array, Array]:
         """Reduce the streams to a sub-layer's input; give it with ``post`` and ``comb``.
 
-        ``x = flatten(h)``; ``mixes = (fn @ x) / sqrt(mean(x^2) + norm_eps)``; ``pre, post, comb = hc_split_sinkhorn(mixes, ...)``; ``y[d] = sum_j pre[j] h[j, d]``, wide, rounded once.
+        ``x = flatten(h)``; ``mixes = (fn @ x) / sqrt(mean(x^2) + norm_eps)``; ``pre, post, comb =
+        hc_split_sinkhorn(mixes, ...)``; ``y[d] = sum_j pre[j] h[j, d]``, wide, rounded once.
         """
         raise NotImplementedError
 
@@ -136,7 +163,8 @@ class MhcOps(Ops):
         cases=_hc_post_cases,
     )
     def hc_post(self, y: Array, h: Array, post: Array, comb: Array) -> Array:
-        """Give a sub-layer's output back to the streams: ``h'[n] = post[n] * y + sum_j comb[j, n] * h[j]``, wide, rounded once.
+        """Give a sub-layer's output back to the streams: ``h'[n] = post[n] * y + sum_j comb[j, n] * h[j]``, wide,
+        rounded once.
 
         Mind the index order: ``comb`` is used transposed.
         """
@@ -150,5 +178,7 @@ class MhcOps(Ops):
         cases=_hc_head_cases,
     )
     def hc_head(self, h: Array, fn: Array, scale: Array, base: Array, *, norm_eps: float, eps: float) -> Array:
-        """Reduce the streams before the final norm: ``mixes`` as in ``hc_pre``, ``pre = sigmoid(mixes * scale[0] + base) + eps``, ``y = sum_j pre[j] h[j]``."""
+        """Reduce the streams before the final norm: ``mixes`` as in ``hc_pre``, ``pre = sigmoid(mixes * scale[0] +
+        base) + eps``, ``y = sum_j pre[j] h[j]``.
+        """
         raise NotImplementedError

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dsv4_core.dtypes import Format
+from typing import TYPE_CHECKING
+
 from dsv4_core.spec import Array, Case, Ops, op
+
+if TYPE_CHECKING:
+    from dsv4_core.dtypes import Format
 
 
 def _act_quant_cases() -> tuple[Case, ...]:
@@ -29,22 +33,23 @@ def _act_quant_cases() -> tuple[Case, ...]:
 def _act_qdq_cases() -> tuple[Case, ...]:
     kv = Case("kv", {"tokens": 5, "dim": 128}, {"format": "e4m3", "block": 64, "channels": 64}, tier="smoke")
     key = Case("key", {"tokens": 5, "dim": 128}, {"format": "e2m1", "block": 32, "channels": 128}, tier="smoke")
-    return tuple(
-        case
-        for base in (kv, key)
-        for case in (
-            base,
-            *(odd.but(f"{base.name}_{odd.name}", odd.tier) for odd in base.odd()),
-            base.but(f"{base.name}_midpoints", "smoke", data="midpoints", tokens=16),
-            base.but(f"{base.name}_scale_edges", "smoke", data="scale_edges", tokens=256),
-            base.but(f"{base.name}_zero_rows", data="zero_rows"),
-            base.but(f"{base.name}_outliers", data="outliers"),
-            base.but(f"{base.name}_near_floor", data="floor"),
-            base.but(f"{base.name}_limits", data="limits"),
-            base.but(f"{base.name}_subnormal", data="subnormal"),
-            base.but(f"{base.name}_views", views=True),
-        )
-    ) + (
+    return (
+        *tuple(
+            case
+            for base in (kv, key)
+            for case in (
+                base,
+                *(odd.but(f"{base.name}_{odd.name}", odd.tier) for odd in base.odd()),
+                base.but(f"{base.name}_midpoints", "smoke", data="midpoints", tokens=16),
+                base.but(f"{base.name}_scale_edges", "smoke", data="scale_edges", tokens=256),
+                base.but(f"{base.name}_zero_rows", data="zero_rows"),
+                base.but(f"{base.name}_outliers", data="outliers"),
+                base.but(f"{base.name}_near_floor", data="floor"),
+                base.but(f"{base.name}_limits", data="limits"),
+                base.but(f"{base.name}_subnormal", data="subnormal"),
+                base.but(f"{base.name}_views", views=True),
+            )
+        ),
         kv.but("kv_all_codes", data="all_codes", tokens=8),
         kv.but("flash_kv", tokens=33, dim=512, channels=448),
         key.but("flash_key", tokens=640),
@@ -78,8 +83,9 @@ class QuantOps(Ops):
     def act_quant(self, x: Array, *, block: int) -> tuple[Array, Array]:
         """Quantise to E4M3 per token and per ``block`` channels; give codes and E8M0 scale bytes.
 
-        ``amax = max(|x|, 1e-4)`` over the block; ``scale = 2^ceil(log2(amax * float32(1/448)))`` from float32 bits; ``q = e4m3(clamp(x / scale, -448, 448))``,
-        to nearest even. ``dim`` is a multiple of ``block``. Source: act_quant of the published kernels.
+        ``amax = max(|x|, 1e-4)`` over the block; ``scale = 2^ceil(log2(amax * float32(1/448)))`` from float32 bits; ``q
+        = e4m3(clamp(x / scale, -448, 448))``, to nearest even. ``dim`` is a multiple of ``block``. Source: act_quant of
+        the published kernels.
         """
         raise NotImplementedError
 
@@ -91,11 +97,13 @@ class QuantOps(Ops):
         work={"vector": "6*tokens*channels"},
         cases=_act_qdq_cases,
     )
-    def act_qdq(self, x: Array, *, format: Format, block: int, channels: int) -> Array:  # noqa: A002  the field's word
-        """Round the first ``channels`` channels to ``format`` and back, in blocks of ``block`` channels; the others pass through.
+    def act_qdq(self, x: Array, *, format: Format, block: int, channels: int) -> Array:
+        """Round the first ``channels`` channels to ``format`` and back, in blocks of ``block`` channels; the others
+        pass through.
 
-        As ``act_quant`` for ``e4m3``; for ``e2m1``: ``amax = max(|x|, 6 * 2^-126)``, ``scale = 2^ceil(log2(amax * float32(1/6)))``. ``y = q * scale``, exactly. In the exact modes
-        ``y = x``. ``channels`` is a multiple of ``block``.
+        As ``act_quant`` for ``e4m3``; for ``e2m1``: ``amax = max(|x|, 6 * 2^-126)``, ``scale = 2^ceil(log2(amax *
+        float32(1/6)))``. ``y = q * scale``, exactly. In the exact modes ``y = x``. ``channels`` is a multiple of
+        ``block``.
         """
         raise NotImplementedError
 

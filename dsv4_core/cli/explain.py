@@ -1,0 +1,73 @@
+"""``dsv4 explain``."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
+from dsv4_core.config import PRESETS
+
+if TYPE_CHECKING:
+    from dsv4_core.backend import Backend
+    from dsv4_core.config import ModelConfig
+    from dsv4_core.dtypes import Format
+    from dsv4_core.shapes import Call
+
+
+@click.command("explain")
+@click.option(
+    "--model", "-m", help="A preset (tiny, flash, pro) or a checkpoint's directory; the embedded one if left out."
+)
+@click.option("--layer", type=int, help="Only the ops of one layer.")
+@backend_options
+def command(model: str | None, layer: int | None, flags: BackendFlags) -> None:
+    """Say op by op who would run MODEL's prefill and decode, and where nobody can, why.
+
+    Reads no weight; exits with 1 if an op is missing.
+    """
+    from dsv4_core.cli.running import planned_calls
+
+    config, fmt = _model(model)
+    backend = flags.create()
+    calls = [call for call in planned_calls(config, backend, fmt) if layer is None or call.layer == layer]
+    sys.exit(
+        print_table(backend, calls, f"backend {backend.name}, numerics {backend.numerics}, model {model or 'embedded'}")
+    )
+
+
+def _model(model: str | None) -> tuple[ModelConfig, Format]:
+    if model in PRESETS and not Path(model).is_dir():
+        return PRESETS[model], "e2m1"
+    from dsv4_core.cli.running import expert_format
+    from dsv4_core.weights import Checkpoint
+
+    checkpoint = Checkpoint(model_directory(model))
+    return checkpoint.config, expert_format(checkpoint)
+
+
+def print_table(backend: Backend, calls: list[Call], title: str) -> int:
+    """One row for each op and who runs it; give the exit status."""
+    rows: Counter[tuple[str, str, str, str]] = Counter()
+    for call in calls:
+        answer = backend.supports(call.op, **call.operands)
+        weight = next((v.dtype for name, v in call.operands.items() if name in _WEIGHTS and hasattr(v, "dtype")), "")
+        rows[call.op, weight, answer.by, answer.reason] += 1
+    click.echo(f"{title}: calls of a 512-token prefill and a decode step together\n")
+    table = [
+        ("op", "weight", "calls", "run by"),
+        *((op, w, str(n), by or f"NOBODY: {why}") for (op, w, by, why), n in rows.items()),
+    ]
+    widths = [max(len(row[i]) for row in table) for i in range(4)]
+    for row in table:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    missing = sum(1 for _, _, _, why in rows if why)
+    click.echo(f"\n{len({op for op, *_ in rows})} ops, {missing} that nobody runs")
+    return 1 if missing else 0
+
+
+_WEIGHTS = ("weight", "w1", "fn")

@@ -1,0 +1,231 @@
+"""Who may import whom, what importing costs, and that the graph uses nothing of an array but the protocol."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import relative, vectors
+from dsv4_conformance import golden
+
+from dsv4_core.backend import Backend
+from dsv4_core.dtypes import ScaledArray
+from dsv4_core.evaluate import teacher_forced
+from dsv4_core.model import Model
+from dsv4_core.ops import OPS
+from dsv4_core.registry import create
+from dsv4_core.weights import Checkpoint
+
+ROOT = Path(__file__).parent.parent
+LIBRARIES = {"torch", "triton", "torch_npu"}
+BACKENDS = {p.name for p in ROOT.glob("backends/*/dsv4_backend_*")}
+FAMILY = {"dsv4_backend_cuda": {"dsv4_backend_torch"}, "dsv4_backend_ascend": {"dsv4_backend_torch"}}
+ORDER = [
+    "dtypes",
+    "config",
+    "spec",
+    "ops",
+    "backend",
+    "registry",
+    "layout",
+    "shards",
+    "weights",
+    "cache",
+    "step",
+    "model",
+    "generate",
+    "evaluate",
+    "cli",
+]
+
+
+def imports(path, *, lazy=True):
+    """Modules that a file imports; without ``lazy`` those inside functions and TYPE_CHECKING blocks are left out."""
+    tree = ast.parse(path.read_text())
+    found = set()
+
+    def visit(node):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            hidden = isinstance(child, ast.FunctionDef) or (
+                isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)
+            )
+            if lazy or not hidden:
+                visit(child)
+
+    visit(tree)
+    return found
+
+
+def tops(path):
+    return {name.partition(".")[0] for name in imports(path)}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("dsv4_core/**/*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_core_imports_no_backend_no_suite_no_device_library(path):
+    assert not tops(path) & (BACKENDS | LIBRARIES | {"dsv4_conformance"})
+    assert "pluggy" not in tops(path) or path.name == "registry.py"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("dsv4_core/*.py")), ids=lambda p: p.name)
+def test_core_imports_downwards_only(path):
+    if path.stem not in ORDER:
+        pytest.skip("not in the ladder")
+    for name in imports(path, lazy=False):
+        if name.startswith("dsv4_core.") and (above := name.split(".")[1]) in ORDER:
+            assert ORDER.index(above) <= ORDER.index(path.stem), f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("conformance/**/*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_conformance_names_no_backend(path):
+    assert not tops(path) & (BACKENDS | LIBRARIES)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("backends/*/dsv4_backend_*/**/*.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_backends_do_not_import_each_other(path):
+    mine = next(part for part in path.parts if part.startswith("dsv4_backend_"))
+    assert not tops(path) & (BACKENDS - {mine} - FAMILY.get(mine, set())), path
+    assert "dsv4_conformance" not in tops(path)
+
+
+def test_model_imports_no_array_library():
+    assert not {"numpy", "ml_dtypes"} & {name.partition(".")[0] for name in imports(ROOT / "dsv4_core/model.py")}
+
+
+def test_every_package_is_in_the_distribution():
+    listed = re.search(r"packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)[1]
+    roots = [ROOT / "dsv4_core", ROOT / "conformance/dsv4_conformance", *ROOT.glob("backends/*/dsv4_backend_*")]
+    for root in roots:
+        for init in root.rglob("__init__.py"):
+            package = ".".join(init.parent.relative_to(root.parent).parts)
+            assert f'"{package}"' in listed, f"{package} is missing from [tool.setuptools] packages"
+
+
+@pytest.mark.parametrize(
+    "module", ["dsv4_core", "dsv4_core.cli", "dsv4_core.model", "dsv4_backend_reference", "dsv4_conformance"]
+)
+def test_importing_pulls_in_no_device_library(module):
+    code = f"import sys, {module}; print(sorted({LIBRARIES!r} & sys.modules.keys()))"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+def test_listing_backends_imports_none():
+    code = f"import sys; sys.argv = ['dsv4', 'backends']\nfrom dsv4_core.cli import main\ntry: main()\nfinally: print(sorted(({LIBRARIES!r} | {BACKENDS!r} | {{'numpy'}}) & sys.modules.keys() - {{'numpy'}}))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip().endswith("[]"), out
+    assert "reference" in out
+
+
+class StrictArray:
+    """An array with nothing but the protocol: any arithmetic, comparison, iteration or conversion raises."""
+
+    __slots__ = ("_value",)
+    __array__ = None  # NumPy must not look inside
+    __array_ufunc__ = None
+    __iter__ = None
+    __bool__ = None
+    __eq__ = None
+    __hash__ = None
+
+    def __init__(self, value):
+        self._value = value
+
+    @property
+    def shape(self):
+        return self._value.shape
+
+    @property
+    def dtype(self):
+        return self._value.dtype
+
+    def reshape(self, shape, /):
+        assert isinstance(shape, tuple)
+        assert all(type(n) is int for n in shape)
+        return StrictArray(self._value.reshape(shape))
+
+    def __getitem__(self, key, /):
+        for part in key if isinstance(key, tuple) else (key,):
+            assert type(part) in {int, slice}, f"only integers and slices index an array, not {part!r}"
+        return StrictArray(self._value[key])
+
+
+def _inside(x):
+    if isinstance(x, StrictArray):
+        return x._value
+    if isinstance(x, ScaledArray):
+        return ScaledArray(_inside(x.data), _inside(x.scale), x.format)
+    return [_inside(v) for v in x] if isinstance(x, list | tuple) else x
+
+
+def _outside(x):
+    return tuple(map(_outside, x)) if isinstance(x, tuple) else StrictArray(x) if isinstance(x, np.ndarray) else x
+
+
+class StrictBackend(Backend):
+    """The reference behind strict arrays; fused ops run as their defaults, so that these are held to the protocol too."""
+
+    name = "strict"
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.inner = create("reference", **options)
+
+    def from_numpy(self, array):
+        return StrictArray(array)
+
+    def to_numpy(self, array):
+        return array._value
+
+    def zeros(self, shape, dtype):
+        return StrictArray(self.inner.zeros(shape, dtype))
+
+    def load_experts(self, experts):
+        return experts  # the reference reads them where they are
+
+
+def _delegate(name):
+    def method(self, *args, **kwargs):
+        return _outside(getattr(self.inner, name)(*map(_inside, args), **kwargs))
+
+    return method
+
+
+for _name, _spec in OPS.items():
+    if not _spec.fused:
+        setattr(StrictBackend, _name, _delegate(_name))
+
+
+@pytest.mark.parametrize("name", ["tiny-flash", "tiny-pro"])
+def test_the_graph_keeps_to_the_array_protocol(name):
+    backend = StrictBackend(numerics="float64")
+    model = Model(Checkpoint(golden.checkpoint_path(name)), backend)
+    want = vectors(name, "golden")
+    got = teacher_forced(model, want["prompt"][:, :310], prefill=300, chunk=128, mtp=True)
+    assert relative(got["logits"], want["exact.logits"][:, :11]) < 3e-6
+    assert relative(got["mtp_logits"], want["exact.mtp_logits"]) < 3e-6
+
+
+def test_strict_array_is_strict():
+    x = StrictArray(np.ones((2, 3)))
+    for use in (
+        lambda: x + 1,
+        lambda: np.add(x, 1),
+        lambda: list(x),
+        lambda: x == 1,
+        lambda: x[np.array([0])],
+        lambda: float(x),
+        lambda: len(x),
+    ):
+        with pytest.raises((TypeError, AssertionError)):
+            use()
