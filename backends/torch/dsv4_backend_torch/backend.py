@@ -1,0 +1,94 @@
+"""The torch backend's arrays, weights and options; its ops are in the files named like the contracts."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsv4_backend_torch.attention import TorchAttention
+from dsv4_backend_torch.cache import TorchCache
+from dsv4_backend_torch.embed import TorchEmbed
+from dsv4_backend_torch.mhc import TorchMhc
+from dsv4_backend_torch.moe import TorchMoe
+from dsv4_backend_torch.norm import TorchNorm
+from dsv4_backend_torch.numeric import torch_dtype
+from dsv4_backend_torch.weights import StackedExperts, WeightCache
+from dsv4_core.backend import Backend, BackendError, Option
+from dsv4_core.dtypes import BFLOAT16, Experts, Host, ScaledArray
+
+
+class TorchBackend(TorchEmbed, TorchNorm, TorchMoe, TorchAttention, TorchMhc, TorchCache, Backend):
+    """PyTorch. ``device``: any that this torch knows. ``weight_cache``: bytes of dequantised (on a CPU: or repacked) weights to keep. ``threads``: of a CPU."""
+
+    name = "torch"
+    options: ClassVar[tuple[Option, ...]] = (
+        Option("device", "torch device: cpu, cuda, npu, xpu, mps", "cpu"),
+        Option("weight_cache", "bytes of dequantised weights kept in memory", 2 << 30),
+        Option("threads", "threads of torch on a CPU"),
+    )
+    claims_level = 3
+    deterministic = True
+
+    def __init__(self, **options: Any) -> None:
+        """Raise ``BackendError`` where this torch does not know or cannot use the device."""
+        super().__init__(**options)
+        try:
+            self.device = torch.zeros(1, device=self.device).device
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise BackendError(f"backend {self.name!r}: device {self.device!r} cannot be used by torch {torch.__version__}: {reason}") from None
+        if self.threads is not None:
+            torch.set_num_threads(int(self.threads))
+        self.weights = WeightCache(self.weight_cache)
+
+    def from_numpy(self, array: Host) -> Tensor:
+        """Take over a host array; on a CPU its memory is shared."""
+        bfloat16 = array.dtype == BFLOAT16
+        host = array.view(np.int16) if bfloat16 else array
+        if host.flags.writeable:
+            tensor = torch.from_numpy(host)
+        else:  # mapped weights are read-only, and no op writes to a weight
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tensor = torch.from_numpy(host)
+        tensor = tensor.view(torch.bfloat16) if bfloat16 else tensor
+        return tensor if self.on_cpu else tensor.to(self.device, non_blocking=True)
+
+    def to_numpy(self, array: Tensor) -> Host:
+        """Give an array back to the host."""
+        host = array.detach().cpu()
+        if host.dtype == torch.bfloat16:
+            return host.view(torch.int16).numpy().view(BFLOAT16)
+        return host.numpy()
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        """Allocate zeros."""
+        return torch.zeros(shape, dtype=torch_dtype(dtype), device=self.device)
+
+    def load_experts(self, experts: Experts) -> Experts:
+        """On a CPU an expert is mapped and read when it is first used; on a device all are copied into one stack."""
+        return super().load_experts(experts) if self.on_cpu else self.stacked_experts(experts)
+
+    def stacked_experts(self, experts: Experts) -> StackedExperts:
+        """Copy one projection of all experts into one tensor, expert by expert, so that the host holds one at a time."""
+        count, first = experts.shape[0], experts[0]
+        if not isinstance(first, ScaledArray):
+            return StackedExperts(self._stack([experts[e] for e in range(count)]))
+        return StackedExperts(
+            ScaledArray(
+                self._stack([experts[e].data for e in range(count)]),
+                self._stack([experts[e].scale for e in range(count)]),
+                first.format,
+            )
+        )
+
+    def _stack(self, parts: list[Host]) -> Tensor:
+        first = self.from_numpy(parts[0])
+        stack = torch.empty((len(parts), *first.shape), dtype=first.dtype, device=self.device)
+        for i, part in enumerate(parts):  # over experts, at loading
+            stack[i].copy_(self.from_numpy(part))
+        return stack

@@ -1,0 +1,132 @@
+"""Linear layers: exact dequantisation, then the library's GEMM with float32 sums.
+
+E4M3 and E2M1 codes times power-of-two scales are exact in BF16, so in native mode a BF16 product of dequantised operands is what the contract says.
+On a CPU oneDNN is called through the op that torch's own compiler uses: it reads a weight in the blocked layout that it prefers, and runs
+a single row in float32 at twice the speed of ``linear``. Where a torch lacks the op, ``linear`` is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dsv4_backend_torch.quant import TorchQuant
+from dsv4_backend_torch.weights import StackedExperts, WeightCache
+from dsv4_core.dtypes import FP8_BLOCK, Experts, ScaledArray
+from dsv4_core.ops.matmul import MatmulOps
+
+Weight = Tensor | ScaledArray
+TILE = 1 << 22  # elements of a weight that are dequantised at a time when it is not kept: 8 MB in BF16
+GATHERED = 1 << 28  # elements of expert weights that are gathered at a time for a few rows on a device: 512 MB in BF16
+
+
+class TorchMatmul(TorchQuant, MatmulOps):
+    """Contracts of ``ops/matmul.py``. ``product`` is what a vendor's GEMM replaces."""
+
+    weights: WeightCache
+
+    def linear(self, x: Tensor, weight: Weight, *, out_dtype: str) -> Tensor:
+        if isinstance(weight, ScaledArray):
+            x = self.quantised_activation(x)
+        return self.product(x, (weight,), wide=out_dtype == self.wide_dtype)
+
+    def grouped_linear(self, x: Tensor, weight: Weight) -> Tensor:
+        tokens, groups, cols = x.shape
+        out = weight.shape[0]
+        matrix = self.matrix((weight,), self.operand_type(x, weight))
+        if matrix is None:
+            matrix = self.widened(weight, self.operand_type(x, weight))
+        blocks = matrix.reshape(groups, out // groups, cols).transpose(1, 2)
+        y = torch.bmm(x.to(matrix.dtype).transpose(0, 1), blocks)
+        return self.rounded(y.transpose(0, 1).reshape(tokens, out))
+
+    def expert_linear(self, x: Tensor, weight: Experts, offsets: Tensor) -> Tensor:
+        if "@" in weight.dtype:
+            x = self.quantised_activation(x)
+        if not self.on_cpu and isinstance(weight, StackedExperts) and x.shape[0] * weight.shape[1] * weight.shape[2] <= GATHERED:
+            return self.gathered_experts(x, weight.stack, offsets)
+        y = x.new_zeros((x.shape[0], weight.shape[1]), dtype=self.act_type)
+        bounds = offsets.tolist()  # on a device: a synchronisation, in prefill only
+        for e in range(weight.shape[0]):
+            if bounds[e] < bounds[e + 1]:
+                y[bounds[e] : bounds[e + 1]] = self.product(x[bounds[e] : bounds[e + 1]], (weight[e],), wide=False)
+        return y
+
+    def gathered_experts(self, x: Tensor, stack: Weight, offsets: Tensor) -> Tensor:
+        """Each row's expert is gathered, so that no offset is read on the host: decode on a device."""
+        experts = stack.shape[0]
+        row = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
+        expert = torch.searchsorted(offsets, row, right=True).sub_(1).clamp_(0, experts - 1)
+        if isinstance(stack, ScaledArray):
+            picked = self.dequantise(ScaledArray(stack.data[expert], stack.scale[expert], stack.format), x.dtype)
+        else:
+            picked = stack[expert].to(x.dtype)
+        y = torch.bmm(picked, x[:, :, None])[:, :, 0]
+        return self.rounded(torch.where((row < offsets[-1])[:, None], y, torch.zeros((), dtype=y.dtype, device=y.device)))
+
+    def product(self, x: Tensor, weights: tuple[Weight, ...], *, wide: bool) -> Tensor:
+        """``x @ concat(weights).T`` with wide sums, in the wide or the activation dtype."""
+        dtype = self.wide_type if wide else self.operand_type(x, weights[0])
+        x = x.to(dtype)
+        packed = self.packed(weights, dtype)
+        if packed is not None:
+            y = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")  # noqa: SLF001  the public name for it is torch.compile
+        elif (matrix := self.matrix(weights, dtype)) is not None:
+            y = functional.linear(x, matrix)
+        else:
+            y = torch.cat([self.tiled(x, weight, dtype) for weight in weights], 1)
+        return y if wide else self.rounded(y)
+
+    def operand_type(self, x: Tensor, weight: Weight) -> torch.dtype:
+        """The dtype of a product's operands: BF16 where both are exact in it, and where the library then sums in float32."""
+        return x.dtype if isinstance(weight, ScaledArray) else torch.promote_types(x.dtype, weight.dtype)
+
+    def tiled(self, x: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
+        """A product with a weight that is not kept: it is dequantised tile by tile of its rows."""
+        out, cols = weight.shape
+        step = max(FP8_BLOCK, TILE // cols // FP8_BLOCK * FP8_BLOCK)
+        y = x.new_empty((x.shape[0], out))
+        for row in range(0, out, step):
+            part = slice(row, min(row + step, out))
+            tile = weight.rows(part.start, part.stop) if isinstance(weight, ScaledArray) else weight[part]
+            y[:, part] = functional.linear(x, self.widened(tile, dtype))
+        return y
+
+    def widened(self, weight: Weight, dtype: torch.dtype) -> Tensor:
+        """A whole weight in ``dtype``, dequantised if need be."""
+        return self.dequantise(weight, dtype) if isinstance(weight, ScaledArray) else weight.to(dtype)
+
+    def matrix(self, weights: tuple[Weight, ...], dtype: torch.dtype) -> Tensor | None:
+        """Weights one above the other in ``dtype``: the weight itself, or kept in the weight cache; None where that cannot hold it."""
+        if len(weights) == 1 and not isinstance(weights[0], ScaledArray) and weights[0].dtype == dtype:
+            return weights[0]
+        return self.weights.get(weights, dtype, self.size(weights, dtype), lambda: self.stacked(weights, dtype))
+
+    def packed(self, weights: tuple[Weight, ...], dtype: torch.dtype) -> Tensor | None:
+        """Weights one above the other in oneDNN's layout; None where the device, the dtype or the weight cache does not allow it."""
+        if not self.one_dnn or dtype == torch.float64:
+            return None
+        make = torch.ops.mkldnn._reorder_linear_weight  # noqa: SLF001
+        return self.weights.get(weights, (dtype, "onednn"), self.size(weights, dtype), lambda: make(self.stacked(weights, dtype), 1))
+
+    def stacked(self, weights: tuple[Weight, ...], dtype: torch.dtype) -> Tensor:
+        """Weights one above the other in ``dtype``."""
+        parts = [self.widened(weight, dtype) for weight in weights]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @staticmethod
+    def size(weights: tuple[Weight, ...], dtype: torch.dtype) -> int:
+        """Bytes of weights in ``dtype``."""
+        return sum(w.shape[0] * w.shape[1] for w in weights) * dtype.itemsize
+
+    @property
+    def one_dnn(self) -> bool:
+        """Say whether oneDNN's linear layer can be called: on a CPU, in a torch that was built with it."""
+        return self.on_cpu and _one_dnn()
+
+
+def _one_dnn() -> Any:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -1,0 +1,53 @@
+"""Routing, dispatch, SwiGLU and combination."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dsv4_backend_torch.matmul import TorchMatmul, Weight
+from dsv4_core.ops.moe import MoeOps
+
+
+class TorchMoe(TorchMatmul, MoeOps):
+    """Contracts of ``ops/moe.py``."""
+
+    def gate(self, x: Tensor, weight: Tensor, bias: Tensor, *, topk: int, route_scale: float) -> tuple[Tensor, Tensor]:
+        scores = self.router_scores(x, weight)
+        indices = (scores + self.widen(bias)).sort(dim=-1, descending=True, stable=True).indices[:, :topk]  # topk does not promise the lower of equals
+        return self.route_weights(scores, indices, route_scale), indices.to(torch.int32)
+
+    def gate_hash(self, x: Tensor, weight: Tensor, tid2eid: Tensor, ids: Tensor, *, route_scale: float) -> tuple[Tensor, Tensor]:
+        indices = tid2eid.index_select(0, ids)
+        return self.route_weights(self.router_scores(x, weight), indices, route_scale), indices.to(torch.int32)
+
+    def router_scores(self, x: Tensor, weight: Weight) -> Tensor:
+        """``sqrt(softplus(x . weight))``; beyond 40 softplus is the identity, in float64 too."""
+        return functional.softplus(self.product(x, (weight,), wide=True), threshold=40).sqrt_()
+
+    def route_weights(self, scores: Tensor, indices: Tensor, route_scale: float) -> Tensor:
+        """The chosen experts' scores, normalised and scaled."""
+        chosen = scores.gather(-1, indices)
+        return (chosen / chosen.sum(-1, keepdim=True)).mul_(route_scale)
+
+    def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor, *, first_expert: int, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        local = indices.reshape(-1) - first_expert
+        local = torch.where((local >= 0) & (local < n_experts), local, n_experts)
+        expert, order = local.sort(stable=True)
+        bounds = torch.arange(n_experts + 1, dtype=expert.dtype, device=expert.device)
+        offsets = torch.searchsorted(expert, bounds, out_int32=True)
+        rows = x.index_select(0, order.div(indices.shape[1], rounding_mode="floor"))
+        return rows, weights.reshape(-1).index_select(0, order), order.to(torch.int32), offsets
+
+    def swiglu(self, gate: Tensor, up: Tensor, weights: Tensor | None, *, limit: float) -> Tensor:
+        y = functional.silu(self.widen(gate).clamp(max=limit), inplace=False).mul_(self.widen(up).clamp(-limit, limit))
+        return self.rounded(y if weights is None else y.mul_(weights[:, None]))
+
+    def combine(self, rows: Tensor, order: Tensor, offsets: Tensor, shared: Tensor | None, *, topk: int, out_dtype: str) -> Tensor:
+        copies, dim = rows.shape
+        copy = torch.arange(copies, dtype=offsets.dtype, device=rows.device)
+        rows = torch.where((copy < offsets[-1])[:, None], rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
+        place = torch.empty_like(order).scatter_(0, order.to(torch.int64), copy.to(order.dtype))
+        y = rows.index_select(0, place).reshape(copies // topk, topk, dim).sum(1, dtype=self.wide_type)
+        return (y if shared is None else y.add_(shared)).to(getattr(torch, out_dtype))

@@ -1,0 +1,43 @@
+"""Weights on the device: stacks of experts, and dequantised or repacked matrices kept up to a number of bytes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from dsv4_core.dtypes import Experts, ScaledArray
+
+
+class WeightCache:
+    """Maps weights, by identity, to a matrix made of them; least recently used first out. ``nbytes`` never exceeds ``capacity``."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.nbytes = 0
+        self.entries: OrderedDict[tuple[Any, ...], tuple[Any, Tensor, int]] = OrderedDict()  # weights are held too, so that their ids stay theirs
+
+    def get(self, weights: tuple[Any, ...], kind: Any, size: int, make: Callable[[], Tensor]) -> Tensor | None:
+        """Give the matrix of ``size`` bytes that ``make`` makes of ``weights``; None where it can never fit."""
+        key = (kind, *map(id, weights))
+        if (entry := self.entries.get(key)) is not None:
+            self.entries.move_to_end(key)
+            return entry[1]
+        if size > self.capacity:
+            return None
+        while self.nbytes + size > self.capacity:
+            self.nbytes -= self.entries.popitem(last=False)[1][2]
+        matrix = make()
+        self.entries[key] = (weights, matrix, size)
+        self.nbytes += size
+        return matrix
+
+
+class StackedExperts(Experts):
+    """Routed experts whose codes and scales lie in one tensor each, [experts, ...]: what a grouped kernel reads. Items are views."""
+
+    def __init__(self, stack: ScaledArray | Tensor) -> None:
+        super().__init__([stack[e] for e in range(stack.shape[0])])
+        self.stack = stack
