@@ -8,7 +8,7 @@ import torch
 from dsv4_backend_ascend import simulate
 from dsv4_backend_ascend.capability import GENERATIONS, table
 from dsv4_backend_ascend.constraints import RULES
-from dsv4_backend_ascend.simulate.library import schemas
+from dsv4_backend_ascend.schema import schemas
 from dsv4_backend_ascend.simulate.samples import VIOLATIONS, samples
 
 

@@ -355,7 +355,7 @@ def lightning_indexer(generation: Generation, a: SimpleNamespace) -> Iterator[st
 def sparse_flash_attention(generation: Generation, a: SimpleNamespace) -> Iterator[str]:
     """MLA-absorb mode: 512 channels, 64 of RoPE, one key/value head."""
     if (a.layout_query, a.layout_kv) != ("TND", "TND"):
-        yield f"layouts {a.layout_query} and {a.layout_kv}; this backend calls TND, where the softmax maximum and sum are returned"
+        yield f"layouts {a.layout_query} and {a.layout_kv}; this backend calls TND"
         return
     tokens, heads, dim = a.query.shape
     if len(
@@ -396,7 +396,7 @@ def sparse_flash_attention(generation: Generation, a: SimpleNamespace) -> Iterat
     if a.block_table is not None:
         yield "block_table is for PA_BSND"
     if a.sinks is not None:
-        yield "sinks are not supported on A2 and A3, and on 950 by no released CANN up to 9.1.0: folded in afterwards"
+        yield "sinks are not supported on A2 and A3, and on 950 by no released CANN up to 9.1.0; the sink is a row"
     if not all(contiguous(t) for t in (a.query, a.key, a.value, a.query_rope, a.key_rope) if t is not None):
         yield "query, key, value or a rope is not contiguous"
 

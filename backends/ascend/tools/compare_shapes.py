@@ -25,7 +25,8 @@ from torch_npu import version
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dsv4_backend_ascend.capability import GENERATIONS, table
-from dsv4_backend_ascend.simulate.library import SHAPES, bind, schemas
+from dsv4_backend_ascend.schema import bind, schemas
+from dsv4_backend_ascend.simulate import SHAPES
 from dsv4_backend_ascend.simulate.samples import VIOLATIONS, Sample, samples
 
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import resources
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +19,7 @@ import torch
 
 from dsv4_backend_ascend.capability import GENERATIONS, Generation
 from dsv4_backend_ascend.constraints import violation
+from dsv4_backend_ascend.schema import bind, schemas
 
 Kernel = Callable[[SimpleNamespace], Any]
 """Takes the bound arguments of a call, every one of the schema's by name, and gives its results."""
@@ -41,29 +40,6 @@ def simulated(op: str, *, shapes: Kernel) -> Callable[[Kernel], Kernel]:
         return kernel
 
     return register
-
-
-@functools.cache
-def schemas() -> dict[str, str]:
-    """Schemas of the called ops as the real wheel prints them: the committed snapshot."""
-    snapshot = json.loads(
-        resources.files("dsv4_backend_ascend").joinpath("data/npu_schemas.json").read_text(encoding="utf-8")
-    )
-    return dict(snapshot["schemas"])
-
-
-@functools.cache
-def _parameters(op: str) -> tuple[tuple[str, Any], ...]:
-    """Names and defaults of an op's arguments, in the schema's order."""
-    return tuple((argument.name, argument.default_value) for argument in torch._C.parse_schema(schemas()[op]).arguments)
-
-
-def bind(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SimpleNamespace:
-    """Name every argument of a call, defaults included; the dispatcher has checked the call against the schema."""
-    parameters = _parameters(op)
-    return SimpleNamespace(
-        **(dict(parameters) | {name: value for (name, _), value in zip(parameters, args, strict=False)} | kwargs)
-    )
 
 
 @dataclass

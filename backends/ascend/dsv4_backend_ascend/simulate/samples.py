@@ -124,22 +124,6 @@ def _common() -> Iterator[Sample]:
             "probs": torch.ones(6, 2),
         },
     )
-    yield Sample(
-        "lightning_indexer",
-        "npu_lightning_indexer",
-        {
-            "query": _bf16(5, 1, 8, 128),
-            "key": _bf16(4, 16, 1, 128),
-            "weights": _bf16(5, 1, 8),
-            "actual_seq_lengths_query": torch.ones(5, dtype=torch.int32),
-            "actual_seq_lengths_key": torch.tensor([0, 1, 9, 17, 64], dtype=torch.int32),
-            "block_table": torch.tensor([[2, 0, 3, 1]] * 5, dtype=torch.int32),
-            "layout_query": "BSND",
-            "layout_key": "PA_BSND",
-            "sparse_count": 12,
-            "sparse_mode": 0,
-        },
-    )
     rows = _bf16(9, 1, 512)
     yield Sample(
         "sparse_attention",
@@ -164,12 +148,28 @@ def _common() -> Iterator[Sample]:
 
 
 def _a2_a3() -> Iterator[Sample]:
-    """910B and 910C: rotary, int8."""
+    """910B and 910C: rotary, indexer, int8."""
     angle = torch.randn(5, 1, 16).repeat_interleave(2, -1)
     yield Sample(
         "rotary",
         "npu_rotary_mul",
         {"input": torch.randn(5, 3, 32), "r1": angle.cos(), "r2": angle.sin(), "rotary_mode": "interleave"},
+    )
+    yield Sample(
+        "lightning_indexer",
+        "npu_lightning_indexer",
+        {
+            "query": _bf16(5, 1, 8, 128),
+            "key": _bf16(4, 16, 1, 128),
+            "weights": _bf16(5, 1, 8),
+            "actual_seq_lengths_query": torch.ones(5, dtype=torch.int32),
+            "actual_seq_lengths_key": torch.tensor([0, 1, 9, 17, 64], dtype=torch.int32),
+            "block_table": torch.tensor([[2, 0, 3, 1]] * 5, dtype=torch.int32),
+            "layout_query": "BSND",
+            "layout_key": "PA_BSND",
+            "sparse_count": 12,
+            "sparse_mode": 0,
+        },
     )
     yield Sample("quantise_int8", "npu_dynamic_quant", {"input": _bf16(5, 64)})
     yield Sample(

@@ -1,0 +1,45 @@
+"""The one place from which npu ops are called, and the dry run in which calls are checked instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dsv4_backend_ascend.constraints import violation
+from dsv4_backend_ascend.schema import bind
+from dsv4_backend_ascend.simulate import SHAPES
+
+if TYPE_CHECKING:
+    from dsv4_backend_ascend.capability import Generation
+
+
+class RefusedError(Exception):
+    """A call that the documents do not allow on the planned generation: the reason."""
+
+
+_planned: ContextVar[Generation | None] = ContextVar("planned", default=None)
+
+
+def call(op: str, **arguments: Any) -> Any:
+    """Call an npu op; in a dry run, check the call and give results without data."""
+    generation = _planned.get()
+    if generation is None:
+        return getattr(torch.ops.npu, op).default(**arguments)
+    bound = bind(op, (), arguments)
+    if broken := violation(op, generation, bound):
+        raise RefusedError(broken)
+    return SHAPES[op](bound)
+
+
+@contextmanager
+def dry_run(generation: Generation) -> Iterator[None]:
+    """Check the calls made inside against the documents; pass tensors of the meta device. Raises ``RefusedError``."""
+    token = _planned.set(generation)
+    try:
+        yield
+    finally:
+        _planned.reset(token)

@@ -1,0 +1,117 @@
+"""linear, grouped_linear and expert_linear in npu ops.
+
+Rows after the last expert's belong to other ranks and come out of npu_grouped_matmul undefined; the contract wants zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dsv4_backend_ascend.cann.call import call
+from dsv4_backend_ascend.constraints import BFLOAT16, E2M1, E4M3_NPU, E8M0, FLOAT32
+from dsv4_backend_ascend.weights import Int8Weight, MxWeight
+from dsv4_core.dtypes import FP4_GROUP, FP8_BLOCK
+
+_NUMBERS = {"bfloat16": BFLOAT16, "float32": FLOAT32}
+_GROUPED = {"split_item": 3, "group_type": 0, "group_list_type": 0, "output_dtype": BFLOAT16}
+TRANSPOSED_LIMIT = 65536  # npu_transpose_batchmatmul: k * batch stays below it where the input is transposed inside
+
+
+def mx_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise per 128 channels as the model does, and spread the scales over MX's groups of 32: codes, [tokens, in / 64, 2]."""
+    codes, scale = call("npu_dynamic_mx_quant", input=x, dst_type=E4M3_NPU, block_size=FP8_BLOCK, scale_alg=1)
+    groups = scale.flatten(-2).repeat_interleave(FP8_BLOCK // FP4_GROUP, -1)[..., : -(-x.shape[-1] // 64) * 2]
+    return codes, groups.unflatten(-1, (-1, 2)).contiguous()
+
+
+def linear_mx(x: torch.Tensor, weight: MxWeight, *, out_dtype: str) -> torch.Tensor:
+    """Contract ``linear`` on 950: FP8 activations, FP8 or FP4 weights."""
+    codes, scale = mx_activation(x)
+    form = {"x2_dtype": E2M1, "group_sizes": [0, 0, 32]} if weight.format == "e2m1" else {"group_sizes": [1, 1, 32]}
+    return call(  # type: ignore[no-any-return]
+        "npu_quant_matmul",
+        x1=codes,
+        x2=weight.data.t(),
+        scale=weight.scale.transpose(0, 1),
+        pertoken_scale=scale,
+        scale_dtype=E8M0,
+        pertoken_scale_dtype=E8M0,
+        output_dtype=_NUMBERS[out_dtype],
+        **form,
+    )
+
+
+def linear_int8(x: torch.Tensor, weight: Int8Weight, *, out_dtype: str) -> torch.Tensor:
+    """W8A8 on 910B and 910C."""
+    codes, scale = call("npu_dynamic_quant", input=x)
+    return call(  # type: ignore[no-any-return]
+        "npu_quant_matmul",
+        x1=codes,
+        x2=weight.data.t(),
+        scale=weight.scale,
+        pertoken_scale=scale,
+        output_dtype=_NUMBERS[out_dtype],
+    )
+
+
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Contract ``grouped_linear`` with a BF16 weight [out, in]: one batch per group."""
+    groups, channels = x.shape[1:]
+    blocks = weight.unflatten(0, (groups, -1)).transpose(1, 2)
+    inside = groups * channels < TRANSPOSED_LIMIT
+    y = call(
+        "npu_transpose_batchmatmul",
+        input=x if inside else x.transpose(0, 1),
+        weight=blocks,
+        perm_x1=[1, 0, 2] if inside else [0, 1, 2],
+        perm_x2=[0, 1, 2],
+        perm_y=[1, 0, 2],
+    )
+    return y.flatten(1)  # type: ignore[no-any-return]
+
+
+def _own_rows(y: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    """Zero the rows from ``end`` on."""
+    return y.masked_fill((torch.arange(y.shape[0], device=y.device) >= end).unsqueeze(-1), 0)
+
+
+def expert_linear_bf16(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Contract ``expert_linear`` with BF16 weights [experts, out, in]."""
+    (y,) = call("npu_grouped_matmul", x=[x], weight=[weight.transpose(1, 2)], group_list=offsets[1:].long(), **_GROUPED)
+    return _own_rows(y, offsets[-1])
+
+
+def expert_linear_mx(x: torch.Tensor, weight: MxWeight, offsets: torch.Tensor) -> torch.Tensor:
+    """Contract ``expert_linear`` on 950."""
+    codes, scale = mx_activation(x)
+    scales = (
+        {"antiquant_scale": [weight.scale], "weight_dtype": E2M1}
+        if weight.format == "e2m1"
+        else {"scale": [weight.scale.transpose(1, 2)], "scale_dtype": E8M0}
+    )
+    (y,) = call(
+        "npu_grouped_matmul",
+        x=[codes],
+        weight=[weight.data.transpose(1, 2)],
+        per_token_scale=[scale],
+        per_token_scale_dtype=E8M0,
+        group_list=offsets[1:].long(),
+        **scales,
+        **_GROUPED,
+    )
+    return _own_rows(y, offsets[-1])
+
+
+def expert_linear_int8(x: torch.Tensor, weight: Int8Weight, offsets: torch.Tensor) -> torch.Tensor:
+    """W8A8 on 910B and 910C; BF16 results need the weight's scales in BF16."""
+    codes, scale = call("npu_dynamic_quant", input=x)
+    (y,) = call(
+        "npu_grouped_matmul",
+        x=[codes],
+        weight=[weight.data.transpose(1, 2)],
+        scale=[weight.scale.bfloat16()],
+        per_token_scale=[scale],
+        group_list=offsets[1:].long(),
+        **_GROUPED,
+    )
+    return _own_rows(y, offsets[-1])

@@ -1,0 +1,57 @@
+"""swiglu, dispatch and combine in npu ops."""
+
+from __future__ import annotations
+
+import torch
+
+from dsv4_backend_ascend.cann.call import call
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor, weights: torch.Tensor | None, *, limit: float) -> torch.Tensor:
+    """Contract ``swiglu``: in float32, so that the routing weight comes before the rounding."""
+    both = torch.cat([gate, up], dim=-1).float()
+    y = call("npu_clipped_swiglu", x=both, alpha=1.0, limit=limit, bias=0.0, interleaved=False)
+    return (y if weights is None else y * weights.unsqueeze(-1)).to(gate.dtype)  # type: ignore[no-any-return]
+
+
+def dispatch(
+    x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, *, first_expert: int, n_experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Contract ``dispatch``: copies for other ranks go to one expert more, which sorts them to the end in their order."""
+    local = indices - first_expert
+    local = local.where((local >= 0) & (local < n_experts), n_experts)
+    rows, order, ends, _ = call(
+        "npu_moe_init_routing_v2",
+        x=x,
+        expert_idx=local.to(torch.int32),
+        expert_num=n_experts + 1,
+        expert_tokens_num_type=0,
+        expert_tokens_num_flag=True,
+        active_expert_range=[0, n_experts + 1],
+        row_idx_type=1,
+    )
+    offsets = torch.nn.functional.pad(ends[:n_experts], (1, 0)).to(torch.int32)
+    return rows, weights.flatten()[order.long()], order, offsets
+
+
+def combine(
+    rows: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    shared: torch.Tensor | None,
+    *,
+    topk: int,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Contract ``combine``: in float32, other ranks' rows as zeros."""
+    own = torch.arange(rows.shape[0], device=rows.device) < offsets[-1]
+    position = torch.empty_like(order).scatter_(
+        0, order.long(), torch.arange(order.shape[0], dtype=order.dtype, device=order.device)
+    )
+    y = call(
+        "npu_moe_token_unpermute",
+        permuted_tokens=rows.float().masked_fill(~own.unsqueeze(-1), 0),
+        sorted_indices=position,
+        probs=rows.new_ones((rows.shape[0] // topk, topk), dtype=torch.float32),
+    )
+    return (y if shared is None else y + shared.float()).to(out_dtype)  # type: ignore[no-any-return]

@@ -1,0 +1,28 @@
+"""rms_norm and apply_rope in npu ops."""
+
+from __future__ import annotations
+
+import torch
+
+from dsv4_backend_ascend.cann.call import call
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, *, eps: float) -> torch.Tensor:
+    """Contract ``rms_norm``; no weight is a weight of ones."""
+    gamma = x.new_ones(x.shape[-1:]) if weight is None else weight
+    return call("npu_rms_norm", input=x, gamma=gamma, epsilon=eps)[0]  # type: ignore[no-any-return]
+
+
+def apply_rope(x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, *, inverse: bool) -> torch.Tensor:
+    """Contract ``apply_rope``: the rotated channels in float32, so that cosine, sine and the result are rounded once."""
+    angle = (positions.float().unsqueeze(-1) * freqs).repeat_interleave(2, -1).unsqueeze(1)
+    passed, rotated = x.split([x.shape[-1] - angle.shape[-1], angle.shape[-1]], dim=-1)
+    sine = angle.sin()
+    turned = call(
+        "npu_rotary_mul",
+        input=rotated.float().contiguous(),
+        r1=angle.cos(),
+        r2=-sine if inverse else sine,
+        rotary_mode="interleave",
+    )
+    return torch.cat([passed, turned.to(x.dtype)], dim=-1)

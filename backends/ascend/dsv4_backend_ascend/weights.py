@@ -1,0 +1,77 @@
+"""Weights as the chips multiply them: MX on 950, int8 per channel on 910B and 910C, packed stacks of experts.
+
+MX lays one E8M0 scale per 32 channels as [..., k / 64, 2]. The checkpoint's grids repeat into it (128 x 128 blocks of FP8, 1 x 32 groups of FP4), so the
+repacking is exact and reversible.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dsv4_core.dtypes import FP4_GROUP, FP8_BLOCK, Format
+
+MX_PAIR = 64  # channels under one pair of E8M0 scales
+
+
+@dataclass(frozen=True)
+class MxWeight:
+    """``data``: E4M3 [..., out, in], or E2M1 pairs in uint8 [..., out, in / 2]; ``scale``: uint8 E8M0 [..., out, in / 64, 2]."""
+
+    data: torch.Tensor
+    scale: torch.Tensor
+    format: Format
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape, [..., out, in]."""
+        *lead, last = self.data.shape
+        return (*lead, last * 2 if self.format == "e2m1" else last)
+
+    @property
+    def dtype(self) -> str:
+        """The checkpoint's format, which repacking keeps."""
+        return "float8_e4m3fn@128x128" if self.format == "e4m3" else "float4_e2m1fn@1x32"
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """W8A8: ``data`` int8 [..., out, in], ``scale`` float32 [..., out], one per output channel. Lossy: made by ``dsv4 convert``, never at load."""
+
+    data: torch.Tensor
+    scale: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., out, in]."""
+        return tuple(self.data.shape)
+
+    @property
+    def dtype(self) -> str:
+        """As the capability table names it."""
+        return "int8"
+
+
+def to_mx(data: torch.Tensor, scale: torch.Tensor, fmt: Format) -> MxWeight:
+    """Repack the checkpoint's codes and scales, uint8 [..., out, in] and their grid; ``in`` is a multiple of 32."""
+    if fmt == "e4m3":
+        out, cols = data.shape[-2:]
+        per_row = scale.repeat_interleave(FP8_BLOCK, -2)[..., :out, :]
+        per_group = per_row.repeat_interleave(FP8_BLOCK // FP4_GROUP, -1)[..., : cols // FP4_GROUP]
+        return MxWeight(data.view(torch.float8_e4m3fn), _paired(per_group), fmt)
+    return MxWeight(data, _paired(scale), fmt)
+
+
+def from_mx(weight: MxWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give back the checkpoint's codes and scales, both uint8."""
+    groups = weight.shape[-1] // FP4_GROUP
+    scale = weight.scale.flatten(-2)[..., :groups]
+    if weight.format == "e4m3":
+        return weight.data.view(torch.uint8), scale[..., ::FP8_BLOCK, :: FP8_BLOCK // FP4_GROUP].contiguous()
+    return weight.data, scale.contiguous()
+
+
+def _paired(scale: torch.Tensor) -> torch.Tensor:
+    """[..., groups] -> [..., ceil(groups / 2), 2]; the padding is 0, as npu_dynamic_mx_quant pads."""
+    return torch.nn.functional.pad(scale, (0, scale.shape[-1] % 2)).unflatten(-1, (-1, 2)).contiguous()
