@@ -30,9 +30,10 @@ class Work:
 class KernelSpec:
     """How a kernel is compiled offline and what its machine code must contain.
 
-    ``signature``: runtime arguments and their types ("*bf16", "*u8", "i32", "fp32"). ``variants``: name -> constexprs of a published model's shape, in
+    ``signature``: runtime arguments and their types ("*bf16", "*u8", "i32", "fp32"; "i32:16" for a multiple of 16). ``variants``: name -> constexprs of a published model's shape, in
     addition to the launch table's row. ``mma``: architecture -> regular expression of the tensor-core instruction expected. ``work``: the
     constexprs -> the hot loop's work. ``unsupported``: architecture -> why it has no such kernel. ``per_arch``: architecture -> constexprs.
+    ``looped``: whether the source loops over data; if not, "the hot loop" is the whole kernel.
     """
 
     name: str
@@ -43,6 +44,7 @@ class KernelSpec:
     mma: Mapping[int, str] = field(default_factory=dict)
     per_arch: Callable[[int], Mapping[str, Any]] = lambda _: {}
     unsupported: Mapping[int, str] = field(default_factory=dict)
+    looped: bool = True
 
     def constexprs(self, variant: str, arch: int) -> dict[str, Any]:
         """Compile-time arguments without the launch options."""

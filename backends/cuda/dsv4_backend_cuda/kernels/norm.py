@@ -71,6 +71,7 @@ SPECS = (
             "query": {"DIM": 512, "BLOCK": 512, "WEIGHTED": False, "QUANTISE": False},
         },
         per_arch=lambda arch: {"NATIVE": arch >= 89},
+        looped=False,
         work=lambda c: Work(bytes=c["ROWS"] * c["DIM"] * (5 if c["QUANTISE"] else 4)),
     ),
 )

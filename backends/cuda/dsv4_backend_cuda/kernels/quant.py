@@ -116,6 +116,7 @@ SPECS = (
         signature={"x": "*bf16", "codes": "*u8", "scales": "*u8", "groups": "i32"},
         variants={"block128": {"GROUP": 128}},
         per_arch=lambda arch: {"NATIVE": arch >= 89},
+        looped=False,
         work=lambda c: Work(bytes=c["GROUPS"] * (3.0 * c["GROUP"] + 1)),
     ),
     KernelSpec(
@@ -127,6 +128,7 @@ SPECS = (
             "index": {"DIM": 128, "CHANNELS": 128, "GROUP": 32, "FP4": True},
         },
         per_arch=lambda arch: {"NATIVE": arch >= 89},
+        looped=False,
         work=lambda c: Work(bytes=4.0 * c["GROUPS"] * c["GROUP"]),
     ),
     KernelSpec(
@@ -135,6 +137,7 @@ SPECS = (
         signature={"x": "*bf16", "y": "*bf16", "rows": "i32"},
         variants={"index": {"DIM": 128, "QUANTISE": True, "NORM": 128**-0.5}},
         mma={80: "HMMA", 89: "HMMA", 90: "HGMMA|HMMA", 100: "UTC.*MMA|HMMA", 120: "HMMA"},
+        looped=False,
         work=lambda c: Work(bytes=4.0 * c["ROWS"] * c["DIM"], flops=2.0 * c["ROWS"] * c["DIM"] ** 2),
     ),
 )

@@ -50,6 +50,7 @@ SPECS = (
         kernel=rope_kernel,
         signature={"x": "*bf16", "positions": "*i32", "freqs": "*fp32", "y": "*bf16", "heads": "i32"},
         variants={"query": {"DIM": 512, "BLOCK": 512, "HALF": 32, "INVERSE": False}, "output": {"DIM": 512, "BLOCK": 512, "HALF": 32, "INVERSE": True}},
+        looped=False,
         work=lambda c: Work(bytes=4.0 * c["HEADS"] * c["DIM"]),
     ),
 )

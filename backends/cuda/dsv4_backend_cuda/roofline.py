@@ -1,0 +1,76 @@
+"""Occupancy and a per-iteration roofline from machine code: a model, not a measurement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsv4_backend_cuda.launch import Work
+
+
+@dataclass(frozen=True)
+class Device:
+    """Limits of a compute capability (CUDA programming guide) and the rates of one product that has it (its data sheet, dense)."""
+
+    product: str
+    multiprocessors: int
+    gigahertz: float
+    gigabytes_per_second: float
+    teraflops: dict[str, float]
+    shared_per_multiprocessor: int
+    shared_per_block: int
+    warps: int
+    blocks: int
+    tensor_memory: int = 0
+
+
+DEVICES = {
+    80: Device("A100 SXM 80 GB", 108, 1.41, 2039, {"bf16": 312, "fp8": 312}, 164 << 10, 163 << 10, 64, 32),
+    89: Device("L40S", 142, 2.52, 864, {"bf16": 362, "fp8": 733}, 100 << 10, 99 << 10, 48, 24),
+    90: Device("H100 SXM", 132, 1.83, 3350, {"bf16": 989, "fp8": 1979}, 228 << 10, 227 << 10, 64, 32),
+    100: Device("B200", 148, 1.85, 8000, {"bf16": 2250, "fp8": 4500}, 228 << 10, 227 << 10, 64, 32, 512),
+    120: Device("RTX PRO 6000 Blackwell", 188, 2.6, 1792, {"bf16": 504, "fp8": 1007}, 100 << 10, 99 << 10, 48, 24),
+}
+REGISTERS = 65536  # per multiprocessor, on all of them
+RESERVED = 1 << 10  # bytes of shared memory that the driver keeps per block
+ISSUE_SLOTS = 4  # warp instructions per cycle and multiprocessor
+
+
+def blocks_per_multiprocessor(device: Device, *, registers: int, shared: int, warps: int, tensor_memory: int) -> int:
+    """Thread blocks that fit on a multiprocessor at once; 0 if one does not."""
+    per_warp = -(-registers * 32 // 256) * 256  # allocated in units of 256
+    fits = [device.warps // warps, device.blocks, REGISTERS // (per_warp * warps)]
+    if shared > device.shared_per_block or tensor_memory > device.tensor_memory:
+        return 0
+    fits.append(device.shared_per_multiprocessor // (shared + RESERVED))
+    if tensor_memory:
+        fits.append(device.tensor_memory // tensor_memory)
+    return min(fits)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Cycles of one multiprocessor for one iteration of one block's hot loop, by resource. ``share``: of the roofline, if the bound is reached."""
+
+    memory: float
+    mma: float
+    issue: float
+
+    @property
+    def bound(self) -> str:
+        """The resource that takes longest."""
+        return max(("memory", self.memory), ("mma", self.mma), ("issue", self.issue), key=lambda pair: pair[1])[0]
+
+    @property
+    def share(self) -> float:
+        """Time that memory and tensor cores must take, over the time that the busiest resource takes."""
+        return max(self.memory, self.mma) / max(self.memory, self.mma, self.issue)
+
+
+def estimate(device: Device, work: Work, *, instructions: int, warps: int) -> Estimate:
+    """Apply the model: each resource fully busy, all multiprocessors sharing memory evenly, latencies hidden."""
+    cycles = device.gigahertz * 1e9 * device.multiprocessors
+    return Estimate(
+        memory=work.bytes * cycles / (device.gigabytes_per_second * 1e9),
+        mma=work.flops * cycles / (device.teraflops[work.rate] * 1e12),
+        issue=instructions * warps / ISSUE_SLOTS,
+    )

@@ -1,0 +1,79 @@
+"""Quantised linear layers against float64 products of dequantised operands."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from dsv4_backend_cuda.kernels import scaled_matmul
+
+
+def activation(tokens: int, k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    codes, scales = oracle.quantise_fp8(oracle.normal(tokens, k, seed=seed), 128)
+    return oracle.guarded(codes), oracle.guarded(scales), oracle.e4m3(codes) * oracle.e8m0(scales).repeat_interleave(128, -1)
+
+
+def fp8_weight(out: int, k: int, seed: int, *experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    codes = oracle.fp8_codes(*experts, out, k, seed=seed)
+    scale = oracle.uniform_int(112, 124, *experts, -(-out // 128), k // 128, seed=seed + 1)
+    return codes, scale, oracle.fp8_weight(codes, scale)
+
+
+def fp4_weight(out: int, k: int, seed: int, *experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    packed = oracle.uniform_int(0, 256, *experts, out, k // 2, seed=seed)
+    scale = oracle.uniform_int(112, 130, *experts, out, k // 32, seed=seed + 1)
+    return packed, scale, oracle.fp4_weight(packed, scale)
+
+
+@pytest.fixture(params=["bf16", "native", "scaled"])
+def mma(request, monkeypatch):
+    """Every way that some architecture multiplies, not only the interpreter's."""
+    if request.param != "native":
+        monkeypatch.setattr(scaled_matmul, "mma_of", lambda _, **__: request.param)
+
+
+@pytest.mark.parametrize(("tokens", "out", "k"), [(1, 64, 128), (3, 200, 384), (16, 130, 256), (17, 257, 256), (130, 128, 128)])
+@pytest.mark.parametrize("make", [fp8_weight, fp4_weight])
+@pytest.mark.usefixtures("mma")
+def test_linear(make, tokens, out, k):
+    codes, scales, wide = activation(tokens, k, seed=1)
+    weight, weight_scale, wide_weight = make(out, k, seed=2)
+    for dtype in (torch.bfloat16, torch.float32):
+        y = scaled_matmul.linear(codes, scales, weight, weight_scale, out_dtype=dtype, fp4=make is fp4_weight)
+        oracle.close(y, wide @ wide_weight.T)
+
+
+def test_fp4_scales_span_the_exponent_range():
+    codes, scales, wide = activation(2, 128, seed=3)
+    weight, weight_scale, _ = fp4_weight(64, 128, seed=4)
+    weight_scale[:, 0], weight_scale[:, 1], weight_scale[:, 2] = 0, 1, 200
+    y = scaled_matmul.linear(codes, scales, weight, weight_scale, out_dtype=torch.float32, fp4=True)
+    oracle.close(y, wide @ oracle.fp4_weight(weight, weight_scale).T)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 1, 4], [0, 0, 0, 1], [20, 1, 0, 17], [0, 0, 0, 0], [70, 1, 60, 0]])
+@pytest.mark.parametrize("foreign", [0, 5])
+@pytest.mark.parametrize("make", [fp8_weight, fp4_weight])
+@pytest.mark.usefixtures("mma")
+def test_expert_linear(make, counts, foreign):
+    rows = sum(counts) + foreign
+    if rows == 0:
+        pytest.skip("no rows at all")
+    codes, scales, wide = activation(rows, 256, seed=5)
+    weight, weight_scale, wide_weight = make(136, 256, 6, len(counts))
+    offsets = oracle.guarded(torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32))
+    y = scaled_matmul.expert_linear(codes, scales, weight, weight_scale, offsets, fp4=make is fp4_weight)
+    expert = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    exact = torch.einsum("tk,tok->to", wide[: len(expert)], wide_weight[expert])
+    assert not y[len(expert) :].any()
+    if len(expert):
+        oracle.close(y[: len(expert)], exact)
+
+
+def test_bits_do_not_depend_on_the_batch():
+    codes, scales, _ = activation(40, 512, seed=7)
+    weight, weight_scale, _ = fp8_weight(128, 512, seed=8)
+    whole = scaled_matmul.linear(codes, scales, weight, weight_scale, out_dtype=torch.float32)
+    for part in (slice(0, 1), slice(7, 20), slice(3, 40)):
+        alone = scaled_matmul.linear(codes[part].clone(), scales[part].clone(), weight, weight_scale, out_dtype=torch.float32)
+        assert torch.equal(alone, whole[part])
