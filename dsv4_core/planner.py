@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import functools
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, get_args
 
 from dsv4_core.backend import Backend
-from dsv4_core.cache import Cache
 from dsv4_core.dtypes import Experts, ScaledArray, dtype_name
 from dsv4_core.layout import Kind
-from dsv4_core.model import ALONE, Parallel
 from dsv4_core.registry import hookimpl
-from dsv4_core.shapes import LayeredModel, ShapeArray, ShapeBackend, ShapeSource, Storage, bind_axes, run_step
+from dsv4_core.shapes import ShapeArray, ShapeBackend, Storage, bind_axes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from types import CodeType
 
-    from dsv4_core.config import ModelConfig
-    from dsv4_core.dtypes import Format, Host
+    from dsv4_core.dtypes import Host
     from dsv4_core.spec import Numerics, OpSpec
 
 WEIGHTS = frozenset(get_args(Kind))
@@ -36,37 +31,44 @@ EQUIVALENT_FP8 = {"fp4": 0.5, "fp8": 1, "fp8 x fp4": 1, "bfloat16": 2, "float32"
 """What a matrix operation counts in operations of FP8: by the wider side's bits. Vector work is not counted in it."""
 
 
+def _tally() -> defaultdict[str, float]:
+    return defaultdict(float)
+
+
 @dataclass
 class Count:
-    """What was done: operations by precision, bytes read and written by kind."""
+    """What was done: operations by precision, bytes read and written by kind, bytes sent to other ranks by purpose."""
 
-    work: Counter[str] = field(default_factory=Counter)
-    read: Counter[str] = field(default_factory=Counter)
-    written: Counter[str] = field(default_factory=Counter)
+    work: defaultdict[str, float] = field(default_factory=_tally)
+    read: defaultdict[str, float] = field(default_factory=_tally)
+    written: defaultdict[str, float] = field(default_factory=_tally)
+    sent: defaultdict[str, float] = field(default_factory=_tally)
 
     def add(self, other: Count, times: float = 1) -> None:
         """Add another count, scaled."""
-        for mine, theirs in ((self.work, other.work), (self.read, other.read), (self.written, other.written)):
-            for key, value in theirs.items():
-                mine[key] += value * times  # type: ignore[assignment]  a share of a byte is a float
+        for name in ("work", "read", "written", "sent"):
+            mine = getattr(self, name)
+            for key, value in getattr(other, name).items():
+                mine[key] += value * times
 
     @property
     def equivalent(self) -> float:
         """Matrix operations, as many FP8 ones would weigh."""
-        return float(sum(EQUIVALENT_FP8.get(precision, 0) * n for precision, n in self.work.items()))
+        return sum(EQUIVALENT_FP8.get(precision, 0) * n for precision, n in self.work.items())
 
     @property
     def weights(self) -> float:
         """Bytes of weights read."""
-        return float(sum(n for kind, n in self.read.items() if kind in WEIGHTS))
+        return sum(n for kind, n in self.read.items() if kind in WEIGHTS)
 
     @property
     def moved(self) -> float:
         """Bytes read and written in all."""
-        return float(sum(self.read.values()) + sum(self.written.values()))
+        return sum(self.read.values()) + sum(self.written.values())
 
 
-class Entry(NamedTuple):
+@dataclass(frozen=True)
+class Entry:
     """One op's count and the layer that it ran in (None: outside the blocks)."""
 
     op: str
@@ -90,8 +92,8 @@ def _rule(text: str) -> CodeType:
 class Planner(ShapeBackend):
     """Counts. ``like``: fused ops as that backend has them (None: all of them whole).
 
-    ``topk``: experts of a token, all different. ``sharing``: ranks that hold the same tokens and share out their expert rows; ``groups``: how many
-    such groups spread the experts over each other's ranks. Both 1: one device does it all.
+    ``topk``: experts of a token, all different. ``sharing``: ranks that hold the same tokens and share out their expert rows;
+    ``groups``: how many such groups spread the experts over each other's ranks. Both 1: one device does it all.
     """
 
     name = "plan"
@@ -107,14 +109,14 @@ class Planner(ShapeBackend):
     ) -> None:
         super().__init__(numerics=numerics, like=like)
         self.topk, self.sharing, self.groups = topk, sharing, groups
+        self.live: Counter[str] = Counter()
         self.reset()
 
     def reset(self) -> None:
         """Forget what was counted; what is alive stays alive."""
         self.entries: list[Entry] = []
         self.inside = 0
-        self.live: Counter[str] = getattr(self, "live", Counter())
-        self.peak: Counter[str] = Counter(self.live)
+        self.peak = Counter(self.live)
 
     def run(self, spec: OpSpec, values: dict[str, Any]) -> Any:
         """Carry out and count one op; a fused one through its default."""
