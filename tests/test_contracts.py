@@ -1,0 +1,99 @@
+"""The declarations hold together, and a backend that departs from one is told so when its class is made."""
+
+import numpy as np
+import pytest
+
+from dsv4_core.backend import Backend, BackendError, missing_ops
+from dsv4_core.config import PRESETS
+from dsv4_core.ops import OPS
+from dsv4_core.registry import create
+from dsv4_core.shapes import trace_calls
+from dsv4_core.spec import Operand, UnsupportedOpError
+
+
+@pytest.mark.parametrize("spec", OPS.values(), ids=OPS)
+def test_a_contract_is_complete(spec):
+    parameters = set(spec.arrays) | set(spec.scalars)
+    assert set(spec.axes) <= set(spec.arrays)
+    assert set(spec.arrays) <= set(spec.axes) | {"parts"}
+    assert {name.partition(".")[0] for name in spec.dtypes} - {"return"} <= parameters
+    assert len(spec.judged) == len(spec.returns)
+    assert set(spec.mutates) <= set(spec.arrays)
+    assert spec.doc, "axes are declared; the docstring says what is computed"
+    for parameter in spec.signature.parameters.values():
+        assert parameter.default is parameter.empty, "ops have no defaults"
+
+
+def test_required_ops_are_few():
+    required = [name for name, spec in OPS.items() if not spec.fused]
+    assert len(required) <= 30
+    assert not any(OPS[name].fused and not Backend.__dict__.get(name) is None for name in required)
+
+
+def test_a_missing_op_is_named():
+    class Empty(Backend):
+        name = "empty"
+
+    with pytest.raises(UnsupportedOpError, match=r"backend 'empty' does not implement the required op 'rms_norm'.*eps"):
+        Empty().rms_norm(np.ones((1, 2)), None, eps=1e-6)
+
+
+def test_a_wrong_signature_shows_both():
+    with pytest.raises(
+        TypeError,
+        match=r"Wrong\.rms_norm\(self, x, weight, epsilon\) does not match the contract rms_norm\(self, x: .*eps: ",
+    ):
+
+        class Wrong(Backend):
+            def rms_norm(self, x, weight, epsilon):
+                return x
+
+
+def test_a_signature_from_a_mixin_is_checked_too():
+    class Mixin:
+        def concat(self, parts):
+            return parts[0]
+
+    with pytest.raises(TypeError, match=r"concat\(self, parts\) does not match"):
+        type("Mixed", (Mixin, Backend), {})
+
+
+def test_narrower_intermediates_are_bounded():
+    with pytest.raises(TypeError, match="declares 'probabilities in fp8'; the contract allows"):
+        type("Narrow", (Backend,), {"narrower": {"sparse_attn": ("probabilities in fp8",)}})
+
+
+def test_options_and_numerics_are_checked():
+    with pytest.raises(BackendError, match="numerics 'fp16' is not one of native, float32, float64"):
+        create("reference", numerics="fp16")
+    with pytest.raises(BackendError, match=r"'reference' has no option 'soc'; its options: .*weight_cache"):
+        create("reference", soc="950")
+
+
+def test_supports_says_why_not_and_the_run_stops():
+    class Picky(Backend):
+        name = "picky"
+
+        def supports(self, op, **operands):
+            from dsv4_core.spec import Support
+
+            if op == "linear" and operands["x"].shape[1] % 512:
+                return Support(reason=f"linear: in_features={operands['x'].shape[1]} is not a multiple of 512")
+            return Support(by="picky")
+
+    calls = [(c.op, c.operands) for c in trace_calls(PRESETS["tiny"], Picky)]
+    assert ("linear", "linear: in_features=256 is not a multiple of 512") in missing_ops(Picky(), calls)
+    reference = create("reference")
+    assert missing_ops(reference, calls) == []
+    assert reference.supports("linear", x=Operand("bfloat16", (1, 128))).by == "reference"
+    nobody = type("Nobody", (Backend,), {"name": "nobody"})()
+    assert "does not implement" in nobody.supports("linear").reason
+    assert not nobody.supports("linear")
+    assert nobody.supports("moe").by == "composed of required ops"
+
+
+def test_no_output_shape_depends_on_values():
+    """The whole graph runs on shapes alone, prefill and decode, MTP included: nothing is read on the host."""
+    for seq, start in ((1, 0), (300, 0), (1, 511), (3, 600)):
+        calls = trace_calls(PRESETS["tiny"], Backend, seq=seq, start=start, batch=2, mtp=True)
+        assert calls[-1].op == "sample"
