@@ -1,0 +1,145 @@
+"""``dsv4 inspect``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dsv4_core.cli.options import model_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.table import Table
+
+    from dsv4_core.config import ModelConfig
+    from dsv4_core.weights import Checkpoint, Finding
+
+
+@click.command("inspect")
+@click.argument("model", required=False)
+@click.option("--no-audit", is_flag=True, help="Read headers only, no values.")
+@click.option("--json", "as_json", is_flag=True, help="Everything as JSON, every finding included.")
+def command(model: str | None, no_audit: bool, as_json: bool) -> None:
+    """Show MODEL's configuration, tensors and parameters, and audit its values (the embedded checkpoint if left out).
+
+    Exits with 1 if something is wrong with the checkpoint, with 2 if there is none.
+    """
+    from dsv4_core.audit import audit
+    from dsv4_core.cli.running import bar
+    from dsv4_core.weights import Checkpoint
+
+    with bar("reading headers") as progress:
+        checkpoint = Checkpoint(model_directory(model), check=False, progress=progress)
+    findings = checkpoint.findings
+    if not no_audit:
+        with bar("auditing (MiB)") as progress:
+            findings = audit(checkpoint, progress=lambda done, of: progress(done >> 20, of >> 20))
+    if as_json:
+        click.echo(json.dumps(_document(checkpoint, findings, audited=not no_audit), indent=2))
+    else:
+        _print(checkpoint, findings, audited=not no_audit)
+    sys.exit(any(f.severity == "error" for f in findings))
+
+
+def _groups(checkpoint: Checkpoint) -> list[tuple[str, str, int, int]]:
+    """Kind, dtype, tensors, bytes: in the order in which kinds appear in the model."""
+    tensors: Counter[tuple[str, str]] = Counter()
+    size: Counter[tuple[str, str]] = Counter()
+    for name in checkpoint.names:
+        stored, kind = checkpoint.stored(name), checkpoint.layout[name].kind
+        tensors[kind, stored.dtype] += 1
+        size[kind, stored.dtype] += stored.end - stored.begin
+    order = list(dict.fromkeys(spec.kind for spec in checkpoint.layout.values()))
+    keys = sorted(tensors, key=lambda key: (order.index(key[0]), key[1]))  # type: ignore[arg-type]
+    return [(*key, tensors[key], size[key]) for key in keys]
+
+
+def _document(checkpoint: Checkpoint, findings: Iterable[Finding], *, audited: bool) -> dict[str, Any]:
+    from dsv4_core.layout import parameters
+
+    return {
+        "path": str(checkpoint.path),
+        "config": asdict(checkpoint.config),
+        "parameters": parameters(checkpoint.config)._asdict(),
+        "bytes": checkpoint.nbytes,
+        "tensors": [
+            dict(zip(("kind", "dtype", "count", "bytes"), group, strict=True)) for group in _groups(checkpoint)
+        ],
+        "audited": audited,
+        "findings": [finding._asdict() for finding in findings],
+    }
+
+
+def _print(checkpoint: Checkpoint, findings: list[Finding], *, audited: bool) -> None:
+    from rich.console import Console
+
+    from dsv4_core.layout import parameters
+    from dsv4_core.weights import summary
+
+    console = Console(soft_wrap=True, highlight=False)
+    counts = parameters(checkpoint.config)
+    files = len({checkpoint.file(name) for name in checkpoint.names})
+    console.print(
+        f"[bold]{checkpoint.path}[/]: {len(checkpoint.names)} tensors, {_size(checkpoint.nbytes)}, {files} files"
+    )
+    console.print(
+        f"parameters: {_count(counts.total)} total, {_count(counts.active)} active per token (the MTP block, "
+        f"{_count(counts.mtp)} more, is in neither; the embedding, of which a token reads one row, is not in active)\n"
+    )
+    console.print(_configuration(checkpoint.config))
+    table = _table("tensors", "kind", "dtype", "count>", "bytes>", "share>")
+    for kind, dtype, count, size in _groups(checkpoint):
+        table.add_row(kind, dtype, f"{count:,}", _size(size), f"{100 * size / (checkpoint.nbytes or 1):.1f} %")
+    console.print(table)
+    errors = [f for f in findings if f.severity == "error"]
+    for title, some in (("error", errors), ("note", [f for f in findings if f.severity == "note"])):
+        for line in summary(some):
+            console.print(f"{title}: {line}", style="red" if title == "error" else "yellow", markup=False)
+    what = "names, dtypes, shapes, scale grids" + (", values" if audited else " (values not read: --no-audit)")
+    if errors:
+        console.print(f"{len(errors)} errors in {what}; --json lists every one")
+    else:
+        console.print(f"sound: {what}")
+
+
+def _configuration(config: ModelConfig) -> Table:
+    table = _table("configuration", "key", "value", "key", "value")
+    rows = [(key, str(value)) for key, value in asdict(config).items() if key != "compress_ratios"]
+    short = [row for row in rows if len(row[1]) <= 24]
+    half = -(-len(short) // 2)
+    for left, right in zip(short[:half], [*short[half:], ("", "")], strict=False):
+        table.add_row(*left, *right)
+    ratios = Counter(config.compress_ratios[: config.num_hidden_layers])
+    kinds = {0: "window", 4: "CSA", 128: "HCA"}
+    table.caption = "layers: " + ", ".join(f"{n} {kinds[m]} (ratio {m})" for m, n in sorted(ratios.items()))
+    yarn = config.rope_scaling
+    table.caption += f"\nYaRN from {yarn.original_max_position_embeddings} by {yarn.factor:g} on layers with a ratio"
+    table.caption_justify = "left"
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", no_wrap=True)
+    return table
+
+
+def _size(n: int) -> str:
+    for unit, power in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if n >= power:
+            return f"{n / power:.2f} {unit}"
+    return f"{n} B"
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e9:.2f}B" if n >= 10**9 else f"{n / 1e6:.2f}M"
