@@ -25,7 +25,7 @@ def fp4_weight(out: int, k: int, seed: int, *experts: int) -> tuple[torch.Tensor
     return packed, scale, oracle.fp4_weight(packed, scale)
 
 
-@pytest.fixture(params=["bf16", "native", "scaled"])
+@pytest.fixture(params=["bf16", "native", "scaled", "scaled_e4m3"])
 def mma(request, monkeypatch):
     """Every way that some architecture multiplies, not only the interpreter's."""
     if request.param != "native":

@@ -48,7 +48,8 @@ class KernelSpec:
 
     def constexprs(self, variant: str, arch: int) -> dict[str, Any]:
         """Compile-time arguments without the launch options."""
-        return {**self.variants[variant], **self.per_arch(arch), **{k: v for k, v in config(self.name, arch).items() if not k.startswith("num_")}}
+        blocks = {k: v for k, v in config(self.name, arch).items() if not k.startswith("num_")}
+        return {**blocks, **self.per_arch(arch), **self.variants[variant]}
 
     def options(self, arch: int) -> dict[str, Any]:
         """Warps, stages, and no contraction of a product and a sum that the source keeps apart."""

@@ -25,6 +25,14 @@ def bf16_of_e2m1(code, scale):
 
 
 @triton.jit
+def e4m3_of_e2m1(code):
+    """E2M1 code (low four bits of a byte) -> E4M3 code of the same value: exponent and mantissa shifted, bias 1 to 7, and the subnormal 0.5."""
+    c = code & 7
+    magnitude = tl.where(c == 0, 0, tl.where(c == 1, 0x30, (c << 2) + 0x30))
+    return (magnitude | ((code & 8) << 4)).to(tl.uint8)
+
+
+@triton.jit
 def locate(pid, offsets, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_T: tl.constexpr):
     """Tile ``pid`` of rows sorted by expert -> (expert, first row, end row); rows of other ranks are one more group, expert EXPERTS."""
     e = tl.arange(0, SLOTS)
@@ -43,7 +51,7 @@ def scaled_matmul_kernel(
     x, xs, w, ws, y, offsets, rows, N, K,
     EXPERTS: tl.constexpr, SLOTS: tl.constexpr, FP4: tl.constexpr, MMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """A program computes BLOCK_N outputs of BLOCK_T rows. EXPERTS 0: one dense weight. MMA: "bf16", "fp8", or "scaled" (block-scaled instructions)."""
+    """A program computes BLOCK_N outputs of BLOCK_T rows. EXPERTS 0: one dense weight. MMA: "bf16", "fp8", "scaled" (block-scaled instructions) or "scaled_e4m3" (the same, FP4 widened)."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     expert, first, end = 0, tl.program_id(1) * BLOCK_T, rows
     if EXPERTS > 0:
@@ -55,17 +63,22 @@ def scaled_matmul_kernel(
     blocks = K // 128
     if expert < EXPERTS or EXPERTS == 0:
         PACK: tl.constexpr = 2 if FP4 else 1
+        WIDEN: tl.constexpr = MMA == "scaled_e4m3"
         w += tl.cast(expert, tl.int64) * N * (K // PACK)
         ws += tl.cast(expert, tl.int64) * (N * (K // 32) if FP4 else ((N + 127) // 128) * blocks)
         inner, packed, group = tl.arange(0, 128), tl.arange(0, 128 // PACK), tl.arange(0, 4)
         for block in range(0, blocks):
             wide = tl.load(w + column[:, None] * (K // PACK) + block * (128 // PACK) + packed[None, :], mask=live_n[:, None], other=0)
-            if MMA == "scaled":
+            if MMA == "scaled" or MMA == "scaled_e4m3":
                 narrow = tl.load(x + row[None, :] * K + block * 128 + inner[:, None], mask=live_t[None, :], other=0)
                 scale_x = tl.load(xs + row[:, None] * blocks + block + 0 * group[None, :], mask=live_t[:, None], other=127)
                 if FP4:
                     scale_w = tl.load(ws + column[:, None] * (K // 32) + block * 4 + group[None, :], mask=live_n[:, None], other=127)
-                    acc = tl.dot_scaled(wide, scale_w, "e2m1", narrow, scale_x, "e4m3", acc)
+                    if WIDEN:  # sm_120 has no product of mixed formats in Triton
+                        wide = tl.reshape(tl.join(e4m3_of_e2m1(wide), e4m3_of_e2m1(wide >> 4)), (BLOCK_N, 128))
+                        acc = tl.dot_scaled(wide, scale_w, "e4m3", narrow, scale_x, "e4m3", acc)
+                    else:
+                        acc = tl.dot_scaled(wide, scale_w, "e2m1", narrow, scale_x, "e4m3", acc)
                 else:
                     scale_w = tl.load(ws + (column // 128)[:, None] * blocks + block + 0 * group[None, :], mask=live_n[:, None], other=127)
                     acc = tl.dot_scaled(wide, scale_w, "e4m3", narrow, scale_x, "e4m3", acc)
@@ -95,7 +108,7 @@ def scaled_matmul_kernel(
 def mma_of(arch: int, *, fp4: bool) -> str:
     """Kind of product on an architecture: block-scaled where the tensor cores have it; FP4 needs BF16 elsewhere, its 1 x 32 scales do not factor out."""
     if arch >= 100:
-        return "scaled"
+        return "scaled_e4m3" if fp4 and arch >= 120 else "scaled"
     return "bf16" if fp4 or arch < 89 else "fp8"
 
 
