@@ -14,7 +14,7 @@ import click
 
 from dsv4_core import __version__
 
-COMMANDS = ("demo", "generate", "logits", "inspect", "init", "backends", "explain")
+COMMANDS = ("demo", "generate", "logits", "inspect", "init", "backends", "explain", "plan")
 GROUP = "dsv4.commands"
 
 
