@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv4_core.dtypes import FP4_GROUP, FP8_BLOCK, Format
+from dsv4_backend_torch.weights import StackedExperts
+from dsv4_core.dtypes import FP4_GROUP, FP8_BLOCK, Format, ScaledArray
 
 MX_PAIR = 64  # channels under one pair of E8M0 scales
 
@@ -33,6 +34,24 @@ class MxWeight:
     def dtype(self) -> str:
         """The checkpoint's format, which repacking keeps."""
         return "float8_e4m3fn@128x128" if self.format == "e4m3" else "float4_e2m1fn@1x32"
+
+
+@dataclass(frozen=True)
+class MxArray(ScaledArray):
+    """A quantised weight as the checkpoint stores it, with the MX scales that 950 reads; the codes are the same bytes."""
+
+    mx: MxWeight
+
+    @classmethod
+    def of(cls, weight: ScaledArray) -> MxArray:
+        """Repack a weight, or a stack of them, that is on the device."""
+        return cls(weight.data, weight.scale, weight.format, to_mx(weight.data, weight.scale, weight.format))
+
+
+class MxExperts(StackedExperts):
+    """A stack of experts with MX scales."""
+
+    stack: MxArray
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,149 @@
+"""The ascend backend: PyTorch on an NPU, CANN's own ops where the capability table and the documents allow them."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from dsv4_backend_ascend import probe, simulate
+from dsv4_backend_ascend.capability import GENERATIONS, Answer, Generation
+from dsv4_backend_ascend.capability import cann_version as parse_cann
+from dsv4_backend_ascend.plan import IMPLEMENTATIONS, plan
+from dsv4_backend_ascend.weights import MxArray, MxExperts
+from dsv4_backend_torch.backend import TorchBackend
+from dsv4_core.backend import BackendError, Option
+from dsv4_core.dtypes import Experts, Host, ScaledArray, dtype_name
+from dsv4_core.ops import OPS
+from dsv4_core.spec import Support
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def _tiered(op: str) -> Callable[..., Any]:
+    """One contract: the cann tier where the plan says so, else what PyTorch composes."""
+    composed = getattr(TorchBackend, op)
+
+    @functools.wraps(composed)
+    def run(self: AscendBackend, *arrays: Any, **scalars: Any) -> Any:
+        if self.planned(op, arrays, scalars).tier == "cann":
+            return IMPLEMENTATIONS[op](self, *arrays, **scalars)
+        return composed(self, *arrays, **scalars)
+
+    return run
+
+
+class AscendBackend(TorchBackend):
+    """Ascend NPUs.
+
+    ``tier``: ``cann`` (CANN's ops where they serve) or ``composed`` (plain PyTorch, the yardstick). ``simulate``: a generation; compute on the CPU with
+    simulated CANN. ``soc``: a generation; plan for it without computing, or name the chip that is there. ``cann``: plan for this version. ``expand_bytes``:
+    BF16 weights of experts that exist at a time on chips without FP8.
+    """
+
+    name = "ascend"
+    options: ClassVar[tuple[Option, ...]] = (
+        *(o for o in TorchBackend.options if o.name != "device"),
+        Option("device", "torch device of the NPU", "npu"),
+        Option("tier", "cann, or composed: plain PyTorch ops only", "cann"),
+        Option("simulate", "run on simulated CANN, on the CPU: 910B, 910C or 950"),
+        Option("soc", "plan for this generation without an NPU, or name the one that is there: 910B, 910C or 950"),
+        Option("cann", "plan for this CANN version"),
+        Option("expand_bytes", "bytes of expert weights expanded to BF16 at a time on 910B and 910C", 1 << 30),
+    )
+    on_cpu = False  # on simulated CANN too: the paths are those of a device
+    generation: Generation
+    cann_version: str | None
+
+    def __init__(self, **options: Any) -> None:
+        """Raise ``BackendError`` where torch-npu or CANN is missing, or the SoC is unknown; each says what to do."""
+        chosen = {o.name: o.default for o in self.options} | options
+        if chosen["tier"] not in {"cann", "composed"}:
+            raise BackendError(f"backend 'ascend': tier {chosen['tier']!r} is not one of cann, composed")
+        for name in ("simulate", "soc"):
+            if chosen[name] is not None and str(chosen[name]) not in GENERATIONS:
+                raise BackendError(f"backend 'ascend': {name} {chosen[name]!r} is not one of {', '.join(GENERATIONS)}")
+        self.standing = self._find_chip(chosen)
+        super().__init__(**{**options, "device": {"simulated": "cpu", "planned": "meta"}.get(self.standing, chosen["device"])})
+        self.cann_version = chosen["cann"] or (probe.cann_version() if self.standing == "found" else None)
+        if self.cann_version is not None:
+            try:
+                parse_cann(self.cann_version)
+            except ValueError as error:
+                raise BackendError(f"backend 'ascend': {error}") from None
+        self.drift: dict[str, str] = {} if self.standing == "planned" else probe.drift()
+        for op, problem in self.drift.items():
+            warnings.warn(f"backend 'ascend': npu::{op} {problem}; what it serves is composed", stacklevel=2)
+        self.plans: dict[tuple[Any, ...], Answer] = {}
+
+    def _find_chip(self, chosen: dict[str, Any]) -> str:
+        """Set the generation; say whether the chip is simulated, planned for, or found."""
+        if chosen["simulate"] is not None:
+            try:
+                self.chip = simulate.install(str(chosen["simulate"]))  # type: ignore[arg-type]
+            except RuntimeError as error:
+                raise BackendError(f"backend 'ascend': {error}") from error
+            self.generation = self.chip.generation
+            return "simulated"
+        if chosen["soc"] is not None and not _npu_present():
+            self.generation = str(chosen["soc"])  # type: ignore[assignment]
+            return "planned"
+        probe.import_torch_npu()
+        if not torch.npu.is_available():  # type: ignore[attr-defined]
+            raise BackendError(f"backend 'ascend': torch-npu finds no NPU (npu-smi info lists them); {probe.PLAN}")
+        soc = str(chosen["soc"]) if chosen["soc"] is not None else None
+        self.generation = soc or probe.generation_of(torch.npu.get_device_name())  # type: ignore[assignment, attr-defined]
+        return "found"
+
+    def planned(self, op: str, arrays: tuple[Any, ...], scalars: dict[str, Any]) -> Answer:
+        """The plan for a call, made once for each set of dtypes, shapes and scalars."""
+        key = (op, *(None if a is None else (dtype_name(a), tuple(a.shape)) for a in arrays), *scalars.items())
+        if key not in self.plans:
+            self.plans[key] = plan(self, op, dict(zip(OPS[op].arrays, arrays, strict=True)) | scalars)
+        return self.plans[key]
+
+    def supports(self, op: str, **operands: Any) -> Support:
+        """Name the tier: the npu ops with their standing, or that it is composed and why."""
+        base = super().supports(op, **operands)
+        if not base:
+            return base
+        answer = plan(self, op, operands) if operands else Answer("composed", reason="no operands were named")
+        if answer.tier == "composed":
+            return Support(by=f"composed: {answer.reason}")
+        named = ", ".join(f"{call.op} ({cell.standing})" for call, cell in zip(answer.calls, answer.cells, strict=True))
+        return Support(by=f"cann: {named}")
+
+    def load(self, weight: Host | ScaledArray) -> Any:
+        """On 950 a quantised weight gets its scales in MX layout too."""
+        loaded = super().load(weight)
+        return MxArray.of(loaded) if isinstance(loaded, ScaledArray) and self.generation == "950" else loaded
+
+    def load_experts(self, experts: Experts) -> Experts:
+        """One stack; on 950 with MX scales."""
+        loaded = self.stacked_experts(experts)
+        return MxExperts(MxArray.of(loaded.stack)) if isinstance(loaded.stack, ScaledArray) and self.generation == "950" else loaded
+
+    rms_norm = _tiered("rms_norm")
+    apply_rope = _tiered("apply_rope")
+    linear = _tiered("linear")
+    grouped_linear = _tiered("grouped_linear")
+    expert_linear = _tiered("expert_linear")
+    swiglu = _tiered("swiglu")
+    dispatch = _tiered("dispatch")
+    combine = _tiered("combine")
+    index_topk = _tiered("index_topk")
+    sparse_attn = _tiered("sparse_attn")
+    hc_pre = _tiered("hc_pre")
+    hc_post = _tiered("hc_post")
+
+
+def _npu_present() -> bool:
+    """Whether an NPU answers, without failing where torch-npu or CANN is missing."""
+    try:
+        probe.import_torch_npu()
+    except BackendError:
+        return False
+    return bool(torch.npu.is_available())  # type: ignore[attr-defined]

@@ -1,0 +1,122 @@
+"""Which tier runs which call: the capability table for dtypes, then a dry run of the cann tier for shapes.
+
+The dry run is the implementation itself on tensors without data, with each npu call checked against the documents; so what is planned is what will run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dsv4_backend_ascend.cann import attention, expand, matmul, mhc, moe, norm
+from dsv4_backend_ascend.cann.call import RefusedError, dry_run
+from dsv4_backend_ascend.capability import Answer, table
+from dsv4_backend_ascend.weights import MxArray, MxExperts
+from dsv4_backend_torch.numeric import torch_dtype
+from dsv4_backend_torch.weights import StackedExperts
+from dsv4_core.dtypes import FP4_GROUP, FP8_BLOCK, Experts, ScaledArray, dtype_name
+from dsv4_core.ops import OPS
+
+if TYPE_CHECKING:
+    from dsv4_backend_ascend.backend import AscendBackend
+
+Implementation = Callable[..., Any]
+"""A contract in npu ops; the backend comes first."""
+
+
+def _linear(_backend: AscendBackend, x: torch.Tensor, weight: Any, *, out_dtype: str) -> torch.Tensor:
+    return matmul.linear_mx(x, weight.mx, out_dtype=out_dtype)
+
+
+def _grouped_linear(backend: AscendBackend, x: torch.Tensor, weight: Any) -> torch.Tensor:
+    if isinstance(weight, ScaledArray):
+        kept = None if x.is_meta else backend.matrix((weight,), torch.bfloat16)
+        weight = backend.dequantise(weight, torch.bfloat16) if kept is None else kept
+    return matmul.grouped_linear(x, weight)
+
+
+def _expert_linear(backend: AscendBackend, x: torch.Tensor, weight: Any, offsets: torch.Tensor) -> torch.Tensor:
+    if isinstance(weight, MxExperts):
+        return matmul.expert_linear_mx(x, weight.stack.mx, offsets)
+    if isinstance(weight.stack, ScaledArray):
+        return expand.expert_linear(backend, x, weight.stack, offsets, expand_bytes=backend.expand_bytes)
+    return matmul.expert_linear_bf16(x, weight.stack, offsets)
+
+
+def _combine(_backend: AscendBackend, *arrays: Any, topk: int, out_dtype: str) -> torch.Tensor:
+    return moe.combine(*arrays, topk=topk, out_dtype=torch_dtype(out_dtype))
+
+
+def _index_topk(_backend: AscendBackend, *arrays: Any, scale: float, topk: int) -> torch.Tensor:
+    del scale  # positive: it does not change the order
+    return attention.index_topk(*arrays, topk=topk)
+
+
+def _as_is(function: Implementation) -> Implementation:
+    return lambda _backend, *arrays, **scalars: function(*arrays, **scalars)
+
+
+IMPLEMENTATIONS: Mapping[str, Implementation] = {
+    "rms_norm": _as_is(norm.rms_norm),
+    "apply_rope": _as_is(norm.apply_rope),
+    "linear": _linear,
+    "grouped_linear": _grouped_linear,
+    "expert_linear": _expert_linear,
+    "swiglu": _as_is(moe.swiglu),
+    "dispatch": _as_is(moe.dispatch),
+    "combine": _combine,
+    "index_topk": _index_topk,
+    "sparse_attn": _as_is(attention.sparse_attn),
+    "hc_pre": _as_is(mhc.hc_pre),
+    "hc_post": _as_is(mhc.hc_post),
+}
+"""The contracts that the cann tier implements."""
+
+
+def without_data(value: Any, *, mx: bool) -> Any:
+    """An operand, or a placeholder of one, as tensors of the meta device. ``mx``: quantised weights get MX scales."""
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    dtype, shape = dtype_name(value), tuple(value.shape)
+    if "@" not in dtype:
+        return torch.empty(shape, dtype=torch_dtype(dtype), device="meta")
+    *lead, out, cols = shape
+    pairs = dtype.startswith("float4")
+    data = torch.empty((*lead, out, cols // 2 if pairs else cols), dtype=torch.uint8, device="meta")
+    grid = (out, cols // FP4_GROUP) if pairs else (-(-out // FP8_BLOCK), -(-cols // FP8_BLOCK))
+    weight = ScaledArray(data, torch.empty((*lead, *grid), dtype=torch.uint8, device="meta"), "e2m1" if pairs else "e4m3")
+    return MxArray.of(weight) if mx else weight
+
+
+def plan(backend: AscendBackend, op: str, operands: Mapping[str, Any]) -> Answer:
+    """Answer for one call: operands as arrays or placeholders, scalars by value. Raises nothing."""
+    if backend.tier == "composed":
+        return Answer("composed", reason="tier=composed was asked for")
+    if backend.numerics != "native":
+        return Answer("composed", reason=f"numerics {backend.numerics}: exact modes are composed")
+    dtypes = {name: dtype_name(v) for name, v in operands.items() if hasattr(v, "dtype")}
+    answer = table().answer(op, backend.generation, dtypes, cann=backend.cann_version)
+    if answer.tier == "composed" or op not in IMPLEMENTATIONS:
+        return answer._replace(tier="composed")
+    if missing := [f"npu::{call.op} {backend.drift[call.op]}" for call in answer.calls if call.op in backend.drift]:
+        return Answer("composed", reason="; ".join(missing))
+    if any(0 in v.shape for v in operands.values() if hasattr(v, "shape")):
+        return Answer("composed", reason="an operand is empty")
+    mx = backend.generation == "950"
+    arrays = [_placeholder(operands[name], mx=mx) for name in OPS[op].arrays]
+    scalars = {name: operands[name] for name in OPS[op].scalars}
+    try:
+        with dry_run(backend.generation):
+            IMPLEMENTATIONS[op](backend, *arrays, **scalars)
+    except RefusedError as refusal:
+        return Answer("composed", reason=str(refusal))
+    return answer
+
+
+def _placeholder(value: Any, *, mx: bool) -> Any:
+    meta = without_data(value, mx=mx)
+    if isinstance(value, Experts) or (isinstance(meta, ScaledArray) and len(meta.shape) == 3):
+        return MxExperts(meta) if isinstance(meta, MxArray) else StackedExperts(meta)
+    return meta

@@ -1,0 +1,71 @@
+"""What is installed here: torch-npu, CANN, the chip. Nothing is imported until it is asked for, and every failure says what to do."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv4_backend_ascend.capability import GENERATIONS, Generation
+from dsv4_backend_ascend.schema import schemas
+from dsv4_core.backend import BackendError
+
+PLAN = "plan without an NPU: --soc 910B, 910C or 950; compute on a CPU: --simulate CHIP"
+
+_SOCS: tuple[tuple[str, Generation], ...] = (
+    (r"Ascend910B\d?.*", "910B"),
+    (r"Ascend910_?93\d*.*|Ascend910C.*", "910C"),
+    (r"Ascend950.*|Ascend910_?95.*", "950"),
+)
+"""SoC names as torch-npu and CANN give them: Atlas A2, Atlas A3, Ascend 950."""
+
+
+def generation_of(soc: str) -> Generation:
+    """Generation of a SoC name. Raises ``BackendError`` for one that the capability table does not cover."""
+    for pattern, generation in _SOCS:
+        if re.fullmatch(pattern, soc):
+            return generation
+    raise BackendError(
+        f"backend 'ascend': SoC {soc!r} is none that the capability table covers ({', '.join(GENERATIONS)}); "
+        "if it is one of them under another name, say so with --soc"
+    )
+
+
+def import_torch_npu() -> Any:
+    """Import torch-npu. Raises ``BackendError`` where it is missing, or where it is there and CANN is not."""
+    if importlib.util.find_spec("torch_npu") is None:
+        raise BackendError(f"backend 'ascend' needs torch-npu, not found here: pip install 'dsv4[ascend]'; {PLAN}")
+    try:
+        return importlib.import_module("torch_npu")
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BackendError(
+            f"backend 'ascend': torch-npu is installed and does not import: {reason}. Its libraries come with CANN: "
+            f"source CANN's set_env.sh, or {PLAN}"
+        ) from error
+
+
+def cann_version() -> str | None:
+    """CANN's version from its install.info under ASCEND_HOME_PATH; None where there is none."""
+    home = os.environ.get("ASCEND_HOME_PATH")
+    for info in sorted(Path(home).glob("**/ascend_*_install.info")) if home else ():
+        if found := re.search(r"^version=(\S+)", info.read_text(encoding="utf-8"), re.MULTILINE):
+            return found[1]
+    return None
+
+
+def drift() -> dict[str, str]:
+    """Ops that the installed torch-npu (or the simulator) lacks, or has under another schema than the table's."""
+    found = {}
+    for op, committed in schemas().items():
+        packet = getattr(torch.ops.npu, op, None)
+        if packet is None:
+            found[op] = "is missing in the installed torch-npu"
+        elif str(packet.default._schema) != committed:  # noqa: SLF001  the schema has no public name
+            found[op] = f"has another schema than the table's: {packet.default._schema}"  # noqa: SLF001
+    return found
