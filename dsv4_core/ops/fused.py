@@ -268,7 +268,7 @@ class FusedOps(EmbedOps, NormOps, QuantOps, MatmulOps, MoeOps, AttentionOps, Mhc
                 offset[:, i : i + step],
                 topk=topk,
             )
-            for i in range(0, seq, step)
+            for i in range(0, max(seq, 1), step)
         ]
         return self.concat(picks, axis=1)
 

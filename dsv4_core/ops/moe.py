@@ -30,7 +30,7 @@ def _gate_hash_cases() -> tuple[Case, ...]:
     return (
         base,
         *base.odd(),
-        base.but("outliers", data="outliers"),
+        base.but("zero_rows", data="zero_rows"),
         base.but("views", views=True),
         base.but("flash", dim=4096, experts=256, topk=6),
         base.but("pro", "full", dim=7168, experts=384, topk=6, route_scale=2.5),

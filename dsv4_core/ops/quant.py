@@ -40,7 +40,7 @@ def _act_qdq_cases() -> tuple[Case, ...]:
             for case in (
                 base,
                 *(odd.but(f"{base.name}_{odd.name}", odd.tier) for odd in base.odd()),
-                base.but(f"{base.name}_midpoints", "smoke", data="midpoints", tokens=16),
+                base.but(f"{base.name}_midpoints", "smoke", data="midpoints", tokens=17),
                 base.but(f"{base.name}_scale_edges", "smoke", data="scale_edges", tokens=256),
                 base.but(f"{base.name}_zero_rows", data="zero_rows"),
                 base.but(f"{base.name}_outliers", data="outliers"),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from dsv4_backend_reference.numeric import Numeric
-from dsv4_core.dtypes import Host
 from dsv4_core.ops.attention import AttentionOps
+
+if TYPE_CHECKING:
+    from dsv4_core.dtypes import Host
 
 AT_ONCE = 1 << 22  # elements of a block's intermediate scores: 16 MB in float32
 TOKENS = 64  # of a block of attention: neighbours share most of their rows
@@ -40,7 +44,7 @@ class ReferenceAttention(Numeric, AttentionOps):
             wide_keys = self.widen(keys[b]).T
             for i in range(0, seq, step):
                 wide = self.widen(q[b, i : i + step])
-                hits = self.dot(wide.reshape(-1, dim), wide_keys).reshape(-1, heads, rows)
+                hits = self.dot(wide.reshape(-1, dim), wide_keys).reshape(len(wide), heads, rows)
                 np.maximum(hits, 0, out=hits)
                 scaled = self.widen(weights[b, i : i + step]) * self.wide_type.type(scale)
                 scores[b, i : i + step] = self.dot(scaled[:, None], hits)[:, 0]

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dsv4_backend_reference.quant import ReferenceQuant, scale_bytes
-from dsv4_core.dtypes import BFLOAT16, E8M0_VALUES, FP4_GROUP, KV_BLOCK, Host, RowLayout, decode, encode, pack_fp4, unpack_fp4
+from dsv4_core.dtypes import (
+    BFLOAT16,
+    E8M0_VALUES,
+    FP4_GROUP,
+    KV_BLOCK,
+    Host,
+    RowLayout,
+    decode,
+    encode,
+    pack_fp4,
+    unpack_fp4,
+)
 from dsv4_core.ops.cache import CacheOps
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class ReferenceCache(ReferenceQuant, CacheOps):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from dsv4_backend_reference.matmul import ReferenceMatmul
-from dsv4_core.dtypes import Host
 from dsv4_core.ops.mhc import MhcOps
+
+if TYPE_CHECKING:
+    from dsv4_core.dtypes import Host
 
 
 def sigmoid(x: Host) -> Host:
-    """Logistic function without overflow."""
-    return 0.5 * (1 + np.tanh(0.5 * x))
+    """Logistic function, accurate at both ends (half a hyperbolic tangent plus a half is not)."""
+    with np.errstate(over="ignore"):  # exp of a very negative input: infinity, and the quotient 0
+        return 1 / (1 + np.exp(-x))
 
 
 class ReferenceMhc(ReferenceMatmul, MhcOps):

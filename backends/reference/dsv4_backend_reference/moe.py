@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from dsv4_backend_reference.matmul import ReferenceMatmul
-from dsv4_core.dtypes import Host
 from dsv4_core.ops.moe import MoeOps
+
+if TYPE_CHECKING:
+    from dsv4_core.dtypes import Host
 
 
 class ReferenceMoe(ReferenceMatmul, MoeOps):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from dsv4_backend_reference.numeric import Numeric
-from dsv4_core.dtypes import Host
 from dsv4_core.ops.norm import NormOps
+
+if TYPE_CHECKING:
+    from dsv4_core.dtypes import Host
 
 
 class ReferenceNorm(Numeric, NormOps):
@@ -21,7 +25,7 @@ class ReferenceNorm(Numeric, NormOps):
 
     def apply_rope(self, x: Host, positions: Host, freqs: Host, *, inverse: bool) -> Host:
         angle = (positions.astype(np.float32)[:, None] * freqs).astype(self.wide_type)  # the product is float32 in every mode
-        cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+        cos, sin = (part[:, None] for part in self.cos_sin(angle))
         if inverse:
             sin = -sin
         rotated = 2 * freqs.shape[0]
@@ -33,3 +37,7 @@ class ReferenceNorm(Numeric, NormOps):
         out = x.copy()
         out[..., -rotated:] = self.rounded(y)
         return out
+
+    def cos_sin(self, angle: Host) -> tuple[Host, Host]:
+        """Cosine and sine of each angle."""
+        return np.cos(angle), np.sin(angle)

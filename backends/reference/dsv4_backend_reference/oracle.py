@@ -3,24 +3,30 @@
 The spread of the perturbed results is a case's sensitivity to rounding, element by element. Three kinds of noise, each from the contract:
 
 - every sum (``dot``, ``total``): adding n terms one after another in a format of unit roundoff u errs with standard deviation
-  ``u * sqrt(n) / 3 * sum|terms|`` when the partial sums grow evenly (each rounding contributes u / sqrt(3)); no order is worse;
+  ``u * sqrt(n) / 3 * sum|terms|`` when the partial sums grow evenly (each rounding contributes u / sqrt(3)), and no order is worse; one u more for
+  the product or division around the sum;
 - every operand on its way in: a relative ``u``, which stands for the few elementwise roundings that follow it;
-- every rounding between the required ops of a fused one: stochastic, to the format that the contract rounds to there.
+- every rounding between the required ops of a fused one: stochastic, to the format that the contract rounds to there (and in one more sample, to
+  nearest and without any other noise, as the default composition does);
+- cosines and sines: an absolute u (range reduction leaves no relative accuracy near their zeros).
 
 What a backend declares narrower replaces u, or adds a rounding, where it declares it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dsv4_backend_reference.backend import ReferenceBackend
-from dsv4_core.dtypes import FP8_BLOCK, Experts, Format, Host, ScaledArray
-from dsv4_core.spec import Numerics
+from dsv4_core.dtypes import FP8_BLOCK, Experts, Format, Host, ScaledArray, numpy_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from dsv4_core.spec import Numerics
 
 FP8_PARTIAL_UNIT = 2.0**-14  # tensor cores that align FP8 products keep about 14 bits until they are promoted
 PRECISION = {"bfloat16": 8, "float32": 24, "float64": 53}  # significant bits
@@ -59,7 +65,8 @@ class Oracle(ReferenceBackend):
         self.unit = 2.0**-53 if numerics == "float64" else 2.0**-24
         self.rng: np.random.Generator | None = None
         self.partial: float | None = None  # unit of partial sums within 128 channels, where declared
-        self.bf16_probabilities = False
+        self.elementwise = True
+        self.nearest = False
         self.magnitudes: list[Host | None] = []
         self.sums = self.roundings = self.final = 0
 
@@ -80,6 +87,10 @@ class Oracle(ReferenceBackend):
         exact = call(*operands, **scalars)
         self.final = self.roundings  # the last rounding of a call is the result's own; the judge allows for it
         perturbed = []
+        if samples and self.final > 1:
+            self.nearest, self.roundings = True, 0
+            perturbed.append(call(*operands, **scalars))
+            self.nearest = False
         for i in range(samples):
             self.rng, self.sums, self.roundings = np.random.default_rng((seed, i)), 0, 0
             perturbed.append(call(*operands, **scalars))
@@ -96,13 +107,15 @@ class Oracle(ReferenceBackend):
     def widen(self, x: Host) -> Host:
         """Float64, with a relative error of one unit where perturbed."""
         wide = x.astype(np.float64)
-        if self.rng is not None:
+        if self.rng is not None and self.elementwise:
             wide *= 1 + self.unit * self.rng.standard_normal(x.shape, np.float32)
         return wide
 
     def round_to(self, x: Host, dtype: str) -> Host:
         """Leave results unrounded; where perturbed, round intermediate ones at random."""
         self.roundings += 1
+        if self.nearest and self.roundings != self.final:
+            return x.astype(numpy_dtype(dtype)).astype(np.float64)
         if self.rng is None or self.roundings == self.final:
             return x.astype(np.float64, copy=False)
         return stochastic(x, dtype, self.rng)
@@ -141,7 +154,7 @@ class Oracle(ReferenceBackend):
         if kept is not None and kept.shape != y.shape:  # another branch than the first sample took
             kept = magnitude()
         self.sums += 1
-        return 0.0 if kept is None else unit * np.sqrt(n) / 3 * kept * self.rng.standard_normal(y.shape, np.float32)
+        return 0.0 if kept is None else unit * (1 + np.sqrt(n) / 3) * kept * self.rng.standard_normal(y.shape, np.float32)
 
     def on_grid(self, x: Host, fmt: Format, block: int) -> Host:
         """Quantisation is exact given its input."""
@@ -154,18 +167,40 @@ class Oracle(ReferenceBackend):
             return super().widened_rows(weight, rows)
 
     def linear(self, x: Host, weight: Host | ScaledArray, *, out_dtype: str) -> Host:
-        with self._declaring("linear", scaled=isinstance(weight, ScaledArray)):
+        with self._declaring("linear", scaled=isinstance(weight, ScaledArray)), self.sums_alone():
             return super().linear(x, weight, out_dtype=out_dtype)
 
+    def grouped_linear(self, x: Host, weight: Host | ScaledArray) -> Host:
+        with self.sums_alone():
+            return super().grouped_linear(x, weight)
+
     def expert_linear(self, x: Host, weight: Experts, offsets: Host) -> Host:
-        with self._declaring("expert_linear", scaled="@" in weight.dtype):
+        with self._declaring("expert_linear", scaled="@" in weight.dtype), self.sums_alone():
             return super().expert_linear(x, weight, offsets)
+
+    def index_scores(self, q: Host, weights: Host, keys: Host, *, scale: float) -> Host:
+        with self.sums_alone():
+            return super().index_scores(q, weights, keys, scale=scale)
+
+    @contextmanager
+    def sums_alone(self) -> Iterator[None]:
+        """Suspend the noise of operands: the op has no elementwise part, and a sum that is exact in every order has no error at all."""
+        self.elementwise = False
+        yield
+        self.elementwise = True
 
     @contextmanager
     def _declaring(self, op: str, *, scaled: bool) -> Iterator[None]:
         self.partial = FP8_PARTIAL_UNIT if scaled and self.declared.get(op) else None
         yield
         self.partial = None
+
+    def cos_sin(self, angle: Host) -> tuple[Host, Host]:
+        """Cosine and sine with an absolute error of a unit."""
+        both = super().cos_sin(angle)
+        if self.rng is None:
+            return both
+        return both[0] + self.unit * self.rng.standard_normal(angle.shape), both[1] + self.unit * self.rng.standard_normal(angle.shape)
 
     def softmax_with_sink(self, scores: Host, count: Host, sink: Host) -> Host:
         """Probabilities, rounded to bfloat16 where a backend declares that for either form of attention."""

@@ -33,7 +33,7 @@ class ReferenceQuant(Numeric, QuantOps):
         scale = scale_bytes(blocks, "e4m3")
         return encode(blocks / E8M0_VALUES[scale][..., None], "e4m3").reshape(x.shape), scale
 
-    def act_qdq(self, x: Host, *, format: Format, block: int, channels: int) -> Host:  # noqa: A002  the contract's name
+    def act_qdq(self, x: Host, *, format: Format, block: int, channels: int) -> Host:
         if self.numerics != "native":
             return x
         y = x.copy()

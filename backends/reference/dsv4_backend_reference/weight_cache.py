@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dsv4_core.dtypes import Host
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dsv4_core.dtypes import Host
 
 
 class WeightCache:

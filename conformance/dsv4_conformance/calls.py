@@ -1,0 +1,166 @@
+"""One call of an op: its operands on the host, and what a backend makes of it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from dsv4_core.dtypes import Experts, Host, RowLayout, ScaledArray, dtype_name
+from dsv4_core.spec import OPS, OpSpec
+
+from dsv4_conformance.guard import Guarded
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from dsv4_core.backend import Backend
+
+LOADED = frozenset({"weight", "w1", "w2", "w3", "fn", "scale", "base", "ape", "attn_sink", "bias", "tid2eid"})
+"""Operands that the graph gets through ``Backend.load``: tensors of the checkpoint."""
+
+MAY_ALIAS = frozenset({"concat", "act_qdq"})  # their contracts: a single part as it is; y = x in the exact modes
+
+
+def seed_of(case_id: str, repeat: int = 0) -> int:
+    """One stable seed per case: adding a case changes no other."""
+    return int.from_bytes(hashlib.sha256(f"{case_id}#{repeat}".encode()).digest()[:8], "little")
+
+
+@dataclass(frozen=True)
+class Call:
+    """An op with operands on the host, in the order of its signature."""
+
+    op: str
+    operands: Sequence[Any]
+    scalars: Mapping[str, Any]
+    views: bool = False
+    seed: int = 0
+
+    @property
+    def spec(self) -> OpSpec:
+        """The op's contract."""
+        return OPS[self.op]
+
+    def named(self) -> dict[str, Any]:
+        """Operands by name."""
+        return dict(zip(self.spec.arrays, self.operands, strict=True))
+
+
+@dataclass
+class Outcome:
+    """What a backend returned: results on the host (mutated operands last) and what is wrong with their form."""
+
+    results: list[Host] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def copied(operand: Any) -> Any:
+    """Copy a mutable operand, so that a call leaves the original as it is."""
+    return operand.copy() if isinstance(operand, np.ndarray) else operand
+
+
+def result_dtype(call: Call, index: int, backend: Backend) -> str:
+    """The dtype name that the contract demands of result ``index``."""
+    spec = call.spec
+    kind = spec.dtypes.get(f"return.{index}", spec.dtypes.get("return", ""))
+    operands = call.named()
+    layout = call.scalars.get("layout")
+    if kind == "row":
+        plain = isinstance(layout, RowLayout) and layout.kind == "plain"
+        return dtype_name(operands["cache"]) if plain else backend.activation_dtype
+    if kind == "parts":
+        return dtype_name(operands["parts"][0])
+    named = {"act": backend.activation_dtype, "wide": backend.wide_dtype, "out_dtype": str(call.scalars.get("out_dtype"))}
+    return named.get(kind, kind)
+
+
+def execute(call: Call, backend: Backend, shapes: Sequence[tuple[int, ...]]) -> Outcome:
+    """Run a call on a backend, guarded; ``shapes`` are those that the oracle's results have. Exceptions of the op pass through."""
+    guards: list[Guarded] = []
+
+    def place(name: str, operand: Any) -> Any:
+        if operand is None:
+            return None
+        if isinstance(operand, Experts):
+            return backend.load_experts(operand)
+        if isinstance(operand, ScaledArray) or name in LOADED:
+            return backend.load(operand)
+        if isinstance(operand, (list, tuple)):
+            return [place(f"{name}[{i}]", part) for i, part in enumerate(operand)]
+        guards.append(Guarded(backend, name, operand, view=call.views))
+        return guards[-1].array
+
+    placed = [place(name, operand) for name, operand in call.named().items()]
+    returned = getattr(backend, call.op)(*placed, **call.scalars)
+    outcome = Outcome()
+    results = _as_tuple(call, returned, outcome)
+    for i, result in enumerate(results):
+        _take(call, i, result, backend, shapes, guards, outcome)
+    for guard in guards:
+        mutable = guard.name in call.spec.mutates
+        outcome.problems += guard.problems(mutable=mutable)
+        if mutable:
+            outcome.results.append(guard.value().copy())
+    return outcome
+
+
+def _as_tuple(call: Call, returned: Any, outcome: Outcome) -> Sequence[Any]:
+    expected = [axes for axes in call.spec.returns if axes]
+    if not expected:
+        if returned is not None:
+            outcome.problems.append(f"returned {type(returned).__name__}; the contract returns nothing and mutates {', '.join(call.spec.mutates)}")
+        return ()
+    if returned is None:
+        outcome.problems.append(f"returned None; the contract returns {_form(call)}")
+        return ()
+    if len(expected) == 1:
+        return (returned,)
+    if not isinstance(returned, (tuple, list)) or len(returned) != len(expected):
+        got = f"{len(returned)} results" if isinstance(returned, (tuple, list)) else type(returned).__name__
+        outcome.problems.append(f"returned {got}; the contract returns {_form(call)}")
+        return ()
+    return tuple(returned)
+
+
+def _form(call: Call) -> str:
+    return ", ".join(f"[{axes}]" for axes in call.spec.returns)
+
+
+def _take(
+    call: Call, index: int, result: Any, backend: Backend, shapes: Sequence[tuple[int, ...]], guards: list[Guarded], outcome: Outcome
+) -> None:
+    where = f"result {index}" if len(call.spec.returns) > 1 else "result"
+    if result is None or not hasattr(result, "dtype"):
+        what = "None" if result is None else f"a {type(result).__name__}"
+        outcome.problems.append(f"{where} is {what}; the contract returns an array [{call.spec.returns[index]}]")
+        return
+    wanted, got = result_dtype(call, index, backend), dtype_name(result)
+    if got != wanted:
+        outcome.problems.append(f"{where} has dtype {got}; the contract says {wanted}")
+    if tuple(result.shape) != tuple(shapes[index]):
+        outcome.problems.append(f"{where} has shape {list(result.shape)}; the contract says {list(shapes[index])} [{call.spec.returns[index]}]")
+    host = np.asarray(backend.to_numpy(result))
+    if call.op not in MAY_ALIAS:
+        outcome.problems += [
+            f"{where} shares memory with operand {g.name!r}; a caller that changes one changes the other, return a copy"
+            for g in guards
+            if host.size and g.aliased_by(host)
+        ]
+    outcome.results.append(host.copy())
+
+
+def operand_summary(call: Call) -> dict[str, str]:
+    """Dtype and shape of every operand, for reports."""
+
+    def form(value: Any) -> str:
+        if value is None:
+            return "None"
+        if isinstance(value, (list, tuple)):
+            return ", ".join(form(v) for v in value)
+        return f"{dtype_name(value)}{list(value.shape)}"
+
+    return {name: form(value) for name, value in call.named().items()}
+
+

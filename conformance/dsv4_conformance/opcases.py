@@ -1,0 +1,109 @@
+"""The ops' declared cases as checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import dsv4_core.ops  # noqa: F401  declares the ops
+import numpy as np
+from dsv4_core.dtypes import dtype_name
+from dsv4_core.spec import OPS, Case, Operand, OpSpec
+
+import dsv4_conformance.operand_rules  # noqa: F401  registers how operands are made
+from dsv4_conformance import operands
+from dsv4_conformance.budget import expect
+from dsv4_conformance.calls import Call, execute, seed_of
+from dsv4_conformance.checks import Check, Finding, Group, Session
+from dsv4_conformance.discrete import judge_discrete
+from dsv4_conformance.judge import Verdict, judge_exact, judge_rounded
+
+if TYPE_CHECKING:
+    from dsv4_core.spec import Numerics, Tier
+
+
+def level_of(spec: OpSpec) -> int:
+    """0: data movement and codecs, exact throughout; 1: the other required ops; 3: fused ops."""
+    if spec.fused:
+        return 3
+    return 0 if set(spec.judged) == {"exact"} else 1
+
+
+def judge_call(call: Call, session: Session) -> Verdict:
+    """Run a call on the session's backend and judge every result."""
+    spec, backend = call.spec, session.backend
+    expected = expect(call, session.oracle, backend)
+    with np.errstate(all="ignore"):
+        outcome = execute(call, backend, [e.value.shape for e in expected])
+    verdict = Verdict(list(outcome.problems), used=float("inf") if outcome.problems else 0.0)
+    if outcome.problems or len(outcome.results) != len(expected):
+        return verdict
+    if "discrete" in spec.judged:
+        verdict.add(judge_discrete(call, outcome.results, session.oracle, backend), "")
+        return verdict
+    for i, (got, want) in enumerate(zip(outcome.results, expected, strict=True)):
+        where = f"result {i}: " if len(expected) > 1 else ""
+        verdict.add(judge_exact(got, want) if want.budget is None else judge_rounded(got, want), where)
+    return verdict
+
+
+def describe(call: Call) -> dict[str, Any]:
+    """Operands and scalars as ``Backend.supports`` takes them."""
+
+    def form(value: Any) -> Any:
+        return None if value is None else Operand(dtype_name(value), tuple(value.shape))
+
+    arrays = {n: [form(p) for p in o] if isinstance(o, (list, tuple)) else form(o) for n, o in call.named().items()}
+    return {**arrays, **call.scalars}
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One declared case of one op."""
+
+    spec: OpSpec
+    case: Case
+    group: Group = "op"
+
+    @property
+    def id(self) -> str:
+        return f"{self.spec.name}/{self.case.name}"
+
+    @property
+    def op(self) -> str:
+        return self.spec.name
+
+    @property
+    def tier(self) -> Tier:
+        return self.case.tier
+
+    @property
+    def level(self) -> int:
+        return level_of(self.spec)
+
+    def call(self, numerics: Numerics, repeat: int = 0) -> Call:
+        """The case's call."""
+        seed = seed_of(self.id, repeat)
+        made, scalars = operands.make(self.spec.name, self.case, numerics, seed)
+        return Call(self.spec.name, made, scalars, views=self.case.views, seed=seed)
+
+    def dtypes(self, numerics: Numerics) -> str:
+        """The column of the report: weight formats, or the mode's activation dtype."""
+        act = "bfloat16" if numerics == "native" else numerics
+        formats = sorted({f for f in self.case.dtypes.values() if f != "none"})
+        layout = self.case.scalars.get("layout")
+        return "+".join(formats) or (f"{layout} rows" if layout else act)
+
+    def run(self, session: Session) -> Finding:
+        """Ask for support, run, judge."""
+        call = self.call(session.numerics, session.repeat)
+        support = session.backend.supports(self.op, **describe(call))
+        if not support:
+            return Finding(self.id, self.op, self.group, self.level, "unsupported", support.reason, self.dtypes(session.numerics), seed=call.seed)
+        return Finding.of(self, judge_call(call, session), seed=call.seed, dtypes=self.dtypes(session.numerics))
+
+
+def checks(numerics: Numerics) -> list[Check]:
+    """Every declared case of every op."""
+    del numerics
+    return [OpCase(spec, case) for spec in OPS.values() for case in spec.cases()]
