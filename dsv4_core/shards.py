@@ -101,10 +101,11 @@ class Shard:
                 for name, entry in header.items()
             }
             end = self._check(entries, self.begin)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            if isinstance(error, ShardError):
-                raise
-            raise ShardError(f"corrupt header: {type(error).__name__}: {error}; copy the file again") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ShardError(f"corrupt header: not JSON ({error}); copy the file again") from None
+        except (TypeError, KeyError, IndexError, AttributeError):
+            expected = "a JSON object of tensors, each with dtype, shape and data_offsets"
+            raise ShardError(f"corrupt header: not {expected}; copy the file again") from None
         if end != size:
             problem = "truncated" if size < end else "longer than its header says"
             raise ShardError(f"{problem}: the header says {end} bytes, the file has {size}; copy it again")

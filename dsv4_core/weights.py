@@ -188,8 +188,12 @@ class Checkpoint:
                 text = f"no such file, nor {SINGLE}; {shards} other *.safetensors files are there; fetch the index"
                 self._wrong("no index", "", INDEX, text)
             return {}, None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            self._wrong("corrupt index", "", INDEX, f"{type(error).__name__}: {error}; fetch the index again")
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            self._wrong("corrupt index", "", INDEX, f"not JSON ({error}); fetch the index again")
+            return {}, None
+        except (KeyError, TypeError, AttributeError):
+            text = "holds no weight_map from tensor names to file names; fetch the index again"
+            self._wrong("corrupt index", "", INDEX, text)
             return {}, None
         return weight_map, index.get("metadata", {}).get("total_size")
 

@@ -86,7 +86,8 @@ def _print(checkpoint: Checkpoint, findings: list[Finding], *, audited: bool) ->
     counts = parameters(checkpoint.config)
     files = len({checkpoint.file(name) for name in checkpoint.names})
     console.print(
-        f"[bold]{checkpoint.path}[/]: {len(checkpoint.names)} tensors, {_size(checkpoint.nbytes)}, {files} files"
+        f"[bold]{checkpoint.path}[/]: {len(checkpoint.names)} tensors, {_size(checkpoint.nbytes)}, "
+        f"{files} file{'s' * (files != 1)}"
     )
     console.print(
         f"parameters: {_count(counts.total)} total, {_count(counts.active)} active per token (the MTP block, "
