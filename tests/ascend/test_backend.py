@@ -1,0 +1,200 @@
+"""The ascend backend: whole models on simulated CANN, every op of the table at the published head sizes, and each way of not finding a chip."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dsv4_backend_ascend import probe
+from dsv4_backend_ascend.backend import AscendBackend
+from dsv4_backend_ascend.capability import GENERATIONS, cann_version, table
+from dsv4_backend_torch.backend import TorchBackend
+
+from dsv4_core.backend import BackendError
+from dsv4_core.cache import Cache
+from dsv4_core.config import PRESETS
+from dsv4_core.create import create
+from dsv4_core.model import Model
+from dsv4_core.spec import Operand
+from dsv4_core.step import Step
+from dsv4_core.weights import Checkpoint, embedded
+
+LOSSY = {"quantise_int8", "matmul_int8", "experts_int8"}  # W8A8 is opted into by converting the checkpoint
+OTHER_WEIGHTS = {"experts_bf16": "950"}  # multiplies the published formats there
+
+
+def run(model, ids, steps):
+    cache = Cache(model.backend, model.config, ids.shape[0], ids.shape[1])
+    first = ids.shape[1] - steps
+    parts = []
+    for part in (ids[:, :first], *(ids[:, i : i + 1] for i in range(first, ids.shape[1]))):
+        step = Step(cache, part)
+        h = model.forward(step)
+        cache.advance(step.sequences, step.ends)
+        parts.append(model.backend.to_numpy(model.logits(h)).reshape(*part.shape, -1))
+    return np.concatenate(parts, 1).astype(np.float64)
+
+
+def distance(a, b):
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@pytest.fixture(scope="module")
+def embedded_logits():
+    ids = np.random.default_rng(0).integers(2, 200, (2, 40)).astype(np.int32)
+    numerics = ("native", "float32")
+    return ids, {n: run(Model(Checkpoint(embedded()), TorchBackend(numerics=n)), ids, 3) for n in numerics}
+
+
+@pytest.mark.parametrize("tier", ["cann", "composed"])
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_the_embedded_model_is_as_near_to_exact_as_torch(embedded_logits, generation, tier):
+    ids, logits = embedded_logits
+    backend = AscendBackend(simulate=generation, tier=tier)
+    backend.chip.calls.clear()
+    got = run(Model(Checkpoint(embedded()), backend), ids, 3)
+    assert distance(got, logits["float32"]) < 1.1 * distance(logits["native"], logits["float32"])
+    assert bool(backend.chip.calls) == (tier == "cann")
+
+
+@pytest.fixture(scope="module")
+def wide_heads(tmp_path_factory):
+    """Published head sizes, everything else small: what CANN's attention and indexer ask for."""
+    config = dataclasses.replace(
+        PRESETS["flash"], vocab_size=256, hidden_size=256, num_hidden_layers=3, q_lora_rank=128, o_lora_rank=32,
+        n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=128, num_hash_layers=1, index_topk=16,
+        num_nextn_predict_layers=0, compress_ratios=(0, 4, 128),
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("checkpoints") / "wide-heads"
+    create(path, config, seed=1)
+    ids = np.random.default_rng(1).integers(2, 256, (1, 150)).astype(np.int32)
+    exact = run(Model(Checkpoint(path), TorchBackend(numerics="float32")), ids, 2)
+    native = run(Model(Checkpoint(path), TorchBackend()), ids, 2)
+    return path, ids, native, exact
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_every_op_that_the_table_claims_serves_the_published_head_sizes(wide_heads, generation):
+    path, ids, native, exact = wide_heads
+    backend = AscendBackend(simulate=generation, expand_bytes=1 << 20)
+    backend.chip.calls.clear()
+    got = run(Model(Checkpoint(path), backend), ids, 2)
+    claimed = {
+        call.op
+        for call in table().calls
+        if call.name not in LOSSY and OTHER_WEIGHTS.get(call.name) != generation
+        if any(generation in cell.generations for cell in call.cells)
+    }
+    assert set(backend.chip.calls) == claimed
+    assert distance(got, exact) < 1.1 * distance(native, exact)
+
+
+def test_exact_modes_are_composed(embedded_logits):
+    ids, logits = embedded_logits
+    backend = AscendBackend(simulate="950", numerics="float32")
+    backend.chip.calls.clear()
+    assert distance(run(Model(Checkpoint(embedded()), backend), ids, 3), logits["float32"]) < 1e-5
+    assert not backend.chip.calls
+
+
+def _linear(weight):
+    return {"x": Operand("bfloat16", (4, 256)), "weight": Operand(weight, (64, 256)), "out_dtype": "bfloat16"}
+
+
+def test_a_plan_needs_no_npu_and_computes_nothing():
+    backend = AscendBackend(soc="950")
+    assert backend.standing == "planned"
+    assert backend.device.type == "meta"
+    served = backend.supports("linear", **_linear("float8_e4m3fn@128x128"))
+    assert served.by == "cann: npu_dynamic_mx_quant (documented), npu_quant_matmul (documented)"
+    assert "composed: a plain matrix product" in backend.supports("linear", **_linear("bfloat16")).by
+    assert "no FP8 or FP4 units" in AscendBackend(soc="910B").supports("linear", **_linear("float8_e4m3fn@128x128")).by
+
+
+def test_an_old_cann_is_named_with_what_is_needed():
+    operands = {
+        "h": Operand("bfloat16", (4, 4, 32)),
+        "fn": Operand("float32", (24, 128)),
+        "scale": Operand("float32", (3,)),
+        "base": Operand("float32", (24,)),
+    }
+    answer = AscendBackend(soc="950", cann="8.5.0").supports("hc_pre", **operands, norm_eps=1e-6, eps=1e-6, iters=20)
+    assert answer.by == "composed: npu_mhc_pre needs CANN 9.0.0 on 950, found 8.5.0"
+
+
+def test_cann_versions_have_an_order():
+    versions = ["8.2.RC1", "8.3.RC1", "8.3.RC2", "8.5.0", "9.0.0", "9.1.0_beta.1", "9.1.0", "9.2.0"]
+    assert sorted(versions, key=cann_version) == versions
+    with pytest.raises(BackendError, match=r"CANN version 'newest' is not of the form"):
+        AscendBackend(soc="910B", cann="newest")
+
+
+def test_without_torch_npu():
+    with pytest.raises(BackendError, match=r"needs torch-npu, not found here: pip install .*--simulate CHIP"):
+        AscendBackend()
+
+
+def test_with_torch_npu_but_no_cann(tmp_path):
+    (tmp_path / "torch_npu.py").write_text("raise ImportError('libhccl.so: cannot open shared object file')\n")
+    code = """
+from dsv4_backend_ascend.backend import AscendBackend
+for options in ({}, {"simulate": "910B"}):
+    try:
+        AscendBackend(**options)
+    except Exception as error:
+        print(type(error).__name__, error)
+print(AscendBackend(soc="910B").standing)
+"""
+    roots = ":".join([str(tmp_path), *(path for path in sys.path if path)])
+    found = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": roots, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    lines = found.stdout.splitlines()
+    assert lines[0].startswith("BackendError backend 'ascend': torch-npu is installed and does not import: libhccl.so")
+    assert "set_env.sh" in lines[0]
+    assert "simulated CANN does not load beside it" in lines[1]
+    assert lines[2] == "planned"
+
+
+@pytest.mark.parametrize(
+    ("soc", "generation"),
+    [("Ascend910B3", "910B"), ("Ascend910_9362", "910C"), ("Ascend950PR", "950"), ("Ascend910_95", "950")],
+)
+def test_soc_names(soc, generation):
+    assert probe.generation_of(soc) == generation
+
+
+def test_unknown_soc_is_named():
+    with pytest.raises(BackendError, match=r"SoC 'Ascend310P3' is none that the capability table covers"):
+        probe.generation_of("Ascend310P3")
+    with pytest.raises(BackendError, match=r"soc '910' is not one of 910B, 910C, 950"):
+        AscendBackend(soc="910")
+
+
+def test_a_missing_op_is_named_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(probe, "drift", lambda: {"npu_rms_norm": "is missing in the installed torch-npu"})
+    with pytest.warns(UserWarning, match="npu::npu_rms_norm is missing in the installed torch-npu"):
+        backend = AscendBackend(simulate="910B")
+    answer = backend.supports("rms_norm", x=Operand("bfloat16", (4, 32)), weight=None, eps=1e-6)
+    assert answer.by == "composed: npu::npu_rms_norm is missing in the installed torch-npu"
+    backend.rms_norm(torch.ones(2, 32).bfloat16(), None, eps=1e-6)
+
+
+def test_no_drift_in_the_simulator():
+    AscendBackend(simulate="910B")
+    assert probe.drift() == {}
+
+
+def test_cann_version_is_read_from_the_installation(tmp_path, monkeypatch):
+    folder = tmp_path / "arm64-linux"
+    folder.mkdir()
+    (folder / "ascend_toolkit_install.info").write_text("package_name=Ascend-cann-toolkit\nversion=8.5.0\n")
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
+    assert probe.cann_version() == "8.5.0"
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(Path(tmp_path) / "nowhere"))
+    assert probe.cann_version() is None
