@@ -116,6 +116,10 @@ def _repair() -> None:
 
     builder, handle = it.InterpreterBuilder, it.TensorHandle
     small = _small_types()
+
+    def is_small(dtype: Any) -> bool:
+        return not dtype.is_ptr() and dtype in small  # a pointer type has no hash
+
     plain: dict[str, Callable[..., Any]] = {
         n: getattr(builder, n) for n in ("cast_impl", "binary_op", "unary_op", "ternary_op", "create_fma", "create_dot")
     }
@@ -145,7 +149,7 @@ def _repair() -> None:
 
     def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
         dtype = lhs.dtype.scalar
-        if dtype not in small or op in (np.bitwise_and, np.bitwise_or, np.bitwise_xor):
+        if not is_small(dtype) or op in (np.bitwise_and, np.bitwise_or, np.bitwise_xor):
             return plain["binary_op"](self, lhs, rhs, op)
         return rewrap(op(widen(lhs.data, dtype), widen(rhs.data, rhs.dtype)), dtype)
 
@@ -155,7 +159,7 @@ def _repair() -> None:
 
     def ternary_op(self: Any, lhs: Any, rhs: Any, other: Any, op: Any) -> Any:
         dtype = other.dtype.scalar
-        if dtype not in small or op is np.where:  # a selection moves bits
+        if op is np.where or not is_small(dtype):  # a selection moves bits
             return plain["ternary_op"](self, lhs, rhs, other, op)
         return rewrap(op(*(widen(h.data, h.dtype) for h in (lhs, rhs, other))), dtype)
 

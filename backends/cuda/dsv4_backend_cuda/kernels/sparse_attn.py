@@ -69,11 +69,14 @@ def sparse_attn_kernel(
             row = tl.load(kv + (i - recent).to(tl.int64)[:, None] * DIM + column[None, :], mask=fresh[:, None] & live_column[None, :], other=0.0)
             in_ring = live & (i < recent)
             slot = tl.load(ring_index + i, mask=in_ring, other=-1)
-            row = tl.where(in_ring[:, None], packed_rows(ring, ring_halves, slot, in_ring, column, DIM, ROPE, WIDTH, NATIVE), row)
-            if OLD:
+            codes, halves = ring, ring_halves
+            if OLD:  # a row lies in one cache or the other, so that one fetch and one decoding serve both
                 in_old = i >= recent + tokens
-                slot = tl.load(old_index + (i - recent - tokens), mask=in_old, other=-1)
-                row = tl.where(in_old[:, None], packed_rows(old, old_halves, slot, in_old, column, DIM, ROPE, WIDTH, NATIVE), row)
+                slot = tl.where(in_old, tl.load(old_index + (i - recent - tokens), mask=in_old, other=-1), slot)
+                codes = tl.multiple_of(tl.where(in_old, old, ring)[:, None], (16, 16))  # as torch allocates; the compiler cannot see through a choice
+                halves = tl.multiple_of(tl.where(in_old, old_halves, ring_halves)[:, None], (16, 16))
+            cached = packed_rows(codes, halves, slot, live & ~fresh, column, DIM, ROPE, WIDTH, NATIVE)
+            row = tl.where(fresh[:, None], row, cached)
         else:
             row = tl.load(kv + i.to(tl.int64)[:, None] * DIM + column[None, :], mask=live[:, None] & live_column[None, :], other=0.0)
         score = tl.where(live[None, :], tl.dot(query, tl.trans(row)) * softmax_scale, float("-inf"))
