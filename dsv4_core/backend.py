@@ -41,6 +41,7 @@ class Backend(FusedOps):
     options: ClassVar[tuple[Option, ...]] = ()
     numerics_modes: ClassVar[tuple[Numerics, ...]] = ("native", "float32", "float64")
     claims_level: ClassVar[int | None] = None
+    claims: ClassVar[tuple[str, ...]] = ()
     narrower: ClassVar[dict[str, tuple[str, ...]]] = {}
     batch_invariant: bool = False
     deterministic: bool = False

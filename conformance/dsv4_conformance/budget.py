@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
-from dsv4_core.dtypes import Host, numpy_dtype
 
 from dsv4_conformance.calls import Call, copied, result_dtype
+from dsv4_core.dtypes import Host, numpy_dtype
 
 if TYPE_CHECKING:
     from dsv4_core.backend import Backend

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from dsv4_core.dtypes import Experts, Host, RowLayout, ScaledArray, dtype_name
-from dsv4_core.spec import OPS, OpSpec
 
 from dsv4_conformance.guard import Guarded
+from dsv4_core.dtypes import Experts, Host, RowLayout, ScaledArray, dtype_name
+from dsv4_core.spec import OPS, OpSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from dsv4_core import registry
 
 if TYPE_CHECKING:
+    from dsv4_conformance.judge import Verdict
     from dsv4_core.backend import Backend
     from dsv4_core.spec import Numerics, Tier
-
-    from dsv4_conformance.judge import Verdict
 
 Status = Literal["passed", "failed", "error", "crashed", "timeout", "memory", "unsupported", "xfailed", "xpassed"]
 Group = Literal["op", "trace", "law", "model", "invariance"]

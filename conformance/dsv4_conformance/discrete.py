@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from dsv4_core.dtypes import Host
 
 from dsv4_conformance.budget import SAFETY, SAMPLES, Expected, allowance, deviations, roundoff
 from dsv4_conformance.calls import Call
 from dsv4_conformance.judge import Verdict, judge_exact, judge_rounded, place
+from dsv4_core.dtypes import Host
 
 if TYPE_CHECKING:
     from dsv4_core.backend import Backend

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from dsv4_core.dtypes import Host
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-from dsv4_core.dtypes import Host
 
 from dsv4_conformance import metrics
 from dsv4_conformance.budget import SAFETY, Expected, unit
+from dsv4_core.dtypes import Host
 
 STANDARD_ERRORS = 8  # of the bias beyond which chance is no explanation, in a run of a thousand cases
 

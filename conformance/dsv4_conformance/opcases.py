@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import dsv4_core.ops  # noqa: F401  declares the ops
 import numpy as np
-from dsv4_core.dtypes import dtype_name
-from dsv4_core.spec import OPS, Case, Operand, OpSpec
 
 import dsv4_conformance.operand_rules  # noqa: F401  registers how operands are made
+import dsv4_core.ops  # noqa: F401  declares the ops
 from dsv4_conformance import operands
 from dsv4_conformance.budget import expect
 from dsv4_conformance.calls import Call, execute, seed_of
 from dsv4_conformance.checks import Check, Finding, Group, Session
 from dsv4_conformance.discrete import judge_discrete
 from dsv4_conformance.judge import Verdict, judge_exact, judge_rounded
+from dsv4_core.dtypes import dtype_name
+from dsv4_core.spec import OPS, Case, Operand, OpSpec
 
 if TYPE_CHECKING:
     from dsv4_core.spec import Numerics, Tier

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from dsv4_core.dtypes import FP4_GROUP, KV_BLOCK, Host, RowLayout
 
 from dsv4_conformance.operands import FAR, Maker, builds, quantiser_input
+from dsv4_core.dtypes import FP4_GROUP, KV_BLOCK, Host, RowLayout
 
 
 @builds("embedding")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from dsv4_conformance.flavours import fill, midpoints, scale_edges
 from dsv4_core.config import PRESETS
 from dsv4_core.dtypes import (
     E8M0_VALUES,
@@ -23,8 +25,6 @@ from dsv4_core.dtypes import (
     round_to_grid,
 )
 from dsv4_core.spec import OPS, Case, Numerics
-
-from dsv4_conformance.flavours import fill, midpoints, scale_edges
 
 FAR = 1 << 20  # the published models' max_position_embeddings
 

@@ -1,0 +1,1 @@
+"""Wrong backends that must be caught, and honest variants that must not."""
