@@ -38,29 +38,57 @@ class ReferenceAttention(Numeric, AttentionOps):
     def index_scores(self, q: Host, weights: Host, keys: Host, *, scale: float) -> Host:
         batch, seq, heads, dim = q.shape
         rows = keys.shape[1]
-        step = max(1, AT_ONCE // max(1, heads * rows))
+        tile = max(1, AT_ONCE // (4 * TOKENS * heads))  # of rows: the products of a block of tokens stay in the cache
         scores = np.empty((batch, seq, rows), self.wide_type)
         for b in range(batch):  # one product per sequence
             wide_keys = self.widen(keys[b]).T
-            for i in range(0, seq, step):
-                wide = self.widen(q[b, i : i + step])
-                hits = self.dot(wide.reshape(-1, dim), wide_keys).reshape(len(wide), heads, rows)
-                np.maximum(hits, 0, out=hits)
-                scaled = self.widen(weights[b, i : i + step]) * self.wide_type.type(scale)
-                scores[b, i : i + step] = self.dot(scaled[:, None], hits)[:, 0]
+            for i in range(0, seq, TOKENS):
+                wide = self.widen(q[b, i : i + TOKENS])
+                scaled = self.widen(weights[b, i : i + TOKENS]) * self.wide_type.type(scale)
+                for row in range(0, rows, tile):
+                    part = slice(row, row + tile)
+                    hits = self.dot(wide.reshape(-1, dim), wide_keys[:, part]).reshape(len(wide), heads, -1)
+                    np.maximum(hits, 0, out=hits)
+                    scores[b, i : i + TOKENS, part] = self.dot(scaled[:, None], hits)[:, 0]
         return scores
 
     def index_select(self, scores: Host, visible: Host, offset: Host, *, topk: int) -> Host:
-        batch, seq, rows = scores.shape
-        flat = np.where(np.arange(rows) < visible.reshape(-1, 1), scores.reshape(-1, rows), -np.inf)
-        flat[np.isnan(flat)] = np.inf  # a NaN score is picked, and so reaches the output
-        kth = np.partition(flat, rows - topk, axis=-1)[:, rows - topk, None]
-        above, level = flat > kth, flat == kth
-        spare = topk - above.sum(-1, keepdims=True)
-        chosen = above | (level & (np.cumsum(level, axis=-1) <= spare))  # of equals, the lowest
-        picks = np.nonzero(chosen)[1].reshape(-1, topk)
-        valid = picks < visible.reshape(-1, 1)
-        return np.where(valid, picks + offset.reshape(-1, 1), -1).astype(np.int32).reshape(batch, seq, topk)
+        rows = scores.shape[-1]
+        flat, seen = scores.reshape(-1, rows), visible.reshape(-1, 1)
+        picks = np.empty((len(flat), topk), np.int64)
+        step = max(1, AT_ONCE // (4 * max(1, rows)))
+        for i in range(0, len(flat), step):
+            part = slice(i, i + step)
+            masked = np.where(np.arange(rows) < seen[part], flat[part], -np.inf)
+            picks[part] = self.best(masked, topk)
+        picks = np.where(picks < seen, picks + offset.reshape(-1, 1), -1)
+        return picks.astype(np.int32).reshape(*visible.shape, topk)
+
+    @staticmethod
+    def best(scores: Host, topk: int) -> Host:
+        """Columns of each row's ``topk`` largest scores, of equals the lowest; a NaN is larger than all and so reaches the output.
+
+        The topk-th largest of the maxima over groups of columns bounds the topk-th score from below, so that only scores above it are sorted; where those are
+        too few, the bound is the topk-th score itself, and the lowest columns that equal it are the rest.
+        """
+        n, rows = scores.shape
+        group = max(1, min(64, rows // (4 * topk)))
+        grouped = rows // group * group
+        maxima = np.concatenate([scores[:, :grouped].reshape(n, group, -1).max(1), scores[:, grouped:]], axis=1)
+        if np.isnan(maxima).any():
+            scores, maxima = (np.where(np.isnan(x), np.inf, x) for x in (scores, maxima))
+        bound = np.partition(maxima, maxima.shape[1] - topk, axis=1)[:, maxima.shape[1] - topk, None]
+        row, column = np.nonzero(scores > bound)
+        above = np.bincount(row, minlength=n)
+        short = np.flatnonzero(above < topk)
+        if len(short):
+            level, at = np.nonzero(scores[short] == bound[short])
+            rank = np.arange(len(level)) - np.searchsorted(level, np.arange(len(short)))[level]
+            kept = rank < (topk - above[short])[level]
+            row, column = np.concatenate([row, short[level[kept]]]), np.concatenate([column, at[kept]])
+        order = np.lexsort((column, -scores[row, column], row))
+        first = np.searchsorted(row[order], np.arange(n))
+        return column[order][first[:, None] + np.arange(topk)]
 
     def sparse_attn(self, q: Host, kv: Host, attn_sink: Host, topk_idxs: Host, *, softmax_scale: float) -> Host:
         out = np.empty(q.shape, self.wide_type)
