@@ -38,6 +38,14 @@ def undefined(library: Path) -> set[str]:
     return {name for name in names if name.startswith(CANN_PREFIXES) and "@" not in name}
 
 
+def stand_in(symbol: str) -> str:
+    """C source of one stand-in: there is one device, it can be set, and it has no memory; everything else does nothing."""
+    if symbol == "aclrtGetDeviceCount":
+        return f"long {symbol}(unsigned *count) {{ *count = 1; return 0; }}\n"
+    failed = int(symbol.startswith("aclrtMalloc"))
+    return f"long {symbol}(void) {{ return {failed}; }}\n"
+
+
 def package(root: Path) -> Path:
     """Folder of torch_npu inside the environment."""
     found = sorted(root.glob("lib/python3*/site-packages/torch_npu"))
@@ -63,7 +71,7 @@ def build(root: Path) -> None:
     missing = sorted(name for name in set().union(*map(needed, libraries)) - own if name not in loaded)
     stubs = root / "cann-stubs"
     stubs.mkdir(exist_ok=True)
-    (stubs / "cann.c").write_text("".join(f"long {name}(void) {{ return 0; }}\n" for name in symbols))
+    (stubs / "cann.c").write_text("".join(map(stand_in, symbols)))
     (stubs / "empty.c").write_text("")
     for name in missing:
         source = stubs / ("cann.c" if name == "libascendcl.so" else "empty.c")

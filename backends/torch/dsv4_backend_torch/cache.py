@@ -25,9 +25,9 @@ class TorchCache(TorchQuant, CacheOps):
             return
         # No shape may depend on values here: a row that is not stored repeats what the slot of a row that is stored gets.
         target = index.to(torch.int64)
-        first = (target >= 0).to(torch.uint8).argmax()
         kept = target >= 0
-        stored = torch.where(kept[:, None], stored, torch.where(kept[first], stored[first], cache[0]))
+        first = kept.to(torch.uint8).argmax(0, keepdim=True)  # one axis: an index without axes would be read on the host
+        stored = torch.where(kept[:, None], stored, torch.where(kept[first, None], stored[first], cache[:1]))
         cache.index_copy_(0, torch.where(kept, target, target[first].clamp(min=0)), stored)
 
     def cache_read(self, cache: Tensor, index: Tensor, *, layout: RowLayout) -> Tensor:
