@@ -44,12 +44,13 @@ def read(path: Path, file: str) -> dict[str, Tensor]:
 
 def write(path: Path, file: str, tensors: dict[str, Tensor], *, index: bool = True) -> None:
     """Write a shard; unless told otherwise the index follows."""
-    header, body = {}, b""
+    header, end = {}, 0
     for name, t in tensors.items():
-        header[name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": [len(body), len(body) + len(t.data)]}
-        body += t.data
+        header[name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": [end, end + len(t.data)]}
+        end += len(t.data)
     text = json.dumps(header).encode()
-    (path / file).write_bytes(len(text).to_bytes(8, "little") + text + body)
+    data = [len(text).to_bytes(8, "little"), text, *(t.data for t in tensors.values())]
+    (path / file).write_bytes(b"".join(data))
     if index and (path / INDEX).exists():
         weights = weight_map(path)
         weights = {name: shard for name, shard in weights.items() if shard != file} | dict.fromkeys(tensors, file)

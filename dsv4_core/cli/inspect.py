@@ -104,7 +104,7 @@ def _print(checkpoint: Checkpoint, findings: list[Finding], *, audited: bool) ->
             console.print(f"{title}: {line}", style="red" if title == "error" else "yellow", markup=False)
     what = "names, dtypes, shapes, scale grids" + (", values" if audited else " (values not read: --no-audit)")
     if errors:
-        console.print(f"{len(errors)} errors in {what}; --json lists every one")
+        console.print(f"{len(errors)} error{'s' * (len(errors) != 1)} in {what}; --json lists every one")
     else:
         console.print(f"sound: {what}")
 
