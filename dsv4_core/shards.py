@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -74,6 +75,13 @@ class Shard:
         return np.require(
             array, requirements="A"
         )  # a header of odd length leaves wider types unaligned: those are copied
+
+    def release(self) -> None:
+        """Give back the pages of the file that are in memory; they are read again when they are used again."""
+        if self._map is not None:
+            self._map.madvise(mmap.MADV_DONTNEED)
+            with self.path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _read(self) -> dict[str, Stored]:
         size = self.path.stat().st_size

@@ -116,6 +116,11 @@ class Checkpoint:
         stored = self.stored(name)
         return TensorSpec(name, stored.shape, stored.dtype, self.layout[name].kind)
 
+    def release(self) -> None:
+        """Give back the memory of every page that was read; views stay valid and read again."""
+        for shard in {id(shard): shard for shard, _ in self._where.values()}.values():
+            shard.release()
+
     def array(self, name: str) -> Host:
         """View a tensor by its full name: BF16 as ml_dtypes' bfloat16; E4M3, E8M0 and packed FP4 as uint8."""
         shard, spelt = self._where[name]
