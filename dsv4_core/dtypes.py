@@ -7,6 +7,8 @@ own for each and old ones lack some. Quantised data is *bytes*: E4M3 codes, E8M0
 
 from __future__ import annotations
 
+import functools
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,10 +99,19 @@ def pack_fp4(codes: Host) -> npt.NDArray[np.uint8]:
     return (codes[..., 0::2] & 0xF) | (codes[..., 1::2] << 4).astype(np.uint8)
 
 
-def unpack_fp4(packed: Host) -> npt.NDArray[np.float32]:
-    """Values [..., n] in float32 of packed bytes [..., n / 2]."""
-    pairs = np.take(E2M1_PAIRS.view(np.uint64)[:, 0], packed)
-    return pairs.view(np.float32)
+@functools.cache
+def _two_bytes(fmt: Format) -> Host:
+    """Values of every pair of bytes, as one element of 8 (two E4M3) or 16 bytes (four E2M1): halves the look-ups."""
+    one = E4M3_VALUES[:, None] if fmt == "e4m3" else E2M1_PAIRS
+    both = np.concatenate([np.tile(one, (256, 1)), np.repeat(one, 256, axis=0)], axis=1)  # little-endian: the first byte is the low one
+    return np.ascontiguousarray(both).view(np.uint64 if fmt == "e4m3" else np.complex128)[:, 0]
+
+
+def unpack(stored: Host, fmt: Format) -> npt.NDArray[np.float32]:
+    """Values [..., n] in float32 of codes as they are stored: E4M3 one a byte [..., n], E2M1 two a byte [..., n / 2]."""
+    if stored.shape[-1] % 2 or sys.byteorder != "little":
+        return decode(stored, fmt) if fmt == "e4m3" else E2M1_PAIRS[stored].reshape(*stored.shape[:-1], -1)
+    return np.take(_two_bytes(fmt), np.ascontiguousarray(stored).view(np.uint16)).view(np.float32)
 
 
 @dataclass(frozen=True)
@@ -143,13 +154,10 @@ class ScaledArray:
     def dequantise(self, dtype: str = "float32") -> Host:
         """Multiply codes by scales, exactly (a product of two powers-of-two grids): [out, in]. Host arrays only."""
         out, cols = self.shape
-        values = (unpack_fp4(self.data) if self.format == "e2m1" else decode(self.data, "e4m3")).astype(
-            numpy_dtype(dtype), copy=False
-        )
+        values = unpack(self.data, self.format).astype(numpy_dtype(dtype), copy=False)
         scale = E8M0_VALUES[self.scale].astype(values.dtype, copy=False)
         if self.format == "e2m1":
-            values.reshape(out, cols // FP4_GROUP, FP4_GROUP)[...] *= scale[:, :, None]
-            return values
+            return np.multiply(values, np.repeat(scale, FP4_GROUP, axis=1), out=values)
         for row in range(0, out, FP8_BLOCK):  # over scale rows: 1/128 of the rows
             values[row : row + FP8_BLOCK] *= np.repeat(scale[row // FP8_BLOCK], FP8_BLOCK)[:cols]
         return values

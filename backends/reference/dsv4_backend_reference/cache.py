@@ -17,7 +17,7 @@ from dsv4_core.dtypes import (
     decode,
     encode,
     pack_fp4,
-    unpack_fp4,
+    unpack,
 )
 from dsv4_core.ops.cache import CacheOps
 
@@ -63,10 +63,10 @@ class ReferenceCache(ReferenceQuant, CacheOps):
             return stored
         n, quantised = len(stored), layout.dim - layout.rope_dim
         if layout.kind == "key":
-            values = unpack_fp4(np.ascontiguousarray(stored[:, : quantised // 2])).reshape(n, quantised // FP4_GROUP, FP4_GROUP)
+            values = unpack(stored[:, : quantised // 2], "e2m1").reshape(n, quantised // FP4_GROUP, FP4_GROUP)
             scale = stored[:, quantised // 2 :]
         else:
-            values = decode(stored[:, :quantised], "e4m3").reshape(n, quantised // KV_BLOCK, KV_BLOCK)
+            values = unpack(stored[:, :quantised], "e4m3").reshape(n, quantised // KV_BLOCK, KV_BLOCK)
             scale = stored[:, quantised : quantised + values.shape[1]]
         values *= E8M0_VALUES[scale][..., None]
         rows = np.empty((n, layout.dim), BFLOAT16)

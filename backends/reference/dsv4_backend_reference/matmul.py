@@ -11,7 +11,7 @@ from dsv4_backend_reference.quant import ReferenceQuant
 from dsv4_core.dtypes import FP8_BLOCK, Experts, Host, ScaledArray
 from dsv4_core.ops.matmul import MatmulOps
 
-TILE = 1 << 20  # elements of a weight that are dequantised at a time when it is not kept: 4 MB in float32, near the last cache level
+TILE = 1 << 18  # elements of a weight dequantised at a time where it is not kept: 1 MB, which stays in cache and in the allocator
 
 
 class ReferenceMatmul(ReferenceQuant, MatmulOps):
