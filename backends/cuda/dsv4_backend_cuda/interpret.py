@@ -133,7 +133,7 @@ def _repair() -> None:
 
     def rewrap(result: np.ndarray, dtype: Any) -> Any:
         """A result computed in float32, back in ``dtype``; comparisons give booleans, which stay."""
-        return handle(result if result.dtype == np.bool_ else narrow(result, dtype), dtype)
+        return handle(result, tl.int1) if result.dtype == np.bool_ else handle(narrow(result, dtype), dtype)
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
         source, target = src.dtype.scalar, dst_type.scalar
@@ -150,7 +150,8 @@ def _repair() -> None:
     def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
         dtype = lhs.dtype.scalar
         if not is_small(dtype) or op in (np.bitwise_and, np.bitwise_or, np.bitwise_xor):
-            return plain["binary_op"](self, lhs, rhs, op)
+            result = plain["binary_op"](self, lhs, rhs, op)
+            return handle(result.data, tl.int1) if result.data.dtype == np.bool_ else result  # a comparison's type is not its operands'
         return rewrap(op(widen(lhs.data, dtype), widen(rhs.data, rhs.dtype)), dtype)
 
     def unary_op(self: Any, arg: Any, op: Any) -> Any:

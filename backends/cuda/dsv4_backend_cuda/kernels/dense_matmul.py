@@ -1,0 +1,80 @@
+"""Linear layers that do not quantise the activation: BF16 weights, and the grouped output projection with FP8 weights taken to BF16."""
+
+import torch
+import triton
+import triton.language as tl
+
+from dsv4_backend_cuda import launch
+from dsv4_backend_cuda.kernels.formats import e4m3_half, e8m0_value
+from dsv4_backend_cuda.launch import KernelSpec, Work
+
+DECODE_TOKENS = 16
+
+
+@triton.jit
+def dense_matmul_kernel(
+    x, w, ws, y, rows, N, K, GROUPS: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """A program computes BLOCK_N of group program_id(2)'s N outputs for BLOCK_T rows. Weights are the tall operand, as in ``scaled_matmul``."""
+    group = tl.program_id(2)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    live_n, live_t = n < N, row < rows
+    out = group * N + n  # row of the weight, column of the result
+    acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+    inner = tl.arange(0, 128)
+    for k in range(0, K, 128):
+        live_k = k + inner < K
+        wide = tl.load(w + out.to(tl.int64)[:, None] * K + k + inner[None, :], mask=live_n[:, None] & live_k[None, :], other=0)
+        narrow = tl.load(x + (row * GROUPS + group)[None, :] * K + k + inner[:, None], mask=live_t[None, :] & live_k[:, None], other=0.0)
+        if FP8:
+            if NATIVE:
+                wide = wide.to(tl.float8e4nv, bitcast=True).to(tl.bfloat16)
+            else:
+                wide = e4m3_half(wide).to(tl.bfloat16)
+            scale = tl.load(ws + (out // 128) * ((K + 127) // 128) + k // 128, mask=live_n, other=127)
+            acc += tl.dot(wide, narrow) * e8m0_value(scale)[:, None]  # a power of two: as exact after the sum as before it
+        else:
+            acc = tl.dot(wide, narrow, acc)
+    at = row[:, None] * (N * GROUPS) + out.to(tl.int64)[None, :]
+    tl.store(y + at, tl.trans(acc).to(y.dtype.element_ty), mask=live_t[:, None] & live_n[None, :])
+
+
+def _launch(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, out_dtype: torch.dtype, groups: int) -> torch.Tensor:
+    rows, k = x.shape[0], x.shape[-1]
+    n = weight.shape[0] // groups
+    y = torch.empty((rows, weight.shape[0]), dtype=out_dtype, device=x.device)
+    phase = "decode" if rows <= DECODE_TOKENS else "prefill"
+    options = launch.options(f"{'grouped_linear' if scale is not None else 'bf16_linear'}_{phase}", x)
+    dense_matmul_kernel[(triton.cdiv(n, options["BLOCK_N"]), triton.cdiv(rows, options["BLOCK_T"]), groups)](
+        x, weight, weight if scale is None else scale, y, rows, n, k, GROUPS=groups, FP8=scale is not None, NATIVE=launch.native_fp8(x), **options
+    )
+    return y
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+    """``ops/matmul.py: linear`` for a BF16 weight [out, in]: the router, the compressors, the vocabulary head."""
+    return _launch(x, weight, None, out_dtype, 1)
+
+
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """``ops/matmul.py: grouped_linear`` for ``x`` [tokens, groups, in] and a weight [out, in], BF16 or E4M3 codes with ``scale``."""
+    return _launch(x, weight, scale, x.dtype, x.shape[1])
+
+
+def _specs(name: str, *, fp8: bool, groups: int) -> KernelSpec:
+    def work(c: dict[str, object]) -> Work:
+        n, t = int(c["BLOCK_N"]), int(c["BLOCK_T"])  # type: ignore[call-overload]
+        return Work(bytes=n * 128.0 * (1 if fp8 else 2) * (1 if t <= DECODE_TOKENS else 1 / 8), flops=2.0 * n * t * 128)
+
+    return KernelSpec(
+        name=name, kernel=dense_matmul_kernel,
+        signature={"x": "*bf16", "w": "*u8" if fp8 else "*bf16", "ws": "*u8", "y": "*bf16" if fp8 else "*fp32", "rows": "i32", "N": "i32:16", "K": "i32:16"},
+        variants={"flash": {"GROUPS": groups, "FP8": fp8}},
+        per_arch=lambda arch: {"NATIVE": arch >= 89},
+        mma={80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTC.*MMA", 120: "HMMA"},
+        work=work,
+    )  # fmt: skip
+
+
+SPECS = tuple(_specs(f"{base}_{phase}", fp8=fp8, groups=groups) for base, fp8, groups in (("bf16_linear", False, 1), ("grouped_linear", True, 8)) for phase in ("decode", "prefill"))

@@ -1,0 +1,95 @@
+"""Routing, dispatch, SwiGLU, combination and unquantised linear layers against their definitions."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from dsv4_backend_cuda.kernels import dense_matmul, moe
+
+
+def scores(logits):
+    return torch.sqrt(torch.logaddexp(logits.double(), torch.zeros((), dtype=torch.float64)))
+
+
+@pytest.mark.parametrize(("experts", "topk"), [(8, 2), (256, 6), (384, 6), (5, 5)])
+def test_route(experts, topk):
+    logits = oracle.normal(7, experts, seed=1, dtype=torch.float32, scale=4.0)
+    logits[1] = -60.0  # softplus is 1e-26 here: log(1 + exp(x)) without care is zero
+    logits[1, :2] = -50.0
+    bias = oracle.normal(experts, seed=2, dtype=torch.float32, scale=0.1)
+    weights, indices = moe.route(logits, bias, topk=topk, route_scale=1.5)
+    ranked = scores(logits) + bias.double()
+    order = torch.sort(ranked, dim=1, descending=True, stable=True).indices[:, :topk]
+    assert torch.equal(indices.long(), order)
+    chosen = scores(logits).gather(1, order)
+    torch.testing.assert_close(weights.double(), chosen / chosen.sum(1, keepdim=True) * 1.5, rtol=1e-5, atol=1e-9)
+
+
+def test_route_ties_go_to_the_lower_expert():
+    logits = oracle.guarded(torch.zeros(2, 16))
+    _, indices = moe.route(logits, oracle.guarded(torch.zeros(16)), topk=4, route_scale=1.0)
+    assert indices.tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_route_by_hash():
+    logits = oracle.normal(5, 64, seed=3, dtype=torch.float32)
+    table = oracle.uniform_int(0, 64, 100, 6, seed=4, dtype=torch.int64)
+    ids = oracle.uniform_int(0, 100, 5, seed=5, dtype=torch.int32)
+    weights, indices = moe.route(logits, None, topk=6, route_scale=2.5, tid2eid=table, ids=ids)
+    assert torch.equal(indices.long(), table[ids.long()])
+    chosen = scores(logits).gather(1, indices.long())
+    torch.testing.assert_close(weights.double(), chosen / chosen.sum(1, keepdim=True) * 2.5, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(("tokens", "experts", "topk", "first", "local"), [(1, 8, 2, 0, 8), (9, 16, 6, 0, 16), (400, 16, 6, 4, 5), (3, 8, 2, 6, 2)])
+def test_dispatch_and_combine(tokens, experts, topk, first, local):
+    x, weights = oracle.normal(tokens, 200, seed=6), oracle.normal(tokens, topk, seed=7, dtype=torch.float32)
+    indices = oracle.guarded(torch.stack([torch.randperm(experts, generator=torch.Generator().manual_seed(t))[:topk] for t in range(tokens)]).to(torch.int32))
+    rows, row_weights, order, offsets = moe.dispatch(x, weights, indices, first_expert=first, n_experts=local)
+    group = indices.flatten().long() - first
+    group = torch.where((group >= 0) & (group < local), group, local)
+    expected = torch.sort(group, stable=True).indices
+    assert torch.equal(order.long(), expected)
+    assert torch.equal(offsets.long(), torch.tensor([(group < e).sum() for e in range(local + 1)]))
+    assert torch.equal(rows, x[expected // topk])
+    assert torch.equal(row_weights, weights.flatten()[expected])
+    rows = oracle.guarded(rows)
+    rows[int(offsets[-1]) :] = torch.nan  # other ranks' rows hold anything
+    shared = oracle.normal(tokens, 200, seed=8)
+    copies = torch.zeros(tokens * topk, 200, dtype=torch.float64)
+    copies[order[: offsets[-1]].long()] = rows[: offsets[-1]].double()
+    exact = copies.view(tokens, topk, 200).sum(1)
+    oracle.close(moe.combine(rows, order, offsets, None, topk=topk, out_dtype=torch.float32), exact)
+    oracle.close(moe.combine(rows, order, offsets, shared, topk=topk, out_dtype=torch.bfloat16), exact + shared.double())
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(1, 128), (5, 1152), (3, 2048)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_swiglu(rows, dim, weighted):
+    gate, up = (oracle.normal(rows, dim, seed=s, scale=6.0) for s in (9, 10))
+    gate[0, 0], gate[0, 1] = -200.0, 300.0
+    weights = oracle.normal(rows, seed=11, dtype=torch.float32) if weighted else None
+    g, u = gate.double().clamp(max=10), up.double().clamp(-10, 10)
+    exact = g / (1 + torch.exp(-g)) * u * (weights.double()[:, None] if weighted else 1)
+    got = moe.swiglu(gate, up, weights, limit=10.0)
+    oracle.close(got, exact)
+    for part, expected in zip(moe.swiglu_quant(gate, up, weights, limit=10.0), oracle.quantise_fp8(got, 128), strict=True):
+        assert torch.equal(part, expected)
+
+
+@pytest.mark.parametrize(("tokens", "out", "k"), [(1, 8, 100), (5, 200, 256), (40, 130, 384)])
+def test_linear_with_bf16_weights(tokens, out, k):
+    x, weight = oracle.normal(tokens, k, seed=12), oracle.normal(out, k, seed=13)
+    oracle.close(dense_matmul.linear(x, weight, out_dtype=torch.float32), x.double() @ weight.double().T)
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize(("tokens", "groups", "out", "k"), [(1, 2, 64, 128), (20, 4, 160, 256)])
+def test_grouped_linear(tokens, groups, out, k, native, monkeypatch):
+    monkeypatch.setattr(dense_matmul.launch, "native_fp8", lambda _: native)
+    x = oracle.normal(tokens, groups, k, seed=14)
+    codes, scale = oracle.fp8_codes(groups * out, k, seed=15), oracle.uniform_int(115, 122, -(-groups * out // 128), k // 128, seed=16)
+    wide = oracle.fp8_weight(codes, scale).view(groups, out, k)
+    exact = torch.einsum("tgk,gok->tgo", x.double(), wide).flatten(1)
+    oracle.close(dense_matmul.grouped_linear(x, codes, scale), exact)
