@@ -1,0 +1,59 @@
+"""KV compression: a softmax per channel over a window of tokens, plain (ratio 128) and overlapping (ratio 4)."""
+
+import torch
+import triton
+import triton.language as tl
+
+from dsv4_backend_cuda import launch
+from dsv4_backend_cuda.launch import KernelSpec, Work
+
+
+@triton.jit
+def compress_kernel(
+    kv_score, ape, windows, y,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, RATIO: tl.constexpr, SPAN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program mixes BLOCK channels of one window. WIDTH = 2 DIM: the previous window's tokens use their first DIM channels, the current one's their last."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.arange(0, BLOCK_S)
+    token = tl.load(windows + row * SPAN + j, mask=j < SPAN, other=-1)
+    channel = c[None, :] + tl.where(j >= RATIO, DIM, 0)[:, None]
+    inside = (token >= 0)[:, None] & (c < DIM)[None, :]
+    at = token.to(tl.int64)[:, None] * (2 * WIDTH) + channel
+    kv = tl.load(kv_score + at, mask=inside, other=0.0)
+    score = tl.load(kv_score + at + WIDTH, mask=inside, other=0.0) + tl.load(ape + (j % RATIO)[:, None] * WIDTH + channel, mask=inside, other=0.0)
+    score = tl.where(inside, score, float("-inf"))
+    top = tl.maximum(tl.max(score, axis=0), -3.0e38)
+    weight = tl.exp(score - top[None, :])
+    total = tl.sum(weight, axis=0)
+    out = tl.sum(weight * kv, axis=0) / tl.where(total == 0, 1.0, total)
+    tl.store(y + row * DIM + c, out.to(y.dtype.element_ty), mask=c < DIM)
+
+
+def compress(kv_score: torch.Tensor, ape: torch.Tensor, window_idxs: torch.Tensor, *, dim: int) -> torch.Tensor:
+    """``ops/attention.py: compress``, to BF16."""
+    rows, span = window_idxs.shape
+    ratio, width = ape.shape
+    y = torch.empty((rows, dim), dtype=torch.bfloat16, device=kv_score.device)
+    options = launch.options("compress", kv_score)
+    compress_kernel[(rows, triton.cdiv(dim, options["BLOCK"]))](
+        kv_score, ape, window_idxs, y, DIM=dim, WIDTH=width, RATIO=ratio, SPAN=span, BLOCK_S=triton.next_power_of_2(span), **options
+    )
+    return y
+
+
+SPECS = (
+    KernelSpec(
+        name="compress",
+        kernel=compress_kernel,
+        looped=False,
+        signature={"kv_score": "*fp32", "ape": "*fp32", "windows": "*i32", "y": "*bf16"},
+        variants={
+            "ratio128": {"DIM": 512, "WIDTH": 512, "RATIO": 128, "SPAN": 128, "BLOCK_S": 128},
+            "ratio4": {"DIM": 512, "WIDTH": 1024, "RATIO": 4, "SPAN": 8, "BLOCK_S": 8},
+            "index": {"DIM": 128, "WIDTH": 256, "RATIO": 4, "SPAN": 8, "BLOCK_S": 8},
+        },
+        work=lambda c: Work(bytes=c["BLOCK"] * c["SPAN"] * 8.0),
+    ),
+)

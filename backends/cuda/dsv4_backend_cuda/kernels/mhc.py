@@ -1,0 +1,164 @@
+"""Hyper-connections: mix, split with Sinkhorn, reduce (and norm) in two launches; and the way back to the streams. hc is a power of two."""
+
+import torch
+import triton
+import triton.language as tl
+
+from dsv4_backend_cuda import launch
+from dsv4_backend_cuda.launch import KernelSpec, Work
+
+
+@triton.jit
+def mix_kernel(h, fn, partial, tokens, K, MIXES: tl.constexpr, BLOCK_M: tl.constexpr, PIECE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Products of one PIECE of the streams' channels with ``fn``, and their sum of squares in the last column: partial[piece, token, BLOCK_M]."""
+    row = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    m = tl.arange(0, BLOCK_M)
+    start = tl.program_id(1) * PIECE
+    mixes = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
+    squares = tl.zeros((BLOCK_T,), tl.float32)
+    for k in range(start, start + PIECE, BLOCK_K):
+        column = k + tl.arange(0, BLOCK_K)
+        x = tl.load(h + row[:, None] * K + column[None, :], mask=(row < tokens)[:, None] & (column < K)[None, :], other=0.0).to(tl.float32)
+        f = tl.load(fn + m[None, :] * K + column[:, None], mask=(m < MIXES)[None, :] & (column < K)[:, None], other=0.0)
+        mixes = tl.dot(x, f, mixes, input_precision="ieee")
+        squares += tl.sum(x * x, axis=1)
+    mixes = tl.where(m[None, :] == BLOCK_M - 1, squares[:, None], mixes)
+    at = (tl.program_id(1).to(tl.int64) * tokens + row) * BLOCK_M
+    tl.store(partial + at[:, None] + m[None, :], mixes, mask=(row < tokens)[:, None])
+
+
+@triton.jit
+def gathered(partial, at, stride, pieces):
+    """Sum of the pieces at offsets ``at``, in order."""
+    total = tl.load(partial + at)
+    for piece in range(1, pieces):
+        total += tl.load(partial + piece * stride + at)
+    return total
+
+
+@triton.jit
+def reduce_kernel(
+    h, partial, scale, base, weight, y, post, comb, tokens, pieces, norm_eps, eps, iters,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, HC: tl.constexpr, BLOCK_M: tl.constexpr, HEAD: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """A program finishes one token: ``pre`` and (unless HEAD) ``post`` and ``comb`` from the mixes, the weighted sum of streams, RMS norm if NORM."""
+    token = tl.program_id(0).to(tl.int64)
+    stride = tokens.to(tl.int64) * BLOCK_M
+    first = token * BLOCK_M
+    j = tl.arange(0, HC)
+    inverse = 1.0 / tl.sqrt_rn(gathered(partial, first + BLOCK_M - 1, stride, pieces) / (HC * DIM) + norm_eps)
+    mix = gathered(partial, first + j, stride, pieces) * inverse * tl.load(scale) + tl.load(base + j)
+    pre = 1.0 / (1.0 + tl.exp(-mix)) + eps
+    if not HEAD:
+        mix = gathered(partial, first + HC + j, stride, pieces) * inverse * tl.load(scale + 1) + tl.load(base + HC + j)
+        tl.store(post + token * HC + j, 2.0 / (1.0 + tl.exp(-mix)))
+        cell = j[:, None] * HC + j[None, :]
+        mixes = gathered(partial, first + 2 * HC + cell, stride, pieces) * inverse * tl.load(scale + 2) + tl.load(base + 2 * HC + cell)
+        e = tl.exp(mixes - tl.max(mixes, axis=1)[:, None])
+        matrix = e / tl.sum(e, axis=1)[:, None] + eps
+        matrix = matrix / (tl.sum(matrix, axis=0) + eps)[None, :]
+        for _ in range(iters - 1):
+            matrix = matrix / (tl.sum(matrix, axis=1) + eps)[:, None]
+            matrix = matrix / (tl.sum(matrix, axis=0) + eps)[None, :]
+        tl.store(comb + token * HC * HC + cell, matrix)
+    d = tl.arange(0, BLOCK_D)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for n in tl.static_range(HC):
+        share = tl.sum(tl.where(j == n, pre, 0.0), axis=0)
+        acc += share * tl.load(h + (token * HC + n) * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
+    if NORM:  # of the row as it would be handed on, in BF16
+        acc = acc.to(y.dtype.element_ty).to(tl.float32)
+        acc = acc * (1.0 / tl.sqrt_rn(tl.sum(acc * acc, axis=0) / DIM + norm_eps))
+        acc = acc * tl.load(weight + d, mask=d < DIM, other=0.0).to(tl.float32)
+    tl.store(y + token * DIM + d, acc.to(y.dtype.element_ty), mask=d < DIM)
+
+
+@triton.jit
+def expand_kernel(y, h, post, comb, out, DIM: tl.constexpr, HC: tl.constexpr, BLOCK: tl.constexpr):
+    """A program writes BLOCK channels of all streams of one token: post[n] y + sum_j comb[j, n] h[j]."""
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.arange(0, HC)
+    row = tl.load(y + token * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
+    at = (token * HC + j)[:, None] * DIM + d[None, :]
+    streams = tl.load(h + at, mask=(d < DIM)[None, :], other=0.0).to(tl.float32)
+    for n in tl.static_range(HC):
+        column = tl.load(comb + (token * HC + j) * HC + n)
+        new = tl.load(post + token * HC + n) * row + tl.sum(column[:, None] * streams, axis=0)
+        tl.store(out + (token * HC + n) * DIM + d, new.to(out.dtype.element_ty), mask=d < DIM)
+
+
+def _reduce(
+    h: torch.Tensor, fn: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, weight: torch.Tensor | None, *, norm_eps: float, eps: float, iters: int, head: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens, hc, dim = h.shape
+    mixes, k = fn.shape
+    block_m = max(16, triton.next_power_of_2(mixes + 1))
+    options = launch.options("mix", h)
+    pieces = triton.cdiv(k, options["PIECE"])
+    partial = torch.empty((pieces, tokens, block_m), dtype=torch.float32, device=h.device)
+    mix_kernel[(triton.cdiv(tokens, options["BLOCK_T"]), pieces)](h, fn, partial, tokens, k, MIXES=mixes, BLOCK_M=block_m, **options)
+    y = h.new_empty((tokens, dim))
+    post = torch.empty((tokens, hc), dtype=torch.float32, device=h.device)
+    comb = torch.empty((tokens, hc, hc), dtype=torch.float32, device=h.device)
+    reduce_kernel[(tokens,)](
+        h, partial, scale, base, h if weight is None else weight, y, post, comb, tokens, pieces, norm_eps, eps, iters,
+        DIM=dim, BLOCK_D=triton.next_power_of_2(dim), HC=hc, BLOCK_M=block_m, HEAD=head, NORM=weight is not None, **launch.options("hc_reduce", h),
+    )  # fmt: skip
+    return y, post, comb
+
+
+def hc_pre(
+    h: torch.Tensor, fn: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, *, norm_eps: float, eps: float, iters: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``ops/mhc.py: hc_pre``."""
+    return _reduce(h, fn, scale, base, None, norm_eps=norm_eps, eps=eps, iters=iters, head=False)
+
+
+def hc_pre_norm(
+    h: torch.Tensor, fn: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, weight: torch.Tensor, *, norm_eps: float, eps: float, iters: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``ops/fused.py: hc_pre_norm``."""
+    return _reduce(h, fn, scale, base, weight, norm_eps=norm_eps, eps=eps, iters=iters, head=False)
+
+
+def hc_head(h: torch.Tensor, fn: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, *, norm_eps: float, eps: float) -> torch.Tensor:
+    """``ops/mhc.py: hc_head``."""
+    return _reduce(h, fn, scale, base, None, norm_eps=norm_eps, eps=eps, iters=0, head=True)[0]
+
+
+def hc_post(y: torch.Tensor, h: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
+    """``ops/mhc.py: hc_post``."""
+    tokens, hc, dim = h.shape
+    out = torch.empty_like(h)
+    options = launch.options("hc_expand", h)
+    expand_kernel[(tokens, triton.cdiv(dim, options["BLOCK"]))](y, h, post, comb, out, DIM=dim, HC=hc, **options)
+    return out
+
+
+_FLOATS = {"scale": "*fp32", "base": "*fp32"}
+SPECS = (
+    KernelSpec(
+        name="mix", kernel=mix_kernel,
+        signature={"h": "*bf16", "fn": "*fp32", "partial": "*fp32", "tokens": "i32", "K": "i32:16"},
+        variants={"pre": {"MIXES": 24, "BLOCK_M": 32}, "head": {"MIXES": 4, "BLOCK_M": 16}},
+        work=lambda c: Work(bytes=c["BLOCK_K"] * (4.0 * c["MIXES"] + 2.0)),
+    ),
+    KernelSpec(
+        name="hc_reduce", kernel=reduce_kernel, looped=False,
+        signature={"h": "*bf16", "partial": "*fp32", **_FLOATS, "weight": "*bf16", "y": "*bf16", "post": "*fp32", "comb": "*fp32",
+                   "tokens": "i32", "pieces": "i32", "norm_eps": "fp32", "eps": "fp32", "iters": "i32"},
+        variants={
+            "flash": {"DIM": 4096, "BLOCK_D": 4096, "HC": 4, "BLOCK_M": 32, "HEAD": False, "NORM": True},
+            "pro": {"DIM": 7168, "BLOCK_D": 8192, "HC": 4, "BLOCK_M": 32, "HEAD": False, "NORM": True},
+            "head": {"DIM": 4096, "BLOCK_D": 4096, "HC": 4, "BLOCK_M": 16, "HEAD": True, "NORM": False},
+        },
+        work=lambda c: Work(bytes=c["DIM"] * 10.0),
+    ),
+    KernelSpec(
+        name="hc_expand", kernel=expand_kernel, looped=False,
+        signature={"y": "*bf16", "h": "*bf16", "post": "*fp32", "comb": "*fp32", "out": "*bf16"},
+        variants={"flash": {"DIM": 4096, "HC": 4}, "pro": {"DIM": 7168, "HC": 4}},
+        work=lambda c: Work(bytes=c["BLOCK"] * 18.0),
+    ),
+)  # fmt: skip
