@@ -88,9 +88,11 @@ class Watch(TorchDispatchMode):
 
 
 def has_kernel(name: str) -> bool:
-    """Whether the wheel, or PyTorch by composition, has a kernel for NPU tensors."""
-    keys = ("PrivateUse1", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional", "CompositeImplicitAutograd")
-    return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)  # noqa: SLF001  no public name
+    """Whether the wheel has a kernel for NPU tensors, for the operator or its out= variant, or PyTorch composes it of others."""
+    keys = ("PrivateUse1", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
+    out = f"{name}_out" if "." in name else f"{name}.out"
+    variants = [v for v in (name, out) if torch._C._dispatch_has_kernel(v)]  # noqa: SLF001  no public name
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(v, key) for v in variants for key in keys)  # noqa: SLF001
 
 
 def run(path: Path, generation: Generation, tier: str) -> dict[str, Any]:
