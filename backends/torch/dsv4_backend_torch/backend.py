@@ -9,19 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv4_backend_torch.attention import TorchAttention
-from dsv4_backend_torch.cache import TorchCache
-from dsv4_backend_torch.embed import TorchEmbed
-from dsv4_backend_torch.mhc import TorchMhc
-from dsv4_backend_torch.moe import TorchMoe
-from dsv4_backend_torch.norm import TorchNorm
+from dsv4_backend_torch.fused import TorchFused
 from dsv4_backend_torch.numeric import torch_dtype
 from dsv4_backend_torch.weights import StackedExperts, WeightCache
 from dsv4_core.backend import Backend, BackendError, Option
 from dsv4_core.dtypes import BFLOAT16, Experts, Host, ScaledArray
 
 
-class TorchBackend(TorchEmbed, TorchNorm, TorchMoe, TorchAttention, TorchMhc, TorchCache, Backend):
+class TorchBackend(TorchFused, Backend):
     """PyTorch. ``device``: any that this torch knows. ``weight_cache``: bytes of dequantised (on a CPU: or repacked) weights to keep. ``threads``: of a CPU."""
 
     name = "torch"

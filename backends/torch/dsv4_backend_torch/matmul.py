@@ -7,7 +7,7 @@ a single row in float32 at twice the speed of ``linear``. Where a torch lacks th
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from dsv4_core.ops.matmul import MatmulOps
 
 Weight = Tensor | ScaledArray
 TILE = 1 << 22  # elements of a weight that are dequantised at a time when it is not kept: 8 MB in BF16
+NARROW = 128  # outputs below which oneDNN's cost of a call (14 us against 3) outweighs its speed
 GATHERED = 1 << 28  # elements of expert weights that are gathered at a time for a few rows on a device: 512 MB in BF16
 
 
@@ -73,7 +74,7 @@ class TorchMatmul(TorchQuant, MatmulOps):
         x = x.to(dtype)
         packed = self.packed(weights, dtype)
         if packed is not None:
-            y = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")  # noqa: SLF001  the public name for it is torch.compile
+            y = torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", [], "")  # noqa: SLF001  what torch.compile calls
         elif (matrix := self.matrix(weights, dtype)) is not None:
             y = functional.linear(x, matrix)
         else:
@@ -107,7 +108,7 @@ class TorchMatmul(TorchQuant, MatmulOps):
 
     def packed(self, weights: tuple[Weight, ...], dtype: torch.dtype) -> Tensor | None:
         """Weights one above the other in oneDNN's layout; None where the device, the dtype or the weight cache does not allow it."""
-        if not self.one_dnn or dtype == torch.float64:
+        if not self.one_dnn or dtype == torch.float64 or weights[0].shape[0] < NARROW:
             return None
         make = torch.ops.mkldnn._reorder_linear_weight  # noqa: SLF001
         return self.weights.get(weights, (dtype, "onednn"), self.size(weights, dtype), lambda: make(self.stacked(weights, dtype), 1))
@@ -122,11 +123,7 @@ class TorchMatmul(TorchQuant, MatmulOps):
         """Bytes of weights in ``dtype``."""
         return sum(w.shape[0] * w.shape[1] for w in weights) * dtype.itemsize
 
-    @property
+    @cached_property
     def one_dnn(self) -> bool:
         """Say whether oneDNN's linear layer can be called: on a CPU, in a torch that was built with it."""
-        return self.on_cpu and _one_dnn()
-
-
-def _one_dnn() -> Any:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        return self.on_cpu and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from dsv4_backend_torch.matmul import TorchMatmul
+from dsv4_backend_torch.norm import TorchNorm
+from dsv4_core.dtypes import Host
 from dsv4_core.ops.mhc import MhcOps
 
+FEW = 8  # tokens of a decode step on a CPU: up to here sixteen Python floats a token beat any array library (15 us against 130 us for 20 iterations)
+Mixed = tuple[Tensor, Tensor, Tensor]
 
-class TorchMhc(TorchMatmul, MhcOps):
-    """Contracts of ``ops/mhc.py``."""
+
+class TorchMhc(TorchNorm, TorchMatmul, MhcOps):
+    """Contracts of ``ops/mhc.py``, and the fused ``hc_pre_norm``."""
 
     def hc_expand(self, x: Tensor, *, hc: int) -> Tensor:
         return x[:, None].expand(-1, hc, -1).contiguous()
@@ -19,42 +28,117 @@ class TorchMhc(TorchMatmul, MhcOps):
     def hc_add(self, h: Tensor, x: Tensor) -> Tensor:
         return self.rounded(self.widen(h) + x[:, None])
 
-    def hc_split_sinkhorn(self, mixes: Tensor, scale: Tensor, base: Tensor, *, hc: int, eps: float, iters: int) -> tuple[Tensor, Tensor, Tensor]:
+    def hc_split_sinkhorn(self, mixes: Tensor, scale: Tensor, base: Tensor, *, hc: int, eps: float, iters: int) -> Mixed:
+        if self.on_cpu and hc == 4 and mixes.shape[0] <= FEW:
+            return self._split_few(mixes, scale, base, eps, iters)
         mixes, scale, base = self.widen(mixes), self.widen(scale), self.widen(base)
-        pre = (mixes[:, :hc] * scale[0] + base[:hc]).sigmoid().add_(eps)
         post = (mixes[:, hc : 2 * hc] * scale[1] + base[hc : 2 * hc]).sigmoid().mul_(2)
         logits = (mixes[:, 2 * hc :] * scale[2] + base[2 * hc :]).reshape(-1, hc, hc)
-        return pre, post, self.sinkhorn(logits.softmax(-1).add_(eps), eps, iters)
+        return self.pre(mixes, scale, base, hc, eps), post, self.sinkhorn(logits.softmax(-1).add_(eps), eps, iters)
+
+    def pre(self, mixes: Tensor, scale: Tensor, base: Tensor, hc: int, eps: float) -> Tensor:
+        """Weights of the streams in a sub-layer's input."""
+        return (mixes[:, :hc] * scale[0] + base[:hc]).sigmoid().add_(eps)
 
     def sinkhorn(self, comb: Tensor, eps: float, iters: int) -> Tensor:
-        """Divide ``comb`` [tokens, hc, hc], in place, by its column sums; then in turn by row sums and column sums."""
-        comb.div_(comb.sum(-2, keepdim=True).add_(eps))
+        """Divide ``comb`` [tokens, hc, hc] by its column sums; then ``iters - 1`` times by its row sums and its column sums."""
+        if self.on_cpu:  # NumPy on the same memory, tokens last: a sum is then the addition of a few long rows, and a call costs a third of torch's
+            return torch.from_numpy(sinkhorn(comb.permute(1, 2, 0).contiguous().numpy(), eps, iters)).permute(2, 0, 1)
+        comb = comb / (comb.sum(-2, keepdim=True) + eps)
         for _ in range(iters - 1):
-            comb.div_(comb.sum(-1, keepdim=True).add_(eps))
-            comb.div_(comb.sum(-2, keepdim=True).add_(eps))
+            comb = comb / (comb.sum(-1, keepdim=True) + eps)
+            comb = comb / (comb.sum(-2, keepdim=True) + eps)
         return comb
 
-    def hc_pre(self, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float, iters: int) -> tuple[Tensor, Tensor, Tensor]:
-        wide, mixes = self.mixes(h, fn, norm_eps)
-        pre, post, comb = self.hc_split_sinkhorn(mixes, scale, base, hc=h.shape[1], eps=eps, iters=iters)
-        return self.rounded(self.reduce(wide, pre)), post, comb
+    def _split_few(self, mixes: Tensor, scale: Tensor, base: Tensor, eps: float, iters: int) -> Mixed:
+        """The same for a few tokens, in Python floats, rounded to the wide dtype at the end."""
+        (s0, s1, s2), b = scale.tolist(), base.tolist()
+        pre: list[list[float]] = []
+        post: list[list[float]] = []
+        comb: list[tuple[float, ...]] = []
+        for m in mixes.tolist():
+            pre.append([sigmoid(m[j] * s0 + b[j]) + eps for j in range(4)])
+            post.append([2 * sigmoid(m[j] * s1 + b[j]) for j in range(4, 8)])
+            comb.append(sinkhorn4([m[j] * s2 + b[j] for j in range(8, 24)], eps, iters))
+        wide = self.wide_type
+        return torch.tensor(pre, dtype=wide), torch.tensor(post, dtype=wide), torch.tensor(comb, dtype=wide).reshape(len(comb), 4, 4)
+
+    def hc_pre(self, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float, iters: int) -> Mixed:
+        tokens, hc, dim = h.shape
+        if tokens <= FEW:
+            wide, mixes = self.mixes(h, fn, norm_eps)
+            pre, post, comb = self.hc_split_sinkhorn(mixes, scale, base, hc=hc, eps=eps, iters=iters)
+            return self.rounded(self.reduce(wide, pre)), post, comb
+        y = torch.empty((tokens, dim), dtype=self.act_type, device=h.device)
+        all_mixes = torch.empty((tokens, fn.shape[0]), dtype=self.wide_type, device=h.device)
+        for part in self.blocks(tokens, hc * dim):  # the streams are widened once, and reduced while they are in cache
+            wide, mixes = self.mixes(h[part], fn, norm_eps)
+            y[part] = self.reduce(wide, self.pre(mixes, scale, base, hc, eps))
+            all_mixes[part] = mixes
+        _, post, comb = self.hc_split_sinkhorn(all_mixes, scale, base, hc=hc, eps=eps, iters=iters)
+        return y, post, comb
 
     def hc_post(self, y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-        mixed = comb.transpose(1, 2) @ self.widen(h)
-        return self.rounded(mixed.addcmul_(post[:, :, None], self.widen(y)[:, None]))
+        out = torch.empty_like(h, memory_format=torch.contiguous_format)
+        mix = comb.transpose(1, 2)
+        for part in self.blocks(h.shape[0], h.shape[1] * h.shape[2]):
+            out[part] = torch.bmm(mix[part], self.widen(h[part])).addcmul_(post[part, :, None], self.widen(y[part])[:, None])
+        return out
 
     def hc_head(self, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float) -> Tensor:
         wide, mixes = self.mixes(h, fn, norm_eps)
-        pre = (mixes * self.widen(scale) + self.widen(base)).sigmoid().add_(eps)
-        return self.rounded(self.reduce(wide, pre))
+        return self.rounded(self.reduce(wide, self.pre(mixes, scale, base, h.shape[1], eps)))
 
     def mixes(self, h: Tensor, fn: Tensor, norm_eps: float) -> tuple[Tensor, Tensor]:
         """The streams, wide, and ``fn @ flatten(h)`` over their root-mean-square."""
         wide = self.widen(h)
         flat = wide.reshape(h.shape[0], h.shape[1] * h.shape[2])
+        product = functional.linear(flat, self.widen(fn))
+        if self.on_cpu and h.shape[0] == 1:
+            return wide, product.mul_(1 / math.sqrt(float(torch.dot(flat[0], flat[0])) / flat.shape[1] + norm_eps))
         mean_square = torch.linalg.vector_norm(flat, dim=1, keepdim=True).square_().div_(flat.shape[1])
-        return wide, functional.linear(flat, self.widen(fn)).div_(mean_square.add_(norm_eps).sqrt_())
+        return wide, product.div_(mean_square.add_(norm_eps).sqrt_())
 
     def reduce(self, wide: Tensor, pre: Tensor) -> Tensor:
         """``sum_j pre[j] h[j]``."""
         return torch.bmm(pre[:, None], wide)[:, 0]
+
+
+def sigmoid(x: float) -> float:
+    """Logistic function without overflow."""
+    return 0.5 * (1 + math.tanh(0.5 * x))
+
+
+def sinkhorn(comb: Host, eps: float, iters: int) -> Host:
+    """Sinkhorn's iterations on [hc, hc, tokens], in place."""
+    hc, _, tokens = comb.shape
+    tiny = comb.dtype.type(eps)
+    sums = (np.empty((1, hc, tokens), comb.dtype), np.empty((hc, 1, tokens), comb.dtype))
+    for half in range(1, 2 * iters):
+        axis = 1 - half % 2  # columns, then rows and columns in turn
+        total = sums[axis]
+        np.add.reduce(comb, axis, out=total, keepdims=True)
+        np.add(total, tiny, out=total)
+        np.divide(comb, total, out=comb)
+    return comb
+
+
+def sinkhorn4(logits: Sequence[float], eps: float, iters: int) -> tuple[float, ...]:
+    """Row softmax of a 4 x 4 matrix plus ``eps``, then Sinkhorn's iterations; unrolled, since this is a decode step's hottest scalar code."""
+    rows: list[float] = []
+    for i in range(0, 16, 4):
+        top = max(logits[i : i + 4])
+        e = [math.exp(x - top) for x in logits[i : i + 4]]
+        total = sum(e)
+        rows += [x / total + eps for x in e]
+    a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p = rows
+    for half in range(1, 2 * iters):
+        if half % 2:
+            s, t, u, v = 1 / (a + e + i + m + eps), 1 / (b + f + j + n + eps), 1 / (c + g + k + o + eps), 1 / (d + h + l + p + eps)
+            a, b, c, d, e, f, g, h = a * s, b * t, c * u, d * v, e * s, f * t, g * u, h * v
+            i, j, k, l, m, n, o, p = i * s, j * t, k * u, l * v, m * s, n * t, o * u, p * v
+        else:
+            s, t, u, v = 1 / (a + b + c + d + eps), 1 / (e + f + g + h + eps), 1 / (i + j + k + l + eps), 1 / (m + n + o + p + eps)
+            a, b, c, d, e, f, g, h = a * s, b * s, c * s, d * s, e * t, f * t, g * t, h * t
+            i, j, k, l, m, n, o, p = i * u, j * u, k * u, l * u, m * v, n * v, o * v, p * v
+    return a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p

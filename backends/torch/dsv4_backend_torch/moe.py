@@ -41,8 +41,17 @@ class TorchMoe(TorchMatmul, MoeOps):
         return rows, weights.reshape(-1).index_select(0, order), order.to(torch.int32), offsets
 
     def swiglu(self, gate: Tensor, up: Tensor, weights: Tensor | None, *, limit: float) -> Tensor:
-        y = functional.silu(self.widen(gate).clamp(max=limit), inplace=False).mul_(self.widen(up).clamp(-limit, limit))
-        return self.rounded(y if weights is None else y.mul_(weights[:, None]))
+        return self.weighted_swiglu(gate, up, None if weights is None else weights[:, None], limit)
+
+    def weighted_swiglu(self, gate: Tensor, up: Tensor, weight: Tensor | float | None, limit: float) -> Tensor:
+        """``silu(min(gate, limit)) * clamp(up, -limit, limit) * weight``, wide, rounded once."""
+        out = torch.empty(gate.shape, dtype=self.act_type, device=gate.device)
+        for part in self.blocks(*gate.shape):
+            y = functional.silu(self.widen(gate[part]).clamp(max=limit)).mul_(self.widen(up[part]).clamp(-limit, limit))
+            if weight is not None:
+                y.mul_(weight[part] if isinstance(weight, Tensor) else weight)
+            out[part] = y
+        return out
 
     def combine(self, rows: Tensor, order: Tensor, offsets: Tensor, shared: Tensor | None, *, topk: int, out_dtype: str) -> Tensor:
         copies, dim = rows.shape

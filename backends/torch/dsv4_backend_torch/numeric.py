@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsv4_core.dtypes import E8M0_VALUES, Host
+from dsv4_core import dtypes
 from dsv4_core.spec import Ops
+
+BLOCK = 1 << 18  # elements: 1 MB in float32, the second cache level of a core
+_DOUBLE = {2: torch.int32, 4: torch.int64, 8: torch.complex128}  # dtypes of twice the width, to look two values up at once
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -21,9 +26,10 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 @functools.cache
-def table(values: bytes, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Float32 values as a lookup table in ``dtype`` on ``device``; one copy of each is kept."""
-    return torch.frombuffer(bytearray(values), dtype=torch.float32).to(device=device, dtype=dtype)
+def table(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One of the format tables of ``dsv4_core.dtypes`` in ``dtype`` on ``device``. Pairs of values are one element of twice the width."""
+    values = torch.from_numpy(getattr(dtypes, name).copy()).to(device=device, dtype=dtype)
+    return values if values.ndim == 1 else values.view(_DOUBLE[dtype.itemsize])[:, 0]
 
 
 class Numeric(Ops):
@@ -31,17 +37,17 @@ class Numeric(Ops):
 
     device: Any  # a torch.device once the backend is constructed
 
-    @property
+    @cached_property
     def wide_type(self) -> torch.dtype:
         """The dtype inside ops."""
         return torch.float64 if self.numerics == "float64" else torch.float32
 
-    @property
+    @cached_property
     def act_type(self) -> torch.dtype:
         """The dtype between ops."""
         return torch.bfloat16 if self.numerics == "native" else self.wide_type
 
-    @property
+    @cached_property
     def on_cpu(self) -> bool:
         """Say whether arrays are in host memory, where reading one costs no synchronisation."""
         return bool(self.device.type == "cpu")
@@ -54,11 +60,15 @@ class Numeric(Ops):
         """Round a result once to the activation dtype."""
         return x.to(self.act_type)
 
-    def lookup(self, values: Host, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """``values[codes]`` in ``dtype``; ``values`` is one of the format tables of ``dsv4_core.dtypes``, in float32."""
-        found = table(values.tobytes(), dtype, codes.device).index_select(0, codes.reshape(-1).to(torch.int32))
-        return found.reshape(codes.shape)
+    def blocks(self, rows: int, width: int) -> Iterator[slice]:
+        """Slices of rows that fill the second cache level of a CPU in float32; on a device, all rows at once."""
+        step = max(1, BLOCK // max(1, width)) if self.on_cpu else max(1, rows)
+        return (slice(i, i + step) for i in range(0, rows, step))
+
+    def lookup(self, name: str, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Values of codes by one of the tables of ``dsv4_core.dtypes``: several times faster on a CPU than torch's own casts from float8."""
+        return table(name, dtype, codes.device).index_select(0, codes.to(torch.int32).reshape(-1)).reshape(codes.shape)
 
     def scale_values(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Values of E8M0 bytes: powers of two; 255 is NaN."""
-        return self.lookup(E8M0_VALUES, scale, dtype)
+        return self.lookup("E8M0_VALUES", scale, dtype)
