@@ -1,3 +1,3 @@
-"""dsv4: the device-neutral half. Configuration, contracts, checkpoints, cache, graph and command line; never an array library's device code."""
+"""dsv4: the device-neutral half: configuration, contracts, checkpoints, cache, graph, command line. No device code."""
 
 __version__ = "0.1.0"

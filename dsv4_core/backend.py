@@ -12,11 +12,9 @@ from typing import Any, ClassVar
 
 from dsv4_core.dtypes import Experts, Host, ScaledArray
 from dsv4_core.ops import OPS, FusedOps
-from dsv4_core.spec import Array, Numerics, Operand, Support
+from dsv4_core.spec import Array, BackendError, Numerics, Operand, Support
 
-
-class BackendError(RuntimeError):
-    """A backend that cannot be had or cannot run what was asked: the message says which, why, and what to do."""
+__all__ = ["Backend", "BackendError", "Option", "missing_ops"]
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,9 @@ class Backend(FusedOps):
         for name, declared in cls.__dict__.get("narrower", {}).items():
             for what in declared:
                 if what not in OPS[name].narrower:
+                    allowed = OPS[name].narrower or "nothing narrower"
                     raise TypeError(
-                        f"{cls.__name__}.narrower[{name!r}] declares {what!r}; the contract allows {OPS[name].narrower or 'nothing narrower'}"
+                        f"{cls.__name__}.narrower[{name!r}] declares {what!r}; the contract allows {allowed}"
                     )
 
     @classmethod

@@ -141,8 +141,8 @@ class Cache:
         elif length < floor:
             reached = int(self.furthest[sequence])
             raise CacheError(
-                f"rewind: sequence {sequence} to {length} tokens; it has reached {reached} and the cache keeps {self.rewindable} to rewind: "
-                f"the least is {floor}. Make the cache with rewindable={reached - length} or more, or prefill again"
+                f"rewind: sequence {sequence} to {length} tokens; it has reached {reached} and the cache keeps "
+                f"{self.rewindable} to rewind: the least is {floor}. Make the cache with rewindable={reached - length} or more, or prefill again"
             )
         self.lengths[sequence] = length
 

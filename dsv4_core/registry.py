@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import pluggy
 from packaging.requirements import Requirement
 
-from dsv4_core.backend import Backend, BackendError
+from dsv4_core.spec import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from dsv4_core.backend import Backend
     from dsv4_core.spec import Numerics
 
 GROUP = "dsv4.backends"

@@ -48,6 +48,10 @@ class Support(NamedTuple):
         return not self.reason
 
 
+class BackendError(RuntimeError):
+    """A backend that cannot be had or cannot run what was asked: the message says which, why, and what to do."""
+
+
 class UnsupportedOpError(NotImplementedError):
     """An op that this backend has no implementation of."""
 

@@ -83,8 +83,8 @@ class Step:
         if (self.ends > cache.capacity).any():
             b = int(np.argmax(self.ends))
             raise CacheError(
-                f"context too long: sequence {int(self.sequences[b])} would hold {int(self.ends[b])} tokens; the cache has room for {cache.capacity} "
-                f"and the model for {self.config.max_position_embeddings}; make a larger cache or shorten the prompt"
+                f"context too long: sequence {int(self.sequences[b])} would hold {int(self.ends[b])} tokens; the cache has "
+                f"room for {cache.capacity} and the model for {self.config.max_position_embeddings}; make a larger cache or shorten the prompt"
             )
         check_ids(ids, self.config.vocab_size)
         column = np.arange(self.seq)
@@ -216,6 +216,5 @@ def check_ids(ids: Host, vocab_size: int) -> None:
     wrong = np.argwhere((ids < 0) | (ids >= vocab_size))
     if len(wrong):
         where = tuple(int(i) for i in wrong[0])
-        raise ValueError(
-            f"token id {int(ids[where])} at {list(where)} is outside the vocabulary 0 .. {vocab_size - 1}; was it made by another tokenizer?"
-        )
+        found = f"token id {int(ids[where])} at {list(where)}"
+        raise ValueError(f"{found} is outside the vocabulary 0 .. {vocab_size - 1}; was it made by another tokenizer?")

@@ -19,7 +19,7 @@ def load_tokenizer(model_dir: Path) -> Tokenizer | None:
         return None
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
+    except Exception as error:  # noqa: BLE001  the library raises bare Exception
         raise ValueError(
             f"{path}: not a tokenizer that the tokenizers library reads ({error}); copy it again or use token ids"
         ) from None

@@ -14,7 +14,7 @@ import click
 
 from dsv4_core import __version__
 
-COMMANDS = ("demo", "generate", "logits", "inspect", "init", "backends", "explain", "plan")
+COMMANDS = ("demo", "generate", "logits", "inspect", "init", "backends", "explain", "plan", "rehearse", "convert")
 GROUP = "dsv4.commands"
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     """Run the command line; errors that a user can act on are printed as one message, without a traceback, and exit
     with 2.
     """
-    from dsv4_core.backend import BackendError
+    from dsv4_core.spec import BackendError
 
     try:
         root(standalone_mode=False)

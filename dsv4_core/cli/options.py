@@ -31,7 +31,7 @@ _UNITS = {
 }
 
 
-class ByteSize(click.ParamType):
+class ByteSize(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
     """A number of bytes: ``0``, ``512MiB``, ``2GiB``, ``1e9`` is not one."""
 
     name = "size"
@@ -139,7 +139,7 @@ def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return gathered
 
 
-class _Pair(click.ParamType):
+class _Pair(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
     name = "NAME=VALUE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:

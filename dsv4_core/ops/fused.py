@@ -278,7 +278,10 @@ class FusedOps(EmbedOps, NormOps, QuantOps, MatmulOps, MoeOps, AttentionOps, Mhc
             "visible": "batch seq", "offset": "batch seq",
         },
         returns="batch seq topk",
-        dtypes={"q": "act", "weights": "wide", "cache": "cache", "index": "int32", "visible": "int32", "offset": "int32", "return": "int32"},
+        dtypes={
+            "q": "act", "weights": "wide", "cache": "cache", "index": "int32", "visible": "int32", "offset": "int32",
+            "return": "int32",
+        },
         judged="discrete",
         fused=True,
         cases=_cached_index_topk_cases,

@@ -21,15 +21,19 @@ class ReferenceAttention(Numeric, AttentionOps):
 
     def compress(self, kv_score: Host, ape: Host, window_idxs: Host, *, dim: int) -> Host:
         ratio, width = ape.shape
-        rows, span = window_idxs.shape
+        _rows, span = window_idxs.shape
         absent = window_idxs < 0
         entries = self.widen(kv_score[np.maximum(window_idxs, 0)])
         kv, score = entries[..., :width], entries[..., width:] + np.tile(self.widen(ape), (span // ratio, 1))
-        if span > ratio:  # overlapping: first half of the channels of the previous window, second half of the current one
+        if (
+            span > ratio
+        ):  # overlapping: first half of the channels of the previous window, second half of the current one
             kv = np.concatenate([kv[:, :ratio, :dim], kv[:, ratio:, dim:]], axis=1)
             score = np.concatenate([score[:, :ratio, :dim], score[:, ratio:, dim:]], axis=1)
         score = np.where(absent[..., None], -np.inf, score)
-        top = np.maximum(score.max(1, keepdims=True), np.finfo(score.dtype).min)  # a row without tokens: exp(-inf - min) = 0
+        top = np.maximum(
+            score.max(1, keepdims=True), np.finfo(score.dtype).min
+        )  # a row without tokens: exp(-inf - min) = 0
         weight = np.exp(score - top)
         total = self.total(weight, 1)[:, 0]
         mixed = self.total(weight * np.where(absent[..., None], 0, kv), 1)[:, 0]
@@ -95,7 +99,9 @@ class ReferenceAttention(Numeric, AttentionOps):
         sink = self.widen(attn_sink)[:, None]
         for i in range(0, len(q), TOKENS):
             block = slice(i, i + TOKENS)
-            out[block] = self.attend(self.widen(q[block]) * self.wide_type.type(softmax_scale), kv, sink, topk_idxs[block])
+            out[block] = self.attend(
+                self.widen(q[block]) * self.wide_type.type(softmax_scale), kv, sink, topk_idxs[block]
+            )
         return self.rounded(out)
 
     def attend(self, q: Host, kv: Host, sink: Host, idxs: Host) -> Host:
@@ -107,7 +113,9 @@ class ReferenceAttention(Numeric, AttentionOps):
         if len(union) <= 2 * idxs.shape[1]:
             place = np.zeros(len(kv) + 1, np.intp)  # place[-1] stays for the index -1
             place[union] = np.arange(len(union))
-            count = np.zeros((tokens, len(union) + 1), self.wide_type)  # how often a token lists a row; the last column collects -1
+            count = np.zeros(
+                (tokens, len(union) + 1), self.wide_type
+            )  # how often a token lists a row; the last column collects -1
             np.add.at(count, (np.arange(tokens)[:, None], np.where(idxs < 0, len(union), place[idxs])), 1)
             count = count[:, None, :-1]
             rows = self.widen(kv[union])

@@ -12,9 +12,9 @@ from dsv4_core.dtypes import (
     E8M0_VALUES,
     FP4_GROUP,
     KV_BLOCK,
+    Format,
     Host,
     RowLayout,
-    decode,
     encode,
     pack_fp4,
     unpack,
@@ -46,7 +46,8 @@ class ReferenceCache(ReferenceQuant, CacheOps):
         """Rows [n, dim] as stored [n, width]."""
         if layout.kind == "plain":
             return rows
-        fmt, block = ("e4m3", KV_BLOCK) if layout.kind == "kv" else ("e2m1", FP4_GROUP)
+        fmt: Format = "e4m3" if layout.kind == "kv" else "e2m1"
+        block = KV_BLOCK if fmt == "e4m3" else FP4_GROUP
         quantised = layout.dim - layout.rope_dim
         blocks = self.widen(rows[:, :quantised]).reshape(len(rows), quantised // block, block)
         scale = scale_bytes(blocks, fmt)

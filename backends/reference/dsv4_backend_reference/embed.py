@@ -30,7 +30,9 @@ class ReferenceEmbed(Numeric, EmbedOps):
         order = np.argsort(-p, axis=-1, kind="stable")
         running = np.cumsum(np.take_along_axis(p, order, -1), axis=-1)
         running /= running[:, -1:]
-        kept = np.minimum((running < top_p).sum(-1), running.shape[1] - 1)  # index of the last token of the shortest prefix
+        kept = np.minimum(
+            (running < top_p).sum(-1), running.shape[1] - 1
+        )  # index of the last token of the shortest prefix
         goal = uniform * np.take_along_axis(running, kept[:, None], -1)[:, 0]
         chosen = np.minimum((running <= goal[:, None]).sum(-1), kept)
         return np.take_along_axis(order, chosen[:, None], -1)[:, 0].astype(np.int32)

@@ -11,7 +11,9 @@ from dsv4_backend_reference.quant import ReferenceQuant
 from dsv4_core.dtypes import FP8_BLOCK, Experts, Host, ScaledArray
 from dsv4_core.ops.matmul import MatmulOps
 
-TILE = 1 << 18  # elements of a weight dequantised at a time where it is not kept: 1 MB, which stays in cache and in the allocator
+TILE = (
+    1 << 18
+)  # elements of a weight dequantised at a time where it is not kept: 1 MB, which stays in cache and in the allocator
 
 
 class ReferenceMatmul(ReferenceQuant, MatmulOps):
@@ -33,7 +35,9 @@ class ReferenceMatmul(ReferenceQuant, MatmulOps):
         return self.rounded(y)
 
     def expert_linear(self, x: Host, weight: Experts, offsets: Host) -> Host:
-        wide = self.quantised_activation(x) if weight.dtype.startswith("float") and "@" in weight.dtype else self.widen(x)
+        wide = (
+            self.quantised_activation(x) if weight.dtype.startswith("float") and "@" in weight.dtype else self.widen(x)
+        )
         y = np.zeros((x.shape[0], weight.shape[1]), self.wide_type)
         for e in np.flatnonzero(np.diff(offsets)):
             part = slice(offsets[e], offsets[e + 1])
@@ -57,7 +61,9 @@ class ReferenceMatmul(ReferenceQuant, MatmulOps):
         if not isinstance(weight, ScaledArray) and weight.dtype == self.wide_type:
             return weight
         out, cols = weight.shape
-        return self.weights.get(weight, out * cols * self.wide_type.itemsize, lambda: self.widened_rows(weight, slice(0, out)))
+        return self.weights.get(
+            weight, out * cols * self.wide_type.itemsize, lambda: self.widened_rows(weight, slice(0, out))
+        )
 
     def widened_rows(self, weight: Host | ScaledArray, rows: slice) -> Host:
         """Rows of a weight, dequantised; ``rows`` begins on a block where blocks of an FP8 weight are 128 rows high."""

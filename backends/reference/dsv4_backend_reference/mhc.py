@@ -28,7 +28,9 @@ class ReferenceMhc(ReferenceMatmul, MhcOps):
     def hc_add(self, h: Host, x: Host) -> Host:
         return self.rounded(self.widen(h) + self.widen(x)[:, None])
 
-    def hc_split_sinkhorn(self, mixes: Host, scale: Host, base: Host, *, hc: int, eps: float, iters: int) -> tuple[Host, Host, Host]:
+    def hc_split_sinkhorn(
+        self, mixes: Host, scale: Host, base: Host, *, hc: int, eps: float, iters: int
+    ) -> tuple[Host, Host, Host]:
         mixes, scale, base = self.widen(mixes), self.widen(scale), self.widen(base)
         tiny = self.wide_type.type(eps)
         pre = sigmoid(mixes[:, :hc] * scale[0] + base[:hc]) + tiny
@@ -42,7 +44,9 @@ class ReferenceMhc(ReferenceMatmul, MhcOps):
             comb /= self.total(comb, -2) + tiny
         return pre, post, comb
 
-    def hc_pre(self, h: Host, fn: Host, scale: Host, base: Host, *, norm_eps: float, eps: float, iters: int) -> tuple[Host, Host, Host]:
+    def hc_pre(
+        self, h: Host, fn: Host, scale: Host, base: Host, *, norm_eps: float, eps: float, iters: int
+    ) -> tuple[Host, Host, Host]:
         hc = h.shape[1]
         wide, mixes = self.mixes(h, fn, norm_eps)
         pre, post, comb = self.hc_split_sinkhorn(mixes, scale, base, hc=hc, eps=eps, iters=iters)

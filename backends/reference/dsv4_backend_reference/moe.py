@@ -35,7 +35,9 @@ class ReferenceMoe(ReferenceMatmul, MoeOps):
         chosen = np.take_along_axis(scores, indices, -1)
         return chosen / self.total(chosen, -1) * self.wide_type.type(route_scale)
 
-    def dispatch(self, x: Host, weights: Host, indices: Host, *, first_expert: int, n_experts: int) -> tuple[Host, Host, Host, Host]:
+    def dispatch(
+        self, x: Host, weights: Host, indices: Host, *, first_expert: int, n_experts: int
+    ) -> tuple[Host, Host, Host, Host]:
         local = indices.reshape(-1) - first_expert
         local = np.where((local >= 0) & (local < n_experts), local, n_experts)
         order = np.argsort(local, kind="stable").astype(np.int32)
@@ -50,7 +52,9 @@ class ReferenceMoe(ReferenceMatmul, MoeOps):
             y *= weights[:, None]
         return self.rounded(y)
 
-    def combine(self, rows: Host, order: Host, offsets: Host, shared: Host | None, *, topk: int, out_dtype: str) -> Host:
+    def combine(
+        self, rows: Host, order: Host, offsets: Host, shared: Host | None, *, topk: int, out_dtype: str
+    ) -> Host:
         local = int(offsets[-1])
         tokens = rows.shape[0] // topk
         copies = np.zeros((tokens * topk, rows.shape[1]), self.wide_type)

@@ -24,7 +24,9 @@ class ReferenceNorm(Numeric, NormOps):
         return self.rounded(y)
 
     def apply_rope(self, x: Host, positions: Host, freqs: Host, *, inverse: bool) -> Host:
-        angle = (positions.astype(np.float32)[:, None] * freqs).astype(self.wide_type)  # the product is float32 in every mode
+        angle = (positions.astype(np.float32)[:, None] * freqs).astype(
+            self.wide_type
+        )  # the product is float32 in every mode
         cos, sin = (part[:, None] for part in self.cos_sin(angle))
         if inverse:
             sin = -sin

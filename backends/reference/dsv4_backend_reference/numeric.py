@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dsv4_core.dtypes import BFLOAT16, Host, numpy_dtype
 from dsv4_core.spec import Ops
 
+if TYPE_CHECKING:
+    from dsv4_backend_reference.weight_cache import WeightCache
+
 
 class Numeric(Ops):
     """Conversions between an op's operands and the dtype that it computes in."""
 
-    weight_cache: int
+    weights: WeightCache
 
     @property
     def wide_type(self) -> np.dtype[Any]:

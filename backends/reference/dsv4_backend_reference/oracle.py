@@ -35,7 +35,9 @@ PRECISION = {"bfloat16": 8, "float32": 24, "float64": 53}  # significant bits
 def stochastic(x: Host, dtype: str, rng: np.random.Generator) -> Host:
     """Round float64 values to one of the two neighbours in ``dtype``, up with the probability that makes the mean right."""
     _, exponent = np.frexp(x)
-    unit = np.ldexp(1.0, np.maximum(exponent, -125) - PRECISION[dtype])  # -125: the least normal numbers of bfloat16 and float32
+    unit = np.ldexp(
+        1.0, np.maximum(exponent, -125) - PRECISION[dtype]
+    )  # -125: the least normal numbers of bfloat16 and float32
     return np.floor(x / unit + rng.random(x.shape, np.float32)) * unit
 
 
@@ -50,10 +52,7 @@ def lowest_bit(x: Host) -> float:
 def summed_exactly(a: Host, b: Host, magnitude: Host, unit: float) -> bool:
     """Say whether every order of summation gives ``a @ b`` exactly: all partial sums are multiples of one bit and fit the format."""
     few = a.reshape(-1)[:256], b.reshape(-1)[:256]  # enough to dismiss all but data made for it
-    for left, right in (few, (a, b)):
-        if not magnitude.max(initial=0) <= lowest_bit(left) * lowest_bit(right) / unit:
-            return False
-    return True
+    return all(magnitude.max(initial=0) <= lowest_bit(left) * lowest_bit(right) / unit for left, right in (few, (a, b)))
 
 
 class Oracle(ReferenceBackend):
@@ -80,7 +79,9 @@ class Oracle(ReferenceBackend):
         """The format that fused ops round to between their parts."""
         return "bfloat16" if self.numerics == "native" else self.numerics
 
-    def evaluate(self, op: str, operands: Sequence[Any], scalars: Mapping[str, Any], *, samples: int, seed: int) -> tuple[Any, list[Any]]:
+    def evaluate(
+        self, op: str, operands: Sequence[Any], scalars: Mapping[str, Any], *, samples: int, seed: int
+    ) -> tuple[Any, list[Any]]:
         """Give the op's exact result and ``samples`` perturbed ones."""
         call = getattr(self, op)
         self.rng, self.roundings, self.magnitudes = None, 0, []
@@ -125,7 +126,9 @@ class Oracle(ReferenceBackend):
         y = a @ b
         if self.rng is not None:
             partial = self.partial is not None and self.numerics == "native"
-            unit, n = (self.partial, min(FP8_BLOCK, a.shape[-1])) if partial and self.partial else (self.unit, a.shape[-1])
+            unit, n = (
+                (self.partial, min(FP8_BLOCK, a.shape[-1])) if partial and self.partial else (self.unit, a.shape[-1])
+            )
             y += self._noise(y, lambda: self._products(a, b, unit), unit, n)
         return y
 
@@ -154,7 +157,9 @@ class Oracle(ReferenceBackend):
         if kept is not None and kept.shape != y.shape:  # another branch than the first sample took
             kept = magnitude()
         self.sums += 1
-        return 0.0 if kept is None else unit * (1 + np.sqrt(n) / 3) * kept * self.rng.standard_normal(y.shape, np.float32)
+        return (
+            0.0 if kept is None else unit * (1 + np.sqrt(n) / 3) * kept * self.rng.standard_normal(y.shape, np.float32)
+        )
 
     def on_grid(self, x: Host, fmt: Format, block: int) -> Host:
         """Quantisation is exact given its input."""
@@ -200,7 +205,9 @@ class Oracle(ReferenceBackend):
         both = super().cos_sin(angle)
         if self.rng is None:
             return both
-        return both[0] + self.unit * self.rng.standard_normal(angle.shape), both[1] + self.unit * self.rng.standard_normal(angle.shape)
+        return both[0] + self.unit * self.rng.standard_normal(angle.shape), both[
+            1
+        ] + self.unit * self.rng.standard_normal(angle.shape)
 
     def softmax_with_sink(self, scores: Host, count: Host, sink: Host) -> Host:
         """Probabilities, rounded to bfloat16 where a backend declares that for either form of attention."""

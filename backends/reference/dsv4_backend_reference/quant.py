@@ -52,4 +52,6 @@ class ReferenceQuant(Numeric, QuantOps):
 
     def hadamard(self, x: Host) -> Host:
         dim = x.shape[1]
-        return self.rounded(self.dot(self.widen(x), hadamard_matrix(dim).astype(self.wide_type)) * self.wide_type.type(dim**-0.5))
+        return self.rounded(
+            self.dot(self.widen(x), hadamard_matrix(dim).astype(self.wide_type)) * self.wide_type.type(dim**-0.5)
+        )

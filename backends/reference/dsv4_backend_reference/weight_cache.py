@@ -17,7 +17,9 @@ class WeightCache:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.nbytes = 0
-        self.entries: OrderedDict[int, tuple[Any, Host]] = OrderedDict()  # the weight is held too, so that its id stays its own
+        self.entries: OrderedDict[int, tuple[Any, Host]] = (
+            OrderedDict()
+        )  # the weight is held too, so that its id stays its own
 
     def get(self, weight: Any, size: int, make: Callable[[], Host]) -> Host | None:
         """Give ``weight``'s matrix of ``size`` bytes, making it if need be; None where it can never fit."""
