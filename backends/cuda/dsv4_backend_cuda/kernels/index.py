@@ -52,6 +52,23 @@ def sortable(scores, n, visible):
 
 
 @triton.jit
+def radix_pass(scores, count, bound, left, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
+    """Fix the eight bits from SHIFT on of the bound, the ``left``-th largest of the keys that agree with it above them; give it and what is left of ``left``."""
+    histogram = tl.zeros((256,), tl.int32)
+    for start in range(0, count, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        key = sortable(scores, n, count)
+        alike = n < count
+        if SHIFT < 24:
+            alike = alike & ((key >> (SHIFT + 8)) == (bound >> (SHIFT + 8)))
+        histogram += tl.histogram(((key >> SHIFT) & 0xFF).to(tl.int32), 256, mask=alike)
+    above = tl.sum(histogram, axis=0) - tl.cumsum(histogram, axis=0)  # keys with a larger digit
+    chosen = tl.minimum(tl.sum((above >= left).to(tl.int32), axis=0), 255)  # the largest digit with fewer than ``left`` above it
+    left -= tl.sum(tl.where(tl.arange(0, 256) == chosen, above, 0), axis=0)
+    return bound | (chosen.to(tl.uint32) << SHIFT), left
+
+
+@triton.jit
 def index_select_kernel(scores, visible, offset, picks, rows, TOPK: tl.constexpr, BLOCK: tl.constexpr):
     """A program picks one token's rows: the k-th key by radix, eight bits a pass, then all above it and the first of its equals, in order."""
     token = tl.program_id(0).to(tl.int64)
@@ -61,24 +78,10 @@ def index_select_kernel(scores, visible, offset, picks, rows, TOPK: tl.constexpr
     scores += token * rows
     picks += token * TOPK
     wanted = tl.minimum(count, TOPK)
-    digit = tl.arange(0, 256)
-    bound = tl.zeros((), tl.uint32)
-    left = wanted
-    for step in tl.static_range(4):
-        SHIFT: tl.constexpr = 24 - 8 * step
-        histogram = tl.zeros((256,), tl.int32)
-        for start in range(0, count, BLOCK):
-            n = start + tl.arange(0, BLOCK)
-            key = sortable(scores, n, count)
-            alike = n < count
-            if step > 0:
-                alike = alike & ((key >> (SHIFT + 8)) == (bound >> (SHIFT + 8)))
-            histogram += tl.histogram(((key >> SHIFT) & 0xFF).to(tl.int32), 256, mask=alike)
-        above = tl.sum(histogram, axis=0) - tl.cumsum(histogram, axis=0)  # keys with a larger digit
-        chosen = tl.sum((above >= left).to(tl.int32), axis=0)  # the largest digit with fewer than ``left`` above it
-        chosen = tl.minimum(chosen, 255)
-        left -= tl.sum(tl.where(digit == chosen, above, 0), axis=0)
-        bound = bound | (chosen.to(tl.uint32) << SHIFT)
+    bound, left = radix_pass(scores, count, tl.zeros((), tl.uint32), wanted, 24, BLOCK)
+    bound, left = radix_pass(scores, count, bound, left, 16, BLOCK)
+    bound, left = radix_pass(scores, count, bound, left, 8, BLOCK)
+    bound, left = radix_pass(scores, count, bound, left, 0, BLOCK)
     place, equals = 0, 0
     for start in range(0, count, BLOCK):
         n = start + tl.arange(0, BLOCK)
