@@ -67,7 +67,9 @@ class AscendBackend(TorchBackend):
             if chosen[name] is not None and str(chosen[name]) not in GENERATIONS:
                 raise BackendError(f"backend 'ascend': {name} {chosen[name]!r} is not one of {', '.join(GENERATIONS)}")
         self.standing = self._find_chip(chosen)
-        super().__init__(**{**options, "device": {"simulated": "cpu", "planned": "meta"}.get(self.standing, chosen["device"])})
+        super().__init__(
+            **{**options, "device": {"simulated": "cpu", "planned": "meta"}.get(self.standing, chosen["device"])}
+        )
         self.cann_version = chosen["cann"] or (probe.cann_version() if self.standing == "found" else None)
         if self.cann_version is not None:
             try:
@@ -124,7 +126,11 @@ class AscendBackend(TorchBackend):
     def load_experts(self, experts: Experts) -> Experts:
         """One stack; on 950 with MX scales."""
         loaded = self.stacked_experts(experts)
-        return MxExperts(MxArray.of(loaded.stack)) if isinstance(loaded.stack, ScaledArray) and self.generation == "950" else loaded
+        return (
+            MxExperts(MxArray.of(loaded.stack))
+            if isinstance(loaded.stack, ScaledArray) and self.generation == "950"
+            else loaded
+        )
 
     rms_norm = _tiered("rms_norm")
     apply_rope = _tiered("apply_rope")

@@ -86,7 +86,9 @@ def without_data(value: Any, *, mx: bool) -> Any:
     pairs = dtype.startswith("float4")
     data = torch.empty((*lead, out, cols // 2 if pairs else cols), dtype=torch.uint8, device="meta")
     grid = (out, cols // FP4_GROUP) if pairs else (-(-out // FP8_BLOCK), -(-cols // FP8_BLOCK))
-    weight = ScaledArray(data, torch.empty((*lead, *grid), dtype=torch.uint8, device="meta"), "e2m1" if pairs else "e4m3")
+    weight = ScaledArray(
+        data, torch.empty((*lead, *grid), dtype=torch.uint8, device="meta"), "e2m1" if pairs else "e4m3"
+    )
     return MxArray.of(weight) if mx else weight
 
 

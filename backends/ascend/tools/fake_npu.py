@@ -42,7 +42,15 @@ from dsv4_core.model import Model  # noqa: E402
 from dsv4_core.step import Step  # noqa: E402
 from dsv4_core.weights import Checkpoint, embedded  # noqa: E402
 
-TRANSFERS = {"aten::_to_copy", "aten::copy_", "aten::lift_fresh", "aten::detach", "aten::view", "aten::view.dtype", "aten::to"}
+TRANSFERS = {
+    "aten::_to_copy",
+    "aten::copy_",
+    "aten::lift_fresh",
+    "aten::detach",
+    "aten::view",
+    "aten::view.dtype",
+    "aten::to",
+}
 
 
 class FakeNpu(AscendBackend):
@@ -144,7 +152,11 @@ def main() -> int:
         "rung": "L2",
         "says": "the whole model runs on fake npu tensors with the real torch-npu; nothing was computed and no NPU was present",
         "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
-        "versions": {"torch": torch.__version__, "torch-npu": version.__version__, "torch-npu commit": version.git_version},
+        "versions": {
+            "torch": torch.__version__,
+            "torch-npu": version.__version__,
+            "torch-npu commit": version.git_version,
+        },
         "runs": runs,
     }
     args.report.parent.mkdir(parents=True, exist_ok=True)
