@@ -8,13 +8,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dsv4_core.dtypes import Experts, Host, ScaledArray
 from dsv4_core.ops import OPS, FusedOps
 from dsv4_core.spec import Array, BackendError, Numerics, Operand, Support
 
-__all__ = ["Backend", "BackendError", "Option", "missing_ops"]
+if TYPE_CHECKING:
+    from dsv4_core.exchange import ProcessGroup
+    from dsv4_core.rendezvous import Rendezvous
+
+__all__ = ["Backend", "BackendError", "Diagnosis", "Option", "missing_ops"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,15 @@ class Option:
     name: str
     help: str
     default: Any = None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One line of `dsv4 doctor`: what was looked at, what was found, and (where something is wrong) what to do."""
+
+    what: str
+    found: str
+    advice: str = ""
 
 
 class Backend(FusedOps):
@@ -83,6 +96,11 @@ class Backend(FusedOps):
         """Say whether the class brings its own implementation of ``op``, rather than the contract's default or none."""
         return getattr(cls, op) is not getattr(FusedOps, op)
 
+    @classmethod
+    def diagnose(cls) -> tuple[Diagnosis, ...]:
+        """Look at libraries, drivers and devices that this backend uses. Raises nothing: what is wrong is a line of its own."""
+        return ()
+
     def supports(self, op: str, **operands: Operand | Any) -> Support:
         """Say who would run ``op`` on operands of these dtypes and shapes (scalars by value), or why nobody can.
 
@@ -107,6 +125,16 @@ class Backend(FusedOps):
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Allocate zeros of a dtype name."""
         raise NotImplementedError
+
+    def process_group(self, where: Rendezvous) -> ProcessGroup:
+        """Reach the store that the ranks of a run share, through the backend's own library; importing it is done here.
+
+        Raises ``BackendError`` where this backend cannot run as one of several ranks.
+        """
+        del where
+        raise BackendError(
+            f"backend {self.name!r} has no collectives and runs as one rank only; leave out --tp and --ep"
+        )
 
     def load(self, weight: Host | ScaledArray) -> Any:
         """Take over a weight of the checkpoint; memory-mapped, so reading it here or later is the backend's choice."""

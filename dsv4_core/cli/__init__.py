@@ -14,7 +14,19 @@ import click
 
 from dsv4_core import __version__
 
-COMMANDS = ("demo", "generate", "logits", "inspect", "init", "backends", "explain", "plan", "rehearse", "convert")
+COMMANDS = (
+    "demo",
+    "generate",
+    "logits",
+    "inspect",
+    "init",
+    "backends",
+    "explain",
+    "doctor",
+    "plan",
+    "rehearse",
+    "convert",
+)
 GROUP = "dsv4.commands"
 
 

@@ -67,9 +67,21 @@ class BackendFlags:
             click.echo(f"backend: {choice.name} ({choice.why})", err=True)
         return choice
 
-    def create(self) -> Backend:
-        """Construct the chosen backend."""
-        return registry.create(self.choose().name, numerics=self.numerics, **self.options)
+    def arguments(self) -> list[str]:
+        """Say the options again, for another process."""
+        return [part for name, value in self.options.items() for part in ("-O", f"{name}={value}")]
+
+    def create(self, *, local_rank: int | None = None) -> Backend:
+        """Construct the chosen backend; as one of several ranks of a machine on the device of that number, where the backend
+        has devices and none is named in full.
+        """
+        name, options = self.choose().name, dict(self.options)
+        if local_rank is not None:
+            defaults = {option.name: option.default for option in registry.backend_class(name).options}
+            device = options.get("device", defaults.get("device"))
+            if device in {"cuda", "npu", "xpu"}:
+                options["device"] = f"{device}:{local_rank}"
+        return registry.create(name, numerics=self.numerics, **options)
 
 
 def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
