@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,6 +14,10 @@ from dsv4_backend_torch.numeric import torch_dtype
 from dsv4_backend_torch.weights import StackedExperts, WeightCache
 from dsv4_core.backend import Backend, BackendError, Option
 from dsv4_core.dtypes import BFLOAT16, Experts, Host, ScaledArray
+
+if TYPE_CHECKING:
+    from dsv4_backend_torch.process_group import TorchProcessGroup
+    from dsv4_core.rendezvous import Rendezvous
 
 
 class TorchBackend(TorchFused, Backend):
@@ -59,6 +63,12 @@ class TorchBackend(TorchFused, Backend):
         if host.dtype == torch.bfloat16:
             return host.view(torch.int16).numpy().view(BFLOAT16)
         return host.numpy()
+
+    def process_group(self, where: Rendezvous) -> TorchProcessGroup:
+        """Reach the ranks' store: gloo, NCCL or HCCL by the device."""
+        from dsv4_backend_torch.process_group import TorchProcessGroup
+
+        return TorchProcessGroup(self, where)
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         """Allocate zeros."""

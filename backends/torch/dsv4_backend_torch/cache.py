@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dsv4_backend_torch.quant import TorchQuant, grid_codes, round_to_grid, scale_bytes
+from dsv4_backend_torch.quant import TorchQuant
 from dsv4_core.dtypes import FP4_GROUP, KV_BLOCK, Format, RowLayout
 from dsv4_core.ops.cache import CacheOps
 
@@ -16,13 +16,13 @@ class TorchCache(TorchQuant, CacheOps):
     """Contracts of ``ops/cache.py``."""
 
     def cache_write(self, cache: Tensor, rows: Tensor, index: Tensor, *, layout: RowLayout) -> None:
-        stored = self.pack(rows, layout)
         if self.on_cpu:
             kept = torch.nonzero(index >= 0)[:, 0]
             if kept.shape[0] != index.shape[0]:
-                index, stored = index.index_select(0, kept), stored.index_select(0, kept)
-            cache.index_copy_(0, index.to(torch.int64), stored)
+                index, rows = index.index_select(0, kept), rows.index_select(0, kept)
+            cache.index_copy_(0, index.to(torch.int64), self.pack(rows, layout))
             return
+        stored = self.pack(rows, layout)
         # No shape may depend on values here: a row that is not stored repeats what the slot of a row that is stored gets.
         target = index.to(torch.int64)
         kept = target >= 0
@@ -44,13 +44,12 @@ class TorchCache(TorchQuant, CacheOps):
         fmt: Format = "e4m3" if layout.kind == "kv" else "e2m1"
         block = KV_BLOCK if layout.kind == "kv" else FP4_GROUP
         n, quantised = rows.shape[0], layout.dim - layout.rope_dim
-        blocks = self.widen(rows[:, :quantised]).reshape(n, quantised // block, block)
-        scale = scale_bytes(blocks, fmt)
-        codes = grid_codes(round_to_grid(blocks / self.scale_values(scale, blocks.dtype)[..., None], fmt), fmt).reshape(n, quantised)
+        codes, scale = self.encode(rows[:, :quantised], fmt, block)
+        codes = codes.reshape(n, quantised)
         if layout.kind == "key":
-            return torch.cat([codes[:, 0::2] | codes[:, 1::2] << 4, scale.to(torch.uint8)], 1)
+            return torch.cat([codes[:, 0::2] | (codes[:, 1::2] << 4), scale], 1)
         padding = codes.new_zeros((n, layout.width - quantised - 2 * layout.rope_dim - scale.shape[1]))
-        return torch.cat([codes, scale.to(torch.uint8), padding, rows[:, quantised:].contiguous().view(torch.uint8)], 1)
+        return torch.cat([codes, scale, padding, rows[:, quantised:].contiguous().view(torch.uint8)], 1)
 
     def unpack(self, stored: Tensor, layout: RowLayout) -> Tensor:
         """Stored rows [n, width] as rows [n, dim] of their own."""
@@ -63,7 +62,7 @@ class TorchCache(TorchQuant, CacheOps):
         else:
             values = self.decode_e4m3(stored[:, :quantised], torch.bfloat16).reshape(n, quantised // KV_BLOCK, KV_BLOCK)
             scale = stored[:, quantised : quantised + quantised // KV_BLOCK]
-        rows = values.mul_(self.scale_values(scale, torch.bfloat16)[..., None]).reshape(n, quantised)
+        rows = values.mul_(self.lookup("E8M0_VALUES", scale, torch.bfloat16)[..., None]).reshape(n, quantised)
         if layout.rope_dim:
             rows = torch.cat([rows, stored[:, -2 * layout.rope_dim :].contiguous().view(torch.bfloat16)], 1)
         return self.rounded(rows)

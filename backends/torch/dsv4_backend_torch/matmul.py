@@ -23,6 +23,8 @@ TILE = 1 << 22  # elements of a weight that are dequantised at a time when it is
 NARROW = 128  # outputs below which oneDNN's cost of a call (14 us against 3) outweighs its speed
 GATHERED = 1 << 28  # elements of expert weights that are gathered at a time for a few rows on a device: 512 MB in BF16
 
+_PACKED = {torch.bfloat16: "onednn bfloat16", torch.float32: "onednn float32"}  # kinds of weight cache entries
+
 
 class TorchMatmul(TorchQuant, MatmulOps):
     """Contracts of ``ops/matmul.py``. ``product`` is what a vendor's GEMM replaces."""
@@ -71,15 +73,15 @@ class TorchMatmul(TorchQuant, MatmulOps):
     def product(self, x: Tensor, weights: tuple[Weight, ...], *, wide: bool) -> Tensor:
         """``x @ concat(weights).T`` with wide sums, in the wide or the activation dtype."""
         dtype = self.wide_type if wide else self.operand_type(x, weights[0])
-        x = x.to(dtype)
-        packed = self.packed(weights, dtype)
-        if packed is not None:
+        if x.dtype != dtype:
+            x = x.to(dtype)
+        if (packed := self.packed(weights, dtype)) is not None:
             y = torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", [], "")  # noqa: SLF001  what torch.compile calls
         elif (matrix := self.matrix(weights, dtype)) is not None:
             y = functional.linear(x, matrix)
         else:
             y = torch.cat([self.tiled(x, weight, dtype) for weight in weights], 1)
-        return y if wide else self.rounded(y)
+        return y if wide or y.dtype == self.act_type else self.rounded(y)
 
     def operand_type(self, x: Tensor, weight: Weight) -> torch.dtype:
         """The dtype of a product's operands: BF16 where both are exact in it, and where the library then sums in float32."""
@@ -104,14 +106,19 @@ class TorchMatmul(TorchQuant, MatmulOps):
         """Weights one above the other in ``dtype``: the weight itself, or kept in the weight cache; None where that cannot hold it."""
         if len(weights) == 1 and not isinstance(weights[0], ScaledArray) and weights[0].dtype == dtype:
             return weights[0]
-        return self.weights.get(weights, dtype, self.size(weights, dtype), lambda: self.stacked(weights, dtype))
+        key = (dtype, *map(id, weights))
+        found = self.weights.find(key)
+        return self.weights.keep(key, weights, self.size(weights, dtype), lambda: self.stacked(weights, dtype)) if found is None else found
 
     def packed(self, weights: tuple[Weight, ...], dtype: torch.dtype) -> Tensor | None:
         """Weights one above the other in oneDNN's layout; None where the device, the dtype or the weight cache does not allow it."""
         if not self.one_dnn or dtype == torch.float64 or weights[0].shape[0] < NARROW:
             return None
-        make = torch.ops.mkldnn._reorder_linear_weight  # noqa: SLF001
-        return self.weights.get(weights, (dtype, "onednn"), self.size(weights, dtype), lambda: make(self.stacked(weights, dtype), 1))
+        key = (_PACKED[dtype], *map(id, weights))
+        if (found := self.weights.find(key)) is not None:
+            return found
+        reorder = torch.ops.mkldnn._reorder_linear_weight  # noqa: SLF001
+        return self.weights.keep(key, weights, self.size(weights, dtype), lambda: reorder(self.stacked(weights, dtype), 1))
 
     def stacked(self, weights: tuple[Weight, ...], dtype: torch.dtype) -> Tensor:
         """Weights one above the other in ``dtype``."""

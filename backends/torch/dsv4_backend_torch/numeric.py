@@ -68,7 +68,3 @@ class Numeric(Ops):
     def lookup(self, name: str, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """Values of codes by one of the tables of ``dsv4_core.dtypes``: several times faster on a CPU than torch's own casts from float8."""
         return table(name, dtype, codes.device).index_select(0, codes.to(torch.int32).reshape(-1)).reshape(codes.shape)
-
-    def scale_values(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """Values of E8M0 bytes: powers of two; 255 is NaN."""
-        return self.lookup("E8M0_VALUES", scale, dtype)

@@ -35,46 +35,62 @@ def hadamard_matrix(dim: int, dtype: torch.dtype, device: torch.device) -> Tenso
     return matrix
 
 
-def scale_bytes(blocks: Tensor, fmt: Format) -> Tensor:
-    """E8M0 bytes [...], as int32, of the smallest power-of-two scales that fit blocks [..., block] into the format."""
-    amax = blocks.abs().amax(-1).to(torch.float32).clamp(min=AMAX_FLOOR[fmt])
-    bits = (amax * (1 / FORMAT_MAX[fmt])).view(torch.int32)
-    return ((bits + 0x7FFFFF) >> 23) & 0xFF  # the exponent, plus one where any mantissa bit is set
+def scale_bits(blocks: Tensor, fmt: Format) -> Tensor:
+    """Float32 bits, as int32, of the smallest power-of-two scales that fit blocks [..., block] into the format: a bare exponent."""
+    amax = blocks.abs().amax(-1).to(torch.float32).clamp_(min=AMAX_FLOOR[fmt])
+    return amax.mul_(1 / FORMAT_MAX[fmt]).view(torch.int32).add_(0x7FFFFF).bitwise_and_(0x7F800000)  # one up where any mantissa bit is set
+
+
+def scale_bytes(bits: Tensor) -> Tensor:
+    """E8M0 bytes of scales' bits."""
+    return (bits >> 23).to(torch.uint8)
+
+
+def scale_values(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales [..., 1] of their bits: byte 0 (met only beside a NaN) is 2^-127, byte 255 (beside an infinity) leaves nothing but NaN."""
+    return bits.view(torch.float32).clamp(min=2.0**-127).to(dtype)[..., None]
 
 
 def round_to_grid(x: Tensor, fmt: Format) -> Tensor:
-    """Clamp and round float32 or float64 to nearest even on the format's grid, in ``x``'s own dtype; the sign of zero is kept."""
+    """Clamp and round float32 or float64 to nearest even on the format's grid, in ``x``'s own dtype; the sign of zero is kept.
+
+    Adding 1.5 * 2^(exponent - grid's mantissa bits + dtype's) leaves no room for finer bits: the addition itself rounds.
+    """
     integer, mantissa, bias = _BITS[x.dtype]
     y = x.clamp(-FORMAT_MAX[fmt], FORMAT_MAX[fmt])
     exponent = y.view(integer) & (((1 << (x.element_size() * 8 - 1 - mantissa)) - 1) << mantissa)
-    exponent = exponent.clamp(min=(bias + _LEAST_EXPONENT[fmt]) << mantissa)
-    unit = exponent - (_MANTISSA[fmt] << mantissa)
-    inverse = ((2 * bias) << mantissa) - unit
-    return (y * inverse.view(x.dtype)).round_().mul_(unit.view(x.dtype))
+    exponent.clamp_(min=(bias + _LEAST_EXPONENT[fmt]) << mantissa)
+    shift = exponent.add_(((mantissa - _MANTISSA[fmt]) << mantissa) + (1 << (mantissa - 1))).view(x.dtype)
+    return torch.copysign((y + shift).sub_(shift), y)
 
 
 def grid_codes(y: Tensor, fmt: Format) -> Tensor:
     """Codes, one a byte, of values that are on the format's grid (or NaN, in E4M3)."""
+    if fmt == "e4m3" and y.device.type == "cpu" and hasattr(torch, "float8_e4m3fn"):
+        return y.to(torch.float8_e4m3fn).view(torch.uint8)
     bits = y.to(torch.float32).view(torch.int32)
-    sign = (bits >> 31) & 1
     magnitude, mantissa = bits & 0x7FFFFFFF, _MANTISSA[fmt]
     least = (127 + _LEAST_EXPONENT[fmt]) << 23
     normal = ((magnitude - least) >> (23 - mantissa)) + (1 << mantissa)
     small = (y.abs() * 2.0 ** (mantissa - _LEAST_EXPONENT[fmt])).to(torch.int32)
     code = torch.where(magnitude < least, small, normal)
     if fmt == "e4m3":
-        code = code.clamp(max=0x7F)  # NaN
-    return (code | (sign << (7 if fmt == "e4m3" else 3))).to(torch.uint8)
+        return (code.clamp(max=0x7F) | ((bits >> 24) & 0x80)).to(torch.uint8)  # NaN is 0x7F
+    return (code | ((bits >> 28) & 8)).to(torch.uint8)
 
 
 class TorchQuant(Numeric, QuantOps):
     """Contracts of ``ops/quant.py``, and the way back from codes to values."""
 
     def act_quant(self, x: Tensor, *, block: int) -> tuple[Tensor, Tensor]:
+        codes, scale = self.encode(x, "e4m3", block)
+        return codes.reshape(x.shape), scale
+
+    def encode(self, x: Tensor, fmt: Format, block: int) -> tuple[Tensor, Tensor]:
+        """Codes [tokens, blocks, block], one a byte, and E8M0 scale bytes [tokens, blocks]."""
         blocks = self.widen(x).reshape(x.shape[0], x.shape[1] // block, block)
-        scale = scale_bytes(blocks, "e4m3")
-        grid = round_to_grid(blocks / self.scale_values(scale, blocks.dtype)[..., None], "e4m3")
-        return grid_codes(grid, "e4m3").reshape(x.shape), scale.to(torch.uint8)
+        bits = scale_bits(blocks, fmt)
+        return grid_codes(round_to_grid(blocks / scale_values(bits, blocks.dtype), fmt), fmt), scale_bytes(bits)
 
     def act_qdq(self, x: Tensor, *, format: Format, block: int, channels: int) -> Tensor:  # noqa: A002  the contract's name
         if self.numerics != "native":
@@ -85,7 +101,7 @@ class TorchQuant(Numeric, QuantOps):
     def on_grid(self, x: Tensor, fmt: Format, block: int) -> Tensor:
         """Quantise and dequantise, wide: exactly ``q * scale``."""
         blocks = self.widen(x).reshape(x.shape[0], x.shape[1] // block, block)
-        scale = self.scale_values(scale_bytes(blocks, fmt), blocks.dtype)[..., None]
+        scale = scale_values(scale_bits(blocks, fmt), blocks.dtype)
         return round_to_grid(blocks / scale, fmt).mul_(scale).reshape(x.shape)
 
     def quantised_activation(self, x: Tensor) -> Tensor:
@@ -109,9 +125,9 @@ class TorchQuant(Numeric, QuantOps):
         *lead, out, cols = weight.shape
         if weight.format == "e2m1":
             values = self.decode_e2m1(weight.data, dtype).reshape(*lead, out, cols // FP4_GROUP, FP4_GROUP)
-            return values.mul_(self.scale_values(weight.scale, dtype)[..., None]).reshape(weight.shape)
+            return values.mul_(self.lookup("E8M0_VALUES", weight.scale, dtype)[..., None]).reshape(weight.shape)
         values = self.decode_e4m3(weight.data, dtype)
-        scale = self.scale_values(weight.scale, dtype)
+        scale = self.lookup("E8M0_VALUES", weight.scale, dtype)
         rows = scale.repeat_interleave(FP8_BLOCK, -2)[..., :out, :]
         if cols % FP8_BLOCK == 0:
             values.view(*lead, out, cols // FP8_BLOCK, FP8_BLOCK).mul_(rows[..., None])

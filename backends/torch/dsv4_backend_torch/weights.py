@@ -19,12 +19,16 @@ class WeightCache:
         self.nbytes = 0
         self.entries: OrderedDict[tuple[Any, ...], tuple[Any, Tensor, int]] = OrderedDict()  # weights are held too, so that their ids stay theirs
 
-    def get(self, weights: tuple[Any, ...], kind: Any, size: int, make: Callable[[], Tensor]) -> Tensor | None:
-        """Give the matrix of ``size`` bytes that ``make`` makes of ``weights``; None where it can never fit."""
-        key = (kind, *map(id, weights))
-        if (entry := self.entries.get(key)) is not None:
-            self.entries.move_to_end(key)
-            return entry[1]
+    def find(self, key: tuple[Any, ...]) -> Tensor | None:
+        """Give what is kept under a key: a kind, then the weights' ids."""
+        entry = self.entries.get(key)
+        if entry is None:
+            return None
+        self.entries.move_to_end(key)
+        return entry[1]
+
+    def keep(self, key: tuple[Any, ...], weights: tuple[Any, ...], size: int, make: Callable[[], Tensor]) -> Tensor | None:
+        """Make and keep a matrix of ``size`` bytes; None where it can never fit."""
         if size > self.capacity:
             return None
         while self.nbytes + size > self.capacity:
