@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 import lzma
-import math
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
-from dsv4_core.shards import VIEWS
+from dsv4_conformance import tensorfile
 from dsv4_core.weights import embedded
 
 if TYPE_CHECKING:
@@ -34,13 +30,4 @@ def load(model: Model, which: Literal["golden", "trace"]) -> dict[str, Host]:
 
     tiny-jargon has no trace: ``FileNotFoundError``.
     """
-    data = lzma.decompress((_GOLDEN / model / f"{which}.safetensors.xz").read_bytes())
-    begin = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:begin])
-    header.pop("__metadata__", None)
-    return {
-        name: np.frombuffer(
-            data, VIEWS[entry["dtype"]], math.prod(entry["shape"]), begin + entry["data_offsets"][0]
-        ).reshape(entry["shape"])
-        for name, entry in header.items()
-    }
+    return tensorfile.decode(lzma.decompress((_GOLDEN / model / f"{which}.safetensors.xz").read_bytes()))
