@@ -33,8 +33,10 @@ def teacher_forced(
     ``mtp_logits`` [batch, vocab]: the MTP block over the prompt's streams with tokens 1 .. prefill, last position.
     """
     be = model.backend
-    batch, total = tokens.shape
+    total = tokens.shape[1]
     check_ids(tokens, model.config.vocab_size)
+    tokens = model.parallel.mine(tokens)
+    batch = len(tokens)
     cache = Cache(be, model.config, batch, total, rewindable=0)
     following = tokens[:, 1 : prefill + 1] if mtp else None
     done = generate.prefill(model, cache, tokens[:, :prefill], chunk=chunk, mtp_next=following, progress=progress)
@@ -48,4 +50,4 @@ def teacher_forced(
     results = {"logits": np.stack(logits, axis=1)}
     if done.mtp_streams is not None:
         results["mtp_logits"] = be.to_numpy(model.logits(done.mtp_streams, mtp=True))
-    return results
+    return {name: model.parallel.joined(values) for name, values in results.items()}

@@ -59,11 +59,12 @@ def prefill(
 ) -> Prefilled:
     """Feed ``ids`` [n, S] in chunks; ``counts``: how many of each row are real (padding on the right).
 
-    ``mtp_next`` [n, S]: run the MTP block too, on these next tokens.
+    ``mtp_next`` [n, S]: run the MTP block too, on these next tokens. n = 0 on a rank whose group has no sequence.
 
     ``progress(done, of)`` is called after each chunk, in tokens per sequence.
     """
     batch, total = ids.shape
+    h = mtp = None
     lengths = np.full(batch, total) if counts is None else np.asarray(counts)
     last: list[Array | None] = [None] * batch
     last_mtp: list[Array | None] = [None] * batch
@@ -83,8 +84,10 @@ def prefill(
                 last_mtp[b] = None if mtp is None else mtp[at : at + 1]
         if progress:
             progress(min(start + chunk, total), total)
+    if batch == 0 and h is not None:
+        return Prefilled(h, mtp)
     joined = [
-        model.backend.concat([row for row in rows if row is not None], axis=0) if rows[0] is not None else None
+        model.backend.concat([row for row in rows if row is not None], axis=0) if rows and rows[0] is not None else None
         for rows in (last, last_mtp)
     ]
     if joined[0] is None:
@@ -105,29 +108,32 @@ def generate(
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield one token per sequence and step, None for a sequence that has stopped; a stop token is yielded, then its
-    sequence stops.
+    sequence stops. Of several ranks each yields the tokens of all sequences.
 
     Raises ``CacheError`` where prompt and ``max_tokens`` exceed the model's positions, ``ValueError`` for ids outside
     the vocabulary.
     """
-    batch = len(prompts)
-    counts = [len(p) for p in prompts]
-    cache = Cache(model.backend, model.config, batch, max(counts) + max_tokens, rewindable=0)
-    ids = np.zeros((batch, max(counts)), np.int64)
+    batch, mine = len(prompts), model.parallel.mine
+    lengths = np.array([len(p) for p in prompts])
+    ids = np.zeros((batch, max(lengths)), np.int64)
+    cache = Cache(model.backend, model.config, len(mine(lengths)), int(max(lengths)) + max_tokens, rewindable=0)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
-    streams = prefill(model, cache, ids, chunk=chunk, counts=counts, progress=progress).streams
+    counts = mine(lengths).tolist()
+    streams = prefill(model, cache, mine(ids), chunk=chunk, counts=counts, progress=progress).streams
     draws = [np.random.default_rng((sampling.seed, b)) for b in range(batch)]
     alive = np.ones(batch, bool)
     for _ in range(max_tokens):
-        tokens = _sample(model, model.logits(streams), sampling, np.array([d.random() for d in draws], np.float32))
+        uniform = np.array([d.random() for d in draws], np.float32)
+        tokens = _sample(model, model.logits(streams), sampling, mine(uniform))
         yield [int(t) if a else None for t, a in zip(tokens, alive, strict=True)]
         alive &= ~np.isin(tokens, list(stop))
         if not alive.any():
             return
-        if (cache.lengths[alive] >= cache.capacity).any():
+        if (lengths[alive] >= cache.capacity).any():
             return
-        step = Step(cache, tokens[:, None], counts=alive.astype(int).tolist())
+        step = Step(cache, mine(tokens[:, None]), counts=mine(alive).astype(int).tolist())
+        lengths += alive
         streams = model.forward(step)
         cache.advance(step.sequences, step.ends)
 
@@ -156,19 +162,21 @@ def speculate(
     The same bits too where the backend is batch invariant; elsewhere a step of two tokens may round differently from
     two of one.
     """
-    be, drafts = model.backend, drafts or Drafts()
-    cache = Cache(
-        be, model.config, 1, min(len(prompt) + max_tokens + 1, model.config.max_position_embeddings), rewindable=1
-    )
+    be, mine, drafts = model.backend, model.parallel.mine, drafts or Drafts()
+    here = len(mine(np.zeros(1)))  # 0 on a rank whose group does not have the sequence
+    capacity = min(len(prompt) + max_tokens + 1, model.config.max_position_embeddings)
+    cache = Cache(be, model.config, here, capacity, rewindable=1)
     *head, last = prompt
+    length = len(head)
     if head:
-        prefill(model, cache, np.array([head]), chunk=chunk, mtp_next=np.array([prompt[1:]]), progress=progress)
+        following = mine(np.array([prompt[1:]]))
+        prefill(model, cache, mine(np.array([head])), chunk=chunk, mtp_next=following, progress=progress)
     pending = [last]  # tokens whose keys are not cached yet: the newest certain one, then perhaps a draft
     produced = 0
     while True:
-        step = Step(cache, np.array([pending]))
+        step = Step(cache, mine(np.array([pending])))
         h = model.forward(step)
-        certain = _sample(model, model.logits(h), Sampling(), np.zeros(len(pending), np.float32))
+        certain = _sample(model, model.logits(h), Sampling(), np.zeros(step.tokens, np.float32))
         accepted = 1 if len(pending) == 1 or certain[0] != pending[1] else 2
         drafts.proposed += len(pending) - 1
         drafts.accepted += accepted - 1
@@ -177,20 +185,21 @@ def speculate(
             produced += 1
             if produced == max_tokens or token in stop:
                 return
-        m = model.mtp(h, be.from_numpy(certain), step)
+        m = model.mtp(h, be.from_numpy(certain[: step.tokens]), step)
         cache.advance(step.sequences, step.ends)
-        if accepted < len(pending):
-            cache.rewind(0, int(cache.lengths[0]) - 1)
-        room = cache.capacity - int(cache.lengths[0])
+        length += accepted
+        if here and accepted < len(pending):
+            cache.rewind(0, length)
+        room = cache.capacity - length
         if room == 0:
             return
-        draft = _sample(model, model.logits(m[accepted - 1 : accepted], mtp=True), Sampling(), np.zeros(1, np.float32))
+        m = m[accepted - 1 : accepted] if here else m
+        draft = _sample(model, model.logits(m, mtp=True), Sampling(), np.zeros(here, np.float32))
         pending = [int(certain[accepted - 1]), int(draft[0])][:room]
 
 
 def _sample(model: Model, logits: Array, sampling: Sampling, uniform: Host) -> Host:
-    """Sampled ids [n] int32 on the host: the one thing that the graph reads back."""
+    """Sampled ids int32 on the host, of all ranks' sequences: the one thing that the graph reads back."""
     be = model.backend
-    return be.to_numpy(
-        be.sample(logits, be.from_numpy(uniform), temperature=sampling.temperature, top_p=sampling.top_p)
-    )
+    ids = be.sample(logits, be.from_numpy(uniform), temperature=sampling.temperature, top_p=sampling.top_p)
+    return model.parallel.joined(be.to_numpy(ids))

@@ -37,14 +37,32 @@ class WeightSource(Protocol):
 class Parallel:
     """What one rank of several computes, and where partial results are put together.
 
-    Alone: everything, and nothing to reduce.
+    Alone: everything, and nothing to reduce. ``reduce_*`` get partial sums, wide where the contract gives them so, and round
+    the whole once. ``local_ids``: token ids counted from this rank's part of the vocabulary. ``gather_low_rank``: joins the
+    inputs of an output projection that is held whole. ``experts``: what stands in for ``moe`` where token copies travel.
+    ``sequences``: which of a batch are this rank's, and ``gather_sequences`` joins host rows over all of the batch.
     """
 
     first_expert: int = 0
-    reduce_attention: Callable[[Array], Array] | None = None
-    reduce_moe: Callable[[Array], Array] | None = None
+    holds_shared: bool = True
+    local_ids: Callable[[Array], Array] | None = None
     reduce_embedding: Callable[[Array], Array] | None = None
+    gather_low_rank: Callable[[Array], Array] | None = None
+    reduce_attention: Callable[[Array], Array] | None = None
+    experts: Callable[..., Array] | None = None
+    reduce_moe: Callable[[Array], Array] | None = None
     gather_logits: Callable[[Array], Array] | None = None
+    sequences: Callable[[int], slice] | None = None
+    gather_sequences: Callable[[Host], Host] | None = None
+
+
+    def mine(self, rows: Host) -> Host:
+        """Give this rank's of the host rows of a whole batch."""
+        return rows[self.sequences(len(rows))] if self.sequences else rows
+
+    def joined(self, rows: Host) -> Host:
+        """Give the whole batch's host rows, of which these are this rank's."""
+        return self.gather_sequences(rows) if self.gather_sequences else rows
 
 
 ALONE = Parallel()
@@ -87,12 +105,15 @@ class Attention:
 
 @dataclass(frozen=True)
 class Moe:
-    """Weights of one layer's experts; a hash-routed gate has ``tid2eid``, a score-routed one ``bias``."""
+    """Weights of one layer's experts; a hash-routed gate has ``tid2eid``, a score-routed one ``bias``.
+
+    ``shared`` is None on a rank that leaves the shared expert to another.
+    """
 
     gate: Any
     bias: Any
     tid2eid: Any
-    shared: tuple[Any, Any, Any]
+    shared: tuple[Any, Any, Any] | None
     experts: tuple[Experts, Experts, Experts]
 
 
@@ -153,7 +174,7 @@ class Model:
     ) -> None:
         """Load every weight through ``backend.load``; ``progress(done, of)`` is called after each layer."""
         self.config, self.backend, self.parallel = source.config, backend, parallel
-        load = _Loader(source, backend)
+        load = _Loader(source, backend, parallel)
         c = self.config
         self.embed, self.lm_head = load.weight("embed"), load.weight("head")
         self.head = load.head("")
@@ -202,8 +223,9 @@ class Model:
         return self.parallel.gather_logits(logits) if self.parallel.gather_logits else logits
 
     def _embedding(self, ids: Array) -> Array:
-        x = self.backend.embedding(ids, self.embed)
-        return self.parallel.reduce_embedding(x) if self.parallel.reduce_embedding else x
+        p = self.parallel
+        x = self.backend.embedding(p.local_ids(ids) if p.local_ids else ids, self.embed)
+        return p.reduce_embedding(x) if p.reduce_embedding else x
 
     def block(self, block: Block, h: Array, step: Step) -> Array:
         """One layer: attention, then experts, each between its hyper-connections."""
@@ -220,8 +242,10 @@ class Model:
 
     def attention(self, block: Block, x: Array, step: Step) -> Array:
         """Window rows, compressed rows (all, or the indexer's picks), sink, grouped output projection."""
-        be, c, w = self.backend, self.config, block.attn
+        be, c, w, p = self.backend, self.config, block.attn, self.parallel
         T, d, act = step.tokens, c.head_dim, be.activation_dtype
+        if T == 0:  # a rank that takes part in the experts' exchange alone
+            return x
         qr = be.rms_norm(be.linear(x, w.wq_a, out_dtype=act), w.q_norm, eps=c.rms_norm_eps)
         q = be.linear(qr, w.wq_b, out_dtype=act)
         heads = q.shape[1] // d
@@ -247,8 +271,9 @@ class Model:
         o = be.apply_rope(o, step.positions, block.freqs, inverse=True)
         groups = heads * c.o_groups // c.num_attention_heads
         o = be.grouped_linear(o.reshape((T, groups, heads * d // groups)), w.wo_a)
-        o = be.linear(o, w.wo_b, out_dtype=act)
-        return self.parallel.reduce_attention(o) if self.parallel.reduce_attention else o
+        o = p.gather_low_rank(o) if p.gather_low_rank else o
+        o = be.linear(o, w.wo_b, out_dtype=be.wide_dtype if p.reduce_attention else act)
+        return p.reduce_attention(o) if p.reduce_attention else o
 
     def _kv_row(self, kv: Array, positions: Array, freqs: Array) -> Array:
         """RoPE on the last channels of key/value rows [n, d], FP8 quantise-dequantise on the others."""
@@ -334,9 +359,10 @@ class Model:
             weights, indices = be.gate(
                 x, w.gate, w.bias, topk=c.num_experts_per_tok, route_scale=c.routed_scaling_factor
             )
-        shared = be.ffn(x, *w.shared, limit=c.swiglu_limit)
+        shared = be.ffn(x, *w.shared, limit=c.swiglu_limit) if w.shared else None
         out_dtype = be.wide_dtype if p.reduce_moe else be.activation_dtype
-        y = be.moe(
+        experts = p.experts or be.moe
+        y = experts(
             x,
             weights,
             indices,
@@ -358,8 +384,8 @@ def _held(array: Array | None) -> Array:
 class _Loader:
     """Names of the published layout to weights on the backend."""
 
-    def __init__(self, source: WeightSource, backend: Backend) -> None:
-        self.source, self.backend, self.config = source, backend, source.config
+    def __init__(self, source: WeightSource, backend: Backend, parallel: Parallel) -> None:
+        self.source, self.backend, self.config, self.parallel = source, backend, source.config, parallel
 
     def array(self, name: str) -> Any:
         return self.backend.load(self.source.array(name))
@@ -399,13 +425,14 @@ class _Loader:
         )
 
     def moe(self, prefix: str, *, hashed: bool) -> Moe:
-        shared = [self.weight(f"{prefix}.shared_experts.{name}") for name in ("w1", "w3", "w2")]
+        held = ("w1", "w3", "w2") if self.parallel.holds_shared else ()
+        shared = [self.weight(f"{prefix}.shared_experts.{name}") for name in held]
         experts = [self.backend.load_experts(self.source.experts(prefix, name)) for name in ("w1", "w3", "w2")]
         return Moe(
             gate=self.weight(f"{prefix}.gate"),
             bias=None if hashed else self.array(f"{prefix}.gate.bias"),
             tid2eid=self.array(f"{prefix}.gate.tid2eid") if hashed else None,
-            shared=(shared[0], shared[1], shared[2]),
+            shared=(shared[0], shared[1], shared[2]) if shared else None,
             experts=(experts[0], experts[1], experts[2]),
         )
 

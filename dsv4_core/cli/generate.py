@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
+from dsv4_core.cli.ranks import RankFlags, rank_options, team
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 @click.option("--ignore-eos", is_flag=True, help="Go on after end-of-sentence.")
 @click.option("--speculative", is_flag=True, help="Draft with the MTP block (greedy only).")
 @click.option("--chunk", type=click.IntRange(1), default=2048, show_default=True, help="Tokens of a prefill step.")
+@rank_options
 @backend_options
 def command(
     model: str | None,
@@ -44,6 +47,7 @@ def command(
     speculative: bool,
     chunk: int,
     flags: BackendFlags,
+    asked: RankFlags,
 ) -> None:
     """Generate from MODEL (a checkpoint's directory; the embedded one if left out)."""
     from dsv4_core.cli.running import Session, report, stop_tokens
@@ -60,10 +64,16 @@ def command(
         ids = [int(t) for t in tokens.replace(",", " ").split()]
     else:
         ids = encode_prompt(load_tokenizer(directory), prompt, chat, system, thinking=thinking)
-    session = Session.open(directory, flags)
-    stops = set(stop) if ignore_eos else stop_tokens(session.model.config, stop)
-    done = session.run(ids, max_tokens=max_tokens, sampling=sampling, speculative=speculative, stop=stops, chunk=chunk)
-    report(done.summary())
+    request = {"tokens": ids, "max_tokens": max_tokens, "sampling": asdict(sampling), "chunk": chunk}
+    request |= {"stop": sorted(stop), "ignore_eos": ignore_eos, "speculative": speculative}
+    with team(flags, asked) as ranks:
+        session = Session.open(directory, flags, ranks, request)
+        stops = set(stop) if ignore_eos else stop_tokens(session.model.config, stop)
+        done = session.run(
+            ids, max_tokens=max_tokens, sampling=sampling, speculative=speculative, stop=stops, chunk=chunk
+        )
+        if ranks.speaks:
+            report(done.summary())
 
 
 def encode_prompt(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import click
 
 from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
+from dsv4_core.cli.ranks import RankFlags, rank_options, team
 
 
 @click.command("logits")
@@ -22,9 +24,17 @@ from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Where to write: .npz with logits, mtp_logits."
 )
+@rank_options
 @backend_options
 def command(
-    model: str | None, tokens_file: Path, prefill: int, chunk: int, mtp: bool, out: Path, flags: BackendFlags
+    model: str | None,
+    tokens_file: Path,
+    prefill: int,
+    chunk: int,
+    mtp: bool,
+    out: Path,
+    flags: BackendFlags,
+    asked: RankFlags,
 ) -> None:
     """Teacher-forced logits: of the last prompt token and of each token after it, [batch, 1 + total - prefill, vocab]."""
     import numpy as np
@@ -42,9 +52,13 @@ def command(
         raise ValueError(
             f"{tokens_file}: shape {list(tokens.shape)} must be [batch, total] with total {need} --prefill {prefill}"
         )
-    session = Session.open(model_directory(model), flags)
-    with bar("tokens") as progress:
+    digest = hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
+    request = {"tokens": digest, "shape": tokens.shape, "prefill": prefill, "chunk": chunk, "mtp": mtp}
+    with team(flags, asked) as ranks, bar("tokens") as progress:
+        session = Session.open(model_directory(model), flags, ranks, request)
         results = teacher_forced(session.model, tokens, prefill=prefill, chunk=chunk, mtp=mtp, progress=progress)
+    if not ranks.speaks:
+        return
     np.savez(out, **results)  # type: ignore[arg-type]  # its stub takes allow_pickle for an array
     for name, values in results.items():
         click.echo(f"{out}: {name} {list(values.shape)} {values.dtype}")

@@ -4,6 +4,7 @@ streams.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import click
 from dsv4_core.backend import BackendError, missing_ops
 from dsv4_core.dtypes import ScaledArray
 from dsv4_core.generate import Drafts, Sampling, generate, speculate
-from dsv4_core.model import Model
+from dsv4_core.model import ALONE, Model
 from dsv4_core.shapes import trace_calls
 from dsv4_core.text import TextStream, load_tokenizer
 from dsv4_core.weights import Checkpoint
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from dsv4_core.backend import Backend
     from dsv4_core.cli.options import BackendFlags
+    from dsv4_core.cli.ranks import Team
     from dsv4_core.config import ModelConfig
     from dsv4_core.dtypes import Format
     from dsv4_core.shapes import Call
@@ -40,8 +42,9 @@ def bar(label: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
+    shown = console.is_terminal and os.environ.get("RANK", "0") == "0"  # of several ranks the first one's
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         task = progress.add_task(label, total=None)
         yield lambda done, of: progress.update(task, completed=done, total=of)
 
@@ -88,16 +91,20 @@ class Session:
 
     model: Model
     tokenizer: Tokenizer | None
+    speaks: bool = True
 
     @classmethod
-    def open(cls, directory: Path, flags: BackendFlags) -> Session:
-        """Check, then load."""
-        backend = flags.create()
+    def open(
+        cls, directory: Path, flags: BackendFlags, team: Team | None = None, request: dict[str, Any] | None = None
+    ) -> Session:
+        """Check, then load. ``team``: this process is one of several ranks, which were all given the same ``request``."""
+        backend = team.ranks.backend if team and team.ranks else flags.create()
         checkpoint = Checkpoint(directory)
+        source, parallel = team.share(checkpoint, request or {}) if team else (checkpoint, ALONE)
         check_support(checkpoint.config, backend, expert_format(checkpoint))
         with bar("loading") as progress:
-            model = Model(checkpoint, backend, progress=progress)
-        return cls(model, load_tokenizer(directory))
+            model = Model(source, backend, parallel=parallel, progress=progress)
+        return cls(model, load_tokenizer(directory), team is None or team.speaks)
 
     def run(
         self,
@@ -136,10 +143,12 @@ class Session:
             first = time.perf_counter()
         while head is not None:
             produced.append(head)
-            click.echo(text.push(head) if text else f"{head} ", nl=False)
-            sys.stdout.flush()
+            if self.speaks:
+                click.echo(text.push(head) if text else f"{head} ", nl=False)
+                sys.stdout.flush()
             head = next(tokens, None)
-        click.echo()
+        if self.speaks:
+            click.echo()
         return Finished(len(prompt), produced, first - began, time.perf_counter() - first, drafts)
 
 

@@ -1,0 +1,127 @@
+"""One process as one of several ranks: the options, meeting the others, and what each did."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dsv4_core import __version__
+from dsv4_core.dtypes import ScaledArray
+from dsv4_core.rendezvous import Rendezvous
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from dsv4_core.cli.options import BackendFlags
+    from dsv4_core.exchange import Ranks
+    from dsv4_core.model import Parallel
+    from dsv4_core.parallel import ShardedSource
+    from dsv4_core.weights import Checkpoint
+
+
+@dataclass(frozen=True)
+class RankFlags:
+    """What the user said about ranks."""
+
+    tp: int
+    ep: int
+    stats: bool
+
+
+def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--tp``, ``--ep`` and ``--stats`` to a command, which receives them as one argument ``asked``."""
+
+    def gathered(tp: int, ep: int, stats: bool, **rest: Any) -> Any:
+        return command(asked=RankFlags(tp, ep, stats), **rest)
+
+    gathered.__name__, gathered.__doc__ = command.__name__, command.__doc__
+    gathered.__dict__.update(command.__dict__)
+    for decorate in (
+        click.option("--stats", is_flag=True, help="Of each rank: bytes of weights read, bytes sent, time so."),
+        click.option("--ep", type=click.IntRange(1), default=1, show_default=True, help="Groups that share the experts."),
+        click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Ranks that share each token."),
+    ):
+        gathered = decorate(gathered)
+    return gathered
+
+
+class Team:
+    """This process and the other ranks, if there are any; ``ranks`` None: it is alone."""
+
+    def __init__(self, ranks: Ranks | None, *, stats: bool) -> None:
+        self.ranks, self.stats = ranks, stats
+        self.source: ShardedSource | None = None
+        self.quantised = False
+        self.began = time.perf_counter()
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank prints what the program is asked for."""
+        return self.ranks is None or self.ranks.place.rank == 0
+
+    def share(self, checkpoint: Checkpoint, request: dict[str, Any]) -> tuple[Any, Parallel]:
+        """Give the source and the reduction points of this rank, once all ranks are known to run the same."""
+        from dsv4_core.model import ALONE
+        from dsv4_core.parallel import Place, ShardedSource, fingerprint
+
+        self.quantised = isinstance(checkpoint.weight("layers.0.ffn.experts.0.w1"), ScaledArray)
+        place = self.ranks.place if self.ranks else Place()
+        if self.ranks:
+            backend = self.ranks.backend
+            self.ranks.watch.agree(
+                {
+                    "dsv4 version": __version__,
+                    "backend": f"{backend.name}, {backend.numerics}",
+                    "split": f"--tp {place.tp} --ep {place.ep}",
+                    "configuration": asdict(checkpoint.config),
+                    "checkpoint": fingerprint(checkpoint),
+                    "request": request,
+                }
+            )
+        self.source = ShardedSource(checkpoint, place)
+        parallel = self.ranks.parallel(checkpoint.config, quantised=self.quantised) if self.ranks else ALONE
+        return self.source, parallel
+
+    def report(self) -> None:
+        """With ``--stats``: print this rank's lines to standard error."""
+        if not self.stats or self.source is None:
+            return
+        from dsv4_core.exchange import report
+
+        read, place = sum(self.source.read.values()), self.source.place
+        lines = [f"weights: {read} bytes read; its share of the checkpoint is {self.source.share}"]
+        if self.ranks:
+            seconds = time.perf_counter() - self.began
+            lines += report(self.ranks, self.source.config, quantised=self.quantised, seconds=seconds)
+        click.echo("".join(f"rank {place.rank}: {line}\n" for line in lines), nl=False, err=True)
+
+
+@contextmanager
+def team(flags: BackendFlags, asked: RankFlags) -> Iterator[Team]:
+    """Meet the other ranks (for none: nothing is done), and part from them, whatever happens in between.
+
+    Raises ``ValueError`` where the ranks that were started are not those asked for, ``RankError`` where some cannot be met.
+    """
+    where = Rendezvous.from_environment()
+    started, wanted = where.ranks if where else 1, asked.tp * asked.ep
+    if started != wanted:
+        command = f"torchrun --nproc-per-node {wanted} -m dsv4_core ..."
+        raise ValueError(f"--tp {asked.tp} --ep {asked.ep} needs {wanted} ranks and {started} was started; {command}")
+    if where is None:
+        yield Team(None, stats=asked.stats)
+        return
+    from dsv4_core.exchange import Ranks
+    from dsv4_core.liveness import Watch
+    from dsv4_core.parallel import Place
+
+    backend = flags.create(local_rank=where.local_rank)
+    world = backend.process_group(where)
+    watch = Watch(world.store, rank=where.rank, ranks=where.ranks, holder=where.holder, place=where.place)
+    with watch, Ranks(backend, Place(asked.tp, asked.ep, where.rank), world, watch) as ranks:
+        mine = Team(ranks, stats=asked.stats)
+        yield mine
+        mine.report()
