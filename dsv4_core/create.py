@@ -65,8 +65,8 @@ def create(
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path}: not an empty directory; give a new one, nothing is ever overwritten")
     specs = tensor_specs(config, expert_format)
-    total = sum(map(_nbytes, specs.values()))
-    needed = sum(_nbytes(spec) for spec in specs.values() if filled(spec))
+    total = sum(map(stored_bytes, specs.values()))
+    needed = sum(stored_bytes(spec) for spec in specs.values() if filled(spec))
     parent = next(p for p in (path, *path.absolute().parents) if p.exists())
     if (free := shutil.disk_usage(parent).free) < needed:
         raise OSError(
@@ -80,15 +80,15 @@ def create(
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         with (path / file).open("wb") as out:
-            out.write(_header(shard))
+            out.write(header(shard))
             for spec in shard:
                 weight_map[spec.name] = file
                 if filled(spec):
                     for chunk in tensor(spec, specs, config, seed=seed):
                         out.write(chunk.view(np.uint8).data)
                 else:
-                    out.truncate(out.seek(_nbytes(spec), os.SEEK_CUR))
-                done += _nbytes(spec)
+                    out.truncate(out.seek(stored_bytes(spec), os.SEEK_CUR))
+                done += stored_bytes(spec)
                 if progress:
                     progress(done, total)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -185,7 +185,8 @@ def _expert_ids(rng: np.random.Generator, count: int, config: ModelConfig) -> It
         yield np.argsort(rng.random((n, experts), np.float32), axis=1)[:, :k].astype(np.int64).reshape(-1)
 
 
-def _nbytes(spec: TensorSpec) -> int:
+def stored_bytes(spec: TensorSpec) -> int:
+    """Bytes of a tensor in a file."""
     return math.prod(spec.shape) * BITS[spec.dtype] // 8
 
 
@@ -194,20 +195,21 @@ def _shards(specs: list[TensorSpec], shard_size: int) -> list[list[TensorSpec]]:
     shards: list[list[TensorSpec]] = [[]]
     held = 0
     for spec in specs:
-        if shards[-1] and held + _nbytes(spec) > shard_size:
+        if shards[-1] and held + stored_bytes(spec) > shard_size:
             shards.append([])
             held = 0
         shards[-1].append(spec)
-        held += _nbytes(spec)
+        held += stored_bytes(spec)
     # widest elements first within a shard, so that every tensor is aligned to its own element
     return [sorted(shard, key=lambda spec: -BITS[spec.dtype]) for shard in shards]
 
 
-def _header(specs: list[TensorSpec]) -> bytes:
+def header(specs: list[TensorSpec]) -> bytes:
+    """Give what stands before the bytes of these tensors in a safetensors file, padded to 8 bytes."""
     entries, at = {}, 0
     for spec in specs:
-        entries[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [at, at + _nbytes(spec)]}
-        at += _nbytes(spec)
+        entries[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [at, at + stored_bytes(spec)]}
+        at += stored_bytes(spec)
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

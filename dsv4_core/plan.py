@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 from dsv4_core.cache import Cache
 from dsv4_core.dtypes import dtype_name
 from dsv4_core.generate import CHUNK
-from dsv4_core.layout import TensorSpec, scale_shape
 from dsv4_core.model import Parallel
 from dsv4_core.planner import Count, Entry, Planner, nbytes, total
 from dsv4_core.shapes import LayeredModel, ShapeSource, run_step
 from dsv4_core.shards import BITS
+from dsv4_core.split import Split, is_expert
 
 if TYPE_CHECKING:
     from dsv4_core.backend import Backend
@@ -87,72 +87,19 @@ class Hardware:
         return self.peak[precision]
 
 
-@dataclass(frozen=True)
-class Split:
-    """``tp`` ranks share the heads, the shared expert and the vocabulary of the same tokens; ``ep`` such groups each take other sequences.
-
-    The routed experts are spread over all ``tp * ep`` ranks.
-    """
-
-    tp: int = 1
-    ep: int = 1
-
-    @property
-    def ranks(self) -> int:
-        """All of them."""
-        return self.tp * self.ep
-
-    @classmethod
-    def over(cls, devices: int, config: ModelConfig) -> Split:
-        """Give the widest ``tp`` that divides o_groups, and the rest to ``ep``."""
-        tp = math.gcd(devices, config.o_groups)
-        return cls(tp, devices // tp)
-
-    def suits(self, config: ModelConfig) -> bool:
-        """Whether ``check`` would pass."""
-        return not (
-            config.o_groups % self.tp or config.num_attention_heads % self.tp or config.n_routed_experts % self.ranks
-        )
-
-    def check(self, config: ModelConfig) -> None:
-        """Raise ``ValueError`` for a split that heads, groups or experts do not allow."""
-        for key, size in (("o_groups", config.o_groups), ("num_attention_heads", config.num_attention_heads)):
-            if size % self.tp:
-                raise ValueError(
-                    f"--tp {self.tp}: {key} = {size} is not a multiple of it; tp may be a divisor of {config.o_groups}"
-                )
-        if config.n_routed_experts % self.ranks:
-            raise ValueError(
-                f"--tp {self.tp} --ep {self.ep}: {config.n_routed_experts} experts do not divide among {self.ranks} ranks"
-            )
-
-
-ROWS = ("attn.wq_b", "attn.wo_a", "attn.attn_sink", "shared_experts.w1", "shared_experts.w3", "embed", "head")
-COLUMNS = ("attn.wo_b", "shared_experts.w2")
-
-
 class RankSource(ShapeSource):
     """The weights of one rank of a tensor-parallel group (all routed experts: the planner shares those out)."""
 
     def __init__(self, config: ModelConfig, split: Split, expert_format: Format = "e2m1") -> None:
         super().__init__(config, expert_format)
         self.split = split
-        self.specs = {name: self._part(spec) for name, spec in self.specs.items()} if split.tp > 1 else self.specs
-
-    def _part(self, spec: TensorSpec) -> TensorSpec:
-        stem = spec.name.removesuffix(".weight").removesuffix(".scale")
-        axis = 0 if stem.endswith(ROWS) and ".indexer." not in stem else 1 if stem.endswith(COLUMNS) else None
-        if axis is None or ".experts." in stem:
-            return spec
-        whole = self.specs[f"{stem}.weight"].shape if spec.dtype == "F8_E8M0" else spec.shape
-        part = tuple(-(-n // self.split.tp) if i == axis else n for i, n in enumerate(whole))
-        return spec._replace(shape=scale_shape(part, "e4m3") if spec.dtype == "F8_E8M0" else part)
+        self.specs = {name: split.part(spec, self.specs) for name, spec in self.specs.items()}
 
     def stored(self) -> dict[str, float]:
         """Bytes of one rank's weights by kind, its share of the routed experts among them."""
         shares: defaultdict[str, float] = defaultdict(float)
         for spec in self.specs.values():
-            share = self.split.ranks if ".experts." in spec.name else 1
+            share = self.split.ranks if is_expert(spec.name) else 1
             shares[spec.kind] += math.prod(spec.shape) * BITS[spec.dtype] / 8 / share
         return shares
 

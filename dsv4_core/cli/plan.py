@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv4_core.config import PRESETS
-from dsv4_core.plan import Hardware, Plan, Split, per_token
+from dsv4_core.plan import Hardware, Plan, per_token
 from dsv4_core.plan_claims import claims
+from dsv4_core.split import Split
 
 if TYPE_CHECKING:
     from dsv4_core.config import ModelConfig
@@ -120,7 +121,7 @@ def choose(
         split = Split(tp or max(1, devices // (ep or 1)), ep or max(1, devices // (tp or 1)))
         return Plan(config, context, machine, split, batch, fmt)
     splits = [Split(n, devices // n) for n in range(1, devices + 1) if devices % n == 0]
-    plans = [Plan(config, context, machine, split, batch, fmt) for split in splits if split.suits(config)]
+    plans = [Plan(config, context, machine, split, batch, fmt) for split in splits if not split.problems(config)]
     if not plans:
         raise ValueError(
             f"no split of {devices} devices suits {config.n_routed_experts} experts and {config.o_groups} o_groups"

@@ -1,0 +1,34 @@
+"""``dsv4 convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dsv4_core.convert import Options, convert
+
+
+@click.command("convert")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--tp", type=click.IntRange(1), help="Ranks that share heads, shared expert and vocabulary.")
+@click.option("--ep", type=click.IntRange(1), help="Groups of such ranks; routed experts are spread over all ranks.")
+@click.option(
+    "--experts", type=click.Choice(["fp8"]), help="Routed experts from FP4 to FP8; lossless where scales allow."
+)
+@click.option("--to", "form", type=click.Choice(["bf16"]), help="Every quantised weight to BF16; lossless.")
+@click.option("--allow-lossy", is_flag=True, help="Round values that FP8 cannot hold; the blocks are counted.")
+def command(
+    source: Path, out: Path, tp: int | None, ep: int | None, experts: str | None, form: str | None, allow_lossy: bool
+) -> None:
+    """Write a copy of the checkpoint SOURCE to OUT in another form.
+
+    Started again after an interruption, it goes on where it stopped.
+    """
+    from dsv4_core.cli.running import bar
+
+    with bar("converting (shards)") as progress:
+        counts = convert(source, out, Options(tp, ep, experts or "", form == "bf16", allow_lossy), progress=progress)
+    shards = f"{counts['written']} shards written, {counts['kept']} kept"
+    click.echo(f"{out}: {counts['tensors']} tensors, {shards}; {counts['lossy_blocks']} blocks rounded")

@@ -1,0 +1,255 @@
+"""Copies of a checkpoint in another form: the share of each rank, experts in FP8 instead of FP4, or everything in BF16.
+
+A copy is written beside its place, in ``<out>.partial``, shard by shard, each under a temporary name until it is whole, and renamed
+to ``<out>`` when all are done; the source is only read. ``convert.json`` in the copy holds every shard's SHA-256. An interrupted
+conversion that is started again keeps the shards whose checksums hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from dsv4_core.create import header, stored_bytes
+from dsv4_core.dtypes import BFLOAT16, FORMAT_MAX, FP4_GROUP, FP8_BLOCK, Host, ScaledArray, decode, encode
+from dsv4_core.layout import QUANTISED, TensorSpec, scale_shape
+from dsv4_core.shards import BITS
+from dsv4_core.split import Split, is_expert, stem
+from dsv4_core.weights import INDEX, Checkpoint, Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+MANIFEST = "convert.json"
+LOSSLESS_SPREAD = 14
+"""Scales that differ by no more always fit: E2M1 times 2^k is exact in E4M3 from k = -8 (0.5 * 2^-8 is the least subnormal) to 6 (384)."""
+
+
+class ConvertError(ValueError):
+    """A conversion that would lose something, or that the source does not allow; the message says what, how often and where."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """A copy for each of ``tp`` x ``ep`` ranks; ``experts`` in "fp8"; all in ``bf16``. ``allow_lossy``: round what FP8 cannot hold."""
+
+    tp: int | None = None
+    ep: int | None = None
+    experts: str = ""
+    bf16: bool = False
+    allow_lossy: bool = False
+
+
+class Piece(NamedTuple):
+    """A tensor of the copy: as it is stored, and how to make it."""
+
+    spec: TensorSpec
+    make: Callable[[], Host]
+
+
+def convert(source: Path, out: Path, options: Options, *, progress: Progress | None = None) -> dict[str, int]:
+    """Write the copy, or one per rank in ``rank-R-of-N``; give counts (files written and kept, tensors, blocks that were rounded).
+
+    Raises ``ConvertError`` where ``out`` exists, nothing was asked for, a scale byte is 255, or FP8 would lose something and
+    ``allow_lossy`` is not set: before anything is written.
+    """
+    if out.exists():
+        raise ConvertError(f"{out} exists; give a new directory, a conversion never overwrites")
+    checkpoint = Checkpoint(source)
+    split = Split(options.tp or 1, options.ep or 1)
+    split.check(checkpoint.config)
+    if split.ranks == 1 and not options.experts and not options.bf16:
+        raise ConvertError("nothing to convert: give --tp or --ep, --experts fp8 or --to bf16")
+    lossy = check_scales(checkpoint, to_fp8=bool(options.experts) and not options.bf16)
+    if lossy and not options.allow_lossy:
+        worst = max(lossy, key=lossy.__getitem__)
+        found = f"{sum(lossy.values())} blocks of 128 x 128 in {len(lossy)} tensors (most: {lossy[worst]} in {worst})"
+        raise ConvertError(f"{found} have values that FP8 under one scale cannot hold; --allow-lossy rounds them")
+    partial = out.with_name(f"{out.name}.partial")
+    counts = {"written": 0, "kept": 0, "tensors": 0, "lossy_blocks": sum(lossy.values())}
+    for rank in range(split.ranks):
+        place = partial / f"rank-{rank}-of-{split.ranks}" if split.ranks > 1 else partial
+        _write_copy(checkpoint, place, options, split, rank, counts, progress)
+    partial.rename(out)
+    return counts
+
+
+def check_scales(checkpoint: Checkpoint, *, to_fp8: bool) -> dict[str, int]:
+    """Count expert blocks that FP8 cannot hold, by tensor (none unless ``to_fp8``); raise ``ConvertError`` for a scale byte of 255."""
+    lossy: dict[str, int] = {}
+    for name in checkpoint.names:
+        if not name.endswith(".scale"):
+            continue
+        scale = checkpoint.array(name)
+        if wrong := int((scale == 255).sum()):
+            raise ConvertError(
+                f"{name}: {wrong} scale bytes are 255, which is NaN; run `dsv4 inspect {checkpoint.path}`"
+            )
+        if to_fp8 and is_expert(name) and _spread(scale).max(initial=0) > LOSSLESS_SPREAD:
+            weight = checkpoint.weight(stem(name))
+            if isinstance(weight, ScaledArray) and weight.format == "e2m1" and (blocks := fp4_to_fp8(weight)[1]):
+                lossy[stem(name)] = blocks
+    return lossy
+
+
+def _spread(scale: Host) -> Host:
+    """Largest less smallest exponent of the FP4 scales [out, in / 32] under each 128 x 128 block."""
+    rows, columns = range(0, scale.shape[0], FP8_BLOCK), range(0, scale.shape[1], FP8_BLOCK // FP4_GROUP)
+    wide = scale.astype(np.int16)
+    high = np.maximum.reduceat(np.maximum.reduceat(wide, rows, axis=0), columns, axis=1)
+    low = np.minimum.reduceat(np.minimum.reduceat(wide, rows, axis=0), columns, axis=1)
+    return np.asarray(high - low)
+
+
+def fp4_to_fp8(weight: ScaledArray) -> tuple[ScaledArray, int]:
+    """Give an FP4 weight in FP8 with 128 x 128 scales, and in how many blocks a value was rounded.
+
+    A block's scale is the least power of two under which its largest value fits (448), so that its small values keep all that E4M3 has.
+    """
+    out, cols = weight.shape
+    values = weight.dequantise("float64")
+    rows, columns = scale_shape((out, cols), "e4m3")
+    padded = np.zeros((rows * FP8_BLOCK, columns * FP8_BLOCK))
+    padded[:out, :cols] = values
+    blocks = padded.reshape(rows, FP8_BLOCK, columns, FP8_BLOCK)
+    largest = np.abs(blocks).max((1, 3))
+    mantissa, exponent = np.frexp(largest / FORMAT_MAX["e4m3"])  # mantissa in [0.5, 1): a power of two has exactly 0.5
+    byte = np.clip(np.where(mantissa == 0.5, exponent - 1, exponent) + 127, 0, 254)
+    byte = np.where(largest == 0, 127, byte).astype(np.uint8)
+    scale = np.ldexp(1.0, byte.astype(np.int32) - 127)[:, None, :, None]
+    codes = encode(blocks / scale, "e4m3")
+    lossy = (decode(codes, "e4m3").astype(np.float64) * scale != blocks).any((1, 3))
+    data = np.ascontiguousarray(codes.reshape(padded.shape)[:out, :cols])
+    return ScaledArray(data, byte, "e4m3"), int(lossy.sum())
+
+
+def pieces(checkpoint: Checkpoint, name: str, options: Options, split: Split, rank: int) -> Iterator[Piece]:
+    """Give what becomes of a tensor on a rank: nothing where it holds none of it, weight and scale together under the weight's name."""
+    spec, at, config = checkpoint.spec(name), stem(name), checkpoint.config
+    if is_expert(name) and int(name.split(".experts.")[1].split(".", maxsplit=1)[0]) not in split.experts(
+        config.n_routed_experts, rank
+    ):
+        return
+    axis = split.axis(name)
+    held = split.extent(_logical(checkpoint, at, spec)[axis], rank) if axis is not None else slice(None)
+    if name.endswith(".scale") and spec.dtype == "F8_E8M0":
+        return
+    fmt = QUANTISED.get(spec.dtype) if name.endswith(".weight") else None
+    if fmt is None:
+        cut = (held,) if axis == 0 else (slice(None), held) if axis == 1 else ()
+        yield Piece(split.part(spec, checkpoint.layout, rank), lambda: checkpoint.array(name)[cut])
+        return
+
+    def quantised() -> ScaledArray:
+        whole = checkpoint.weight(at)
+        assert isinstance(whole, ScaledArray)
+        if axis is None:
+            return whole
+        data = whole.data[held] if axis == 0 else whole.data[:, held]
+        blocks = slice(held.start // FP8_BLOCK, -(-held.stop // FP8_BLOCK))
+        return ScaledArray(data, whole.scale[blocks] if axis == 0 else whole.scale[:, blocks], whole.format)
+
+    whole = checkpoint.weight(at)
+    shape = tuple(held.stop - held.start if i == axis else n for i, n in enumerate(whole.shape))
+    if axis is not None and held.start % FP8_BLOCK and held.start // FP8_BLOCK != (held.stop - 1) // FP8_BLOCK:
+        raise ConvertError(
+            f"{name}: rank {rank} would begin at {held.start}, inside a 128 x 128 block of scales; take a smaller --tp"
+        )
+    if options.bf16:
+        yield Piece(TensorSpec(name, shape, "BF16", spec.kind), lambda: _bf16(name, quantised()))
+        return
+    change = bool(options.experts) and fmt == "e2m1"
+    dtype = "F8_E4M3" if change else spec.dtype
+    stored = (*shape[:-1], shape[-1] // 2) if dtype == "I8" else shape
+    made: Callable[[], ScaledArray] = (lambda: fp4_to_fp8(quantised())[0]) if change else quantised
+    scales = scale_shape((shape[0], shape[1]), "e4m3" if change else fmt)
+    yield Piece(TensorSpec(name, stored, dtype, spec.kind), lambda: made().data)
+    yield Piece(TensorSpec(f"{at}.scale", scales, "F8_E8M0", spec.kind), lambda: made().scale)
+
+
+def _logical(checkpoint: Checkpoint, at: str, spec: TensorSpec) -> tuple[int, ...]:
+    return tuple(checkpoint.weight(at).shape) if f"{at}.weight" in checkpoint else spec.shape
+
+
+def _bf16(name: str, weight: ScaledArray) -> Host:
+    wide = weight.dequantise()
+    if not np.isfinite(wide).all():
+        raise ConvertError(f"{name}: a value is too large for BF16 (its scale is near 2^127)")
+    return wide.astype(BFLOAT16)  # exact: four significant bits and a power of two
+
+
+def _write_copy(
+    checkpoint: Checkpoint,
+    place: Path,
+    options: Options,
+    split: Split,
+    rank: int,
+    counts: dict[str, int],
+    progress: Progress | None,
+) -> None:
+    """Write one rank's directory, keeping shards that an earlier run finished."""
+    place.mkdir(parents=True, exist_ok=True)
+    wanted = {"source": str(checkpoint.path.resolve()), "bytes": checkpoint.nbytes, "rank": rank, **asdict(options)}
+    manifest = (
+        json.loads((place / MANIFEST).read_text()) if (place / MANIFEST).exists() else {"options": wanted, "sha256": {}}
+    )
+    if manifest["options"] != wanted:
+        raise ConvertError(f"{place} was begun with other options ({manifest['options']}); remove it or repeat those")
+    by_file: dict[str, list[str]] = defaultdict(list)
+    for name in checkpoint.names:
+        by_file[checkpoint.file(name).name].append(name)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for done, (file, names) in enumerate(sorted(by_file.items())):
+        made = [piece for name in names for piece in pieces(checkpoint, name, options, split, rank)]
+        made.sort(key=lambda piece: -BITS[piece.spec.dtype])  # so that every tensor is aligned to its own element
+        weight_map.update(dict.fromkeys((piece.spec.name for piece in made), file))
+        total += sum(stored_bytes(piece.spec) for piece in made)
+        counts["tensors"] += len(made)
+        if (place / file).exists() and _digest(place / file) == manifest["sha256"].get(file):
+            counts["kept"] += 1
+        elif made:
+            manifest["sha256"][file] = _write_shard(place / file, made)
+            (place / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            counts["written"] += 1
+        checkpoint.release()
+        if progress:
+            progress(done + 1 + rank * len(by_file), split.ranks * len(by_file))
+    expert_dtype = "bf16" if options.bf16 else options.experts or checkpoint.config.expert_dtype
+    (place / "config.json").write_text(replace(checkpoint.config, expert_dtype=expert_dtype).to_json())
+    for other in checkpoint.path.iterdir():
+        if other.is_file() and other.suffix != ".safetensors" and other.name not in {"config.json", INDEX, MANIFEST}:
+            shutil.copy2(other, place / other.name)  # tokenizer, generation settings, licence
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (place / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _write_shard(path: Path, made: list[Piece]) -> str:
+    """Write a shard under a temporary name, then rename it; give its SHA-256."""
+    beside, digest = path.with_name(f"{path.name}.tmp"), hashlib.sha256()
+    with beside.open("wb") as out:
+
+        def write(data: bytes | memoryview) -> None:
+            out.write(data)
+            digest.update(data)
+
+        write(header([piece.spec for piece in made]))
+        for piece in made:
+            write(np.ascontiguousarray(piece.make()).reshape(-1).view(np.uint8).data)
+    beside.rename(path)
+    return digest.hexdigest()
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
