@@ -164,11 +164,11 @@ class Ranks:
             first_expert=place.experts(config.n_routed_experts).start,
             holds_shared=place.holds_shared(config),
             local_ids=self.local_ids(config) if several else None,
-            reduce_embedding=reduce("embedding"),
+            reduce_embedding=reduce("embedding sum"),
             gather_low_rank=self.gather_channels if several and not cuts else None,
-            reduce_attention=reduce("attention") if cuts else None,
+            reduce_attention=reduce("attention sum") if cuts else None,
             experts=exchange,
-            reduce_moe=reduce("experts"),
+            reduce_moe=reduce("experts sum"),
             gather_logits=self.gather_logits(config) if several else None,
             sequences=place.sequences if place.ep > 1 else None,
             gather_sequences=self.gather_rows if place.ep > 1 else None,
@@ -183,7 +183,7 @@ class Ranks:
         """Join the tp ranks' channels [T, n] to [T, tp * n]."""
         if not x.shape[0]:
             return self.backend.zeros((0, x.shape[1] * self.place.tp), dtype_name(x))
-        every = self.tp.all_gather("attention", x)
+        every = self.tp.all_gather("attention gather", x)
         return self.backend.concat([every[t] for t in range(self.place.tp)], axis=1)
 
     def gather_logits(self, config: ModelConfig) -> Callable[[Array], Array]:
@@ -198,7 +198,7 @@ class Ranks:
                 return be.zeros((0, config.vocab_size), be.wide_dtype)
             if mine < max(sizes):
                 logits = be.concat((logits, be.zeros((tokens, max(sizes) - mine), be.wide_dtype)), axis=1)
-            every = self.tp.all_gather("logits", logits)
+            every = self.tp.all_gather("logits gather", logits)
             return be.concat([every[t][:, :size] for t, size in enumerate(sizes)], axis=1)
 
         return gather
@@ -206,10 +206,10 @@ class Ranks:
     def gather_rows(self, rows: Host) -> Host:
         """Join the groups' rows [n, ...] of a host array in the order of the groups; n may differ, and be 0."""
         be = self.backend
-        counts = be.to_numpy(self.ep.all_gather("ids", be.from_numpy(np.array([len(rows)], np.int32))))[:, 0]
+        counts = be.to_numpy(self.ep.all_gather("ids gather", be.from_numpy(np.array([len(rows)], np.int32))))[:, 0]
         padded = np.zeros((int(counts.max()), *rows.shape[1:]), rows.dtype)
         padded[: len(rows)] = rows
-        every = be.to_numpy(self.ep.all_gather("ids", be.from_numpy(padded)))
+        every = be.to_numpy(self.ep.all_gather("ids gather", be.from_numpy(padded)))
         return np.concatenate([part[:count] for part, count in zip(every, counts, strict=True)])
 
     def __enter__(self) -> Ranks:
@@ -258,14 +258,14 @@ class ExpertExchange:
         here, held = int(host_offsets[-1]), np.diff(self.bounds)
         counts = be.from_numpy(np.diff(host_offsets).astype(np.int32)[:, None])
         mine = np.full(link.size, held[link.place])
-        arriving = be.to_numpy(link.all_to_all("counts", [counts], held, mine)[0]).reshape(link.size, -1)
+        arriving = be.to_numpy(link.all_to_all("expert counts", [counts], held, mine)[0]).reshape(link.size, -1)
         send = np.diff(host_offsets[np.array(self.bounds) - first])
         receive = arriving.sum(1, dtype=np.int64)
 
         parts = [rows[:here], row_weights[:here].reshape((here, 1))]
         if self.fp8:
             parts[:1] = be.act_quant(rows[:here], block=FP8_BLOCK)
-        *channels, copy_weights = link.all_to_all("dispatch", parts, send, receive)
+        *channels, copy_weights = link.all_to_all("expert dispatch", parts, send, receive)
         copies = self.ranks.world.dequantise(*channels, block=FP8_BLOCK) if self.fp8 else channels[0]
         experts = np.repeat(np.tile(first_expert + np.arange(mine[0]), link.size), arriving.reshape(-1))
         y = be.moe(
@@ -280,7 +280,7 @@ class ExpertExchange:
             limit=limit,
             out_dtype=be.activation_dtype,
         )
-        (back,) = link.all_to_all("combine", [y], receive, send)
+        (back,) = link.all_to_all("expert combine", [y], receive, send)
         traffic.tokens += tokens
         traffic.copies += int(send.sum() - send[link.place])
         traffic.returned += int(receive.sum() - receive[link.place])
@@ -293,8 +293,8 @@ def report(ranks: Ranks, config: ModelConfig, *, quantised: bool, seconds: float
     """Lines for people: what this rank sent, by purpose, against the formula where there is one; and its time so."""
     traffic = ranks.traffic
     spent = sum(traffic.seconds.values())
-    lines = [f"communication {spent:.2f} s of {seconds:.2f} s"]
-    lines += [f"{name}: {sent} bytes in {traffic.seconds[name]:.2f} s" for name, sent in sorted(traffic.sent.items())]
+    lines = [f"communication: {sum(traffic.sent.values())} bytes sent, {spent:.2f} s of {seconds:.2f} s"]
+    lines += [f"  {name}: {sent} bytes in {traffic.seconds[name]:.2f} s" for name, sent in sorted(traffic.sent.items())]
     if traffic.tokens:
         lines.append(expert_line(traffic, config, ranks.place, fp8=quantised))
     return lines
@@ -305,11 +305,11 @@ def expert_line(traffic: Traffic, config: ModelConfig, place: Place, *, fp8: boo
     item = BFLOAT16.itemsize
     row_out = config.hidden_size + config.hidden_size // FP8_BLOCK + 4 if fp8 else traffic.dispatch_row
     row_back = item * config.hidden_size if fp8 else traffic.combine_row
-    sent = traffic.sent["dispatch"] + traffic.sent["combine"]
+    sent = traffic.sent["expert dispatch"] + traffic.sent["expert combine"]
     exact = traffic.copies * row_out + traffic.returned * row_back
     uniform = config.num_experts_per_tok / place.tp * (place.ep - 1) / place.ep
     return (
-        f"experts: {sent / traffic.tokens:.0f} bytes a token and layer sent; formula {exact / traffic.tokens:.0f} for the "
+        f"expert step: {sent / traffic.tokens:.0f} bytes a token and layer sent; formula {exact / traffic.tokens:.0f} for the "
         f"{traffic.copies} copies routed away (dispatch {row_out}) and {traffic.returned} returned (combine {row_back}), "
         f"{uniform * (row_out + row_back):.0f} with uniform routing"
     )

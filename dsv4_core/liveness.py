@@ -80,10 +80,7 @@ class Watch:
 
         Raises ``RankError`` naming the ranks that differ from rank 0, and in what.
         """
-        self.store.set(self._key("agree", self.rank), json.dumps(what, sort_keys=True))
-        while self._missing("agree", 1.0):  # a rank that never comes ends this one through the watch
-            pass
-        said = [json.loads(value) for value in self.store.multi_get(self._keys("agree"))]
+        said = [json.loads(value) for value in self.collect("agree", json.dumps(what, sort_keys=True))]
         for name, mine in said[0].items():
             others = [r for r in range(self.ranks) if said[r].get(name) != mine]
             if others:
@@ -95,6 +92,13 @@ class Watch:
                 raise RankError(
                     f"rank {who} has another {name} than rank 0 ({self.places[0]}): {theirs} instead of {mine}; give all ranks the same"
                 )
+
+    def collect(self, what: str, mine: str) -> list[str]:
+        """Give what every rank has said under a name, once all have."""
+        self.store.set(self._key(what, self.rank), mine)
+        while self._missing(what, 1.0):  # a rank that never comes ends this one through the watch
+            pass
+        return [value.decode() for value in self.store.multi_get(self._keys(what))]
 
     def __enter__(self) -> Watch:
         return self

@@ -87,7 +87,7 @@ class Team:
         return self.source, parallel
 
     def report(self) -> None:
-        """With ``--stats``: print this rank's lines to standard error."""
+        """With ``--stats``: print every rank's lines to standard error, from the first rank."""
         if not self.stats or self.source is None:
             return
         from dsv4_core.exchange import report
@@ -97,7 +97,10 @@ class Team:
         if self.ranks:
             seconds = time.perf_counter() - self.began
             lines += report(self.ranks, self.source.config, quantised=self.quantised, seconds=seconds)
-        click.echo("".join(f"rank {place.rank}: {line}\n" for line in lines), nl=False, err=True)
+        text = "".join(f"rank {place.rank}: {line}\n" for line in lines)
+        every = self.ranks.watch.collect("stats", text) if self.ranks else [text]
+        if self.speaks:
+            click.echo("".join(every), nl=False, err=True)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,8 +13,12 @@ from dsv4_backend_reference.mhc import ReferenceMhc
 from dsv4_backend_reference.moe import ReferenceMoe
 from dsv4_backend_reference.norm import ReferenceNorm
 from dsv4_backend_reference.weight_cache import WeightCache
-from dsv4_core.backend import Backend, Option
+from dsv4_core.backend import Backend, BackendError, Option
 from dsv4_core.dtypes import Host, numpy_dtype
+
+if TYPE_CHECKING:
+    from dsv4_backend_reference.process_group import ReferenceProcessGroup
+    from dsv4_core.rendezvous import Rendezvous
 
 
 class ReferenceBackend(
@@ -44,6 +48,14 @@ class ReferenceBackend(
     def to_numpy(self, array: Host) -> Host:
         """Give the array itself."""
         return array
+
+    def process_group(self, where: Rendezvous) -> ReferenceProcessGroup:
+        """Reach the ranks' store; raise ``BackendError`` where torch, whose gloo connects the ranks, is not installed."""
+        try:
+            from dsv4_backend_reference.process_group import ReferenceProcessGroup
+        except ImportError as error:
+            raise BackendError(f"several ranks are connected by torch.distributed: pip install 'dsv4[torch]' ({error})") from error
+        return ReferenceProcessGroup(self, where)
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Host:
         """Allocate zeros; untouched pages of a large cache cost no memory."""

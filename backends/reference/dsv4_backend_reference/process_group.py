@@ -45,7 +45,8 @@ class ReferenceProcessGroup:
     def connect(self) -> None:
         """Connect with all other ranks, which do the same."""
         store = dist.PrefixStore(f"{self.where.attempt}/torch", self._own)
-        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.ranks, timeout=SLOWEST)
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.ranks, timeout=SLOWEST)
 
     def groups(self, members: Sequence[Sequence[int]]) -> ReferenceGroup:
         """Make groups that together hold every rank once; give this rank's."""

@@ -60,8 +60,9 @@ class TorchMhc(TorchNorm, TorchMatmul, MhcOps):
             pre.append([sigmoid(m[j] * s0 + b[j]) + eps for j in range(4)])
             post.append([2 * sigmoid(m[j] * s1 + b[j]) for j in range(4, 8)])
             comb.append(sinkhorn4([m[j] * s2 + b[j] for j in range(8, 24)], eps, iters))
-        wide = self.wide_type
-        return torch.tensor(pre, dtype=wide), torch.tensor(post, dtype=wide), torch.tensor(comb, dtype=wide).reshape(len(comb), 4, 4)
+        shapes = ((pre, (len(pre), 4)), (post, (len(post), 4)), (comb, (len(comb), 4, 4)))  # of no token, too
+        first, second, third = (torch.tensor(values, dtype=self.wide_type).reshape(shape) for values, shape in shapes)
+        return first, second, third
 
     def hc_pre(self, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float, iters: int) -> Mixed:
         tokens, hc, dim = h.shape

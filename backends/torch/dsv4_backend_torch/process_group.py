@@ -44,7 +44,8 @@ class TorchProcessGroup:
     def connect(self) -> None:
         """Connect with all other ranks, which do the same."""
         store = dist.PrefixStore(f"{self.attempt}/torch", self._own)
-        dist.init_process_group(self.library, store=store, rank=self.rank, world_size=self.ranks, timeout=SLOWEST)
+        if not dist.is_initialized():
+            dist.init_process_group(self.library, store=store, rank=self.rank, world_size=self.ranks, timeout=SLOWEST)
 
     def groups(self, members: Sequence[Sequence[int]]) -> TorchGroup:
         """Make groups that together hold every rank once; give this rank's."""
