@@ -54,7 +54,7 @@ def quantise_fp8(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tenso
     return codes.view(torch.uint8).flatten(-2), byte.to(torch.uint8)
 
 
-def qdq(x: torch.Tensor, format: str, block: int) -> torch.Tensor:  # noqa: A002
+def qdq(x: torch.Tensor, format: str, block: int) -> torch.Tensor:
     if format == "e4m3":
         codes, byte = quantise_fp8(x, block)
         return e4m3(codes) * e8m0(byte).repeat_interleave(block, -1)

@@ -8,7 +8,6 @@ import torch
 from dsv4_backend_cuda.kernels import sparse_attn
 
 
-
 def attend(q, rows, sink, picks, scale):
     chosen = rows.double()[picks.clamp(min=0).long()]
     score = torch.einsum("thd,tjd->thj", q.double(), chosen) * scale

@@ -98,7 +98,7 @@ def _tf32(data: np.ndarray) -> np.ndarray:
 
 
 def _exact_fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """x * y + z of small floats in float64, rounded to odd: correct after any later rounding to 8 bits or fewer."""
+    """X * y + z of small floats in float64, rounded to odd: correct after any later rounding to 8 bits or fewer."""
     product = x.astype(np.float64) * y.astype(np.float64)  # exact: 16 bits
     other = z.astype(np.float64)
     total = product + other

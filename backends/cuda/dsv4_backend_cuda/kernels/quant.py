@@ -5,7 +5,15 @@ import triton
 import triton.language as tl
 
 from dsv4_backend_cuda import launch
-from dsv4_backend_cuda.kernels.formats import e2m1_encode, e2m1_value, e4m3_value, e8m0_of, e8m0_reciprocal, e8m0_value, quantise_e4m3
+from dsv4_backend_cuda.kernels.formats import (
+    e2m1_encode,
+    e2m1_value,
+    e4m3_value,
+    e8m0_of,
+    e8m0_reciprocal,
+    e8m0_value,
+    quantise_e4m3,
+)
 from dsv4_backend_cuda.launch import KernelSpec, Work
 
 
@@ -80,7 +88,7 @@ def act_quant(x: torch.Tensor, *, block: int) -> tuple[torch.Tensor, torch.Tenso
     return codes, scales
 
 
-def act_qdq(x: torch.Tensor, *, format: str, block: int, channels: int) -> torch.Tensor:  # noqa: A002 - the contract's word
+def act_qdq(x: torch.Tensor, *, format: str, block: int, channels: int) -> torch.Tensor:
     """``ops/quant.py: act_qdq`` for contiguous ``x`` [tokens, dim] and a power-of-two ``block``."""
     y = torch.empty_like(x)
     options = launch.options("act_qdq", x)

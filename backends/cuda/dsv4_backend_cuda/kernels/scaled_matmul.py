@@ -67,7 +67,7 @@ def scaled_matmul_kernel(
         w += tl.cast(expert, tl.int64) * N * (K // PACK)
         ws += tl.cast(expert, tl.int64) * (N * (K // 32) if FP4 else ((N + 127) // 128) * blocks)
         inner, packed, group = tl.arange(0, 128), tl.arange(0, 128 // PACK), tl.arange(0, 4)
-        for block in range(0, blocks):
+        for block in range(blocks):
             wide = tl.load(w + column[:, None] * (K // PACK) + block * (128 // PACK) + packed[None, :], mask=live_n[:, None], other=0)
             if MMA == "scaled" or MMA == "scaled_e4m3":
                 narrow = tl.load(x + row[None, :] * K + block * 128 + inner[:, None], mask=live_t[None, :], other=0)
