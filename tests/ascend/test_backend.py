@@ -1,4 +1,6 @@
-"""The ascend backend: whole models on simulated CANN, every op of the table at the published head sizes, and each way of not finding a chip."""
+"""The ascend backend: whole models on simulated CANN, every op of the table at the published head sizes, and each way
+of not finding a chip.
+"""
 
 import dataclasses
 import os

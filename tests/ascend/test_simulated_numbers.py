@@ -188,7 +188,8 @@ def _attention(picks, *, rows, mode=0):
     query = torch.randn(len(picks), 2, 512).bfloat16()
     result = OPS.npu_sparse_flash_attention(
         query, rows, rows, torch.tensor(picks, dtype=torch.int32).unsqueeze(1), 512**-0.5,
-        actual_seq_lengths_query=torch.tensor([len(picks)], dtype=torch.int32), actual_seq_lengths_kv=torch.tensor([len(rows)], dtype=torch.int32),
+        actual_seq_lengths_query=torch.tensor([len(picks)], dtype=torch.int32),
+        actual_seq_lengths_kv=torch.tensor([len(rows)], dtype=torch.int32),
         query_rope=torch.zeros(len(picks), 2, 64).bfloat16(), key_rope=torch.zeros(len(rows), 1, 64).bfloat16(),
         layout_query="TND", layout_kv="TND", sparse_mode=mode, attention_mode=2, return_softmax_lse=True,
     )  # fmt: skip

@@ -88,21 +88,33 @@ def _bf16_sums(_kernel):
     return run
 
 
+def _wrapped(a):
+    return torch.where(a.sparse_indices >= ROW_LIMIT, a.sparse_indices - ROW_LIMIT, a.sparse_indices)
+
+
+def _summed_again(a):
+    return a.group_list.cumsum(0).clamp(max=a.x[0].shape[0])
+
+
+def _without_the_last(a):
+    return torch.cat([a.probs[:, :-1], 0 * a.probs[:, -1:]], 1)
+
+
 BUGS = {
     "pre_mix_ignored": ("950", "npu_mhc_pre", "hc_pre", _pre_ignored),
     "sinkhorn_stops_after_one_round": ("950", "npu_mhc_sinkhorn", "hc_pre", _with(num_iters=1)),
     "comb_not_transposed": ("950", "npu_mhc_post", "hc_post", _with(h_res=lambda a: a.h_res.transpose(1, 2))),
-    "row_address_overflows": ("910B", "npu_sparse_flash_attention", "sparse_attn", _with(sparse_indices=lambda a: torch.where(a.sparse_indices >= ROW_LIMIT, a.sparse_indices - ROW_LIMIT, a.sparse_indices))),
+    "row_address_overflows": ("910B", "npu_sparse_flash_attention", "sparse_attn", _with(sparse_indices=_wrapped)),
     "key_block_address_overflows": ("910C", "npu_lightning_indexer", "index_topk", _with(block_table=lambda a: a.block_table % 100)),
     "sink_dropped": ("910B", "npu_sparse_flash_attention", "sparse_attn", _with(query_rope=lambda a: torch.zeros_like(a.query_rope))),
     "softmax_not_normalised": ("950", "npu_sparse_flash_attention", "sparse_attn", _last_rows_scaled),
     "half_for_interleaved_rotary": ("910B", "npu_rotary_mul", "apply_rope", _half_rotary),
     "one_experts_rows_lost": ("910B", "npu_grouped_matmul", "expert_linear", _lost_expert),
-    "group_list_read_as_counts": ("950", "npu_grouped_matmul", "expert_linear", _with(group_list=lambda a: a.group_list.cumsum(0).clamp(max=a.x[0].shape[0]))),
+    "group_list_read_as_counts": ("950", "npu_grouped_matmul", "expert_linear", _with(group_list=_summed_again)),
     "scale_per_tensor": ("950", "npu_dynamic_mx_quant", "linear", _per_tensor_scale),
     "mx_scale_pair_swapped": ("950", "npu_quant_matmul", "linear", _with(scale=lambda a: a.scale.flip(-1))),
     "routing_not_stable": ("910B", "npu_moe_init_routing_v2", "dispatch", _unstable),
-    "last_pick_dropped": ("910C", "npu_moe_token_unpermute", "combine", _with(probs=lambda a: torch.cat([a.probs[:, :-1], 0 * a.probs[:, -1:]], 1))),
+    "last_pick_dropped": ("910C", "npu_moe_token_unpermute", "combine", _with(probs=_without_the_last)),
     "up_projection_not_clamped": ("910B", "npu_clipped_swiglu", "swiglu", _up_not_clamped),
     "epsilon_ignored": ("950", "npu_rms_norm", "rms_norm", _with(epsilon=0.0)),
     "sums_in_bfloat16": ("910B", "npu_transpose_batchmatmul", "grouped_linear", _bf16_sums),

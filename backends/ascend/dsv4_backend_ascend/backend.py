@@ -7,16 +7,16 @@ import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from dsv4_backend_torch.backend import TorchBackend
 
 from dsv4_backend_ascend import probe, simulate
 from dsv4_backend_ascend.capability import GENERATIONS, Answer, Generation
 from dsv4_backend_ascend.capability import cann_version as parse_cann
 from dsv4_backend_ascend.plan import IMPLEMENTATIONS, plan
 from dsv4_backend_ascend.weights import MxArray, MxExperts
-from dsv4_backend_torch.backend import TorchBackend
 from dsv4_core.backend import BackendError, Option
 from dsv4_core.dtypes import Experts, Host, ScaledArray, dtype_name
-from dsv4_core.ops import OPS
+from dsv4_core.ops import OPS, FusedOps
 from dsv4_core.spec import Support
 
 if TYPE_CHECKING:
@@ -39,8 +39,10 @@ def _tiered(op: str) -> Callable[..., Any]:
 class AscendBackend(TorchBackend):
     """Ascend NPUs.
 
-    ``tier``: ``cann`` (CANN's ops where they serve) or ``composed`` (plain PyTorch, the yardstick). ``simulate``: a generation; compute on the CPU with
-    simulated CANN. ``soc``: a generation; plan for it without computing, or name the chip that is there. ``cann``: plan for this version. ``expand_bytes``:
+    ``tier``: ``cann`` (CANN's ops where they serve) or ``composed`` (plain PyTorch, the yardstick). ``simulate``: a
+    generation; compute on the CPU with
+    simulated CANN. ``soc``: a generation; plan for it without computing, or name the chip that is there. ``cann``: plan
+    for this version. ``expand_bytes``:
     BF16 weights of experts that exist at a time on chips without FP8.
     """
 
@@ -55,6 +57,8 @@ class AscendBackend(TorchBackend):
         Option("expand_bytes", "bytes of expert weights expanded to BF16 at a time on 910B and 910C", 1 << 30),
     )
     on_cpu = False  # on simulated CANN too: the paths are those of a device
+    tier: str
+    expand_bytes: int
     generation: Generation
     cann_version: str | None
 
@@ -132,6 +136,7 @@ class AscendBackend(TorchBackend):
             else loaded
         )
 
+    ffn = FusedOps.ffn  # type: ignore[assignment]  # PyTorch's own fused one would pass by the ops below
     rms_norm = _tiered("rms_norm")
     apply_rope = _tiered("apply_rope")
     linear = _tiered("linear")

@@ -27,7 +27,9 @@ def dtype_of(tensor: Any) -> str:
 
 
 def transposed(tensor: Any) -> bool:
-    """Whether the last two axes are a transposed view; unknown (False) where there are no strides yet or an axis has one element."""
+    """Whether the last two axes are a transposed view; unknown (False) where there are no strides yet or an axis has
+    one element.
+    """
     if not hasattr(tensor, "stride") or min(tensor.shape[-2:]) == 1:
         return False
     return bool(tensor.stride(-2) < tensor.stride(-1))
@@ -59,7 +61,10 @@ def rotary_mul(generation: Generation, a: SimpleNamespace) -> Iterator[str]:
     if generation == "950":
         yield "interleave mode is not documented for 950"
     if a.rotary_mode != "interleave" or a.rotate is not None:
-        yield f"rotary_mode={a.rotary_mode!r} with rotate={'given' if a.rotate is not None else None}; this backend calls interleave without rotate"
+        yield (
+            f"rotary_mode={a.rotary_mode!r} with rotate={'given' if a.rotate is not None else None}; "
+            "this backend calls interleave without rotate"
+        )
     if len(shape) != 3:
         yield f"input has {len(shape)} axes; this backend calls it as tokens, heads, channels (TND)"
         return
@@ -251,7 +256,10 @@ def _grouped_matmul_mx(
     if generation != "950":
         yield f"float8_e4m3fn operands are documented for Ascend 950 only, not {generation}"
     if dtype_of(weight) != ("uint8" if fp4 else "float8_e4m3fn") or weight.shape[1] != (k // 2 if fp4 else k):
-        yield f"weight is {dtype_of(weight)} with {weight.shape[1]} rows for k={k}; float8_e4m3fn, or uint8 pairs where weight_dtype is E2M1 ({E2M1})"
+        yield (
+            f"weight is {dtype_of(weight)} with {weight.shape[1]} rows for k={k}; "
+            f"float8_e4m3fn, or uint8 pairs where weight_dtype is E2M1 ({E2M1})"
+        )
     if fp4 and (k % 64 or (hasattr(weight, "stride") and not transposed(weight) and min(weight.shape[1:]) > 1)):
         yield f"E2M1 weight with k={k}; transposed, an even number of groups of 32"
     scales, name, shape = (
@@ -288,7 +296,10 @@ def moe_init_routing_v2(_generation: Generation, a: SimpleNamespace) -> Iterator
     if dtype_of(a.x) not in {"float16", "bfloat16", "float32"} or dtype_of(a.expert_idx) != "int32":
         yield f"x is {dtype_of(a.x)}, expert_idx {dtype_of(a.expert_idx)}; a floating dtype and int32"
     if a.scale is not None or a.offset is not None or a.quant_mode != -1 or a.drop_pad_mode or a.active_num > 0:
-        yield f"quant_mode={a.quant_mode}, drop_pad_mode={a.drop_pad_mode}, active_num={a.active_num}; this backend copies every row unquantised"
+        yield (
+            f"quant_mode={a.quant_mode}, drop_pad_mode={a.drop_pad_mode}, active_num={a.active_num}; "
+            "this backend copies every row unquantised"
+        )
     if not 0 < a.expert_num <= 10240:
         yield f"expert_num={a.expert_num}; 1 to 10240"
     if list(a.active_expert_range or [0, a.expert_num]) != [0, a.expert_num]:
@@ -379,7 +390,10 @@ def sparse_flash_attention(generation: Generation, a: SimpleNamespace) -> Iterat
         or (a.pre_tokens, a.next_tokens) != (TOKENS_ALL, TOKENS_ALL)
         or a.sparse_block_size != 1
     ):
-        yield f"sparse_mode={a.sparse_mode}, sparse_block_size={a.sparse_block_size}; 0 or 3, single rows, default pre_tokens and next_tokens"
+        yield (
+            f"sparse_mode={a.sparse_mode}, sparse_block_size={a.sparse_block_size}; "
+            "0 or 3, single rows, default pre_tokens and next_tokens"
+        )
     picks = tuple(a.sparse_indices.shape)
     if (
         dtype_of(a.sparse_indices) != "int32"
@@ -442,7 +456,10 @@ def mhc_post(generation: Generation, a: SimpleNamespace) -> Iterator[str]:
     if generation != "950":
         yield f"documented for Ascend 950 only, not {generation}"
     if dtype_of(a.x) not in {"bfloat16", "float16"} or dtype_of(a.h_out) != dtype_of(a.x) or len(a.x.shape) != 3:
-        yield f"x is {dtype_of(a.x)}{tuple(a.x.shape)}, h_out {dtype_of(a.h_out)}; one dtype, bfloat16 or float16, x [tokens, streams, channels]"
+        yield (
+            f"x is {dtype_of(a.x)}{tuple(a.x.shape)}, h_out {dtype_of(a.h_out)}; "
+            "one dtype, bfloat16 or float16, x [tokens, streams, channels]"
+        )
         return
     tokens, streams, dim = a.x.shape
     for name, shape in (("h_res", (tokens, streams, streams)), ("h_post", (tokens, streams))):

@@ -1,6 +1,7 @@
 """Which tier runs which call: the capability table for dtypes, then a dry run of the cann tier for shapes.
 
-The dry run is the implementation itself on tensors without data, with each npu call checked against the documents; so what is planned is what will run.
+The dry run is the implementation itself on tensors without data, with each npu call checked against the documents; so
+what is planned is what will run.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from dsv4_backend_torch.numeric import torch_dtype
+from dsv4_backend_torch.weights import StackedExperts
 
 from dsv4_backend_ascend.cann import attention, expand, matmul, mhc, moe, norm
 from dsv4_backend_ascend.cann.call import RefusedError, dry_run
 from dsv4_backend_ascend.capability import Answer, table
 from dsv4_backend_ascend.weights import MxArray, MxExperts
-from dsv4_backend_torch.numeric import torch_dtype
-from dsv4_backend_torch.weights import StackedExperts
 from dsv4_core.dtypes import FP4_GROUP, FP8_BLOCK, Experts, ScaledArray, dtype_name
 from dsv4_core.ops import OPS
 

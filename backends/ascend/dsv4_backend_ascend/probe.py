@@ -1,4 +1,6 @@
-"""What is installed here: torch-npu, CANN, the chip. Nothing is imported until it is asked for, and every failure says what to do."""
+"""What is installed here: torch-npu, CANN, the chip. Nothing is imported until it is asked for, and every failure says
+what to do.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +68,6 @@ def drift() -> dict[str, str]:
         packet = getattr(torch.ops.npu, op, None)
         if packet is None:
             found[op] = "is missing in the installed torch-npu"
-        elif str(packet.default._schema) != committed:  # noqa: SLF001  the schema has no public name
+        elif str(packet.default._schema) != committed:  # noqa: SLF001
             found[op] = f"has another schema than the table's: {packet.default._schema}"  # noqa: SLF001
     return found

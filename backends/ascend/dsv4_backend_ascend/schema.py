@@ -23,7 +23,7 @@ def schemas() -> dict[str, str]:
 @functools.cache
 def _parameters(op: str) -> tuple[tuple[str, Any], ...]:
     """Names and defaults of an op's arguments, in the schema's order."""
-    return tuple((argument.name, argument.default_value) for argument in torch._C.parse_schema(schemas()[op]).arguments)
+    return tuple((argument.name, argument.default_value) for argument in torch._C.parse_schema(schemas()[op]).arguments)  # noqa: SLF001
 
 
 def bind(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SimpleNamespace:

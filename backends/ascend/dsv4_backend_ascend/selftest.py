@@ -1,23 +1,26 @@
-"""Self-test for hardware: every contract of the cann tier against the composed tier, on the same chip, with the same operands.
+"""Self-test for hardware: every contract of the cann tier against the composed tier, on the same chip, with the same
+operands.
 
-Sizes and data are chosen for what has gone wrong on NPUs: rows and key blocks at high addresses, long contexts, sinks of both signs, experts without rows, ties,
+Sizes and data are chosen for what has gone wrong on NPUs: rows and key blocks at high addresses, long contexts, sinks
+of both signs, experts without rows, ties,
 clamped activations. A difference names the contract, its npu ops, the case and the element.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-
 from dsv4_backend_torch.backend import TorchBackend
+
 from dsv4_core.dtypes import BFLOAT16, Experts, Host, quantise_weight
 from dsv4_core.ops import FusedOps
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from dsv4_backend_ascend.backend import AscendBackend
     from dsv4_core.dtypes import Format
 
@@ -38,7 +41,9 @@ class Case:
 
 
 class Outcome(NamedTuple):
-    """What one case showed: ``found`` is empty where both tiers agree; ``skipped`` says why the cann tier was not asked."""
+    """What one case showed: ``found`` is empty where both tiers agree; ``skipped`` says why the cann tier was not
+    asked.
+    """
 
     contract: str
     case: str
@@ -195,4 +200,5 @@ def _difference(index: int, ours: torch.Tensor, theirs: torch.Tensor, *, exact: 
         return ""
     element = [int(i) for i in np.unravel_index(worst, tuple(b.shape))]
     wrong = int((excess > 0).sum())
-    return f"result {index}{element}: cann {float(a.flatten()[worst]):.6g}, composed {float(b.flatten()[worst]):.6g} ({wrong} of {b.numel()} differ)"
+    values = f"cann {float(a.flatten()[worst]):.6g}, composed {float(b.flatten()[worst]):.6g}"
+    return f"result {index}{element}: {values} ({wrong} of {b.numel()} differ)"

@@ -1,6 +1,7 @@
 """Weights as the chips multiply them: MX on 950, int8 per channel on 910B and 910C, packed stacks of experts.
 
-MX lays one E8M0 scale per 32 channels as [..., k / 64, 2]. The checkpoint's grids repeat into it (128 x 128 blocks of FP8, 1 x 32 groups of FP4), so the
+MX lays one E8M0 scale per 32 channels as [..., k / 64, 2]. The checkpoint's grids repeat into it (128 x 128 blocks of
+FP8, 1 x 32 groups of FP4), so the
 repacking is exact and reversible.
 """
 
@@ -9,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-
 from dsv4_backend_torch.weights import StackedExperts
+
 from dsv4_core.dtypes import FP4_GROUP, FP8_BLOCK, Format, ScaledArray
 
 MX_PAIR = 64  # channels under one pair of E8M0 scales
@@ -18,7 +19,9 @@ MX_PAIR = 64  # channels under one pair of E8M0 scales
 
 @dataclass(frozen=True)
 class MxWeight:
-    """``data``: E4M3 [..., out, in], or E2M1 pairs in uint8 [..., out, in / 2]; ``scale``: uint8 E8M0 [..., out, in / 64, 2]."""
+    """``data``: E4M3 [..., out, in], or E2M1 pairs in uint8 [..., out, in / 2]; ``scale``: uint8 E8M0 [..., out, in /
+    64, 2].
+    """
 
     data: torch.Tensor
     scale: torch.Tensor
@@ -56,7 +59,9 @@ class MxExperts(StackedExperts):
 
 @dataclass(frozen=True)
 class Int8Weight:
-    """W8A8: ``data`` int8 [..., out, in], ``scale`` float32 [..., out], one per output channel. Lossy: made by ``dsv4 convert``, never at load."""
+    """W8A8: ``data`` int8 [..., out, in], ``scale`` float32 [..., out], one per output channel. Lossy: made by ``dsv4
+    convert``, never at load.
+    """
 
     data: torch.Tensor
     scale: torch.Tensor

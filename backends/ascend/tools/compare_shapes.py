@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch_npu  # noqa: F401  registers the ops
+import torch_npu  # noqa: F401
 from torch.utils import _pytree as pytree
 from torch_npu import version
 
@@ -58,7 +58,8 @@ def schema_drift() -> dict[str, dict[str, str]]:
     drift = {}
     for op, committed in schemas().items():
         found = next(
-            (str(s) for s in torch._C._jit_get_schemas_for_operator(f"npu::{op}") if not s.overload_name), "missing"
+            (str(s) for s in torch._C._jit_get_schemas_for_operator(f"npu::{op}") if not s.overload_name),  # noqa: SLF001
+            "missing",
         )
         if found != committed:
             drift[op] = {"committed": committed, "wheel": found}
@@ -79,7 +80,9 @@ def compare(sample: Sample) -> dict[str, Any]:
 
 
 def refused_by_us() -> list[dict[str, str]]:
-    """Ask the wheel's shape functions about calls that we refuse: forbidden by documents, or not how the op is called here."""
+    """Ask the wheel's shape functions about calls that we refuse: forbidden by documents, or not how the op is called
+    here.
+    """
     found = []
     for violation in VIOLATIONS:
         sample = next(s for g in GENERATIONS for s in samples(g) if s.call == violation.call)

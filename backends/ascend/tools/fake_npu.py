@@ -1,10 +1,13 @@
 """Rung L2: whole models on fake ``npu`` tensors with the real torch-npu wheel; write a report.
 
-Run in the environment of ``npu_venv.py``. Prefill and decode of small models pass through the backend as on an NPU, without data: the wheel's own schemas and shape
-functions see every call. Noted are operations with an operand in host memory (device-clean: there must be none beside transfers) and operators for which the wheel
+Run in the environment of ``npu_venv.py``. Prefill and decode of small models pass through the backend as on an NPU,
+without data: the wheel's own schemas and shape
+functions see every call. Noted are operations with an operand in host memory (device-clean: there must be none beside
+transfers) and operators for which the wheel
 has no NPU kernel, so that they would fall back to the CPU.
 
-    python backends/ascend/tools/npu_venv.py --venv .venv-npu run backends/ascend/tools/fake_npu.py --report reports/ascend/l2.json
+    python backends/ascend/tools/npu_venv.py --venv .venv-npu run backends/ascend/tools/fake_npu.py --report
+    reports/ascend/l2.json
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch_npu  # noqa: F401  registers the device and the ops
+import torch_npu  # noqa: F401
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,10 +33,11 @@ from torch_npu import version
 ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "backends" / "ascend"), str(ROOT / "backends" / "torch")]
 
-from dsv4_backend_ascend.backend import AscendBackend  # noqa: E402  the path comes first
+from dsv4_backend_ascend.backend import AscendBackend  # noqa: E402
 from dsv4_backend_ascend.capability import GENERATIONS, Generation  # noqa: E402
 from dsv4_backend_torch import numeric  # noqa: E402
 from dsv4_backend_torch.numeric import torch_dtype  # noqa: E402
+
 from dsv4_core.cache import Cache  # noqa: E402
 from dsv4_core.config import PRESETS, ModelConfig  # noqa: E402
 from dsv4_core.create import create  # noqa: E402
@@ -60,7 +64,7 @@ class FakeNpu(AscendBackend):
         self.generation = generation
         super().__init__(**options)
 
-    def _find_chip(self, chosen: dict[str, Any]) -> str:  # noqa: ARG002  nothing to find
+    def _find_chip(self, chosen: dict[str, Any]) -> str:  # noqa: ARG002
         return "found"
 
     def from_numpy(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
@@ -96,10 +100,12 @@ class Watch(TorchDispatchMode):
 
 
 def has_kernel(name: str) -> bool:
-    """Whether the wheel has a kernel for NPU tensors, for the operator or its out= variant, or PyTorch composes it of others."""
+    """Whether the wheel has a kernel for NPU tensors, for the operator or its out= variant, or PyTorch composes it of
+    others.
+    """
     keys = ("PrivateUse1", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
     out = f"{name}_out" if "." in name else f"{name}.out"
-    variants = [v for v in (name, out) if torch._C._dispatch_has_kernel(v)]  # noqa: SLF001  no public name
+    variants = [v for v in (name, out) if torch._C._dispatch_has_kernel(v)]  # noqa: SLF001
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(v, key) for v in variants for key in keys)  # noqa: SLF001
 
 

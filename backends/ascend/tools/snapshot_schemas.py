@@ -1,4 +1,5 @@
-"""Write the schemas of the npu ops that the backend calls, as the installed torch-npu registers them, to ``data/npu_schemas.json``.
+"""Write the schemas of the npu ops that the backend calls, as the installed torch-npu registers them, to
+``data/npu_schemas.json``.
 
 Run in the environment of ``npu_venv.py``. ``--check`` compares instead of writing and fails on a difference.
 """
@@ -17,7 +18,7 @@ from torch_npu import version
 PACKAGE = Path(__file__).resolve().parents[1] / "dsv4_backend_ascend"
 sys.path.insert(0, str(PACKAGE.parent))
 
-from dsv4_backend_ascend.capability import table
+from dsv4_backend_ascend.capability import table  # noqa: E402
 
 SNAPSHOT = PACKAGE / "data" / "npu_schemas.json"
 
@@ -26,7 +27,7 @@ def snapshot() -> dict[str, object]:
     """Schemas as printed by the dispatcher; an op that the wheel lacks is an error that names it."""
     schemas = {}
     for op in sorted(table().ops):
-        found = torch._C._jit_get_schemas_for_operator(f"npu::{op}")
+        found = torch._C._jit_get_schemas_for_operator(f"npu::{op}")  # noqa: SLF001
         if not found:
             raise SystemExit(f"torch-npu {torch_npu.__version__} has no npu::{op}; the capability table names it")
         schemas[op] = str(next(schema for schema in found if not schema.overload_name))

@@ -16,8 +16,10 @@ def sparse_attn(
 ) -> torch.Tensor:
     """Contract ``sparse_attn``. The sink is one row more, which every token picks first.
 
-    Its 512 channels are zero, so it adds nothing to the sum; its RoPE channels, which are part of the key only, hold ones against the sink in the
-    query's, split into three BF16 parts (24 bits), so its score is the sink. A token that picks nothing else gets zeros.
+    Its 512 channels are zero, so it adds nothing to the sum; its RoPE channels, which are part of the key only, hold
+    ones against the sink in the
+    query's, split into three BF16 parts (24 bits), so its score is the sink. A token that picks nothing else gets
+    zeros.
     """
     tokens, heads, dim = q.shape
     rows = kv.shape[0]
@@ -57,9 +59,11 @@ def index_topk(
     *,
     topk: int,
 ) -> torch.Tensor:
-    """Contract ``index_topk``; its positive scale does not change the order. The op knows no compression ratio and needs none.
+    """Contract ``index_topk``; its positive scale does not change the order. The op knows no compression ratio and
+    needs none.
 
-    Each token is a row of the batch whose key length is what it may see; the rows of a sequence share its keys through the block table.
+    Each token is a row of the batch whose key length is what it may see; the rows of a sequence share its keys through
+    the block table.
     """
     batch, seq, heads, dim = q.shape
     blocks = -(-keys.shape[1] // KEYS_A_BLOCK)

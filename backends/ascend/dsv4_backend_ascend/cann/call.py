@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,8 @@ from dsv4_backend_ascend.schema import bind
 from dsv4_backend_ascend.simulate import SHAPES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from dsv4_backend_ascend.capability import Generation
 
 

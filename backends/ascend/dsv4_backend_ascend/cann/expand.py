@@ -1,4 +1,6 @@
-"""expert_linear over FP8 and FP4 weights on chips without either: expanded to BF16 a few experts at a time, which loses nothing."""
+"""expert_linear over FP8 and FP4 weights on chips without either: expanded to BF16 a few experts at a time, which loses
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,11 @@ GROUPS = 1024  # npu_grouped_matmul takes no more
 def expert_linear(
     backend: TorchBackend, x: torch.Tensor, stack: ScaledArray, offsets: torch.Tensor, *, expand_bytes: int
 ) -> torch.Tensor:
-    """Contract ``expert_linear``. Never more than about ``expand_bytes`` of BF16 weights exist; offsets stay on the device.
+    """Contract ``expert_linear``. Never more than about ``expand_bytes`` of BF16 weights exist; offsets stay on the
+    device.
 
-    Few rows (decode): each row's expert is gathered, packed, and expanded, a group a row. Many: experts in blocks; the rows of a block are turned to the
+    Few rows (decode): each row's expert is gathered, packed, and expanded, a group a row. Many: experts in blocks; the
+    rows of a block are turned to the
     front, because npu_grouped_matmul counts its groups from row 0.
     """
     experts, out, cols = stack.shape

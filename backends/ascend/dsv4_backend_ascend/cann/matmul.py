@@ -1,16 +1,21 @@
 """linear, grouped_linear and expert_linear in npu ops.
 
-Rows after the last expert's belong to other ranks and come out of npu_grouped_matmul undefined; the contract wants zeros.
+Rows after the last expert's belong to other ranks and come out of npu_grouped_matmul undefined; the contract wants
+zeros.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 
 from dsv4_backend_ascend.cann.call import call
 from dsv4_backend_ascend.constraints import BFLOAT16, E2M1, E4M3_NPU, E8M0, FLOAT32
-from dsv4_backend_ascend.weights import Int8Weight, MxWeight
 from dsv4_core.dtypes import FP4_GROUP, FP8_BLOCK
+
+if TYPE_CHECKING:
+    from dsv4_backend_ascend.weights import Int8Weight, MxWeight
 
 _NUMBERS = {"bfloat16": BFLOAT16, "float32": FLOAT32}
 _GROUPED = {"split_item": 3, "group_type": 0, "group_list_type": 0, "output_dtype": BFLOAT16}
@@ -18,7 +23,9 @@ TRANSPOSED_LIMIT = 65536  # npu_transpose_batchmatmul: k * batch stays below it 
 
 
 def mx_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise per 128 channels as the model does, and spread the scales over MX's groups of 32: codes, [tokens, in / 64, 2]."""
+    """Quantise per 128 channels as the model does, and spread the scales over MX's groups of 32: codes, [tokens, in /
+    64, 2].
+    """
     codes, scale = call("npu_dynamic_mx_quant", input=x, dst_type=E4M3_NPU, block_size=FP8_BLOCK, scale_alg=1)
     groups = scale.flatten(-2).repeat_interleave(FP8_BLOCK // FP4_GROUP, -1)[..., : -(-x.shape[-1] // 64) * 2]
     return codes, groups.unflatten(-1, (-1, 2)).contiguous()

@@ -21,6 +21,6 @@ from dsv4_backend_ascend.simulate import (
 from dsv4_backend_ascend.simulate.library import KERNELS, SHAPES, CannError, Chip, Kernel, install
 
 __all__ = [
-    "KERNELS", "SHAPES", "CannError", "Chip", "Kernel", "grouped_matmul", "indexer", "install", "mhc", "norm", "quant_matmul", "quantise", "rotary", "routing",
-    "sparse_attention", "swiglu", "transpose_matmul",
+    "KERNELS", "SHAPES", "CannError", "Chip", "Kernel", "grouped_matmul", "indexer", "install", "mhc", "norm", "quant_matmul",
+    "quantise", "rotary", "routing", "sparse_attention", "swiglu", "transpose_matmul",
 ]  # fmt: skip

@@ -78,7 +78,7 @@ def install(generation: Generation) -> Chip:
 
     Raises ``RuntimeError`` where torch-npu is installed: its own ops come first.
     """
-    global _chip
+    global _chip  # noqa: PLW0603
     if generation not in GENERATIONS:
         raise ValueError(f"generation {generation!r} is not one of {', '.join(GENERATIONS)}")
     if importlib.util.find_spec("torch_npu") is not None:

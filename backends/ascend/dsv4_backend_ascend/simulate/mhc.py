@@ -53,7 +53,8 @@ def _sinkhorn_shapes(a: SimpleNamespace) -> tuple[torch.Tensor, None, None]:
 
 @simulated("npu_mhc_sinkhorn", shapes=_sinkhorn_shapes)
 def mhc_sinkhorn(a: SimpleNamespace) -> tuple[torch.Tensor, None, None]:
-    """``softmax(x) + eps`` over the last axis, divided by column sums, then ``num_iters - 1`` times by row and column sums.
+    """``softmax(x) + eps`` over the last axis, divided by column sums, then ``num_iters - 1`` times by row and column
+    sums.
 
     ``eps`` is added to each sum.
     """

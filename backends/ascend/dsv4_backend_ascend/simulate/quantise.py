@@ -22,7 +22,9 @@ def _int8_shapes(a: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
 
 @simulated("npu_dynamic_quant", shapes=_int8_shapes)
 def dynamic_quant(a: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per token: ``scale = max |x| / 127``, ``y = round(x / scale)``. A token of zeros gives zeros (the documents do not say)."""
+    """Per token: ``scale = max |x| / 127``, ``y = round(x / scale)``. A token of zeros gives zeros (the documents do
+    not say).
+    """
     x = a.input.float()
     scale = x.abs().amax(-1) / INT8_MAX
     codes = (x / scale.where(scale > 0, 1.0).unsqueeze(-1)).round().clamp(-INT8_MAX, INT8_MAX)
