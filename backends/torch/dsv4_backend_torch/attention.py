@@ -32,12 +32,12 @@ class TorchAttention(Numeric, AttentionOps):
         rows = keys.shape[1]
         step = max(1, AT_ONCE // max(1, batch * heads * rows))
         wide_keys = self.widen(keys).transpose(1, 2)
-        wide_weights = (self.widen(weights) * scale).reshape(batch * seq, 1, heads)
+        wide_weights = (self.widen(weights) * scale).reshape(batch, seq, 1, heads)
         scores = torch.empty((batch, seq, rows), dtype=self.wide_type, device=q.device)
-        wide_weights = wide_weights.reshape(batch, seq, 1, heads)
         for i in range(0, seq, step):
             block = self.widen(q[:, i : i + step])
-            hits = (block.reshape(batch, -1, dim) @ wide_keys).relu_().reshape(batch, -1, heads, rows)
+            tokens = block.shape[1]
+            hits = (block.reshape(batch, tokens * heads, dim) @ wide_keys).relu_().reshape(batch, tokens, heads, rows)
             scores[:, i : i + step] = (wide_weights[:, i : i + step] @ hits)[:, :, 0]
         return scores
 
@@ -47,7 +47,7 @@ class TorchAttention(Numeric, AttentionOps):
         if topk == scores.shape[-1]:
             picks = row.expand(scores.shape)
         elif scores.dtype == torch.float32:
-            picks = self.selection_keys(scores, row).masked_fill_(hidden, torch.iinfo(torch.int64).min).topk(topk, sorted=False).indices
+            picks = self.selection_keys(scores, row).masked_fill_(hidden, torch.iinfo(torch.int64).min).topk(topk).indices  # sorted: visible rows first
         else:
             picks = scores.masked_fill(hidden, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :topk]
         return torch.where(picks < visible[..., None], picks + offset[..., None], -1).to(torch.int32)

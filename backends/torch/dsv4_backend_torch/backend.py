@@ -43,6 +43,7 @@ class TorchBackend(TorchFused, Backend):
         if self.threads is not None:
             torch.set_num_threads(int(self.threads))
         self.weights = WeightCache(self.weight_cache)
+        self._well_scaled = {}
 
     def from_numpy(self, array: Host) -> Tensor:
         """Take over a host array; on a CPU its memory is shared."""

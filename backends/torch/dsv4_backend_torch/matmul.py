@@ -21,6 +21,7 @@ from dsv4_core.ops.matmul import MatmulOps
 Weight = Tensor | ScaledArray
 TILE = 1 << 22  # elements of a weight that are dequantised at a time when it is not kept: 8 MB in BF16
 NARROW = 128  # outputs below which oneDNN's cost of a call (14 us against 3) outweighs its speed
+LEAST_SCALE = 48  # E8M0: times E4M3's least 2^-9 and an activation's least 2^-31, still 2^7 above the least normal number
 GATHERED = 1 << 28  # elements of expert weights that are gathered at a time for a few rows on a device: 512 MB in BF16
 
 _PACKED = {torch.bfloat16: "onednn bfloat16", torch.float32: "onednn float32"}  # kinds of weight cache entries
@@ -30,6 +31,7 @@ class TorchMatmul(TorchQuant, MatmulOps):
     """Contracts of ``ops/matmul.py``. ``product`` is what a vendor's GEMM replaces."""
 
     weights: WeightCache
+    _well_scaled: dict[int, tuple[ScaledArray, bool]]  # weights are held too, so that their ids stay theirs
 
     def linear(self, x: Tensor, weight: Weight, *, out_dtype: str) -> Tensor:
         if isinstance(weight, ScaledArray):
@@ -64,6 +66,7 @@ class TorchMatmul(TorchQuant, MatmulOps):
         row = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
         expert = torch.searchsorted(offsets, row, right=True).sub_(1).clamp_(0, experts - 1)
         if isinstance(stack, ScaledArray):
+            x = x.to(self.operand_type(x, stack))
             picked = self.dequantise(ScaledArray(stack.data[expert], stack.scale[expert], stack.format), x.dtype)
         else:
             picked = stack[expert].to(x.dtype)
@@ -85,7 +88,15 @@ class TorchMatmul(TorchQuant, MatmulOps):
 
     def operand_type(self, x: Tensor, weight: Weight) -> torch.dtype:
         """The dtype of a product's operands: BF16 where both are exact in it, and where the library then sums in float32."""
-        return x.dtype if isinstance(weight, ScaledArray) else torch.promote_types(x.dtype, weight.dtype)
+        if isinstance(weight, ScaledArray):
+            return x.dtype if self.well_scaled(weight) else self.wide_type
+        return torch.promote_types(x.dtype, weight.dtype)
+
+    def well_scaled(self, weight: ScaledArray) -> bool:
+        """Say whether BF16 products can take a weight's values: BF16 instructions flush subnormal operands and sums. Read once a weight, when first used."""
+        if (known := self._well_scaled.get(id(weight))) is None:
+            self._well_scaled[id(weight)] = known = (weight, bool(weight.scale.numel() == 0 or weight.scale.min() >= LEAST_SCALE))
+        return known[1]
 
     def tiled(self, x: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
         """A product with a weight that is not kept: it is dequantised tile by tile of its rows."""

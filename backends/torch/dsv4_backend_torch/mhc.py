@@ -29,7 +29,7 @@ class TorchMhc(TorchNorm, TorchMatmul, MhcOps):
         return self.rounded(self.widen(h) + x[:, None])
 
     def hc_split_sinkhorn(self, mixes: Tensor, scale: Tensor, base: Tensor, *, hc: int, eps: float, iters: int) -> Mixed:
-        if self.on_cpu and hc == 4 and mixes.shape[0] <= FEW:
+        if self.on_cpu and hc == 4 and 0 < mixes.shape[0] <= FEW:
             return self._split_few(mixes, scale, base, eps, iters)
         mixes, scale, base = self.widen(mixes), self.widen(scale), self.widen(base)
         post = (mixes[:, hc : 2 * hc] * scale[1] + base[hc : 2 * hc]).sigmoid().mul_(2)
@@ -107,7 +107,8 @@ class TorchMhc(TorchNorm, TorchMatmul, MhcOps):
 
 def sigmoid(x: float) -> float:
     """Logistic function without overflow."""
-    return 0.5 * (1 + math.tanh(0.5 * x))
+    e = math.exp(-abs(x))
+    return (1 if x >= 0 else e) / (1 + e)
 
 
 def sinkhorn(comb: Host, eps: float, iters: int) -> Host:
