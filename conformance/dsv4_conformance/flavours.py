@@ -96,9 +96,16 @@ def fp4(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
     return rng.choice(E2M1_VALUES, shape).astype(np.float64) * np.exp2(rng.integers(-2, 3, (*shape[:-1], 1)))
 
 
+def nan(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
+    """One NaN in every other row: it must come out again, in its row and in no other."""
+    x = normal(rng, shape)
+    x.reshape(-1, shape[-1])[::2, shape[-1] // 2] = np.nan
+    return x
+
+
 FLAVOURS: dict[str, Fill] = {
     f.__name__: f
-    for f in (normal, outliers, zero_rows, subnormal, limits, tiny, floor, large, integers, positive, cancel, peaked, clamp, fp4)
+    for f in (normal, outliers, zero_rows, subnormal, limits, tiny, floor, large, integers, positive, cancel, peaked, clamp, fp4, nan)
 }
 
 
@@ -133,7 +140,9 @@ def scale_edges(fmt: str, dtype: str, shape: tuple[int, ...], block: int, rng: n
     _, top = _grid(fmt)
     exponents = np.arange(-126, 128 - (9 if fmt == "e4m3" else 3))
     edge = (top * np.exp2(exponents)).astype(numpy_dtype(dtype))
-    maxima = np.concatenate([edge, _step(edge, -1), _step(edge, 1)]).astype(np.float64)
+    maxima = np.stack([edge, _step(edge, -1), _step(edge, 1)], axis=1).astype(np.float64).reshape(-1)
+    if shape[0] * (shape[1] // block) < len(maxima):
+        raise ValueError(f"scale_edges: {len(maxima)} blocks do not fit {shape}")
     blocks = np.resize(maxima, (shape[0], shape[1] // block, 1))
     x = rng.uniform(-1, 1, (shape[0], shape[1] // block, block)) * blocks
     x[..., :1] = blocks

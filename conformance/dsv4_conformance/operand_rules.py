@@ -12,8 +12,10 @@ from dsv4_core.dtypes import FP4_GROUP, KV_BLOCK, Host, RowLayout
 
 @builds("embedding")
 def _embedding(m: Maker) -> list[Any]:
-    low, high = (-3, m["vocab"] + 3) if m.data == "ids_outside" else (0, m["vocab"])
-    return [m.ints(low, high, m["tokens"]), m.weight("weight", m["vocab"], m["dim"])]
+    ids = m.ints(0, m["vocab"], m["tokens"])
+    if m.data == "ids_outside":
+        ids[:4] = -1, m["vocab"], -m["vocab"] - 1, 2**31 - 1
+    return [ids, m.weight("weight", m["vocab"], m["dim"])]
 
 
 @builds("sample")

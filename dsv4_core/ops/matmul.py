@@ -53,6 +53,7 @@ def _linear_cases() -> tuple[Case, ...]:
         base.but("fp8_views", views=True, dtypes=fp8),
         base.but("fp4_views", views=True, dtypes=fp4),
         base.but("bf16_views", views=True),
+        base.but("bf16_nan", data="nan"),
         base.but("flash_wkv", dtypes=fp8, **{"tokens": 7, "in": 4096, "out": 512}),
         base.but("flash_long_sums", dtypes=fp4, data="positive", **{"tokens": 3, "in": 4096, "out": 128}),
         base.but("flash_compressor", out_dtype="wide", **{"tokens": 7, "in": 4096, "out": 512}),

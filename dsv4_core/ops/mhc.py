@@ -64,6 +64,7 @@ def _hc_post_cases() -> tuple[Case, ...]:
         base,
         *base.odd(),
         base.but("cancel", "smoke", data="cancel"),
+        base.but("nan", data="nan"),
         base.but("outliers", data="outliers"),
         base.but("zero_rows", data="zero_rows"),
         base.but("views", views=True),

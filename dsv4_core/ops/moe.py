@@ -62,6 +62,7 @@ def _swiglu_cases() -> tuple[Case, ...]:
         base.but("at_the_clamp", "smoke", data="clamp"),
         base.but("shared_at_the_clamp", "smoke", data="clamp", dtypes=shared),
         base.but("limit=2", data="clamp", limit=2.0),
+        base.but("nan", "smoke", data="nan"),
         base.but("zero_rows", data="zero_rows"),
         base.but("outliers", data="outliers"),
         base.but("views", views=True),

@@ -16,6 +16,7 @@ def _rms_norm_cases() -> tuple[Case, ...]:
         base.but("zero_rows", data="zero_rows"),
         base.but("outliers", data="outliers"),
         base.but("large", data="large"),
+        base.but("nan", data="nan"),
         base.but("subnormal", data="subnormal"),
         base.but("views", views=True),
         base.but("unweighted_views", views=True, dtypes={"weight": "none"}),
