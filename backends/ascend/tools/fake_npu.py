@@ -38,6 +38,7 @@ from dsv4_backend_ascend.capability import GENERATIONS, Generation  # noqa: E402
 from dsv4_backend_torch import numeric  # noqa: E402
 from dsv4_backend_torch.numeric import torch_dtype  # noqa: E402
 
+from dsv4_core import dtypes  # noqa: E402
 from dsv4_core.cache import Cache  # noqa: E402
 from dsv4_core.config import PRESETS, ModelConfig  # noqa: E402
 from dsv4_core.create import create  # noqa: E402
@@ -74,6 +75,13 @@ class FakeNpu(AscendBackend):
     def from_numpy(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         """Take over a host array's shape; copying data would ask the device for memory."""
         return torch.empty(array.shape, dtype=torch_dtype(dtype_name(array)), device=self.device)
+
+
+def table_without_data(name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Stand in for the torch backend's format tables; pairs of values are one element of twice the width."""
+    shape = getattr(dtypes, name).shape
+    table = torch.empty(shape, dtype=dtype, device=device)
+    return table if len(shape) == 1 else table.view({2: torch.int32, 4: torch.int64}[dtype.itemsize])[:, 0]
 
 
 class Watch(TorchDispatchMode):
@@ -151,7 +159,7 @@ def main() -> int:
     parser.add_argument("--report", type=Path, required=True)
     args = parser.parse_args()
     runs: dict[str, Any] = {}
-    numeric.table = lambda values, dtype, device: torch.empty(len(values) // 4, dtype=dtype, device=device)  # no data
+    numeric.table = table_without_data
     with tempfile.TemporaryDirectory() as folder, FakeTensorMode(allow_non_fake_inputs=False):
         create(Path(folder) / "wide", wide_heads(), seed=1)
         for name, path in (("embedded", embedded()), ("published head sizes", Path(folder) / "wide")):
