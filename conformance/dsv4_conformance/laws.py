@@ -114,6 +114,7 @@ LAWS = (
             {"ratios": ALL_KINDS, "start": 0, "chunks": [130, 1, 6], "seed": 0},
             {"ratios": (0, 128), "start": 1 << 20, "chunks": [30, 1], "seed": 0},
         ),
+        "smoke",
     ),
     Law(
         of_models.speculative_is_greedy,

@@ -74,7 +74,7 @@ def main(backend: str) -> None:
     native = Model(checkpoint, registry.create(backend, numerics="native"))
     runs = [distances(teacher_forced(native, chunks)[:, FIRST:], exact) for chunks in CHUNKINGS]
     kl, l2 = (np.mean([r[i] for r in runs], axis=0).astype(np.float32) for i in range(2))
-    data = lzma.compress(tensorfile.encode({"exact": exact, "kl": kl, "l2": l2}, {}), preset=9)
+    data = lzma.compress(tensorfile.encode({"exact": exact, "kl": kl, "l2": l2}), preset=9)
     FILE.parent.mkdir(exist_ok=True)
     FILE.write_bytes(data)
     print(f"{FILE}: {len(data)} bytes, KL {kl.mean():.4f}, L2 {l2.mean():.4f}")

@@ -14,7 +14,7 @@ import numpy as np
 from dsv4_core.shards import VIEWS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from dsv4_core.dtypes import Host
@@ -22,8 +22,13 @@ if TYPE_CHECKING:
 KINDS = {VIEWS[name]: name for name in ("F64", "F32", "I64", "I32", "U8", "BF16", "F16")}
 
 
-def encode(tensors: Mapping[str, Host], metadata: Mapping[str, str]) -> bytes:
-    """The file's bytes. Widest elements first, so that every tensor is aligned to its own element."""
+def encode(tensors: Mapping[str, Host], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The file's bytes."""
+    return b"".join(_pieces(tensors, metadata or {}))
+
+
+def _pieces(tensors: Mapping[str, Host], metadata: Mapping[str, str]) -> Iterator[bytes]:
+    """Header, then tensors, widest elements first, so that every tensor is aligned to its own element."""
     ordered = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
@@ -33,7 +38,9 @@ def encode(tensors: Mapping[str, Host], metadata: Mapping[str, str]) -> bytes:
         at += t.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *(np.ascontiguousarray(tensors[n]).tobytes() for n in ordered)])
+    yield len(text).to_bytes(8, "little") + text
+    for name in ordered:
+        yield np.ascontiguousarray(tensors[name]).tobytes()
 
 
 def decode(data: bytes) -> dict[str, Host]:
@@ -50,4 +57,6 @@ def decode(data: bytes) -> dict[str, Host]:
 def write(path: Path, tensors: Mapping[str, Host], metadata: Mapping[str, str] | None = None) -> None:
     """Write a file, its directory too."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode(tensors, metadata or {}))
+    with path.open("wb") as file:
+        for piece in _pieces(tensors, metadata or {}):
+            file.write(piece)

@@ -1,0 +1,110 @@
+"""Verdicts on results that somebody else computed, and cases that are not in the catalogue: saved calls, single examples of laws."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsv4_conformance import laws, tensorfile
+from dsv4_conformance.budget import Expected, expect
+from dsv4_conformance.calls import Call, result_dtype
+from dsv4_conformance.checks import Check, Finding, Group, Session
+from dsv4_conformance.discrete import judge_discrete
+from dsv4_conformance.judge import Verdict, judge_exact, judge_rounded
+from dsv4_conformance.opcases import judge_call, level_of
+from dsv4_conformance.stored_calls import Packer, unpack
+from dsv4_core.dtypes import dtype_name
+from dsv4_core.shards import Shard, ShardError
+from dsv4_core.spec import OPS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dsv4_core.backend import Backend
+    from dsv4_core.dtypes import Host
+    from dsv4_core.registry import Oracle
+    from dsv4_core.spec import Tier
+
+SUFFIX = ".case.safetensors"
+
+
+def judge_results(call: Call, results: Sequence[Host], expected: Sequence[Expected], oracle: Oracle, backend: Backend) -> Verdict:
+    """Judge results of a call (mutated operands last): number, dtype and shape, then every element."""
+    verdict = Verdict()
+    if len(results) != len(expected):
+        return Verdict([f"{len(results)} results; the contract has {len(expected)}"], float("inf"))
+    returned = len(expected) - len(call.spec.mutates)
+    for i, (got, want) in enumerate(zip(results, expected, strict=True)):
+        wanted = result_dtype(call, i, backend) if i < returned else want.dtype
+        if dtype_name(got) != wanted:
+            verdict.problems.append(f"result {i} has dtype {dtype_name(got)}; the contract says {wanted}")
+        if got.shape != want.value.shape:
+            verdict.problems.append(f"result {i} has shape {list(got.shape)}; the contract says {list(want.value.shape)}")
+    if verdict.problems:
+        verdict.used = float("inf")
+        return verdict
+    if "discrete" in call.spec.judged:
+        verdict.add(judge_discrete(call, list(results), oracle, backend), "")
+        return verdict
+    for i, (got, want) in enumerate(zip(results, expected, strict=True)):
+        one = judge_exact(got, want) if want.budget is None else judge_rounded(got, want)
+        verdict.add(one, f"result {i}: " if len(expected) > 1 else "")
+    return verdict
+
+
+def judge_recorded(call: Call, results: Sequence[Host], session: Session) -> Verdict:
+    """Judge recorded results by the session's oracle."""
+    with np.errstate(all="ignore"):
+        return judge_results(call, results, expect(call, session.oracle, session.backend), session.oracle, session.backend)
+
+
+def save(path: Path, call: Call, numerics: str, note: str) -> None:
+    """Write a call as a case that ``run --case PATH`` replays."""
+    packer = Packer()
+    description = packer.call("", call, share=False)
+    metadata = {"call": json.dumps(description), "numerics": numerics, "seed": str(call.seed), "note": note}
+    tensorfile.write(path, packer.tensors, metadata)
+
+
+@dataclass(frozen=True)
+class SavedCase:
+    """A call in a file, as a check."""
+
+    path: str
+    op: str
+    group: Group = "trace"
+    tier: Tier = "smoke"
+
+    @property
+    def id(self) -> str:
+        """The file's path."""
+        return self.path
+
+    @property
+    def level(self) -> int:
+        """As the op's other cases."""
+        return level_of(OPS[self.op])
+
+    def run(self, session: Session) -> Finding:
+        """Run the call on the session's backend and judge it."""
+        shard = Shard(Path(self.path))
+        if (numerics := shard.metadata["numerics"]) != session.numerics:
+            raise ValueError(f"{self.path}: recorded in {numerics}; run it with --numerics {numerics}")
+        call = unpack(json.loads(shard.metadata["call"]), shard.array, int(shard.metadata["seed"]))
+        return Finding.of(self, judge_call(call, session), seed=call.seed)
+
+
+def find(case_id: str) -> Check | None:
+    """The check that an id outside the catalogue stands for: ``law/NAME:EXAMPLE`` or the path of a saved call; None for any other id."""
+    if case_id.startswith(laws.PREFIX) and ":" in case_id:
+        return laws.example_check(case_id)
+    if not case_id.endswith(SUFFIX):
+        return None
+    try:
+        return SavedCase(case_id, json.loads(Shard(Path(case_id)).metadata["call"])["op"])
+    except (OSError, ShardError, KeyError) as error:
+        raise ValueError(f"--case {case_id}: not a saved case ({error}); `localise` and `export` write them") from None
