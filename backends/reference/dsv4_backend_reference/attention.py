@@ -63,7 +63,9 @@ class ReferenceAttention(Numeric, AttentionOps):
         step = max(1, AT_ONCE // (4 * max(1, rows)))
         for i in range(0, len(flat), step):
             part = slice(i, i + step)
-            masked = np.where(np.arange(rows) < seen[part], flat[part], -np.inf)
+            masked = flat[part].copy()
+            first = int(seen[part].min(initial=rows))  # rows before it are visible to all
+            masked[:, first:] = np.where(np.arange(first, rows) < seen[part], masked[:, first:], -np.inf)
             picks[part] = self.best(masked, topk)
         picks = np.where(picks < seen, picks + offset.reshape(-1, 1), -1)
         return picks.astype(np.int32).reshape(*visible.shape, topk)
@@ -72,8 +74,8 @@ class ReferenceAttention(Numeric, AttentionOps):
     def best(scores: Host, topk: int) -> Host:
         """Columns of each row's ``topk`` largest scores, of equals the lowest; a NaN is larger than all and so reaches the output.
 
-        The topk-th largest of the maxima over groups of columns bounds the topk-th score from below, so that only scores above it are sorted; where those are
-        too few, the bound is the topk-th score itself, and the lowest columns that equal it are the rest.
+        The topk-th largest of the maxima over groups of columns bounds the topk-th score from below, so that only scores above it
+        are sorted; where those are too few, the bound is the topk-th score itself, and the lowest columns that equal it are the rest.
         """
         n, rows = scores.shape
         group = max(1, min(64, rows // (4 * topk)))
@@ -82,11 +84,11 @@ class ReferenceAttention(Numeric, AttentionOps):
         if np.isnan(maxima).any():
             scores, maxima = (np.where(np.isnan(x), np.inf, x) for x in (scores, maxima))
         bound = np.partition(maxima, maxima.shape[1] - topk, axis=1)[:, maxima.shape[1] - topk, None]
-        row, column = np.nonzero(scores > bound)
+        row, column = np.divmod(np.flatnonzero(scores > bound), rows)  # flat: many times faster than by two axes
         above = np.bincount(row, minlength=n)
         short = np.flatnonzero(above < topk)
         if len(short):
-            level, at = np.nonzero(scores[short] == bound[short])
+            level, at = np.divmod(np.flatnonzero(scores[short] == bound[short]), rows)
             rank = np.arange(len(level)) - np.searchsorted(level, np.arange(len(short)))[level]
             kept = rank < (topk - above[short])[level]
             row, column = np.concatenate([row, short[level[kept]]]), np.concatenate([column, at[kept]])
@@ -113,11 +115,12 @@ class ReferenceAttention(Numeric, AttentionOps):
         if len(union) <= 2 * idxs.shape[1]:
             place = np.zeros(len(kv) + 1, np.intp)  # place[-1] stays for the index -1
             place[union] = np.arange(len(union))
-            count = np.zeros(
-                (tokens, len(union) + 1), self.wide_type
-            )  # how often a token lists a row; the last column collects -1
-            np.add.at(count, (np.arange(tokens)[:, None], np.where(idxs < 0, len(union), place[idxs])), 1)
-            count = count[:, None, :-1]
+            width = len(union) + 1  # the last column collects -1
+            cell = np.where(idxs < 0, len(union), place[idxs]) + np.arange(tokens)[:, None] * width
+            listings = np.bincount(cell.reshape(-1), minlength=tokens * width).reshape(
+                tokens, width
+            )  # how often a token lists a row
+            count = listings[:, None, :-1].astype(self.wide_type)
             rows = self.widen(kv[union])
             scores = self.dot(q.reshape(-1, dim), rows.T).reshape(tokens, heads, len(union))
             weight = self.softmax_with_sink(scores, count, sink)
