@@ -1,0 +1,43 @@
+# What takes longer than .ci/run may: `make proof` makes two environments, runs everything and leaves dated reports under reports/.
+# Single parts: make reference | torch | cuda | ascend | mutants | kernels | benchmarks | documents
+
+PYTHON ?= python3
+VENV := .venv-proof
+RUN := . $(VENV)/bin/activate && export TORCH_DEVICE_BACKEND_AUTOLOAD=0 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 &&
+CONFORMANCE := $(RUN) dsv4 conformance run --tier standard
+
+.PHONY: proof reference torch cuda ascend mutants kernels benchmarks documents
+proof: reference torch cuda ascend mutants kernels benchmarks documents
+
+$(VENV):
+	$(PYTHON) -m venv $(VENV)
+	. $(VENV)/bin/activate && pip install -q torch==2.13.0 && pip install -q '.[dev,plots]' triton==3.9.0 transformers
+
+reference: $(VENV)
+	$(CONFORMANCE) --backend reference --require 3 --report reports/conformance/reference
+	$(CONFORMANCE) --backend reference --batch-invariant --require 4 --report reports/conformance/reference-batch-invariant
+	$(CONFORMANCE) --backend reference --numerics float32 --report reports/conformance/reference-float32
+
+torch: $(VENV)
+	$(CONFORMANCE) --backend torch --require 3 --report reports/conformance/torch
+	$(CONFORMANCE) --backend torch --numerics float32 --report reports/conformance/torch-float32
+
+cuda: $(VENV)
+	$(CONFORMANCE) --backend cuda --interpret --report reports/conformance/cuda-interpreted
+	$(RUN) pytest tests/cuda/test_faults.py
+
+ascend: $(VENV)
+	for chip in 910B 910C 950; do $(CONFORMANCE) --backend ascend --simulate $$chip --require 3 --report reports/conformance/ascend-$$chip-simulated || exit 1; done
+
+mutants: $(VENV)
+	$(RUN) dsv4 conformance mutants --report reports/conformance/mutants
+
+kernels: $(VENV)
+	$(RUN) dsv4 kernels build --report reports/cuda/build.json
+
+benchmarks: $(VENV)
+	. $(VENV)/bin/activate && unset OPENBLAS_CORETYPE OPENBLAS_L2_SIZE && export OMP_NUM_THREADS=2 && \
+	for script in startup memory vs_transformers; do python benchmarks/$$script.py | tee reports/benchmarks/$$script.txt || exit 1; done
+
+documents: $(VENV)
+	$(RUN) python -m dsv4_conformance.documents
