@@ -6,7 +6,8 @@ A backend brings the collectives (``Backend.process_group``); this decides what 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
@@ -17,6 +18,8 @@ from dsv4_core.model import Parallel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from typing_extensions import Self
 
     from dsv4_core.backend import Backend
     from dsv4_core.config import ModelConfig
@@ -29,7 +32,10 @@ T = TypeVar("T")
 
 
 class Group(Protocol):
-    """Some of the ranks, and collectives on one backend's arrays among them; every member calls each, in one order."""
+    """Some of the ranks, and collectives on one backend's arrays among them; every member calls each, in one order.
+
+    All raise ``ConnectionError`` where a member cannot be reached.
+    """
 
     def all_reduce(self, x: Array, *, out_dtype: str) -> Array:
         """Sum over the members, wide, rounded once to ``out_dtype``; the same bits on each."""
@@ -70,7 +76,7 @@ class Traffic:
 
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.tokens = 0  # of this rank's group, times MoE layers
         self.copies = 0  # of them that this rank sent to the experts of others
         self.returned = 0  # of others' that it computed and sent back
@@ -89,9 +95,9 @@ class Link:
         began = time.perf_counter()
         try:
             result = collective(self.group)
-        except RuntimeError as error:
-            self.watch.broken()
-            raise RankError(f"{purpose}: the connection to another rank broke: {str(error).splitlines()[0]}") from error
+        except ConnectionError as error:
+            self.watch.broken()  # where a rank is lost, the watch finds out which, and ends this one
+            raise RankError(f"{purpose}: the connection to another rank broke: {error}") from error
         self.traffic.seconds[purpose] += time.perf_counter() - began
         self.traffic.sent[purpose] += round(sent)
         return result
@@ -141,9 +147,9 @@ class Ranks:
             world.connect()
             by_token = world.groups(rows) if tp > 1 else None
             by_expert = world.groups(columns) if ep > 1 else None
-        except RuntimeError as error:
+        except ConnectionError as error:
             watch.broken()
-            raise RankError(f"the ranks could not be connected: {str(error).splitlines()[0]}") from error
+            raise RankError(f"the ranks could not be connected: {error}") from error
         self.tp = Link(by_token, tp, place.t, self.traffic, watch)
         self.ep = Link(by_expert, ep, place.e, self.traffic, watch)
 
@@ -188,9 +194,9 @@ class Ranks:
 
     def gather_logits(self, config: ModelConfig) -> Callable[[Array], Array]:
         """Join the tp ranks' parts of the vocabulary, which may differ by one in size: the shorter are padded."""
-        be, tp = self.backend, self.place.tp
-        bounds = [config.vocab_size * t // tp for t in range(tp + 1)]
-        sizes = [after - before for before, after in zip(bounds, bounds[1:], strict=False)]
+        be = self.backend
+        parts = [replace(self.place, rank=t).vocabulary(config.vocab_size) for t in range(self.place.tp)]
+        sizes = [part.stop - part.start for part in parts]
 
         def gather(logits: Array) -> Array:
             tokens, mine = logits.shape
@@ -212,7 +218,7 @@ class Ranks:
         every = be.to_numpy(self.ep.all_gather("ids gather", be.from_numpy(padded)))
         return np.concatenate([part[:count] for part, count in zip(every, counts, strict=True)])
 
-    def __enter__(self) -> Ranks:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:

@@ -20,6 +20,8 @@ from dsv4_core.backend import BackendError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from typing_extensions import Self
+
 BEAT = 0.5  # seconds between two signs of life
 SILENCE = 12.0  # without one, a rank is lost: over the longest that a call may keep Python's lock, well under 30
 SUSPECT = 4.0  # the same, once a connection to some rank has broken
@@ -81,17 +83,18 @@ class Watch:
         Raises ``RankError`` naming the ranks that differ from rank 0, and in what.
         """
         said = [json.loads(value) for value in self.collect("agree", json.dumps(what, sort_keys=True))]
-        for name, mine in said[0].items():
-            others = [r for r in range(self.ranks) if said[r].get(name) != mine]
-            if others:
-                who = ", ".join(f"{r} ({self.places[r]})" for r in others)
-                theirs = said[others[0]].get(name)
-                if isinstance(mine, dict) and isinstance(theirs, dict):  # only what differs
-                    keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
-                    theirs, mine = ({key: one.get(key) for key in keys} for one in (theirs, mine))
-                raise RankError(
-                    f"rank {who} has another {name} than rank 0 ({self.places[0]}): {theirs} instead of {mine}; give all ranks the same"
-                )
+        for name, first in said[0].items():
+            others = [r for r in range(self.ranks) if said[r].get(name) != first]
+            if not others:
+                continue
+            both = [said[others[0]].get(name), first]
+            if all(isinstance(one, dict) for one in both):  # only what differs
+                keys = [key for key in both[1] if both[0].get(key) != both[1][key]]
+                both = [{key: one.get(key) for key in keys} for one in both]
+            who = ", ".join(f"{r} ({self.places[r]})" for r in others)
+            raise RankError(
+                f"rank {who} has another {name} than rank 0 ({self.places[0]}): {both[0]} instead of {both[1]}; give all the same"
+            )
 
     def collect(self, what: str, mine: str) -> list[str]:
         """Give what every rank has said under a name, once all have."""
@@ -100,7 +103,7 @@ class Watch:
             pass
         return [value.decode() for value in self.store.multi_get(self._keys(what))]
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:

@@ -19,14 +19,14 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dsv4_core.dtypes import FP8_BLOCK, Experts, Host, ScaledArray
-from dsv4_core.layout import tensor_specs
 from dsv4_core.shards import BITS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from dsv4_core.config import ModelConfig
     from dsv4_core.layout import TensorSpec
     from dsv4_core.model import WeightSource
@@ -96,10 +96,11 @@ class Place:
         c = config
         for key in ("o_groups", "num_attention_heads"):
             if (size := getattr(c, key)) % self.tp:
-                raise ValueError(f"--tp {self.tp}: {key} = {size} is not a multiple of it; use a divisor of {c.o_groups}")
-        if c.n_routed_experts < self.ranks:
-            have = f"{c.n_routed_experts} routed experts"
-            raise ValueError(f"--tp {self.tp} --ep {self.ep}: {have} are fewer than {self.ranks} ranks; use fewer ranks")
+                use = f"use a divisor of {c.o_groups}, and a larger --ep"
+                raise ValueError(f"--tp {self.tp}: {key} = {size} is not a multiple of it; {use}")
+        for key in ("n_routed_experts", "vocab_size"):
+            if (size := getattr(c, key)) < self.ranks:
+                raise ValueError(f"--tp {self.tp} --ep {self.ep}: {key} = {size} is less than {self.ranks} ranks; use fewer")
         rows = {"wq_b": c.num_attention_heads * c.head_dim // self.tp, "wo_a": c.o_groups * c.o_lora_rank // self.tp}
         for name, count in rows.items():
             if count % FP8_BLOCK and FP8_BLOCK % count:
@@ -193,11 +194,6 @@ class ShardedSource:
         self.read[name] = weight.nbytes
         return weight
 
-    @cached_property
-    def share(self) -> int:
-        """Bytes that this rank's part has by the published layout."""
-        return share(self.config, self.place)
-
 
 class _Own(Experts):
     """A rank's experts, counted from its first; ``read`` grows when one is asked for."""
@@ -222,9 +218,8 @@ class _Own(Experts):
         return self.source._noted(self.name.format(expert), self.every[expert])  # noqa: SLF001  one class in two
 
 
-def share(config: ModelConfig, place: Place, expert_format: Any = "e2m1") -> int:
-    """Bytes of one rank's part of a checkpoint in the published layout."""
-    specs = tensor_specs(config, expert_format).values()
+def share(config: ModelConfig, place: Place, specs: Iterable[TensorSpec]) -> int:
+    """Bytes of one rank's part of tensors as they are stored."""
     return sum(math.prod(place.part(spec, config)) * BITS[spec.dtype] // 8 for spec in specs)
 
 

@@ -38,12 +38,10 @@ class Rendezvous:
         names = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         if missing := [name for name in names if name not in environ]:
             raise ValueError(f"RANK is set and {', '.join(missing)} is not; start the ranks with torchrun, or set all of them")
-        numbers = {}
-        for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK"):
-            try:
-                numbers[name] = int(environ.get(name, environ["RANK"]))
-            except ValueError:
-                raise ValueError(f"{name} = {environ[name]!r} must be a number") from None
+        texts = {name: environ.get(name, environ["RANK"]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK")}
+        if wrong := [name for name, text in texts.items() if not text.isdigit()]:
+            raise ValueError(f"{wrong[0]} = {texts[wrong[0]]!r} must be a number")
+        numbers = {name: int(text) for name, text in texts.items()}
         if not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]:
             raise ValueError(f"RANK = {numbers['RANK']} must be in 0 .. WORLD_SIZE - 1 = {numbers['WORLD_SIZE'] - 1}")
         return cls(

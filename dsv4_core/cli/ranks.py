@@ -56,6 +56,7 @@ class Team:
         self.ranks, self.stats = ranks, stats
         self.source: ShardedSource | None = None
         self.quantised = False
+        self.stored = self.part = 0
         self.began = time.perf_counter()
 
     @property
@@ -66,7 +67,7 @@ class Team:
     def share(self, checkpoint: Checkpoint, request: dict[str, Any]) -> tuple[Any, Parallel]:
         """Give the source and the reduction points of this rank, once all ranks are known to run the same."""
         from dsv4_core.model import ALONE
-        from dsv4_core.parallel import Place, ShardedSource, fingerprint
+        from dsv4_core.parallel import Place, ShardedSource, fingerprint, share
 
         self.quantised = isinstance(checkpoint.weight("layers.0.ffn.experts.0.w1"), ScaledArray)
         place = self.ranks.place if self.ranks else Place()
@@ -83,6 +84,8 @@ class Team:
                 }
             )
         self.source = ShardedSource(checkpoint, place)
+        self.stored = checkpoint.nbytes
+        self.part = share(checkpoint.config, place, [checkpoint.spec(name) for name in checkpoint.names])
         parallel = self.ranks.parallel(checkpoint.config, quantised=self.quantised) if self.ranks else ALONE
         return self.source, parallel
 
@@ -93,7 +96,7 @@ class Team:
         from dsv4_core.exchange import report
 
         read, place = sum(self.source.read.values()), self.source.place
-        lines = [f"weights: {read} bytes read; its share of the checkpoint is {self.source.share}"]
+        lines = [f"weights: {read} bytes read; its part of the checkpoint's {self.stored} has {self.part}"]
         if self.ranks:
             seconds = time.perf_counter() - self.began
             lines += report(self.ranks, self.source.config, quantised=self.quantised, seconds=seconds)

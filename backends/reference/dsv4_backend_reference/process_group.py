@@ -1,26 +1,37 @@
-"""Ranks over torch.distributed with gloo: the one module of the reference that needs torch (extra ``torch``). Arrays share memory with it."""
+"""Ranks over torch.distributed with gloo: the one module of the reference that needs torch. Arrays share memory with it."""
 
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
+import torch.distributed
 
 from dsv4_core.dtypes import E8M0_VALUES, Host, decode, numpy_dtype
 from dsv4_core.liveness import JOIN, RankError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from dsv4_backend_reference.backend import ReferenceBackend
     from dsv4_core.rendezvous import Rendezvous
 
+dist: Any = torch.distributed  # its stubs leave out what it documents
 SLOWEST = timedelta(minutes=30)  # a collective waits so long for a rank that still shows signs of life
 ANSWER = timedelta(seconds=10)  # of the store
+
+
+@contextmanager
+def reaching() -> Iterator[None]:
+    """Tell a connection that broke, or that was never made, from other errors: torch.distributed has no class for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(str(error).splitlines()[0]) from error
 
 
 class ReferenceProcessGroup:
@@ -31,7 +42,7 @@ class ReferenceProcessGroup:
         self.backend, self.where = backend, where
         self.rank, self.ranks, self.holder = where.rank, where.ranks, where.holder
 
-        def store(*, is_master: bool, seconds: timedelta) -> dist.TCPStore:
+        def store(*, is_master: bool, seconds: timedelta) -> Any:
             return dist.TCPStore(where.host, where.port, where.ranks, is_master, timeout=seconds, wait_for_workers=False)
 
         try:
@@ -46,11 +57,13 @@ class ReferenceProcessGroup:
         """Connect with all other ranks, which do the same."""
         store = dist.PrefixStore(f"{self.where.attempt}/torch", self._own)
         if not dist.is_initialized():
-            dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.ranks, timeout=SLOWEST)
+            with reaching():
+                dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.ranks, timeout=SLOWEST)
 
     def groups(self, members: Sequence[Sequence[int]]) -> ReferenceGroup:
         """Make groups that together hold every rank once; give this rank's."""
-        made = [dist.new_group(list(ranks), timeout=SLOWEST) for ranks in members]
+        with reaching():
+            made = [dist.new_group(list(ranks), timeout=SLOWEST) for ranks in members]
         mine = next(group for group, ranks in zip(made, members, strict=True) if self.rank in ranks)
         return ReferenceGroup(self.backend, mine, len(members[0]))
 
@@ -73,13 +86,15 @@ class ReferenceGroup:
     def all_reduce(self, x: Host, *, out_dtype: str) -> Host:
         """Sum wide, rounded once."""
         total = x.astype(self.backend.wide_type)
-        dist.all_reduce(torch.from_numpy(total), group=self.group)
+        with reaching():
+            dist.all_reduce(torch.from_numpy(total), group=self.group)
         return total.astype(numpy_dtype(out_dtype), copy=False)
 
     def all_gather(self, x: Host) -> Host:
         """Stack the members' arrays."""
         every = np.empty((self.size, *x.shape), x.dtype)
-        dist.all_gather([_bytes(part) for part in every], _bytes(x), group=self.group)
+        with reaching():
+            dist.all_gather([_bytes(part) for part in every], _bytes(x), group=self.group)
         return every
 
     def all_to_all(self, parts: Sequence[Host], send: Sequence[int], receive: Sequence[int]) -> list[Host]:
@@ -90,7 +105,8 @@ class ReferenceGroup:
         for part, width, end in zip(parts, widths, ends, strict=True):
             packed[:, end - width : end] = np.ascontiguousarray(part).view(np.uint8).reshape(-1, width)
         came = np.empty((sum(receive), sum(widths)), np.uint8)
-        dist.all_to_all_single(_bytes(came, 2), _bytes(packed, 2), list(receive), list(send), group=self.group)
+        with reaching():
+            dist.all_to_all_single(_bytes(came, 2), _bytes(packed, 2), list(receive), list(send), group=self.group)
         return [
             np.ascontiguousarray(came[:, end - width : end]).view(part.dtype).reshape(-1, *part.shape[1:])
             for part, width, end in zip(parts, widths, ends, strict=True)
