@@ -2,10 +2,12 @@
 
     python benchmarks/vs_transformers.py --backend torch --dtype bfloat16
 
-Both sides hold plain weights of ``--dtype``. transformers runs with eager attention (it has no other for this model) and the fastest of its experts
-implementations, which is tried first. dsv4 runs ``native`` numerics in bfloat16: BF16 between operations, FP8 key/value rows, FP4 indexer keys; in float32 its
-exact mode, whose logits must agree. Medians of alternated runs are printed, with their ratios, and beside them the bounds: memory bandwidth for decode,
-matrix products for prefill, both measured here.
+Both sides hold plain weights of ``--dtype``. transformers runs with eager attention (it has no other for this
+model) and the fastest of its experts implementations, which are tried first. dsv4 runs ``native`` numerics in
+bfloat16 (BF16 between operations, FP8 key/value rows, FP4 indexer keys) and in float32 its exact mode, whose logits
+must agree. Prefills and decode steps of the two sides alternate one by one, so that whatever else the machine does
+meets both. Printed: medians and their ratio, the same of the fastest, and beside them the bounds: memory bandwidth
+for decode, matrix products for prefill, both measured in the same run.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--backend", default="torch")
@@ -49,7 +53,9 @@ CONFIG = ModelConfig(
 
 
 class RandomWeights:
-    """A weight source of random plain weights: each made when first asked for, and kept. ``plain``: the dtype of what the checkpoint has in BF16 or less."""
+    """A weight source of random plain weights: each made when first asked for, and kept. ``plain``: the dtype of
+    what the checkpoint has in BF16 or less.
+    """
 
     def __init__(self, config: ModelConfig, plain: str) -> None:
         self.config, self.plain = config, plain
@@ -81,7 +87,11 @@ class RandomWeights:
             return np.abs(wide)
         if name.endswith((".weight", "_fn")):  # unit variance in, unit variance out
             wide *= np.float32(shape[1] ** -0.5)
-        return wide.astype(numpy_dtype(self.plain)) if name.endswith(".weight") else wide * np.float32(0.1 if name.endswith("bias") else 1)
+        return (
+            wide.astype(numpy_dtype(self.plain))
+            if name.endswith(".weight")
+            else wide * np.float32(0.1 if name.endswith("bias") else 1)
+        )
 
     def _shape(self, name: str) -> tuple[int, ...]:
         c = self.config
@@ -91,22 +101,29 @@ class RandomWeights:
         layer = int(name.split(".")[1]) if name.startswith("layers.") else 0
         m = c.compress_ratios[layer]
         width = (2 if m == 4 else 1) * (c.index_head_dim if indexer else d)
-        leaf = name.split("attn.")[-1].removeprefix("indexer.").removeprefix("compressor.")
+        leaf = name.rsplit("attn.", maxsplit=1)[-1].removeprefix("indexer.").removeprefix("compressor.")
         heads = (c.index_n_heads, c.index_head_dim) if indexer else (c.num_attention_heads, d)
         if "compressor" in name:
-            table = {"wkv.weight": (width, D), "wgate.weight": (width, D), "ape": (m, width), "norm.weight": (c.index_head_dim if indexer else d,)}
+            table = {
+                "wkv.weight": (width, D),
+                "wgate.weight": (width, D),
+                "ape": (m, width),
+                "norm.weight": (c.index_head_dim if indexer else d,),
+            }
             return table[leaf]
         if "experts" in name:
             return (D, inter) if ".w2." in name else (inter, D)
         mix = (2 + hc) * hc
         sizes: dict[str, tuple[int, ...]] = {
-            "embed.weight": (c.vocab_size, D), "head.weight": (c.vocab_size, D), "hc_head_fn": (hc, hc * D), "hc_head_base": (hc,), "hc_head_scale": (1,),
+            "embed.weight": (c.vocab_size, D), "head.weight": (c.vocab_size, D), "hc_head_fn": (hc, hc * D), "hc_head_base": (hc,),
+            "hc_head_scale": (1,),
             "fn": (mix, hc * D), "base": (mix,), "scale": (3,), "wq_a.weight": (c.q_lora_rank, D), "q_norm.weight": (c.q_lora_rank,),
             "wq_b.weight": (heads[0] * heads[1], c.q_lora_rank), "wkv.weight": (d, D), "kv_norm.weight": (d,), "attn_sink": (heads[0],),
             "wo_a.weight": (rank_o, heads[0] * d // c.o_groups), "wo_b.weight": (D, rank_o), "weights_proj.weight": (c.index_n_heads, D),
-            "gate.weight": (c.n_routed_experts, D), "gate.bias": (c.n_routed_experts,), "gate.tid2eid": (c.vocab_size, c.num_experts_per_tok),
+            "gate.weight": (c.n_routed_experts, D), "gate.bias": (c.n_routed_experts,),
+            "gate.tid2eid": (c.vocab_size, c.num_experts_per_tok),
         }  # fmt: skip
-        for key in (name, leaf, name.split("ffn.")[-1], name.rpartition("_")[2]):
+        for key in (name, leaf, name.rsplit("ffn.", maxsplit=1)[-1], name.rpartition("_")[2]):
             if key in sizes:
                 return sizes[key]
         return (D,)  # the norms of a block
@@ -117,7 +134,8 @@ RENAMED = (
     ("attn.indexer.wq_b", "attn.compressor.indexer.q_b_proj"), ("attn.compressor.norm", "attn.compressor.kv_norm"),
     ("compressor.indexer.norm", "compressor.indexer.kv_norm"), ("ape", "position_bias"), ("attn.", "self_attn."), ("ffn.", "mlp."),
     ("wq_a", "q_a_proj"), ("wq_b", "q_b_proj"), ("wkv", "kv_proj"), ("wgate", "gate_proj"), ("wo_a", "o_a_proj"), ("wo_b", "o_b_proj"),
-    ("q_norm", "q_a_norm"), ("attn_sink", "sinks"), ("gate.bias", "gate.e_score_correction_bias"), ("shared_experts.w1", "shared_experts.gate_proj"),
+    ("q_norm", "q_a_norm"), ("attn_sink", "sinks"), ("gate.bias", "gate.e_score_correction_bias"),
+    ("shared_experts.w1", "shared_experts.gate_proj"),
     ("shared_experts.w2", "shared_experts.down_proj"), ("shared_experts.w3", "shared_experts.up_proj"), ("attn_norm", "input_layernorm"),
     ("ffn_norm", "post_attention_layernorm"), ("hc_attn_", "attn_hc."), ("hc_ffn_", "ffn_hc."),
 )  # fmt: skip
@@ -129,7 +147,11 @@ TOP = {
 
 def to_torch(array: Host) -> torch.Tensor:
     """Share or copy a host array."""
-    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if str(array.dtype) == "bfloat16" else torch.from_numpy(array)
+    return (
+        torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        if str(array.dtype) == "bfloat16"
+        else torch.from_numpy(array)
+    )
 
 
 def transformers_model(weights: RandomWeights) -> Any:
@@ -140,13 +162,24 @@ def transformers_model(weights: RandomWeights) -> Any:
     transformers.logging.set_verbosity_error()
     c = weights.config
     same = (
-        "vocab_size hidden_size num_hidden_layers num_attention_heads head_dim qk_rope_head_dim q_lora_rank o_groups o_lora_rank n_routed_experts "
-        "num_experts_per_tok moe_intermediate_size num_hash_layers index_n_heads index_head_dim index_topk routed_scaling_factor sliding_window "
-        "swiglu_limit hc_mult hc_sinkhorn_iters hc_eps rms_norm_eps rope_theta compress_rope_theta max_position_embeddings"
-    ).split()
-    yarn = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 65536, "beta_fast": 32.0, "beta_slow": 1.0}
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "qk_rope_head_dim",
+        "q_lora_rank", "o_groups", "o_lora_rank", "n_routed_experts", "num_experts_per_tok",
+        "moe_intermediate_size", "num_hash_layers", "index_n_heads", "index_head_dim", "index_topk",
+        "routed_scaling_factor", "sliding_window", "swiglu_limit", "hc_mult", "hc_sinkhorn_iters", "hc_eps",
+        "rms_norm_eps", "rope_theta", "compress_rope_theta", "max_position_embeddings",
+    )  # fmt: skip
+    yarn = {
+        "rope_type": "yarn",
+        "factor": 16.0,
+        "original_max_position_embeddings": 65536,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+    }
     config = DeepseekV4Config(
-        **{key: getattr(c, key) for key in same}, compress_ratios=list(c.compress_ratios), rope_parameters=yarn, attn_implementation="eager"
+        **{key: getattr(c, key) for key in same},
+        compress_ratios=list(c.compress_ratios),
+        rope_parameters=yarn,
+        attn_implementation="eager",
     )
     with torch.device("meta"):
         model = DeepseekV4ForCausalLM(config)
@@ -163,11 +196,18 @@ def transformers_model(weights: RandomWeights) -> Any:
             renamed = f"model.{head}.{index}.{rest}"
         state[renamed] = to_torch(array)
     for i in range(c.num_hidden_layers):
-        w1, w3, w2 = ([to_torch(weights.weight(f"layers.{i}.ffn.experts.{e}.{p}")) for e in range(c.n_routed_experts)] for p in ("w1", "w3", "w2"))
-        state[f"model.layers.{i}.mlp.experts.gate_up_proj"] = torch.stack([torch.cat([g, u]) for g, u in zip(w1, w3, strict=True)])
+        w1, w3, w2 = (
+            [to_torch(weights.weight(f"layers.{i}.ffn.experts.{e}.{p}")) for e in range(c.n_routed_experts)]
+            for p in ("w1", "w3", "w2")
+        )
+        state[f"model.layers.{i}.mlp.experts.gate_up_proj"] = torch.stack(
+            [torch.cat([g, u]) for g, u in zip(w1, w3, strict=True)]
+        )
         state[f"model.layers.{i}.mlp.experts.down_proj"] = torch.stack(w2)
     strict = tuple(model._keep_in_fp32_modules_strict)  # noqa: SLF001  what from_pretrained would keep in float32
-    state = {k: v.float() if any(part in k for part in strict) and v.is_floating_point() else v for k, v in state.items()}
+    state = {
+        k: v.float() if any(part in k for part in strict) and v.is_floating_point() else v for k, v in state.items()
+    }
     missing = set(model.state_dict()) ^ set(state)
     if missing:
         raise SystemExit(f"names that do not match transformers': {sorted(missing)[:8]}")
@@ -196,7 +236,9 @@ class Transformers:
 
     def _forward(self, ids: Host) -> Host:
         with torch.inference_mode():
-            out = self.model(input_ids=torch.from_numpy(ids)[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            out = self.model(
+                input_ids=torch.from_numpy(ids)[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            )
         self.cache = out.past_key_values
         return out.logits[0, -1].float().numpy()
 
@@ -237,8 +279,18 @@ def timed(side: Transformers | Dsv4, ids: Host, prefill: int) -> tuple[float, fl
     return seconds, statistics.median(steps), logits
 
 
+def clocked(seconds: list[float], call: Callable[[Host], Host], ids: Host) -> Host:
+    """Call, and note how long it took."""
+    start = time.perf_counter()
+    result = call(ids)
+    seconds.append(time.perf_counter() - start)
+    return result
+
+
 def choose_experts(side: Transformers, ids: Host) -> None:
-    """Set transformers' fastest experts implementation, for prefill and for decode each; batched_mm copies a weight per token and is for decode alone."""
+    """Set transformers' fastest experts implementation, for prefill and for decode each; batched_mm copies a
+    weight per token and is for decode alone.
+    """
     for phase, names in (("prefill", ("eager", "grouped_mm")), ("decode", ("eager", "grouped_mm", "batched_mm"))):
         seconds = {}
         for name in names:
@@ -247,7 +299,9 @@ def choose_experts(side: Transformers, ids: Host) -> None:
             prefill, decode, _ = timed(side, ids[: args.prefill + 8], args.prefill)
             seconds[name] = prefill if phase == "prefill" else decode
         side.experts[phase] = min(seconds, key=lambda n: seconds[n])
-        print(f"  transformers {phase} by experts implementation: {', '.join(f'{n} {t * 1e3:.1f} ms' for n, t in seconds.items())}")
+        print(
+            f"  transformers {phase} by experts implementation: {', '.join(f'{n} {t * 1e3:.1f} ms' for n, t in seconds.items())}"
+        )
 
 
 def best_of(body: Callable[[], Any], repeats: int) -> float:
@@ -277,7 +331,9 @@ def gemm_peak(dtype: str, backend: str) -> float:
 
 
 def work(weights: RandomWeights, tokens: int) -> tuple[float, float]:
-    """Bytes of weights that one decode step reads, and operations of a prefill of ``tokens``: products with weights, attention over what each token sees."""
+    """Bytes of weights that one decode step reads, and operations of a prefill of ``tokens``: products with
+    weights, attention over what each token sees.
+    """
     c = weights.config
     active = used = 0
     for name, array in weights.tensors.items():
@@ -286,7 +342,10 @@ def work(weights: RandomWeights, tokens: int) -> tuple[float, float]:
         share = c.num_experts_per_tok / c.n_routed_experts if ".experts." in name and "shared" not in name else 1
         active += array.nbytes * share
         used += 0 if name == "head.weight" else array.size * share
-    attended = sum(min(c.sliding_window, tokens) + (min(c.index_topk, tokens // 8) if m == 4 else tokens / 256 if m else 0) for m in c.compress_ratios)
+    attended = sum(
+        min(c.sliding_window, tokens) + (min(c.index_topk, tokens // 8) if m == 4 else tokens / 256 if m else 0)
+        for m in c.compress_ratios
+    )
     return active, 2 * tokens * used + 4 * tokens * attended * c.num_attention_heads * c.head_dim
 
 
@@ -330,7 +389,10 @@ def main() -> None:
     ours = Dsv4(weights, args.backend, numerics, total + 8)
     ids = np.random.default_rng(1).integers(0, CONFIG.vocab_size, total)
     sides: dict[str, Any] = {}
-    print(f"dsv4 --backend {args.backend} ({numerics}) against transformers, {args.dtype}, {args.threads} threads, torch {torch.__version__}, NumPy {np.__version__}")
+    print(
+        f"dsv4 --backend {args.backend} ({numerics}) against transformers, {args.dtype}, {args.threads} threads, "
+        f"torch {torch.__version__}, NumPy {np.__version__}"
+    )
     if args.only != "dsv4":
         sides["transformers"] = Transformers(weights)
         choose_experts(sides["transformers"], ids)
@@ -339,24 +401,32 @@ def main() -> None:
         timed(ours, ids[: args.prefill + 2], args.prefill)  # first use: pages, repacked weights
     prefill: dict[str, list[float]] = {name: [] for name in sides}
     decode: dict[str, list[float]] = {name: [] for name in sides}
-    logits: dict[str, Host] = {}
+    logits: dict[str, list[Host]] = {name: [] for name in sides}
     for _ in range(args.runs):
         for name, side in sides.items():
-            seconds, step, rows = timed(side, ids, args.prefill)
-            prefill[name].append(seconds)
-            decode[name].append(step)
-            logits[name] = np.stack(rows)
+            logits[name] = [clocked(prefill[name], side.prefill, ids[: args.prefill])]
+        for i in range(args.prefill, total):
+            for name, side in sides.items():
+                logits[name].append(clocked(decode[name], side.decode, ids[i : i + 1]))
     median = {name: (statistics.median(prefill[name]), statistics.median(decode[name])) for name in sides}
     for name, (p, d) in median.items():
-        print(f"{name:>13}: prefill {args.prefill} tokens {p * 1e3:8.1f} ms, decode {d * 1e3:7.2f} ms a token (medians of {args.runs} runs)")
+        fastest = f"fastest {min(prefill[name]) * 1e3:.1f} and {min(decode[name]) * 1e3:.2f}"
+        print(
+            f"{name:>13}: prefill {args.prefill} tokens {p * 1e3:8.1f} ms, decode {d * 1e3:7.2f} ms a token ({fastest})"
+        )
     if len(sides) == 2:
-        (tp, td), (p, d) = median["transformers"], median["dsv4"]
-        ratios = [(a / b, e / f) for a, b, e, f in zip(prefill["transformers"], prefill["dsv4"], decode["transformers"], decode["dsv4"], strict=True)]
-        spread = ", ".join(f"{a:.2f}/{b:.2f}" for a, b in ratios)
-        print(f"        ratio: prefill {tp / p:.2f}x, decode {td / d:.2f}x (run by run {spread})")
-        error = np.linalg.norm(logits["dsv4"] - logits["transformers"]) / np.linalg.norm(logits["transformers"])
-        top = (logits["dsv4"].argmax(-1) == logits["transformers"].argmax(-1)).mean()
-        limit = 1e-4 if args.dtype == "float32" else 0.2  # FP8 and FP4 rows are part of native mode; transformers leaves them out
+        for kind, least in (("medians", statistics.median), ("fastest", min)):
+            by = [
+                least(prefill["transformers"]) / least(prefill["dsv4"]),
+                least(decode["transformers"]) / least(decode["dsv4"]),
+            ]
+            print(f"        ratio: prefill {by[0]:.2f}x, decode {by[1]:.2f}x ({kind} of {args.runs} runs)")
+        theirs, mine = (np.stack(logits[name]) for name in ("transformers", "dsv4"))
+        error = np.linalg.norm(mine - theirs) / np.linalg.norm(theirs)
+        top = (mine.argmax(-1) == theirs.argmax(-1)).mean()
+        limit = (
+            1e-4 if args.dtype == "float32" else 0.2
+        )  # FP8 and FP4 rows are part of native mode; transformers has none
         print(f"       logits: relative L2 difference {error:.1e} (limit {limit:g}), same top token {top:.0%}")
         if error > limit:
             sys.exit("logits disagree")
@@ -364,10 +434,18 @@ def main() -> None:
         p, d = median["dsv4"]
         touched, operations = work(weights, args.prefill)
         read, peak = bandwidth(), gemm_peak(args.dtype, args.backend)
-        print(f"       decode: reads {touched / 1e6:.0f} MB of weights; at {read / 1e9:.1f} GB/s {touched / read * 1e3:.2f} ms: {touched / read / d:.0%} of the bound")
-        print(f"      prefill: {operations / 1e9:.0f} GFLOP at {operations / p / 1e9:.0f} GFLOP/s: {operations / p / peak:.0%} of the {peak / 1e9:.0f} of a plain product")
+        print(
+            f"       decode: reads {touched / 1e6:.0f} MB of weights; "
+            f"at {read / 1e9:.1f} GB/s {touched / read * 1e3:.2f} ms: {touched / read / d:.0%} of the bound"
+        )
+        print(
+            f"      prefill: {operations / 1e9:.0f} GFLOP at {operations / p / 1e9:.0f} GFLOP/s: "
+            f"{operations / p / peak:.0%} of the {peak / 1e9:.0f} of a plain product"
+        )
         count, each = call_cost(ours, ids[:1])
-        print(f"      op call: {count} ops a decode step, {each * 1e9:.0f} ns each through the interface: {count * each / d:.3%} of a step")
+        print(
+            f"      op call: {count} ops a decode step, {each * 1e9:.0f} ns each through the interface: {count * each / d:.3%} of a step"
+        )
 
 
 if __name__ == "__main__":

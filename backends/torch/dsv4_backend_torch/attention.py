@@ -20,11 +20,15 @@ class TorchAttention(Numeric, AttentionOps):
         rows, span = window_idxs.shape
         entries = kv_score.index_select(0, window_idxs.reshape(-1).clamp(min=0)).reshape(rows, span, 2 * width)
         kv, score = entries[..., :width], entries[..., width:] + self.widen(ape).repeat(span // ratio, 1)
-        if span > ratio:  # overlapping: first half of the channels of the previous window, second half of the current one
+        if (
+            span > ratio
+        ):  # overlapping: first half of the channels of the previous window, second half of the current one
             kv = torch.cat([kv[:, :ratio, :dim], kv[:, ratio:, dim:]], 1)
             score = torch.cat([score[:, :ratio, :dim], score[:, ratio:, dim:]], 1)
         absent = (window_idxs < 0)[..., None]
-        score = score.masked_fill(absent, torch.finfo(score.dtype).min)  # not -inf: a row without tokens is a mean of zeros
+        score = score.masked_fill(
+            absent, torch.finfo(score.dtype).min
+        )  # not -inf: a row without tokens is a mean of zeros
         return self.rounded((score.softmax(1) * kv.masked_fill(absent, 0)).sum(1))
 
     def index_scores(self, q: Tensor, weights: Tensor, keys: Tensor, *, scale: float) -> Tensor:
@@ -47,9 +51,13 @@ class TorchAttention(Numeric, AttentionOps):
         if topk == scores.shape[-1]:
             picks = row.expand(scores.shape)
         elif scores.dtype == torch.float32:
-            picks = self.selection_keys(scores, row).masked_fill_(hidden, torch.iinfo(torch.int64).min).topk(topk).indices  # sorted: visible rows first
+            picks = (
+                self.selection_keys(scores, row).masked_fill_(hidden, torch.iinfo(torch.int64).min).topk(topk).indices
+            )  # sorted: visible rows first
         else:
-            picks = scores.masked_fill(hidden, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :topk]
+            picks = (
+                scores.masked_fill(hidden, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :topk]
+            )
         return torch.where(picks < visible[..., None], picks + offset[..., None], -1).to(torch.int32)
 
     @staticmethod
@@ -59,7 +67,9 @@ class TorchAttention(Numeric, AttentionOps):
         ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
         return (ordered << 32) + ~row.to(torch.int64)
 
-    def sparse_attn(self, q: Tensor, kv: Tensor, attn_sink: Tensor, topk_idxs: Tensor, *, softmax_scale: float) -> Tensor:
+    def sparse_attn(
+        self, q: Tensor, kv: Tensor, attn_sink: Tensor, topk_idxs: Tensor, *, softmax_scale: float
+    ) -> Tensor:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         padded = torch.cat([self.widen(kv), torch.zeros((1, kv.shape[1]), dtype=self.wide_type, device=kv.device)])
         sink = self.widen(attn_sink)
@@ -76,8 +86,10 @@ class TorchAttention(Numeric, AttentionOps):
         return max(1, AT_ONCE // max(1, idxs.shape[1] * max(q.shape[1], q.shape[2])))
 
     def attend(self, q: Tensor, padded: Tensor, sink: Tensor, idxs: Tensor) -> Tensor:
-        """Attention of a block of tokens, wide. The last row of ``padded`` is zero: it takes the sink's place in the softmax, and adds nothing."""
-        tokens, heads, dim = q.shape
+        """Attention of a block of tokens, wide. The last row of ``padded`` is zero: it takes the sink's place in
+        the softmax, and adds nothing.
+        """
+        tokens, _, dim = q.shape
         zero = padded.shape[0] - 1
         if self.on_cpu and tokens > 1:
             listed = torch.zeros(zero + 1, dtype=torch.bool)

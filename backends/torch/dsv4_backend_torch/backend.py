@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 class TorchBackend(TorchFused, Backend):
-    """PyTorch. ``device``: any that this torch knows. ``weight_cache``: bytes of dequantised (on a CPU: or repacked) weights to keep. ``threads``: of a CPU."""
+    """PyTorch. ``device``: any that this torch knows. ``weight_cache``: bytes of dequantised (on a CPU: or
+    repacked) weights to keep. ``threads``: of a CPU.
+    """
 
     name = "torch"
     options: ClassVar[tuple[Option, ...]] = (
@@ -30,6 +32,8 @@ class TorchBackend(TorchFused, Backend):
         Option("threads", "threads of torch on a CPU"),
     )
     claims_level = 3
+    weight_cache: int
+    threads: int | None
     deterministic = True
 
     def __init__(self, **options: Any) -> None:
@@ -39,7 +43,9 @@ class TorchBackend(TorchFused, Backend):
             self.device = torch.zeros(1, device=self.device).device
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise BackendError(f"backend {self.name!r}: device {self.device!r} cannot be used by torch {torch.__version__}: {reason}") from None
+            raise BackendError(
+                f"backend {self.name!r}: device {self.device!r} cannot be used by torch {torch.__version__}: {reason}"
+            ) from None
         if self.threads is not None:
             torch.set_num_threads(int(self.threads))
         self.weights = WeightCache(self.weight_cache)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from dsv4_backend_torch.quant import TorchQuant
 from dsv4_core.dtypes import FP4_GROUP, KV_BLOCK, Format, RowLayout
 from dsv4_core.ops.cache import CacheOps
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class TorchCache(TorchQuant, CacheOps):
@@ -26,7 +29,9 @@ class TorchCache(TorchQuant, CacheOps):
         # No shape may depend on values here: a row that is not stored repeats what the slot of a row that is stored gets.
         target = index.to(torch.int64)
         kept = target >= 0
-        first = kept.to(torch.uint8).argmax(0, keepdim=True)  # one axis: an index without axes would be read on the host
+        first = kept.to(torch.uint8).argmax(
+            0, keepdim=True
+        )  # one axis: an index without axes would be read on the host
         stored = torch.where(kept[:, None], stored, torch.where(kept[first, None], stored[first], cache[:1]))
         cache.index_copy_(0, torch.where(kept, target, target[first].clamp(min=0)), stored)
 
@@ -48,8 +53,9 @@ class TorchCache(TorchQuant, CacheOps):
         codes = codes.reshape(n, quantised)
         if layout.kind == "key":
             return torch.cat([codes[:, 0::2] | (codes[:, 1::2] << 4), scale], 1)
+        rope = rows.new_empty((n, layout.rope_dim)).copy_(rows[:, quantised:])  # contiguous, with no rows too
         padding = codes.new_zeros((n, layout.width - quantised - 2 * layout.rope_dim - scale.shape[1]))
-        return torch.cat([codes, scale, padding, rows[:, quantised:].contiguous().view(torch.uint8)], 1)
+        return torch.cat([codes, scale, padding, rope.view(torch.uint8)], 1)
 
     def unpack(self, stored: Tensor, layout: RowLayout) -> Tensor:
         """Stored rows [n, width] as rows [n, dim] of their own."""
@@ -57,12 +63,14 @@ class TorchCache(TorchQuant, CacheOps):
             return stored
         n, quantised = stored.shape[0], layout.dim - layout.rope_dim
         if layout.kind == "key":
-            values = self.decode_e2m1(stored[:, : quantised // 2], torch.bfloat16).reshape(n, quantised // FP4_GROUP, FP4_GROUP)
+            values = self.decode_e2m1(stored[:, : quantised // 2], torch.bfloat16).reshape(
+                n, quantised // FP4_GROUP, FP4_GROUP
+            )
             scale = stored[:, quantised // 2 :]
         else:
             values = self.decode_e4m3(stored[:, :quantised], torch.bfloat16).reshape(n, quantised // KV_BLOCK, KV_BLOCK)
             scale = stored[:, quantised : quantised + quantised // KV_BLOCK]
-        rows = values.mul_(self.lookup("E8M0_VALUES", scale, torch.bfloat16)[..., None]).reshape(n, quantised)
+        rows = values.mul_(self.scale_values(scale, torch.bfloat16)[..., None]).reshape(n, quantised)
         if layout.rope_dim:
             rows = torch.cat([rows, stored[:, -2 * layout.rope_dim :].contiguous().view(torch.bfloat16)], 1)
         return self.rounded(rows)

@@ -20,14 +20,18 @@ class TorchEmbed(Numeric, EmbedOps):
     def sample(self, logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float) -> Tensor:
         if temperature == 0:
             vocab = logits.shape[1]
-            ids = torch.arange(vocab, dtype=torch.int32, device=logits.device)  # argmax does not promise the lowest of equals
+            ids = torch.arange(
+                vocab, dtype=torch.int32, device=logits.device
+            )  # argmax does not promise the lowest of equals
             return torch.where(logits == logits.amax(-1, keepdim=True), ids, vocab - 1).amin(-1)
         scaled = logits / temperature
         p = (scaled - scaled.amax(-1, keepdim=True)).exp()
         p, order = p.sort(dim=-1, descending=True, stable=True)
         running = p.cumsum(-1)
         running = running / running[:, -1:]
-        kept = (running < top_p).sum(-1, keepdim=True).clamp(max=running.shape[1] - 1)  # index of the last token of the shortest prefix
+        kept = (
+            (running < top_p).sum(-1, keepdim=True).clamp(max=running.shape[1] - 1)
+        )  # index of the last token of the shortest prefix
         goal = uniform[:, None] * running.gather(-1, kept)
         chosen = torch.minimum((running <= goal).sum(-1, keepdim=True), kept)
         return order.gather(-1, chosen)[:, 0].to(torch.int32)

@@ -2,54 +2,77 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 from torch import Tensor
 
 from dsv4_backend_torch.attention import TorchAttention
 from dsv4_backend_torch.cache import TorchCache
 from dsv4_backend_torch.embed import TorchEmbed
-from dsv4_backend_torch.matmul import Weight
 from dsv4_backend_torch.mhc import TorchMhc
 from dsv4_backend_torch.moe import TorchMoe
 from dsv4_core.dtypes import Experts, ScaledArray
 from dsv4_core.ops.fused import FusedOps
+
+if TYPE_CHECKING:
+    from dsv4_backend_torch.matmul import Weight
 
 
 class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, FusedOps):
     """Contracts of ``ops/fused.py``, where fusing pays."""
 
     def ffn(self, x: Tensor, w1: Weight, w3: Weight, w2: Weight, *, limit: float) -> Tensor:
-        return self.expert(self.quantised_activation(x) if isinstance(w1, ScaledArray) else x, (w1, w3), w2, None, limit)
+        return self.expert(
+            self.quantised_activation(x) if isinstance(w1, ScaledArray) else x, (w1, w3), w2, None, limit
+        )
 
     def moe(
         self, x: Tensor, weights: Tensor, indices: Tensor, shared: Tensor | None, w1: Experts, w3: Experts, w2: Experts,
         *, first_expert: int, limit: float, out_dtype: str,
     ) -> Tensor:  # fmt: skip
         if not self.on_cpu:
-            return super().moe(x, weights, indices, shared, w1, w3, w2, first_expert=first_expert, limit=limit, out_dtype=out_dtype)
+            return cast(
+                "Tensor",
+                super().moe(
+                    x, weights, indices, shared, w1, w3, w2, first_expert=first_expert, limit=limit, out_dtype=out_dtype
+                ),
+            )
         tokens, topk = indices.shape
         y = torch.zeros((tokens, x.shape[1]), dtype=self.wide_type) if shared is None else self.widen(shared).clone()
         x = self.quantised_activation(x) if "@" in w1.dtype else x
         if tokens == 1:
             for e, weight in zip(indices[0].tolist(), weights[0].tolist(), strict=True):
                 if 0 <= e - first_expert < w1.shape[0]:
-                    y += self.expert(x, (w1[e - first_expert], w3[e - first_expert]), w2[e - first_expert], weight, limit)
+                    y += self.expert(
+                        x, (w1[e - first_expert], w3[e - first_expert]), w2[e - first_expert], weight, limit
+                    )
             return y.to(getattr(torch, out_dtype))
         experts, order = indices.reshape(-1).sort(stable=True)
-        used, counts = experts.unique_consecutive(return_counts=True)
+        used, counts = torch.unique(experts, return_counts=True)
         end = 0
         for e, count in zip(used.tolist(), counts.tolist(), strict=True):
             copies, end = order[end : end + count], end + count
             if 0 <= e - first_expert < w1.shape[0]:
                 token = copies.div(topk, rounding_mode="floor")
                 weight = weights.reshape(-1).index_select(0, copies)[:, None]
-                rows = self.expert(x.index_select(0, token), (w1[e - first_expert], w3[e - first_expert]), w2[e - first_expert], weight, limit)
+                rows = self.expert(
+                    x.index_select(0, token),
+                    (w1[e - first_expert], w3[e - first_expert]),
+                    w2[e - first_expert],
+                    weight,
+                    limit,
+                )
                 y.index_add_(0, token, self.widen(rows))
         return y.to(getattr(torch, out_dtype))
 
-    def expert(self, x: Tensor, w13: tuple[Weight, Weight], w2: Weight, weight: Tensor | float | None, limit: float) -> Tensor:
+    def expert(
+        self, x: Tensor, w13: tuple[Weight, Weight], w2: Weight, weight: Tensor | float | None, limit: float
+    ) -> Tensor:
         """One expert's rows: ``w2 . swiglu(w1 . x, w3 . x)``; w1 and w3 in one product, block by block of rows while they are in cache."""
         gate_up = self.product(x, w13, wide=False)
         inter = w2.shape[1]
         hidden = self.weighted_swiglu(gate_up[:, :inter], gate_up[:, inter:], weight, limit)
-        return self.product(self.quantised_activation(hidden) if isinstance(w2, ScaledArray) else hidden, (w2,), wide=False)
+        return self.product(
+            self.quantised_activation(hidden) if isinstance(w2, ScaledArray) else hidden, (w2,), wide=False
+        )

@@ -1,6 +1,7 @@
 """Linear layers: exact dequantisation, then the library's GEMM with float32 sums.
 
-E4M3 and E2M1 codes times power-of-two scales are exact in BF16, so in native mode a BF16 product of dequantised operands is what the contract says.
+E4M3 and E2M1 codes times power-of-two scales are exact in BF16, so in native mode a BF16 product of dequantised
+operands is what the contract says.
 On a CPU oneDNN is called through the op that torch's own compiler uses: it reads a weight in the blocked layout that it prefers, and runs
 a single row in float32 at twice the speed of ``linear``. Where a torch lacks the op, ``linear`` is used.
 """
@@ -21,7 +22,9 @@ from dsv4_core.ops.matmul import MatmulOps
 Weight = Tensor | ScaledArray
 TILE = 1 << 22  # elements of a weight that are dequantised at a time when it is not kept: 8 MB in BF16
 NARROW = 128  # outputs below which oneDNN's cost of a call (14 us against 3) outweighs its speed
-LEAST_SCALE = 48  # E8M0: times E4M3's least 2^-9 and an activation's least 2^-31, still 2^7 above the least normal number
+LEAST_SCALE = (
+    48  # E8M0: times E4M3's least 2^-9 and an activation's least 2^-31, still 2^7 above the least normal number
+)
 GATHERED = 1 << 28  # elements of expert weights that are gathered at a time for a few rows on a device: 512 MB in BF16
 
 _PACKED = {torch.bfloat16: "onednn bfloat16", torch.float32: "onednn float32"}  # kinds of weight cache entries
@@ -51,7 +54,11 @@ class TorchMatmul(TorchQuant, MatmulOps):
     def expert_linear(self, x: Tensor, weight: Experts, offsets: Tensor) -> Tensor:
         if "@" in weight.dtype:
             x = self.quantised_activation(x)
-        if not self.on_cpu and isinstance(weight, StackedExperts) and x.shape[0] * weight.shape[1] * weight.shape[2] <= GATHERED:
+        if (
+            not self.on_cpu
+            and isinstance(weight, StackedExperts)
+            and x.shape[0] * weight.shape[1] * weight.shape[2] <= GATHERED
+        ):
             return self.gathered_experts(x, weight.stack, offsets)
         y = x.new_zeros((x.shape[0], weight.shape[1]), dtype=self.act_type)
         bounds = offsets.tolist()  # on a device: a synchronisation, in prefill only
@@ -71,7 +78,9 @@ class TorchMatmul(TorchQuant, MatmulOps):
         else:
             picked = stack[expert].to(x.dtype)
         y = torch.bmm(picked, x[:, :, None])[:, :, 0]
-        return self.rounded(torch.where((row < offsets[-1])[:, None], y, torch.zeros((), dtype=y.dtype, device=y.device)))
+        return self.rounded(
+            torch.where((row < offsets[-1])[:, None], y, torch.zeros((), dtype=y.dtype, device=y.device))
+        )
 
     def product(self, x: Tensor, weights: tuple[Weight, ...], *, wide: bool) -> Tensor:
         """``x @ concat(weights).T`` with wide sums, in the wide or the activation dtype."""
@@ -93,9 +102,14 @@ class TorchMatmul(TorchQuant, MatmulOps):
         return torch.promote_types(x.dtype, weight.dtype)
 
     def well_scaled(self, weight: ScaledArray) -> bool:
-        """Say whether BF16 products can take a weight's values: BF16 instructions flush subnormal operands and sums. Read once a weight, when first used."""
+        """Say whether BF16 products can take a weight's values: BF16 instructions flush subnormal operands and
+        sums. Read once a weight, when first used.
+        """
         if (known := self._well_scaled.get(id(weight))) is None:
-            self._well_scaled[id(weight)] = known = (weight, bool(weight.scale.numel() == 0 or weight.scale.min() >= LEAST_SCALE))
+            self._well_scaled[id(weight)] = known = (
+                weight,
+                bool(weight.scale.numel() == 0 or weight.scale.min() >= LEAST_SCALE),
+            )
         return known[1]
 
     def tiled(self, x: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -119,7 +133,11 @@ class TorchMatmul(TorchQuant, MatmulOps):
             return weights[0]
         key = (dtype, *map(id, weights))
         found = self.weights.find(key)
-        return self.weights.keep(key, weights, self.size(weights, dtype), lambda: self.stacked(weights, dtype)) if found is None else found
+        return (
+            self.weights.keep(key, weights, self.size(weights, dtype), lambda: self.stacked(weights, dtype))
+            if found is None
+            else found
+        )
 
     def packed(self, weights: tuple[Weight, ...], dtype: torch.dtype) -> Tensor | None:
         """Weights one above the other in oneDNN's layout; None where the device, the dtype or the weight cache does not allow it."""
@@ -129,7 +147,9 @@ class TorchMatmul(TorchQuant, MatmulOps):
         if (found := self.weights.find(key)) is not None:
             return found
         reorder = torch.ops.mkldnn._reorder_linear_weight  # noqa: SLF001
-        return self.weights.keep(key, weights, self.size(weights, dtype), lambda: reorder(self.stacked(weights, dtype), 1))
+        return self.weights.keep(
+            key, weights, self.size(weights, dtype), lambda: reorder(self.stacked(weights, dtype), 1)
+        )
 
     def stacked(self, weights: tuple[Weight, ...], dtype: torch.dtype) -> Tensor:
         """Weights one above the other in ``dtype``."""
@@ -144,4 +164,5 @@ class TorchMatmul(TorchQuant, MatmulOps):
     @cached_property
     def one_dnn(self) -> bool:
         """Say whether oneDNN's linear layer can be called: on a CPU, in a torch that was built with it."""
-        return self.on_cpu and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        built = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+        return self.on_cpu and built and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,10 +12,16 @@ from torch.nn import functional
 
 from dsv4_backend_torch.matmul import TorchMatmul
 from dsv4_backend_torch.norm import TorchNorm
-from dsv4_core.dtypes import Host
 from dsv4_core.ops.mhc import MhcOps
 
-FEW = 8  # tokens of a decode step on a CPU: up to here sixteen Python floats a token beat any array library (15 us against 130 us for 20 iterations)
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dsv4_core.dtypes import Host
+
+# tokens of a decode step on a CPU: up to here sixteen Python floats a token beat any array library (15 us against
+# 130 us for 20 iterations)
+FEW = 8
 Mixed = tuple[Tensor, Tensor, Tensor]
 
 
@@ -28,7 +34,9 @@ class TorchMhc(TorchNorm, TorchMatmul, MhcOps):
     def hc_add(self, h: Tensor, x: Tensor) -> Tensor:
         return self.rounded(self.widen(h) + x[:, None])
 
-    def hc_split_sinkhorn(self, mixes: Tensor, scale: Tensor, base: Tensor, *, hc: int, eps: float, iters: int) -> Mixed:
+    def hc_split_sinkhorn(
+        self, mixes: Tensor, scale: Tensor, base: Tensor, *, hc: int, eps: float, iters: int
+    ) -> Mixed:
         if self.on_cpu and hc == 4 and 0 < mixes.shape[0] <= FEW:
             return self._split_few(mixes, scale, base, eps, iters)
         mixes, scale, base = self.widen(mixes), self.widen(scale), self.widen(base)
@@ -42,7 +50,9 @@ class TorchMhc(TorchNorm, TorchMatmul, MhcOps):
 
     def sinkhorn(self, comb: Tensor, eps: float, iters: int) -> Tensor:
         """Divide ``comb`` [tokens, hc, hc] by its column sums; then ``iters - 1`` times by its row sums and its column sums."""
-        if self.on_cpu:  # NumPy on the same memory, tokens last: a sum is then the addition of a few long rows, and a call costs a third of torch's
+        # NumPy on the same memory, tokens last: a sum is then the addition of a few long rows, and a call costs a
+        # third of torch's
+        if self.on_cpu:
             return torch.from_numpy(sinkhorn(comb.permute(1, 2, 0).contiguous().numpy(), eps, iters)).permute(2, 0, 1)
         comb = comb / (comb.sum(-2, keepdim=True) + eps)
         for _ in range(iters - 1):
@@ -64,7 +74,9 @@ class TorchMhc(TorchNorm, TorchMatmul, MhcOps):
         first, second, third = (torch.tensor(values, dtype=self.wide_type).reshape(shape) for values, shape in shapes)
         return first, second, third
 
-    def hc_pre(self, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float, iters: int) -> Mixed:
+    def hc_pre(
+        self, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float, iters: int
+    ) -> Mixed:
         tokens, hc, dim = h.shape
         if tokens <= FEW:
             wide, mixes = self.mixes(h, fn, norm_eps)
@@ -83,7 +95,9 @@ class TorchMhc(TorchNorm, TorchMatmul, MhcOps):
         out = torch.empty_like(h, memory_format=torch.contiguous_format)
         mix = comb.transpose(1, 2)
         for part in self.blocks(h.shape[0], h.shape[1] * h.shape[2]):
-            out[part] = torch.bmm(mix[part], self.widen(h[part])).addcmul_(post[part, :, None], self.widen(y[part])[:, None])
+            out[part] = torch.bmm(mix[part], self.widen(h[part])).addcmul_(
+                post[part, :, None], self.widen(y[part])[:, None]
+            )
         return out
 
     def hc_head(self, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float) -> Tensor:
@@ -126,21 +140,33 @@ def sinkhorn(comb: Host, eps: float, iters: int) -> Host:
 
 
 def sinkhorn4(logits: Sequence[float], eps: float, iters: int) -> tuple[float, ...]:
-    """Row softmax of a 4 x 4 matrix plus ``eps``, then Sinkhorn's iterations; unrolled, since this is a decode step's hottest scalar code."""
+    """Row softmax of a 4 x 4 matrix plus ``eps``, then Sinkhorn's iterations; unrolled, since this is a decode
+    step's hottest scalar code.
+    """
     rows: list[float] = []
-    for i in range(0, 16, 4):
-        top = max(logits[i : i + 4])
-        e = [math.exp(x - top) for x in logits[i : i + 4]]
-        total = sum(e)
-        rows += [x / total + eps for x in e]
+    for row in range(0, 16, 4):
+        top = max(logits[row : row + 4])
+        weights = [math.exp(x - top) for x in logits[row : row + 4]]
+        total = sum(weights)
+        rows += [x / total + eps for x in weights]
     a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p = rows
     for half in range(1, 2 * iters):
         if half % 2:
-            s, t, u, v = 1 / (a + e + i + m + eps), 1 / (b + f + j + n + eps), 1 / (c + g + k + o + eps), 1 / (d + h + l + p + eps)
+            s, t, u, v = (
+                1 / (a + e + i + m + eps),
+                1 / (b + f + j + n + eps),
+                1 / (c + g + k + o + eps),
+                1 / (d + h + l + p + eps),
+            )
             a, b, c, d, e, f, g, h = a * s, b * t, c * u, d * v, e * s, f * t, g * u, h * v
             i, j, k, l, m, n, o, p = i * s, j * t, k * u, l * v, m * s, n * t, o * u, p * v
         else:
-            s, t, u, v = 1 / (a + b + c + d + eps), 1 / (e + f + g + h + eps), 1 / (i + j + k + l + eps), 1 / (m + n + o + p + eps)
+            s, t, u, v = (
+                1 / (a + b + c + d + eps),
+                1 / (e + f + g + h + eps),
+                1 / (i + j + k + l + eps),
+                1 / (m + n + o + p + eps),
+            )
             a, b, c, d, e, f, g, h = a * s, b * s, c * s, d * s, e * t, f * t, g * t, h * t
             i, j, k, l, m, n, o, p = i * u, j * u, k * u, l * u, m * v, n * v, o * v, p * v
     return a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p

@@ -15,10 +15,14 @@ class TorchMoe(TorchMatmul, MoeOps):
 
     def gate(self, x: Tensor, weight: Tensor, bias: Tensor, *, topk: int, route_scale: float) -> tuple[Tensor, Tensor]:
         scores = self.router_scores(x, weight)
-        indices = (scores + self.widen(bias)).sort(dim=-1, descending=True, stable=True).indices[:, :topk]  # topk does not promise the lower of equals
+        indices = (
+            (scores + self.widen(bias)).sort(dim=-1, descending=True, stable=True).indices[:, :topk]
+        )  # topk does not promise the lower of equals
         return self.route_weights(scores, indices, route_scale), indices.to(torch.int32)
 
-    def gate_hash(self, x: Tensor, weight: Tensor, tid2eid: Tensor, ids: Tensor, *, route_scale: float) -> tuple[Tensor, Tensor]:
+    def gate_hash(
+        self, x: Tensor, weight: Tensor, tid2eid: Tensor, ids: Tensor, *, route_scale: float
+    ) -> tuple[Tensor, Tensor]:
         indices = tid2eid.index_select(0, ids)
         return self.route_weights(self.router_scores(x, weight), indices, route_scale), indices.to(torch.int32)
 
@@ -31,7 +35,9 @@ class TorchMoe(TorchMatmul, MoeOps):
         chosen = scores.gather(-1, indices)
         return (chosen / chosen.sum(-1, keepdim=True)).mul_(route_scale)
 
-    def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor, *, first_expert: int, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def dispatch(
+        self, x: Tensor, weights: Tensor, indices: Tensor, *, first_expert: int, n_experts: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         local = indices.reshape(-1) - first_expert
         local = torch.where((local >= 0) & (local < n_experts), local, n_experts)
         expert, order = local.sort(stable=True)
@@ -53,7 +59,9 @@ class TorchMoe(TorchMatmul, MoeOps):
             out[part] = y
         return out
 
-    def combine(self, rows: Tensor, order: Tensor, offsets: Tensor, shared: Tensor | None, *, topk: int, out_dtype: str) -> Tensor:
+    def combine(
+        self, rows: Tensor, order: Tensor, offsets: Tensor, shared: Tensor | None, *, topk: int, out_dtype: str
+    ) -> Tensor:
         copies, dim = rows.shape
         copy = torch.arange(copies, dtype=offsets.dtype, device=rows.device)
         rows = torch.where((copy < offsets[-1])[:, None], rows, torch.zeros((), dtype=rows.dtype, device=rows.device))

@@ -39,7 +39,8 @@ class TorchNorm(Numeric, NormOps):
     def rotation(self, positions: Tensor, freqs: Tensor) -> Tensor:
         """``cos + i sin`` of each pair's angle, [tokens, 1, half]; the angle is a float32 product in every mode.
 
-        On a CPU the last one is kept: a layer turns four or more arrays by the same angles. On a device a kept tensor would break a captured graph.
+        On a CPU the last one is kept: a layer turns four or more arrays by the same angles. On a device a kept
+        tensor would break a captured graph.
         """
         kept = self._rotation
         if kept is not None and kept[0] is positions and kept[1] is freqs:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,15 +12,26 @@ from torch import Tensor
 from dsv4_core import dtypes
 from dsv4_core.spec import Ops
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 BLOCK = 1 << 18  # elements: 1 MB in float32, the second cache level of a core
-_DOUBLE = {2: torch.int32, 4: torch.int64, 8: torch.complex128}  # dtypes of twice the width, to look two values up at once
+_DOUBLE = {
+    2: torch.int32,
+    4: torch.int64,
+    8: torch.complex128,
+}  # dtypes of twice the width, to look two values up at once
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Give torch's dtype object for a dtype name; raise ``ValueError`` where this torch has none. Looked up when called, never at import."""
+    """Give torch's dtype object for a dtype name; raise ``ValueError`` where this torch has none. Looked up when
+    called, never at import.
+    """
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype {name!r} is unknown to torch {torch.__version__}; bytes of it travel as uint8")
+        raise ValueError(  # noqa: TRY004  the name is wrong, not its type
+            f"dtype {name!r} is unknown to torch {torch.__version__}; bytes of it travel as uint8"
+        )
     return found
 
 
@@ -66,5 +76,11 @@ class Numeric(Ops):
         return (slice(i, i + step) for i in range(0, rows, step))
 
     def lookup(self, name: str, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """Values of codes by one of the tables of ``dsv4_core.dtypes``: several times faster on a CPU than torch's own casts from float8."""
+        """Values of codes by one of the tables of ``dsv4_core.dtypes``: several times faster on a CPU than torch's
+        own casts from float8.
+        """
         return table(name, dtype, codes.device).index_select(0, codes.to(torch.int32).reshape(-1)).reshape(codes.shape)
+
+    def scale_values(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Values of E8M0 bytes: powers of two; 255 is NaN."""
+        return self.lookup("E8M0_VALUES", scale, dtype)

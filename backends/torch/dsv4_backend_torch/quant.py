@@ -38,7 +38,9 @@ def hadamard_matrix(dim: int, dtype: torch.dtype, device: torch.device) -> Tenso
 def scale_bits(blocks: Tensor, fmt: Format) -> Tensor:
     """Float32 bits, as int32, of the smallest power-of-two scales that fit blocks [..., block] into the format: a bare exponent."""
     amax = blocks.abs().amax(-1).to(torch.float32).clamp_(min=AMAX_FLOOR[fmt])
-    return amax.mul_(1 / FORMAT_MAX[fmt]).view(torch.int32).add_(0x7FFFFF).bitwise_and_(0x7F800000)  # one up where any mantissa bit is set
+    return (
+        amax.mul_(1 / FORMAT_MAX[fmt]).view(torch.int32).add_(0x7FFFFF).bitwise_and_(0x7F800000)
+    )  # one up where any mantissa bit is set
 
 
 def scale_bytes(bits: Tensor) -> Tensor:
@@ -46,9 +48,10 @@ def scale_bytes(bits: Tensor) -> Tensor:
     return (bits >> 23).to(torch.uint8)
 
 
-def scale_values(bits: Tensor, dtype: torch.dtype) -> Tensor:
+def grid_scale(bits: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales [..., 1] of their bits: byte 0 (met only beside a NaN) is 2^-127, byte 255 (beside an infinity) leaves nothing but NaN."""
-    return bits.view(torch.float32).clamp(min=2.0**-127).to(dtype)[..., None]
+    scale = bits.view(torch.float32).clamp(min=2.0**-127)
+    return (scale - scale).add_(scale).to(dtype)[..., None]  # infinity less itself is NaN; any other scale stays
 
 
 def round_to_grid(x: Tensor, fmt: Format) -> Tensor:
@@ -90,9 +93,9 @@ class TorchQuant(Numeric, QuantOps):
         """Codes [tokens, blocks, block], one a byte, and E8M0 scale bytes [tokens, blocks]."""
         blocks = self.widen(x).reshape(x.shape[0], x.shape[1] // block, block)
         bits = scale_bits(blocks, fmt)
-        return grid_codes(round_to_grid(blocks / scale_values(bits, blocks.dtype), fmt), fmt), scale_bytes(bits)
+        return grid_codes(round_to_grid(blocks / grid_scale(bits, blocks.dtype), fmt), fmt), scale_bytes(bits)
 
-    def act_qdq(self, x: Tensor, *, format: Format, block: int, channels: int) -> Tensor:  # noqa: A002  the contract's name
+    def act_qdq(self, x: Tensor, *, format: Format, block: int, channels: int) -> Tensor:
         if self.numerics != "native":
             return x
         grid = self.rounded(self.on_grid(x[:, :channels], format, block))
@@ -101,11 +104,13 @@ class TorchQuant(Numeric, QuantOps):
     def on_grid(self, x: Tensor, fmt: Format, block: int) -> Tensor:
         """Quantise and dequantise, wide: exactly ``q * scale``."""
         blocks = self.widen(x).reshape(x.shape[0], x.shape[1] // block, block)
-        scale = scale_values(scale_bits(blocks, fmt), blocks.dtype)
+        scale = grid_scale(scale_bits(blocks, fmt), blocks.dtype)
         return round_to_grid(blocks / scale, fmt).mul_(scale).reshape(x.shape)
 
     def quantised_activation(self, x: Tensor) -> Tensor:
-        """What a linear layer with a scaled weight multiplies: in native mode FP8 in blocks of 128, exact in BF16; ``x`` in the exact modes."""
+        """What a linear layer with a scaled weight multiplies: in native mode FP8 in blocks of 128, exact in BF16;
+        ``x`` in the exact modes.
+        """
         return self.rounded(self.on_grid(x, "e4m3", FP8_BLOCK)) if self.numerics == "native" else x
 
     def hadamard(self, x: Tensor) -> Tensor:
@@ -125,9 +130,9 @@ class TorchQuant(Numeric, QuantOps):
         *lead, out, cols = weight.shape
         if weight.format == "e2m1":
             values = self.decode_e2m1(weight.data, dtype).reshape(*lead, out, cols // FP4_GROUP, FP4_GROUP)
-            return values.mul_(self.lookup("E8M0_VALUES", weight.scale, dtype)[..., None]).reshape(weight.shape)
+            return values.mul_(self.scale_values(weight.scale, dtype)[..., None]).reshape(weight.shape)
         values = self.decode_e4m3(weight.data, dtype)
-        scale = self.lookup("E8M0_VALUES", weight.scale, dtype)
+        scale = self.scale_values(weight.scale, dtype)
         rows = scale.repeat_interleave(FP8_BLOCK, -2)[..., :out, :]
         if cols % FP8_BLOCK == 0:
             values.view(*lead, out, cols // FP8_BLOCK, FP8_BLOCK).mul_(rows[..., None])

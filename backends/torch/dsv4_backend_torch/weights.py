@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dsv4_core.dtypes import Experts, ScaledArray
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
 
 
 class WeightCache:
@@ -17,7 +19,9 @@ class WeightCache:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.nbytes = 0
-        self.entries: OrderedDict[tuple[Any, ...], tuple[Any, Tensor, int]] = OrderedDict()  # weights are held too, so that their ids stay theirs
+        self.entries: OrderedDict[tuple[Any, ...], tuple[Any, Tensor, int]] = (
+            OrderedDict()
+        )  # weights are held too, so that their ids stay theirs
 
     def find(self, key: tuple[Any, ...]) -> Tensor | None:
         """Give what is kept under a key: a kind, then the weights' ids."""
@@ -27,7 +31,9 @@ class WeightCache:
         self.entries.move_to_end(key)
         return entry[1]
 
-    def keep(self, key: tuple[Any, ...], weights: tuple[Any, ...], size: int, make: Callable[[], Tensor]) -> Tensor | None:
+    def keep(
+        self, key: tuple[Any, ...], weights: tuple[Any, ...], size: int, make: Callable[[], Tensor]
+    ) -> Tensor | None:
         """Make and keep a matrix of ``size`` bytes; None where it can never fit."""
         if size > self.capacity:
             return None
