@@ -19,8 +19,8 @@ import numpy as np
 from dsv4_core.create import header, stored_bytes
 from dsv4_core.dtypes import BFLOAT16, FORMAT_MAX, FP4_GROUP, FP8_BLOCK, Host, ScaledArray, decode, encode
 from dsv4_core.layout import QUANTISED, TensorSpec, scale_shape
+from dsv4_core.parallel import Place, ShardedSource
 from dsv4_core.shards import BITS
-from dsv4_core.split import Split, is_expert, stem
 from dsv4_core.weights import INDEX, Checkpoint, Progress
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ def convert(source: Path, out: Path, options: Options, *, progress: Progress | N
     if out.exists():
         raise ConvertError(f"{out} exists; give a new directory, a conversion never overwrites")
     checkpoint = Checkpoint(source)
-    split = Split(options.tp or 1, options.ep or 1)
-    split.check(checkpoint.config)
-    if split.ranks == 1 and not options.experts and not options.bf16:
+    world = Place(options.tp or 1, options.ep or 1)
+    world.check(checkpoint.config)
+    if world.ranks == 1 and not options.experts and not options.bf16:
         raise ConvertError("nothing to convert: give --tp or --ep, --experts fp8 or --to bf16")
     lossy = check_scales(checkpoint, to_fp8=bool(options.experts) and not options.bf16)
     if lossy and not options.allow_lossy:
@@ -74,9 +74,9 @@ def convert(source: Path, out: Path, options: Options, *, progress: Progress | N
         raise ConvertError(f"{found} have values that FP8 under one scale cannot hold; --allow-lossy rounds them")
     partial = out.with_name(f"{out.name}.partial")
     counts = {"written": 0, "kept": 0, "tensors": 0, "lossy_blocks": sum(lossy.values())}
-    for rank in range(split.ranks):
-        place = partial / f"rank-{rank}-of-{split.ranks}" if split.ranks > 1 else partial
-        _write_copy(checkpoint, place, options, split, rank, counts, progress)
+    for rank in range(world.ranks):
+        directory = partial / f"rank-{rank}-of-{world.ranks}" if world.ranks > 1 else partial
+        _write_copy(checkpoint, directory, options, replace(world, rank=rank), counts, progress)
     partial.rename(out)
     return counts
 
@@ -92,10 +92,10 @@ def check_scales(checkpoint: Checkpoint, *, to_fp8: bool) -> dict[str, int]:
             raise ConvertError(
                 f"{name}: {wrong} scale bytes are 255, which is NaN; run `dsv4 inspect {checkpoint.path}`"
             )
-        if to_fp8 and is_expert(name) and _spread(scale).max(initial=0) > LOSSLESS_SPREAD:
-            weight = checkpoint.weight(stem(name))
+        if to_fp8 and ".experts." in name and _spread(scale).max(initial=0) > LOSSLESS_SPREAD:
+            weight = checkpoint.weight(_stem(name))
             if isinstance(weight, ScaledArray) and weight.format == "e2m1" and (blocks := fp4_to_fp8(weight)[1]):
-                lossy[stem(name)] = blocks
+                lossy[_stem(name)] = blocks
     return lossy
 
 
@@ -130,52 +130,39 @@ def fp4_to_fp8(weight: ScaledArray) -> tuple[ScaledArray, int]:
     return ScaledArray(data, byte, "e4m3"), int(lossy.sum())
 
 
-def pieces(checkpoint: Checkpoint, name: str, options: Options, split: Split, rank: int) -> Iterator[Piece]:
+def pieces(source: ShardedSource, checkpoint: Checkpoint, name: str, options: Options) -> Iterator[Piece]:
     """Give what becomes of a tensor on a rank: nothing where it holds none of it, weight and scale together under the weight's name."""
-    spec, at, config = checkpoint.spec(name), stem(name), checkpoint.config
-    if is_expert(name) and int(name.split(".experts.")[1].split(".", maxsplit=1)[0]) not in split.experts(
-        config.n_routed_experts, rank
-    ):
-        return
-    axis = split.axis(name)
-    held = split.extent(_logical(checkpoint, at, spec)[axis], rank) if axis is not None else slice(None)
-    if name.endswith(".scale") and spec.dtype == "F8_E8M0":
+    spec, at, place, config = checkpoint.spec(name), _stem(name), source.place, checkpoint.config
+    shape = place.part(spec, config)
+    if shape == (0,) or (spec.dtype == "F8_E8M0" and name.endswith(".scale")):
         return
     fmt = QUANTISED.get(spec.dtype) if name.endswith(".weight") else None
+    routed = ".experts." in name  # held whole or not at all
     if fmt is None:
-        cut = (held,) if axis == 0 else (slice(None), held) if axis == 1 else ()
-        yield Piece(split.part(spec, checkpoint.layout, rank), lambda: checkpoint.array(name)[cut])
+        part = None if routed else place.range(at, config)
+        cut = () if part is None else (slice(None),) * part[0] + (part[1],)
+        yield Piece(spec._replace(shape=shape), lambda: checkpoint.array(name)[cut])
         return
 
     def quantised() -> ScaledArray:
-        whole = checkpoint.weight(at)
-        assert isinstance(whole, ScaledArray)
-        if axis is None:
-            return whole
-        data = whole.data[held] if axis == 0 else whole.data[:, held]
-        blocks = slice(held.start // FP8_BLOCK, -(-held.stop // FP8_BLOCK))
-        return ScaledArray(data, whole.scale[blocks] if axis == 0 else whole.scale[:, blocks], whole.format)
+        weight = (checkpoint if routed else source).weight(at)
+        assert isinstance(weight, ScaledArray)
+        return weight
 
-    whole = checkpoint.weight(at)
-    shape = tuple(held.stop - held.start if i == axis else n for i, n in enumerate(whole.shape))
-    if axis is not None and held.start % FP8_BLOCK and held.start // FP8_BLOCK != (held.stop - 1) // FP8_BLOCK:
-        raise ConvertError(
-            f"{name}: rank {rank} would begin at {held.start}, inside a 128 x 128 block of scales; take a smaller --tp"
-        )
+    logical = quantised().shape
     if options.bf16:
-        yield Piece(TensorSpec(name, shape, "BF16", spec.kind), lambda: _bf16(name, quantised()))
+        yield Piece(TensorSpec(name, logical, "BF16", spec.kind), lambda: _bf16(name, quantised()))
         return
     change = bool(options.experts) and fmt == "e2m1"
-    dtype = "F8_E4M3" if change else spec.dtype
-    stored = (*shape[:-1], shape[-1] // 2) if dtype == "I8" else shape
     made: Callable[[], ScaledArray] = (lambda: fp4_to_fp8(quantised())[0]) if change else quantised
-    scales = scale_shape((shape[0], shape[1]), "e4m3" if change else fmt)
-    yield Piece(TensorSpec(name, stored, dtype, spec.kind), lambda: made().data)
+    scales = scale_shape((logical[0], logical[1]), "e4m3" if change else fmt)
+    stored = TensorSpec(name, logical, "F8_E4M3", spec.kind) if change else spec._replace(shape=shape)
+    yield Piece(stored, lambda: made().data)
     yield Piece(TensorSpec(f"{at}.scale", scales, "F8_E8M0", spec.kind), lambda: made().scale)
 
 
-def _logical(checkpoint: Checkpoint, at: str, spec: TensorSpec) -> tuple[int, ...]:
-    return tuple(checkpoint.weight(at).shape) if f"{at}.weight" in checkpoint else spec.shape
+def _stem(name: str) -> str:
+    return name.removesuffix(".weight").removesuffix(".scale")
 
 
 def _bf16(name: str, weight: ScaledArray) -> Host:
@@ -187,48 +174,57 @@ def _bf16(name: str, weight: ScaledArray) -> Host:
 
 def _write_copy(
     checkpoint: Checkpoint,
-    place: Path,
+    directory: Path,
     options: Options,
-    split: Split,
-    rank: int,
+    place: Place,
     counts: dict[str, int],
     progress: Progress | None,
 ) -> None:
     """Write one rank's directory, keeping shards that an earlier run finished."""
-    place.mkdir(parents=True, exist_ok=True)
-    wanted = {"source": str(checkpoint.path.resolve()), "bytes": checkpoint.nbytes, "rank": rank, **asdict(options)}
+    directory.mkdir(parents=True, exist_ok=True)
+    wanted = {
+        "source": str(checkpoint.path.resolve()),
+        "bytes": checkpoint.nbytes,
+        "rank": place.rank,
+        **asdict(options),
+    }
     manifest = (
-        json.loads((place / MANIFEST).read_text()) if (place / MANIFEST).exists() else {"options": wanted, "sha256": {}}
+        json.loads((directory / MANIFEST).read_text())
+        if (directory / MANIFEST).exists()
+        else {"options": wanted, "sha256": {}}
     )
     if manifest["options"] != wanted:
-        raise ConvertError(f"{place} was begun with other options ({manifest['options']}); remove it or repeat those")
+        raise ConvertError(
+            f"{directory} was begun with other options ({manifest['options']}); remove it or repeat those"
+        )
+    source = ShardedSource(checkpoint, place)
     by_file: dict[str, list[str]] = defaultdict(list)
     for name in checkpoint.names:
         by_file[checkpoint.file(name).name].append(name)
     weight_map: dict[str, str] = {}
     total = 0
     for done, (file, names) in enumerate(sorted(by_file.items())):
-        made = [piece for name in names for piece in pieces(checkpoint, name, options, split, rank)]
+        made = [piece for name in names for piece in pieces(source, checkpoint, name, options)]
         made.sort(key=lambda piece: -BITS[piece.spec.dtype])  # so that every tensor is aligned to its own element
         weight_map.update(dict.fromkeys((piece.spec.name for piece in made), file))
         total += sum(stored_bytes(piece.spec) for piece in made)
         counts["tensors"] += len(made)
-        if (place / file).exists() and _digest(place / file) == manifest["sha256"].get(file):
+        if (directory / file).exists() and _digest(directory / file) == manifest["sha256"].get(file):
             counts["kept"] += 1
         elif made:
-            manifest["sha256"][file] = _write_shard(place / file, made)
-            (place / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            manifest["sha256"][file] = _write_shard(directory / file, made)
+            (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             counts["written"] += 1
         checkpoint.release()
         if progress:
-            progress(done + 1 + rank * len(by_file), split.ranks * len(by_file))
+            progress(done + 1 + place.rank * len(by_file), place.ranks * len(by_file))
     expert_dtype = "bf16" if options.bf16 else options.experts or checkpoint.config.expert_dtype
-    (place / "config.json").write_text(replace(checkpoint.config, expert_dtype=expert_dtype).to_json())
+    (directory / "config.json").write_text(replace(checkpoint.config, expert_dtype=expert_dtype).to_json())
     for other in checkpoint.path.iterdir():
         if other.is_file() and other.suffix != ".safetensors" and other.name not in {"config.json", INDEX, MANIFEST}:
-            shutil.copy2(other, place / other.name)  # tokenizer, generation settings, licence
+            shutil.copy2(other, directory / other.name)  # tokenizer, generation settings, licence
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (place / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
 def _write_shard(path: Path, made: list[Piece]) -> str:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4_core.cache import Cache
-from dsv4_core.dtypes import dtype_name
+from dsv4_core.dtypes import FP8_BLOCK, dtype_name, numpy_dtype
 from dsv4_core.generate import CHUNK
 from dsv4_core.model import Parallel
+from dsv4_core.parallel import Place
 from dsv4_core.planner import Count, Entry, Planner, nbytes, total
 from dsv4_core.shapes import LayeredModel, ShapeSource, run_step
 from dsv4_core.shards import BITS
-from dsv4_core.split import Split, is_expert
 
 if TYPE_CHECKING:
     from dsv4_core.backend import Backend
@@ -34,6 +34,7 @@ USABLE = (
     0.92  # of a device's memory: the rest goes to the driver's context, communication buffers and the allocator's slack
 )
 REWINDABLE = 8  # tokens that a served sequence's cache can rewind, as Cache has it by default
+ALONE = Place()
 CLOSINGS = (
     (96, 2),
     (31, 3),
@@ -88,18 +89,21 @@ class Hardware:
 
 
 class RankSource(ShapeSource):
-    """The weights of one rank of a tensor-parallel group (all routed experts: the planner shares those out)."""
+    """The weights of the first rank of its group, but for the routed experts: those are all here, and the planner shares them out."""
 
-    def __init__(self, config: ModelConfig, split: Split, expert_format: Format = "e2m1") -> None:
+    def __init__(self, config: ModelConfig, place: Place, expert_format: Format = "e2m1") -> None:
         super().__init__(config, expert_format)
-        self.split = split
-        self.specs = {name: split.part(spec, self.specs) for name, spec in self.specs.items()}
+        self.place = place
+        self.specs = {
+            name: spec if ".experts." in name else spec._replace(shape=place.part(spec, config))
+            for name, spec in self.specs.items()
+        }
 
     def stored(self) -> dict[str, float]:
         """Bytes of one rank's weights by kind, its share of the routed experts among them."""
         shares: defaultdict[str, float] = defaultdict(float)
         for spec in self.specs.values():
-            share = self.split.ranks if is_expert(spec.name) else 1
+            share = self.place.ranks if ".experts." in spec.name else 1
             shares[spec.kind] += math.prod(spec.shape) * BITS[spec.dtype] / 8 / share
         return shares
 
@@ -110,50 +114,54 @@ class Graph:
     def __init__(
         self,
         config: ModelConfig,
-        split: Split | None = None,
+        place: Place = ALONE,
         *,
         numerics: Numerics = "native",
         like: type[Backend] | Backend | None = None,
         expert_format: Format = "e2m1",
     ) -> None:
-        self.config, self.split = config, split or Split()
-        self.split.check(config)
-        self.source = RankSource(config, self.split, expert_format)
-        s = self.split
-        self.planner = Planner(numerics=numerics, like=like, topk=config.num_experts_per_tok, sharing=s.tp, groups=s.ep)
+        place.check(config)
+        self.config, self.place = config, place
+        self.source = RankSource(config, place, expert_format)
+        self.planner = Planner(
+            numerics=numerics, like=like, topk=config.num_experts_per_tok, sharing=place.tp, groups=place.ep
+        )
         self.model = LayeredModel(self.source, self.planner, parallel=self._parallel())
 
     def _parallel(self) -> Parallel:
-        s, c, be = self.split, self.config, self.planner
-        if s.ranks == 1:
-            return Parallel()
+        """Reduction points that count what a rank sends, as ``exchange`` sends it, and give arrays of the right shapes."""
+        p, c, be = self.place, self.config, self.planner
 
-        def sent(what: str, array: Array, count: float) -> Array:
+        def sent(what: str, count: float) -> None:
             note = Count()
             note.sent[what] = count
             be.entries.append(Entry(what, be.layer, note))
+
+        def reduce(array: Array) -> Array:  # a ring, in the wide dtype: reduce-scatter, then all-gather
+            sent("sums", 2 * (p.tp - 1) / p.tp * math.prod(array.shape) * numpy_dtype(be.wide_dtype).itemsize)
             return be.array(array.shape, be.activation_dtype)
 
-        def all_reduce(array: Array) -> Array:  # a ring: reduce-scatter, then all-gather, in BF16
-            return sent("all-reduce", array, 2 * (s.tp - 1) / s.tp * 2 * math.prod(array.shape))
+        def gather(array: Array, channels: int) -> Array:
+            sent("gathers", (p.tp - 1) * nbytes(array))
+            return be.array((array.shape[0], channels), dtype_name(array))
 
-        def moe(array: Array) -> Array:
-            tokens, dim = array.shape
-            copies = tokens / s.tp * c.num_experts_per_tok * (s.ep - 1) / s.ep  # that this rank sends to other groups
-            if s.ep > 1:
-                sent("dispatch", array, copies * (dim + dim // 128))  # FP8 and its scales
-                sent("combine", array, copies * 2 * dim)  # BF16
-            return all_reduce(array)
+        def experts(x: Array, *args: Any, out_dtype: str, **scalars: Any) -> Array:
+            tokens, dim = x.shape
+            copies = tokens * c.num_experts_per_tok / p.tp * (p.ep - 1) / p.ep  # to other groups, under even routing
+            sent("dispatch", copies * (dim + dim // FP8_BLOCK + 4))  # FP8, its scales and the routing weight
+            sent("combine", copies * 2 * dim)  # BF16
+            return be.moe(x, *args, out_dtype=out_dtype, **scalars)
 
-        def gather(array: Array) -> Array:
-            note = Count()
-            note.sent["all-gather"] = (s.tp - 1) * nbytes(array)
-            be.entries.append(Entry("all-gather", be.layer, note))
-            return be.array((array.shape[0], c.vocab_size), dtype_name(array))
-
-        if s.tp == 1:
-            return Parallel(reduce_moe=moe)
-        return Parallel(reduce_attention=all_reduce, reduce_moe=moe, reduce_embedding=all_reduce, gather_logits=gather)
+        several, cuts = p.tp > 1, p.cuts_output(c)
+        return Parallel(
+            holds_shared=p.holds_shared(c),
+            reduce_embedding=reduce if several else None,
+            gather_low_rank=(lambda o: gather(o, c.o_groups * c.o_lora_rank)) if several and not cuts else None,
+            reduce_attention=reduce if several and cuts else None,
+            experts=experts if p.ep > 1 else None,
+            reduce_moe=reduce if several else None,
+            gather_logits=(lambda logits: gather(logits, c.vocab_size)) if several else None,
+        )
 
     def step(self, batch: int, seq: int, start: int, *, capacity: int | None = None) -> list[Entry]:
         """Count one step of ``batch`` sequences (of this rank's group) that hold ``start`` tokens; ``planner.peak`` is its memory."""
@@ -215,7 +223,7 @@ class Plan:
     config: ModelConfig
     context: int
     hardware: Hardware
-    split: Split
+    place: Place
     batch: int = 1
     expert_format: Format = "e2m1"
     chunk: int = CHUNK
@@ -223,19 +231,19 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` where the ranks are not the machine's devices, or the split does not fit the model."""
-        if self.split.ranks != self.hardware.devices:
+        if self.place.ranks != self.hardware.devices:
             have = f"{self.hardware.name} has {self.hardware.devices} devices here"
-            raise ValueError(f"--tp {self.split.tp} x --ep {self.split.ep} = {self.split.ranks} ranks; {have}")
+            raise ValueError(f"--tp {self.place.tp} x --ep {self.place.ep} = {self.place.ranks} ranks; {have}")
         if not 0 < self.context <= self.config.max_position_embeddings:
             raise ValueError(
                 f"--context {self.context}: the model has positions up to {self.config.max_position_embeddings}"
             )
-        self.graph = Graph(self.config, self.split, expert_format=self.expert_format)
+        self.graph = Graph(self.config, self.place, expert_format=self.expert_format)
 
     @property
     def batch_per_group(self) -> int:
         """Sequences of one tensor-parallel group, the fullest one."""
-        return -(-self.batch // self.split.ep)
+        return -(-self.batch // self.place.ep)
 
     @cached_property
     def memory(self) -> dict[str, float]:
@@ -257,7 +265,7 @@ class Plan:
     @property
     def sequences(self) -> int:
         """How many sequences of this context fit the whole machine."""
-        return max(0, int(self.room // self.graph.cache_bytes(self.context))) * self.split.ep
+        return max(0, int(self.room // self.graph.cache_bytes(self.context))) * self.place.ep
 
     @property
     def verdict(self) -> tuple[bool, str]:
@@ -268,7 +276,7 @@ class Plan:
             return True, f"fits: {figures}; {self.sequences} sequences of {self.context} tokens would"
         weights = need - self.memory["cache"] - self.memory["activations"]
         if weights > have:
-            devices = math.ceil(weights * self.split.ranks / have)
+            devices = math.ceil(weights * self.place.ranks / have)
             return (
                 False,
                 f"does not fit: weights alone are {weights / 1e9:.1f} GB a rank; {figures}; about {devices} devices would hold them",
@@ -306,7 +314,7 @@ class Plan:
     def ceiling(self, phase: str) -> Ceiling:
         """Tokens/s of the machine in ``prefill`` (one sequence in each group) or ``decode``, at best."""
         if phase == "prefill":
-            return Ceiling.of(self.prefill, self.hardware, self.context * self.split.ep)
+            return Ceiling.of(self.prefill, self.hardware, self.context * self.place.ep)
         return Ceiling.of(self.decode, self.hardware, self.batch)
 
 

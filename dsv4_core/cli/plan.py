@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv4_core.config import PRESETS
+from dsv4_core.parallel import Place
 from dsv4_core.plan import Hardware, Plan, per_token
 from dsv4_core.plan_claims import claims
-from dsv4_core.split import Split
 
 if TYPE_CHECKING:
     from dsv4_core.config import ModelConfig
@@ -118,15 +118,24 @@ def choose(
     """Plan with the split that was asked for, else with the one that fits and decodes fastest."""
     devices = machine.devices
     if tp or ep:
-        split = Split(tp or max(1, devices // (ep or 1)), ep or max(1, devices // (tp or 1)))
-        return Plan(config, context, machine, split, batch, fmt)
-    splits = [Split(n, devices // n) for n in range(1, devices + 1) if devices % n == 0]
-    plans = [Plan(config, context, machine, split, batch, fmt) for split in splits if not split.problems(config)]
+        place = Place(tp or max(1, devices // (ep or 1)), ep or max(1, devices // (tp or 1)))
+        return Plan(config, context, machine, place, batch, fmt)
+    places = [Place(n, devices // n) for n in range(1, devices + 1) if devices % n == 0]
+    plans = [Plan(config, context, machine, place, batch, fmt) for place in places if suits(place, config)]
     if not plans:
         raise ValueError(
             f"no split of {devices} devices suits {config.n_routed_experts} experts and {config.o_groups} o_groups"
         )
     return max(plans, key=lambda p: (p.verdict[0], p.ceiling("decode").tokens_per_second))
+
+
+def suits(place: Place, config: ModelConfig) -> bool:
+    """Whether a model can be cut so."""
+    try:
+        place.check(config)
+    except ValueError:
+        return False
+    return True
 
 
 def describe(plan: Plan, model: str, price: float | None) -> dict[str, Any]:
@@ -153,8 +162,8 @@ def describe(plan: Plan, model: str, price: float | None) -> dict[str, Any]:
             "memory": machine.memory,
             "source": machine.source,
         },
-        "tp": plan.split.tp,
-        "ep": plan.split.ep,
+        "tp": plan.place.tp,
+        "ep": plan.place.ep,
         "fits": fits,
         "why": why,
         "memory_per_rank": plan.memory,
@@ -185,9 +194,10 @@ def grown(plan: Plan, context: int) -> dict[str, Any]:
 def print_report(report: dict[str, Any]) -> None:
     """Tables."""
     console, machine = Console(), report["hardware"]
+    where = f"{machine['devices']} x {machine['name']} (tp {report['tp']}, ep {report['ep']})"
+    verdict = f"{'[green]' if report['fits'] else '[red]'}{report['why']}[/]"
     console.print(
-        f"[bold]{report['model']}[/] at {size(report['context'])} tokens, {report['batch']} sequence(s), on {machine['devices']} x {machine['name']}"
-        f" (tp {report['tp']}, ep {report['ep']})\n{'[green]' if report['fits'] else '[red]'}{report['why']}[/]\n"
+        f"[bold]{report['model']}[/] at {size(report['context'])} tokens, {report['batch']} sequence(s), on {where}\n{verdict}\n"
         f"hardware: {machine['source']}",
         highlight=False,
     )
