@@ -111,6 +111,7 @@ def resident_megabytes(pid: int) -> int:
 
 def main() -> None:
     """Run the checks that stdin names."""
+    from dsv4_conformance import replay
     from dsv4_conformance.runner import run_check
     from dsv4_core import registry
 
@@ -120,7 +121,9 @@ def main() -> None:
     known = {c.id: c for c in collect("full", spec["numerics"])}
     with os.fdopen(spec["pipe"], "wb", buffering=0) as pipe:
         for case_id in spec["ids"]:
-            finding = run_check(known[case_id], session)
+            check = known.get(case_id) or replay.find(case_id)
+            assert check is not None, case_id
+            finding = run_check(check, session)
             pipe.write(json.dumps(asdict(finding)).encode() + b"\n")
 
 

@@ -13,16 +13,16 @@ import click
 import numpy as np
 
 from dsv4_conformance import replay, trace_file
-from dsv4_conformance.budget import expect
 from dsv4_conformance.calls import execute
 from dsv4_conformance.checks import Session
-from dsv4_conformance.record import Recorded, record
+from dsv4_conformance.judge import Verdict
+from dsv4_conformance.record import Recorded, Recorder, record
+from dsv4_conformance.runner import describe
 from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from dsv4_conformance.judge import Verdict
     from dsv4_core.config import ModelConfig
     from dsv4_core.dtypes import Host
 
@@ -74,20 +74,14 @@ def judge_all(calls: Iterable[Recorded], session: Session, against: Session | No
 
 
 def _executed(recorded: Recorded, session: Session) -> Verdict:
-    """A backend's verdict on recorded inputs."""
-    from dsv4_conformance.judge import Verdict
-    from dsv4_conformance.runner import describe
-
-    call = recorded.call
+    """A backend's verdict on recorded inputs; its results are to have the recorded shapes."""
+    call, returned = recorded.call, len(recorded.results) - len(recorded.call.spec.mutates)
     try:
         with np.errstate(all="ignore"):
-            expected = expect(call, session.oracle, session.backend)
-            outcome = execute(call, session.backend, [e.value.shape for e in expected])
-            if outcome.problems:
-                return Verdict(outcome.problems, float("inf"))
-            return replay.judge_results(call, outcome.results, expected, session.oracle, session.backend)
+            outcome = execute(call, session.backend, [r.shape for r in recorded.results[:returned]])
     except Exception as error:  # noqa: BLE001  whatever the backend raises is its result
         return Verdict([describe(error)], float("inf"))
+    return Verdict(outcome.problems, float("inf")) if outcome.problems else replay.judge_recorded(call, outcome.results, session)
 
 
 def report(judged: Sequence[Judged], names: tuple[str, str]) -> list[str]:
@@ -211,7 +205,8 @@ def _run(directory: Path, session: Session, tokens: str, decode: int, layers: st
     checkpoint = Checkpoint(directory)
     ids = text_of(tokens, checkpoint.config)
     decode = min(decode, ids.shape[1] - 1)
-    return record(checkpoint, session.backend, ids, decode, chosen(layers, positions, ids.shape[1] - decode))
+    recorder = Recorder(session.backend, chosen(layers, positions, ids.shape[1] - decode))
+    return record(checkpoint, recorder, ids, decode)
 
 
 def _second(flags: BackendFlags, against: str) -> Any:

@@ -139,21 +139,18 @@ class TracedModel(Model):
         return super().block(block, h, step)
 
 
-def record(
-    source: WeightSource, backend: Backend, tokens: Host, decode: int, keep: Callable[[str, str], bool] = lambda time, place: True  # noqa: ARG005
-) -> list[Recorded]:
+def record(source: WeightSource, recorder: Recorder, tokens: Host, decode: int) -> list[Recorded]:
     """Run ``tokens`` [batch, total], the last ``decode`` of them one by one; give the calls in the order in which they end."""
     total = tokens.shape[1]
-    with Recorder(backend, keep) as recorder:
+    with recorder:
         model = TracedModel(source, recorder)
-        cache = Cache(backend, source.config, len(tokens), total, rewindable=0)
+        cache = Cache(recorder.backend, source.config, len(tokens), total, rewindable=0)
         begin = 0
         for n in (total - decode, *[1] * decode):
-            if n:
-                recorder.time = f"decode{begin}" if begin or n < total - decode else "prefill"
-                step = Step(cache, tokens[:, begin : begin + n])
-                recorder.positions = step.host_positions.reshape(-1)
-                model.logits(model.forward(step))
-                cache.advance(step.sequences, step.ends)
-                begin += n
-        return recorder.calls
+            recorder.time = f"decode{begin}" if begin else "prefill"
+            step = Step(cache, tokens[:, begin : begin + n])
+            recorder.positions = step.host_positions.reshape(-1)
+            model.logits(model.forward(step))
+            cache.advance(step.sequences, step.ends)
+            begin += n
+    return recorder.calls

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from dsv4_core.spec import Tier
 
 SUFFIX = ".case.safetensors"
+SECOND_OPINIONS = 7  # times the samples of a budget, 64 in all: the largest is then below its own scale once in 10^10 elements
+BEYOND_CHANCE = 100.0  # times the budget: no number of samples would explain it
 
 
 def judge_results(call: Call, results: Sequence[Host], expected: Sequence[Expected], oracle: Oracle, backend: Backend) -> Verdict:
@@ -57,9 +59,27 @@ def judge_results(call: Call, results: Sequence[Host], expected: Sequence[Expect
 
 
 def judge_recorded(call: Call, results: Sequence[Host], session: Session) -> Verdict:
-    """Judge recorded results by the session's oracle."""
+    """Judge recorded results by the session's oracle.
+
+    A run has millions of elements, and of 8 random deviations the largest is now and then far below its scale: what is over
+    budget is judged again by more of them before it counts.
+    """
     with np.errstate(all="ignore"):
-        return judge_results(call, results, expect(call, session.oracle, session.backend), session.oracle, session.backend)
+        expected = expect(call, session.oracle, session.backend)
+        verdict = judge_results(call, results, expected, session.oracle, session.backend)
+        if 1 < verdict.used < BEYOND_CHANCE:
+            for i in range(SECOND_OPINIONS):
+                more = expect(replace(call, seed=call.seed + i + 1), session.oracle, session.backend)
+                expected = [_wider(a, b) for a, b in zip(expected, more, strict=True)]
+            verdict = judge_results(call, results, expected, session.oracle, session.backend)
+    return verdict
+
+
+def _wider(a: Expected, b: Expected) -> Expected:
+    """The larger of two budgets for the same result."""
+    if a.budget is None or b.budget is None or a.spread is None or b.spread is None:
+        return a
+    return replace(a, budget=np.maximum(a.budget, b.budget), spread=np.maximum(a.spread, b.spread))
 
 
 def save(path: Path, call: Call, numerics: str, note: str) -> None:
