@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -119,7 +120,7 @@ class Progress:
 
     def __init__(self, rerun: str, *, quiet: bool, detailed: bool) -> None:
         self.rerun, self.detailed = rerun, detailed
-        self.moving = not quiet and click.get_text_stream("stderr").isatty()
+        self.moving = not quiet and sys.stderr.isatty()
 
     def __call__(self, finding: Finding, done: int, of: int) -> None:
         """Show a finding."""

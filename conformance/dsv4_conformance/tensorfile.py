@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from dsv4_core.dtypes import Host
 
 KINDS = {VIEWS[name]: name for name in ("F64", "F32", "I64", "I32", "U8", "BF16", "F16")}
+READABLE = frozenset(VIEWS)
+"""safetensors dtypes that ``dsv4_core.shards`` gives as arrays."""
 
 
 def encode(tensors: Mapping[str, Host], metadata: Mapping[str, str] | None = None) -> bytes:
