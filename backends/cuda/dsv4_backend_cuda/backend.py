@@ -1,0 +1,137 @@
+"""The cuda backend: Triton kernels where ``rules`` allow them, PyTorch elsewhere and in the exact modes."""
+
+from __future__ import annotations
+
+import functools
+from functools import cached_property
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dsv4_backend_torch.backend import TorchBackend
+
+from dsv4_backend_cuda import device, launch
+from dsv4_backend_cuda.rules import RULES, WITHOUT_KERNEL, Answer
+from dsv4_core.backend import Option
+from dsv4_core.ops import OPS, FusedOps
+from dsv4_core.spec import Support
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dsv4_core.backend import Diagnosis
+
+_FP8_SUMS = ("fp8 products summed in less than float32 within 128 channels, promoted to float32 after each",)
+
+
+def _bound(op: str) -> Callable[..., Any]:
+    """One contract: its kernels where the rule says so, else what PyTorch composes."""
+    inherited = getattr(FusedOps if op == "ffn" else TorchBackend, op)  # PyTorch's own fused ffn would pass by the kernels of linear
+
+    @functools.wraps(inherited)
+    def run(self: CudaBackend, *arrays: Any, **scalars: Any) -> Any:
+        if isinstance(self.answer(op, *arrays, **scalars), str):
+            return inherited(self, *arrays, **scalars)
+        return self.kernels[op](self, *arrays, **scalars)
+
+    return run
+
+
+class CudaBackend(TorchBackend):
+    """NVIDIA GPUs of compute capability 8.0 to 12.x.
+
+    ``interpret``: run the kernels in Triton's repaired interpreter, on the CPU. ``batch_invariant``: a token's bits do not depend on what else is in the
+    batch nor on how a prompt is cut; False lets attention of many tokens take whole lists of rows at a time.
+    """
+
+    name = "cuda"
+    options: ClassVar[tuple[Option, ...]] = (
+        *(o for o in TorchBackend.options if o.name not in {"device", "threads"}),
+        Option("device", "CUDA device", "cuda"),
+        Option("interpret", "run the kernels in Triton's repaired interpreter, on the CPU", default=False),
+        Option("batch_invariant", "false: faster prefill, whose bits differ from a decode step's", default=True),
+        Option("threads", "threads of torch on a CPU"),
+    )
+    narrower: ClassVar[dict[str, tuple[str, ...]]] = {
+        "sparse_attn": ("probabilities in bfloat16",),
+        "cached_sparse_attn": ("probabilities in bfloat16",),
+        "linear": _FP8_SUMS,
+        "expert_linear": _FP8_SUMS,
+    }
+    few_tokens = 16  # up to here a step's tokens alone do not fill a GPU, and lists are cut in any case
+    interpret: bool
+    arch: int
+
+    def __init__(self, **options: Any) -> None:
+        """Raise ``BackendError`` without Triton, without a GPU that it compiles for, or where the interpreter cannot be repaired; each says what to do."""
+        chosen = {o.name: o.default for o in self.options} | options
+        device.require_triton()
+        if chosen["interpret"]:
+            device.require_interpreter()
+            self.arch = launch.architecture("cpu")
+        else:
+            self.arch = device.require_gpu(str(chosen["device"]))
+        super().__init__(**{**options, "device": "cpu" if chosen["interpret"] else chosen["device"]})
+        if self.numerics != "native":
+            self.batch_invariant = False  # torch's products promise no order of sums
+        bindings = import_module("dsv4_backend_cuda.bindings")  # the one import of Triton, now that the interpreter is chosen or not
+        self.kernels: dict[str, Callable[..., Any]] = bindings.IMPLEMENTATIONS
+        specs = [spec for module in bindings.MODULES for spec in module.SPECS]
+        self.absent: dict[str, str] = {spec.name: spec.unsupported[self.arch] for spec in specs if self.arch in spec.unsupported}
+
+    @cached_property
+    def on_cpu(self) -> bool:
+        """In native mode never: interpreted or not, the paths are those of a GPU."""
+        return self.numerics != "native" and bool(self.device.type == "cpu")
+
+    def answer(self, op: str, *arrays: Any, **scalars: Any) -> Answer:
+        """Kernels that run a call, or why PyTorch does."""
+        if self.numerics != "native":
+            return f"kernels compute native numerics, not {self.numerics}"
+        answer = RULES[op](*arrays, **scalars)
+        missing = next((name for name in answer if name in self.absent), None) if isinstance(answer, tuple) else None
+        return answer if missing is None else f"{missing} does not exist on sm_{self.arch}: {self.absent[missing]}"
+
+    def supports(self, op: str, **operands: Any) -> Support:
+        """Name the kernels, or that torch runs the op and why."""
+        base = super().supports(op, **operands)
+        if op in WITHOUT_KERNEL:
+            return Support(by=f"torch: {WITHOUT_KERNEL[op]}")
+        if not base or op not in RULES:
+            return base
+        spec = OPS[op]
+        if operands.keys() < {*spec.arrays, *spec.scalars}:
+            return Support(by="triton, where dtypes and shapes allow it")
+        answer = self.answer(op, *(operands[name] for name in spec.arrays), **{name: operands[name] for name in spec.scalars})
+        return Support(by=f"torch: {answer}" if isinstance(answer, str) else f"triton: {', '.join(dict.fromkeys(answer))}")
+
+    @classmethod
+    def diagnose(cls) -> tuple[Diagnosis, ...]:
+        """Triton, driver and GPUs."""
+        return device.diagnose()
+
+    rms_norm = _bound("rms_norm")
+    apply_rope = _bound("apply_rope")
+    act_quant = _bound("act_quant")
+    act_qdq = _bound("act_qdq")
+    hadamard = _bound("hadamard")
+    linear = _bound("linear")
+    grouped_linear = _bound("grouped_linear")
+    expert_linear = _bound("expert_linear")
+    gate = _bound("gate")
+    gate_hash = _bound("gate_hash")
+    dispatch = _bound("dispatch")
+    swiglu = _bound("swiglu")
+    combine = _bound("combine")
+    ffn = _bound("ffn")
+    moe = _bound("moe")
+    compress = _bound("compress")
+    index_scores = _bound("index_scores")
+    index_select = _bound("index_select")
+    index_topk = _bound("index_topk")
+    cached_index_topk = _bound("cached_index_topk")
+    sparse_attn = _bound("sparse_attn")
+    cached_sparse_attn = _bound("cached_sparse_attn")
+    hc_pre = _bound("hc_pre")
+    hc_pre_norm = _bound("hc_pre_norm")
+    hc_head = _bound("hc_head")
+    hc_post = _bound("hc_post")

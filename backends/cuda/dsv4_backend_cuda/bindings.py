@@ -1,0 +1,247 @@
+"""Launchers bound to the contracts, for what ``rules`` lets through. Importing this imports Triton and the kernels.
+
+Operands may be views, kernels take contiguous ones: ``contiguous`` is free in the graph, whose arrays all are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+from torch import Tensor
+
+from dsv4_backend_cuda import launch
+from dsv4_backend_cuda.kernels import compress, dense_matmul, index, mhc, moe, norm, quant, rope, scaled_matmul, sparse_attn
+from dsv4_core.dtypes import FP8_BLOCK, Experts, RowLayout, ScaledArray
+from dsv4_core.ops.fused import SCORES_AT_ONCE
+
+if TYPE_CHECKING:
+    from dsv4_backend_cuda.backend import CudaBackend
+
+PARTIALS = 1 << 24  # elements of attention's pieces that exist at a time: 64 MB
+MODULES = (norm, rope, quant, scaled_matmul, dense_matmul, moe, compress, index, sparse_attn, mhc)
+"""Every kernel module; their ``SPECS`` say what is compiled."""
+
+Quantised = tuple[Tensor, Tensor]
+Mixed = tuple[Tensor, Tensor, Tensor]
+
+
+def _fp4(weight: ScaledArray) -> bool:
+    return weight.format == "e2m1"
+
+
+def _quantise(x: Tensor) -> Quantised:
+    return quant.act_quant(x.contiguous(), block=FP8_BLOCK)
+
+
+def _product(x: Quantised, weight: ScaledArray, out_dtype: torch.dtype) -> Tensor:
+    return scaled_matmul.linear(*x, weight.data.contiguous(), weight.scale.contiguous(), out_dtype=out_dtype, fp4=_fp4(weight))
+
+
+def _expert_product(x: Quantised, weight: Any, offsets: Tensor) -> Tensor:
+    stack: ScaledArray = weight.stack  # every Experts that this backend loads is one stack
+    return scaled_matmul.expert_linear(*x, stack.data, stack.scale, offsets, fp4=_fp4(stack))
+
+
+def rms_norm(be: CudaBackend, x: Tensor, weight: Tensor | None, *, eps: float) -> Tensor:
+    del be
+    return norm.rms_norm(x.contiguous(), None if weight is None else weight.contiguous(), eps=eps)
+
+
+def apply_rope(be: CudaBackend, x: Tensor, positions: Tensor, freqs: Tensor, *, inverse: bool) -> Tensor:
+    del be
+    return rope.apply_rope(x.contiguous(), positions.contiguous(), freqs.contiguous(), inverse=inverse)
+
+
+def act_quant(be: CudaBackend, x: Tensor, *, block: int) -> Quantised:
+    del be
+    return quant.act_quant(x.contiguous(), block=block)
+
+
+def act_qdq(be: CudaBackend, x: Tensor, *, format: str, block: int, channels: int) -> Tensor:
+    del be
+    return quant.act_qdq(x.contiguous(), format=format, block=block, channels=channels)
+
+
+def hadamard(be: CudaBackend, x: Tensor) -> Tensor:
+    del be
+    return quant.hadamard(x.contiguous())
+
+
+def linear(be: CudaBackend, x: Tensor, weight: Any, *, out_dtype: str) -> Tensor:
+    del be
+    dtype = getattr(torch, out_dtype)
+    if isinstance(weight, ScaledArray):
+        return _product(_quantise(x), weight, dtype)
+    return dense_matmul.linear(x.contiguous(), weight.contiguous(), out_dtype=dtype)
+
+
+def grouped_linear(be: CudaBackend, x: Tensor, weight: Any) -> Tensor:
+    del be
+    if isinstance(weight, ScaledArray):
+        return dense_matmul.grouped_linear(x.contiguous(), weight.data.contiguous(), weight.scale.contiguous())
+    return dense_matmul.grouped_linear(x.contiguous(), weight.contiguous(), None)
+
+
+def expert_linear(be: CudaBackend, x: Tensor, weight: Experts, offsets: Tensor) -> Tensor:
+    del be
+    return _expert_product(_quantise(x), weight, offsets.contiguous())
+
+
+def gate(be: CudaBackend, x: Tensor, weight: Any, bias: Tensor, *, topk: int, route_scale: float) -> Quantised:
+    scores = linear(be, x, weight, out_dtype="float32")
+    return moe.route(scores, bias.contiguous(), topk=topk, route_scale=route_scale)
+
+
+def gate_hash(be: CudaBackend, x: Tensor, weight: Any, tid2eid: Tensor, ids: Tensor, *, route_scale: float) -> Quantised:
+    scores = linear(be, x, weight, out_dtype="float32")
+    return moe.route(scores, None, topk=tid2eid.shape[1], route_scale=route_scale, tid2eid=tid2eid.contiguous(), ids=ids.contiguous())
+
+
+def dispatch(be: CudaBackend, x: Tensor, weights: Tensor, indices: Tensor, *, first_expert: int, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    del be
+    return moe.dispatch(x.contiguous(), weights.contiguous(), indices.contiguous(), first_expert=first_expert, n_experts=n_experts)
+
+
+def swiglu(be: CudaBackend, gate: Tensor, up: Tensor, weights: Tensor | None, *, limit: float) -> Tensor:
+    del be
+    return moe.swiglu(gate.contiguous(), up.contiguous(), None if weights is None else weights.contiguous(), limit=limit)
+
+
+def combine(be: CudaBackend, rows: Tensor, order: Tensor, offsets: Tensor, shared: Tensor | None, *, topk: int, out_dtype: str) -> Tensor:
+    del be
+    shared = None if shared is None else shared.contiguous()
+    return moe.combine(rows.contiguous(), order.contiguous(), offsets.contiguous(), shared, topk=topk, out_dtype=getattr(torch, out_dtype))
+
+
+def ffn(be: CudaBackend, x: Tensor, w1: ScaledArray, w3: ScaledArray, w2: ScaledArray, *, limit: float) -> Tensor:
+    del be
+    codes = _quantise(x)
+    hidden = moe.swiglu_quant(_product(codes, w1, x.dtype), _product(codes, w3, x.dtype), None, limit=limit)
+    return _product(hidden, w2, x.dtype)
+
+
+def routed(
+    be: CudaBackend, x: Tensor, weights: Tensor, indices: Tensor, shared: Tensor | None, w1: Experts, w3: Experts, w2: Experts,
+    *, first_expert: int, limit: float, out_dtype: str,
+) -> Tensor:  # fmt: skip
+    """``moe``: rows are quantised once for w1 and w3, and SwiGLU hands w2 its codes."""
+    rows, row_weights, order, offsets = dispatch(be, x, weights, indices, first_expert=first_expert, n_experts=w1.shape[0])
+    codes = _quantise(rows)
+    hidden = moe.swiglu_quant(_expert_product(codes, w1, offsets), _expert_product(codes, w3, offsets), row_weights, limit=limit)
+    return combine(be, _expert_product(hidden, w2, offsets), order, offsets, shared, topk=indices.shape[1], out_dtype=out_dtype)
+
+
+def compressed(be: CudaBackend, kv_score: Tensor, ape: Tensor, window_idxs: Tensor, *, dim: int) -> Tensor:
+    del be
+    return compress.compress(kv_score.contiguous(), ape.contiguous(), window_idxs.contiguous(), dim=dim)
+
+
+def index_scores(be: CudaBackend, q: Tensor, weights: Tensor, keys: Tensor, *, scale: float) -> Tensor:
+    del be
+    return index.index_scores(q.contiguous(), weights.contiguous(), keys.contiguous(), scale=scale)
+
+
+def index_select(be: CudaBackend, scores: Tensor, visible: Tensor, offset: Tensor, *, topk: int) -> Tensor:
+    del be
+    return index.index_select(scores.contiguous(), visible.contiguous(), offset.contiguous(), topk=topk)
+
+
+def _topk(score: Callable[[Tensor, Tensor], Tensor], q: Tensor, weights: Tensor, visible: Tensor, offset: Tensor, rows: int, topk: int) -> Tensor:
+    """Selection in blocks of tokens, so that scores of a long context never exist at once."""
+    batch, seq = visible.shape
+    step = max(1, SCORES_AT_ONCE // (batch * rows))
+    picks = []
+    for i in range(0, max(seq, 1), step):
+        part = slice(i, i + step)
+        scores = score(q[:, part].contiguous(), weights[:, part].contiguous())
+        picks.append(index.index_select(scores, visible[:, part].contiguous(), offset[:, part].contiguous(), topk=topk))
+    return picks[0] if len(picks) == 1 else torch.cat(picks, 1)
+
+
+def index_topk(be: CudaBackend, q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, offset: Tensor, *, scale: float, topk: int) -> Tensor:
+    del be
+    keys = keys.contiguous()
+    return _topk(lambda q, w: index.index_scores(q, w, keys, scale=scale), q, weights, visible, offset, keys.shape[1], topk)
+
+
+def cached_index_topk(
+    be: CudaBackend, q: Tensor, weights: Tensor, cache: Tensor, slots: Tensor, visible: Tensor, offset: Tensor, *, layout: RowLayout, scale: float, topk: int
+) -> Tensor:
+    del be, layout
+    cache, slots = cache.contiguous(), slots.contiguous()
+    rows = slots.shape[0] // q.shape[0]
+    return _topk(lambda q, w: index.cached_index_scores(q, w, cache, slots, scale=scale), q, weights, visible, offset, rows, topk)
+
+
+def _in_blocks(be: CudaBackend, q: Tensor, picks: Tensor, kernel: str, attend: Callable[[Tensor, Tensor, bool], Tensor]) -> Tensor:
+    """Attention in pieces of every token's list, some tokens at a time; whole lists only where bits may depend on how many tokens there are."""
+    q, picks = q.contiguous(), picks.contiguous()
+    tokens, heads, dim = q.shape
+    if not be.batch_invariant and tokens > be.few_tokens:
+        return attend(q, picks, False)
+    pieces = triton.cdiv(picks.shape[1], launch.options(kernel, q)["SPLIT"])
+    step = max(1, PARTIALS // (pieces * heads * dim))
+    if tokens <= step:
+        return attend(q, picks, True)
+    return torch.cat([attend(q[i : i + step], picks[i : i + step], True) for i in range(0, tokens, step)])
+
+
+def selected(be: CudaBackend, q: Tensor, kv: Tensor, attn_sink: Tensor, topk_idxs: Tensor, *, softmax_scale: float) -> Tensor:
+    """``sparse_attn``."""
+    kv, sink = kv.contiguous(), attn_sink.contiguous()
+
+    def attend(q: Tensor, picks: Tensor, split: bool) -> Tensor:
+        return sparse_attn.sparse_attn(q, kv, sink, picks, softmax_scale=softmax_scale, split=split)
+
+    return _in_blocks(be, q, topk_idxs, "sparse_attn", attend)
+
+
+def cached_sparse_attn(
+    be: CudaBackend, q: Tensor, kv: Tensor, ring: Tensor, ring_index: Tensor, rows: Tensor | None, row_index: Tensor | None, attn_sink: Tensor, topk_idxs: Tensor,
+    *, layout: RowLayout, softmax_scale: float,
+) -> Tensor:  # fmt: skip
+    kv, ring, ring_index, sink = (t.contiguous() for t in (kv, ring, ring_index, attn_sink))
+    rows, row_index = (None if t is None else t.contiguous() for t in (rows, row_index))
+
+    def attend(q: Tensor, picks: Tensor, split: bool) -> Tensor:
+        return sparse_attn.cached_sparse_attn(
+            q, kv, ring, ring_index, rows, row_index, sink, picks, rope_dim=layout.rope_dim, softmax_scale=softmax_scale, split=split
+        )
+
+    return _in_blocks(be, q, topk_idxs, "sparse_attn_packed", attend)
+
+
+def hc_pre(be: CudaBackend, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float, iters: int) -> Mixed:
+    del be
+    return mhc.hc_pre(h.contiguous(), fn.contiguous(), scale.contiguous(), base.contiguous(), norm_eps=norm_eps, eps=eps, iters=iters)
+
+
+def hc_pre_norm(
+    be: CudaBackend, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, weight: Tensor, *, norm_eps: float, eps: float, iters: int
+) -> Mixed:
+    del be
+    return mhc.hc_pre_norm(
+        h.contiguous(), fn.contiguous(), scale.contiguous(), base.contiguous(), weight.contiguous(), norm_eps=norm_eps, eps=eps, iters=iters
+    )
+
+
+def hc_head(be: CudaBackend, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float) -> Tensor:
+    del be
+    return mhc.hc_head(h.contiguous(), fn.contiguous(), scale.contiguous(), base.contiguous(), norm_eps=norm_eps, eps=eps)
+
+
+def hc_post(be: CudaBackend, y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    del be
+    return mhc.hc_post(y.contiguous(), h.contiguous(), post.contiguous(), comb.contiguous())
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "rms_norm": rms_norm, "apply_rope": apply_rope, "act_quant": act_quant, "act_qdq": act_qdq, "hadamard": hadamard, "linear": linear,
+    "grouped_linear": grouped_linear, "expert_linear": expert_linear, "gate": gate, "gate_hash": gate_hash, "dispatch": dispatch, "swiglu": swiglu,
+    "combine": combine, "ffn": ffn, "moe": routed, "compress": compressed, "index_scores": index_scores, "index_select": index_select,
+    "index_topk": index_topk, "cached_index_topk": cached_index_topk, "sparse_attn": selected, "cached_sparse_attn": cached_sparse_attn,
+    "hc_pre": hc_pre, "hc_pre_norm": hc_pre_norm, "hc_head": hc_head, "hc_post": hc_post,
+}  # fmt: skip

@@ -1,0 +1,242 @@
+"""Which kernels run an op on operands of these dtypes and shapes, or why torch's own op does. Imports no Triton.
+
+A rule takes an op's operands (arrays, or ``Operand``) and scalars as the contract has them, and gives the kernels' names in the launch table, or the
+reason as a string. The backend asks the same rule when it answers ``supports`` and when it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dsv4_core.dtypes import FP8_BLOCK, dtype_name
+
+Answer = str | tuple[str, ...]
+DECODE_TOKENS = 16  # rows up to which the matrix products take their narrow tile
+LARGEST_HADAMARD = 256  # channels whose whole +-1 matrix one block multiplies by
+
+
+def power_of_two(n: int) -> bool:
+    """Say whether n is 1, 2, 4, ..."""
+    return n > 0 and n & (n - 1) == 0
+
+
+def _phase(rows: int, decode: int = DECODE_TOKENS) -> str:
+    return "decode" if rows <= decode else "prefill"
+
+
+def rms_norm(x: Any, weight: Any, *, eps: float) -> Answer:
+    del x, weight, eps
+    return ("rms_norm",)
+
+
+def apply_rope(x: Any, positions: Any, freqs: Any, *, inverse: bool) -> Answer:
+    del x, positions, inverse
+    return ("rope",) if power_of_two(freqs.shape[0]) else f"{freqs.shape[0]} pairs of channels are no power of two"
+
+
+def act_quant(x: Any, *, block: int) -> Answer:
+    del x
+    return ("act_quant",) if power_of_two(block) else f"blocks of {block} are no power of two"
+
+
+def act_qdq(x: Any, *, format: str, block: int, channels: int) -> Answer:
+    del x, format, channels
+    return ("act_qdq",) if power_of_two(block) else f"blocks of {block} are no power of two"
+
+
+def hadamard(x: Any) -> Answer:
+    dim = x.shape[1]
+    fits = power_of_two(dim) and 16 <= dim <= LARGEST_HADAMARD  # a tensor core's step, and registers
+    return ("hadamard",) if fits else f"{dim} channels are not a power of two from 16 to {LARGEST_HADAMARD}"
+
+
+def linear(x: Any, weight: Any, *, out_dtype: str) -> Answer:
+    del out_dtype
+    dtype, rows = dtype_name(weight), x.shape[0]
+    if dtype == "bfloat16":
+        return (f"bf16_linear_{_phase(rows)}",)
+    if "@" not in dtype:
+        return f"no kernel multiplies by {dtype} weights"
+    if x.shape[1] % FP8_BLOCK:
+        return f"{x.shape[1]} input channels are no multiple of {FP8_BLOCK}"
+    return ("act_quant", f"{'fp4_' if dtype.startswith('float4') else ''}linear_{_phase(rows)}")
+
+
+def grouped_linear(x: Any, weight: Any) -> Answer:
+    dtype = dtype_name(weight)
+    if dtype == "bfloat16":
+        return (f"bf16_linear_{_phase(x.shape[0])}",)
+    return (f"grouped_linear_{_phase(x.shape[0])}",) if dtype.startswith("float8") else f"no kernel multiplies groups by {dtype} weights"
+
+
+def _experts(rows: int, weight: Any) -> Answer:
+    dtype = dtype_name(weight)
+    experts, _, cols = weight.shape
+    if "@" not in dtype:
+        return f"no kernel multiplies experts of {dtype}; the published ones are FP4 or FP8"
+    if cols % FP8_BLOCK:
+        return f"{cols} input channels are no multiple of {FP8_BLOCK}"
+    return (f"{'fp4' if dtype.startswith('float4') else 'fp8'}_experts_{_phase(rows, DECODE_TOKENS * experts)}",)
+
+
+def expert_linear(x: Any, weight: Any, offsets: Any) -> Answer:
+    del offsets
+    product = _experts(x.shape[0], weight)
+    return product if isinstance(product, str) else ("act_quant", *product)
+
+
+def _gate(x: Any, weight: Any) -> Answer:
+    product = linear(x, weight, out_dtype="float32")
+    return product if isinstance(product, str) else (*product, "route")
+
+
+def gate(x: Any, weight: Any, bias: Any, *, topk: int, route_scale: float) -> Answer:
+    del bias, topk, route_scale
+    return _gate(x, weight)
+
+
+def gate_hash(x: Any, weight: Any, tid2eid: Any, ids: Any, *, route_scale: float) -> Answer:
+    del tid2eid, ids, route_scale
+    return _gate(x, weight)
+
+
+def dispatch(x: Any, weights: Any, indices: Any, *, first_expert: int, n_experts: int) -> Answer:
+    del x, weights, indices, first_expert, n_experts
+    return ("sort", "gather")
+
+
+def swiglu(gate: Any, up: Any, weights: Any, *, limit: float) -> Answer:
+    del gate, up, weights, limit
+    return ("swiglu",)
+
+
+def combine(rows: Any, order: Any, offsets: Any, shared: Any, *, topk: int, out_dtype: str) -> Answer:
+    del rows, order, offsets, shared, topk, out_dtype
+    return ("invert", "combine")
+
+
+def ffn(x: Any, w1: Any, w3: Any, w2: Any, *, limit: float) -> Answer:
+    del w3, limit
+    first, second = linear(x, w1, out_dtype=""), linear(Rows(x.shape[0], w2.shape[1]), w2, out_dtype="")
+    if isinstance(first, str) or isinstance(second, str) or len(first) == 1 or len(second) == 1:
+        return "composed of required ops: only quantised weights gain by fusing"
+    return (*first, "swiglu", second[1])
+
+
+def moe(
+    x: Any, weights: Any, indices: Any, shared: Any, w1: Any, w3: Any, w2: Any, *, first_expert: int, limit: float, out_dtype: str
+) -> Answer:
+    del weights, shared, w3, first_expert, limit, out_dtype
+    copies = x.shape[0] * indices.shape[1]
+    first, second = _experts(copies, w1), _experts(copies, w2)
+    if isinstance(first, str):
+        return first
+    return second if isinstance(second, str) else ("sort", "gather", "act_quant", *first, "swiglu", *second, "invert", "combine")
+
+
+def compress(kv_score: Any, ape: Any, window_idxs: Any, *, dim: int) -> Answer:
+    del kv_score, ape, window_idxs, dim
+    return ("compress",)
+
+
+def _index_dim(dim: int) -> str:
+    return "" if power_of_two(dim) and dim >= 32 else f"{dim} channels of a key are not a power of two from 32 on"
+
+
+def index_scores(q: Any, weights: Any, keys: Any, *, scale: float) -> Answer:
+    del weights, keys, scale
+    return _index_dim(q.shape[3]) or ("index_scores",)
+
+
+def index_select(scores: Any, visible: Any, offset: Any, *, topk: int) -> Answer:
+    del scores, visible, offset, topk
+    return ("index_select",)
+
+
+def index_topk(q: Any, weights: Any, keys: Any, visible: Any, offset: Any, *, scale: float, topk: int) -> Answer:
+    del weights, keys, visible, offset, scale, topk
+    return _index_dim(q.shape[3]) or ("index_scores", "index_select")
+
+
+def cached_index_topk(
+    q: Any, weights: Any, cache: Any, index: Any, visible: Any, offset: Any, *, layout: Any, scale: float, topk: int
+) -> Answer:
+    del weights, cache, index, visible, offset, scale, topk
+    if layout.kind != "key":
+        return f"rows of layout {layout.kind!r} are read by torch; kernels read packed keys"
+    return _index_dim(q.shape[3]) or ("index_scores", "index_select")
+
+
+def _attention(kernel: str, q: Any, picks: Any) -> Answer:
+    if q.shape[2] < 16:
+        return f"{q.shape[2]} channels are fewer than a tensor core's step of 16"
+    return (kernel, "sparse_attn_combine") if picks.shape[1] else "no row is listed"
+
+
+def sparse_attn(q: Any, kv: Any, attn_sink: Any, topk_idxs: Any, *, softmax_scale: float) -> Answer:
+    del kv, attn_sink, softmax_scale
+    return _attention("sparse_attn", q, topk_idxs)
+
+
+def cached_sparse_attn(
+    q: Any, kv: Any, ring: Any, ring_index: Any, rows: Any, row_index: Any, attn_sink: Any, topk_idxs: Any, *, layout: Any, softmax_scale: float
+) -> Answer:
+    del kv, ring, ring_index, rows, row_index, attn_sink, softmax_scale
+    if layout.kind != "kv":
+        return f"rows of layout {layout.kind!r} are read by torch; kernels read packed rows"
+    return _attention("sparse_attn_packed", q, topk_idxs)
+
+
+def _streams(h: Any, fn: Any) -> str:
+    if not power_of_two(h.shape[1]):
+        return f"{h.shape[1]} streams are no power of two"
+    return "" if dtype_name(fn) == "float32" else f"fn is {dtype_name(fn)}, the kernel's is float32"
+
+
+def hc_pre(h: Any, fn: Any, scale: Any, base: Any, *, norm_eps: float, eps: float, iters: int) -> Answer:
+    del scale, base, norm_eps, eps, iters
+    return _streams(h, fn) or ("mix", "hc_reduce")
+
+
+def hc_pre_norm(h: Any, fn: Any, scale: Any, base: Any, weight: Any, *, norm_eps: float, eps: float, iters: int) -> Answer:
+    del scale, base, weight, norm_eps, eps, iters
+    return _streams(h, fn) or ("mix", "hc_reduce")
+
+
+def hc_head(h: Any, fn: Any, scale: Any, base: Any, *, norm_eps: float, eps: float) -> Answer:
+    del scale, base, norm_eps, eps
+    return _streams(h, fn) or ("mix", "hc_reduce")
+
+
+def hc_post(y: Any, h: Any, post: Any, comb: Any) -> Answer:
+    del y, post, comb
+    return ("hc_expand",) if power_of_two(h.shape[1]) else f"{h.shape[1]} streams are no power of two"
+
+
+class Rows:
+    """Rows that a fused op has between two of its kernels."""
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+
+
+RULES: dict[str, Callable[..., Answer]] = {
+    rule.__name__: rule
+    for rule in (
+        rms_norm, apply_rope, act_quant, act_qdq, hadamard, linear, grouped_linear, expert_linear, gate, gate_hash, dispatch, swiglu, combine,
+        ffn, moe, compress, index_scores, index_select, index_topk, cached_index_topk, sparse_attn, cached_sparse_attn, hc_pre, hc_pre_norm, hc_head, hc_post,
+    )
+}  # fmt: skip
+
+WITHOUT_KERNEL = {
+    "embedding": "rows are copied",
+    "sample": "once a token, on logits",
+    "hc_expand": "rows are copied",
+    "hc_add": "the MTP block's input alone",
+    "hc_split_sinkhorn": "inside the kernel of hc_pre; the graph does not call it alone",
+    "cache_write": "rows are packed and scattered",
+    "cache_read": "open windows alone; attention and the indexer read the cache in their kernels",
+    "concat": "rows are copied",
+}
+"""Ops that torch runs, and why no kernel was written."""
