@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
-from dsv4_core.dtypes import BFLOAT16, FP8_BLOCK, Host, dtype_name, numpy_dtype
+from dsv4_core.dtypes import FP8_BLOCK, Host, dtype_name, numpy_dtype
 from dsv4_core.liveness import RankError, Watch
 from dsv4_core.model import Parallel
 
@@ -80,7 +80,6 @@ class Traffic:
         self.tokens = 0  # of this rank's group, times MoE layers
         self.copies = 0  # of them that this rank sent to the experts of others
         self.returned = 0  # of others' that it computed and sent back
-        self.dispatch_row = self.combine_row = 0  # bytes of one copy on its way to its expert, and back
 
 
 class Link:
@@ -140,6 +139,7 @@ class Ranks:
         """Connect, and make the groups: tokens are shared along tp, experts' rows travel along ep."""
         self.backend, self.place, self.world, self.watch = backend, place, world, watch
         self.traffic = Traffic()
+        self.fp8 = False
         tp, ep = place.tp, place.ep
         rows = [[e * tp + t for t in range(tp)] for e in range(ep)]
         columns = [[e * tp + t for e in range(ep)] for t in range(tp)]
@@ -164,7 +164,8 @@ class Ranks:
 
         exchange = None
         if place.ep > 1:
-            exchange = ExpertExchange(self, config.n_routed_experts, fp8=quantised and act == "bfloat16")
+            self.fp8 = quantised and act == "bfloat16"
+            exchange = ExpertExchange(self, config.n_routed_experts)
         cuts, several = place.cuts_output(config), place.tp > 1
         return Parallel(
             first_expert=place.experts(config.n_routed_experts).start,
@@ -232,13 +233,13 @@ class ExpertExchange:
     """``moe`` over the ranks of an ep group: each token's copies travel to the ranks that hold their experts, and back.
 
     Counts go first, an integer for each expert of the receiver, so that splits may be uneven and empty; they are read on the
-    host. Then one row for each copy: its channels (with ``fp8`` quantised as the experts' first product would, which loses
+    host. Then one row for each copy: its channels (where weights are, quantised as the experts' first product would, which loses
     nothing: quantising them again gives the same codes) and its routing weight. The receiver runs ``moe`` on what came as
     tokens of one expert each, and returns rows in the activation dtype, which the sender combines, wide, in its own order.
     """
 
-    def __init__(self, ranks: Ranks, n_experts: int, *, fp8: bool) -> None:
-        self.ranks, self.fp8 = ranks, fp8
+    def __init__(self, ranks: Ranks, n_experts: int) -> None:
+        self.ranks = ranks
         self.bounds = ranks.place.expert_bounds(n_experts, ranks.place.t)
 
     def __call__(
@@ -269,10 +270,10 @@ class ExpertExchange:
         receive = arriving.sum(1, dtype=np.int64)
 
         parts = [rows[:here], row_weights[:here].reshape((here, 1))]
-        if self.fp8:
+        if self.ranks.fp8:
             parts[:1] = be.act_quant(rows[:here], block=FP8_BLOCK)
         *channels, copy_weights = link.all_to_all("expert dispatch", parts, send, receive)
-        copies = self.ranks.world.dequantise(*channels, block=FP8_BLOCK) if self.fp8 else channels[0]
+        copies = self.ranks.world.dequantise(*channels, block=FP8_BLOCK) if self.ranks.fp8 else channels[0]
         experts = np.repeat(np.tile(first_expert + np.arange(mine[0]), link.size), arriving.reshape(-1))
         y = be.moe(
             copies,
@@ -290,34 +291,33 @@ class ExpertExchange:
         traffic.tokens += tokens
         traffic.copies += int(send.sum() - send[link.place])
         traffic.returned += int(receive.sum() - receive[link.place])
-        traffic.dispatch_row, traffic.combine_row = sum(map(row_bytes, parts)), row_bytes(y)
         elsewhere = be.zeros((tokens * topk - here, dim), be.activation_dtype)
         return be.combine(be.concat((back, elsewhere), axis=0), order, offsets, shared, topk=topk, out_dtype=out_dtype)
 
 
-def report(ranks: Ranks, config: ModelConfig, *, quantised: bool, seconds: float) -> list[str]:
-    """Lines for people: what this rank sent, by purpose, against the formula where there is one; and its time so."""
-    traffic = ranks.traffic
-    spent = sum(traffic.seconds.values())
-    lines = [f"communication: {sum(traffic.sent.values())} bytes sent, {spent:.2f} s of {seconds:.2f} s"]
+def copy_bytes(config: ModelConfig, *, act: str, wide: str, fp8: bool) -> tuple[int, int]:
+    """Formula: bytes of a token copy on its way to its expert (FP8 codes and a scale per 128 channels, or the activation
+    itself; and its routing weight), and of its result on the way back.
+    """
+    dim, item = config.hidden_size, numpy_dtype(act).itemsize
+    return (dim + dim // FP8_BLOCK if fp8 else dim * item) + numpy_dtype(wide).itemsize, dim * item
+
+
+def report(ranks: Ranks, config: ModelConfig, *, seconds: float) -> list[str]:
+    """Lines for people: what this rank sent, by purpose, and the time so; the expert step's bytes against the formula."""
+    traffic, place, be = ranks.traffic, ranks.place, ranks.backend
+    spent, total = sum(traffic.seconds.values()), sum(traffic.sent.values())
+    lines = [f"communication: {total} bytes sent, {spent:.2f} s of {seconds:.2f} s"]
     lines += [f"  {name}: {sent} bytes in {traffic.seconds[name]:.2f} s" for name, sent in sorted(traffic.sent.items())]
     if traffic.tokens:
-        lines.append(expert_line(traffic, config, ranks.place, fp8=quantised))
+        out, back = copy_bytes(config, act=be.activation_dtype, wide=be.wide_dtype, fp8=ranks.fp8)
+        for name, copies, row in (("dispatch", traffic.copies, out), ("combine", traffic.returned, back)):
+            sent, each = traffic.sent[f"expert {name}"], copies * row
+            lines.append(f"expert {name}: {sent} bytes sent; formula {each}: {copies} copies of {row}")
+        away = config.num_experts_per_tok / place.tp * (place.ep - 1) / place.ep
+        measured = traffic.copies * (out + back) / traffic.tokens
+        lines.append(
+            f"expert step: {measured:.0f} bytes a token and layer of this rank's group, there and back; "
+            f"{away * (out + back):.0f} were routing uniform"
+        )
     return lines
-
-
-def expert_line(traffic: Traffic, config: ModelConfig, place: Place, *, fp8: bool) -> str:
-    """The expert step's bytes a token of this rank's group: sent, by the formula for the copies routed, and if uniform."""
-    item = BFLOAT16.itemsize
-    row_out = config.hidden_size + config.hidden_size // FP8_BLOCK + 4 if fp8 else traffic.dispatch_row
-    row_back = item * config.hidden_size if fp8 else traffic.combine_row
-    sent = traffic.sent["expert dispatch"] + traffic.sent["expert combine"]
-    exact = traffic.copies * row_out + traffic.returned * row_back
-    uniform = config.num_experts_per_tok / place.tp * (place.ep - 1) / place.ep
-    return (
-        f"expert step: {sent / traffic.tokens:.0f} bytes a token and layer sent; formula {exact / traffic.tokens:.0f} for the "
-        f"{traffic.copies} copies routed away (dispatch {row_out}) and {traffic.returned} returned (combine {row_back}), "
-        f"{uniform * (row_out + row_back):.0f} with uniform routing"
-    )
-
-

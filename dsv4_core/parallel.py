@@ -62,7 +62,7 @@ class Place:
 
     def sequences(self, batch: int) -> slice:
         """Which of ``batch`` sequences this rank's group takes; none is possible."""
-        return slice(batch * self.e // self.ep, batch * (self.e + 1) // self.ep)
+        return slice(-(-batch * self.e // self.ep), -(-batch * (self.e + 1) // self.ep))
 
     def vocabulary(self, size: int) -> slice:
         """Which rows of embedding and head this rank holds; they need not divide."""

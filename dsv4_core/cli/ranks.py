@@ -55,7 +55,6 @@ class Team:
     def __init__(self, ranks: Ranks | None, *, stats: bool) -> None:
         self.ranks, self.stats = ranks, stats
         self.source: ShardedSource | None = None
-        self.quantised = False
         self.stored = self.part = 0
         self.began = time.perf_counter()
 
@@ -69,7 +68,6 @@ class Team:
         from dsv4_core.model import ALONE
         from dsv4_core.parallel import Place, ShardedSource, fingerprint, share
 
-        self.quantised = isinstance(checkpoint.weight("layers.0.ffn.experts.0.w1"), ScaledArray)
         place = self.ranks.place if self.ranks else Place()
         if self.ranks:
             backend = self.ranks.backend
@@ -86,7 +84,8 @@ class Team:
         self.source = ShardedSource(checkpoint, place)
         self.stored = checkpoint.nbytes
         self.part = share(checkpoint.config, place, [checkpoint.spec(name) for name in checkpoint.names])
-        parallel = self.ranks.parallel(checkpoint.config, quantised=self.quantised) if self.ranks else ALONE
+        quantised = isinstance(checkpoint.weight("layers.0.ffn.experts.0.w1"), ScaledArray)
+        parallel = self.ranks.parallel(checkpoint.config, quantised=quantised) if self.ranks else ALONE
         return self.source, parallel
 
     def report(self) -> None:
@@ -99,7 +98,7 @@ class Team:
         lines = [f"weights: {read} bytes read; its part of the checkpoint's {self.stored} has {self.part}"]
         if self.ranks:
             seconds = time.perf_counter() - self.began
-            lines += report(self.ranks, self.source.config, quantised=self.quantised, seconds=seconds)
+            lines += report(self.ranks, self.source.config, seconds=seconds)
         text = "".join(f"rank {place.rank}: {line}\n" for line in lines)
         every = self.ranks.watch.collect("stats", text) if self.ranks else [text]
         if self.speaks:
