@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dsv4_backend_reference import tiles
 from dsv4_backend_reference.numeric import Numeric
 from dsv4_core.ops.attention import AttentionOps
 
@@ -41,6 +42,9 @@ class ReferenceAttention(Numeric, AttentionOps):
 
     def index_scores(self, q: Host, weights: Host, keys: Host, *, scale: float) -> Host:
         batch, seq, heads, dim = q.shape
+        visible = keys.shape[1]
+        if self.batch_invariant:
+            keys = tiles.padded(keys, 1, tiles.ROWS)
         rows = keys.shape[1]
         tile = max(1, AT_ONCE // (4 * TOKENS * heads))  # of rows: the products of a block of tokens stay in the cache
         scores = np.empty((batch, seq, rows), self.wide_type)
@@ -54,7 +58,7 @@ class ReferenceAttention(Numeric, AttentionOps):
                     hits = self.dot(wide.reshape(-1, dim), wide_keys[:, part]).reshape(len(wide), heads, -1)
                     np.maximum(hits, 0, out=hits)
                     scores[b, i : i + TOKENS, part] = self.dot(scaled[:, None], hits)[:, 0]
-        return scores
+        return scores[:, :, :visible]
 
     def index_select(self, scores: Host, visible: Host, offset: Host, *, topk: int) -> Host:
         rows = scores.shape[-1]
@@ -98,6 +102,8 @@ class ReferenceAttention(Numeric, AttentionOps):
 
     def sparse_attn(self, q: Host, kv: Host, attn_sink: Host, topk_idxs: Host, *, softmax_scale: float) -> Host:
         out = np.empty(q.shape, self.wide_type)
+        if self.batch_invariant:
+            topk_idxs = tiles.compacted(topk_idxs)
         sink = self.widen(attn_sink)[:, None]
         for i in range(0, len(q), TOKENS):
             block = slice(i, i + TOKENS)
@@ -108,6 +114,8 @@ class ReferenceAttention(Numeric, AttentionOps):
 
     def attend(self, q: Host, kv: Host, sink: Host, idxs: Host) -> Host:
         """Attention of a block of tokens: over the union of their rows where they share most of them, else over gathered rows."""
+        if self.batch_invariant:  # the union is the batch's
+            return self.attend_gathered(q, kv, sink, idxs)
         tokens, heads, dim = q.shape
         listed = np.zeros(len(kv), bool)
         listed[idxs[idxs >= 0]] = True
@@ -125,6 +133,11 @@ class ReferenceAttention(Numeric, AttentionOps):
             scores = self.dot(q.reshape(-1, dim), rows.T).reshape(tokens, heads, len(union))
             weight = self.softmax_with_sink(scores, count, sink)
             return self.dot(weight.reshape(tokens * heads, len(union)), rows).reshape(q.shape)
+        return self.attend_gathered(q, kv, sink, idxs)
+
+    def attend_gathered(self, q: Host, kv: Host, sink: Host, idxs: Host) -> Host:
+        """Attention of a block of tokens, each over rows gathered for it."""
+        tokens, heads, dim = q.shape
         out = np.empty_like(q)
         step = max(1, AT_ONCE // (idxs.shape[1] * max(dim, heads)))
         for i in range(0, tokens, step):
@@ -132,7 +145,7 @@ class ReferenceAttention(Numeric, AttentionOps):
             rows = self.widen(kv[np.maximum(idxs[part], 0)])
             count = (idxs[part] >= 0).astype(self.wide_type)[:, None]
             weight = self.softmax_with_sink(self.dot(q[part], rows.transpose(0, 2, 1)), count, sink)
-            out[part] = self.dot(weight, rows)
+            out[part] = tiles.long_product(weight, rows) if self.batch_invariant else self.dot(weight, rows)
         return out
 
     def softmax_with_sink(self, scores: Host, count: Host, sink: Host) -> Host:
@@ -140,4 +153,4 @@ class ReferenceAttention(Numeric, AttentionOps):
         scores = np.where(count > 0, scores, -np.inf)
         top = np.maximum(scores.max(-1, keepdims=True, initial=-np.inf), sink)
         weight = np.exp(scores - top) * count
-        return weight / (self.total(weight, -1) + np.exp(sink - top))
+        return weight / ((tiles.long_sum(weight) if self.batch_invariant else self.total(weight, -1)) + np.exp(sink - top))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dsv4_backend_reference import tiles
 from dsv4_core.dtypes import BFLOAT16, Host, numpy_dtype
 from dsv4_core.spec import Ops
 
@@ -17,6 +18,7 @@ class Numeric(Ops):
     """Conversions between an op's operands and the dtype that it computes in."""
 
     weights: WeightCache
+    batch_invariant: bool
 
     @property
     def wide_type(self) -> np.dtype[Any]:
@@ -31,7 +33,7 @@ class Numeric(Ops):
 
     def dot(self, a: Host, b: Host) -> Host:
         """Every product that sums over an axis: ``a @ b``, wide. Order of summation is free; subclasses choose one, or round in between."""
-        return a @ b
+        return tiles.product(a, b) if self.batch_invariant else a @ b
 
     def total(self, x: Host, axis: int) -> Host:
         """Every plain sum over an axis, which is kept with size 1."""

@@ -1,0 +1,52 @@
+"""Fixed tiles: the same bits for a token whatever else is in the batch.
+
+BLAS picks a kernel, and with it an order of summation, by the number of rows; pairwise sums split by length. Here every product is of one shape (``ROWS`` rows at a
+time, padded with zeros), and every sum that may be padded runs over ``TERMS`` terms at a time, one group after another: zeros at the end change nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dsv4_core.dtypes import Host
+
+ROWS = 16  # a multiple of the rows that BLAS microkernels hold in registers
+TERMS = 128
+
+
+def padded(x: Host, axis: int, multiple: int, fill: float = 0) -> Host:
+    """``x`` with ``axis`` filled up to a multiple."""
+    missing = -x.shape[axis] % multiple
+    if not missing:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, missing)
+    return np.pad(x, widths, constant_values=fill)
+
+
+def product(a: Host, b: Host) -> Host:
+    """``a @ b`` for [m, k] and [k, n]: row i has the same bits for every m. Stacks of products (one a token) are so already."""
+    if a.ndim > 2:
+        return a @ b
+    tiles = padded(a, 0, ROWS).reshape(-1, ROWS, a.shape[1])
+    return np.matmul(tiles, b).reshape(-1, b.shape[1])[: len(a)]
+
+
+def long_product(a: Host, b: Host) -> Host:
+    """``a @ b`` for stacks whose inner axis is a multiple of ``TERMS``: the same bits however many zeros end it."""
+    y = np.zeros((*a.shape[:-1], b.shape[-1]), a.dtype)
+    for k in range(0, a.shape[-1], TERMS):  # a few hundred rows: 1 to 9 groups
+        y += a[..., k : k + TERMS] @ b[..., k : k + TERMS, :]
+    return y
+
+
+def long_sum(x: Host) -> Host:
+    """Sum over the last axis, kept: the same bits however many zeros end it."""
+    groups = padded(x, x.ndim - 1, TERMS).reshape(*x.shape[:-1], -1, TERMS)
+    return np.cumsum(np.ascontiguousarray(groups).sum(-1), axis=-1)[..., -1:]
+
+
+def compacted(idxs: Host) -> Host:
+    """Indices [t, n] with each row's valid ones first, in their order, filled with -1 to a multiple of ``TERMS``."""
+    order = np.argsort(idxs < 0, axis=1, kind="stable")
+    return padded(np.take_along_axis(idxs, order, 1), 1, TERMS, fill=-1)
