@@ -10,7 +10,7 @@ import numpy as np
 import dsv4_conformance.operand_rules  # noqa: F401  registers how operands are made
 import dsv4_core.ops  # noqa: F401  declares the ops
 from dsv4_conformance import operands
-from dsv4_conformance.budget import expect
+from dsv4_conformance.budget import Expected, expect
 from dsv4_conformance.calls import Call, execute, seed_of
 from dsv4_conformance.checks import Check, Finding, Group, Session
 from dsv4_conformance.discrete import judge_discrete
@@ -29,10 +29,11 @@ def level_of(spec: OpSpec) -> int:
     return 0 if set(spec.judged) == {"exact"} else 1
 
 
-def judge_call(call: Call, session: Session) -> Verdict:
-    """Run a call on the session's backend and judge every result."""
+def judge_call(call: Call, session: Session, expected: list[Expected] | None = None) -> Verdict:
+    """Run a call on the session's backend and judge every result (against ``expected`` where the oracle has been asked already)."""
     spec, backend = call.spec, session.backend
-    expected = expect(call, session.oracle, backend)
+    if expected is None:
+        expected = expect(call, session.oracle, backend)
     with np.errstate(all="ignore"):
         outcome = execute(call, backend, [e.value.shape for e in expected])
     verdict = Verdict(list(outcome.problems), used=float("inf") if outcome.problems else 0.0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,12 @@ import dsv4_conformance.museum.numbers
 import dsv4_conformance.museum.remembering
 import dsv4_conformance.museum.routing
 import dsv4_conformance.museum.streams  # noqa: F401  each registers its mutants
+from dsv4_conformance import opcases
+from dsv4_conformance.budget import expect
 from dsv4_conformance.checks import BAD, Check, Finding, Session, collect
 from dsv4_conformance.museum.fault import MUTANTS, Mutant
 from dsv4_conformance.museum.honest import VARIANTS, Variant
+from dsv4_conformance.opcases import OpCase, judge_call
 from dsv4_conformance.runner import run_check
 
 if TYPE_CHECKING:
@@ -65,45 +68,63 @@ def in_order(tier: str, numerics: Numerics) -> list[Check]:
     return sorted(every, key=lambda c: ("op", "trace", "law", "model").index(c.group))
 
 
-def hunt_all(names: tuple[str, ...] = (), tier: str = "standard") -> Iterator[Kill]:
-    """Hunt every mutant, or those named."""
-    for name, mutant in MUTANTS.items():
-        if not names or name in names:
-            yield hunt(mutant, tier=tier)
-
-
 @dataclass
 class Honesty:
     """How an honest variant fared: cases run, false alarms, and the largest share of a budget that it used."""
 
-    variant: Variant
+    name: str
     cases: int = 0
-    alarms: list[Finding] | None = None
+    alarms: list[str] = field(default_factory=list)
     used: float = 0.0
     at: str = ""
-    seconds: float = 0.0
+
+    def note(self, finding_id: str, used: float, message: str) -> None:
+        """Count one case."""
+        self.cases += 1
+        if message:
+            self.alarms.append(f"{finding_id}: {message}")
+        if used > self.used:
+            self.used, self.at = used, finding_id
 
 
-def trial(variant: Variant, numerics: Numerics, seeds: int, keep: Callable[[Check], bool], shares: list[float] | None = None) -> Honesty:
-    """Run op cases on a variant over several seeds; ``shares`` collects every case's share of its budget."""
-    begin = time.perf_counter()
-    backend = variant.build(right_backend())(numerics=numerics)
-    result = Honesty(variant, alarms=[])
-    assert result.alarms is not None
-    chosen = [c for c in collect("standard", numerics) if keep(c)]
-    for repeat in range(seeds):
-        session = Session(backend, "standard", repeat)
-        for check in chosen:
+def affected(variant: Variant, case: OpCase) -> bool:
+    """Whether a case is numeric, and judged by what the variant declares (nothing, or this op)."""
+    declared = variant.narrower
+    return "rounded" in case.spec.judged and (not declared or case.op in declared or case.spec.fused)
+
+
+def trials(seeds: range, numerics: Numerics = "native", names: Sequence[str] = ()) -> list[Honesty]:
+    """Run numeric op cases on every variant over several seeds; real-size shapes with seed 0 only. The oracle is asked once a case for all."""
+    base = right_backend()
+    chosen = [v for v in VARIANTS.values() if not names or v.name in names]
+    sessions = {v.name: Session(v.build(base)(numerics=numerics), "standard") for v in chosen}
+    results = {v.name: Honesty(v.name) for v in chosen}
+    cases = [c for c in opcases.checks(numerics) if isinstance(c, OpCase) and c.tier != "full"]
+    for repeat in seeds:
+        for case in cases:
+            if "rounded" not in case.spec.judged or (repeat and case.case.name.startswith(("flash", "pro"))):
+                continue
+            call, shared = case.call(numerics, repeat), None
+            for v in chosen:
+                if not affected(v, case):
+                    continue
+                session = sessions[v.name]
+                if v.narrower:
+                    expected = None
+                else:
+                    shared = expected = shared or expect(call, session.oracle, session.backend)
+                verdict = judge_call(call, session, expected)
+                results[v.name].note(f"{case.id} (seed {repeat})", verdict.used, "; ".join(verdict.problems))
+    return list(results.values())
+
+
+def whole_tier(name: str, numerics: Numerics = "native") -> Honesty:
+    """The whole standard tier once on a variant."""
+    variant = VARIANTS[name]
+    session = Session(variant.build(right_backend())(numerics=numerics), "standard")
+    result = Honesty(name)
+    for check in collect("standard", numerics):
+        if check.group != "invariance":  # a variant claims nothing about bits
             finding = run_check(check, session)
-            result.cases += 1
-            if finding.status in DEADLY:
-                result.alarms.append(finding)
-            if finding.used > result.used:
-                result.used, result.at = finding.used, f"{finding.id} (seed {repeat})"
-            if shares is not None and finding.metrics:
-                shares.append(finding.used)
-    result.seconds = time.perf_counter() - begin
+            result.note(finding.id, finding.used, finding.message if finding.status in DEADLY else "")
     return result
-
-
-__all__ = ["MUTANTS", "VARIANTS", "Honesty", "Kill", "hunt", "hunt_all", "right_backend", "trial"]

@@ -1,0 +1,81 @@
+"""``dsv4 conformance matrix REPORT...``: the support matrix in Markdown, from reports alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dsv4_core.spec import OPS
+
+
+@click.command("matrix")
+@click.argument("reports", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write it here instead of printing it.")
+def command(reports: tuple[Path, ...], out: Path | None) -> None:
+    """Build the support matrix from report.json files (or directories that hold one)."""
+    text = matrix([load(path) for path in reports])
+    if out:
+        out.write_text(text)
+    else:
+        click.echo(text, nl=False)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a report; raise ``ValueError`` where it is none."""
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        report: dict[str, Any] = json.loads(file.read_text())
+        report["findings"], report["environment"]["suite"]  # noqa: B018  what makes it a report
+    except (json.JSONDecodeError, KeyError, TypeError, FileNotFoundError) as error:
+        raise ValueError(f"{file}: not a conformance report ({error!r}); write one with dsv4 conformance run --report DIR") from None
+    return report
+
+
+def matrix(reports: list[dict[str, Any]]) -> str:
+    """Ops down, reports across; each cell says passed, failed or not tested, and by which run."""
+    stamps = [stamp(r, i) for i, r in enumerate(reports, 1)]
+    heads = " | ".join(f"{r['backend']}, {r['numerics']} [{i}]" for i, r in enumerate(reports, 1))
+    lines = [f"| op | {heads} |", "|---|" + "---|" * len(reports)]
+    lines.append("| **level reached** | " + " | ".join(level(r) for r in reports) + " |")
+    lines += [f"| `{op}` | " + " | ".join(cell(r, op, i) for i, r in enumerate(reports, 1)) + " |" for op in OPS]
+    rest = dict.fromkeys(f["group"] for r in reports for f in r["findings"] if f["group"] != "op")
+    lines += [f"| {group} checks | " + " | ".join(tally(r, group, i) for i, r in enumerate(reports, 1)) + " |" for group in rest]
+    return "\n".join([*lines, "", *stamps]) + "\n"
+
+
+def stamp(report: dict[str, Any], number: int) -> str:
+    """What a column rests on."""
+    version = report["version"] or report["environment"]["suite"]
+    return f"[{number}] suite {report['environment']['suite']}, {report['backend']} {version}, device {report['device']}, {report['date']}, tier {report['tier']}.  "
+
+
+def level(report: dict[str, Any]) -> str:
+    """The level that a run reached."""
+    if report["partial"]:
+        return "partial run"
+    return "none" if report["level"] is None else str(report["level"])
+
+
+def cell(report: dict[str, Any], op: str, number: int) -> str:
+    """An op's cases in one report."""
+    return outcome([f for f in report["findings"] if f["op"] == op and f["group"] == "op"], number)
+
+
+def tally(report: dict[str, Any], group: str, number: int) -> str:
+    """A group's checks in one report."""
+    return outcome([f for f in report["findings"] if f["group"] == group], number)
+
+
+def outcome(findings: list[dict[str, Any]], number: int) -> str:
+    """Passed of run, with the worst share of a budget; stamped with the report's number."""
+    tested = [f for f in findings if f["status"] != "unsupported"]
+    if not tested:
+        return f"{findings[0]['message']} [{number}]" if findings else "not tested"
+    passed = sum(f["status"] == "passed" for f in tested)
+    if passed == len(tested):
+        return f"{passed} passed [{number}]"
+    words = ", ".join(f"{n} {s}" for s in dict.fromkeys(f["status"] for f in tested) if (n := sum(f["status"] == s for f in tested)) and s != "passed")
+    return f"{passed} of {len(tested)} passed, {words} [{number}]"
