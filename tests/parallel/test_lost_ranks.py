@@ -1,0 +1,224 @@
+"""Ranks that are killed, stopped, started differently or not at all: the others end within 30 s and say who and why."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch.distributed")
+
+from dsv4_conformance import golden
+from launch import environment, free_port
+
+from dsv4_core import liveness
+from dsv4_core.liveness import RankError, Watch
+from dsv4_core.rendezvous import Rendezvous
+
+ENDLESS = ["generate", "--tokens", "5,6,7,8", "--ignore-eos", "-n", "4000", "-b", "reference"]
+LIMIT = 30  # seconds, from the moment that something goes wrong
+STARTING = 90  # to import torch in several processes on a busy machine
+
+
+def start(ranks, *more, arguments=ENDLESS, port=None, by_rank=None):
+    """Start plain processes, each as one rank, as anyone could without torchrun."""
+    port = port or free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "dsv4_core", *arguments, *more, *(by_rank or {}).get(r, ())],
+            env=environment(r, ranks, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(ranks)
+    ]
+
+
+def wait_for_text(process):
+    """Block until the rank that speaks has said something: all are in mid-generation."""
+    assert process.stdout.read(5)
+
+
+def ends(processes, expected, limit=LIMIT):
+    """Hold every process to ending in time, with an error and a message; give the messages."""
+    began = time.monotonic()
+    said = []
+    for process in processes:
+        _, error = process.communicate(timeout=max(0.1, began + limit - time.monotonic()))
+        assert process.returncode not in {0, None}
+        assert "Traceback" not in error, error
+        assert re.search(expected, error), error
+        said.append(error)
+    return said
+
+
+@pytest.fixture
+def clean():
+    """Kill what a failed test has left, stopped processes included."""
+    started = []
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+@pytest.mark.parametrize("victim", [2, 0])
+def test_a_killed_rank_ends_the_others(clean, victim):
+    clean += start(4, "--tp", "2", "--ep", "2")
+    wait_for_text(clean[0])
+    clean[victim].kill()
+    survivors = [p for r, p in enumerate(clean) if r != victim]
+    ends(survivors, rf"rank {victim}\b.*(was lost|ranks' store)")
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_rank_that_stops_answering_ends_the_other(clean, victim):
+    """As a lost machine or a cut cable looks: no connection breaks, nothing comes any more."""
+    clean += start(2, "--ep", "2")
+    wait_for_text(clean[0])
+    clean[victim].send_signal(signal.SIGSTOP)
+    ends([clean[1 - victim]], rf"rank {victim}\b.*was lost")
+
+
+def test_under_torchrun_the_agent_ends_the_others(clean):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    agent = subprocess.Popen(
+        [*command, "-m", "dsv4_core", *ENDLESS, "--tp", "2"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    clean.append(agent)
+    wait_for_text(agent)
+    children = subprocess.run(["ps", "--ppid", str(agent.pid), "-o", "pid="], capture_output=True, text=True, check=True)
+    ranks = [int(pid) for pid in children.stdout.split()]
+    victim = next(pid for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(victim, signal.SIGKILL)
+    _, error = agent.communicate(timeout=LIMIT)
+    assert agent.returncode != 0
+    assert re.search(r"rank\s*:? 1\b", error)
+    assert "SIGKILL" in error
+    assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+
+
+def test_another_checkpoint_is_found_before_weights_load(clean, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(golden.checkpoint_path("tiny-jargon"), other)
+    shard = next(other.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    clean += start(2, "--tp", "2", by_rank={1: [str(other)]})
+    ends(clean, r"rank 1 \(.*has another checkpoint than rank 0", STARTING)
+
+
+def test_another_configuration_is_named(clean, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(golden.checkpoint_path("tiny-jargon"), other)
+    config = other / "config.json"
+    config.write_text(config.read_text().replace('"swiglu_limit": 10.0', '"swiglu_limit": 9.0'))
+    clean += start(2, "--tp", "2", by_rank={1: [str(other)]})
+    ends(clean, r"rank 1 \(.*another configuration than rank 0 .*\{'swiglu_limit': 9.0\} instead of \{'swiglu_limit': 10.0\}", STARTING)
+
+
+def test_another_request_is_named(clean):
+    clean += start(2, "--tp", "2", by_rank={1: ["-n", "3999"]})
+    ends(clean, r"rank 1 \(.*another request than rank 0 .*\{'max_tokens': 3999\} instead of \{'max_tokens': 4000\}", STARTING)
+
+
+def test_a_rank_whose_checkpoint_is_broken_ends_the_other(clean, tmp_path):
+    clean += start(2, "--tp", "2", by_rank={1: [str(tmp_path)]})
+    ends([clean[1]], "config.json", STARTING)
+    ends([clean[0]], r"rank 1 \(.*failed: .*config.json")
+
+
+def test_a_split_that_the_model_does_not_allow_is_said_before_weights_load(clean):
+    clean += start(4, "--tp", "4")
+    ends(clean, r"--tp 4: o_groups = 2 is not a multiple", STARTING)
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({}, "--tp 2 --ep 1 needs 2 ranks and 1 was started; torchrun --nproc-per-node 2"),
+        ({"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "needs 2 ranks and 4 was started"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR, MASTER_PORT is not"),
+        ({"RANK": "0", "WORLD_SIZE": "two", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "WORLD_SIZE = 'two' must be a number"),
+        ({"RANK": "3", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK = 3 must be in 0 .. WORLD_SIZE - 1"),
+    ],
+)
+def test_ranks_that_were_not_started_as_asked(monkeypatch, environ, message):
+    from click.testing import CliRunner
+
+    from dsv4_core.cli import root
+
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    result = CliRunner().invoke(root, ["generate", "--tokens", "5", "--tp", "2"])
+    assert isinstance(result.exception, ValueError)
+    assert message in str(result.exception)
+
+
+class Shared(dict):
+    """A store in this process."""
+
+    def set(self, key, value):
+        self[key] = value.encode()
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+    def multi_get(self, keys):
+        return [self[key] for key in keys]
+
+
+def test_ranks_that_never_start_are_named():
+    with pytest.raises(RankError, match="rank 1, 2 of 3 did not start within 0 s"):
+        Watch(Shared(), rank=0, ranks=3, holder=0, place="a", join=0.2)
+
+
+def test_no_store_is_said(monkeypatch):
+    from dsv4_backend_reference import process_group
+
+    from dsv4_core import registry
+
+    monkeypatch.setattr(process_group, "JOIN", 1.0)
+    where = Rendezvous(rank=1, ranks=2, local_rank=1, host="127.0.0.1", port=free_port(), hosted=False, attempt="0")
+    with pytest.raises(RankError, match="rank 1 found no store of rank 0 at 127.0.0.1"):
+        registry.create("reference").process_group(where)
+
+
+def test_a_rank_that_is_done_is_not_lost(monkeypatch):
+    """Ranks finish one after the other; the silence of one that said so is not a death."""
+    monkeypatch.setattr(liveness, "SILENCE", 0.3)
+    monkeypatch.setattr(liveness, "BEAT", 0.05)
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    store = Shared()
+    watches = {}
+    makers = [
+        threading.Thread(target=lambda r=r: watches.update({r: Watch(store, rank=r, ranks=2, holder=None, place=str(r))}))
+        for r in range(2)
+    ]
+    for maker in makers:
+        maker.start()
+    for maker in makers:
+        maker.join()
+    first = threading.Thread(target=watches[0].done)
+    first.start()
+    time.sleep(1.0)
+    watches[1].done()
+    first.join()
+    assert ended == []
