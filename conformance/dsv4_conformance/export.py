@@ -1,4 +1,6 @@
-"""``dsv4 conformance export`` and ``judge``: op cases as files, for programs without Python, and the verdict on what they wrote."""
+"""``dsv4 conformance export`` and ``judge``: op cases as files, for programs without Python, and the verdict on what
+they wrote.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ class Exported:
 
         def one(output: dict[str, Any]) -> Expected:
             name = output["name"]
-            kept = {kind: shard.array(f"{kind}.{name}") for kind in ("budget", "spread") if output["judged"] == "rounded"}
+            kept = {
+                kind: shard.array(f"{kind}.{name}") for kind in ("budget", "spread") if output["judged"] == "rounded"
+            }
             return Expected(shard.array(f"want.{name}"), output["dtype"], kept.get("budget"), kept.get("spread"))
 
         return [one(output) for output in self.entry["outputs"]]
@@ -69,8 +73,12 @@ def output_names(call: Call) -> list[str]:
     return (["y"] if len(returned) == 1 else [f"y{i}" for i in range(len(returned))]) + list(call.spec.mutates)
 
 
-def export(directory: Path, tier: Tier, numerics: Numerics, ops: Sequence[str], narrower: dict[str, tuple[str, ...]]) -> Iterator[str]:
-    """Write cases; give the id of each. Cases whose point is the memory layout (views), and huge ones, are named as left out."""
+def export(
+    directory: Path, tier: Tier, numerics: Numerics, ops: Sequence[str], narrower: dict[str, tuple[str, ...]]
+) -> Iterator[str]:
+    """Write cases; give the id of each. Cases whose point is the memory layout (views), and huge ones, are named as
+    left out.
+    """
     backend, oracle = OracleBackend(numerics=numerics), registry.oracle(numerics, narrower)
     entries: list[dict[str, Any]] = []
     left_out: list[str] = []
@@ -80,7 +88,7 @@ def export(directory: Path, tier: Tier, numerics: Numerics, ops: Sequence[str], 
         case = cast("OpCase", check)
         call = None if case.case.views or case.case.data == "sparse" else case.call(numerics)
         packer = Packer()
-        if call is None or (description := packer.call("", call, share=False)) and packer.nbytes > LARGEST:
+        if call is None or ((description := packer.call("", call, share=False)) and packer.nbytes > LARGEST):
             left_out.append(check.id)
             continue
         expected = expect(call, oracle, backend)
@@ -97,12 +105,33 @@ def export(directory: Path, tier: Tier, numerics: Numerics, ops: Sequence[str], 
         tensorfile.write(directory / "inputs" / file, packer.tensors)
         tensorfile.write(directory / "expected" / file, tensors)
         places = {"inputs": f"inputs/{file}", "expected": f"expected/{file}", "results": file}
-        entries.append({"id": check.id, "op": check.op, "level": check.level, "seed": call.seed, **places, "outputs": outputs, "call": description})
+        entries.append(
+            {
+                "id": check.id,
+                "op": check.op,
+                "level": check.level,
+                "seed": call.seed,
+                **places,
+                "outputs": outputs,
+                "call": description,
+            }
+        )
         yield check.id
-    contracts = {op: {"signature": f"{op}{OPS[op].signature}", "axes": dict(OPS[op].axes), "text": OPS[op].doc} for op in {e["op"] for e in entries}}
-    manifest = {"numerics": numerics, "tier": tier, "narrower": narrower, **catalogue.environment(), "left_out": left_out}
+    contracts = {
+        op: {"signature": f"{op}{OPS[op].signature}", "axes": dict(OPS[op].axes), "text": OPS[op].doc}
+        for op in {e["op"] for e in entries}
+    }
+    manifest = {
+        "numerics": numerics,
+        "tier": tier,
+        "narrower": narrower,
+        **catalogue.environment(),
+        "left_out": left_out,
+    }
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / MANIFEST).write_text(json.dumps({**manifest, "contracts": contracts, "cases": entries}, indent=1) + "\n")
+    (directory / MANIFEST).write_text(
+        json.dumps({**manifest, "contracts": contracts, "cases": entries}, indent=1) + "\n"
+    )
     (directory / "README.md").write_text(README)
 
 
@@ -118,7 +147,17 @@ def judge(directory: Path, results: Path, ops: Sequence[str] = (), cases: Sequen
         status: catalogue.Status = "passed" if verdict.ok else "failed"
         message, dtypes = "; ".join(verdict.problems), entry["outputs"][0]["dtype"]
         yield Finding(
-            entry["id"], entry["op"], "op", entry["level"], status, message, dtypes, verdict.used, verdict.metrics, verdict.worst, entry["seed"]
+            entry["id"],
+            entry["op"],
+            "op",
+            entry["level"],
+            status,
+            message,
+            dtypes,
+            verdict.used,
+            verdict.metrics,
+            verdict.worst,
+            entry["seed"],
         )
 
 
@@ -132,18 +171,38 @@ def _verdict(case: Exported, results: Path, oracle: registry.Oracle, backend: Or
     except ShardError as error:
         return Verdict([f"{file}: {error}"], float("inf"))
     if missing := [name for name in names if name not in shard.entries]:
-        return Verdict([f"{file}: no tensor {missing[0]!r}; it has {', '.join(sorted(shard.entries)) or 'none'}"], float("inf"))
-    if unknown := [f"{name} ({shard.entries[name].dtype})" for name in names if shard.entries[name].dtype not in tensorfile.READABLE]:
-        return Verdict([f"{file}: {unknown[0]}: a dtype that no output has; README.md says which is wanted"], float("inf"))
+        return Verdict(
+            [f"{file}: no tensor {missing[0]!r}; it has {', '.join(sorted(shard.entries)) or 'none'}"], float("inf")
+        )
+    if unknown := [
+        f"{name} ({shard.entries[name].dtype})"
+        for name in names
+        if shard.entries[name].dtype not in tensorfile.READABLE
+    ]:
+        return Verdict(
+            [f"{file}: {unknown[0]}: a dtype that no output has; README.md says which is wanted"], float("inf")
+        )
     with np.errstate(all="ignore"):
-        return replay.judge_results(case.call(), [shard.array(name) for name in names], case.expected(), oracle, backend)
+        return replay.judge_results(
+            case.call(), [shard.array(name) for name in names], case.expected(), oracle, backend
+        )
 
 
 @click.command("export")
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--tier", type=click.Choice(list(catalogue.TIERS)), default="smoke", show_default=True, help="Which cases.")
-@click.option("--op", "ops", multiple=True, type=click.Choice(list(OPS)), metavar="NAME", help="Only this op; may be repeated.")
-@click.option("--narrower", multiple=True, type=click.Choice([n for n, s in OPS.items() if s.narrower]), metavar="NAME", help="Budgets for what this op's contract lets a backend declare.")
+@click.option(
+    "--tier", type=click.Choice(list(catalogue.TIERS)), default="smoke", show_default=True, help="Which cases."
+)
+@click.option(
+    "--op", "ops", multiple=True, type=click.Choice(list(OPS)), metavar="NAME", help="Only this op; may be repeated."
+)
+@click.option(
+    "--narrower",
+    multiple=True,
+    type=click.Choice([n for n, s in OPS.items() if s.narrower]),
+    metavar="NAME",
+    help="Budgets for what this op's contract lets a backend declare.",
+)
 @click.option("--numerics", type=NUMERICS, default="native", show_default=True, help="The mode that is judged.")
 def command(directory: Path, tier: str, ops: tuple[str, ...], narrower: tuple[str, ...], numerics: str) -> None:
     """Write cases, inputs, expected outputs and budgets as safetensors and JSON; README.md there describes the layout."""
@@ -152,16 +211,26 @@ def command(directory: Path, tier: str, ops: tuple[str, ...], narrower: tuple[st
     declared = {op: OPS[op].narrower for op in narrower}
     count = sum(1 for _ in export(directory, cast("Tier", tier), cast("Numerics", numerics), ops, declared))
     size = sum(f.stat().st_size for f in directory.rglob("*") if f.is_file())
-    click.echo(f"{count} cases, {size / 1e6:.1f} MB -> {directory}; judge results with: dsv4 conformance judge {directory} RESULTS")
+    click.echo(
+        f"{count} cases, {size / 1e6:.1f} MB -> {directory}; judge results with: dsv4 conformance judge {directory} RESULTS"
+    )
 
 
 @click.command("judge")
 @click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.argument("results", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--op", "ops", multiple=True, type=click.Choice(list(OPS)), metavar="NAME", help="Only this op; may be repeated.")
+@click.option(
+    "--op", "ops", multiple=True, type=click.Choice(list(OPS)), metavar="NAME", help="Only this op; may be repeated."
+)
 @click.option("--case", "cases", multiple=True, metavar="ID", help="Only this case; may be repeated.")
-@click.option("--report", type=click.Path(path_type=Path, file_okay=False), help="Write report.json, junit.xml and report.html here.")
-def judge_command(directory: Path, results: Path, ops: tuple[str, ...], cases: tuple[str, ...], report: Path | None) -> None:
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write report.json, junit.xml and report.html here.",
+)
+def judge_command(
+    directory: Path, results: Path, ops: tuple[str, ...], cases: tuple[str, ...], report: Path | None
+) -> None:
     """Judge tensors that another program wrote to RESULTS for the cases in DIRECTORY; a case without results fails."""
     from dsv4_conformance.cli import Progress, finish
     from dsv4_conformance.runner import Run
@@ -174,5 +243,7 @@ def judge_command(directory: Path, results: Path, ops: tuple[str, ...], cases: t
         run.findings.append(finding)
         progress(finding, len(run.findings), total)
     if not run.findings:
-        raise ValueError(f"{directory}: holds no such case ({', '.join((*ops, *cases)) or 'none at all'}); {MANIFEST} lists them")
+        raise ValueError(
+            f"{directory}: holds no such case ({', '.join((*ops, *cases)) or 'none at all'}); {MANIFEST} lists them"
+        )
     finish(run, report, rerun)

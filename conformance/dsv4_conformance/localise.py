@@ -1,6 +1,7 @@
 """``dsv4 conformance localise``: the first op, layer, position and element at which a backend leaves its budget.
 
-Every op is judged on the inputs that it had in the run, so that errors do not compound: what comes late in the model is judged as strictly as what comes first.
+Every op is judged on the inputs that it had in the run, so that errors do not compound: what comes late in the model is
+judged as strictly as what comes first.
 """
 
 from __future__ import annotations
@@ -57,16 +58,26 @@ class Judged:
         row, rows = int(element[0]), self.recorded.results[0].shape[0]
         if axes[0] == "batch":
             row, rows = row * self.recorded.results[0].shape[1] + int(element[1]), len(positions)
-        return str(int(positions[row * len(positions) // rows])) if len(positions) and rows and rows % len(positions) == 0 else "-"
+        return (
+            str(int(positions[row * len(positions) // rows]))
+            if len(positions) and rows and rows % len(positions) == 0
+            else "-"
+        )
 
 
-def judge_all(calls: Iterable[Recorded], session: Session, against: Session | None = None, *, again: bool = False) -> list[Judged]:
-    """Judge recorded results, and what ``against`` computes from the same inputs. ``again``: the session's backend computes, too."""
+def judge_all(
+    calls: Iterable[Recorded], session: Session, against: Session | None = None, *, again: bool = False
+) -> list[Judged]:
+    """Judge recorded results, and what ``against`` computes from the same inputs. ``again``: the session's backend
+    computes, too.
+    """
     judged = []
     for recorded in calls:
         call = recorded.call
         if again:
-            judged.append(Judged(recorded, _executed(recorded, session), replay.judge_recorded(call, recorded.results, session)))
+            judged.append(
+                Judged(recorded, _executed(recorded, session), replay.judge_recorded(call, recorded.results, session))
+            )
             continue
         other = _executed(recorded, against) if against else None
         judged.append(Judged(recorded, replay.judge_recorded(call, recorded.results, session), other))
@@ -81,7 +92,11 @@ def _executed(recorded: Recorded, session: Session) -> Verdict:
             outcome = execute(call, session.backend, [r.shape for r in recorded.results[:returned]])
     except Exception as error:  # noqa: BLE001  whatever the backend raises is its result
         return Verdict([describe(error)], float("inf"))
-    return Verdict(outcome.problems, float("inf")) if outcome.problems else replay.judge_recorded(call, outcome.results, session)
+    return (
+        Verdict(outcome.problems, float("inf"))
+        if outcome.problems
+        else replay.judge_recorded(call, outcome.results, session)
+    )
 
 
 def report(judged: Sequence[Judged], names: tuple[str, str]) -> list[str]:
@@ -92,9 +107,11 @@ def report(judged: Sequence[Judged], names: tuple[str, str]) -> list[str]:
         text = f"; nearest: {worst.recorded.name}, {worst.used:.3g} of its budget" if worst else ""
         return [f"{len(judged)} calls, all within budget{text}"]
     first = judged[over]
-    lines = [f"first over budget: op {first.recorded.call.op}, {first.recorded.place}, {first.recorded.time}, position {first.position()}  ({first.recorded.name})"]
-    lines += [f"  {name}: {'; '.join(v.problems)}" for name, v in zip(names, (first.verdict, first.other), strict=True) if v and not v.ok]
-    lines += [f"  {name}: within budget ({v.used:.3g} of it)" for name, v in zip(names, (first.verdict, first.other), strict=True) if v and v.ok]
+    at = first.recorded
+    lines = [f"first over budget: op {at.call.op}, {at.place}, {at.time}, position {first.position()}  ({at.name})"]
+    for name, verdict in zip(names, (first.verdict, first.other), strict=True):
+        if verdict:
+            lines.append(f"  {name}: {'; '.join(verdict.problems) or f'within budget ({verdict.used:.3g} of it)'}")
     worst_of: dict[str, Judged] = {}
     for j in judged[over:]:
         op = j.recorded.call.op
@@ -103,8 +120,8 @@ def report(judged: Sequence[Judged], names: tuple[str, str]) -> list[str]:
     lines.append("worst of each op from there on (share of budget used):")
     for op, j in worst_of.items():
         shares = ", ".join(f"{name} {v.used:.3g}" for name, v in zip(names, (j.verdict, j.other), strict=True) if v)
-        at = j.verdict.worst.get("element", "-")
-        lines.append(f"  {'' if j.ok else 'OVER '}{op}: {shares}; {j.recorded.time}, {j.recorded.place}, position {j.position()}, element {at}")
+        where = f"{j.recorded.time}, {j.recorded.place}, position {j.position()}, element {j.verdict.worst.get('element', '-')}"
+        lines.append(f"  {'' if j.ok else 'OVER '}{op}: {shares}; {where}")
     return lines
 
 
@@ -132,12 +149,16 @@ def ranges(text: str | None) -> Callable[[int], bool]:
 
 
 def chosen(layers: str | None, positions: str | None, prefill: int) -> Callable[[str, str], bool]:
-    """Which steps and layers are recorded: layers by number (embedding and head always), steps by a position that they feed."""
+    """Which steps and layers are recorded: layers by number (embedding and head always), steps by a position that they
+    feed.
+    """
     layer, position = ranges(layers), ranges(positions)
 
     def keep(time: str, place: str) -> bool:
         fed = range(prefill) if time == "prefill" else [int(time.removeprefix("decode"))]
-        return (not place.startswith("layer") or layer(int(place.removeprefix("layer")))) and any(position(p) for p in fed)
+        return (not place.startswith("layer") or layer(int(place.removeprefix("layer")))) and any(
+            position(p) for p in fed
+        )
 
     return keep
 
@@ -157,12 +178,29 @@ def text_of(tokens: str, config: ModelConfig) -> Host:
 @click.argument("model", required=False)
 @click.option("--against", metavar="NAME", help="Another backend, judged on the same inputs.")
 @click.option("--tokens", default="160", show_default=True, help="How many random ones, or a .npy file [batch, total].")
-@click.option("--decode", type=click.IntRange(0), default=4, show_default=True, help="How many of them are fed one by one.")
+@click.option(
+    "--decode", type=click.IntRange(0), default=4, show_default=True, help="How many of them are fed one by one."
+)
 @click.option("--layers", metavar="0,2-5", help="Only these layers.")
 @click.option("--positions", metavar="150-159", help="Only steps that feed one of these positions.")
-@click.option("--dump", type=click.Path(path_type=Path, file_okay=False), help="Write the run as a trace here, to be judged elsewhere.")
-@click.option("--trace", "traced", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Judge on a trace instead of a run.")
-@click.option("--cases", type=click.Path(path_type=Path, file_okay=False), default="localised", show_default=True, help="Where findings are saved.")
+@click.option(
+    "--dump",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write the run as a trace here, to be judged elsewhere.",
+)
+@click.option(
+    "--trace",
+    "traced",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Judge on a trace instead of a run.",
+)
+@click.option(
+    "--cases",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="localised",
+    show_default=True,
+    help="Where findings are saved.",
+)
 @backend_options
 def command(
     flags: BackendFlags,
@@ -199,7 +237,9 @@ def command(
     raise click.exceptions.Exit(0 if all(j.ok for j in judged) else 1)
 
 
-def _run(directory: Path, session: Session, tokens: str, decode: int, layers: str | None, positions: str | None) -> list[Recorded]:
+def _run(
+    directory: Path, session: Session, tokens: str, decode: int, layers: str | None, positions: str | None
+) -> list[Recorded]:
     from dsv4_core.weights import Checkpoint
 
     checkpoint = Checkpoint(directory)

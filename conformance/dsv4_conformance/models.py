@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 EXACT: tuple[Numerics, ...] = ("float64", "float32")
 LIMIT: dict[Numerics, float] = {"float64": 3e-6, "float32": 1e-5}
-"""The vectors are float32 and were made with another frequency table, which moves logits by up to 5e-7; float32 adds what six layers make of its unit."""
+"""The vectors are float32 and were made with another frequency table, which moves logits by up to 5e-7; float32 adds
+what six layers make of its unit.
+"""
 PREFILL = 300  # of the recorded prompts' 320 tokens
 WORST = 3  # times the limit for a single position, so that a bad decode step cannot hide in the mean
 ALLOWED = 1.1  # times the reference's own native distance
@@ -35,7 +37,9 @@ def in_mode(session: Session, numerics: Numerics) -> Backend:
         return backend
     key = f"backend {numerics}"
     if key not in session.shared:
-        session.shared[key] = type(backend)(numerics=numerics, **{o.name: getattr(backend, o.name) for o in backend.options})
+        session.shared[key] = type(backend)(
+            numerics=numerics, **{o.name: getattr(backend, o.name) for o in backend.options}
+        )
     return cast("Backend", session.shared[key])
 
 
@@ -79,22 +83,33 @@ class ExactModel:
         modes = [m for m in self.modes if m in session.backend.numerics_modes]
         if not modes:
             offered = ", ".join(session.backend.numerics_modes)
-            finding.status, finding.message = "unsupported", f"has no exact mode (numerics {offered}); structure is judged in float64 or float32"
+            finding.status, finding.message = (
+                "unsupported",
+                f"has no exact mode (numerics {offered}); structure is judged in float64 or float32",
+            )
         problems = []
         for mode in modes:
             want = golden.load(self.model, "golden")[f"exact.{self.what}"]
             got = self.results(session, mode)[self.what]
             steps = 1 if self.what == "mtp_logits" else want.shape[1]
             total = relative(got, want)
-            each = [relative(g, w) for g, w in zip(np.split(got, steps, 1), np.split(want, steps, 1), strict=True)] if steps > 1 else [total]
+            each = (
+                [relative(g, w) for g, w in zip(np.split(got, steps, 1), np.split(want, steps, 1), strict=True)]
+                if steps > 1
+                else [total]
+            )
             at = int(np.argmax(each))
             finding.metrics[f"{mode} relative error"] = total
             share = max(total / LIMIT[mode], each[at] / (WORST * LIMIT[mode]))
             if not share <= finding.used:
-                finding.used, finding.worst = share, {"numerics": mode, "position": PREFILL - 1 + at, "relative error": each[at]}
+                finding.used, finding.worst = (
+                    share,
+                    {"numerics": mode, "position": PREFILL - 1 + at, "relative error": each[at]},
+                )
             if not share <= 1:
                 problems.append(
-                    f"{mode}: {self.what} are {total:.3g} from the recorded ones (limit {LIMIT[mode]:.0e}), worst at position {PREFILL - 1 + at}: {each[at]:.3g}"
+                    f"{mode}: {self.what} are {total:.3g} from the recorded ones (limit {LIMIT[mode]:.0e}), "
+                    f"worst at position {PREFILL - 1 + at}: {each[at]:.3g}"
                 )
         if problems:
             finding.status, finding.message = "failed", "; ".join(problems)
@@ -112,7 +127,9 @@ class ExactModel:
 
 
 def ratio_bound(mine: Host, reference: Host, seed: int = 0) -> tuple[float, float]:
-    """Ratio of the means of two paired series [sequences, positions], and its lower bound at 95 % confidence, by bootstrap over blocks of positions."""
+    """Ratio of the means of two paired series [sequences, positions], and its lower bound at 95 % confidence, by
+    bootstrap over blocks of positions.
+    """
     a, b = (x.reshape(-1, BLOCK).mean(1) for x in (mine, reference))
     picked = np.random.default_rng(seed).integers(0, len(a), (DRAWS, len(a)))
     return float(a.mean() / b.mean()), float(np.quantile(a[picked].mean(1) / b[picked].mean(1), 0.05))
@@ -123,21 +140,33 @@ def judge_distance(logits: Host) -> tuple[list[str], float, dict[str, float]]:
     stored = stored_logits.load()
     exact = stored["exact"].astype(np.float64)
     kl, l2 = stored_logits.distances(logits, exact)
-    problems, used, figures = [], 0.0, {}
+    problems: list[str] = []
+    figures: dict[str, float] = {}
+    used = 0.0
     for name, mine, reference in (("KL", kl, stored["kl"]), ("relative L2", l2, stored["l2"])):
         ratio, least = ratio_bound(mine, reference.astype(np.float64))
-        figures |= {f"{name}": float(mine.mean()), f"{name} of the reference": float(reference.mean()), f"{name} ratio": ratio, f"{name} ratio at least": least}
+        figures |= {
+            f"{name}": float(mine.mean()),
+            f"{name} of the reference": float(reference.mean()),
+            f"{name} ratio": ratio,
+            f"{name} ratio at least": least,
+        }
         if not least / ALLOWED <= used:
             used = least / ALLOWED
         if not least <= ALLOWED:
             problems.append(
-                f"{name} from the exact logits is {mine.mean():.4g}, the reference's native mode {reference.mean():.4g}: {ratio:.3g} times as far, at least "
-                f"{least:.3g} with 95 % confidence; {ALLOWED} is allowed"
+                f"{name} from the exact logits is {mine.mean():.4g}, the reference's native mode {reference.mean():.4g}: "
+                f"{ratio:.3g} times as far, at least {least:.3g} with 95 % confidence; {ALLOWED} is allowed"
             )
     picked, best = logits.argmax(-1), exact.argmax(-1)
     top = np.sort(exact, -1)
     margin = np.where(picked == best, 0.0, top[..., -1] - top[..., -2])
-    return problems, used, figures | {"top-1 agreement": float((picked == best).mean()), "largest margin of a disagreement": float(margin.max())}
+    return (
+        problems,
+        used,
+        figures
+        | {"top-1 agreement": float((picked == best).mean()), "largest margin of a disagreement": float(margin.max())},
+    )
 
 
 @dataclass(frozen=True)
@@ -156,11 +185,22 @@ class NativeDistance:
         logits = stored_logits.teacher_forced(model, stored_logits.CHUNKINGS[0])[:, stored_logits.FIRST :]
         problems, used, figures = judge_distance(logits)
         worst: dict[str, Any] = {}
-        return Finding(self.id, self.op, self.group, self.level, "failed" if problems else "passed", "; ".join(problems), "bfloat16", used, figures, worst)
+        return Finding(
+            self.id,
+            self.op,
+            self.group,
+            self.level,
+            "failed" if problems else "passed",
+            "; ".join(problems),
+            "bfloat16",
+            used,
+            figures,
+            worst,
+        )
 
 
 def checks(numerics: Numerics) -> list[Check]:
     """The recorded models in the exact modes (all of them in a native run), and the native distance."""
     modes = EXACT if numerics == "native" else (numerics,)
-    found: list[Check] = [ExactModel(m, w, modes) for m in golden.MODELS for w in ("logits", "mtp_logits")]  # type: ignore[arg-type]
+    found: list[Check] = [ExactModel(m, w, modes) for m in golden.MODELS for w in ("logits", "mtp_logits")]
     return [*found, NativeDistance()] if numerics == "native" else found

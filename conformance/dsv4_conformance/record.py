@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recorded:
-    """One call: when (``prefill``, ``decode250``), where (``layer3``, ``embedding``, ``head``), which of its kind there.
+    """One call: when (``prefill``, ``decode250``), where (``layer3``, ``embedding``, ``head``), which of its kind
+    there.
 
-    ``results``: what the backend returned, then mutated operands as it left them. ``positions``: of the step's tokens, -1 for padding.
+    ``results``: what the backend returned, then mutated operands as it left them. ``positions``: of the step's tokens,
+    -1 for padding.
     """
 
     time: str
@@ -48,7 +50,8 @@ class UnknownOperandError(LookupError):
 
 @dataclass
 class Recorder:
-    """Stands between a backend and everything that calls its ops, the backend itself included (fused ops made of required ones).
+    """Stands between a backend and everything that calls its ops, the backend itself included (fused ops made of
+    required ones).
 
     ``keep(time, place)`` chooses what is recorded.
     """
@@ -62,7 +65,7 @@ class Recorder:
     _hosts: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     _counts: dict[tuple[str, str, str], int] = field(default_factory=dict)
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> Recorder:  # noqa: PYI034  typing.Self is younger than Python 3.10
         for name in OPS:
             setattr(self.backend, name, self._recording(name, getattr(self.backend, name)))
         for name in ("load", "load_experts"):
@@ -104,7 +107,9 @@ class Recorder:
         key = (self.time, self.place, op)
         self._counts[key] = number = self._counts.get(key, 0) + 1
         seed = seed_of(".".join((*key, str(number))))
-        self.calls.append(Recorded(self.time, self.place, number, Call(op, operands, scalars, seed=seed), results, self.positions))
+        self.calls.append(
+            Recorded(self.time, self.place, number, Call(op, operands, scalars, seed=seed), results, self.positions)
+        )
 
     def host(self, operand: Any) -> Any:
         """A weight as it came from the checkpoint, an array as a copy on the host."""
@@ -140,7 +145,9 @@ class TracedModel(Model):
 
 
 def record(source: WeightSource, recorder: Recorder, tokens: Host, decode: int) -> list[Recorded]:
-    """Run ``tokens`` [batch, total], the last ``decode`` of them one by one; give the calls in the order in which they end."""
+    """Run ``tokens`` [batch, total], the last ``decode`` of them one by one; give the calls in the order in which they
+    end.
+    """
     total = tokens.shape[1]
     with recorder:
         model = TracedModel(source, recorder)

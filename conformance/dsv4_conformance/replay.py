@@ -1,4 +1,6 @@
-"""Verdicts on results that somebody else computed, and cases that are not in the catalogue: saved calls, single examples of laws."""
+"""Verdicts on results that somebody else computed, and cases that are not in the catalogue: saved calls, single
+examples of laws.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,15 @@ if TYPE_CHECKING:
     from dsv4_core.spec import Tier
 
 SUFFIX = ".case.safetensors"
-SECOND_OPINIONS = 7  # times the samples of a budget, 64 in all: the largest is then below its own scale once in 10^10 elements
+SECOND_OPINIONS = (
+    7  # times the samples of a budget, 64 in all: the largest is then below its own scale once in 10^10 elements
+)
 BEYOND_CHANCE = 100.0  # times the budget: no number of samples would explain it
 
 
-def judge_results(call: Call, results: Sequence[Host], expected: Sequence[Expected], oracle: Oracle, backend: Backend) -> Verdict:
+def judge_results(
+    call: Call, results: Sequence[Host], expected: Sequence[Expected], oracle: Oracle, backend: Backend
+) -> Verdict:
     """Judge results of a call (mutated operands last): number, dtype and shape, then every element."""
     verdict = Verdict()
     if len(results) != len(expected):
@@ -45,7 +51,9 @@ def judge_results(call: Call, results: Sequence[Host], expected: Sequence[Expect
         if dtype_name(got) != wanted:
             verdict.problems.append(f"result {i} has dtype {dtype_name(got)}; the contract says {wanted}")
         if got.shape != want.value.shape:
-            verdict.problems.append(f"result {i} has shape {list(got.shape)}; the contract says {list(want.value.shape)}")
+            verdict.problems.append(
+                f"result {i} has shape {list(got.shape)}; the contract says {list(want.value.shape)}"
+            )
     if verdict.problems:
         verdict.used = float("inf")
         return verdict
@@ -61,7 +69,8 @@ def judge_results(call: Call, results: Sequence[Host], expected: Sequence[Expect
 def judge_recorded(call: Call, results: Sequence[Host], session: Session) -> Verdict:
     """Judge recorded results by the session's oracle.
 
-    A run has millions of elements, and of 8 random deviations the largest is now and then far below its scale: what is over
+    A run has millions of elements, and of 8 random deviations the largest is now and then far below its scale: what is
+    over
     budget is judged again by more of them before it counts.
     """
     with np.errstate(all="ignore"):
@@ -119,7 +128,9 @@ class SavedCase:
 
 
 def find(case_id: str) -> Check | None:
-    """The check that an id outside the catalogue stands for: ``law/NAME:EXAMPLE`` or the path of a saved call; None for any other id."""
+    """The check that an id outside the catalogue stands for: ``law/NAME:EXAMPLE`` or the path of a saved call; None for
+    any other id.
+    """
     if case_id.startswith(laws.PREFIX) and ":" in case_id:
         return laws.example_check(case_id)
     if not case_id.endswith(SUFFIX):

@@ -3,8 +3,10 @@
 A call is described by ``{"op", "scalars", "operands"}``. An operand is null, or has a ``kind``:
 
 - ``array``: ``tensor`` names it;
-- ``scaled``: a quantised weight, ``data`` (codes as bytes; FP4 two a byte, the even column in the low nibble) and ``scale`` (E8M0 bytes), ``format``;
-- ``experts``: ``count`` of them, of which only those in ``used`` are stored, stacked in this order: ``data``, and ``scale`` where ``format`` is not null;
+- ``scaled``: a quantised weight, ``data`` (codes as bytes; FP4 two a byte, the even column in the low nibble) and
+``scale`` (E8M0 bytes), ``format``;
+- ``experts``: ``count`` of them, of which only those in ``used`` are stored, stacked in this order: ``data``, and
+``scale`` where ``format`` is not null;
 - ``list``: ``parts``, each an operand.
 
 A scalar ``layout`` is an object (``kind``, ``dim``, ``rope_dim``).
@@ -51,7 +53,9 @@ class Packer:
         return sum(t.nbytes for t in self.tensors.values())
 
     def call(self, prefix: str, call: Call, *, share: bool) -> dict[str, Any]:
-        """Add a call's operands under ``prefix``; give its description. ``share``: weights go under ``weights.`` instead, once."""
+        """Add a call's operands under ``prefix``; give its description. ``share``: weights go under ``weights.``
+        instead, once.
+        """
         operands: dict[str, Form] = {}
         for name, value in call.named().items():
             used = tuple(used_experts(call)) if isinstance(value, Experts) else ()
@@ -72,7 +76,10 @@ class Packer:
             experts = [value[e] for e in used]
             stored = {"kind": "experts", "count": value.shape[0], "used": list(used), "format": None, "scale": None}
             if isinstance(experts[0], ScaledArray):
-                stored |= {"format": experts[0].format, "scale": self._tensor(f"{name}.scale", np.stack([e.scale for e in experts]))}
+                stored |= {
+                    "format": experts[0].format,
+                    "scale": self._tensor(f"{name}.scale", np.stack([e.scale for e in experts])),
+                }
                 experts = [e.data for e in experts]
             return stored | {"data": self._tensor(f"{name}.data", np.stack(experts))}
         if isinstance(value, ScaledArray):
@@ -100,7 +107,9 @@ def unpack(description: dict[str, Any], read: Callable[[str], Host], seed: int =
         if form["kind"] == "experts":
             data = read(form["data"])
             scale = read(form["scale"]) if form["format"] else None
-            stored = [data[i] if scale is None else ScaledArray(data[i], scale[i], form["format"]) for i in range(len(data))]
+            stored = [
+                data[i] if scale is None else ScaledArray(data[i], scale[i], form["format"]) for i in range(len(data))
+            ]
             place = {e: i for i, e in enumerate(form["used"])}
             return Experts([stored[place.get(e, 0)] for e in range(form["count"])])
         return read(form["tensor"])

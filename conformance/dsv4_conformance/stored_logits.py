@@ -1,10 +1,14 @@
-"""What the reference says of the embedded checkpoint: stored float64 logits, and how far its native mode lies from them.
+"""What the reference says of the embedded checkpoint: stored float64 logits, and how far its native mode lies from
+them.
 
     python -m dsv4_conformance.stored_logits --backend NAME     writes ``data/native/tiny-jargon.safetensors.xz`` again
 
-``exact`` [2, 160, vocab] F16 holds multiples of 1/32: float64 logits of positions 160 .. 319 of both recorded prompts, rounded. Native noise is 0.3 per
-logit, so that the rounding (0.009) adds a two-thousandth to a distance, the backend's and the reference's alike. ``kl`` and ``l2`` [2, 160] F32: the
-native mode's distances, the mean over ``CHUNKINGS`` of the same text, because the distance of one run is itself a matter of chance (a tenth in KL).
+``exact`` [2, 160, vocab] F16 holds multiples of 1/32: float64 logits of positions 160 .. 319 of both recorded prompts,
+rounded. Native noise is 0.3 per
+logit, so that the rounding (0.009) adds a two-thousandth to a distance, the backend's and the reference's alike. ``kl``
+and ``l2`` [2, 160] F32: the
+native mode's distances, the mean over ``CHUNKINGS`` of the same text, because the distance of one run is itself a
+matter of chance (a tenth in KL).
 """
 
 from __future__ import annotations
@@ -29,7 +33,16 @@ if TYPE_CHECKING:
 FILE = Path(__file__).parent / "data" / "native" / "tiny-jargon.safetensors.xz"
 FIRST = 160  # of the positions that are judged: every kind of layer has rows by then
 UNIT = 1 / 32
-CHUNKINGS = ((300, *[1] * 20), (320,), (160, 160), (100, 100, 100, 20), (64,) * 5, (128, 128, 64), (37,) * 8 + (24,), (250, 70))
+CHUNKINGS = (
+    (300, *[1] * 20),
+    (320,),
+    (160, 160),
+    (100, 100, 100, 20),
+    (64,) * 5,
+    (128, 128, 64),
+    (37,) * 8 + (24,),
+    (250, 70),
+)
 
 
 def teacher_forced(model: Model, chunks: Sequence[int]) -> Host:

@@ -51,7 +51,9 @@ def decode(data: bytes) -> dict[str, Host]:
     header = json.loads(data[8:begin])
     header.pop("__metadata__", None)
     return {
-        name: np.frombuffer(data, VIEWS[entry["dtype"]], math.prod(entry["shape"]), begin + entry["data_offsets"][0]).reshape(entry["shape"])
+        name: np.frombuffer(
+            data, VIEWS[entry["dtype"]], math.prod(entry["shape"]), begin + entry["data_offsets"][0]
+        ).reshape(entry["shape"])
         for name, entry in header.items()
     }
 

@@ -1,7 +1,9 @@
 """Traces of a model's run as files: ``trace.safetensors`` and ``trace.json``, named as the recorded traces are.
 
-Tensors: ``{prefill|decodeNNN}.{layer{i}|embedding|head}.{op}[@n].{operand}``, results as ``.out`` (several: ``.out.0`` ...), operands that the op mutates as
-``.after.{operand}``; weights once each, as ``weights.{n}``. ``trace.json``: numerics, and per call its name, the positions of its tokens, and the description
+Tensors: ``{prefill|decodeNNN}.{layer{i}|embedding|head}.{op}[@n].{operand}``, results as ``.out`` (several: ``.out.0``
+...), operands that the op mutates as
+``.after.{operand}``; weights once each, as ``weights.{n}``. ``trace.json``: numerics, and per call its name, the
+positions of its tokens, and the description
 of ``stored_calls``.
 """
 
@@ -55,7 +57,9 @@ def write(packed: Packed, directory: Path) -> None:
     """Write a trace; raise ``OSError`` where the disk has no room for it, before anything is written."""
     directory.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(directory).free) < packed.nbytes:
-        raise OSError(f"{directory}: the trace needs {packed.nbytes} bytes and the disk has {free} free; choose fewer --layers or --positions")
+        raise OSError(
+            f"{directory}: the trace needs {packed.nbytes} bytes and the disk has {free} free; choose fewer --layers or --positions"
+        )
     tensorfile.write(directory / TENSORS, packed.tensors)
     (directory / CALLS).write_text(json.dumps({"numerics": packed.numerics, "calls": packed.calls}) + "\n")
 
@@ -64,7 +68,9 @@ def read(directory: Path, numerics: Numerics) -> list[Recorded]:
     """Read a trace; raise ``ValueError`` where it was recorded in other numerics than are judged."""
     stated = json.loads((directory / CALLS).read_text())
     if stated["numerics"] != numerics:
-        raise ValueError(f"{directory}: recorded in {stated['numerics']}; judge it with --numerics {stated['numerics']}")
+        raise ValueError(
+            f"{directory}: recorded in {stated['numerics']}; judge it with --numerics {stated['numerics']}"
+        )
     shard = Shard(directory / TENSORS)
     return [
         Recorded(

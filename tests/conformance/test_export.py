@@ -120,7 +120,7 @@ def add_one(tensors):
         ("linear", lambda t: {"out": t["y"]}, "no tensor 'y'; it has out"),
         ("linear", lambda t: {"y": t["y"].astype(np.float32)}, "has dtype float32; the contract says bfloat16"),
         ("linear", lambda t: {"y": t["y"][:, :-1]}, "has shape .* the contract says"),
-        ("linear", lambda t: None, "no result: .* does not exist; write y there"),
+        ("linear", lambda _: None, "no result: .* does not exist; write y there"),
         ("cache_write", lambda t: {"cache": t["cache"] ^ 1}, "differ where every bit is fixed"),
         ("gate", lambda t: {**t, "y1": t["y1"][:, ::-1].copy()}, "before"),
     ],

@@ -10,6 +10,7 @@ from conftest import vectors
 from dsv4_conformance import golden, localise, replay, runner, trace_file
 from dsv4_conformance.checks import Session
 from dsv4_conformance.museum import hunt
+from dsv4_conformance.museum.fault import MUTANTS
 from dsv4_conformance.record import Recorder, record
 
 from dsv4_core.weights import Checkpoint
@@ -21,7 +22,7 @@ TOKENS, DECODE = 68, 2  # past a window of 64, so that the ring wraps
 def planted(mutant, place):
     """A backend with a mutant's fault in it while one layer runs, and right elsewhere."""
     right = hunt.right_backend()
-    wrong = hunt.MUTANTS[mutant].build(right)
+    wrong = MUTANTS[mutant].build(right)
 
     def either(name):
         @functools.wraps(getattr(right, name))
@@ -34,7 +35,7 @@ def planted(mutant, place):
     return type("Planted", (right,), {n: either(n) for n in names})(numerics="native")
 
 
-def run(backend, *, tokens=TOKENS, keep=lambda time, place: True):
+def run(backend, *, tokens=TOKENS, keep=lambda _time, _place: True):
     recorder = backend.recorder = Recorder(backend, keep)
     return record(CHECKPOINT, recorder, vectors("tiny-jargon", "golden")["prompt"][:1, :tokens], DECODE)
 
@@ -85,12 +86,16 @@ def test_what_is_over_budget_is_named_and_saved_as_a_case_that_replays(tmp_path)
     calls = run(wrong, tokens=10, keep=lambda _, place: place in {"layer1", "layer2"})
     judged, _ = first_over(calls, Session(wrong))
     lines = localise.report(judged, ("planted", ""))
-    assert re.fullmatch(r"first over budget: op hc_post, layer2, prefill, position \d  \(prefill.layer2.hc_post\)", lines[0])
-    assert re.search(r"planted: \d+ of \d+ elements over budget; worst \[.*\]: got .*, want .*, off by .*, budget ", lines[1])
+    assert re.fullmatch(
+        r"first over budget: op hc_post, layer2, prefill, position \d  \(prefill.layer2.hc_post\)", lines[0]
+    )
+    assert re.search(
+        r"planted: \d+ of \d+ elements over budget; worst \[.*\]: got .*, want .*, off by .*, budget ", lines[1]
+    )
     assert any(line.startswith("  OVER hc_post: planted ") for line in lines)
     (path,) = localise.save_findings(judged, tmp_path, "native")
     right = hunt.right_backend()
-    everywhere_wrong = hunt.MUTANTS["comb_not_transposed"].build(right)
+    everywhere_wrong = MUTANTS["comb_not_transposed"].build(right)
     for cls, status in ((right, "passed"), (everywhere_wrong, "failed")):
         result = runner.run(Session(cls(numerics="native")), cases=[str(path)])
         assert [f.status for f in result.findings] == [status]
@@ -114,16 +119,35 @@ def test_a_trace_is_judged_elsewhere(tmp_path):
 
 
 def test_dumped_traces_name_tensors_as_the_recorded_ones_do(tmp_path):
-    options = ["--backend", "reference", "--tokens", "10", "--decode", "2", "--layers", "2", "--positions", "9", "--dump", str(tmp_path)]
+    options = [
+        "--backend",
+        "reference",
+        "--tokens",
+        "10",
+        "--decode",
+        "2",
+        "--layers",
+        "2",
+        "--positions",
+        "9",
+        "--dump",
+        str(tmp_path),
+    ]
     done = CliRunner().invoke(localise.command, options)
     assert re.match(r"\d+ calls, \d+ tensors, \d+\.\d MB -> ", done.output)
     from dsv4_core.shards import Shard
 
     names = set(Shard(tmp_path / trace_file.TENSORS).entries)
-    assert {"decode9.layer2.sparse_attn.q", "decode9.layer2.sparse_attn.topk_idxs", "decode9.layer2.sparse_attn.out"} <= names
+    assert {
+        "decode9.layer2.sparse_attn.q",
+        "decode9.layer2.sparse_attn.topk_idxs",
+        "decode9.layer2.sparse_attn.out",
+    } <= names
     assert {n.split(".")[1] for n in names if n.startswith("decode")} == {"embedding", "layer2", "head"}
     assert not any(n.startswith(("prefill", "decode8")) for n in names)
-    again = CliRunner().invoke(localise.command, ["--backend", "reference", "--trace", str(tmp_path), "--cases", str(tmp_path / "cases")])
+    again = CliRunner().invoke(
+        localise.command, ["--backend", "reference", "--trace", str(tmp_path), "--cases", str(tmp_path / "cases")]
+    )
     assert again.exit_code == 0, again.output
 
 

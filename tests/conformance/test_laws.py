@@ -1,0 +1,140 @@
+"""The laws hold for the reference, and faults that one call of one op cannot show break them."""
+
+import re
+
+import numpy as np
+import pytest
+from dsv4_conformance import law_list, lawmodel, laws, op_laws, replay, runner, strategies
+from dsv4_conformance.checks import Session
+from dsv4_conformance.museum import hunt
+from dsv4_conformance.museum.fault import MUTANTS
+
+CHECKS = {c.law.name: c for c in laws.checks("native")}
+BITWISE = {"same_bits_in_chunks", "same_bits_in_a_batch"}  # another level, which the reference claims in another mode
+
+
+def session(mutant=None, tier="smoke", numerics="native"):
+    right = hunt.right_backend()
+    return Session((MUTANTS[mutant].build(right) if mutant else right)(numerics=numerics), tier)
+
+
+@pytest.mark.parametrize("name", [n for n in CHECKS if n not in BITWISE])
+def test_holds(name):
+    finding = runner.run_check(CHECKS[name], session(tier="standard"))
+    assert finding.status == "passed", finding.message
+
+
+def test_holds_in_float32():
+    at = session(numerics="float32")
+    assert [
+        f.message
+        for c in CHECKS.values()
+        if c.op != "batch_invariance" and (f := runner.run_check(c, at)).status != "passed"
+    ] == []
+
+
+KILLS = {
+    "stale_row_after_rewind": "rewind",
+    "result_depends_on_the_batch": "batch_and_padding",
+    "previous_window_forgotten_across_a_chunk": "chunked_is_full",
+    "ring_wrap_wrong": "prefill_is_decode",
+    "window_off_by_one": "reach",
+    "visible_one_row_early": "reach",
+    "visible_one_row_late": "reach",
+    "compressed_branch_masked_in_prefill": "reach",
+    "int32_overflow_at_a_high_position": "anywhere_as_the_oracle",
+    "buffer_reused": "prefill_is_decode",
+    "comb_softmax_over_columns": "sinkhorn",
+    "last_expert_dropped": "experts_over_ranks",
+}
+
+
+@pytest.mark.parametrize("mutant", KILLS)
+def test_kills_what_no_single_call_shows(mutant):
+    finding = runner.run_check(CHECKS[KILLS[mutant]], session(mutant))
+    assert finding.status == "failed"
+    assert finding.used == float("inf")
+
+
+@pytest.mark.parametrize("mutant", ["ring_wrap_wrong", "result_depends_on_the_batch", "visible_one_row_early"])
+def test_a_broken_law_shrinks_to_a_case_that_can_be_run_again(mutant):
+    at = session(mutant, "standard")
+    finding = runner.run_check(CHECKS["chunked_is_full"], at)
+    case_id = re.search(r"--case (\S+)$", finding.message)[1]
+    example = strategies.read(case_id.partition(":")[2], laws.LAWS[0].always[0])
+    assert sum(example["chunks"]) < sum(
+        laws.LAWS[0].always[0]["chunks"]
+    )  # smaller than the example that is always tried
+    again = runner.run(at, cases=[case_id])
+    assert [f.status for f in again.findings] == ["failed"]
+    assert again.findings[0].id == case_id
+    assert runner.run(session(tier="standard"), cases=[case_id]).findings[0].status == "passed"
+
+
+def test_the_hunt_is_the_same_each_time():
+    law, found = laws.LAWS[0], []
+    for _ in range(2):
+        at = lawmodel.Stage.of(session("ring_wrap_wrong").backend)
+        found.append(laws.hunt(law, at, 6, seed=1))
+    assert found[0] == found[1]
+    assert found[0] is not None
+
+
+def test_examples_are_written_and_read():
+    for law in laws.LAWS:
+        for example in law.always:
+            assert strategies.read(strategies.written(example), law.always[0]) == example
+            assert set(example) == set(law.strategy)
+    with pytest.raises(ValueError, match="an example has ratios, chunks, seed"):
+        strategies.read("nonsense=1", laws.LAWS[0].always[0])
+    with pytest.raises(ValueError, match="lacks chunks, seed"):
+        strategies.read("ratios=0", laws.LAWS[0].always[0])
+    with pytest.raises(ValueError, match="no law 'nope'; laws: chunked_is_full"):
+        replay.find("law/nope:a=1")
+
+
+def test_tolerances_follow_the_precision():
+    """Rounding alone moves logits in proportion to the unit roundoff, and correct runs stay inside."""
+    double, single = (lawmodel.tolerance(n, (0,)) for n in ("float64", "float32"))
+    assert 2.0**27 < single / double < 2.0**31  # 2^29 between the units
+    at = lawmodel.Stage.of(session().backend)
+    source, ids = lawmodel.weights((0,)), lawmodel.some_ids((1, 50), 1)
+    noise = lawmodel.apart(lawmodel.full(at.model(source), ids), lawmodel.full(at.model(source, at.oracle), ids))
+    assert 0 < noise.max() < double
+
+
+def test_a_backend_without_exact_modes_is_held_to_one_layer_within_its_noise():
+    right = hunt.right_backend()
+    for mutant, status in ((None, "passed"), ("previous_window_forgotten_across_a_chunk", "failed")):
+        cls = MUTANTS[mutant].build(right) if mutant else right
+        native = type("Native", (cls,), {"numerics_modes": ("native",)})()
+        stage = lawmodel.Stage.of(native)
+        assert (stage.exact, stage.noisy, stage.layers((0, 128, 4))) == (native, True, (4,))
+        problem = law_list.chunked_is_full(stage, ratios=(4,), chunks=[30, 1, 70], seed=0)
+        assert ("failed" if problem else "passed") == status, problem
+
+
+def test_bits_are_compared_as_bits():
+    x = np.array([[1.0, 2.0]], np.float32)
+    assert law_list.differing_bits(x, x.copy(), "x") is None
+    assert law_list.differing_bits(x, np.nextafter(x, 3), "x") == "x: 2 of 2 elements have other bits, first [0, 0]"
+    assert law_list.differ(x * np.nan, x, 1.0, "x").startswith("x: position 0 is the first of 1 that differ")
+
+
+def test_sinkhorn_bound_is_not_vacuous():
+    """Mixes that converge slowly leave row sums visibly off one, and the bound with them; mild mixes do not."""
+    at = lawmodel.Stage.of(session().backend)
+    assert op_laws.sinkhorn(at, tokens=50, spread=4, seed=0) is None
+
+    class Short:
+        def __init__(self, backend):
+            self.backend = backend
+
+        def __getattr__(self, name):
+            return getattr(self.backend, name)
+
+        def hc_split_sinkhorn(self, *operands, **scalars):
+            return self.backend.hc_split_sinkhorn(*operands, **{**scalars, "iters": 2})
+
+    problem = op_laws.sinkhorn(lawmodel.Stage(Short(at.own), at.exact), tokens=50, spread=6, seed=0)
+    assert "rows of comb sum to" in problem
