@@ -42,12 +42,9 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Fus
         y = torch.zeros((tokens, x.shape[1]), dtype=self.wide_type) if shared is None else self.widen(shared).clone()
         x = self.quantised_activation(x) if "@" in w1.dtype else x
         if tokens == 1:
-            for e, weight in zip(indices[0].tolist(), weights[0].tolist(), strict=True):
-                if 0 <= e - first_expert < w1.shape[0]:
-                    y += self.expert(
-                        x, (w1[e - first_expert], w3[e - first_expert]), w2[e - first_expert], weight, limit
-                    )
-            return y.to(getattr(torch, out_dtype))
+            return self._one_token(x, weights, indices, y, w1, w3, w2, first_expert, limit).to(
+                getattr(torch, out_dtype)
+            )
         experts, order = indices.reshape(-1).sort(stable=True)
         used, counts = torch.unique(experts, return_counts=True)
         end = 0
@@ -66,9 +63,34 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Fus
                 y.index_add_(0, token, self.widen(rows))
         return y.to(getattr(torch, out_dtype))
 
-    def expert(
-        self, x: Tensor, w13: tuple[Weight, Weight], w2: Weight, weight: Tensor | float | None, limit: float
+    def _one_token(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        indices: Tensor,
+        y: Tensor,
+        w1: Experts,
+        w3: Experts,
+        w2: Experts,
+        first_expert: int,
+        limit: float,
     ) -> Tensor:
+        """A decode step's experts, added to ``y`` [1, dim]: the activations of all between one pair of products each."""
+        local = [
+            (j, e - first_expert) for j, e in enumerate(indices[0].tolist()) if 0 <= e - first_expert < w1.shape[0]
+        ]
+        if not local:
+            return y
+        gate_up = torch.cat([self.product(x, (w1[e], w3[e]), wide=False) for _, e in local])
+        inter = w1.shape[1]
+        chosen = weights[0] if len(local) == weights.shape[1] else weights[0, [j for j, _ in local]]
+        hidden = self.weighted_swiglu(gate_up[:, :inter], gate_up[:, inter:], chosen[:, None], limit)
+        if "@" in w2.dtype:
+            hidden = self.quantised_activation(hidden)
+        rows = [self.product(hidden[i : i + 1], (w2[e],), wide=False) for i, (_, e) in enumerate(local)]
+        return y.add_(torch.cat(rows).sum(0, dtype=self.wide_type))
+
+    def expert(self, x: Tensor, w13: tuple[Weight, Weight], w2: Weight, weight: Tensor | None, limit: float) -> Tensor:
         """One expert's rows: ``w2 . swiglu(w1 . x, w3 . x)``; w1 and w3 in one product, block by block of rows while they are in cache."""
         gate_up = self.product(x, w13, wide=False)
         inter = w2.shape[1]

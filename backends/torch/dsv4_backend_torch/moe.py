@@ -9,6 +9,8 @@ from torch.nn import functional
 from dsv4_backend_torch.matmul import TorchMatmul, Weight
 from dsv4_core.ops.moe import MoeOps
 
+FEW = 64  # rows that are not worth cutting into blocks
+
 
 class TorchMoe(TorchMatmul, MoeOps):
     """Contracts of ``ops/moe.py``."""
@@ -49,15 +51,18 @@ class TorchMoe(TorchMatmul, MoeOps):
     def swiglu(self, gate: Tensor, up: Tensor, weights: Tensor | None, *, limit: float) -> Tensor:
         return self.weighted_swiglu(gate, up, None if weights is None else weights[:, None], limit)
 
-    def weighted_swiglu(self, gate: Tensor, up: Tensor, weight: Tensor | float | None, limit: float) -> Tensor:
+    def weighted_swiglu(self, gate: Tensor, up: Tensor, weight: Tensor | None, limit: float) -> Tensor:
         """``silu(min(gate, limit)) * clamp(up, -limit, limit) * weight``, wide, rounded once."""
+        if gate.shape[0] <= FEW:
+            return self._swiglu(gate, up, weight, limit)
         out = torch.empty(gate.shape, dtype=self.act_type, device=gate.device)
         for part in self.blocks(*gate.shape):
-            y = functional.silu(self.widen(gate[part]).clamp(max=limit)).mul_(self.widen(up[part]).clamp(-limit, limit))
-            if weight is not None:
-                y.mul_(weight[part] if isinstance(weight, Tensor) else weight)
-            out[part] = y
+            out[part] = self._swiglu(gate[part], up[part], None if weight is None else weight[part], limit)
         return out
+
+    def _swiglu(self, gate: Tensor, up: Tensor, weight: Tensor | None, limit: float) -> Tensor:
+        y = functional.silu(self.widen(gate).clamp(max=limit)).mul_(self.widen(up).clamp(-limit, limit))
+        return self.rounded(y if weight is None else y.mul_(weight))
 
     def combine(
         self, rows: Tensor, order: Tensor, offsets: Tensor, shared: Tensor | None, *, topk: int, out_dtype: str

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dsv4_backend_torch.numeric import Numeric
+from dsv4_backend_torch.numeric import BLOCK, Numeric
 from dsv4_core.ops.norm import NormOps
 
 
@@ -23,8 +23,10 @@ class TorchNorm(Numeric, NormOps):
             wide = self.widen(x)
             y = wide * (1 / math.sqrt(float(torch.dot(wide[0], wide[0])) / dim + eps))
             return self.rounded(y if weight is None else y.mul_(weight))
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
         gain = None if weight is None else self.widen(weight)
+        if tokens * dim <= BLOCK:
+            return self.rounded(functional.rms_norm(self.widen(x), (dim,), gain, eps))
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
         for part in self.blocks(tokens, dim):
             out[part] = functional.rms_norm(self.widen(x[part]), (dim,), gain, eps)
         return out

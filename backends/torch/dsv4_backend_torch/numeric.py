@@ -64,11 +64,11 @@ class Numeric(Ops):
 
     def widen(self, x: Tensor) -> Tensor:
         """Take an operand to the dtype inside ops; exact."""
-        return x.to(self.wide_type)
+        return x if x.dtype == self.wide_type else x.to(self.wide_type)
 
     def rounded(self, x: Tensor) -> Tensor:
         """Round a result once to the activation dtype."""
-        return x.to(self.act_type)
+        return x if x.dtype == self.act_type else x.to(self.act_type)
 
     def blocks(self, rows: int, width: int) -> Iterator[slice]:
         """Slices of rows that fill the second cache level of a CPU in float32; on a device, all rows at once."""
