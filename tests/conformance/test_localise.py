@@ -113,7 +113,7 @@ def test_a_trace_is_judged_elsewhere(tmp_path):
     first = next(j for j in judged if not j.ok)
     assert first.recorded.name == "prefill.layer1.sparse_attn"
     assert first.verdict.ok  # the backend that judges computes it rightly from the same inputs
-    assert "  here: within budget" in localise.report(judged, ("here", "trace"))[2]
+    assert "  here: within budget" in localise.report(judged, ("here", "trace"))[1]
     with pytest.raises(ValueError, match="recorded in native"):
         trace_file.read(tmp_path, "float32")
 
