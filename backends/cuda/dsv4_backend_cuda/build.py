@@ -173,7 +173,7 @@ def write_baseline(results: Iterable[Result]) -> None:
 def build(architectures: Iterable[int] = ARCHITECTURES, only: str = "") -> list[Result]:
     """Build all variants of all kernels (whose name contains ``only``) for the architectures."""
     wanted = list(architectures)
-    return [build_one(spec, variant, arch) for spec in specs() if only in spec.name for variant in spec.variants for arch in wanted]
+    return [build_one(spec, variant, arch) for spec in specs() if only in spec.name for variant in spec.variants for arch in wanted if arch in spec.architectures]
 
 
 def report(results: Iterable[Result]) -> dict[str, Any]:

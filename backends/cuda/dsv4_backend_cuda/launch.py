@@ -33,7 +33,7 @@ class KernelSpec:
     ``signature``: runtime arguments and their types ("*bf16", "*u8", "i32", "fp32"; "i32:16" for a multiple of 16). ``variants``: name -> constexprs of a published model's shape, in
     addition to the launch table's row. ``mma``: architecture -> regular expression of the tensor-core instruction expected. ``work``: the
     constexprs -> the hot loop's work. ``unsupported``: architecture -> why it has no such kernel. ``per_arch``: architecture -> constexprs.
-    ``looped``: whether the source loops over data; if not, "the hot loop" is the whole kernel.
+    ``architectures``: those that this specification is for; others may have one of the same name with another kernel. ``looped``: whether the source loops over data; if not, "the hot loop" is the whole kernel.
     """
 
     name: str
@@ -45,6 +45,7 @@ class KernelSpec:
     per_arch: Callable[[int], Mapping[str, Any]] = lambda _: {}
     unsupported: Mapping[int, str] = field(default_factory=dict)
     looped: bool = True
+    architectures: tuple[int, ...] = ARCHITECTURES
 
     def constexprs(self, variant: str, arch: int) -> dict[str, Any]:
         """Compile-time arguments without the launch options."""

@@ -72,6 +72,15 @@ def e2m1_half(code):
 
 
 @triton.jit
+def bf16_of_e2m1(code, scale):
+    """E2M1 codes [rows, n] (uint16, four bits) times E8M0 scales [rows, n] (uint8) -> BF16, exactly: code bits, 2^126, 2^(scale - 127)."""
+    bits = ((code & 8) << 12) | ((code & 7) << 6)
+    s = scale.to(tl.uint16)
+    factor = tl.where(s == 0, 0x40, s << 7).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return (bits.to(tl.bfloat16, bitcast=True) * 8.507059173023462e37).to(tl.bfloat16) * factor
+
+
+@triton.jit
 def e2m1_value(code):
     """E2M1 code -> float32."""
     return e2m1_half(code).to(tl.float32)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from dsv4_backend_cuda import launch
-from dsv4_backend_cuda.kernels.scaled_matmul import bf16_of_e2m1
+from dsv4_backend_cuda.kernels.formats import bf16_of_e2m1
 from dsv4_backend_cuda.launch import KernelSpec, Work
 
 

@@ -1,0 +1,18 @@
+"""Tiles of rows that are grouped by expert."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def locate(pid, offsets, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Tile ``pid`` of rows sorted by expert -> (expert, first row, end row); rows of other ranks are one more group, expert EXPERTS."""
+    e = tl.arange(0, SLOTS)
+    start = tl.load(offsets + e, mask=e <= EXPERTS, other=0)
+    stop = tl.load(offsets + e + 1, mask=e <= EXPERTS, other=0)
+    tiles = tl.where(e <= EXPERTS, (stop - start + BLOCK_T - 1) // BLOCK_T, 0)
+    after = tl.cumsum(tiles, axis=0)
+    expert = tl.sum((after <= pid).to(tl.int32), axis=0)
+    mine = e == expert
+    row = tl.sum(tl.where(mine, start + (pid - (after - tiles)) * BLOCK_T, 0), axis=0)
+    return expert, row, tl.sum(tl.where(mine, stop, 0), axis=0)
