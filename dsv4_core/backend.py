@@ -101,6 +101,10 @@ class Backend(FusedOps):
         """Look at libraries, drivers and devices that this backend uses. Raises nothing: what is wrong is a line of its own."""
         return ()
 
+    def describe(self) -> str:
+        """Name the backend and what it computes on, for `dsv4 explain`; a second line may say what ``Support.proof`` means."""
+        return f"backend {self.name}"
+
     def supports(self, op: str, **operands: Operand | Any) -> Support:
         """Say who would run ``op`` on operands of these dtypes and shapes (scalars by value), or why nobody can.
 

@@ -39,10 +39,13 @@ class Operand(NamedTuple):
 
 
 class Support(NamedTuple):
-    """A backend's answer about one op: ``by`` says which implementation would run it, ``reason`` why none does."""
+    """A backend's answer about one op: ``by`` says which implementation would run it, ``reason`` why none does, ``proof``
+    how far that implementation was proven and what it rests on, where the backend keeps account of it.
+    """
 
     by: str = ""
     reason: str = ""
+    proof: str = ""
 
     def __bool__(self) -> bool:
         return not self.reason

@@ -13,10 +13,13 @@ from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
 from dsv4_core.config import PRESETS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dsv4_core.backend import Backend
     from dsv4_core.config import ModelConfig
     from dsv4_core.dtypes import Format
     from dsv4_core.shapes import Call
+    from dsv4_core.spec import Support
 
 
 @click.command("explain")
@@ -35,9 +38,9 @@ def command(model: str | None, layer: int | None, flags: BackendFlags) -> None:
     config, fmt = _model(model)
     backend = flags.create()
     calls = [call for call in planned_calls(config, backend, fmt) if layer is None or call.layer == layer]
-    sys.exit(
-        print_table(backend, calls, f"backend {backend.name}, numerics {backend.numerics}, model {model or 'embedded'}")
-    )
+    name, *notes = backend.describe().split("\n")
+    title = f"{name}, numerics {backend.numerics}, model {model or 'embedded'}"
+    sys.exit(print_table(backend, calls, title, notes))
 
 
 def _model(model: str | None) -> tuple[ModelConfig, Format]:
@@ -50,22 +53,22 @@ def _model(model: str | None) -> tuple[ModelConfig, Format]:
     return checkpoint.config, expert_format(checkpoint)
 
 
-def print_table(backend: Backend, calls: list[Call], title: str) -> int:
-    """One row for each op and who runs it; give the exit status."""
-    rows: Counter[tuple[str, str, str, str]] = Counter()
+def print_table(backend: Backend, calls: list[Call], title: str, notes: Sequence[str] = ()) -> int:
+    """One row for each op, who runs it, and (of backends that keep account) how far that was proven; give the exit status."""
+    rows: Counter[tuple[str, str, Support]] = Counter()
     for call in calls:
-        answer = backend.supports(call.op, **call.operands)
         weight = next((v.dtype for name, v in call.operands.items() if name in _WEIGHTS and hasattr(v, "dtype")), "")
-        rows[call.op, weight, answer.by, answer.reason] += 1
-    click.echo(f"{title}: calls of a 512-token prefill and a decode step together\n")
+        rows[call.op, weight, backend.supports(call.op, **call.operands)] += 1
+    click.echo(f"{title}: calls of a 512-token prefill and a decode step together")
+    click.echo("".join(f"{note}\n" for note in notes))
     table = [
-        ("op", "weight", "calls", "run by"),
-        *((op, w, str(n), by or f"NOBODY: {why}") for (op, w, by, why), n in rows.items()),
+        ("op", "weight", "calls", "run by", "proof" if any(answer.proof for _, _, answer in rows) else ""),
+        *((op, w, str(n), a.by or f"NOBODY: {a.reason}", a.proof) for (op, w, a), n in rows.items()),
     ]
-    widths = [max(len(row[i]) for row in table) for i in range(4)]
+    widths = [max(len(row[i]) for row in table) for i in range(5)]
     for row in table:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    missing = sum(1 for _, _, _, why in rows if why)
+    missing = sum(1 for _, _, answer in rows if not answer)
     click.echo(f"\n{len({op for op, *_ in rows})} ops, {missing} that nobody runs")
     return 1 if missing else 0
 

@@ -112,7 +112,8 @@ def test_a_plan_needs_no_npu_and_computes_nothing():
     assert backend.standing == "planned"
     assert backend.device.type == "meta"
     served = backend.supports("linear", **_linear("float8_e4m3fn@128x128"))
-    assert served.by == "cann: npu_dynamic_mx_quant (documented), npu_quant_matmul (documented)"
+    assert served.by == "cann: npu_dynamic_mx_quant, npu_quant_matmul"
+    assert "documented: aclnn QuantMatmulV5" in served.proof
     assert "composed: a plain matrix product" in backend.supports("linear", **_linear("bfloat16")).by
     assert "no FP8 or FP4 units" in AscendBackend(soc="910B").supports("linear", **_linear("float8_e4m3fn@128x128")).by
 

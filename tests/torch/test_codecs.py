@@ -5,6 +5,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from dsv4_backend_torch.quant import signed_like  # noqa: E402
+
 from dsv4_core import registry  # noqa: E402
 from dsv4_core.dtypes import BFLOAT16, RowLayout, ScaledArray, quantise_weight  # noqa: E402
 
@@ -140,3 +142,15 @@ def test_a_torch_without_small_dtypes_runs_a_quantised_layer(monkeypatch):
         TORCH.linear(TORCH.from_numpy(np.ascontiguousarray(x)), TORCH.load(weight), out_dtype="float32")
     )
     np.testing.assert_allclose(got, REFERENCE.linear(x, weight, out_dtype="float32"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_signs_are_restored_alike_with_and_without_copysign(dtype):
+    y = torch.from_numpy(rows("zeros").astype(np.float64)).to(dtype)
+    y[0] = torch.linspace(-3, 3, 512)
+    rounded = y.round() + 0.0  # as after the addition that rounds: no negative zero
+    want = signed_like(rounded.clone(), y, on_cpu=True)
+    got = signed_like(rounded.clone(), y, on_cpu=False)
+    integer = {4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    assert torch.equal(got.view(integer), want.view(integer))
+    assert not torch.equal(rounded.view(integer), want.view(integer))

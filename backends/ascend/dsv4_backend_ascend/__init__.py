@@ -1,6 +1,13 @@
 """Ascend NPUs through torch-npu and CANN: the portable PyTorch backend, with CANN's own ops where they serve."""
 
-from dsv4_backend_ascend import plugin
-from dsv4_backend_ascend.backend import AscendBackend
+from __future__ import annotations
 
-__all__ = ["AscendBackend", "plugin"]
+from importlib import import_module
+from types import ModuleType
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import the plug-in when its entry point asks for it: `dsv4 --help` comes by here for the command, and needs no torch."""
+    if name == "plugin":
+        return import_module("dsv4_backend_ascend.plugin")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from dsv4_backend_torch.backend import TorchBackend
 
-from dsv4_backend_ascend import probe, simulate
+from dsv4_backend_ascend import probe, proof, simulate
 from dsv4_backend_ascend.capability import GENERATIONS, Answer, Generation
 from dsv4_backend_ascend.capability import cann_version as parse_cann
 from dsv4_backend_ascend.plan import IMPLEMENTATIONS, plan
 from dsv4_backend_ascend.weights import MxArray, MxExperts
-from dsv4_core.backend import BackendError, Option
+from dsv4_core.backend import BackendError, Diagnosis, Option
 from dsv4_core.dtypes import Experts, Host, ScaledArray, dtype_name
 from dsv4_core.ops import OPS, FusedOps
 from dsv4_core.spec import Support
@@ -29,7 +29,7 @@ def _tiered(op: str) -> Callable[..., Any]:
 
     @functools.wraps(composed)
     def run(self: AscendBackend, *arrays: Any, **scalars: Any) -> Any:
-        if self.planned(op, arrays, scalars).tier == "cann":
+        if self.planned(op, arrays, scalars).tier == "cann" and self.fits_bf16(op, arrays):
             return IMPLEMENTATIONS[op](self, *arrays, **scalars)
         return composed(self, *arrays, **scalars)
 
@@ -117,26 +117,52 @@ class AscendBackend(TorchBackend):
         if not base:
             return base
         answer = plan(self, op, operands) if operands else Answer("composed", reason="no operands were named")
+        reached = " ".join(proof.rungs(self.generation, answer.calls)) or "none"
         if answer.tier == "composed":
-            return Support(by=f"composed: {answer.reason}")
-        named = ", ".join(f"{call.op} ({cell.standing})" for call, cell in zip(answer.calls, answer.cells, strict=True))
-        return Support(by=f"cann: {named}")
+            return Support(by=f"composed: {answer.reason}", proof=reached)
+        sources = "; ".join(f"{cell.standing}: {cell.source}" for cell in answer.cells)
+        named = ", ".join(dict.fromkeys(call.op for call in answer.calls))
+        return Support(by=f"cann: {named}", proof=f"{reached} ({sources})")
+
+    def describe(self) -> str:
+        """Chip and standing: planned for, simulated, or found."""
+        standing = {"planned": "planned for", "simulated": "simulated", "found": "found"}[self.standing]
+        cann = f"CANN {self.cann_version}" if self.cann_version else "any CANN" if self.standing != "found" else "CANN of unknown version"
+        return f"backend {self.name}, {standing} {self.generation}, {cann}, tier {self.tier}\n{proof.LEGEND}"
+
+    @classmethod
+    def diagnose(cls) -> tuple[Diagnosis, ...]:
+        """Look at torch-npu, CANN, the chip, and the schemas of the ops that are called."""
+        return tuple(probe.diagnose())
+
+    def fits_bf16(self, op: str, arrays: tuple[Any, ...]) -> bool:
+        """Say whether weights that a call expands to BF16 keep their values there: scales near 2^-127 do not."""
+        if op not in {"grouped_linear", "expert_linear"}:
+            return True
+        weight = getattr(arrays[1], "stack", arrays[1])
+        expanded = isinstance(weight, ScaledArray) and (op == "grouped_linear" or not isinstance(weight, MxArray))
+        return not expanded or self.well_scaled(weight)
 
     def load(self, weight: Host | ScaledArray) -> Any:
         """On 950 a quantised weight gets its scales in MX layout too."""
         loaded = super().load(weight)
-        return MxArray.of(loaded) if isinstance(loaded, ScaledArray) and self.generation == "950" else loaded
+        return self._as_mx(loaded) if isinstance(loaded, ScaledArray) and self.generation == "950" else loaded
 
     def load_experts(self, experts: Experts) -> Experts:
         """One stack; on 950 with MX scales."""
         loaded = self.stacked_experts(experts)
-        return (
-            MxExperts(MxArray.of(loaded.stack))
-            if isinstance(loaded.stack, ScaledArray) and self.generation == "950"
-            else loaded
-        )
+        if isinstance(loaded.stack, ScaledArray) and self.generation == "950":
+            return MxExperts(self._as_mx(loaded.stack))
+        return loaded
 
-    ffn = FusedOps.ffn  # type: ignore[assignment]  # PyTorch's own fused one would pass by the ops below
+    def _as_mx(self, weight: ScaledArray) -> MxArray:
+        repacked = MxArray.of(weight)
+        self._well_scaled[id(repacked)] = (repacked, self.well_scaled(weight))
+        del self._well_scaled[id(weight)]
+        return repacked
+
+    ffn = FusedOps.ffn  # type: ignore[assignment]  # PyTorch's own fused ones would pass by the ops below
+    moe = FusedOps.moe  # type: ignore[assignment]
     rms_norm = _tiered("rms_norm")
     apply_rope = _tiered("apply_rope")
     linear = _tiered("linear")

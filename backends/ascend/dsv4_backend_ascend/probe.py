@@ -8,14 +8,18 @@ import importlib
 import importlib.util
 import os
 import re
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dsv4_backend_ascend.capability import GENERATIONS, Generation
+from dsv4_backend_ascend.capability import GENERATIONS, Generation, table
 from dsv4_backend_ascend.schema import schemas
-from dsv4_core.backend import BackendError
+from dsv4_core.backend import BackendError, Diagnosis
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PLAN = "plan without an NPU: --soc 910B, 910C or 950; compute on a CPU: --simulate CHIP"
 
@@ -71,3 +75,44 @@ def drift() -> dict[str, str]:
         elif str(packet.default._schema) != committed:  # noqa: SLF001
             found[op] = f"has another schema than the table's: {packet.default._schema}"  # noqa: SLF001
     return found
+
+
+def diagnose() -> Iterator[Diagnosis]:
+    """What `dsv4 doctor` shows. Raises nothing: each thing that is missing is a line with what to do."""
+    home = os.environ.get("ASCEND_HOME_PATH")
+    version = cann_version()
+    yield Diagnosis(
+        "CANN",
+        version or (f"no install.info under {home}" if home else "not found (ASCEND_HOME_PATH is not set)"),
+        "" if version else f"source CANN's set_env.sh; {PLAN}",
+    )
+    if importlib.util.find_spec("torch_npu") is None:
+        yield Diagnosis("torch-npu", "not installed", f"pip install 'dsv4[ascend]' on a machine with CANN; {PLAN}")
+        return
+    try:
+        import_torch_npu()
+    except BackendError as error:
+        yield Diagnosis("torch-npu", f"{_installed_version()}, does not import: {error.__cause__}".splitlines()[0], f"source CANN's set_env.sh; {PLAN}")
+        return
+    yield Diagnosis("torch-npu", f"{_installed_version()}, imports", "" if _installed_version() in table().wheel else f"the table was written for {table().wheel}")
+    missing = drift()
+    for op, problem in missing.items():
+        yield Diagnosis("op", f"npu::{op} {problem}", "what it serves is composed; install the torch-npu that the table was written for")
+    if not missing:
+        yield Diagnosis("ops", f"all {len(table().ops)} that are called are there, under the table's schemas")
+    npu: Any = torch.npu  # type: ignore[attr-defined]
+    if not npu.is_available():
+        yield Diagnosis("NPU", "none found", f"npu-smi info lists them; {PLAN}")
+        return
+    soc = npu.get_device_name()
+    try:
+        yield Diagnosis("NPU", f"{npu.device_count()} x {soc}: {generation_of(soc)}")
+    except BackendError as error:
+        yield Diagnosis("NPU", f"{npu.device_count()} x {soc}", str(error))
+
+
+def _installed_version() -> str:
+    try:
+        return metadata.version("torch-npu")
+    except metadata.PackageNotFoundError:
+        return "of unknown version"

@@ -81,6 +81,13 @@ class TorchBackend(TorchFused, Backend):
         """Allocate zeros."""
         return torch.zeros(shape, dtype=torch_dtype(dtype), device=self.device)
 
+    def load(self, weight: Host | ScaledArray) -> Any:
+        """Copy to the device; a scaled weight's range is noted while its scales are in host memory."""
+        loaded = super().load(weight)
+        if isinstance(weight, ScaledArray) and not self.on_cpu:
+            self.note_scales(loaded, int(weight.scale.min(initial=255)))
+        return loaded
+
     def load_experts(self, experts: Experts) -> Experts:
         """On a CPU an expert is mapped and read when it is first used; on a device all are copied into one stack."""
         return super().load_experts(experts) if self.on_cpu else self.stacked_experts(experts)
@@ -90,13 +97,14 @@ class TorchBackend(TorchFused, Backend):
         count, first = experts.shape[0], experts[0]
         if not isinstance(first, ScaledArray):
             return StackedExperts(self._stack([experts[e] for e in range(count)]))
-        return StackedExperts(
-            ScaledArray(
-                self._stack([experts[e].data for e in range(count)]),
-                self._stack([experts[e].scale for e in range(count)]),
-                first.format,
-            )
+        stack = ScaledArray(
+            self._stack([experts[e].data for e in range(count)]),
+            self._stack([experts[e].scale for e in range(count)]),
+            first.format,
         )
+        if not self.on_cpu:
+            self.note_scales(stack, min(int(experts[e].scale.min(initial=255)) for e in range(count)))
+        return StackedExperts(stack)
 
     def _stack(self, parts: list[Host]) -> Tensor:
         first = self.from_numpy(parts[0])

@@ -103,7 +103,7 @@ class TorchMatmul(TorchQuant, MatmulOps):
 
     def well_scaled(self, weight: ScaledArray) -> bool:
         """Say whether BF16 products can take a weight's values: BF16 instructions flush subnormal operands and
-        sums. Read once a weight, when first used.
+        sums. Noted at loading on a device; else read once a weight, when first used.
         """
         if (known := self._well_scaled.get(id(weight))) is None:
             self._well_scaled[id(weight)] = known = (
@@ -111,6 +111,10 @@ class TorchMatmul(TorchQuant, MatmulOps):
                 bool(weight.scale.numel() == 0 or weight.scale.min() >= LEAST_SCALE),
             )
         return known[1]
+
+    def note_scales(self, weight: ScaledArray, least: int) -> None:
+        """Keep what ``well_scaled`` will say of a weight whose least E8M0 byte is known: reading it back would stop the device."""
+        self._well_scaled[id(weight)] = (weight, least >= LEAST_SCALE)
 
     def tiled(self, x: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
         """A product with a weight that is not kept: it is dequantised tile by tile of its rows."""

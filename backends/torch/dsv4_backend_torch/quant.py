@@ -64,7 +64,18 @@ def round_to_grid(x: Tensor, fmt: Format) -> Tensor:
     exponent = y.view(integer) & (((1 << (x.element_size() * 8 - 1 - mantissa)) - 1) << mantissa)
     exponent.clamp_(min=(bias + _LEAST_EXPONENT[fmt]) << mantissa)
     shift = exponent.add_(((mantissa - _MANTISSA[fmt]) << mantissa) + (1 << (mantissa - 1))).view(x.dtype)
-    return torch.copysign((y + shift).sub_(shift), y)
+    return signed_like((y + shift).sub_(shift), y)
+
+
+def signed_like(rounded: Tensor, y: Tensor, *, on_cpu: bool | None = None) -> Tensor:
+    """Give rounded values the signs of ``y``, in place where ``copysign`` (which torch-npu has no kernel for) is not called: only
+    zeros lose theirs in rounding, so that setting a bit is enough.
+    """
+    if y.device.type == "cpu" if on_cpu is None else on_cpu:
+        return torch.copysign(rounded, y)
+    integer = _BITS[y.dtype].integer
+    rounded.view(integer).bitwise_or_(y.view(integer) & torch.iinfo(integer).min)
+    return rounded
 
 
 def grid_codes(y: Tensor, fmt: Format) -> Tensor:
