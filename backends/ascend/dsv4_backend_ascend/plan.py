@@ -17,7 +17,7 @@ from dsv4_backend_ascend.cann import attention, expand, matmul, mhc, moe, norm
 from dsv4_backend_ascend.cann.call import RefusedError, dry_run
 from dsv4_backend_ascend.capability import Answer, table
 from dsv4_backend_ascend.weights import MxArray, MxExperts
-from dsv4_core.dtypes import FP4_GROUP, FP8_BLOCK, Experts, ScaledArray, dtype_name
+from dsv4_core.dtypes import FP4_GROUP, FP8_BLOCK, ScaledArray, dtype_name
 from dsv4_core.ops import OPS
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def plan(backend: AscendBackend, op: str, operands: Mapping[str, Any]) -> Answer
     if any(0 in v.shape for v in operands.values() if hasattr(v, "shape")):
         return Answer("composed", reason="an operand is empty")
     mx = backend.generation == "950"
-    arrays = [_placeholder(operands[name], mx=mx) for name in OPS[op].arrays]
+    arrays = [_placeholder(operands[name], mx=mx, name=name if op == "expert_linear" else "") for name in OPS[op].arrays]
     scalars = {name: operands[name] for name in OPS[op].scalars}
     try:
         with dry_run(backend.generation):
@@ -118,8 +118,8 @@ def plan(backend: AscendBackend, op: str, operands: Mapping[str, Any]) -> Answer
     return answer
 
 
-def _placeholder(value: Any, *, mx: bool) -> Any:
+def _placeholder(value: Any, *, mx: bool, name: str) -> Any:
     meta = without_data(value, mx=mx)
-    if isinstance(value, Experts) or (isinstance(meta, ScaledArray) and len(meta.shape) == 3):
-        return MxExperts(meta) if isinstance(meta, MxArray) else StackedExperts(meta)
-    return meta
+    if name != "weight":
+        return meta
+    return MxExperts(meta) if isinstance(meta, MxArray) else StackedExperts(meta)

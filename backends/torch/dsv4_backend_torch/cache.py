@@ -25,6 +25,8 @@ class TorchCache(TorchQuant, CacheOps):
                 index, rows = index.index_select(0, kept), rows.index_select(0, kept)
             cache.index_copy_(0, index.to(torch.int64), self.pack(rows, layout))
             return
+        if not index.shape[0]:
+            return
         stored = self.pack(rows, layout)
         # No shape may depend on values here: a row that is not stored repeats what the slot of a row that is stored gets.
         target = index.to(torch.int64)
