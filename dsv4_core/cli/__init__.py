@@ -61,7 +61,7 @@ def main() -> None:
     from dsv4_core.spec import BackendError
 
     try:
-        root(standalone_mode=False)
+        sys.exit(root(standalone_mode=False))  # click gives back the status that a command exits with
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
