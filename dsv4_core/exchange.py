@@ -173,7 +173,7 @@ class Ranks:
             local_ids=self.local_ids(config) if several else None,
             reduce_embedding=reduce("embedding sum"),
             gather_low_rank=self.gather_channels if several and not cuts else None,
-            reduce_attention=reduce("attention sum") if cuts else None,
+            reduce_attention=reduce("attention sum") if several and cuts else None,
             experts=exchange,
             reduce_moe=reduce("experts sum"),
             gather_logits=self.gather_logits(config) if several else None,

@@ -17,6 +17,7 @@ from dsv4_core.backend import BackendError, missing_ops
 from dsv4_core.dtypes import ScaledArray
 from dsv4_core.generate import Drafts, Sampling, generate, speculate
 from dsv4_core.model import ALONE, Model
+from dsv4_core.rank_shapes import trace_rank
 from dsv4_core.shapes import trace_calls
 from dsv4_core.text import TextStream, load_tokenizer
 from dsv4_core.weights import Checkpoint
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from dsv4_core.cli.ranks import Team
     from dsv4_core.config import ModelConfig
     from dsv4_core.dtypes import Format
+    from dsv4_core.parallel import Place
     from dsv4_core.shapes import Call
 
 
@@ -49,9 +51,9 @@ def bar(label: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, of: progress.update(task, completed=done, total=of)
 
 
-def check_support(config: ModelConfig, backend: Backend, expert_format: Format) -> None:
+def check_support(config: ModelConfig, backend: Backend, expert_format: Format, place: Place | None = None) -> None:
     """Raise ``BackendError`` with a table of what is missing and why; no weight has been read yet."""
-    calls = [(call.op, call.operands) for call in planned_calls(config, backend, expert_format)]
+    calls = [(call.op, call.operands) for call in planned_calls(config, backend, expert_format, place)]
     if missing := missing_ops(backend, calls):
         rows = "\n".join(f"  {op}: {reason}" for op, reason in missing)
         raise BackendError(
@@ -59,14 +61,19 @@ def check_support(config: ModelConfig, backend: Backend, expert_format: Format) 
         )
 
 
-def planned_calls(config: ModelConfig, backend: Backend, expert_format: Format) -> list[Call]:
-    """Every op that a prefill and a later decode step would call, with dtypes and shapes."""
+def planned_calls(
+    config: ModelConfig, backend: Backend, expert_format: Format, place: Place | None = None
+) -> list[Call]:
+    """Every op that a prefill and a later decode step would call, with dtypes and shapes: at a ``place`` of several, its own."""
     prompt = min(
         512, config.max_position_embeddings
     )  # closes windows of 4 and 128 and leaves the indexer something to choose
     later = min(4096, config.max_position_embeddings - 1)
     calls: list[Call] = []
     for seq, start in ((prompt, 0), (1, later)):
+        if place and place.ranks > 1:
+            calls += trace_rank(config, backend, place, seq=seq, start=start, expert_format=expert_format)
+            continue
         calls += trace_calls(
             config,
             type(backend),
@@ -101,7 +108,8 @@ class Session:
         backend = team.ranks.backend if team and team.ranks else flags.create()
         checkpoint = Checkpoint(directory)
         source, parallel = team.share(checkpoint, request or {}) if team else (checkpoint, ALONE)
-        check_support(checkpoint.config, backend, expert_format(checkpoint))
+        place = team.source.place if team and team.source else None
+        check_support(checkpoint.config, backend, expert_format(checkpoint), place)
         with bar("loading") as progress:
             model = Model(source, backend, parallel=parallel, progress=progress)
         return cls(model, load_tokenizer(directory), team is None or team.speaks)
