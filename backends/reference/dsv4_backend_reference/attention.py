@@ -46,7 +46,7 @@ class ReferenceAttention(Numeric, AttentionOps):
         if self.batch_invariant:
             keys = tiles.padded(keys, 1, tiles.ROWS)
         rows = keys.shape[1]
-        tile = max(1, AT_ONCE // (4 * TOKENS * heads))  # of rows: the products of a block of tokens stay in the cache
+        tile = max(1, AT_ONCE // (4 * min(TOKENS, max(1, seq)) * heads))  # of rows: the products of a block of tokens stay in the cache
         scores = np.empty((batch, seq, rows), self.wide_type)
         for b in range(batch):  # one product per sequence
             wide_keys = self.widen(keys[b]).T
