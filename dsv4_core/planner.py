@@ -2,7 +2,7 @@
 
 Operations by precision, bytes read and written by kind (the layout's kinds of weights; ``cache``; ``activation``; ``address``: indices
 and tables), and the memory that is alive. A fused op that is taken whole does its default's work and reads the weights and cache rows
-that its default reads, but none of its intermediates exist.
+that its default reads, but none of its intermediates exist. The class is not registered: it runs the graph and gives no tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, get_args
 from dsv4_core.backend import Backend
 from dsv4_core.dtypes import Experts, ScaledArray, dtype_name
 from dsv4_core.layout import Kind
-from dsv4_core.registry import hookimpl
 from dsv4_core.shapes import ShapeArray, ShapeBackend, Storage, bind_axes
 
 if TYPE_CHECKING:
@@ -229,9 +228,3 @@ def nbytes(value: Any) -> int:
     if isinstance(value, Experts):
         return value.shape[0] * nbytes(value[0])
     return int(value.nbytes)
-
-
-@hookimpl
-def dsv4_backend() -> type[Planner]:
-    """Give the Backend class."""
-    return Planner
