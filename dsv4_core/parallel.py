@@ -21,7 +21,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dsv4_core.dtypes import FP8_BLOCK, Experts, Host, ScaledArray
+from dsv4_core.dtypes import FP8_BLOCK, Experts, Host, ScaledArray, dtype_name
 from dsv4_core.shards import BITS
 
 if TYPE_CHECKING:
@@ -154,23 +154,25 @@ class Place:
 class ShardedSource:
     """A source of weights that gives one rank's part of each; views, so that no other byte is read.
 
-    ``read``: bytes handed over by tensor. Raises ``ValueError`` on opening where the model cannot be cut so.
+    ``read``: bytes handed over by tensor. ``is_cut``: the source holds this rank's parts alone, as ``dsv4 convert`` wrote
+    them. Raises ``ValueError`` on opening where the model cannot be cut so.
     """
 
-    def __init__(self, source: WeightSource, place: Place) -> None:
+    def __init__(self, source: WeightSource, place: Place, *, is_cut: bool = False) -> None:
         place.check(source.config)
-        self.source, self.place, self.config = source, place, source.config
+        self.source, self.place, self.config, self.is_cut = source, place, source.config, is_cut
         self.read: dict[str, int] = {}
 
     def array(self, name: str) -> Host:
         """Give this rank's part of a tensor by its full name."""
         found = self.source.array(name)
-        part = self.place.range(name, self.config)
+        part = None if self.is_cut else self.place.range(name, self.config)
         return self._noted(name, found if part is None else found[part[1]])
 
     def weight(self, name: str) -> Host | ScaledArray:
         """Give this rank's part of ``name.weight``, with its scales."""
-        return self._noted(name, self._cut(self.source.weight(name), self.place.range(name, self.config)))
+        part = None if self.is_cut else self.place.range(name, self.config)
+        return self._noted(name, self._cut(self.source.weight(name), part))
 
     def experts(self, prefix: str, projection: str) -> Experts:
         """Give one projection of this rank's routed experts."""
@@ -204,12 +206,13 @@ class _Own(Experts):
     @property
     def shape(self) -> tuple[int, int, int]:
         """[this rank's experts, out, in]."""
-        return (self.mine.stop - self.mine.start, *self.every.shape[1:])
+        out, cols = self.every[self.mine.start].shape
+        return (self.mine.stop - self.mine.start, out, cols)
 
     @property
     def dtype(self) -> str:
         """The dtype of every expert."""
-        return self.every.dtype
+        return dtype_name(self.every[self.mine.start])
 
     def __getitem__(self, index: int) -> Any:
         expert = self.mine.start + index

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
-from dsv4_core.cli.ranks import RankFlags, rank_options, team
+from dsv4_core.cli.ranks import RankFlags, own_directory, rank_options, team
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -59,7 +59,7 @@ def command(
     sampling = Sampling(temperature, top_p, seed)
     if speculative and temperature != 0:
         raise click.UsageError(f"--speculative is greedy; --temperature {temperature} is not")
-    directory = model_directory(model)
+    directory = own_directory(model_directory(model))
     if tokens is not None:
         ids = [int(t) for t in tokens.replace(",", " ").split()]
     else:

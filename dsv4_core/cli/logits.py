@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
-from dsv4_core.cli.ranks import RankFlags, rank_options, team
+from dsv4_core.cli.ranks import RankFlags, own_directory, rank_options, team
 
 
 @click.command("logits")
@@ -55,7 +55,7 @@ def command(
     digest = hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
     request = {"tokens": digest, "shape": tokens.shape, "prefill": prefill, "chunk": chunk, "mtp": mtp}
     with team(flags, asked) as ranks, bar("tokens") as progress:
-        session = Session.open(model_directory(model), flags, ranks, request)
+        session = Session.open(own_directory(model_directory(model)), flags, ranks, request)
         results = teacher_forced(session.model, tokens, prefill=prefill, chunk=chunk, mtp=mtp, progress=progress)
     if not ranks.speaks:
         return

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsv4_core import __version__
-from dsv4_core.dtypes import ScaledArray
+from dsv4_core.layout import QUANTISED
 from dsv4_core.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from dsv4_core.cli.options import BackendFlags
     from dsv4_core.exchange import Ranks
     from dsv4_core.model import Parallel
-    from dsv4_core.parallel import ShardedSource
+    from dsv4_core.parallel import Place, ShardedSource
     from dsv4_core.weights import Checkpoint
 
 
@@ -56,6 +57,7 @@ class Team:
         self.ranks, self.stats = ranks, stats
         self.source: ShardedSource | None = None
         self.stored = self.part = 0
+        self.is_cut = False
         self.began = time.perf_counter()
 
     @property
@@ -63,12 +65,28 @@ class Team:
         """Whether this rank prints what the program is asked for."""
         return self.ranks is None or self.ranks.place.rank == 0
 
-    def share(self, checkpoint: Checkpoint, request: dict[str, Any]) -> tuple[Any, Parallel]:
+    @property
+    def place(self) -> Place:
+        """This rank's."""
+        from dsv4_core.parallel import Place
+
+        return self.ranks.place if self.ranks else Place()
+
+    def open(self, directory: Path) -> Checkpoint:
+        """Open a checkpoint, or this rank's copy of its parts."""
+        from dsv4_core.rank_copy import cut_for, open_copy
+        from dsv4_core.weights import Checkpoint
+
+        self.is_cut = cut_for(directory) is not None
+        return open_copy(directory, self.place) if self.is_cut else Checkpoint(directory)
+
+    def share(self, checkpoint: Checkpoint, request: dict[str, Any]) -> tuple[ShardedSource, Parallel]:
         """Give the source and the reduction points of this rank, once all ranks are known to run the same."""
         from dsv4_core.model import ALONE
-        from dsv4_core.parallel import Place, ShardedSource, fingerprint, share
+        from dsv4_core.parallel import ShardedSource, fingerprint, share
+        from dsv4_core.rank_copy import origin
 
-        place = self.ranks.place if self.ranks else Place()
+        place = self.place
         if self.ranks:
             backend = self.ranks.backend
             self.ranks.watch.agree(
@@ -77,14 +95,15 @@ class Team:
                     "backend": f"{backend.name}, {backend.numerics}",
                     "split": f"--tp {place.tp} --ep {place.ep}",
                     "configuration": asdict(checkpoint.config),
-                    "checkpoint": fingerprint(checkpoint),
+                    "checkpoint": origin(checkpoint.path) if self.is_cut else fingerprint(checkpoint),
                     "request": request,
                 }
             )
-        self.source = ShardedSource(checkpoint, place)
-        self.stored = checkpoint.nbytes
-        self.part = share(checkpoint.config, place, [checkpoint.spec(name) for name in checkpoint.names])
-        quantised = isinstance(checkpoint.weight("layers.0.ffn.experts.0.w1"), ScaledArray)
+        self.source = ShardedSource(checkpoint, place, is_cut=self.is_cut)
+        self.stored = self.part = checkpoint.nbytes
+        if not self.is_cut:
+            self.part = share(checkpoint.config, place, [checkpoint.spec(name) for name in checkpoint.names])
+        quantised = checkpoint.expert_dtype in QUANTISED
         parallel = self.ranks.parallel(checkpoint.config, quantised=quantised) if self.ranks else ALONE
         return self.source, parallel
 
@@ -103,6 +122,14 @@ class Team:
         every = self.ranks.watch.collect("stats", text) if self.ranks else [text]
         if self.speaks:
             click.echo("".join(every), nl=False, err=True)
+
+
+def own_directory(directory: Path) -> Path:
+    """Give the directory that this process reads: its rank's, where the model was cut for ranks."""
+    from dsv4_core import rank_copy
+
+    where = Rendezvous.from_environment()
+    return rank_copy.own_directory(directory, where.rank if where else 0, where.ranks if where else 1)
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsv4_core.backend import BackendError, missing_ops
-from dsv4_core.dtypes import ScaledArray
 from dsv4_core.generate import Drafts, Sampling, generate, speculate
+from dsv4_core.layout import QUANTISED
 from dsv4_core.model import ALONE, Model
 from dsv4_core.rank_shapes import trace_rank
 from dsv4_core.shapes import trace_calls
@@ -88,8 +88,7 @@ def planned_calls(
 
 def expert_format(checkpoint: Checkpoint) -> Format:
     """FP4 or FP8, as the experts' tensors are stored (not as config.json says)."""
-    first = checkpoint.weight("layers.0.ffn.experts.0.w1")
-    return first.format if isinstance(first, ScaledArray) else "e4m3"
+    return QUANTISED.get(checkpoint.expert_dtype, "e4m3")
 
 
 @dataclass
@@ -106,7 +105,7 @@ class Session:
     ) -> Session:
         """Check, then load. ``team``: this process is one of several ranks, which were all given the same ``request``."""
         backend = team.ranks.backend if team and team.ranks else flags.create()
-        checkpoint = Checkpoint(directory)
+        checkpoint = team.open(directory) if team else Checkpoint(directory)
         source, parallel = team.share(checkpoint, request or {}) if team else (checkpoint, ALONE)
         place = team.source.place if team and team.source else None
         check_support(checkpoint.config, backend, expert_format(checkpoint), place)
