@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dsv4_conformance.strategies import Example
     from dsv4_core.spec import Numerics, Tier
 
-EXAMPLES: dict[Tier, int] = {"smoke": 0, "standard": 12, "full": 300}
+EXAMPLES: dict[Tier, int] = {"smoke": 0, "standard": 25, "full": 300}
 SHRINKING = 60  # trials after the first failure: a minute of a small model, most of what shrinking gains
 PREFIX = "law/"
 ALL_KINDS = (0, 4, 128)
