@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dsv4_core.dtypes import Experts, Host, ScaledArray
+from dsv4_core.dtypes import Experts, Format, Host, ScaledArray, format_of
 from dsv4_core.ops import OPS, FusedOps
 from dsv4_core.spec import Array, BackendError, Numerics, Operand, Support
 
@@ -45,7 +45,7 @@ class Backend(FusedOps):
     ``name``: as registered. ``options``: what the constructor takes beside ``numerics``. ``claims_level`` and
     ``claims``: what the backend's own file says it fulfils (the conformance suite holds it to that).
     ``batch_invariant``, ``deterministic``: bitwise claims. ``narrower``: op -> the narrower intermediates it declares,
-    from the contract's own list.
+    from the contract's own list. ``weight_formats``: of quantised weights that it multiplies; the published two are required.
     """
 
     name = "?"
@@ -53,6 +53,7 @@ class Backend(FusedOps):
     numerics_modes: ClassVar[tuple[Numerics, ...]] = ("native", "float32", "float64")
     claims_level: ClassVar[int | None] = None
     claims: ClassVar[tuple[str, ...]] = ()
+    weight_formats: ClassVar[tuple[Format, ...]] = ("e4m3", "e2m1")
     narrower: ClassVar[dict[str, tuple[str, ...]]] = {}
     batch_invariant: bool = False
     deterministic: bool = False
@@ -111,7 +112,10 @@ class Backend(FusedOps):
         Override to refuse by dtype or shape; a refusal becomes an error before any weight is read, never an exception
         in a forward.
         """
-        del operands
+        for name, value in operands.items():
+            fmt = format_of(str(getattr(value, "dtype", "")))
+            if fmt and fmt not in self.weight_formats:
+                return Support(reason=f"{name}: backend {self.name!r} multiplies no {fmt} weights; use the published checkpoint")
         if self.implements(op):
             return Support(by=self.name)
         if OPS[op].fused:

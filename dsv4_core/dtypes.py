@@ -19,7 +19,8 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Format = Literal["e4m3", "e2m1"]
+Format = Literal["e4m3", "e2m1", "int8"]
+"""Of quantised weights: the published FP8 and FP4, and W8A8, which `dsv4 convert --to w8a8-int8` makes."""
 Host = npt.NDArray[Any]
 """An array in host memory: what core computes addresses and tables with, before a backend takes it over."""
 
@@ -28,6 +29,9 @@ FORMAT_MAX: dict[Format, float] = {"e4m3": 448.0, "e2m1": 6.0}
 AMAX_FLOOR: dict[Format, float] = {"e4m3": 1e-4, "e2m1": 6 * 2.0**-126}  # the published kernels' own
 FP8_BLOCK = 128  # an FP8 weight has one scale per 128 x 128 block; an activation one per 128 channels
 FP4_GROUP = 32  # an FP4 weight has one scale per 32 channels of a row
+INT8_MAX = 127.0  # W8A8 is symmetric: -128 is not used
+WEIGHT_DTYPES: dict[Format, str] = {"e4m3": "float8_e4m3fn@128x128", "e2m1": "float4_e2m1fn@1x32", "int8": "int8@1xin"}
+"""Names of quantised weights' dtypes: codes and the grid of their scales."""
 KV_BLOCK = 64  # key/value rows are quantised in blocks of 64 channels
 
 E4M3_VALUES: npt.NDArray[np.float32] = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
@@ -116,10 +120,11 @@ def unpack(stored: Host, fmt: Format) -> npt.NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class ScaledArray:
-    """A quantised weight, packed as in the checkpoint: codes and their E8M0 scales.
+    """A quantised weight, packed as in the checkpoint: codes and their scales.
 
-    ``data``: uint8, E4M3 codes [..., out, in] or E2M1 pairs [..., out, in / 2]. ``scale``: uint8 E8M0,
-    [..., ceil(out / 128), ceil(in / 128)] for E4M3, [..., out, in / 32] for E2M1. Either may be any backend's array.
+    ``data``: uint8, E4M3 codes [..., out, in] or E2M1 pairs [..., out, in / 2]; int8 [..., out, in]. ``scale``: uint8 E8M0,
+    [..., ceil(out / 128), ceil(in / 128)] for E4M3, [..., out, in / 32] for E2M1; float32 [..., out], one per output
+    channel, for int8. Either may be any backend's array.
     """
 
     data: Any
@@ -134,13 +139,13 @@ class ScaledArray:
 
     @property
     def dtype(self) -> str:
-        """``float8_e4m3fn@128x128`` or ``float4_e2m1fn@1x32``."""
-        return "float8_e4m3fn@128x128" if self.format == "e4m3" else "float4_e2m1fn@1x32"
+        """As ``WEIGHT_DTYPES`` names it."""
+        return WEIGHT_DTYPES[self.format]
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales together."""
-        return int(np.prod(self.data.shape)) + int(np.prod(self.scale.shape))
+        return int(np.prod(self.data.shape)) + int(np.prod(self.scale.shape)) * (4 if self.format == "int8" else 1)
 
     def __getitem__(self, index: int) -> ScaledArray:
         """One expert of a stack."""
@@ -152,8 +157,13 @@ class ScaledArray:
         return ScaledArray(self.data[start:stop], self.scale[start // height : -(-stop // height)], self.format)
 
     def dequantise(self, dtype: str = "float32") -> Host:
-        """Multiply codes by scales, exactly (a product of two powers-of-two grids): [out, in]. Host arrays only."""
+        """Multiply codes by scales, exactly (a product of two powers-of-two grids; int8: rounded to ``dtype``): [out, in].
+        Host arrays only.
+        """
         out, cols = self.shape
+        if self.format == "int8":
+            wide = numpy_dtype(dtype)
+            return np.multiply(self.data, self.scale[:, None].astype(wide), dtype=wide)
         values = unpack(self.data, self.format).astype(numpy_dtype(dtype), copy=False)
         scale = E8M0_VALUES[self.scale].astype(values.dtype, copy=False)
         if self.format == "e2m1":
@@ -180,6 +190,36 @@ def quantise_weight(weight: Host, fmt: Format) -> ScaledArray:
     scale = power_of_two_scale(np.abs(blocks).max((1, 3)), fmt)
     codes = encode(blocks / E8M0_VALUES[scale][:, None, :, None], fmt).reshape(padded.shape)
     return ScaledArray(np.ascontiguousarray(codes[:out, :cols]), scale, fmt)
+
+
+def quantise_int8(weight: Host) -> ScaledArray:
+    """Quantise [out, in] to int8, symmetric, one scale per output channel: lossy.
+
+    A scale is the least BF16 number at or above ``max |row| / 127`` (1 for a row of zeros), stored as float32: kernels that
+    return BF16 take their scales in BF16, and so nobody rounds them again.
+    """
+    wide = weight.astype(np.float32)
+    least = np.abs(wide).max(1) / np.float32(INT8_MAX)
+    scale = ((least.view(np.uint32) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
+    scale = np.where(least > 0, scale, np.float32(1))
+    return ScaledArray(np.rint(wide / scale[:, None]).astype(np.int8), scale, "int8")
+
+
+def quantise_tokens(x: Host) -> tuple[Host, npt.NDArray[np.float32]]:
+    """Activations of W8A8, [tokens, in]: whole numbers in float32 and a scale per token, ``max |row| / 127`` (1 for zeros).
+
+    Both divisions in float32 and the quotient to nearest even, whatever the mode: a value at half a step has to fall the same
+    way everywhere.
+    """
+    wide = x.astype(np.float32)
+    scale = np.abs(wide).max(1, initial=0) / np.float32(INT8_MAX)
+    scale = np.where(scale > 0, scale, np.float32(1))
+    return np.clip(np.rint(wide / scale[:, None]), -INT8_MAX, INT8_MAX), scale
+
+
+def format_of(dtype: str) -> Format | None:
+    """Give the format of a weight's dtype name; None for a plain one."""
+    return next((fmt for fmt, name in WEIGHT_DTYPES.items() if name == dtype), None)
 
 
 class Experts:

@@ -28,7 +28,8 @@ Kind = Literal[
 ]
 PROJECTIONS = ("w1", "w2", "w3")
 QUANTISED: dict[str, Format] = {"F8_E4M3": "e4m3", "I8": "e2m1", "F4": "e2m1"}
-"""Formats of quantised weights. ``I8`` states the packed shape (two FP4 a byte), ``F4`` the unpacked one."""
+"""Formats of quantised weights. ``I8`` states the packed shape (two FP4 a byte), ``F4`` the unpacked one; ``I8`` with scales in
+F32 is int8."""
 
 _OLDER_SPELLINGS = (
     (".self_attn.", ".attn."),
@@ -70,14 +71,30 @@ def canonical_name(name: str) -> str:
 
 
 def scale_shape(shape: Shape, fmt: Format) -> Shape:
-    """Give the shape of the E8M0 scales of a weight [out, in]: one per 128 x 128 block, or per 32 channels of a row."""
+    """Give the shape of the scales of a weight [out, in]: one per 128 x 128 block, per 32 channels of a row, or (int8) per row."""
     out, cols = shape
+    if fmt == "int8":
+        return (out,)
     return (out, cols // FP4_GROUP) if fmt == "e2m1" else (-(-out // FP8_BLOCK), -(-cols // FP8_BLOCK))
 
 
 def tensor_specs(config: ModelConfig, expert_format: Format = "e2m1") -> dict[str, TensorSpec]:
-    """Give every tensor of a checkpoint of this configuration by name, in the order of the computation."""
-    return {spec.name: spec for spec in _specs(config, expert_format)}
+    """Give every tensor of a checkpoint of this configuration by name, in the order of the computation.
+
+    ``int8``: all that `dsv4 convert --to w8a8-int8` makes of it, experts and other linear layers.
+    """
+    specs = {spec.name: spec for spec in _specs(config, "e4m3" if expert_format == "int8" else expert_format)}
+    if expert_format == "int8":
+        for spec in [spec for spec in specs.values() if spec.dtype == "F8_E4M3" and becomes_int8(spec.name)]:
+            specs[spec.name] = spec._replace(dtype="I8")
+            scale = f"{spec.name.removesuffix('.weight')}.scale"
+            specs[scale] = TensorSpec(scale, spec.shape[:1], "F32", spec.kind)
+    return specs
+
+
+def becomes_int8(name: str) -> bool:
+    """Say whether W8A8 requantises a quantised weight: all but ``wo_a``, whose activation the model does not quantise."""
+    return not name.endswith("attn.wo_a.weight")
 
 
 def unpacked(spec: TensorSpec) -> Shape:

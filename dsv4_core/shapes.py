@@ -301,6 +301,8 @@ class ShapeSource:
         """Give ``name.weight``, joined with its scale if it has one."""
         fmt = QUANTISED.get(self.specs[f"{name}.weight"].dtype)
         data = self.array(f"{name}.weight")
+        if fmt == "e2m1" and self.specs[f"{name}.scale"].dtype == "F32":
+            fmt = "int8"
         return data if fmt is None else ScaledArray(data, self.array(f"{name}.scale"), fmt)
 
     def experts(self, prefix: str, projection: str) -> Experts:

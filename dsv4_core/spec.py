@@ -67,7 +67,7 @@ class Case:
     """Sizes and scalars that an op is tried with; ``name`` says what the case would break.
 
     ``data`` names how the operands are filled, ``dtypes`` the format of weights that are not bfloat16 (``e4m3``,
-    ``e2m1``, ``float32``), ``views`` whether operands are non-contiguous. A scalar ``"act"`` or ``"wide"`` stands for
+    ``e2m1``, ``int8``, ``float32``), ``views`` whether operands are non-contiguous. A scalar ``"act"`` or ``"wide"`` stands for
     that dtype's name, a ``layout`` of ``"kv"`` ... for its RowLayout.
     """
 

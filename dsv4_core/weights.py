@@ -9,6 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from dsv4_core.config import ModelConfig
 from dsv4_core.dtypes import Experts, Format, Host, ScaledArray
 from dsv4_core.layout import QUANTISED, TensorSpec, canonical_name, scale_shape, tensor_specs, unpacked
@@ -129,8 +131,16 @@ class Checkpoint:
     def weight(self, name: str) -> Host | ScaledArray:
         """View ``name.weight``, joined with ``name.scale`` where its dtype is a quantised one."""
         full = f"{name}.weight"
-        fmt = QUANTISED.get(self.stored(full).dtype)
-        return self.array(full) if fmt is None else ScaledArray(self.array(full), self.array(f"{name}.scale"), fmt)
+        fmt = self.format(full)
+        if fmt is None:
+            return self.array(full)
+        codes = self.array(full)
+        return ScaledArray(codes.view(np.int8) if fmt == "int8" else codes, self.array(f"{name}.scale"), fmt)
+
+    def format(self, name: str) -> Format | None:
+        """Give the format of ``NAME.weight``; None for a plain one."""
+        fmt = QUANTISED.get(self.stored(name).dtype)
+        return "int8" if fmt == "e2m1" and self.is_int8 and self.stored(name).dtype == "I8" else fmt
 
     def experts(self, prefix: str, projection: str) -> Experts:
         """Give ``prefix.experts.{e}.projection`` of every routed expert, each viewed when it is first used."""
@@ -220,7 +230,10 @@ class Checkpoint:
         """Hold every tensor against the layout; ``unread`` ones have been reported."""
         dtypes = Counter(self.stored(name).dtype for name in self._where if _is_expert_weight(name))
         self.expert_dtype = max(dtypes, key=lambda dtype: dtypes[dtype], default="I8")
-        self.layout = tensor_specs(self.config, "e4m3" if self.expert_dtype == "F8_E4M3" else "e2m1")
+        scales = (self.stored(s).dtype for name in self._where if _is_expert_weight(name) and (s := f"{name[:-7]}.scale") in self._where)
+        self.is_int8 = self.expert_dtype == "I8" and next(scales, "") == "F32"
+        published: Format = "e4m3" if self.expert_dtype == "F8_E4M3" else "e2m1"
+        self.layout = tensor_specs(self.config, "int8" if self.is_int8 else published)
         if self._where or not self.findings:  # with no tensor at all, why has been said
             for name in self._unlike_layout():
                 self._match_one(self.layout[name], unread)
@@ -263,20 +276,21 @@ class Checkpoint:
             text = f"dtype {stored.dtype} must be {' or '.join(allowed)}{alike}; convert it"
             self._wrong("wrong dtype", name, file, text)
             return
-        shape = unpacked(TensorSpec(name, stored.shape, stored.dtype, spec.kind))
-        if shape != unpacked(spec):
-            must = list(unpacked(spec))
+        held = TensorSpec(name, stored.shape, stored.dtype, spec.kind)
+        shape, wanted = (held.shape, spec.shape) if self.is_int8 else (unpacked(held), unpacked(spec))
+        if shape != wanted:
+            must = list(wanted)
             self._wrong("wrong shape", name, file, f"shape {list(shape)} must be {must} by config.json; correct either")
             return
         if scale_spec and scale_name not in unread:
-            self._match_scale(name, scale_name, scale, shape, QUANTISED.get(stored.dtype))
+            self._match_scale(name, scale_name, scale, shape, self.format(name))
 
     def _dtypes(self, spec: TensorSpec, *, quantised: bool) -> tuple[str, ...]:
         """Give the dtypes that a tensor may have: quantised ones may come unquantised; all experts must be alike."""
         if not quantised:
             return (spec.dtype,)
         if not _is_expert_weight(spec.name):
-            return ("F8_E4M3", *_PLAIN)
+            return (spec.dtype, *_PLAIN)
         return (self.expert_dtype,) if self.expert_dtype in _EXPERT_DTYPES else _EXPERT_DTYPES
 
     def _match_scale(
@@ -291,11 +305,11 @@ class Checkpoint:
         if fmt is None:
             text = f"unexpected scale: {name} is {self.stored(name).dtype}, which has none; remove it"
             self._wrong("unexpected tensor", scale_name, file, text)
-        elif scale.dtype != "F8_E8M0":
-            text = f"dtype {scale.dtype} must be F8_E8M0, an exponent a byte; convert it"
+        elif scale.dtype != (dtype := "F32" if fmt == "int8" else "F8_E8M0"):
+            text = f"dtype {scale.dtype} must be {dtype}{', an exponent a byte' if dtype == 'F8_E8M0' else ''}; convert it"
             self._wrong("wrong dtype", scale_name, file, text)
         elif scale.shape != scale_shape(shape, fmt):
-            grid = "one per 128 x 128 block" if fmt == "e4m3" else "one per 32 channels of a row"
+            grid = {"e4m3": "one per 128 x 128 block", "e2m1": "one per 32 channels of a row", "int8": "one per row"}[fmt]
             must = list(scale_shape(shape, fmt))
             text = (
                 f"scale grid {list(scale.shape)} must be {must} for {fmt} {list(shape)}: {grid}; requantise the weight"

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from dsv4_core import registry
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dsv4_conformance.judge import Verdict
     from dsv4_core.backend import Backend
     from dsv4_core.spec import Numerics, Tier
@@ -108,11 +110,16 @@ class Session:
         return {}
 
 
-def collect(tier: Tier, numerics: Numerics) -> list[Check]:
-    """Every check of a tier and of those below it, in the order of a run: ops, invariance, traces, laws, models."""
+def collect(tier: Tier, numerics: Numerics, formats: Sequence[str] = ()) -> list[Check]:
+    """Every check of a tier and of those below it, in the order of a run: ops, invariance, traces, laws, models.
+
+    ``formats``: of weights that the backend declares; the published ones are always checked.
+    """
     from importlib import import_module
 
-    found: list[Check] = []
+    from dsv4_conformance import opcases
+
+    found: list[Check] = opcases.declared(formats)
     for module in ("opcases", "invariance", "traces", "laws", "models"):
         found += import_module(f"dsv4_conformance.{module}").checks(numerics)
     return [c for c in found if TIERS.index(c.tier) <= TIERS.index(tier)]

@@ -97,7 +97,7 @@ def run_command(
     backend = flags.create()
     session = checks.Session(backend, cast("checks.Tier", tier))
     if listed:
-        for check in runner.select(checks.collect(session.tier, session.numerics), ops, cases):
+        for check in runner.select(checks.collect(session.tier, session.numerics, backend.weight_formats), ops, cases):
             click.echo(check.id)
         return
     rerun = rerun_command(flags, name)

@@ -118,7 +118,7 @@ def main() -> None:
     spec = json.loads(sys.stdin.read())
     backend = registry.create(spec["backend"], numerics=spec["numerics"], **spec["options"])
     session = Session(backend, spec["tier"])
-    known = {c.id: c for c in collect("full", spec["numerics"])}
+    known = {c.id: c for c in collect("full", spec["numerics"], backend.weight_formats)}
     with os.fdopen(spec["pipe"], "wb", buffering=0) as pipe:
         for case_id in spec["ids"]:
             check = known.get(case_id) or replay.find(case_id)

@@ -15,10 +15,13 @@ from dsv4_conformance.calls import Call, execute, seed_of
 from dsv4_conformance.checks import Check, Finding, Group, Session
 from dsv4_conformance.discrete import judge_discrete
 from dsv4_conformance.judge import Verdict, judge_exact, judge_rounded
-from dsv4_core.dtypes import dtype_name
+from dsv4_core.backend import Backend
+from dsv4_core.dtypes import WEIGHT_DTYPES, dtype_name
 from dsv4_core.spec import OPS, Case, Operand, OpSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from dsv4_core.spec import Numerics, Tier
 
 
@@ -105,6 +108,16 @@ class OpCase:
 
 
 def checks(numerics: Numerics) -> list[Check]:
-    """Every declared case of every op."""
+    """Every declared case of every op, but for weight formats that a backend need not have."""
     del numerics
-    return [OpCase(spec, case) for spec in OPS.values() for case in spec.cases()]
+    return [OpCase(spec, case) for spec in OPS.values() for case in spec.cases() if not optional(case)]
+
+
+def optional(case: Case) -> set[str]:
+    """Formats of a case's weights that only some backends declare."""
+    return set(case.dtypes.values()) & (WEIGHT_DTYPES.keys() - set(Backend.weight_formats))
+
+
+def declared(formats: Iterable[str]) -> list[Check]:
+    """Cases of the optional weight formats among ``formats``."""
+    return [OpCase(spec, case) for spec in OPS.values() for case in spec.cases() if optional(case) and optional(case) <= set(formats)]

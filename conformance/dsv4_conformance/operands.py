@@ -21,6 +21,7 @@ from dsv4_core.dtypes import (
     numpy_dtype,
     pack_fp4,
     power_of_two_scale,
+    quantise_int8,
     quantise_weight,
     round_to_grid,
 )
@@ -85,6 +86,8 @@ class Maker:
             flavour = self.data if self.data in {"integers", "positive"} else "normal"
             scale = 1.0 if flavour == "integers" else max(cols, 1) ** -0.5
             return self.floats(out, cols, dtype=fmt, data=flavour, scale=scale)
+        if fmt == "int8":
+            return quantise_int8(self.floats(out, cols, dtype="float32", data="positive" if self.data == "positive" else "normal", scale=cols**-0.5))
         return self.scaled(out, cols, "e4m3" if fmt == "e4m3" else "e2m1")
 
     def scaled(self, out: int, cols: int, fmt: Format) -> ScaledArray:

@@ -182,7 +182,7 @@ def run(
 
     backend = session.backend
     begin = time.perf_counter()
-    every = catalogue.collect("full", session.numerics)
+    every = catalogue.collect("full", session.numerics, backend.weight_formats)
     every += [c for c in map(replay.find, dict.fromkeys(cases)) if c]  # saved calls, single examples of laws
     at_tier = [c for c in every if catalogue.TIERS.index(c.tier) <= catalogue.TIERS.index(session.tier)]
     chosen = select(every if cases else at_tier, ops, cases)

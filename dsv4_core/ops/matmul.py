@@ -3,6 +3,9 @@
 A ``weight`` is an array [out, in] or a ``ScaledArray``. Native mode, scaled weight: the activation is quantised as by
 ``act_quant`` with blocks of 128, codes are multiplied, sums kept in float32, both scales applied per block. Exact
 modes: the weight dequantised, the activation as it is.
+
+W8A8 (int8 weights, optional: ``Backend.weight_formats``): native mode quantises the activation to int8 per token
+(``dtypes.quantise_tokens``), sums codes, and applies the token's and the channel's scale.
 """
 
 from __future__ import annotations
@@ -54,6 +57,11 @@ def _linear_cases() -> tuple[Case, ...]:
         base.but("fp4_views", views=True, dtypes=fp4),
         base.but("bf16_views", views=True),
         base.but("bf16_nan", data="nan"),
+        *(odd.but(f"int8_{odd.name}", odd.tier, dtypes={"weight": "int8"}) for odd in base.odd(sizes=(0, 1, 17, 65))),
+        base.but("int8", "smoke", dtypes={"weight": "int8"}),
+        base.but("int8_outliers", dtypes={"weight": "int8"}, data="outliers"),
+        base.but("int8_zero_rows", dtypes={"weight": "int8"}, data="zero_rows"),
+        base.but("int8_long_sums", dtypes={"weight": "int8"}, data="positive", **{"tokens": 3, "in": 4096, "out": 128}),
         base.but("flash_wkv", dtypes=fp8, **{"tokens": 7, "in": 4096, "out": 512}),
         base.but("flash_long_sums", dtypes=fp4, data="positive", **{"tokens": 3, "in": 4096, "out": 128}),
         base.but("flash_compressor", out_dtype="wide", **{"tokens": 7, "in": 4096, "out": 512}),
@@ -87,6 +95,9 @@ def _expert_linear_cases() -> tuple[Case, ...]:
         base,
         base.but("fp8", "smoke", dtypes={"weight": "e4m3"}, out=160),
         base.but("bf16", dtypes={"weight": "bfloat16"}),
+        base.but("int8", "smoke", dtypes={"weight": "int8"}, out=160),
+        base.but("int8_one_expert", dtypes={"weight": "int8"}, data="one_expert"),
+        base.but("int8_other_ranks", dtypes={"weight": "int8"}, data="other_ranks"),
         *base.odd("rows"),
         base.but("one_expert", "smoke", data="one_expert"),
         base.but("other_ranks", "smoke", data="other_ranks"),

@@ -6,10 +6,10 @@ import pytest
 import torch
 from dsv4_backend_ascend import simulate
 from dsv4_backend_ascend.cann import attention, matmul, mhc, moe, norm
-from dsv4_backend_ascend.weights import Int8Weight, from_mx, to_mx
+from dsv4_backend_ascend.weights import from_mx, to_mx
 
 from dsv4_core import dtypes, registry
-from dsv4_core.dtypes import Experts
+from dsv4_core.dtypes import Experts, ScaledArray
 
 BF16_ULP = 2.0**-7  # relative, at the low end of a binade
 
@@ -118,9 +118,11 @@ def test_expert_linear_mx(reference, fmt):
 def test_int8_is_as_lossy_as_its_scales_say():
     simulate.install("910B")
     x, weight = _bf16(6, 256), torch.randn(3, 48, 256)
-    scale = weight.abs().amax(-1) / 127
-    packed = Int8Weight((weight / scale.unsqueeze(-1)).round().to(torch.int8), scale)
-    got = matmul.linear_int8(x, Int8Weight(packed.data[0], packed.scale[0]), out_dtype="bfloat16").double()
+    each = [dtypes.quantise_int8(w.numpy()) for w in weight]
+    packed = ScaledArray(
+        torch.from_numpy(np.stack([w.data for w in each])), torch.from_numpy(np.stack([w.scale for w in each])), "int8"
+    )
+    got = matmul.linear_int8(x, packed[0], out_dtype="bfloat16").double()
     exact = x.double() @ weight[0].double().t()
     assert 0.001 < float((got - exact).norm() / exact.norm()) < 0.02
     grouped = matmul.expert_linear_int8(x, packed, torch.tensor([0, 6, 6, 6], dtype=torch.int32)).double()

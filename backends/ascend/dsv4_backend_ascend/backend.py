@@ -56,6 +56,7 @@ class AscendBackend(TorchBackend):
         Option("cann", "plan for this CANN version"),
         Option("expand_bytes", "bytes of expert weights expanded to BF16 at a time on 910B and 910C", 1 << 30),
     )
+    weight_formats = ("e4m3", "e2m1", "int8")
     on_cpu = False  # on simulated CANN too: the paths are those of a device
     tier: str
     expand_bytes: int
@@ -140,18 +141,19 @@ class AscendBackend(TorchBackend):
         if op not in {"grouped_linear", "expert_linear"}:
             return True
         weight = getattr(arrays[1], "stack", arrays[1])
-        expanded = isinstance(weight, ScaledArray) and (op == "grouped_linear" or not isinstance(weight, MxArray))
+        expanded = isinstance(weight, ScaledArray) and weight.format != "int8" and (op == "grouped_linear" or not isinstance(weight, MxArray))
         return not expanded or self.well_scaled(weight)
 
     def load(self, weight: Host | ScaledArray) -> Any:
         """On 950 a quantised weight gets its scales in MX layout too."""
         loaded = super().load(weight)
-        return self._as_mx(loaded) if isinstance(loaded, ScaledArray) and self.generation == "950" else loaded
+        published = isinstance(loaded, ScaledArray) and loaded.format != "int8"
+        return self._as_mx(loaded) if published and self.generation == "950" else loaded
 
     def load_experts(self, experts: Experts) -> Experts:
         """One stack; on 950 with MX scales."""
         loaded = self.stacked_experts(experts)
-        if isinstance(loaded.stack, ScaledArray) and self.generation == "950":
+        if isinstance(loaded.stack, ScaledArray) and loaded.stack.format != "int8" and self.generation == "950":
             return MxExperts(self._as_mx(loaded.stack))
         return loaded
 

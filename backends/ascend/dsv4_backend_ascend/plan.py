@@ -17,7 +17,7 @@ from dsv4_backend_ascend.cann import attention, expand, matmul, mhc, moe, norm
 from dsv4_backend_ascend.cann.call import RefusedError, dry_run
 from dsv4_backend_ascend.capability import Answer, table
 from dsv4_backend_ascend.weights import MxArray, MxExperts
-from dsv4_core.dtypes import FP4_GROUP, FP8_BLOCK, ScaledArray, dtype_name
+from dsv4_core.dtypes import FP4_GROUP, FP8_BLOCK, WEIGHT_DTYPES, ScaledArray, dtype_name
 from dsv4_core.ops import OPS
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ Implementation = Callable[..., Any]
 
 
 def _linear(_backend: AscendBackend, x: torch.Tensor, weight: Any, *, out_dtype: str) -> torch.Tensor:
+    if weight.format == "int8":
+        return matmul.linear_int8(x, weight, out_dtype=out_dtype)
     return matmul.linear_mx(x, weight.mx, out_dtype=out_dtype)
 
 
@@ -41,6 +43,8 @@ def _grouped_linear(backend: AscendBackend, x: torch.Tensor, weight: Any) -> tor
 def _expert_linear(backend: AscendBackend, x: torch.Tensor, weight: Any, offsets: torch.Tensor) -> torch.Tensor:
     if isinstance(weight, MxExperts):
         return matmul.expert_linear_mx(x, weight.stack.mx, offsets)
+    if isinstance(weight.stack, ScaledArray) and weight.stack.format == "int8":
+        return matmul.expert_linear_int8(x, weight.stack, offsets)
     if isinstance(weight.stack, ScaledArray):
         return expand.expert_linear(backend, x, weight.stack, offsets, expand_bytes=backend.expand_bytes)
     return matmul.expert_linear_bf16(x, weight.stack, offsets)
@@ -84,6 +88,9 @@ def without_data(value: Any, *, mx: bool) -> Any:
     if "@" not in dtype:
         return torch.empty(shape, dtype=torch_dtype(dtype), device="meta")
     *lead, out, cols = shape
+    if dtype == WEIGHT_DTYPES["int8"]:
+        codes = torch.empty(shape, dtype=torch.int8, device="meta")
+        return ScaledArray(codes, torch.empty(shape[:-1], dtype=torch.float32, device="meta"), "int8")
     pairs = dtype.startswith("float4")
     data = torch.empty((*lead, out, cols // 2 if pairs else cols), dtype=torch.uint8, device="meta")
     grid = (out, cols // FP4_GROUP) if pairs else (-(-out // FP8_BLOCK), -(-cols // FP8_BLOCK))

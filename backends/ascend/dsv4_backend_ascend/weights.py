@@ -1,4 +1,4 @@
-"""Weights as the chips multiply them: MX on 950, int8 per channel on 910B and 910C, packed stacks of experts.
+"""Weights as 950 multiplies them: MX.
 
 MX lays one E8M0 scale per 32 channels as [..., k / 64, 2]. The checkpoint's grids repeat into it (128 x 128 blocks of
 FP8, 1 x 32 groups of FP4), so the
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from dsv4_backend_torch.weights import StackedExperts
 
-from dsv4_core.dtypes import FP4_GROUP, FP8_BLOCK, Format, ScaledArray
+from dsv4_core.dtypes import FP4_GROUP, FP8_BLOCK, WEIGHT_DTYPES, Format, ScaledArray
 
 MX_PAIR = 64  # channels under one pair of E8M0 scales
 
@@ -36,7 +36,7 @@ class MxWeight:
     @property
     def dtype(self) -> str:
         """The checkpoint's format, which repacking keeps."""
-        return "float8_e4m3fn@128x128" if self.format == "e4m3" else "float4_e2m1fn@1x32"
+        return WEIGHT_DTYPES[self.format]
 
 
 @dataclass(frozen=True)
@@ -55,26 +55,6 @@ class MxExperts(StackedExperts):
     """A stack of experts with MX scales."""
 
     stack: MxArray
-
-
-@dataclass(frozen=True)
-class Int8Weight:
-    """W8A8: ``data`` int8 [..., out, in], ``scale`` float32 [..., out], one per output channel. Lossy: made by ``dsv4
-    convert``, never at load.
-    """
-
-    data: torch.Tensor
-    scale: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[..., out, in]."""
-        return tuple(self.data.shape)
-
-    @property
-    def dtype(self) -> str:
-        """As the capability table names it."""
-        return "int8"
 
 
 def to_mx(data: torch.Tensor, scale: torch.Tensor, fmt: Format) -> MxWeight:

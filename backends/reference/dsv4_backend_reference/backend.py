@@ -33,6 +33,7 @@ class ReferenceBackend(
     """NumPy and ml_dtypes (quantisation and matmul come in as bases of the others). ``weight_cache``: bytes of dequantised weights to keep (default 2 GiB)."""
 
     name = "reference"
+    weight_formats = ("e4m3", "e2m1", "int8")
     options = (
         Option("weight_cache", "bytes of dequantised weights kept in memory", 2 << 30),
         Option("batch_invariant", "a token's bits do not depend on what else is in the batch; slower", False),

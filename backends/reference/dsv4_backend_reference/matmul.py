@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from dsv4_backend_reference.quant import ReferenceQuant
-from dsv4_core.dtypes import FP8_BLOCK, Experts, Host, ScaledArray
+from dsv4_core.dtypes import FP8_BLOCK, Experts, Host, ScaledArray, format_of
 from dsv4_core.ops.matmul import MatmulOps
 
 TILE = (
@@ -20,7 +20,7 @@ class ReferenceMatmul(ReferenceQuant, MatmulOps):
     """Contracts of ``ops/matmul.py``."""
 
     def linear(self, x: Host, weight: Host | ScaledArray, *, out_dtype: str) -> Host:
-        wide = self.quantised_activation(x) if isinstance(weight, ScaledArray) else self.widen(x)
+        wide = self.quantised_activation(x, weight.format) if isinstance(weight, ScaledArray) else self.widen(x)
         return self.round_to(self.times(wide, weight), out_dtype)
 
     def grouped_linear(self, x: Host, weight: Host | ScaledArray) -> Host:
@@ -35,9 +35,8 @@ class ReferenceMatmul(ReferenceQuant, MatmulOps):
         return self.rounded(y)
 
     def expert_linear(self, x: Host, weight: Experts, offsets: Host) -> Host:
-        wide = (
-            self.quantised_activation(x) if weight.dtype.startswith("float") and "@" in weight.dtype else self.widen(x)
-        )
+        fmt = format_of(weight.dtype)
+        wide = self.quantised_activation(x, fmt) if fmt else self.widen(x)
         y = np.zeros((x.shape[0], weight.shape[1]), self.wide_type)
         for e in np.flatnonzero(np.diff(offsets)):
             part = slice(offsets[e], offsets[e + 1])

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 
 from dsv4_backend_reference.numeric import Numeric
-from dsv4_core.dtypes import E8M0_VALUES, FP8_BLOCK, Format, Host, encode, power_of_two_scale, round_to_grid
+from dsv4_core.dtypes import E8M0_VALUES, FP8_BLOCK, Format, Host, encode, power_of_two_scale, quantise_tokens, round_to_grid
 from dsv4_core.ops.quant import QuantOps
 
 
@@ -46,9 +46,18 @@ class ReferenceQuant(Numeric, QuantOps):
         scale = E8M0_VALUES[scale_bytes(blocks, fmt)][..., None].astype(blocks.dtype, copy=False)
         return (round_to_grid(blocks / scale, fmt) * scale).reshape(x.shape)
 
-    def quantised_activation(self, x: Host) -> Host:
-        """What a linear layer with a scaled weight multiplies: FP8 in blocks of 128 in native mode, ``x`` in the exact modes."""
-        return self.on_grid(x, "e4m3", FP8_BLOCK) if self.numerics == "native" else self.widen(x)
+    def quantised_activation(self, x: Host, weight: Format) -> Host:
+        """What a linear layer with a scaled weight multiplies: in native mode FP8 in blocks of 128, or int8 per token beside an
+        int8 weight; ``x`` in the exact modes.
+        """
+        if self.numerics != "native":
+            return self.widen(x)
+        return self.on_int8(x) if weight == "int8" else self.on_grid(x, "e4m3", FP8_BLOCK)
+
+    def on_int8(self, x: Host) -> Host:
+        """Quantise to int8 per token and dequantise, wide."""
+        codes, scale = quantise_tokens(self.widen(x))
+        return codes.astype(self.wide_type, copy=False) * scale[:, None]
 
     def hadamard(self, x: Host) -> Host:
         dim = x.shape[1]

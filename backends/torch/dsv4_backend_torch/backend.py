@@ -84,7 +84,7 @@ class TorchBackend(TorchFused, Backend):
     def load(self, weight: Host | ScaledArray) -> Any:
         """Copy to the device; a scaled weight's range is noted while its scales are in host memory."""
         loaded = super().load(weight)
-        if isinstance(weight, ScaledArray) and not self.on_cpu:
+        if isinstance(weight, ScaledArray) and weight.format != "int8" and not self.on_cpu:
             self.note_scales(loaded, int(weight.scale.min(initial=255)))
         return loaded
 
@@ -102,7 +102,7 @@ class TorchBackend(TorchFused, Backend):
             self._stack([experts[e].scale for e in range(count)]),
             first.format,
         )
-        if not self.on_cpu:
+        if first.format != "int8" and not self.on_cpu:
             self.note_scales(stack, min(int(experts[e].scale.min(initial=255)) for e in range(count)))
         return StackedExperts(stack)
 

@@ -12,7 +12,7 @@ from dsv4_backend_torch.cache import TorchCache
 from dsv4_backend_torch.embed import TorchEmbed
 from dsv4_backend_torch.mhc import TorchMhc
 from dsv4_backend_torch.moe import TorchMoe
-from dsv4_core.dtypes import Experts, ScaledArray
+from dsv4_core.dtypes import Experts, ScaledArray, format_of
 from dsv4_core.ops.fused import FusedOps
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Fus
 
     def ffn(self, x: Tensor, w1: Weight, w3: Weight, w2: Weight, *, limit: float) -> Tensor:
         return self.expert(
-            self.quantised_activation(x) if isinstance(w1, ScaledArray) else x, (w1, w3), w2, None, limit
+            self.quantised_activation(x, w1.format) if isinstance(w1, ScaledArray) else x, (w1, w3), w2, None, limit
         )
 
     def moe(
@@ -40,7 +40,7 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Fus
             )
         tokens, topk = indices.shape
         y = torch.zeros((tokens, x.shape[1]), dtype=self.wide_type) if shared is None else self.widen(shared).clone()
-        x = self.quantised_activation(x) if "@" in w1.dtype else x
+        x = self.quantised_activation(x, fmt) if (fmt := format_of(w1.dtype)) else x
         if tokens == 1:
             return self._one_token(x, weights, indices, y, w1, w3, w2, first_expert, limit).to(
                 getattr(torch, out_dtype)
@@ -85,8 +85,8 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Fus
         inter = w1.shape[1]
         chosen = weights[0] if len(local) == weights.shape[1] else weights[0, [j for j, _ in local]]
         hidden = self.weighted_swiglu(gate_up[:, :inter], gate_up[:, inter:], chosen[:, None], limit)
-        if "@" in w2.dtype:
-            hidden = self.quantised_activation(hidden)
+        if fmt := format_of(w2.dtype):
+            hidden = self.quantised_activation(hidden, fmt)
         rows = [self.product(hidden[i : i + 1], (w2[e],), wide=False) for i, (_, e) in enumerate(local)]
         return y.add_(torch.cat(rows).sum(0, dtype=self.wide_type))
 
@@ -96,5 +96,5 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Fus
         inter = w2.shape[1]
         hidden = self.weighted_swiglu(gate_up[:, :inter], gate_up[:, inter:], weight, limit)
         return self.product(
-            self.quantised_activation(hidden) if isinstance(w2, ScaledArray) else hidden, (w2,), wide=False
+            self.quantised_activation(hidden, w2.format) if isinstance(w2, ScaledArray) else hidden, (w2,), wide=False
         )

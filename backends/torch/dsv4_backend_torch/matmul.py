@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from dsv4_backend_torch.quant import TorchQuant
 from dsv4_backend_torch.weights import StackedExperts, WeightCache
-from dsv4_core.dtypes import FP8_BLOCK, Experts, ScaledArray
+from dsv4_core.dtypes import FP8_BLOCK, Experts, ScaledArray, format_of
 from dsv4_core.ops.matmul import MatmulOps
 
 Weight = Tensor | ScaledArray
@@ -38,7 +38,7 @@ class TorchMatmul(TorchQuant, MatmulOps):
 
     def linear(self, x: Tensor, weight: Weight, *, out_dtype: str) -> Tensor:
         if isinstance(weight, ScaledArray):
-            x = self.quantised_activation(x)
+            x = self.quantised_activation(x, weight.format)
         return self.product(x, (weight,), wide=out_dtype == self.wide_dtype)
 
     def grouped_linear(self, x: Tensor, weight: Weight) -> Tensor:
@@ -52,8 +52,8 @@ class TorchMatmul(TorchQuant, MatmulOps):
         return self.rounded(y.transpose(0, 1).reshape(tokens, out))
 
     def expert_linear(self, x: Tensor, weight: Experts, offsets: Tensor) -> Tensor:
-        if "@" in weight.dtype:
-            x = self.quantised_activation(x)
+        if fmt := format_of(weight.dtype):
+            x = self.quantised_activation(x, fmt)
         if (
             not self.on_cpu
             and isinstance(weight, StackedExperts)
@@ -105,6 +105,8 @@ class TorchMatmul(TorchQuant, MatmulOps):
         """Say whether BF16 products can take a weight's values: BF16 instructions flush subnormal operands and
         sums. Noted at loading on a device; else read once a weight, when first used.
         """
+        if weight.format == "int8":  # a scale of 8 bits times a code of 7
+            return False
         if (known := self._well_scaled.get(id(weight))) is None:
             self._well_scaled[id(weight)] = known = (
                 weight,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv4_backend_torch.numeric import Numeric
-from dsv4_core.dtypes import AMAX_FLOOR, FORMAT_MAX, FP4_GROUP, FP8_BLOCK, Format, ScaledArray
+from dsv4_core.dtypes import AMAX_FLOOR, FORMAT_MAX, FP4_GROUP, FP8_BLOCK, INT8_MAX, Format, ScaledArray
 from dsv4_core.ops.quant import QuantOps
 
 
@@ -118,11 +118,22 @@ class TorchQuant(Numeric, QuantOps):
         scale = grid_scale(scale_bits(blocks, fmt), blocks.dtype)
         return round_to_grid(blocks / scale, fmt).mul_(scale).reshape(x.shape)
 
-    def quantised_activation(self, x: Tensor) -> Tensor:
-        """What a linear layer with a scaled weight multiplies: in native mode FP8 in blocks of 128, exact in BF16;
-        ``x`` in the exact modes.
+    def quantised_activation(self, x: Tensor, weight: Format = "e4m3") -> Tensor:
+        """What a linear layer with a scaled weight multiplies: in native mode FP8 in blocks of 128, exact in BF16, or int8
+        per token, in float32, beside an int8 weight; ``x`` in the exact modes.
         """
-        return self.rounded(self.on_grid(x, "e4m3", FP8_BLOCK)) if self.numerics == "native" else x
+        if self.numerics != "native":
+            return x
+        return self.on_int8(x) if weight == "int8" else self.rounded(self.on_grid(x, "e4m3", FP8_BLOCK))
+
+    def on_int8(self, x: Tensor) -> Tensor:
+        """Quantise to int8 per token and dequantise, in float32: as ``dtypes.quantise_tokens``."""
+        wide = x.to(torch.float32)
+        if not wide.numel():
+            return wide
+        scale = wide.abs().amax(1, keepdim=True) / INT8_MAX
+        scale = torch.where(scale > 0, scale, 1.0)
+        return (wide / scale).round_().clamp_(-INT8_MAX, INT8_MAX).mul_(scale)
 
     def hadamard(self, x: Tensor) -> Tensor:
         dim = x.shape[1]
@@ -137,8 +148,10 @@ class TorchQuant(Numeric, QuantOps):
         return self.lookup("E2M1_PAIRS", packed, dtype).view(dtype)
 
     def dequantise(self, weight: ScaledArray, dtype: torch.dtype) -> Tensor:
-        """Codes times scales [..., out, in] (a stack or one matrix): exact in BF16 and wider."""
+        """Codes times scales [..., out, in] (a stack or one matrix): exact in BF16 and wider; int8 is rounded to ``dtype``."""
         *lead, out, cols = weight.shape
+        if weight.format == "int8":
+            return weight.data.to(dtype).mul_(weight.scale.to(dtype)[..., None])
         if weight.format == "e2m1":
             values = self.decode_e2m1(weight.data, dtype).reshape(*lead, out, cols // FP4_GROUP, FP4_GROUP)
             return values.mul_(self.scale_values(weight.scale, dtype)[..., None]).reshape(weight.shape)

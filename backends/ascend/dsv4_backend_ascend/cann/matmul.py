@@ -15,7 +15,8 @@ from dsv4_backend_ascend.constraints import BFLOAT16, E2M1, E4M3_NPU, E8M0, FLOA
 from dsv4_core.dtypes import FP4_GROUP, FP8_BLOCK
 
 if TYPE_CHECKING:
-    from dsv4_backend_ascend.weights import Int8Weight, MxWeight
+    from dsv4_backend_ascend.weights import MxWeight
+    from dsv4_core.dtypes import ScaledArray
 
 _NUMBERS = {"bfloat16": BFLOAT16, "float32": FLOAT32}
 _GROUPED = {"split_item": 3, "group_type": 0, "group_list_type": 0, "output_dtype": BFLOAT16}
@@ -48,7 +49,7 @@ def linear_mx(x: torch.Tensor, weight: MxWeight, *, out_dtype: str) -> torch.Ten
     )
 
 
-def linear_int8(x: torch.Tensor, weight: Int8Weight, *, out_dtype: str) -> torch.Tensor:
+def linear_int8(x: torch.Tensor, weight: ScaledArray, *, out_dtype: str) -> torch.Tensor:
     """W8A8 on 910B and 910C."""
     codes, scale = call("npu_dynamic_quant", input=x)
     return call(  # type: ignore[no-any-return]
@@ -109,8 +110,8 @@ def expert_linear_mx(x: torch.Tensor, weight: MxWeight, offsets: torch.Tensor) -
     return _own_rows(y, offsets[-1])
 
 
-def expert_linear_int8(x: torch.Tensor, weight: Int8Weight, offsets: torch.Tensor) -> torch.Tensor:
-    """W8A8 on 910B and 910C; BF16 results need the weight's scales in BF16."""
+def expert_linear_int8(x: torch.Tensor, weight: ScaledArray, offsets: torch.Tensor) -> torch.Tensor:
+    """W8A8 on 910B and 910C; BF16 results need the weight's scales in BF16, which is the precision that they have."""
     codes, scale = call("npu_dynamic_quant", input=x)
     (y,) = call(
         "npu_grouped_matmul",
