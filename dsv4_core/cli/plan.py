@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 GROWTH = tuple(1 << i for i in range(12, 21))  # 4K to 1M
 
 
-class Tokens(click.ParamType):
+class Tokens(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
     """A number of tokens: ``4096``, ``64K``, ``1M`` (binary)."""
 
     name = "tokens"

@@ -66,7 +66,7 @@ def command(preset: str, out: Path, tokens: int, prompt: int, memory: int, flags
             f" ({r.touched / r.predicted - 1:+.1%}), at most {r.peak / 1e9:.2f} GB resident, sampled {r.sampled}"
         )
     s = rehearse.summary(reports)
+    weights = f"touched {s['touched'] / 1e9:.2f} GB, plan said {s['predicted'] / 1e9:.2f} ({s['difference']:+.2%})"
     click.echo(
-        f"{len(reports)} steps in {s['seconds']:.1f} s: touched {s['touched'] / 1e9:.2f} GB, plan said {s['predicted'] / 1e9:.2f} ({s['difference']:+.2%});"
-        f" peak resident {rehearse.peak_resident() / 1e9:.2f} GB"
+        f"{len(reports)} steps in {s['seconds']:.1f} s: {weights}; peak resident {rehearse.peak_resident() / 1e9:.2f} GB"
     )
