@@ -77,10 +77,8 @@ def on_grid(*shape: int, rope_dim: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize(("dim", "rope_dim"), [(512, 64), (192, 64), (128, 64)])
-def test_cached_sparse_attn(dim, rope_dim, compressed, split, native, monkeypatch):
-    monkeypatch.setattr(sparse_attn.launch, "native_fp8", lambda _: native)
+def test_cached_sparse_attn(dim, rope_dim, compressed, split):
     ring, kv, old = (on_grid(n, dim, rope_dim=rope_dim, seed=s) for n, s in ((20, 21), (3, 22), (50, 23)))
     ring_index = oracle.guarded(torch.tensor([4, 19, 0, -1, 7], dtype=torch.int32))
     old_index = oracle.guarded(torch.tensor([49, 3, 0, 11, -1, 30, 31], dtype=torch.int32))

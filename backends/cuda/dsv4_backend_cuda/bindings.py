@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from dsv4_backend_cuda import launch
-from dsv4_backend_cuda.kernels import compress, dense_matmul, index, mhc, moe, norm, quant, rope, scaled_matmul, sparse_attn
+from dsv4_backend_cuda.kernels import compress, dense_matmul, index, mhc, moe, norm, quant, rope, scaled_matmul, sparse_attn, unpack
 from dsv4_core.dtypes import FP8_BLOCK, Experts, RowLayout, ScaledArray
 from dsv4_core.ops.fused import SCORES_AT_ONCE
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dsv4_backend_cuda.backend import CudaBackend
 
 PARTIALS = 1 << 24  # elements of attention's pieces that exist at a time: 64 MB
-MODULES = (norm, rope, quant, scaled_matmul, dense_matmul, moe, compress, index, sparse_attn, mhc)
+MODULES = (norm, rope, quant, scaled_matmul, dense_matmul, moe, compress, index, unpack, sparse_attn, mhc)
 """Every kernel module; their ``SPECS`` say what is compiled."""
 
 Quantised = tuple[Tensor, Tensor]
@@ -211,7 +211,7 @@ def cached_sparse_attn(
             q, kv, ring, ring_index, rows, row_index, sink, picks, rope_dim=layout.rope_dim, softmax_scale=softmax_scale, split=split
         )
 
-    return _in_blocks(be, q, topk_idxs, "sparse_attn_packed", attend)
+    return _in_blocks(be, q, topk_idxs, "sparse_attn", attend)
 
 
 def hc_pre(be: CudaBackend, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float, iters: int) -> Mixed:

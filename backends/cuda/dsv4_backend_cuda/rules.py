@@ -185,7 +185,8 @@ def cached_sparse_attn(
     del kv, ring, ring_index, rows, row_index, attn_sink, softmax_scale
     if layout.kind != "kv":
         return f"rows of layout {layout.kind!r} are read by torch; kernels read packed rows"
-    return _attention("sparse_attn_packed", q, topk_idxs)
+    answer = _attention("sparse_attn", q, topk_idxs)
+    return ("unpack_rows", *answer) if isinstance(answer, tuple) else answer
 
 
 def _streams(h: Any, fn: Any) -> str:

@@ -49,3 +49,15 @@ def half_of_e4m3(word):
     nan = (((word & 0x7F7F7F7F) + 0x01010101) & 0x80808080) != 0
     four = tl.join(halves_of(tl.where(nan, 0x7E007E00, even)), halves_of(tl.where(nan, 0x7E007E00, odd)))  # [n, word, half, even or odd]
     return tl.reshape(tl.permute(four, (0, 1, 3, 2)), (word.shape[0], 4 * word.shape[1])).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def bf16_of_e4m3(word):
+    """uint32 [n, words] -> BF16 [n, 4 words], exactly, channels in their order. A NaN makes its word NaN."""
+    low = ((word & 0xFF) << 8) | ((word & 0xFF00) << 16)
+    high = ((word >> 8) & 0xFF00) | (word & 0xFF000000)
+    nan = (((word & 0x7F7F7F7F) + 0x01010101) & 0x80808080) != 0
+    low = tl.where(nan, 0x7FC07FC0, (low & 0x80008000) | ((low >> 4) & 0x07F007F0))
+    high = tl.where(nan, 0x7FC07FC0, (high & 0x80008000) | ((high >> 4) & 0x07F007F0))
+    four = tl.permute(tl.join(halves_of(low), halves_of(high)), (0, 1, 3, 2))  # [n, word, low or high, half]
+    return (tl.reshape(four, (word.shape[0], 4 * word.shape[1])).to(tl.bfloat16, bitcast=True) * 1.329227995784916e36).to(tl.bfloat16)  # 2^120
