@@ -90,12 +90,18 @@ class Packer:
         return {"kind": "array", "tensor": self._tensor(name, value)}
 
     def _tensor(self, name: str, value: Host) -> str:
-        self.tensors[name] = np.asarray(value)
+        self.tensors[name] = (
+            value.view(np.uint8) if value.dtype == np.int8 else np.asarray(value)
+        )  # I8 is packed FP4 here
         return name
 
 
 def unpack(description: dict[str, Any], read: Callable[[str], Host], seed: int = 0) -> Call:
     """The call that a description and its tensors stand for."""
+
+    def codes(form: dict[str, Any]) -> Host:
+        data = read(form["data"])
+        return data.view(np.int8) if form["format"] == "int8" else data
 
     def operand(form: Form) -> Any:
         if form is None:
@@ -103,9 +109,9 @@ def unpack(description: dict[str, Any], read: Callable[[str], Host], seed: int =
         if form["kind"] == "list":
             return [operand(part) for part in form["parts"]]
         if form["kind"] == "scaled":
-            return ScaledArray(read(form["data"]), read(form["scale"]), form["format"])
+            return ScaledArray(codes(form), read(form["scale"]), form["format"])
         if form["kind"] == "experts":
-            data = read(form["data"])
+            data = codes(form)
             scale = read(form["scale"]) if form["format"] else None
             stored = [
                 data[i] if scale is None else ScaledArray(data[i], scale[i], form["format"]) for i in range(len(data))

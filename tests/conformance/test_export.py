@@ -141,3 +141,17 @@ def test_a_truncated_result_is_named(exported, results):
 def test_nothing_is_overwritten(exported):
     done = invoke("export", exported)
     assert "not an empty directory" in str(done.exception)
+
+
+def test_int8_weights_survive_a_file():
+    from dsv4_conformance.calls import Call
+    from dsv4_conformance.stored_calls import Packer, unpack
+
+    from dsv4_core.dtypes import quantise_int8
+
+    weight = quantise_int8(np.random.default_rng(0).standard_normal((4, 128)))
+    packer = Packer()
+    stated = packer.call("", Call("linear", [np.ones((1, 128)), weight], {"out_dtype": "float32"}), share=False)
+    tensors = tensorfile.decode(tensorfile.encode(packer.tensors))
+    again = unpack(stated, tensors.__getitem__).named()["weight"]
+    np.testing.assert_array_equal(again.dequantise(), weight.dequantise())
