@@ -118,16 +118,18 @@ class Watch:
 
     def fail(self, why: str) -> None:
         """Tell the others that this rank ends with an error, and see that it does end."""
-        self._say(f"failed: {why}")
         self._last_resort(2)
+        self._say(f"failed: {why}")
         if self.holder == self.rank:
             self._wait_for_others(FAREWELL)
 
     def done(self) -> None:
         """Tell the others that this rank has finished, and wait until they have."""
+        stuck = self._last_resort(EXIT, SILENCE + SUSPECT)
         self._say("done")
         self._stopping.set()
         self._wait_for_others(SILENCE)
+        stuck.cancel()
 
     def _key(self, what: str, rank: int) -> str:
         return f"dsv4/{what}/{rank}"
@@ -200,6 +202,7 @@ class Watch:
             return
         self.verdict = verdict
         print(f"dsv4: rank {self.rank} ends: {verdict}", file=sys.stderr, flush=True)
+        self._last_resort(EXIT)  # the store may have stopped answering
         self._say(f"ended: {verdict}")
         if self.holder == self.rank:
             self._wait_for_others(FAREWELL)
@@ -227,9 +230,10 @@ class Watch:
                 print(f"dsv4: rank {self.rank} ends: {text}", file=sys.stderr, flush=True)
                 os._exit(EXIT)
 
-    def _last_resort(self, status: int) -> None:
-        """End the process in a while, should leaving it hang in a library's teardown."""
-        timer = threading.Timer(2 * FAREWELL, os._exit, (status,))
+    def _last_resort(self, status: int, seconds: float = 2 * FAREWELL) -> threading.Timer:
+        """End the process in a while, should leaving it hang in the store or in a library's teardown."""
+        timer = threading.Timer(seconds, os._exit, (status,))
         timer.daemon = True
         timer.start()
+        return timer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -144,12 +145,15 @@ def team(flags: BackendFlags, asked: RankFlags) -> Iterator[Team]:
         command = f"torchrun --nproc-per-node {wanted} -m dsv4_core ..."
         raise ValueError(f"--tp {asked.tp} --ep {asked.ep} needs {wanted} ranks and {started} was started; {command}")
     if where is None:
-        yield Team(None, stats=asked.stats)
+        alone = Team(None, stats=asked.stats)
+        yield alone
+        alone.report()
         return
     from dsv4_core.exchange import Ranks
     from dsv4_core.liveness import Watch
     from dsv4_core.parallel import Place
 
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is said once, by the watch, without C++ stacks
     backend = flags.create(local_rank=where.local_rank)
     world = backend.process_group(where)
     watch = Watch(world.store, rank=where.rank, ranks=where.ranks, holder=where.holder, place=where.place)
