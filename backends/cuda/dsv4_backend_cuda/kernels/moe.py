@@ -115,8 +115,8 @@ def swiglu_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = row[:, None] * DIM + column[None, :]
     inside = (row < rows)[:, None] & (column < DIM)[None, :]
-    g = tl.minimum(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32), limit)
-    u = tl.clamp(tl.load(up + at, mask=inside, other=0.0).to(tl.float32), -limit, limit)
+    g = tl.minimum(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32), limit, propagate_nan=tl.PropagateNan.ALL)
+    u = tl.clamp(tl.load(up + at, mask=inside, other=0.0).to(tl.float32), -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     out = g / (1.0 + tl.exp(-g)) * u
     if WEIGHTED:
         out = out * tl.load(weights + row, mask=row < rows, other=0.0)[:, None]

@@ -1,0 +1,61 @@
+"""Faults to plant in the Triton sources, each of a kind that has shipped somewhere, and the op whose cases must notice."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    """``found`` stands once in ``kernels/<module>.py`` and becomes ``planted``; ``op``'s cases at ``tier`` must fail."""
+
+    what: str
+    module: str
+    found: str
+    planted: str
+    op: str
+    tier: str = "smoke"
+
+
+FAULTS = {
+    "unmasked_tail": Fault(
+        "a missing mask: channels past the row's end are added to its sum", "norm",
+        "wide = tl.load(x + at, mask=inside, other=0.0)", "wide = tl.load(x + at, mask=(row < rows)[:, None], other=0.0)", "rms_norm", "standard",
+    ),
+    "mean_over_block": Fault("the mean is taken over the block, not the row", "norm", "axis=1) / DIM + eps", "axis=1) / BLOCK + eps", "rms_norm", "standard"),
+    "scale_rounded_down": Fault(
+        "a scale's exponent is not raised where mantissa bits are set", "formats",
+        "(bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)", "(bits >> 23)", "act_quant",
+    ),
+    "wrong_stride": Fault(
+        "a token's heads are found with the block's count of heads as stride", "rope",
+        "row = (token * heads + head) * DIM", "row = (token * HEADS + head) * DIM", "apply_rope",
+    ),
+    "rotated_forwards": Fault("the inverse rotation turns forwards", "rope", "angle = -angle", "angle = angle", "apply_rope"),
+    "parity_of_four_bits": Fault("the Hadamard sign looks at the low four bits of a parity", "quant", "    odd ^= odd >> 4\n", "", "hadamard"),
+    "scale_index_off_by_one": Fault(
+        "the next block's scale of the output projection", "dense_matmul",
+        "((K + 127) // 128) + k // 128,", "((K + 127) // 128) + (k // 128 + 1) % ((K + 127) // 128),", "grouped_linear",
+    ),
+    "no_rescale_of_the_sum": Fault(
+        "a new maximum does not rescale the sum of weights so far", "sparse_attn", "total = total * fade + tl.sum(weight, axis=1)",
+        "total = total + tl.sum(weight, axis=1)", "sparse_attn", "standard",
+    ),
+    "no_rescale_between_splits": Fault(
+        "pieces of a list are added up without a common maximum", "sparse_attn", "total += fade * tl.load(partial_sum", "total += tl.load(partial_sum",
+        "sparse_attn", "standard",
+    ),
+    "no_sink": Fault("the sink is left out of the denominator", "sparse_attn", "    total = tl.exp(drain - above)\n", "    total = 0.0 * drain\n", "sparse_attn"),
+    "other_ranks_rows": Fault("rows of other ranks' experts are added", "moe", "mask=(column < dim) & (row < count)", "mask=column < dim", "combine"),
+    "sorted_past_equals": Fault("copies start behind those of their own expert", "moe", "(group < mine) & (start", "(group <= mine) & (start", "dispatch"),
+    "tie_to_the_higher_id": Fault(
+        "of equal experts the higher id wins", "moe", "best = tl.min(tl.where(ranked == largest[:, None], e[None, :], BLOCK_E - 1), axis=1)",
+        "best = tl.max(tl.where(ranked == largest[:, None], e[None, :], 0), axis=1)", "gate",
+    ),
+    "clamped_on_one_side": Fault("SwiGLU's up is not clamped from below", "moe", "-limit, limit, propagate_nan", "-1e30, limit, propagate_nan", "swiglu"),
+    "last_of_equals_lost": Fault("one too few of the rows that tie at the k-th place is taken", "index", "<= left).to(tl.int32)", "< left).to(tl.int32)", "index_select"),
+    "window_boundary": Fault("the current window's first token uses the previous window's channels", "compress", "tl.where(j >= RATIO", "tl.where(j > RATIO", "compress"),
+    "not_transposed": Fault(
+        "comb is used as it stands, not transposed", "mhc", "tl.load(comb + (token * HC + j) * HC + n)", "tl.load(comb + (token * HC + n) * HC + j)", "hc_post",
+    ),
+    "one_iteration_short": Fault("Sinkhorn stops an iteration early", "mhc", "for _ in range(iters - 1):", "for _ in range(iters - 2):", "hc_pre"),
+}  # fmt: skip
