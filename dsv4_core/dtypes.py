@@ -100,7 +100,7 @@ def decode(codes: Host, fmt: Format) -> npt.NDArray[np.float32]:
 
 def pack_fp4(codes: Host) -> npt.NDArray[np.uint8]:
     """Pack E2M1 codes [..., n] two a byte [..., n / 2], the even column in the low nibble."""
-    return (codes[..., 0::2] & 0xF) | (codes[..., 1::2] << 4).astype(np.uint8)
+    return ((codes[..., 0::2] & 0xF) | (codes[..., 1::2] << 4)).astype(np.uint8)
 
 
 @functools.cache

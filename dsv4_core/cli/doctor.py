@@ -57,7 +57,7 @@ def command(only: str | None, flags: BackendFlags) -> None:
 def _host() -> list[tuple[str, str]]:
     import numpy as np
 
-    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]  # type: ignore[index]  # typed as possibly None
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     return [
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
@@ -90,6 +90,7 @@ def _elsewhere(name: str, flags: BackendFlags | None) -> dict:  # type: ignore[t
 
 def _diagnose(name: str, flags: BackendFlags) -> dict:  # type: ignore[type-arg]  # JSON
     from dsv4_core import registry
+    from dsv4_core.spec import BackendError
 
     lines = []
     for module in ("torch", "triton", "torch_npu"):  # found by metadata: importing is the backend's business
@@ -107,5 +108,5 @@ def _diagnose(name: str, flags: BackendFlags) -> dict:  # type: ignore[type-arg]
         lines += [asdict(line) for line in registry.backend_class(name).diagnose()]
         registry.create(name, numerics=flags.numerics, **flags.options)
     except Exception as problem:  # noqa: BLE001  whatever a vendor's library raises is what we are here to report
-        error = f"{problem}" if isinstance(problem, registry.BackendError) else f"{type(problem).__name__}: {problem}"
+        error = f"{problem}" if isinstance(problem, BackendError) else f"{type(problem).__name__}: {problem}"
     return {"lines": lines, "error": error}
