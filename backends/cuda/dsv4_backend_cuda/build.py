@@ -10,14 +10,17 @@ import json
 import os
 import pkgutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from re import search
 from typing import Any
 
-from dsv4_backend_cuda import interpret, roofline, sass
+from dsv4_backend_cuda import decode, interpret, roofline, sass
 from dsv4_backend_cuda.launch import ARCHITECTURES, KernelSpec
 
 BASELINE = Path(__file__).with_name("build_baseline.json")
@@ -163,22 +166,47 @@ def against_baseline(results: Iterable[Result]) -> list[Result]:
 
 
 def write_baseline(results: Iterable[Result]) -> None:
-    """Make these results the baseline."""
-    rows = {r.key: {"spills": r.spills, "loop_instructions": r.loop_instructions} for r in results if not r.unsupported and not r.failures}
+    """Make these results the baseline; rows of kernels that were not built stay."""
+    built = {r.key: r for r in results}
+    kernels = {r.kernel for r in built.values()}
+    rows = {k: {"spills": r.spills, "loop_instructions": r.loop_instructions} for k, r in built.items() if not r.unsupported and not r.failures}
     known = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
-    lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted((known | rows).items())]
+    kept = {k: v for k, v in known.items() if k in built or k.split("/")[0] not in kernels}
+    lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted((kept | rows).items())]
     BASELINE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def build(architectures: Iterable[int] = ARCHITECTURES, only: str = "") -> list[Result]:
-    """Build all variants of all kernels (whose name contains ``only``) for the architectures."""
+def build(architectures: Iterable[int] = ARCHITECTURES, only: str = "", *, jobs: int = 1) -> Iterator[Result]:
+    """Build all variants of all kernels (whose name contains ``only``) for the architectures, in ``jobs`` processes, in order."""
     wanted = list(architectures)
-    return [build_one(spec, variant, arch) for spec in specs() if only in spec.name for variant in spec.variants for arch in wanted if arch in spec.architectures]
+    tasks = [(i, v, a) for i, s in enumerate(specs()) if only in s.name for v in s.variants for a in wanted if a in s.architectures]
+    if jobs == 1:
+        yield from map(_build_task, tasks)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_build_task, tasks)
+
+
+@cache
+def _all_specs() -> tuple[KernelSpec, ...]:
+    return tuple(specs())
+
+
+def _build_task(task: tuple[int, str, int]) -> Result:
+    index, variant, arch = task
+    return build_one(_all_specs()[index], variant, arch)
 
 
 def report(results: Iterable[Result]) -> dict[str, Any]:
     """The JSON report."""
-    return {"heading": HEADING, "triton": version("triton"), "devices": {f"sm_{a}": asdict(d) for a, d in roofline.DEVICES.items()}, "results": [asdict(r) for r in results]}
+    rows = list(results)
+    return {
+        "heading": HEADING,
+        "triton": version("triton"),
+        "devices": {f"sm_{a}": asdict(d) for a, d in roofline.DEVICES.items()},
+        "results": [asdict(r) for r in rows],
+        "decode": [asdict(s) for s in decode.steps(rows)],
+    }
 
 
 def table(results: Iterable[Result]) -> Any:
@@ -197,4 +225,19 @@ def table(results: Iterable[Result]) -> Any:
             r.kernel, r.variant, f"sm_{r.arch}", str(r.registers), str(r.shared), f"{r.occupancy:.0%}", family, str(r.loop_instructions), str(r.spills),
             f"{r.bytes:.0f}", f"{r.flops / 1e3:.0f}", r.bound, f"{r.share:.0%}", "; ".join(r.failures) or "passed",
         )  # fmt: skip
+    return out
+
+
+def decode_table(results: Iterable[Result]) -> Any:
+    """Predicted share of the roofline of a decode step's products, as a rich table: an architecture a column."""
+    from rich.table import Table
+
+    rows = list(decode.steps(results))
+    columns = sorted({s.arch for s in rows})
+    out = Table(title=f"Decode, one token: share of the roofline. {HEADING}")
+    for column in ("model", "product", "MB", *(f"sm_{a}" for a in columns)):
+        out.add_column(column)
+    for key in dict.fromkeys((s.model, s.layer, s.megabytes) for s in rows):
+        shares = {s.arch: f"{s.share:.0%}" for s in rows if (s.model, s.layer, s.megabytes) == key}
+        out.add_row(key[0], key[1], f"{key[2]:.2f}", *(shares.get(a, "") for a in columns))
     return out

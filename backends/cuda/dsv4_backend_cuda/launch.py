@@ -30,10 +30,11 @@ class Work:
 class KernelSpec:
     """How a kernel is compiled offline and what its machine code must contain.
 
-    ``signature``: runtime arguments and their types ("*bf16", "*u8", "i32", "fp32"; "i32:16" for a multiple of 16). ``variants``: name -> constexprs of a published model's shape, in
-    addition to the launch table's row. ``mma``: architecture -> regular expression of the tensor-core instruction expected. ``work``: the
-    constexprs -> the hot loop's work. ``unsupported``: architecture -> why it has no such kernel. ``per_arch``: architecture -> constexprs.
-    ``architectures``: those that this specification is for; others may have one of the same name with another kernel. ``looped``: whether the source loops over data; if not, "the hot loop" is the whole kernel.
+    ``signature``: runtime arguments and their types ("*bf16", "*u8", "i32", "fp32"; "i32:16" for a multiple of 16). ``variants``: name -> constexprs of a
+    published model's shape, in addition to the launch table's row. ``mma``: architecture -> regular expression of the tensor-core instruction expected.
+    ``work``: the constexprs -> the hot loop's work. ``unsupported``: architecture -> why it has no such kernel. ``per_arch``: architecture -> constexprs.
+    ``architectures``: those that this specification is for; others may have one of the same name with another kernel. ``looped``: whether the source
+    loops over data; if not, "the hot loop" is the whole kernel.
     """
 
     name: str

@@ -70,7 +70,7 @@ def scaled_matmul_kernel(
 
 
 def mma_of(arch: int, *, fp4: bool) -> str:
-    """Kind of product on an architecture: block-scaled where the tensor cores have it (of mixed formats on sm_100 only, in Triton), FP16 where they lack FP8."""
+    """Kind of product: block-scaled where tensor cores have it (of mixed formats, in Triton, on sm_100 only), FP16 where they lack FP8."""
     if arch >= 100 and not (fp4 and arch >= 120):
         return "scaled"
     return "fp8" if arch >= 89 else "half"
@@ -92,7 +92,9 @@ def _launch(
     return y
 
 
-def linear(codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, *, out_dtype: torch.dtype, fp4: bool = False) -> torch.Tensor:
+def linear(
+    codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, *, out_dtype: torch.dtype, fp4: bool = False
+) -> torch.Tensor:
     """Quantised activation [tokens, in] x weight [out, in]: ``ops/matmul.py: linear`` after ``act_quant``. All four operands uint8; in % 128 = 0."""
     rows = codes.shape[0]
     y = torch.empty((rows, weight.shape[0]), dtype=out_dtype, device=codes.device)
@@ -100,7 +102,9 @@ def linear(codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, weig
     return _launch(codes, scales, weight, weight_scale, y, scales, experts=0, tiles=triton.cdiv(rows, options["BLOCK_T"]), fp4=fp4, options=options)
 
 
-def expert_linear(codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, offsets: torch.Tensor, *, fp4: bool) -> torch.Tensor:
+def expert_linear(
+    codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, offsets: torch.Tensor, *, fp4: bool
+) -> torch.Tensor:
     """``ops/matmul.py: expert_linear`` after ``act_quant``: weight [experts, out, in or in / 2], offsets [experts + 1] int32.
 
     The grid is the largest number of tiles that any distribution of rows over experts needs, so nothing is read back from the device.

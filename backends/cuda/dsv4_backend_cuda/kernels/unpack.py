@@ -53,7 +53,8 @@ def unpack_rows_kernel(
 
 
 def unpack_rows(
-    kv: torch.Tensor, ring: torch.Tensor, ring_index: torch.Tensor, old: torch.Tensor | None, old_index: torch.Tensor | None, picks: torch.Tensor, *, rope_dim: int
+    kv: torch.Tensor, ring: torch.Tensor, ring_index: torch.Tensor, old: torch.Tensor | None, old_index: torch.Tensor | None, picks: torch.Tensor,
+    *, rope_dim: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Table of BF16 rows and the picks into it: the picked rows, or all rows if those are fewer. Which of the two follows from shapes alone."""
     recent, tokens, dim = ring_index.shape[0], *kv.shape

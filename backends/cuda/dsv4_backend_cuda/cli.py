@@ -1,0 +1,90 @@
+"""``dsv4 kernels``: compile and judge the Triton kernels without a GPU; write their launch table with one."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from dsv4_backend_cuda import build, interpret
+from dsv4_backend_cuda.launch import ARCHITECTURES
+
+
+@click.group("kernels")
+def command() -> None:
+    """Build the CUDA backend's kernels offline, or tune them on a GPU."""
+
+
+def _architectures(ctx: click.Context, option: click.Parameter, value: str) -> list[int]:
+    del ctx, option
+    known = {f"sm_{a}": a for a in ARCHITECTURES}
+    if unknown := [name for name in value.split(",") if name not in known]:
+        raise click.BadParameter(f"{unknown[0]!r} has no kernels here; they are compiled for {', '.join(known)}")
+    return [known[name] for name in value.split(",")]
+
+
+def require_triton(*, untested: bool) -> None:
+    """Raise ``ClickException`` without Triton, or with a version that no baseline and no proof is for, unless ``untested``."""
+    tested = interpret.TESTED_TRITON
+    if find_spec("triton") is None:
+        raise click.ClickException(f"kernels are compiled by Triton, which is not installed here; pip install triton=={tested[-1]}")
+    if (found := version("triton")) not in tested and not untested:
+        raise click.ClickException(
+            f"triton {found}: registers, spills and instructions of the baseline are those of {', '.join(tested)}; "
+            f"install triton=={tested[-1]}, or add --untested-triton to judge this version's code by that baseline"
+        )
+
+
+@command.command("build")
+@click.option("--arch", "architectures", default=",".join(f"sm_{a}" for a in ARCHITECTURES), callback=_architectures, help="Comma-separated, sm_80 to sm_120.")
+@click.option("--kernel", default="", help="Only kernels whose name contains this.")
+@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as JSON.")
+@click.option("--jobs", default=2, show_default=True, help="Compiling processes.")
+@click.option("--untested-triton", is_flag=True, help="Go on with a Triton version that the baseline is not from.")
+@click.option("--update-baseline", is_flag=True, help="Make spills and hot loops of this build the baseline.")
+def build_command(architectures: list[int], kernel: str, report: Path | None, jobs: int, *, untested_triton: bool, update_baseline: bool) -> None:
+    """Compile every kernel and configuration, no driver needed, and gate each; exit 1 if a gate fails."""
+    from rich.console import Console
+
+    require_triton(untested=untested_triton)
+    try:
+        results = list(build.build(architectures, kernel, jobs=jobs))
+    except interpret.InterpreterError as error:
+        raise click.ClickException(str(error)) from None
+    if not results:
+        raise click.ClickException(f"no kernel's name contains {kernel!r}")
+    if update_baseline:
+        build.write_baseline(results)
+    results = build.against_baseline(results)
+    console = Console(width=None if Console().is_terminal else 200)
+    console.print(build.table(results))
+    console.print(build.decode_table(results))
+    if report:
+        report.write_text(json.dumps(build.report(results), indent=1) + "\n")
+    failed = [r for r in results if r.failures]
+    click.echo(f"{len(results)} kernel variants, {len(failed)} failed, {sum(bool(r.unsupported) for r in results)} unsupported")
+    for r in failed:
+        click.echo(f"{r.key}: {'; '.join(r.failures)}", err=True)
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+@command.command("tune")
+@click.option("--device", default="cuda", show_default=True)
+@click.option("--kernel", default="", help="Only kernels whose name contains this.")
+def tune_command(device: str, kernel: str) -> None:
+    """Time candidate configurations on this machine's GPU and write the fastest into the launch table."""
+    from dsv4_backend_cuda import tune
+
+    require_triton(untested=False)
+    try:
+        import torch
+    except ImportError:
+        raise click.ClickException("tuning needs PyTorch with CUDA; install it, or keep the checked-in table") from None
+    if not torch.cuda.is_available():
+        raise click.ClickException("tuning needs a GPU and there is none that PyTorch can use here; the checked-in launch table stays as it is")
+    for name, before, after in tune.tune(device, kernel):
+        click.echo(f"{name}: {before.milliseconds:.4f} ms {before.config} -> {after.milliseconds:.4f} ms {after.config}")

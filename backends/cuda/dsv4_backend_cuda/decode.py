@@ -1,0 +1,81 @@
+"""What the model of the machine code predicts for the large products of a decode step of the published models: one token, one GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dsv4_backend_cuda import roofline
+from dsv4_core.config import PRESETS, ModelConfig
+
+
+@dataclass(frozen=True)
+class Step:
+    """A product of a decode step on one architecture. ``share``: time at the roofline over predicted time; never above 1."""
+
+    model: str
+    layer: str
+    kernel: str
+    arch: int
+    programs: int
+    megabytes: float
+    microseconds: float
+    share: float
+
+
+@dataclass(frozen=True)
+class _Product:
+    layer: str
+    kernel: str
+    outputs: int
+    inputs: int
+    copies: int = 1  # experts or groups
+
+
+def _products(c: ModelConfig) -> list[_Product]:
+    d, heads, inter = c.hidden_size, c.num_attention_heads * c.head_dim, c.moe_intermediate_size
+    return [
+        _Product("wq_a", "linear_decode", c.q_lora_rank, d),
+        _Product("wq_b", "linear_decode", heads, c.q_lora_rank),
+        _Product("wkv", "linear_decode", c.head_dim, d),
+        _Product("wo_a", "grouped_linear_decode", c.o_lora_rank, heads // c.o_groups, c.o_groups),
+        _Product("wo_b", "linear_decode", d, c.o_groups * c.o_lora_rank),
+        _Product("experts w1, w3", "fp4_experts_decode", inter, d, c.num_experts_per_tok),
+        _Product("experts w2", "fp4_experts_decode", d, inter, c.num_experts_per_tok),
+        _Product("shared w1, w3", "linear_decode", inter, d),
+        _Product("shared w2", "linear_decode", d, inter),
+        _Product("head", "bf16_linear_decode", c.vocab_size, d),
+    ]
+
+
+BYTES = {"linear_decode": 1 + 1 / 128**2, "grouped_linear_decode": 1 + 1 / 128**2, "fp4_experts_decode": 1 / 2 + 1 / 32, "bf16_linear_decode": 2.0}
+"""Per weight, its scale included."""
+
+
+def steps(results: Iterable[Any]) -> Iterator[Step]:
+    """Predict every product whose kernel is among the results.
+
+    A program issues its hot loop once per 128 inputs; the multiprocessor with most programs sets the pace; memory is read at its full rate. The
+    sparse attention's list is the window and ``index_topk`` rows.
+    """
+    built = {(r.kernel, r.arch): r for r in results if r.variant in ("flash", "decode") and not r.unsupported and r.loop_instructions}
+    for name in ("flash", "pro"):
+        config = PRESETS[name]
+        for arch, device in roofline.DEVICES.items():
+            for p in _products(config):
+                if r := built.get((p.kernel, arch)):
+                    programs = -(-p.outputs // r.config["BLOCK_N"]) * p.copies
+                    size = p.outputs * p.inputs * p.copies * BYTES[p.kernel]
+                    yield _step(name, p.layer, r, device, programs, p.inputs // 128, size)
+            if r := built.get(("sparse_attn", arch)):
+                rows = config.sliding_window + config.index_topk
+                programs = -(-config.num_attention_heads // r.config["HEADS"]) * -(-rows // r.config["SPLIT"])
+                yield _step(name, "sparse_attn", r, device, programs, r.config["SPLIT"] // r.config["ROWS"], rows * 2.0 * config.head_dim)
+
+
+def _step(model: str, layer: str, r: Any, device: roofline.Device, programs: int, passes: int, size: float) -> Step:
+    memory = size / (device.gigabytes_per_second * 1e9)
+    cycles = -(-programs // device.multiprocessors) * passes * r.loop_instructions * r.config["num_warps"] / roofline.ISSUE_SLOTS
+    time = max(memory, cycles / (device.gigahertz * 1e9))
+    return Step(model, layer, r.kernel, r.arch, programs, round(size / 1e6, 3), round(time * 1e6, 2), round(memory / time, 4))

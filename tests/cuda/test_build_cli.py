@@ -1,0 +1,110 @@
+"""``dsv4 kernels`` where it cannot compile or tune, its document, and tuning with a clock of the test's own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from dsv4_backend_cuda import build, cli, decode, document, interpret, launch, roofline, tune
+
+
+def run(*args):
+    return CliRunner().invoke(cli.command, args)
+
+
+def test_an_unknown_architecture_is_named_with_the_known_ones():
+    result = run("build", "--arch", "sm_90,sm_75")
+    assert result.exit_code == 2
+    assert "'sm_75' has no kernels here" in result.output
+    assert "sm_80, sm_89, sm_90, sm_100, sm_120" in result.output
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda _: None)
+    for name in ("build", "tune"):
+        result = run(name)
+        assert result.exit_code == 1
+        assert "pip install triton==" in result.output
+
+
+def test_an_untested_triton(monkeypatch):
+    monkeypatch.setattr(cli, "version", lambda _: "9.9.9")
+    result = run("build")
+    assert result.exit_code == 1
+    assert "triton 9.9.9" in result.output
+    assert "--untested-triton" in result.output
+
+
+def test_tuning_without_a_gpu_says_so(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = run("tune")
+    assert result.exit_code == 1
+    assert "tuning needs a GPU" in result.output
+
+
+def test_the_interpreters_process_is_told_to_start_anew():
+    result = run("build", "--jobs", "1")
+    assert result.exit_code == 1
+    assert "unset TRITON_INTERPRET" in result.output
+
+
+def test_a_failed_gate_exits_with_1_and_names_itself(monkeypatch, tmp_path):
+    bad = build.Result("k", "flash", 90, failures=["empty kernel"])
+    monkeypatch.setattr(build, "build", lambda *_, **__: iter([bad]))
+    result = run("build", "--report", str(tmp_path / "report.json"))
+    assert result.exit_code == 1
+    assert "k/flash/sm_90: empty kernel" in result.output
+    assert json.loads((tmp_path / "report.json").read_text())["heading"] == build.HEADING == "Compiled offline; model, not measured"
+
+
+def test_a_decode_step_by_hand():
+    config = {"BLOCK_N": 64, "BLOCK_T": 16, "num_warps": 4, "num_stages": 4}
+    result = build.Result("fp4_experts_decode", "flash", 90, config=config, loop_instructions=1000)
+    step = next(s for s in decode.steps([result]) if (s.model, s.layer) == ("flash", "experts w1, w3"))
+    assert step.programs == 2048 // 64 * 6
+    size = 6 * 2048 * 4096 * (1 / 2 + 1 / 32)
+    assert step.megabytes == pytest.approx(size / 1e6, abs=1e-3)
+    cycles = 2 * 32 * 1000  # 192 programs on 132 multiprocessors, 32 passes each
+    assert step.share == pytest.approx(size / 3350e9 / (cycles / roofline.DEVICES[90].gigahertz / 1e9), abs=1e-3)
+
+
+def test_the_document_holds_the_committed_report():
+    text = document.DOCUMENT.read_text()
+    assert document.fresh(text, json.loads(document.REPORT.read_text())) == text, "run python -m dsv4_backend_cuda.document"
+
+
+def test_the_report_is_whole_and_has_no_failure():
+    report = json.loads(document.REPORT.read_text())
+    assert report["triton"] in interpret.TESTED_TRITON
+    assert not [r for r in report["results"] if r["failures"]]
+    assert {r["arch"] for r in report["results"]} == set(launch.ARCHITECTURES)
+    assert {(s["model"], s["arch"]) for s in report["decode"]} == {(m, a) for m in ("flash", "pro") for a in launch.ARCHITECTURES}
+    known = json.loads(build.BASELINE.read_text())
+    for r in report["results"]:
+        if not r["unsupported"]:
+            assert known[f"{r['kernel']}/{r['variant']}/sm_{r['arch']}"] == {k: r[k] for k in ("spills", "loop_instructions")}
+
+
+def test_candidates_change_one_option_and_keep_what_bits_depend_on():
+    config = {"BLOCK_N": 64, "BLOCK_T": 16, "SPLIT": 128, "num_warps": 4, "num_stages": 1}
+    found = tune.candidates("linear_decode", config)
+    assert found[0] == config
+    assert all(sum(c[k] != config[k] for k in config) == 1 for c in found[1:])
+    assert all(c["SPLIT"] == 128 and c["BLOCK_T"] == 16 for c in found)
+    assert {"BLOCK_N": 128} | {k: config[k] for k in config if k != "BLOCK_N"} in found
+    assert len(found) == 4  # wider, more warps, one more stage
+
+
+def test_tuning_walks_to_the_fastest_and_writes_the_table(monkeypatch, tmp_path):
+    start = {"BLOCK_N": 64, "BLOCK_T": 16, "num_warps": 4, "num_stages": 1}
+    best = tune.best("linear_decode", start, lambda c: float("inf") if c["num_stages"] > 3 else 10 / c["BLOCK_N"] - c["num_stages"] / 100)
+    assert best.config == start | {"BLOCK_N": 256, "num_stages": 3}
+    table = tmp_path / "table.json"
+    table.write_text(launch.TABLE.read_text())
+    monkeypatch.setattr(launch, "TABLE", table)
+    before = json.loads(table.read_text())
+    tune.write(90, {"linear_decode": best}, "a part")
+    changed = [(a, b) for a, b in zip(before, json.loads(table.read_text()), strict=True) if a != b]
+    assert [(b["kernel"], b["arch"], b["config"]) for _, b in changed] == [("linear_decode", 90, best.config)]
+    assert changed[0][1]["how"].startswith("measured on a part")
