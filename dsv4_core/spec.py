@@ -98,7 +98,10 @@ class Case:
 
     def odd(self, axis: str = "tokens", *, sizes: tuple[int, ...] = (0, 1, 17, 33, 65, 129)) -> tuple[Case, ...]:
         """No row, one, a prime, and one past each block that kernels are tiled by."""
-        return tuple(self.but(f"{axis}={n}", "smoke" if n == 1 else "standard", **{axis: n}) for n in sizes)
+        return tuple(
+            self.but(f"{axis}={n}", "smoke" if n == 1 else "standard", **cast("dict[str, Any]", {axis: n}))
+            for n in sizes
+        )
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,11 @@ def result_dtype(call: Call, index: int, backend: Backend) -> str:
         return dtype_name(operands["cache"]) if plain else backend.activation_dtype
     if kind == "parts":
         return dtype_name(operands["parts"][0])
-    named = {"act": backend.activation_dtype, "wide": backend.wide_dtype, "out_dtype": str(call.scalars.get("out_dtype"))}
+    named = {
+        "act": backend.activation_dtype,
+        "wide": backend.wide_dtype,
+        "out_dtype": str(call.scalars.get("out_dtype")),
+    }
     return named.get(kind, kind)
 
 
@@ -110,7 +114,9 @@ def _as_tuple(call: Call, returned: Any, outcome: Outcome) -> Sequence[Any]:
     expected = [axes for axes in call.spec.returns if axes]
     if not expected:
         if returned is not None:
-            outcome.problems.append(f"returned {type(returned).__name__}; the contract returns nothing and mutates {', '.join(call.spec.mutates)}")
+            outcome.problems.append(
+                f"returned {type(returned).__name__}; the contract returns nothing and mutates {', '.join(call.spec.mutates)}"
+            )
         return ()
     if returned is None:
         outcome.problems.append(f"returned None; the contract returns {_form(call)}")
@@ -129,7 +135,13 @@ def _form(call: Call) -> str:
 
 
 def _take(
-    call: Call, index: int, result: Any, backend: Backend, shapes: Sequence[tuple[int, ...]], guards: list[Guarded], outcome: Outcome
+    call: Call,
+    index: int,
+    result: Any,
+    backend: Backend,
+    shapes: Sequence[tuple[int, ...]],
+    guards: list[Guarded],
+    outcome: Outcome,
 ) -> None:
     where = f"result {index}" if len(call.spec.returns) > 1 else "result"
     if result is None or not hasattr(result, "dtype"):
@@ -140,7 +152,9 @@ def _take(
     if got != wanted:
         outcome.problems.append(f"{where} has dtype {got}; the contract says {wanted}")
     if tuple(result.shape) != tuple(shapes[index]):
-        outcome.problems.append(f"{where} has shape {list(result.shape)}; the contract says {list(shapes[index])} [{call.spec.returns[index]}]")
+        outcome.problems.append(
+            f"{where} has shape {list(result.shape)}; the contract says {list(shapes[index])} [{call.spec.returns[index]}]"
+        )
     host = np.asarray(backend.to_numpy(result))
     if call.op not in MAY_ALIAS:
         outcome.problems += [
@@ -162,5 +176,3 @@ def operand_summary(call: Call) -> dict[str, str]:
         return f"{dtype_name(value)}{list(value.shape)}"
 
     return {name: form(value) for name, value in call.named().items()}
-
-

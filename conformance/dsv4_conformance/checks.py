@@ -117,9 +117,9 @@ def collect(tier: Tier, numerics: Numerics, formats: Sequence[str] = ()) -> list
     """
     from importlib import import_module
 
-    from dsv4_conformance import opcases
+    from dsv4_conformance import models, opcases
 
-    found: list[Check] = opcases.declared(formats)
+    found: list[Check] = [*opcases.declared(formats), *models.declared(formats, numerics)]
     for module in ("opcases", "invariance", "traces", "laws", "models"):
         found += import_module(f"dsv4_conformance.{module}").checks(numerics)
     return [c for c in found if TIERS.index(c.tier) <= TIERS.index(tier)]

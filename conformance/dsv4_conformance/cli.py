@@ -15,6 +15,7 @@ from dsv4_core.cli.options import BackendFlags, backend_options
 if TYPE_CHECKING:
     from dsv4_conformance.checks import Finding
     from dsv4_conformance.runner import Run
+    from dsv4_core.spec import Tier
 
 COMMANDS = {
     "run": "dsv4_conformance.cli:run_command",
@@ -59,12 +60,24 @@ def rerun_command(flags: BackendFlags, backend: str) -> str:
 
 
 @click.command("run")
-@click.option("--tier", type=click.Choice(["smoke", "standard", "full"]), default="standard", show_default=True, help="How much is run.")
+@click.option(
+    "--tier",
+    type=click.Choice(["smoke", "standard", "full"]),
+    default="standard",
+    show_default=True,
+    help="How much is run.",
+)
 @click.option("--op", "ops", multiple=True, metavar="NAME", help="Only this op or law; may be repeated.")
 @click.option("--case", "cases", multiple=True, metavar="ID", help="Only this case, of whatever tier; may be repeated.")
 @click.option("--require", type=click.IntRange(0, 4), help="Fail unless this level is reached, claimed or not.")
-@click.option("--xfails", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="TOML file of expected failures.")
-@click.option("--report", type=click.Path(path_type=Path, file_okay=False), help="Write report.json, junit.xml and report.html here.")
+@click.option(
+    "--xfails", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="TOML file of expected failures."
+)
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write report.json, junit.xml and report.html here.",
+)
 @click.option("--isolate", is_flag=True, help="Run checks in another process, which may crash, hang or eat memory.")
 @click.option("--time-limit", default=120.0, show_default=True, help="Seconds a check may take with --isolate.")
 @click.option("--memory-limit", default=8192, show_default=True, help="Megabytes that process may use with --isolate.")
@@ -95,7 +108,7 @@ def run_command(
 
     name = flags.choose().name
     backend = flags.create()
-    session = checks.Session(backend, cast("checks.Tier", tier))
+    session = checks.Session(backend, cast("Tier", tier))
     if listed:
         for check in runner.select(checks.collect(session.tier, session.numerics, backend.weight_formats), ops, cases):
             click.echo(check.id)
@@ -129,7 +142,9 @@ class Progress:
         if finding.status in {"passed", "unsupported", "xfailed"} and not self.detailed:
             return
         clear = "\r\x1b[2K" if self.moving else ""
-        click.echo(f"{clear}{click.style(finding.status.upper(), fg='green' if finding.status == 'passed' else 'red')} {finding.id}")
+        click.echo(
+            f"{clear}{click.style(finding.status.upper(), fg='green' if finding.status == 'passed' else 'red')} {finding.id}"
+        )
         if finding.message:
             click.echo(f"    {finding.message}")
         if finding.status == "passed" and self.detailed:

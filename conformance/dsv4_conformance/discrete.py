@@ -37,10 +37,14 @@ def judge_picks(picks: Host, scores: Scores, visible: Host, *, ordered: bool) ->
     k = picks.shape[1]
     count = np.minimum(visible, k)
     expected_valid = np.arange(k) < count[:, None]
-    outside = (picks >= visible[:, None]) | (picks < -1) | ((picks < 0) & expected_valid) | ((picks >= 0) & ~expected_valid)
+    outside = (
+        (picks >= visible[:, None]) | (picks < -1) | ((picks < 0) & expected_valid) | ((picks >= 0) & ~expected_valid)
+    )
     if outside.any():
         at = place(outside)
-        verdict.problems.append(f"pick {list(at)} is {int(picks[at])}; of {int(visible[at[0]])} visible the first {int(count[at[0]])} picks are valid and the rest -1")
+        verdict.problems.append(
+            f"pick {list(at)} is {int(picks[at])}; of {int(visible[at[0]])} visible the first {int(count[at[0]])} picks are valid and the rest -1"
+        )
         verdict.worst, verdict.used = {"element": list(at), "got": int(picks[at])}, math.inf
         return verdict
     chosen = np.zeros((rows, n + 1), np.int64)  # the last column collects -1
@@ -93,7 +97,10 @@ def _ties(verdict: Verdict, scores: Scores, picked: Host, left: Host) -> None:
     wrong = first_left < last_picked
     if wrong.any():
         row = int(wrong.argmax())
-        verdict.worst, verdict.used = {"element": [row], "got": int(last_picked[row]), "want": int(first_left[row]), "budget": 0.0}, math.inf
+        verdict.worst, verdict.used = (
+            {"element": [row], "got": int(last_picked[row]), "want": int(first_left[row]), "budget": 0.0},
+            math.inf,
+        )
         verdict.problems.append(
             f"{int(wrong.sum())} rows break ties by the higher index; row {row} picks {int(last_picked[row])} and leaves {int(first_left[row])}, both with "
             f"score {level[row, 0]:.9g}: on a tie the lower index wins"
@@ -108,11 +115,18 @@ def _order(verdict: Verdict, scores: Scores, picks: Host) -> None:
     wrong = (rise > allowed) | tied
     if wrong.any():
         row, j = place(wrong)
-        verdict.worst, verdict.used = {"element": [row, j], "got": int(picks[row, j]), "want": int(picks[row, j + 1])}, math.inf
-        verdict.problems.append(f"row {row} lists {int(picks[row, j])} before {int(picks[row, j + 1])}: best first, on a tie the lower index first")
+        verdict.worst, verdict.used = (
+            {"element": [row, j], "got": int(picks[row, j]), "want": int(picks[row, j + 1])},
+            math.inf,
+        )
+        verdict.problems.append(
+            f"row {row} lists {int(picks[row, j])} before {int(picks[row, j + 1])}: best first, on a tie the lower index first"
+        )
 
 
-def _sampled(oracle: Oracle, call: Call, op: str, operands: list[Any], scalars: dict[str, Any]) -> tuple[Host, list[Host]]:
+def _sampled(
+    oracle: Oracle, call: Call, op: str, operands: list[Any], scalars: dict[str, Any]
+) -> tuple[Host, list[Host]]:
     with np.errstate(all="ignore"):
         exact, perturbed = oracle.evaluate(op, operands, scalars, samples=SAMPLES, seed=call.seed % 2**32)
     return exact, perturbed
@@ -122,7 +136,9 @@ def judge_gate(call: Call, results: list[Host], oracle: Oracle, backend: Backend
     """Experts by biased score; weights recomputed for the experts that were chosen."""
     weights, indices = results
     operands = call.named()
-    logits, perturbed = _sampled(oracle, call, "linear", [operands["x"], operands["weight"]], {"out_dtype": backend.wide_dtype})
+    logits, perturbed = _sampled(
+        oracle, call, "linear", [operands["x"], operands["weight"]], {"out_dtype": backend.wide_dtype}
+    )
 
     def score(z: Host) -> Host:
         return np.sqrt(np.logaddexp(z, 0.0))
@@ -143,9 +159,12 @@ def judge_gate(call: Call, results: list[Host], oracle: Oracle, backend: Backend
         return np.asarray(chosen / chosen.sum(-1, keepdims=True) * call.scalars["route_scale"])
 
     value = normalised(exact)
-    weight_spread = deviations(value, [normalised(s) for s in samples]) + u * np.abs(value)  # the sum and the division round too
+    weight_spread = deviations(value, [normalised(s) for s in samples]) + u * np.abs(
+        value
+    )  # the sum and the division round too
     wide = backend.wide_dtype
-    verdict.add(judge_rounded(weights, Expected(value, wide, allowance(value, weight_spread, wide, wide), weight_spread)), "weights: ")
+    budget, noise = allowance(value, weight_spread, wide, wide)
+    verdict.add(judge_rounded(weights, Expected(value, wide, budget, weight_spread, noise)), "weights: ")
     return verdict
 
 
@@ -158,9 +177,17 @@ def judge_index(call: Call, results: list[Host], oracle: Oracle, backend: Backen
         keys = operands.get("keys")
         if keys is None:
             batch, _, _, dim = operands["q"].shape
-            read, _ = oracle.evaluate("cache_read", [operands["cache"], operands["index"]], {"layout": call.scalars["layout"]}, samples=0, seed=0)
+            read, _ = oracle.evaluate(
+                "cache_read",
+                [operands["cache"], operands["index"]],
+                {"layout": call.scalars["layout"]},
+                samples=0,
+                seed=0,
+            )
             keys = read.reshape(batch, -1, dim)
-        exact, perturbed = _sampled(oracle, call, "index_scores", [operands["q"], operands["weights"], keys], {"scale": call.scalars["scale"]})
+        exact, perturbed = _sampled(
+            oracle, call, "index_scores", [operands["q"], operands["weights"], keys], {"scale": call.scalars["scale"]}
+        )
         spread = deviations(exact, perturbed)
     rows = exact.shape[-1]
     certain = spread == 0
@@ -192,14 +219,16 @@ def judge_sample(call: Call, results: list[Host], backend: Backend) -> Verdict:
     order = np.argsort(-p, axis=-1, kind="stable")
     sorted_p = np.take_along_axis(p, order, -1)
     running = np.cumsum(sorted_p, -1)
-    slack = SAFETY * roundoff(backend.wide_dtype) * (np.sqrt(vocab) / 3 + np.abs(scaled).max(-1))  # a sum of `vocab` terms; exp of the largest
+    slack = (
+        SAFETY * roundoff(backend.wide_dtype) * (np.sqrt(vocab) / 3 + np.abs(scaled).max(-1))
+    )  # a sum of `vocab` terms; exp of the largest
     rank = np.take_along_axis(np.argsort(order, -1), got[:, None].astype(np.int64), -1)[:, 0]
-    at = np.arange(tokens)
-    upper, lower = running[at, rank], running[at, rank] - sorted_p[at, rank]
+    token = np.arange(tokens)
+    upper, lower = running[token, rank], running[token, rank] - sorted_p[token, rank]
     fits = np.zeros(tokens, bool)
     for edge in (-slack, slack):  # rounding may take one token more or less into the prefix
         kept = np.minimum((running < top_p + edge[:, None]).sum(-1), vocab - 1)
-        goal = operands["uniform"] * running[at, kept]
+        goal = operands["uniform"] * running[token, kept]
         fits |= (rank <= kept) & (goal >= lower - slack) & (goal <= upper + slack)
     if not fits.all():
         t = int(np.argmin(fits))

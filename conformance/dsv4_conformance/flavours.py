@@ -20,7 +20,7 @@ def normal(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
 def outliers(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
     """A thousandfold in one channel of 32 (at least one), as activations of large models have them."""
     x = normal(rng, shape)
-    channels = rng.choice(shape[-1], max(1, shape[-1] // 32), replace=False) if shape[-1] else []
+    channels = rng.choice(max(shape[-1], 1), max(1, shape[-1] // 32), replace=False) if shape[-1] else np.arange(0)
     x[..., channels] *= 1000
     return x
 
@@ -41,7 +41,7 @@ def limits(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
     """Rows at bfloat16's largest value, rows one format maximum wide, rows of mixed magnitude."""
     x = normal(rng, shape)
     rows = x.reshape(-1, shape[-1]) if x.size else x.reshape(0, shape[-1])
-    rows[0::4] = np.sign(rows[0::4]) * float(ml_dtypes.finfo(BFLOAT16).max)
+    rows[0::4] = np.sign(rows[0::4]) * float(ml_dtypes.finfo(BFLOAT16).max)  # type: ignore[no-untyped-call]
     rows[1::4] *= 448
     rows[2::4] *= np.exp2(rng.integers(-100, 100, rows[2::4].shape))
     return x
@@ -105,7 +105,23 @@ def nan(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
 
 FLAVOURS: dict[str, Fill] = {
     f.__name__: f
-    for f in (normal, outliers, zero_rows, subnormal, limits, tiny, floor, large, integers, positive, cancel, peaked, clamp, fp4, nan)
+    for f in (
+        normal,
+        outliers,
+        zero_rows,
+        subnormal,
+        limits,
+        tiny,
+        floor,
+        large,
+        integers,
+        positive,
+        cancel,
+        peaked,
+        clamp,
+        fp4,
+        nan,
+    )
 }
 
 

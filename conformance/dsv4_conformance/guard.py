@@ -38,7 +38,11 @@ class Guarded:
             buffer = np.ascontiguousarray(host)
         else:
             columns = COLUMNS if view and host.ndim > 1 else 0
-            shape = (host.shape[0] + 2 * ROWS, *host.shape[1:-1], host.shape[-1] + 2 * columns) if host.ndim > 1 else (len(host) + 2 * ROWS,)
+            shape = (
+                (host.shape[0] + 2 * ROWS, *host.shape[1:-1], host.shape[-1] + 2 * columns)
+                if host.ndim > 1
+                else (len(host) + 2 * ROWS,)
+            )
             buffer = np.full(shape, poison(host.dtype), host.dtype)
             rows = slice(ROWS, ROWS + host.shape[0])
             middle = (slice(None),) * max(host.ndim - 2, 0)
@@ -72,7 +76,7 @@ class Guarded:
 
     def aliased_by(self, result: Host) -> bool:
         """Say whether a result shares memory with the operand, as far as the host can see."""
-        return bool(np.shares_memory(np.asarray(self.backend.to_numpy(self.buffer)), result, max_work=1))
+        return bool(np.may_share_memory(np.asarray(self.backend.to_numpy(self.buffer)), result))
 
 
 def _bits(x: Host) -> Host:

@@ -107,10 +107,16 @@ class Bitwise:
         verdict = Verdict()
         for start, stop in ((0, 1), (rows // 2, rows // 2 + 1), (rows // 3, rows // 3 + max(1, rows // 2))):
             part = tuple(
-                o[start:stop] if isinstance(o, np.ndarray) and call.spec.axes[n].split()[0] == axis else o for n, o in call.named().items()
+                o[start:stop] if isinstance(o, np.ndarray) and call.spec.axes[n].split()[0] == axis else o
+                for n, o in call.named().items()
             )
             _, alone = plain_run(Call(call.op, part, call.scalars, seed=call.seed), session.backend)
-            verdict.add(_compare([e[start:stop] for e in everything], alone, f"rows {start} to {stop - 1} of {rows} on their own"), "")
+            verdict.add(
+                _compare(
+                    [e[start:stop] for e in everything], alone, f"rows {start} to {stop - 1} of {rows} on their own"
+                ),
+                "",
+            )
         return verdict
 
 
@@ -126,7 +132,10 @@ def _compare(want: list[Host], got: list[Host], what: str) -> Verdict:
                 if "rows" in what
                 else f"result {i}: {what} differs in {int(differ.sum())} of {differ.size} elements, first {list(at)}: {a[at]} and {b[at]}"
             )
-            verdict.used, verdict.worst = float("inf"), {"element": list(at), "got": float(b[at]), "want": float(a[at]), "budget": 0.0}
+            verdict.used, verdict.worst = (
+                float("inf"),
+                {"element": list(at), "got": float(b[at]), "want": float(a[at]), "budget": 0.0},
+            )
     return verdict
 
 

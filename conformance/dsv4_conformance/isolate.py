@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4_conformance.checks import Check, Finding, Session, Status, collect
@@ -74,7 +75,9 @@ class Worker:
                 data = os.read(pipe, 1 << 16)
                 if not data:
                     process.wait()
-                    yield lost(todo[done], "crashed", f"the process ended with {ending(process.returncode)} during this check")
+                    yield lost(
+                        todo[done], "crashed", f"the process ended with {ending(process.returncode)} during this check"
+                    )
                     return
                 *lines, buffer = (buffer + data).split(b"\n")
                 for line in lines:
@@ -103,8 +106,7 @@ def ending(code: int) -> str:
 def resident_megabytes(pid: int) -> int:
     """Resident memory of a process, from /proc; 0 where the system has none or the process is gone."""
     try:
-        with open(f"/proc/{pid}/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
     except (OSError, IndexError):
         return 0
 

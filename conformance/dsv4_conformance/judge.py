@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ class Verdict:
     problems: list[str] = field(default_factory=list)
     used: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
-    worst: dict[str, object] = field(default_factory=dict)
+    worst: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -32,7 +33,11 @@ class Verdict:
         """Join another result's verdict; its figures stand if they are worse."""
         self.problems += [f"{where}{p}" for p in other.problems]
         if other.used >= self.used or not self.metrics:
-            self.used, self.metrics, self.worst = max(self.used, other.used), other.metrics or self.metrics, other.worst or self.worst
+            self.used, self.metrics, self.worst = (
+                max(self.used, other.used),
+                other.metrics or self.metrics,
+                other.worst or self.worst,
+            )
 
 
 def place(mask_or_share: Host) -> tuple[int, ...]:
@@ -48,8 +53,8 @@ def judge_exact(got: Host, want: Expected) -> Verdict:
     if not differ.any():
         return Verdict()
     at = place(differ)
-    count, worst = int(differ.sum()), {"element": list(at), "got": _number(a[at]), "want": _number(b[at]), "budget": 0.0}
-    text = f"{count} of {a.size} elements differ where every bit is fixed; first {list(at)}: got {worst['got']}, want {worst['want']}, budget 0"
+    worst = {"element": list(at), "got": _number(a[at]), "want": _number(b[at]), "budget": 0.0}
+    text = f"{int(differ.sum())} of {a.size} elements differ where every bit is fixed; first {list(at)}: got {worst['got']}, want {worst['want']}, budget 0"
     return Verdict([text], math.inf, {}, worst)
 
 
@@ -64,8 +69,15 @@ def judge_rounded(got: Host, want: Expected) -> Verdict:
     wrong_nan = np.isnan(x) != np.isnan(value)
     if wrong_nan.any():
         at = place(wrong_nan)
-        verdict.worst = {"element": list(at), "got": _number(x[at]), "want": _number(value[at]), "budget": _number(want.budget[at])}
-        verdict.problems.append(f"{int(wrong_nan.sum())} of {x.size} elements are NaN on one side only; first {list(at)}: got {x[at]}, want {value[at]}")
+        verdict.worst = {
+            "element": list(at),
+            "got": _number(x[at]),
+            "want": _number(value[at]),
+            "budget": _number(want.budget[at]),
+        }
+        verdict.problems.append(
+            f"{int(wrong_nan.sum())} of {x.size} elements are NaN on one side only; first {list(at)}: got {x[at]}, want {value[at]}"
+        )
         verdict.used = math.inf
         return verdict
     with np.errstate(invalid="ignore", over="ignore"):
@@ -74,7 +86,12 @@ def judge_rounded(got: Host, want: Expected) -> Verdict:
     share = np.where(np.isnan(share), np.inf, share)
     at = place(share)
     verdict.used = float(share[at])
-    verdict.worst = {"element": list(at), "got": _number(x[at]), "want": _number(value[at]), "budget": _number(want.budget[at])}
+    verdict.worst = {
+        "element": list(at),
+        "got": _number(x[at]),
+        "want": _number(value[at]),
+        "budget": _number(want.budget[at]),
+    }
     finite = np.isfinite(x) & np.isfinite(value)
     a, b = x[finite], value[finite]
     mean, error = metrics.bias(a, b, want.dtype)
@@ -84,6 +101,8 @@ def judge_rounded(got: Host, want: Expected) -> Verdict:
         "bias_standard_error": error,
         "largest_units": metrics.largest_units(a, b, want.dtype),
     }
+    if want.noise is not None:
+        verdict.metrics["factor"] = factor(x, want)
     if verdict.used > 1:
         over = int((share > 1).sum())
         verdict.problems.append(
@@ -97,6 +116,16 @@ def judge_rounded(got: Host, want: Expected) -> Verdict:
             "round to nearest, ties to even, instead of truncating"
         )
     return verdict
+
+
+def factor(got: Host, want: Expected) -> float:
+    """The safety factor that this result needs: its largest error beyond half a unit, over the noise that the factor multiplies."""
+    assert want.budget is not None
+    assert want.noise is not None
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rest = np.abs(got - want.value) - (want.budget - SAFETY * want.noise)
+        needed = np.where((rest > 0) & np.isfinite(rest), rest / want.noise, 0.0)
+    return float(np.max(needed, initial=0.0))
 
 
 def _number(x: object) -> float | int:

@@ -71,18 +71,22 @@ class OpCase:
 
     @property
     def id(self) -> str:
+        """``OP/CASE``."""
         return f"{self.spec.name}/{self.case.name}"
 
     @property
     def op(self) -> str:
+        """The op."""
         return self.spec.name
 
     @property
     def tier(self) -> Tier:
+        """The least tier that runs it."""
         return self.case.tier
 
     @property
     def level(self) -> int:
+        """The op's."""
         return level_of(self.spec)
 
     def call(self, numerics: Numerics, repeat: int = 0) -> Call:
@@ -103,7 +107,16 @@ class OpCase:
         call = self.call(session.numerics, session.repeat)
         support = session.backend.supports(self.op, **describe(call))
         if not support:
-            return Finding(self.id, self.op, self.group, self.level, "unsupported", support.reason, self.dtypes(session.numerics), seed=call.seed)
+            return Finding(
+                self.id,
+                self.op,
+                self.group,
+                self.level,
+                "unsupported",
+                support.reason,
+                self.dtypes(session.numerics),
+                seed=call.seed,
+            )
         return Finding.of(self, judge_call(call, session), seed=call.seed, dtypes=self.dtypes(session.numerics))
 
 
@@ -120,4 +133,9 @@ def optional(case: Case) -> set[str]:
 
 def declared(formats: Iterable[str]) -> list[Check]:
     """Cases of the optional weight formats among ``formats``."""
-    return [OpCase(spec, case) for spec in OPS.values() for case in spec.cases() if optional(case) and optional(case) <= set(formats)]
+    return [
+        OpCase(spec, case)
+        for spec in OPS.values()
+        for case in spec.cases()
+        if optional(case) and optional(case) <= set(formats)
+    ]

@@ -103,7 +103,9 @@ def _gate(m: Maker) -> list[Any]:
         bias = np.repeat(m.plain(m["experts"] // 2, scale=0.25), 2)
     elif m.data == "near_ties" and m["tokens"]:  # the first token's biased scores all within a few units of each other
         logits = x[0].astype(np.float64) @ weight.astype(np.float64).T
-        bias = (4.0 - np.sqrt(np.logaddexp(0, logits)) + m.rng.integers(-3, 4, logits.shape) * 2.0**-22).astype(np.float32)
+        bias = (4.0 - np.sqrt(np.logaddexp(0, logits)) + m.rng.integers(-3, 4, logits.shape) * 2.0**-22).astype(
+            np.float32
+        )
     else:
         bias = m.plain(m["experts"], scale=4.0 if m.data == "strong_bias" else 0.1)
     return [x, weight, bias]
@@ -151,7 +153,13 @@ def _compress(m: Maker) -> list[Any]:
     rows, ratio, dim = m["rows"], m["ratio"], m.case.scalars["dim"]
     overlap = 2 if ratio == 4 else 1
     width, tokens = overlap * dim, (rows + 1) * ratio
-    pool = np.concatenate([m.floats(tokens, width, dtype=m.wide, data="outliers" if m.data == "outliers" else "normal"), m.floats(tokens, width, dtype=m.wide)], 1)
+    pool = np.concatenate(
+        [
+            m.floats(tokens, width, dtype=m.wide, data="outliers" if m.data == "outliers" else "normal"),
+            m.floats(tokens, width, dtype=m.wide),
+        ],
+        1,
+    )
     idxs = (np.arange(rows)[:, None] + (2 if overlap == 2 else 1)) * ratio + np.arange(-overlap * ratio, 0)
     if m.data == "first_row" and rows:
         idxs[0, :ratio] = -1
@@ -234,7 +242,12 @@ def _sparse_attn(m: Maker) -> list[Any]:
     if m.data == "padding" and t:
         idxs[0] = -1  # a token with no row
     scale = 4.0 if m.data == "peaked" else 1.0
-    return [m.floats(t, h, d, scale=scale), m.floats(rows, d), m.plain(h) + (30 if m.data == "strong_sink" else 0), idxs]
+    return [
+        m.floats(t, h, d, scale=scale),
+        m.floats(rows, d),
+        m.plain(h) + (30 if m.data == "strong_sink" else 0),
+        idxs,
+    ]
 
 
 @builds("cached_sparse_attn")
@@ -250,7 +263,11 @@ def _cached_sparse_attn(m: Maker) -> list[Any]:
     rows = None if windowed else m.packed(m["row_slots"], layout)
     row_index = None if windowed else m.ints(0, m["row_slots"], old)
     total = m["recent"] + t + old
-    idxs = m.some_missing(m.ints(m["recent"] // 4, max(total, 1), t, m["picks"])) if total > m["recent"] // 4 else np.full((t, m["picks"]), -1, np.int32)
+    idxs = (
+        m.some_missing(m.ints(m["recent"] // 4, max(total, 1), t, m["picks"]))
+        if total > m["recent"] // 4
+        else np.full((t, m["picks"]), -1, np.int32)
+    )
     sink = m.plain(h) + (30 if m.data == "strong_sink" else 0)
     return [m.floats(t, h, d), kv, ring, ring_index, rows, row_index, sink, idxs]
 

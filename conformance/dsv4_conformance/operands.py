@@ -43,6 +43,7 @@ class Maker:
 
     @property
     def data(self) -> str:
+        """Name of the flavour."""
         return self.case.data
 
     @property
@@ -60,7 +61,7 @@ class Maker:
         named = {"act": self.act, "wide": self.wide}
         scalars = {k: named.get(v, v) if isinstance(v, str) else v for k, v in self.case.scalars.items()}
         if "layout" in scalars:
-            kind = scalars["layout"]
+            kind: Any = scalars["layout"]
             if kind == "plain" or self.numerics != "native":
                 scalars["layout"] = RowLayout("plain", self["dim"])
             else:
@@ -87,25 +88,43 @@ class Maker:
             scale = 1.0 if flavour == "integers" else max(cols, 1) ** -0.5
             return self.floats(out, cols, dtype=fmt, data=flavour, scale=scale)
         if fmt == "int8":
-            return quantise_int8(self.floats(out, cols, dtype="float32", data="positive" if self.data == "positive" else "normal", scale=cols**-0.5))
+            return quantise_int8(
+                self.floats(
+                    out,
+                    cols,
+                    dtype="float32",
+                    data="positive" if self.data == "positive" else "normal",
+                    scale=cols**-0.5,
+                )
+            )
         return self.scaled(out, cols, "e4m3" if fmt == "e4m3" else "e2m1")
 
     def scaled(self, out: int, cols: int, fmt: Format) -> ScaledArray:
         """A quantised weight."""
-        if self.data == "one_hot":  # every byte in every place that a token can reach, scales from one end of E8M0 to the other
+        if (
+            self.data == "one_hot"
+        ):  # every byte in every place that a token can reach, scales from one end of E8M0 to the other
             data = np.resize(np.arange(256, dtype=np.uint8), (out, cols if fmt == "e4m3" else cols // 2))
             data = np.stack([np.roll(row, 37 * i) for i, row in enumerate(data[:64])] * -(-out // 64))[:out]
             if fmt == "e4m3":
                 data = np.where((data & 0x7F) == 0x7F, 0, data)  # NaN has no place in a weight
             grid = (-(-out // 128), -(-cols // 128)) if fmt == "e4m3" else (out, cols // 32)
-            return ScaledArray(np.ascontiguousarray(data, np.uint8), np.resize(np.arange(127 - 100, 127 + 100, dtype=np.uint8), grid), fmt)
+            return ScaledArray(
+                np.ascontiguousarray(data, np.uint8),
+                np.resize(np.arange(127 - 100, 127 + 100, dtype=np.uint8), grid),
+                fmt,
+            )
         values = fill("positive" if self.data == "positive" else "normal", self.rng, (out, cols)) * cols**-0.5
         if self.data == "last_byte":
             values[:, :-2] = 0
         weight = quantise_weight(values, fmt)
         if self.data == "scale_ends":
-            ends = np.where(np.arange(weight.scale.shape[0]) % 2, 1, 232)  # 2^-126 and 2^105: products stay inside bfloat16
-            weight = ScaledArray(weight.data, np.broadcast_to(ends[:, None], weight.scale.shape).astype(np.uint8).copy(), fmt)
+            ends = np.where(
+                np.arange(weight.scale.shape[0]) % 2, 1, 232
+            )  # 2^-126 and 2^105: products stay inside bfloat16
+            weight = ScaledArray(
+                weight.data, np.broadcast_to(ends[:, None], weight.scale.shape).astype(np.uint8).copy(), fmt
+            )
         return weight
 
     def experts(self, name: str, count: int, out: int, cols: int) -> Experts:
@@ -147,9 +166,15 @@ class Maker:
             codes += np.arange(slots, dtype=np.uint8)[:, None]  # every code meets every channel
             if layout.kind == "kv":
                 codes = np.where((codes & 0x7F) == 0x7F, 0x7E, codes)
-            scale = np.resize(np.arange(1, 240, dtype=np.uint8), (slots, quantised // (64 if layout.kind == "kv" else 32)))
+            scale = np.resize(
+                np.arange(1, 240, dtype=np.uint8), (slots, quantised // (64 if layout.kind == "kv" else 32))
+            )
         else:
-            values, fmt, block = self.floats(slots, quantised, dtype="float32"), "e4m3" if layout.kind == "kv" else "e2m1", 0
+            values, fmt, block = (
+                self.floats(slots, quantised, dtype="float32"),
+                "e4m3" if layout.kind == "kv" else "e2m1",
+                0,
+            )
             block = 64 if fmt == "e4m3" else 32
             blocks = values.reshape(slots, quantised // block, block)
             scale = power_of_two_scale(np.abs(blocks).max(-1), fmt)  # type: ignore[arg-type]

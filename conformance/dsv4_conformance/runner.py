@@ -128,7 +128,10 @@ class Run:
     def summary(self) -> list[str]:
         """Closing lines; the last names what was not tested."""
         counts = self.counts()
-        lines = [f"{sum(counts.values())} checks at tier {self.tier}, {self.numerics}: " + ", ".join(f"{n} {s}" for s, n in counts.most_common())]
+        lines = [
+            f"{sum(counts.values())} checks at tier {self.tier}, {self.numerics}: "
+            + ", ".join(f"{n} {s}" for s, n in counts.most_common())
+        ]
         unclaimed = [f for f in self.findings if f.status in BAD - {"xpassed"} and not self.fails(f)]
         if unclaimed:
             lines.append(f"not claimed and failing: {len(unclaimed)} ({', '.join(sorted({f.op for f in unclaimed}))})")
@@ -158,9 +161,11 @@ def select(every: Sequence[Check], ops: Iterable[str], cases: Iterable[str]) -> 
     """Checks of the named ops (or laws) and ids; raise ``ValueError`` for a name that none has."""
     ops, cases = set(ops), set(cases)
     if unknown := ops - {c.op for c in every}:
-        raise ValueError(f"--op {sorted(unknown)[0]!r}: no check has that name; names: {', '.join(dict.fromkeys(c.op for c in every))}")
+        raise ValueError(
+            f"--op {min(unknown)!r}: no check has that name; names: {', '.join(dict.fromkeys(c.op for c in every))}"
+        )
     if unknown := cases - {c.id for c in every}:
-        raise ValueError(f"--case {sorted(unknown)[0]!r}: no such case; `dsv4 conformance run --list` prints all ids")
+        raise ValueError(f"--case {min(unknown)!r}: no such case; `dsv4 conformance run --list` prints all ids")
     if not ops and not cases:
         return list(every)
     return [c for c in every if c.op in ops or c.id in cases]
@@ -205,9 +210,15 @@ def run(
         matching = [x for x in xfails if x.matches(finding.id)]
         if matching and matching[0].expires >= today:
             if finding.status in BAD:
-                finding.status, finding.message = "xfailed", f"expected: {matching[0].reason} (until {matching[0].expires}); {finding.message}"
+                finding.status, finding.message = (
+                    "xfailed",
+                    f"expected: {matching[0].reason} (until {matching[0].expires}); {finding.message}",
+                )
             elif finding.status == "passed":
-                finding.status, finding.message = "xpassed", f"passes, but is expected to fail ({matching[0].reason}); remove the xfail"
+                finding.status, finding.message = (
+                    "xpassed",
+                    f"passes, but is expected to fail ({matching[0].reason}); remove the xfail",
+                )
         result.findings.append(finding)
         if progress:
             progress(finding, len(result.findings), len(chosen))

@@ -1,7 +1,8 @@
 """Recorded traces as checks: single ops on recorded inputs, and the parts of a layer that are made of several.
 
-An op's result and the recorded one are each within their budget of the exact result, so they differ by at most both budgets. Casts agree bit for bit. What is made of
-several ops (attention, experts, a block) goes through quantisations that turn one BF16 unit into an FP8 code: it is judged by its relative L2 distance.
+An op's result and the recorded one are each within their budget of the exact result, so they differ by at most both budgets. Casts agree bit
+for bit. What is made of several ops (attention, experts, a block) goes through quantisations that turn one BF16 unit into an FP8 code: it is judged by its
+relative L2 distance.
 """
 
 from __future__ import annotations
@@ -77,7 +78,12 @@ def _lowest_expert(r: Recorded) -> Any:
 def _hc_pre(r: Recorded) -> tuple[Any, ...]:
     c, mix = r.source.config, [r.array(f"hc_attn_{part}") for part in ("fn", "scale", "base")]
     h = r.tensors["x"].reshape(-1, c.hc_mult, c.hidden_size)
-    return "hc_pre", [h, *mix], {"norm_eps": c.rms_norm_eps, "eps": c.hc_eps, "iters": c.hc_sinkhorn_iters}, ("out", "post", "comb")
+    return (
+        "hc_pre",
+        [h, *mix],
+        {"norm_eps": c.rms_norm_eps, "eps": c.hc_eps, "iters": c.hc_sinkhorn_iters},
+        ("out", "post", "comb"),
+    )
 
 
 def _hc_post(r: Recorded) -> tuple[Any, ...]:
@@ -88,7 +94,12 @@ def _hc_post(r: Recorded) -> tuple[Any, ...]:
 
 def _sinkhorn(r: Recorded) -> tuple[Any, ...]:
     c, t = r.source.config, r.tensors
-    return "hc_split_sinkhorn", [rows(t["mixes"]), t["hc_scale"], t["hc_base"]], {"hc": c.hc_mult, "eps": c.hc_eps, "iters": c.hc_sinkhorn_iters}, ("pre", "post", "comb")
+    return (
+        "hc_split_sinkhorn",
+        [rows(t["mixes"]), t["hc_scale"], t["hc_base"]],
+        {"hc": c.hc_mult, "eps": c.hc_eps, "iters": c.hc_sinkhorn_iters},
+        ("pre", "post", "comb"),
+    )
 
 
 def _gate(r: Recorded) -> tuple[Any, ...]:
@@ -97,13 +108,23 @@ def _gate(r: Recorded) -> tuple[Any, ...]:
     if r.layer < c.num_hash_layers:
         ids = r.tensors["input_ids"].reshape(-1).astype(np.int32)
         return "gate_hash", [x, r.weight("ffn.gate"), r.array("ffn.gate.tid2eid"), ids], scale, ("weights", "indices")
-    return "gate", [x, r.weight("ffn.gate"), r.array("ffn.gate.bias")], {"topk": c.num_experts_per_tok, **scale}, ("weights", "indices")
+    return (
+        "gate",
+        [x, r.weight("ffn.gate"), r.array("ffn.gate.bias")],
+        {"topk": c.num_experts_per_tok, **scale},
+        ("weights", "indices"),
+    )
 
 
 def _sparse_attn(r: Recorded) -> tuple[Any, ...]:
     c, t = r.source.config, r.tensors
     q = t["q"].reshape(-1, c.num_attention_heads, c.head_dim)
-    return "sparse_attn", [q, t["kv"][0], t["attn_sink"], t["topk_idxs"][0].astype(np.int32)], {"softmax_scale": c.head_dim**-0.5}, ("out",)
+    return (
+        "sparse_attn",
+        [q, t["kv"][0], t["attn_sink"], t["topk_idxs"][0].astype(np.int32)],
+        {"softmax_scale": c.head_dim**-0.5},
+        ("out",),
+    )
 
 
 def _qdq(fmt: str, block: int) -> Callable[[Recorded], tuple[Any, ...]]:
@@ -121,7 +142,12 @@ SINGLE: dict[str, Callable[[Recorded], tuple[Any, ...]]] = {
     "rotate_activation": lambda r: ("hadamard", [rows(r.tensors["x"])], {}, ("out",)),
     "fp8_gemm": _gemm(lambda r: r.weight("attn.wq_a")),
     "fp4_gemm": _gemm(_lowest_expert),
-    "rms_norm": lambda r: ("rms_norm", [rows(r.tensors["x"]), r.weight("attn_norm")], {"eps": r.source.config.rms_norm_eps}, ("out",)),
+    "rms_norm": lambda r: (
+        "rms_norm",
+        [rows(r.tensors["x"]), r.weight("attn_norm")],
+        {"eps": r.source.config.rms_norm_eps},
+        ("out",),
+    ),
     "hc_split_sinkhorn": _sinkhorn,
     "hc_pre": _hc_pre,
     "hc_post": _hc_post,
@@ -173,7 +199,11 @@ class OpTrace:
     @property
     def op(self) -> str:
         """The op that computes it (score-routed gates and hash gates share their recorded name)."""
-        return "gate_hash" if self.what == "gate" and self.layer < (2 if self.model == "tiny-flash" else 1) else OP_OF[self.what]
+        return (
+            "gate_hash"
+            if self.what == "gate" and self.layer < (2 if self.model == "tiny-flash" else 1)
+            else OP_OF[self.what]
+        )
 
     @property
     def level(self) -> int:
@@ -182,7 +212,9 @@ class OpTrace:
 
     def run(self, session: Session) -> Finding:
         """Run the op; compare with the recorded result, and with the oracle for what both may be off."""
-        taken = Recorded(source(session, self.model), self.layer, recorded(self.model, self.time, self.layer, self.what))
+        taken = Recorded(
+            source(session, self.model), self.layer, recorded(self.model, self.time, self.layer, self.what)
+        )
         op, operands, scalars, names = SINGLE[self.what](taken)
         call = Call(op, operands, scalars, seed=seed_of(self.id))
         expected = expect(call, session.oracle, session.backend)
@@ -198,7 +230,9 @@ class OpTrace:
                 verdict.add(judge_exact(got, type(want)(theirs, want.dtype)), f"{name}: ")
             elif want.budget is not None:
                 assert want.spread is not None
-                both = type(want)(theirs.astype(np.float64), want.dtype, 2 * want.budget, 2 * want.spread + _unit_bias(want.value))
+                both = type(want)(
+                    theirs.astype(np.float64), want.dtype, 2 * want.budget, 2 * want.spread + _unit_bias(want.value)
+                )
                 verdict.add(judge_rounded(got, both), f"{name} against the recorded one: ")
         return Finding.of(self, verdict, seed=call.seed)
 
@@ -260,12 +294,16 @@ class PartTrace:
     def run(self, session: Session) -> Finding:
         """Run the part on every recorded input of the phase; compare all of them together."""
         times = [t for t in TIMES if t.startswith(self.phase)]
-        want = np.concatenate([rows(recorded(self.model, t, self.layer, self.what)["out"]).reshape(-1).astype(np.float64) for t in times])
+        want = np.concatenate(
+            [rows(recorded(self.model, t, self.layer, self.what)["out"]).reshape(-1).astype(np.float64) for t in times]
+        )
         got = np.concatenate([self.output(session, t).reshape(-1).astype(np.float64) for t in times])
         distance = float(np.linalg.norm(got - want) / np.linalg.norm(want))
         verdict = Verdict(used=distance / RELATIVE, metrics={"relative_l2": distance})
         if not distance <= RELATIVE:
-            verdict.problems.append(f"{self.what} of layer {self.layer}, {self.phase}: {distance:.3g} from the recorded output; {RELATIVE} is what quantisation explains")
+            verdict.problems.append(
+                f"{self.what} of layer {self.layer}, {self.phase}: {distance:.3g} from the recorded output; {RELATIVE} is what quantisation explains"
+            )
         return Finding.of(self, verdict)
 
     def output(self, session: Session, time: str) -> Host:
@@ -276,6 +314,7 @@ class PartTrace:
         be, ffn = m.backend, m.blocks[self.layer].ffn
         x = be.from_numpy(np.array(rows(t["x"])))
         if self.what == "shared_expert":
+            assert ffn.shared is not None
             return np.asarray(be.to_numpy(be.ffn(x, *ffn.shared, limit=m.config.swiglu_limit)))
         step = Step(Cache(be, m.config, 1, 512), t["gate.input_ids"].reshape(1, -1))
         return np.asarray(be.to_numpy(m.moe(ffn, x, step)))
@@ -347,8 +386,19 @@ def checks(numerics: Numerics) -> list[Check]:
     found: list[Check] = []
     for model, layers in LAYERS.items():
         names = names_of(model)
-        found += [OpTrace(model, t, i, what) for what in SINGLE for t in TIMES for i in layers if f"{t}.layer{i}.{what}" in names]
-        found += [PartTrace(model, p, i, what) for what in ("shared_expert", "moe", "attention", "block") for p in ("prefill", "decode") for i in layers]
+        found += [
+            OpTrace(model, t, i, what)
+            for what in SINGLE
+            for t in TIMES
+            for i in layers
+            if f"{t}.layer{i}.{what}" in names
+        ]
+        found += [
+            PartTrace(model, p, i, what)
+            for what in ("shared_expert", "moe", "attention", "block")
+            for p in ("prefill", "decode")
+            for i in layers
+        ]
         for what in ("compressor", "indexer_compressor"):
             found += [RowsTrace(model, i, what) for i in layers if f"prefill.layer{i}.{what}" in names]
     return found

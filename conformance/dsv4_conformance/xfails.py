@@ -44,9 +44,15 @@ def load(path: Path) -> list[Xfail]:
         raise ValueError(f"{path}: not TOML: {error}") from None
     found = []
     for i, entry in enumerate(entries):
-        for key, kind, example in (("case", str, '"linear/fp4"'), ("reason", str, '"why"'), ("expires", datetime.date, "2027-06-30")):
+        for key, kind, example in (
+            ("case", str, '"linear/fp4"'),
+            ("reason", str, '"why"'),
+            ("expires", datetime.date, "2027-06-30"),
+        ):
             if not isinstance(entry.get(key), kind) or not entry[key]:
-                raise ValueError(f"{path}: [[xfail]] number {i + 1} needs {key} = {example}, has {entry.get(key)!r}; an expected failure has a case, a reason and an expiry date")
+                raise ValueError(
+                    f"{path}: [[xfail]] number {i + 1} needs {key} = {example}, has {entry.get(key)!r}"
+                )
         found.append(Xfail(entry["case"], entry["reason"], entry["expires"]))
     return found
 

@@ -2,15 +2,15 @@
 
 import numpy as np
 
+from dsv4_core import dtypes as d
 from dsv4_core.backend import Backend
-from dsv4_core.dtypes import BFLOAT16, E8M0_VALUES, decode, encode, numpy_dtype, pack_fp4, power_of_two_scale, unpack_fp4
 from dsv4_core.registry import hookimpl
 
 
 def quantise(x, fmt, block):
     blocks = x.astype(np.float32).reshape(len(x), x.shape[1] // block, block)
-    scale = power_of_two_scale(np.abs(blocks).max(-1), fmt)
-    return encode(blocks / E8M0_VALUES[scale][..., None], fmt).reshape(x.shape), scale
+    scale = d.power_of_two_scale(np.abs(blocks).max(-1), fmt)
+    return d.encode(blocks / d.E8M0_VALUES[scale][..., None], fmt).reshape(x.shape), scale
 
 
 class ExampleBackend(Backend):
@@ -28,11 +28,11 @@ class ExampleBackend(Backend):
         return array
 
     def zeros(self, shape, dtype):
-        return np.zeros(shape, numpy_dtype(dtype))
+        return np.zeros(shape, d.numpy_dtype(dtype))
 
     def embedding(self, ids, weight):
         inside = (ids >= 0) & (ids < len(weight))
-        return np.where(inside[:, None], weight[np.where(inside, ids, 0)], 0).astype(BFLOAT16)
+        return np.where(inside[:, None], weight[np.where(inside, ids, 0)], 0).astype(d.BFLOAT16)
 
     def act_quant(self, x, *, block):
         return quantise(x, "e4m3", block)
@@ -40,14 +40,14 @@ class ExampleBackend(Backend):
     def act_qdq(self, x, *, format, block, channels):
         codes, scale = quantise(x[:, :channels], format, block)
         y = x.copy()
-        y[:, :channels] = decode(codes, format) * np.repeat(E8M0_VALUES[scale], block, axis=1)
+        y[:, :channels] = d.decode(codes, format) * np.repeat(d.E8M0_VALUES[scale], block, axis=1)
         return y
 
     def cache_write(self, cache, rows, index, *, layout):
         kept, n = rows[index >= 0], layout.dim - layout.rope_dim
         if layout.kind == "key":
             codes, scale = quantise(kept, "e2m1", 32)
-            kept = np.concatenate([pack_fp4(codes), scale], axis=1)
+            kept = np.concatenate([d.pack_fp4(codes), scale], axis=1)
         elif layout.kind == "kv":
             codes, scale = quantise(kept[:, :n], "e4m3", 64)
             gap = np.zeros((len(kept), layout.width - n - scale.shape[1] - 2 * layout.rope_dim), np.uint8)
@@ -59,11 +59,11 @@ class ExampleBackend(Backend):
         if layout.kind == "plain":
             return rows
         if layout.kind == "key":
-            values = unpack_fp4(np.ascontiguousarray(rows[:, : n // 2]))
-            return (values * np.repeat(E8M0_VALUES[rows[:, n // 2 :]], 32, axis=1)).astype(BFLOAT16)
-        values = decode(rows[:, :n], "e4m3") * np.repeat(E8M0_VALUES[rows[:, n : n + n // 64]], 64, axis=1)
-        rope = np.ascontiguousarray(rows[:, layout.width - 2 * layout.rope_dim :]).view(BFLOAT16)
-        return np.concatenate([values.astype(BFLOAT16), rope], axis=1)
+            values = d.E2M1_PAIRS[rows[:, : n // 2]].reshape(len(rows), n)
+            return (values * np.repeat(d.E8M0_VALUES[rows[:, n // 2 :]], 32, axis=1)).astype(d.BFLOAT16)
+        values = d.decode(rows[:, :n], "e4m3") * np.repeat(d.E8M0_VALUES[rows[:, n : n + n // 64]], 64, axis=1)
+        rope = np.ascontiguousarray(rows[:, layout.width - 2 * layout.rope_dim :]).view(d.BFLOAT16)
+        return np.concatenate([values.astype(d.BFLOAT16), rope], axis=1)
 
     def hc_expand(self, x, *, hc):
         return np.repeat(x[:, None], hc, axis=1)

@@ -25,7 +25,18 @@ def vendor(tmp_path_factory):
     parent = [p for p in sys.path if p.endswith("site-packages")]
     (site / "libraries.pth").write_text("".join(f"import site; site.addsitedir({p!r})\n" for p in parent))
     python = home / "venv" / "bin" / "python"
-    install = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-e", home / "package"]
+    install = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-e",
+        home / "package",
+    ]
     done = subprocess.run(install, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return home, python
@@ -33,7 +44,16 @@ def vendor(tmp_path_factory):
 
 def run(vendor, *arguments):
     home, python = vendor
-    command = [python, "-c", "from dsv4_core.cli import main; main()", "conformance", "run", "--backend", "example", *arguments]
+    command = [
+        python,
+        "-c",
+        "from dsv4_core.cli import main; main()",
+        "conformance",
+        "run",
+        "--backend",
+        "example",
+        *arguments,
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, check=False)
 
@@ -57,7 +77,9 @@ def test_a_wrong_line_is_found(vendor):
     home, _ = vendor
     source = home / "package" / FILE
     right = source.read_text()
-    source.write_text(right.replace("np.mean(wide * wide, axis=-1, keepdims=True)", "np.mean(wide * wide, axis=0, keepdims=True)"))
+    source.write_text(
+        right.replace("np.mean(wide * wide, axis=-1, keepdims=True)", "np.mean(wide * wide, axis=0, keepdims=True)")
+    )
     try:
         done = run(vendor, "--op", "rms_norm")
     finally:

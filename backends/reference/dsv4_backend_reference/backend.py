@@ -40,6 +40,7 @@ class ReferenceBackend(
     )
     claims_level = 3
     deterministic = True
+    weight_cache: int
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

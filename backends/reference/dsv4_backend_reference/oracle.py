@@ -1,13 +1,14 @@
 """The oracle: the reference's own code in float64, results unrounded, and the same with random rounding where the contract rounds.
 
-The spread of the perturbed results is a case's sensitivity to rounding, element by element. Three kinds of noise, each from the contract:
+The spread of the perturbed results is a case's sensitivity to rounding, element by element. The noise, each kind from the contract:
 
 - every sum (``dot``, ``total``): adding n terms one after another in a format of unit roundoff u errs with standard deviation
-  ``u * sqrt(n) / 3 * sum|terms|`` when the partial sums grow evenly (each rounding contributes u / sqrt(3)), and no order is worse; one u more for
-  the product or division around the sum;
-- every operand on its way in: a relative ``u``, which stands for the few elementwise roundings that follow it;
+  ``u * sqrt(n) / 3 * sum|terms|`` when the partial sums grow evenly (each rounding contributes u / sqrt(3)), and no order is worse; 2u more for
+  the products, divisions and exponentials around the sum;
+- every operand on its way in: a relative 2u, which stands for the elementwise roundings that follow it (a dozen of them: sqrt(12) u / sqrt(3));
 - every rounding between the required ops of a fused one: stochastic, to the format that the contract rounds to there (and in one more sample, to
-  nearest and without any other noise, as the default composition does);
+  nearest and without any other noise, as the default composition does). Where such a result is quantised, its block's largest value may lie so near
+  a power of two that its roundings decide the scale of the whole block: samples lean to either side in turn;
 - cosines and sines: an absolute u (range reduction leaves no relative accuracy near their zeros).
 
 What a backend declares narrower replaces u, or adds a rounding, where it declares it.
@@ -21,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsv4_backend_reference.backend import ReferenceBackend
-from dsv4_core.dtypes import FP8_BLOCK, Experts, Format, Host, ScaledArray, numpy_dtype
+from dsv4_backend_reference.quant import scale_bytes
+from dsv4_core.dtypes import E8M0_VALUES, FP8_BLOCK, Experts, Format, Host, ScaledArray, numpy_dtype, round_to_grid
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from dsv4_core.spec import Numerics
 
 FP8_PARTIAL_UNIT = 2.0**-14  # tensor cores that align FP8 products keep about 14 bits until they are promoted
+ELEMENTWISE = 2.0  # units: see above
+LEAN = 3 * 2.0**-8  # how far three roundings to bfloat16 (gate, up and their product) can move a block's largest value
 PRECISION = {"bfloat16": 8, "float32": 24, "float64": 53}  # significant bits
 
 
@@ -66,6 +70,8 @@ class Oracle(ReferenceBackend):
         self.partial: float | None = None  # unit of partial sums within 128 channels, where declared
         self.elementwise = True
         self.nearest = False
+        self.lean = 1.0
+        self.between: list[Host] = []  # what was rounded between the parts of the fused op under way
         self.magnitudes: list[Host | None] = []
         self.sums = self.roundings = self.final = 0
 
@@ -94,6 +100,7 @@ class Oracle(ReferenceBackend):
             self.nearest = False
         for i in range(samples):
             self.rng, self.sums, self.roundings = np.random.default_rng((seed, i)), 0, 0
+            self.lean, self.between = 1 + (LEAN if i % 2 else -LEAN), []
             perturbed.append(call(*operands, **scalars))
         self.rng = None
         return exact, perturbed
@@ -106,10 +113,10 @@ class Oracle(ReferenceBackend):
         self.rng = rng
 
     def widen(self, x: Host) -> Host:
-        """Float64, with a relative error of one unit where perturbed."""
+        """Float64, with a relative error of two units where perturbed."""
         wide = x.astype(np.float64)
         if self.rng is not None and self.elementwise:
-            wide *= 1 + self.unit * self.rng.standard_normal(x.shape, np.float32)
+            wide *= 1 + ELEMENTWISE * self.unit * self.rng.standard_normal(x.shape, np.float32)
         return wide
 
     def round_to(self, x: Host, dtype: str) -> Host:
@@ -119,7 +126,8 @@ class Oracle(ReferenceBackend):
             return x.astype(numpy_dtype(dtype)).astype(np.float64)
         if self.rng is None or self.roundings == self.final:
             return x.astype(np.float64, copy=False)
-        return stochastic(x, dtype, self.rng)
+        self.between.append(stochastic(x, dtype, self.rng))
+        return self.between[-1]
 
     def dot(self, a: Host, b: Host) -> Host:
         """``a @ b`` with the error of a sum of products."""
@@ -158,13 +166,20 @@ class Oracle(ReferenceBackend):
             kept = magnitude()
         self.sums += 1
         return (
-            0.0 if kept is None else unit * (1 + np.sqrt(n) / 3) * kept * self.rng.standard_normal(y.shape, np.float32)
+            0.0
+            if kept is None
+            else unit * (ELEMENTWISE + np.sqrt(n) / 3) * kept * self.rng.standard_normal(y.shape, np.float32)
         )
 
     def on_grid(self, x: Host, fmt: Format, block: int) -> Host:
-        """Quantisation is exact given its input."""
+        """Quantisation is exact given its input; the scale of a rounded intermediate may fall on either side of a power of two."""
+        rounded = self.rng is not None and any(x is y for y in self.between)
         with self.quiet():
-            return super().on_grid(x, fmt, block)
+            if not rounded:
+                return super().on_grid(x, fmt, block)
+            blocks = x.reshape(x.shape[0], x.shape[1] // block, block)
+            scale = E8M0_VALUES[scale_bytes(blocks * self.lean, fmt)][..., None].astype(np.float64)
+            return (round_to_grid(blocks / scale, fmt) * scale).reshape(x.shape)
 
     def on_int8(self, x: Host) -> Host:
         """Quantisation is exact given its input."""

@@ -1,7 +1,8 @@
 """Fixed tiles: the same bits for a token whatever else is in the batch.
 
-BLAS picks a kernel, and with it an order of summation, by the number of rows; pairwise sums split by length. Here every product is of one shape (``ROWS`` rows at a
-time, padded with zeros), and every sum that may be padded runs over ``TERMS`` terms at a time, one group after another: zeros at the end change nothing.
+BLAS picks a kernel, and with it an order of summation, by the number of rows; pairwise sums split by length. Here every product is of one
+shape (``ROWS`` rows at a time, padded with zeros), and every sum that may be padded runs over ``TERMS`` terms at a time, one group after another:
+zeros at the end change nothing.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from dsv4_core.config import PRESETS
-from dsv4_core.dtypes import Host
 
 from dsv4_conformance.museum.fault import Op, mutant
+from dsv4_core.config import PRESETS
+from dsv4_core.dtypes import Host
 
 
 @mutant("sparse_attn", seen="attn_sink loaded but not used: the only new term of this softmax")
@@ -22,7 +22,12 @@ def sink_missing(be: Any, right: Op, q: Host, kv: Host, sink: Host, idxs: Host, 
 def sink_in_the_numerator(be: Any, right: Op, q: Host, kv: Host, sink: Host, idxs: Host, **kw: Any) -> Any:
     y, without = right(q, kv, sink, idxs, **kw), right(q, kv, np.full_like(sink, -1e30), idxs, **kw)
     a, b = y.astype(np.float64), without.astype(np.float64)
-    share = 1 - np.divide((a * b).sum(-1, keepdims=True), (b * b).sum(-1, keepdims=True), out=np.ones((*a.shape[:2], 1)), where=(b != 0).any(-1, keepdims=True))
+    share = 1 - np.divide(
+        (a * b).sum(-1, keepdims=True),
+        (b * b).sum(-1, keepdims=True),
+        out=np.ones((*a.shape[:2], 1)),
+        where=(b != 0).any(-1, keepdims=True),
+    )
     first = kv[np.maximum(idxs[:, 0], 0)].astype(np.float64)[:, None]
     return (a + share * first).astype(y.dtype)
 
@@ -41,7 +46,9 @@ def softmax_overflows(be: Any, right: Op, q: Host, kv: Host, sink: Host, idxs: H
 
 
 @mutant("sparse_attn", seen="probabilities cast to BF16 for the second matrix product, and not declared")
-def undeclared_bf16_probabilities(be: Any, right: Op, q: Host, kv: Host, sink: Host, idxs: Host, *, softmax_scale: float) -> Any:
+def undeclared_bf16_probabilities(
+    be: Any, right: Op, q: Host, kv: Host, sink: Host, idxs: Host, *, softmax_scale: float
+) -> Any:
     from dsv4_core.dtypes import BFLOAT16
 
     rows, valid = kv[np.maximum(idxs, 0)].astype(np.float32), (idxs >= 0)[:, None]
@@ -59,7 +66,9 @@ def inverse_rope_missing(be: Any, right: Op, x: Host, positions: Host, freqs: Ho
 
 
 @mutant("apply_rope", seen="rotated back by the next token's position: the cache's length has moved on by then")
-def inverse_rope_at_the_wrong_position(be: Any, right: Op, x: Host, positions: Host, freqs: Host, *, inverse: bool) -> Any:
+def inverse_rope_at_the_wrong_position(
+    be: Any, right: Op, x: Host, positions: Host, freqs: Host, *, inverse: bool
+) -> Any:
     return right(x, positions + np.int32(inverse), freqs, inverse=inverse)
 
 
@@ -86,9 +95,13 @@ def yarn_on_sliding_layers(be: Any, right: Op, x: Host, positions: Host, freqs: 
 
 
 @mutant("apply_rope", seen="rope_scaling ignored: short contexts do not show it")
-def yarn_missing_on_compressed_layers(be: Any, right: Op, x: Host, positions: Host, freqs: Host, *, inverse: bool) -> Any:
+def yarn_missing_on_compressed_layers(
+    be: Any, right: Op, x: Host, positions: Host, freqs: Host, *, inverse: bool
+) -> Any:
     sliding = np.array_equal(freqs, plain(freqs, PRESETS["flash"].rope_theta))
-    return right(x, positions, freqs if sliding else plain(freqs, PRESETS["flash"].compress_rope_theta), inverse=inverse)
+    return right(
+        x, positions, freqs if sliding else plain(freqs, PRESETS["flash"].compress_rope_theta), inverse=inverse
+    )
 
 
 @mutant("apply_rope", seen="rope_theta used for every layer: compress_rope_theta is a second key")
@@ -97,7 +110,9 @@ def wrong_theta(be: Any, right: Op, x: Host, positions: Host, freqs: Host, *, in
 
 
 @mutant("apply_rope", seen="an offset position * row bytes in 32 bits: wrong from half a million tokens on")
-def int32_overflow_at_a_high_position(be: Any, right: Op, x: Host, positions: Host, freqs: Host, *, inverse: bool) -> Any:
+def int32_overflow_at_a_high_position(
+    be: Any, right: Op, x: Host, positions: Host, freqs: Host, *, inverse: bool
+) -> Any:
     with np.errstate(over="ignore"):
         wrapped = (positions.astype(np.int32) * np.int32(4096)) // np.int32(4096)
     return right(x, wrapped.astype(np.int32), freqs, inverse=inverse)
@@ -109,11 +124,16 @@ def angles_not_float32(be: Any, right: Op, x: Host, positions: Host, freqs: Host
     angle = positions.astype(np.float64)[:, None] * freqs.astype(np.float64)
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None] * (-1 if inverse else 1)
     y, a, b = x.copy(), x[..., -2 * half :: 2].astype(np.float64), x[..., -2 * half + 1 :: 2].astype(np.float64)
-    y[..., -2 * half :: 2], y[..., -2 * half + 1 :: 2] = (a * cos - b * sin).astype(x.dtype), (a * sin + b * cos).astype(x.dtype)
+    y[..., -2 * half :: 2], y[..., -2 * half + 1 :: 2] = (
+        (a * cos - b * sin).astype(x.dtype),
+        (a * sin + b * cos).astype(x.dtype),
+    )
     return y
 
 
-@mutant("rms_norm", seen="the query heads' norm has no weight, so that a loader that builds norms from weights skips it")
+@mutant(
+    "rms_norm", seen="the query heads' norm has no weight, so that a loader that builds norms from weights skips it"
+)
 def unweighted_q_norm_missing(be: Any, right: Op, x: Host, weight: Any, *, eps: float) -> Any:
     return x.copy() if weight is None else right(x, weight, eps=eps)
 
@@ -131,17 +151,27 @@ def norm_rounded_twice(be: Any, right: Op, x: Host, weight: Any, *, eps: float) 
     return y if weight is None else (y.astype(np.float32) * weight.astype(np.float32)).astype(x.dtype)
 
 
-@mutant("compress", seen="previous window and current one use different halves of the channels; both orders have the same shape")
+@mutant(
+    "compress",
+    seen="previous window and current one use different halves of the channels; both orders have the same shape",
+)
 def overlap_halves_swapped(be: Any, right: Op, kv_score: Host, ape: Host, idxs: Host, *, dim: int) -> Any:
-    ratio, width = ape.shape
+    width = ape.shape[1]
     if width == dim:
         return right(kv_score, ape, idxs, dim=dim)
     order = np.concatenate([np.arange(dim, width), np.arange(dim)])
-    return right(np.ascontiguousarray(kv_score[:, np.concatenate([order, width + order])]), np.ascontiguousarray(ape[:, order]), idxs, dim=dim)
+    return right(
+        np.ascontiguousarray(kv_score[:, np.concatenate([order, width + order])]),
+        np.ascontiguousarray(ape[:, order]),
+        idxs,
+        dim=dim,
+    )
 
 
 @mutant("compress", seen="state of the window before is dropped where a chunk of the prompt ends")
-def previous_window_forgotten_across_a_chunk(be: Any, right: Op, kv_score: Host, ape: Host, idxs: Host, *, dim: int) -> Any:
+def previous_window_forgotten_across_a_chunk(
+    be: Any, right: Op, kv_score: Host, ape: Host, idxs: Host, *, dim: int
+) -> Any:
     ratio, width = ape.shape
     forgotten = idxs.copy()
     if width > dim:
@@ -163,7 +193,9 @@ def compressor_softmax_missing(be: Any, right: Op, kv_score: Host, ape: Host, id
 
 @mutant("index_scores", seen="the indexer's ReLU sits between two products and is easily fused away")
 def indexer_relu_missing(be: Any, right: Op, q: Host, weights: Host, keys: Host, *, scale: float) -> Any:
-    y = np.einsum("bsh,bshd,bnd->bsn", weights.astype(np.float64) * scale, q.astype(np.float64), keys.astype(np.float64))
+    y = np.einsum(
+        "bsh,bshd,bnd->bsn", weights.astype(np.float64) * scale, q.astype(np.float64), keys.astype(np.float64)
+    )
     return y.astype(be.wide_dtype)
 
 
@@ -178,7 +210,11 @@ def negative_head_weights_dropped(be: Any, right: Op, q: Host, weights: Host, ke
     return right(q, np.maximum(weights, 0), keys, scale=scale)
 
 
-@mutant("index_select", seen="a library's top-k promises nothing on ties, and gives other rows from run to run", numeric=False)
+@mutant(
+    "index_select",
+    seen="a library's top-k promises nothing on ties, and gives other rows from run to run",
+    numeric=False,
+)
 def unstable_ties(be: Any, right: Op, scores: Host, visible: Host, offset: Host, *, topk: int) -> Any:
     rows = scores.shape[-1]
     seen = np.arange(rows) < visible[..., None]
@@ -201,8 +237,13 @@ def visible_one_row_early(be: Any, right: Op, scores: Host, visible: Host, offse
     return right(scores, np.minimum(visible + 1, scores.shape[-1]), offset, topk=topk)
 
 
-@mutant("cached_sparse_attn", seen="the compressed branch masked off whenever more than one token is fed; shipped in a public port")
-def compressed_branch_masked_in_prefill(be: Any, right: Op, q: Host, kv: Host, ring: Host, ring_index: Host, *rest: Any, **kw: Any) -> Any:
+@mutant(
+    "cached_sparse_attn",
+    seen="the compressed branch masked off whenever more than one token is fed; shipped in a public port",
+)
+def compressed_branch_masked_in_prefill(
+    be: Any, right: Op, q: Host, kv: Host, ring: Host, ring_index: Host, *rest: Any, **kw: Any
+) -> Any:
     rows, row_index, sink, idxs = rest
     if len(q) > 1:
         idxs = np.where(idxs >= len(ring_index) + len(kv), -1, idxs).astype(np.int32)
@@ -210,7 +251,19 @@ def compressed_branch_masked_in_prefill(be: Any, right: Op, q: Host, kv: Host, r
 
 
 @mutant("cached_sparse_attn", seen="p - W + 1 .. p has W rows; p - W .. p has one too many, p - W + 2 one too few")
-def window_off_by_one(be: Any, right: Op, q: Host, kv: Host, ring: Host, ring_index: Host, rows: Any, row_index: Any, sink: Host, idxs: Host, **kw: Any) -> Any:
+def window_off_by_one(
+    be: Any,
+    right: Op,
+    q: Host,
+    kv: Host,
+    ring: Host,
+    ring_index: Host,
+    rows: Any,
+    row_index: Any,
+    sink: Host,
+    idxs: Host,
+    **kw: Any,
+) -> Any:
     shorter = idxs.copy()
     np.put_along_axis(shorter, (idxs >= 0).argmax(1)[:, None], -1, axis=1)
     return right(q, kv, ring, ring_index, rows, row_index, sink, shorter, **kw)

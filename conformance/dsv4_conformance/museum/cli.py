@@ -16,20 +16,40 @@ SLICES = 4  # of the seeds: parts that processes take
 
 @click.command("mutants")
 @click.option("--name", "names", multiple=True, help="Only this mutant or variant; may be repeated.")
-@click.option("--tier", type=click.Choice(["smoke", "standard"]), default="standard", show_default=True, help="Give up on a mutant after it.")
-@click.option("--seeds", default=20, show_default=True, help="Seeds of the numeric op cases for the honest variants; 0 leaves them out.")
+@click.option(
+    "--tier",
+    type=click.Choice(["smoke", "standard"]),
+    default="standard",
+    show_default=True,
+    help="Give up on a mutant after it.",
+)
+@click.option(
+    "--seeds",
+    default=20,
+    show_default=True,
+    help="Seeds of the numeric op cases for the honest variants; 0 leaves them out.",
+)
 @click.option("--whole", is_flag=True, help="Also the whole standard tier once on each honest variant.")
 @click.option("--jobs", default=2, show_default=True, help="Processes.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write museum.json, mutants.md and safety-factor.md with its picture here.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write museum.json, mutants.md and safety-factor.md with its picture here.",
+)
 def command(names: tuple[str, ...], tier: str, seeds: int, whole: bool, jobs: int, out: Path | None) -> None:
     """Prove that the suite bites: run it on backends with one fault each, until something fails; and on honest ones, which must pass."""
-    from dsv4_conformance.museum.hunt import MUTANTS, VARIANTS
+    from dsv4_conformance.museum.catalogue import MUTANTS, VARIANTS
 
     if unknown := set(names) - set(MUTANTS) - set(VARIANTS):
-        raise ValueError(f"--name {sorted(unknown)[0]!r}: neither a mutant nor an honest variant")
+        raise ValueError(f"--name {min(unknown)!r}: neither a mutant nor an honest variant")
     hunted = [n for n in MUTANTS if not names or n in names]
     honest = [n for n in VARIANTS if not names or n in names]
-    record: dict[str, Any] = {"date": str(datetime.datetime.now(datetime.timezone.utc).date()), "seeds": seeds, "mutants": {}, "honest": {}}
+    record: dict[str, Any] = {
+        "date": str(datetime.datetime.now(datetime.timezone.utc).date()),
+        "seeds": seeds,
+        "mutants": {},
+        "honest": {},
+    }
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         for kill in pool.map(hunted_one, hunted, [tier] * len(hunted)):
@@ -46,7 +66,9 @@ def command(names: tuple[str, ...], tier: str, seeds: int, whole: bool, jobs: in
                 merge(record["honest"], result)
     for name, h in record["honest"].items():
         alarm = click.style(f"FAILED {h['alarms'][0]}", fg="red") if h["alarms"] else "passes"
-        click.echo(f"honest {name:39} {alarm}; {h['cases']} cases, at most {h['used']:.0%} of a budget ({h['at']})")
+        click.echo(
+            f"honest {name:39} {alarm}; {h['cases']} cases, at most {h['used']:.1%} of a budget, factor {h['factor']:.2f} ({h['at']})"
+        )
     if out:
         from dsv4_conformance.museum.pages import write
 
@@ -71,7 +93,8 @@ def closing(record: dict[str, Any]) -> int:
 
 def hunted_one(name: str, tier: str) -> dict[str, Any]:
     """Hunt one mutant, in a process of its own."""
-    from dsv4_conformance.museum.hunt import MUTANTS, hunt
+    from dsv4_conformance.museum.catalogue import MUTANTS
+    from dsv4_conformance.museum.hunt import hunt
     from dsv4_conformance.report import finite
 
     kill = hunt(MUTANTS[name], tier=tier)
@@ -82,6 +105,7 @@ def hunted_one(name: str, tier: str) -> dict[str, Any]:
             "tier": kill.tier,
             "id": f.id if f else "",
             "used": f.used if f else 0.0,
+            "factor": f.metrics.get("factor", 0.0) if f else 0.0,
             "message": f.message if f else "",
             "numeric": kill.mutant.numeric,
             "seconds": round(kill.seconds, 2),
@@ -110,11 +134,14 @@ def whole_one(name: str) -> dict[str, Any]:
 
 def merge(into: dict[str, Any], part: dict[str, Any]) -> None:
     """Add one part's counts to a variant's."""
-    known = into.setdefault(part["name"], {"name": part["name"], "cases": 0, "alarms": [], "used": 0.0, "at": ""})
+    known = into.setdefault(
+        part["name"], {"name": part["name"], "cases": 0, "alarms": [], "used": 0.0, "factor": 0.0, "at": ""}
+    )
     known["cases"] += part["cases"]
     known["alarms"] += part["alarms"]
-    if part["used"] > known["used"]:
-        known["used"], known["at"] = part["used"], part["at"]
+    known["used"] = max(known["used"], part["used"])
+    if part["factor"] > known["factor"]:
+        known["factor"], known["at"] = part["factor"], part["at"]
 
 
 def load(path: Path) -> dict[str, Any]:

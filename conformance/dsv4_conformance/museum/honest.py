@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from dsv4_core.backend import Backend
-from dsv4_core.dtypes import BFLOAT16, Experts, Host, ScaledArray
 
 from dsv4_conformance.museum.fault import Fault, Op, altered
+from dsv4_core.backend import Backend
+from dsv4_core.dtypes import BFLOAT16, Experts, Host, ScaledArray
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ def pairwise(be: Any, right: Op, a: Host, b: Host) -> Host:
     n = a.shape[-1]
     if n <= 16:
         return np.asarray(right(a, b))
-    return pairwise(be, right, a[..., : n // 2], b[..., : n // 2, :]) + pairwise(be, right, a[..., n // 2 :], b[..., n // 2 :, :])
+    return pairwise(be, right, a[..., : n // 2], b[..., : n // 2, :]) + pairwise(
+        be, right, a[..., n // 2 :], b[..., n // 2 :, :]
+    )
 
 
 def backwards(be: Any, right: Op, a: Host, b: Host) -> Host:
@@ -53,7 +55,9 @@ def backwards(be: Any, right: Op, a: Host, b: Host) -> Host:
 
 def transposed(be: Any, right: Op, a: Host, b: Host) -> Host:
     """The other BLAS order: ``(b^T a^T)^T``."""
-    return np.asarray(right(np.ascontiguousarray(b.swapaxes(-1, -2)), np.ascontiguousarray(a.swapaxes(-1, -2)))).swapaxes(-1, -2)
+    return np.asarray(
+        right(np.ascontiguousarray(b.swapaxes(-1, -2)), np.ascontiguousarray(a.swapaxes(-1, -2)))
+    ).swapaxes(-1, -2)
 
 
 def fused_multiply_add(be: Any, right: Op, a: Host, b: Host) -> Host:
@@ -81,12 +85,20 @@ def row_splits(be: Any, right: Op, a: Host, b: Host) -> Host:
 
 def sequential(be: Any, right: Op, x: Host, axis: int) -> Host:
     """One term after another."""
-    return np.take(np.cumsum(x, axis=axis, dtype=x.dtype), [-1], axis=axis) if x.shape[axis] else np.asarray(right(x, axis))
+    return (
+        np.take(np.cumsum(x, axis=axis, dtype=x.dtype), [-1], axis=axis)
+        if x.shape[axis]
+        else np.asarray(right(x, axis))
+    )
 
 
 def sequential_mean(be: Any, right: Op, x: Host) -> Host:
     """Squares added one after another."""
-    return np.cumsum(x * x, axis=-1, dtype=x.dtype)[:, -1:] / x.dtype.type(x.shape[1]) if x.shape[1] else np.asarray(right(x))
+    return (
+        np.cumsum(x * x, axis=-1, dtype=x.dtype)[:, -1:] / x.dtype.type(x.shape[1])
+        if x.shape[1]
+        else np.asarray(right(x))
+    )
 
 
 def bf16_probabilities(be: Any, right: Op, scores: Host, count: Host, sink: Host) -> Host:
@@ -111,7 +123,9 @@ def promoted(be: Any, right: Op, x: Host, weight: Any) -> Host:
     return total
 
 
-def last_expert_first(be: Any, right: Op, rows: Host, order: Host, offsets: Host, shared: Any, *, topk: int, out_dtype: str) -> Any:
+def last_expert_first(
+    be: Any, right: Op, rows: Host, order: Host, offsets: Host, shared: Any, *, topk: int, out_dtype: str
+) -> Any:
     """Each token's copies added in the other order, the shared expert first."""
     local = int(offsets[-1])
     copies = np.zeros((len(rows), rows.shape[1]), be.wide_dtype)
@@ -142,12 +156,24 @@ def online_softmax(be: Any, right: Op, scores: Host, count: Host, sink: Host) ->
 
 
 def fused_ffn(be: Any, right: Op, x: Host, w1: Any, w3: Any, w2: Any, *, limit: float) -> Any:
-    """gate and up stay wide between w1, w3 and SwiGLU: one kernel, one rounding less."""
+    """Gate and up stay wide between w1, w3 and SwiGLU: one kernel, one rounding less."""
     gate, up = be.linear(x, w1, out_dtype=be.wide_dtype), be.linear(x, w3, out_dtype=be.wide_dtype)
     return be.linear(be.swiglu(gate, up, None, limit=limit), w2, out_dtype=be.activation_dtype)
 
 
-def fused_pre_norm(be: Any, right: Op, h: Host, fn: Host, scale: Host, base: Host, weight: Host, *, norm_eps: float, eps: float, iters: int) -> Any:
+def fused_pre_norm(
+    be: Any,
+    right: Op,
+    h: Host,
+    fn: Host,
+    scale: Host,
+    base: Host,
+    weight: Host,
+    *,
+    norm_eps: float,
+    eps: float,
+    iters: int,
+) -> Any:
     """The reduced stream stays wide until the norm has been applied."""
     wide, mixes = be.mixes(h, fn, norm_eps)
     pre, post, comb = be.hc_split_sinkhorn(mixes, scale, base, hc=h.shape[1], eps=eps, iters=iters)
@@ -155,14 +181,30 @@ def fused_pre_norm(be: Any, right: Op, h: Host, fn: Host, scale: Host, base: Hos
     return be.rounded(x / np.sqrt(be.square_mean(x) + x.dtype.type(norm_eps)) * be.widen(weight)), post, comb
 
 
-def experts_one_by_one(be: Any, right: Op, x: Host, weights: Host, indices: Host, shared: Any, w1: Experts, w3: Experts, w2: Experts, **kw: Any) -> Any:
+def experts_one_by_one(
+    be: Any,
+    right: Op,
+    x: Host,
+    weights: Host,
+    indices: Host,
+    shared: Any,
+    w1: Experts,
+    w3: Experts,
+    w2: Experts,
+    **kw: Any,
+) -> Any:
     """A fused layer: gate and up wide, experts from the last to the first, outputs added as they come."""
     total = np.zeros((len(x), w2.shape[1]), be.wide_dtype)
     for e in range(w1.shape[0] - 1, -1, -1):
         token, slot = np.nonzero(indices == e + kw["first_expert"])
         if token.size:
-            gate, up = be.linear(x[token], w1[e], out_dtype=be.wide_dtype), be.linear(x[token], w3[e], out_dtype=be.wide_dtype)
-            y = be.linear(be.swiglu(gate, up, weights[token, slot], limit=kw["limit"]), w2[e], out_dtype=be.activation_dtype)
+            gate, up = (
+                be.linear(x[token], w1[e], out_dtype=be.wide_dtype),
+                be.linear(x[token], w3[e], out_dtype=be.wide_dtype),
+            )
+            y = be.linear(
+                be.swiglu(gate, up, weights[token, slot], limit=kw["limit"]), w2[e], out_dtype=be.activation_dtype
+            )
             total[token] += y
     return be.round_to(total if shared is None else total + shared.astype(total.dtype), kw["out_dtype"])
 
@@ -181,13 +223,31 @@ VARIANTS: dict[str, Variant] = {
         Variant("fused_multiply_add", "exact products, one rounding per addition", {"dot": fused_multiply_add}),
         Variant("float64_sums", "sums in float64", {"dot": float64_sums}),
         Variant("row_splits", "tiles of four rows", {"dot": row_splits}),
-        Variant("sequential_totals", "norms and softmax sums one term after another", {"total": sequential, "square_mean": sequential_mean}),
-        Variant("online_softmax", "softmax in two halves with maxima of their own", {"softmax_with_sink": online_softmax}),
+        Variant(
+            "sequential_totals",
+            "norms and softmax sums one term after another",
+            {"total": sequential, "square_mean": sequential_mean},
+        ),
+        Variant(
+            "online_softmax", "softmax in two halves with maxima of their own", {"softmax_with_sink": online_softmax}
+        ),
         Variant("last_expert_first", "experts' outputs added in the other order", {"combine": last_expert_first}),
-        Variant("fused_experts", "moe and ffn fused: gate and up stay wide", {"moe": experts_one_by_one, "ffn": fused_ffn}),
+        Variant(
+            "fused_experts", "moe and ffn fused: gate and up stay wide", {"moe": experts_one_by_one, "ffn": fused_ffn}
+        ),
         Variant("fused_pre_norm", "mHC reduction and norm fused", {"hc_pre_norm": fused_pre_norm}),
-        Variant("bf16_probabilities", "probabilities in BF16, declared", {"softmax_with_sink": bf16_probabilities}, {"sparse_attn": (_BF16,), "cached_sparse_attn": (_BF16,)}),
-        Variant("fp8_partial_sums", "FP8 partial sums in 14 bits, declared", {"times": promoted}, {"linear": (_FP8,), "expert_linear": (_FP8,)}),
+        Variant(
+            "bf16_probabilities",
+            "probabilities in BF16, declared",
+            {"softmax_with_sink": bf16_probabilities},
+            {"sparse_attn": (_BF16,), "cached_sparse_attn": (_BF16,)},
+        ),
+        Variant(
+            "fp8_partial_sums",
+            "FP8 partial sums in 14 bits, declared",
+            {"times": promoted},
+            {"linear": (_FP8,), "expert_linear": (_FP8,)},
+        ),
     )
 }
 
@@ -198,5 +258,3 @@ def combined(base: type[Backend]) -> type[Backend]:
     for name in ("blocks_of_32", "online_softmax", "fused_experts"):
         cls = VARIANTS[name].build(cls)
     return cls
-
-

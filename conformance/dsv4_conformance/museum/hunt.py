@@ -8,20 +8,15 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from dsv4_core import registry
-
-import dsv4_conformance.museum.attending
-import dsv4_conformance.museum.numbers
-import dsv4_conformance.museum.remembering
-import dsv4_conformance.museum.routing
-import dsv4_conformance.museum.streams  # noqa: F401  each registers its mutants
 from dsv4_conformance import opcases
 from dsv4_conformance.budget import expect
 from dsv4_conformance.checks import BAD, Check, Finding, Session, collect
-from dsv4_conformance.museum.fault import MUTANTS, Mutant
-from dsv4_conformance.museum.honest import VARIANTS, Variant
+from dsv4_conformance.museum.catalogue import VARIANTS
+from dsv4_conformance.museum.fault import Mutant
+from dsv4_conformance.museum.honest import Variant
 from dsv4_conformance.opcases import OpCase, judge_call
 from dsv4_conformance.runner import run_check
+from dsv4_core import registry
 
 if TYPE_CHECKING:
     from dsv4_core.backend import Backend
@@ -76,15 +71,18 @@ class Honesty:
     cases: int = 0
     alarms: list[str] = field(default_factory=list)
     used: float = 0.0
+    factor: float = 0.0
+    """The largest safety factor that it needed, ``at`` this case."""
     at: str = ""
 
-    def note(self, finding_id: str, used: float, message: str) -> None:
+    def note(self, finding_id: str, used: float, factor: float, message: str) -> None:
         """Count one case."""
         self.cases += 1
         if message:
             self.alarms.append(f"{finding_id}: {message}")
-        if used > self.used:
-            self.used, self.at = used, finding_id
+        self.used = max(self.used, used)
+        if factor > self.factor:
+            self.factor, self.at = factor, finding_id
 
 
 def affected(variant: Variant, case: OpCase) -> bool:
@@ -114,7 +112,12 @@ def trials(seeds: range, numerics: Numerics = "native", names: Sequence[str] = (
                 else:
                     shared = expected = shared or expect(call, session.oracle, session.backend)
                 verdict = judge_call(call, session, expected)
-                results[v.name].note(f"{case.id} (seed {repeat})", verdict.used, "; ".join(verdict.problems))
+                results[v.name].note(
+                    f"{case.id} (seed {repeat})",
+                    verdict.used,
+                    verdict.metrics.get("factor", 0.0),
+                    "; ".join(verdict.problems),
+                )
     return list(results.values())
 
 
@@ -126,5 +129,10 @@ def whole_tier(name: str, numerics: Numerics = "native") -> Honesty:
     for check in collect("standard", numerics):
         if check.group != "invariance":  # a variant claims nothing about bits
             finding = run_check(check, session)
-            result.note(finding.id, finding.used, finding.message if finding.status in DEADLY else "")
+            result.note(
+                finding.id,
+                finding.used,
+                finding.metrics.get("factor", 0.0),
+                finding.message if finding.status in DEADLY else "",
+            )
     return result

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
+from dsv4_conformance.museum.fault import Op, mutant
 from dsv4_core.dtypes import (
     AMAX_FLOOR,
     BFLOAT16,
@@ -17,8 +19,6 @@ from dsv4_core.dtypes import (
     encode,
     power_of_two_scale,
 )
-
-from dsv4_conformance.museum.fault import Op, mutant
 
 
 def truncated(x: Host) -> Host:
@@ -47,7 +47,11 @@ def rescaled(weight: Any, change: Any) -> Any:
     return change(weight) if isinstance(weight, ScaledArray) else weight
 
 
-@mutant("linear", "expert_linear", seen="a byte viewed as uint8 and converted: 2^-7 becomes 120; shipped in a public port of this model")
+@mutant(
+    "linear",
+    "expert_linear",
+    seen="a byte viewed as uint8 and converted: 2^-7 becomes 120; shipped in a public port of this model",
+)
 def e8m0_read_as_a_number(be: Any, right: Op, x: Host, weight: Any, *rest: Any, **kw: Any) -> Any:
     def numbers(w: ScaledArray) -> Host:
         unit = ScaledArray(w.data, np.full_like(w.scale, 127), w.format).dequantise()
@@ -59,7 +63,11 @@ def e8m0_read_as_a_number(be: Any, right: Op, x: Host, weight: Any, *rest: Any, 
     return right(activation(be, x) if quantised else x, rescaled(weight, numbers), *rest, **kw)
 
 
-@mutant("linear", "expert_linear", seen="scales registered as an empty buffer that the loader never fills; shipped in a public port")
+@mutant(
+    "linear",
+    "expert_linear",
+    seen="scales registered as an empty buffer that the loader never fills; shipped in a public port",
+)
 def scales_all_zero(be: Any, right: Op, x: Host, weight: Any, *rest: Any, **kw: Any) -> Any:
     y = right(x, weight, *rest, **kw)
     return y * 0 if isinstance(weight, ScaledArray) or "@" in str(weight.dtype) else y
@@ -123,19 +131,24 @@ def no_saturation(be: Any, right: Op, x: Host, *, block: int) -> Any:
     return quantised(x, block, power_of_two_scale(amax, "e4m3"), saturate=False)
 
 
-@mutant("act_quant", seen="one scale for all tokens: right for a batch of one, and what a token gets depends on its neighbours")
+@mutant(
+    "act_quant",
+    seen="one scale for all tokens: right for a batch of one, and what a token gets depends on its neighbours",
+)
 def scale_shared_by_the_batch(be: Any, right: Op, x: Host, *, block: int) -> Any:
     amax = maxima(x, block)
-    return quantised(x, block, power_of_two_scale(np.broadcast_to(amax.max(0, keepdims=True, initial=0), amax.shape), "e4m3"))
+    return quantised(
+        x, block, power_of_two_scale(np.broadcast_to(amax.max(0, keepdims=True, initial=0), amax.shape), "e4m3")
+    )
 
 
 @mutant("act_qdq", seen="the RoPE channels stay BF16 in the published model; quantising the whole row is simpler")
-def rope_channels_quantised(be: Any, right: Op, x: Host, *, format: str, block: int, channels: int) -> Any:  # noqa: A002
+def rope_channels_quantised(be: Any, right: Op, x: Host, *, format: str, block: int, channels: int) -> Any:
     return right(x, format=format, block=block, channels=x.shape[1] // block * block)
 
 
 @mutant("act_qdq", seen="codes rounded half away from zero, as a cast written with +0.5 does")
-def ties_away_from_zero(be: Any, right: Op, x: Host, *, format: str, block: int, channels: int) -> Any:  # noqa: A002
+def ties_away_from_zero(be: Any, right: Op, x: Host, *, format: str, block: int, channels: int) -> Any:
     if be.numerics != "native" or not x.size:
         return right(x, format=format, block=block, channels=channels)
     blocks = x[:, :channels].astype(np.float64).reshape(len(x), -1, block)
@@ -205,5 +218,3 @@ def hadamard_not_normalised(be: Any, right: Op, x: Host) -> Any:
 def wide_results_in_bf16(be: Any, right: Op, x: Host, weight: Any, **kw: Any) -> Any:
     y = right(x, weight, **kw)
     return y.astype(BFLOAT16).astype(y.dtype)
-
-

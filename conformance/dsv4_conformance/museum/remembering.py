@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from dsv4_core.dtypes import Host
 
 from dsv4_conformance.museum.fault import Op, mutant
+from dsv4_core.dtypes import Host
 
-@mutant("compress", name="compressed_row_one_window_off", seen="a row's position is its window's first token, not its last, nor the next window's first")
+
+@mutant(
+    "compress",
+    name="compressed_row_one_window_off",
+    seen="a row's position is its window's first token, not its last, nor the next window's first",
+)
 def note_closed_window(be: Any, right: Op, kv_score: Host, ape: Host, idxs: Host, *, dim: int) -> Any:
     be.closed = (ape.shape[0], idxs.shape[0])
     return right(kv_score, ape, idxs, dim=dim)
@@ -28,7 +33,11 @@ def no_window_closed(be: Any, right: Op, *operands: Any, **kw: Any) -> Any:
     return right(*operands, **kw)
 
 
-@mutant("compress", name="hadamard_missing_on_keys", seen="rotation of queries and keys cancels in their product: leaving it out on both sides is invisible, on one side it is not")
+@mutant(
+    "compress",
+    name="hadamard_missing_on_keys",
+    seen="rotation of queries and keys cancels in their product: leaving it out on both sides is invisible, on one side it is not",
+)
 def note_indexer_window(be: Any, right: Op, kv_score: Host, ape: Host, idxs: Host, *, dim: int) -> Any:
     be.keys_follow = (idxs.shape[0], dim) if ape.shape[0] == 4 else None
     return right(kv_score, ape, idxs, dim=dim)
@@ -47,7 +56,18 @@ def no_keys_follow(be: Any, right: Op, *operands: Any, **kw: Any) -> Any:
 
 
 @mutant("cached_sparse_attn", seen="unpacked rows kept beside the cache and not dropped when a slot is written again")
-def stale_row_after_rewind(be: Any, right: Op, q: Host, kv: Host, ring: Host, ring_index: Host, rows: Any, row_index: Any, *rest: Any, **kw: Any) -> Any:
+def stale_row_after_rewind(
+    be: Any,
+    right: Op,
+    q: Host,
+    kv: Host,
+    ring: Host,
+    ring_index: Host,
+    rows: Any,
+    row_index: Any,
+    *rest: Any,
+    **kw: Any,
+) -> Any:
     if rows is None:
         return right(q, kv, ring, ring_index, rows, row_index, *rest, **kw)
     memory = be.__dict__.setdefault("memory", {})
@@ -66,7 +86,10 @@ def buffer_reused(be: Any, right: Op, x: Host, weight: Any, *, eps: float) -> An
     return last
 
 
-@mutant("rms_norm", seen="a reduction whose split depends on how many rows there are: the same token gets other bits in another batch")
+@mutant(
+    "rms_norm",
+    seen="a reduction whose split depends on how many rows there are: the same token gets other bits in another batch",
+)
 def result_depends_on_the_batch(be: Any, right: Op, x: Host, weight: Any, *, eps: float) -> Any:
     y = right(x, weight, eps=eps)
     neighbour = np.roll(np.abs(x.astype(np.float64)).max(-1, keepdims=True), 1, axis=0) if x.size else 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from dsv4_core.dtypes import BFLOAT16, Host
 
 from dsv4_conformance.museum.fault import Op, mutant
+from dsv4_core.dtypes import BFLOAT16, Host
 
 
 def scores_of(x: Host, weight: Host) -> Host:
@@ -41,9 +41,16 @@ def nan_swallowed(be: Any, right: Op, gate: Host, up: Host, weights: Any, *, lim
     return right(*quiet, weights, limit=limit)
 
 
-@mutant("moe", seen="other mixtures of experts weigh the experts' outputs; here the weight comes before w2 and its quantisation")
-def routing_weight_after_w2(be: Any, right: Op, x: Host, weights: Host, indices: Host, shared: Any, w1: Any, w3: Any, w2: Any, **kw: Any) -> Any:
-    rows, row_weights, order, offsets = be.dispatch(x, weights, indices, first_expert=kw["first_expert"], n_experts=w1.shape[0])
+@mutant(
+    "moe",
+    seen="other mixtures of experts weigh the experts' outputs; here the weight comes before w2 and its quantisation",
+)
+def routing_weight_after_w2(
+    be: Any, right: Op, x: Host, weights: Host, indices: Host, shared: Any, w1: Any, w3: Any, w2: Any, **kw: Any
+) -> Any:
+    rows, row_weights, order, offsets = be.dispatch(
+        x, weights, indices, first_expert=kw["first_expert"], n_experts=w1.shape[0]
+    )
     gate, up = be.expert_linear(rows, w1, offsets), be.expert_linear(rows, w3, offsets)
     y = be.expert_linear(be.swiglu(gate, up, None, limit=kw["limit"]), w2, offsets)
     y = (y.astype(row_weights.dtype) * row_weights[:, None]).astype(y.dtype)
@@ -51,7 +58,9 @@ def routing_weight_after_w2(be: Any, right: Op, x: Host, weights: Host, indices:
 
 
 @mutant("gate", seen="the bias balances load and belongs to the choice alone; adding it to the weights trains as well")
-def bias_added_to_the_weights(be: Any, right: Op, x: Host, weight: Host, bias: Host, *, topk: int, route_scale: float) -> Any:
+def bias_added_to_the_weights(
+    be: Any, right: Op, x: Host, weight: Host, bias: Host, *, topk: int, route_scale: float
+) -> Any:
     weights, indices = right(x, weight, bias, topk=topk, route_scale=route_scale)
     chosen = take(scores_of(x, weight) + bias, indices)
     return (chosen / chosen.sum(-1, keepdims=True) * route_scale).astype(weights.dtype), indices
@@ -81,8 +90,12 @@ def weights_not_scaled(be: Any, right: Op, *operands: Any, route_scale: float, *
 
 
 @mutant("gate", seen="a top-k that keeps the last of equal scores")
-def router_ties_to_the_higher_id(be: Any, right: Op, x: Host, weight: Host, bias: Host, *, topk: int, route_scale: float) -> Any:
-    weights, indices = right(x, np.ascontiguousarray(weight[::-1]), np.ascontiguousarray(bias[::-1]), topk=topk, route_scale=route_scale)
+def router_ties_to_the_higher_id(
+    be: Any, right: Op, x: Host, weight: Host, bias: Host, *, topk: int, route_scale: float
+) -> Any:
+    weights, indices = right(
+        x, np.ascontiguousarray(weight[::-1]), np.ascontiguousarray(bias[::-1]), topk=topk, route_scale=route_scale
+    )
     return weights, (weight.shape[0] - 1 - indices).astype(np.int32)
 
 
@@ -94,7 +107,9 @@ def sigmoid_scores(be: Any, right: Op, x: Host, weight: Host, bias: Host, *, top
 
 
 @mutant("gate_hash", seen="hash layers run through the score path: same shapes, plausible text")
-def hash_table_ignored(be: Any, right: Op, x: Host, weight: Host, tid2eid: Host, ids: Host, *, route_scale: float) -> Any:
+def hash_table_ignored(
+    be: Any, right: Op, x: Host, weight: Host, tid2eid: Host, ids: Host, *, route_scale: float
+) -> Any:
     return be.gate(x, weight, np.zeros(weight.shape[0], np.float32), topk=tid2eid.shape[1], route_scale=route_scale)
 
 
@@ -117,7 +132,11 @@ def dispatch_not_stable(be: Any, right: Op, x: Host, weights: Host, indices: Hos
     rows, row_weights, order, offsets = right(x, weights, indices, **kw)
     for e in range(len(offsets) - 1):
         part = slice(offsets[e], offsets[e + 1])
-        rows[part], row_weights[part], order[part] = rows[part][::-1].copy(), row_weights[part][::-1].copy(), order[part][::-1].copy()
+        rows[part], row_weights[part], order[part] = (
+            rows[part][::-1].copy(),
+            row_weights[part][::-1].copy(),
+            order[part][::-1].copy(),
+        )
     return rows, row_weights, order, offsets
 
 
@@ -134,7 +153,9 @@ def shared_expert_forgotten(be: Any, right: Op, rows: Host, order: Host, offsets
 
 
 @mutant("combine", seen="an atomic add in BF16, one expert after the other")
-def combined_in_bf16(be: Any, right: Op, rows: Host, order: Host, offsets: Host, shared: Any, *, topk: int, out_dtype: str) -> Any:
+def combined_in_bf16(
+    be: Any, right: Op, rows: Host, order: Host, offsets: Host, shared: Any, *, topk: int, out_dtype: str
+) -> Any:
     y = right(rows, order, offsets, shared, topk=topk, out_dtype=out_dtype)
     copies = np.zeros((len(rows), rows.shape[1]), np.float32)
     copies[order[: offsets[-1]]] = rows[: offsets[-1]]

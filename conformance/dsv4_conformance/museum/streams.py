@@ -5,26 +5,40 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from dsv4_core.dtypes import Host
 
 from dsv4_conformance.museum.fault import Op, mutant
+from dsv4_core.dtypes import Host
 
 
-@mutant("hc_post", seen="comb[j, n] sums over its first index; the other way round is a legal matrix product; shipped in a public port")
+@mutant(
+    "hc_post",
+    seen="comb[j, n] sums over its first index; the other way round is a legal matrix product; shipped in a public port",
+)
 def comb_not_transposed(be: Any, right: Op, y: Host, h: Host, post: Host, comb: Host) -> Any:
     return right(y, h, post, np.ascontiguousarray(comb.transpose(0, 2, 1)))
 
 
-@mutant("hc_split_sinkhorn", seen="the first division is one half of an iteration: counts of 20 and 19 are both plausible")
-def sinkhorn_one_iteration_short(be: Any, right: Op, mixes: Host, scale: Host, base: Host, *, hc: int, eps: float, iters: int) -> Any:
+@mutant(
+    "hc_split_sinkhorn", seen="the first division is one half of an iteration: counts of 20 and 19 are both plausible"
+)
+def sinkhorn_one_iteration_short(
+    be: Any, right: Op, mixes: Host, scale: Host, base: Host, *, hc: int, eps: float, iters: int
+) -> Any:
     return right(mixes, scale, base, hc=hc, eps=eps, iters=max(iters - 1, 1))
 
 
-@mutant("hc_split_sinkhorn", seen="softmax over the first axis: rows and columns of a nearly doubly stochastic matrix look alike")
-def comb_softmax_over_columns(be: Any, right: Op, mixes: Host, scale: Host, base: Host, *, hc: int, eps: float, iters: int) -> Any:
+@mutant(
+    "hc_split_sinkhorn",
+    seen="softmax over the first axis: rows and columns of a nearly doubly stochastic matrix look alike",
+)
+def comb_softmax_over_columns(
+    be: Any, right: Op, mixes: Host, scale: Host, base: Host, *, hc: int, eps: float, iters: int
+) -> Any:
     def turned(x: Host) -> Host:
         y = x.copy()
-        y[..., 2 * hc :] = x[..., 2 * hc :].reshape(*x.shape[:-1], hc, hc).swapaxes(-1, -2).reshape(*x.shape[:-1], hc * hc)
+        y[..., 2 * hc :] = (
+            x[..., 2 * hc :].reshape(*x.shape[:-1], hc, hc).swapaxes(-1, -2).reshape(*x.shape[:-1], hc * hc)
+        )
         return y
 
     pre, post, comb = right(turned(mixes), scale, turned(base), hc=hc, eps=eps, iters=iters)
@@ -67,7 +81,9 @@ def ring_wrap_wrong(be: Any, right: Op, cache: Host, rows: Host, index: Host, **
         right(cache, rows[~kept], np.zeros(int((~kept).sum()), np.int32), **kw)
 
 
-@mutant("cache_write", seen="-1 means no row; as a Python or C index it is the last one, or the byte before", numeric=False)
+@mutant(
+    "cache_write", seen="-1 means no row; as a Python or C index it is the last one, or the byte before", numeric=False
+)
 def minus_one_is_written(be: Any, right: Op, cache: Host, rows: Host, index: Host, **kw: Any) -> Any:
     right(cache, rows, index, **kw)
     if (index < 0).any():
@@ -107,7 +123,9 @@ def top_p_prefix_too_short(be: Any, right: Op, logits: Host, uniform: Host, *, t
 
 
 @mutant("sample", seen="temperature multiplied instead of divided by", numeric=False)
-def temperature_upside_down(be: Any, right: Op, logits: Host, uniform: Host, *, temperature: float, top_p: float) -> Any:
+def temperature_upside_down(
+    be: Any, right: Op, logits: Host, uniform: Host, *, temperature: float, top_p: float
+) -> Any:
     return right(logits, uniform, temperature=1 / temperature if temperature else 0.0, top_p=top_p)
 
 

@@ -15,15 +15,22 @@ STYLE = """
 *{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.55 system-ui,sans-serif}
 main{max-width:1120px;margin:0 auto;padding:40px 24px 80px}h1{font-size:30px;margin:0 0 4px;letter-spacing:-.02em}
 h2{font-size:18px;margin:44px 0 12px}p{margin:6px 0}.dim{color:var(--dim)}.good{color:var(--good)}.bad{color:var(--bad)}
-.top{display:flex;flex-wrap:wrap;gap:14px;margin:26px 0}.card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:16px 20px;flex:1 1 170px}
+.top{display:flex;flex-wrap:wrap;gap:14px;margin:26px 0}
+.card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:16px 20px;flex:1 1 170px}
 .card b{display:block;font-size:28px;line-height:1.25;letter-spacing:-.02em}.card span{color:var(--dim);font-size:13px}
-.ladder{display:flex;gap:6px;margin:14px 0}.ladder div{flex:1;padding:10px 12px;border-radius:8px;border:1px solid var(--line);font-size:13px;background:var(--card)}
-.ladder .yes{background:color-mix(in srgb,var(--good) 16%,var(--card));border-color:var(--good)}.ladder .no{background:color-mix(in srgb,var(--bad) 14%,var(--card));border-color:var(--bad)}
-table{border-collapse:collapse;width:100%;font-size:13.5px}th,td{text-align:left;padding:6px 10px;border-bottom:1px solid var(--line);vertical-align:top}
-th{color:var(--dim);font-weight:600}.heat td{border:2px solid var(--bg);text-align:center;min-width:74px;border-radius:5px;font-variant-numeric:tabular-nums}
+.ladder{display:flex;gap:6px;margin:14px 0}
+.ladder div{flex:1;padding:10px 12px;border-radius:8px;border:1px solid var(--line);font-size:13px;background:var(--card)}
+.ladder .yes{background:color-mix(in srgb,var(--good) 16%,var(--card));border-color:var(--good)}
+.ladder .no{background:color-mix(in srgb,var(--bad) 14%,var(--card));border-color:var(--bad)}
+table{border-collapse:collapse;width:100%;font-size:13.5px}
+th,td{text-align:left;padding:6px 10px;border-bottom:1px solid var(--line);vertical-align:top}
+th{color:var(--dim);font-weight:600}
+.heat td{border:2px solid var(--bg);text-align:center;min-width:74px;border-radius:5px;font-variant-numeric:tabular-nums}
 .heat td:first-child{text-align:left;background:none;font-family:ui-monospace,monospace}.heat td.none{color:var(--dim)}
 code{font:12.5px ui-monospace,SFMono-Regular,monospace;background:var(--code);padding:2px 6px;border-radius:5px;overflow-wrap:anywhere}
-.scroll{overflow-x:auto}details{margin:4px 0}summary{cursor:pointer}.scale{display:flex;gap:4px;align-items:center;font-size:12px;color:var(--dim);margin:8px 0}
+.scroll{overflow-x:auto}
+details{margin:4px 0}
+summary{cursor:pointer}.scale{display:flex;gap:4px;align-items:center;font-size:12px;color:var(--dim);margin:8px 0}
 .scale i{width:34px;height:14px;border-radius:3px;display:block}
 """
 
@@ -40,25 +47,33 @@ def page(report: dict[str, Any]) -> str:
         (verdict, "all that was claimed or required" if report["ok"] else "something that was claimed or required"),
         ("none" if level is None else str(level), "level reached: " + ("" if level is None else LEVELS[level])),
         (str(counts.get("passed", 0)), f"of {len(findings)} checks passed"),
-        (f"{max((number(f['used']) for f in findings if f['status'] == 'passed'), default=0):.0%}", "of its budget used by the worst passing check"),
+        (
+            f"{max((number(f['used']) for f in findings if f['status'] == 'passed'), default=0):.0%}",
+            "of its budget used by the worst passing check",
+        ),
         (f"{report['duration']:.1f} s", f"tier {report['tier']}, {report['numerics']} numerics"),
     ]
     env = report["environment"]
     others = ", ".join(f"{n} {s}" for s, n in counts.items() if s != "passed") or "none"
-    missing = "; ".join([*([f"{len(untested)} ops: {', '.join(untested)}"] if untested else []), *report["not_run"]]) or "nothing that this suite knows"
+    missing = (
+        "; ".join([*([f"{len(untested)} ops: {', '.join(untested)}"] if untested else []), *report["not_run"]])
+        or "nothing that this suite knows"
+    )
     claim = "no level" if report["claims_level"] is None else f"level {report['claims_level']}"
     return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">
-<title>{escape(report['backend'])}: DeepSeek-V4 conformance</title><style>{STYLE}</style><main>
-<h1>{escape(report['backend'])}</h1><p class=dim>DeepSeek-V4 conformance, {escape(report['date'])}. Suite {escape(env['suite'])}, device {escape(report['device'])},
-Python {escape(env['python'])}, NumPy {escape(env['numpy'])}, {escape(env['system'])} {escape(env['machine'])}. Claims {claim}.</p>
-<div class=top>{''.join(f'<div class=card><b>{big}</b><span>{escape(small)}</span></div>' for big, small in cards)}</div>
-<div class=ladder>{ladder(findings, report['partial'])}</div>
+<title>{escape(report["backend"])}: DeepSeek-V4 conformance</title><style>{STYLE}</style><main>
+<h1>{escape(report["backend"])}</h1><p class=dim>DeepSeek-V4 conformance, {escape(report["date"])}.
+Suite {escape(env["suite"])}, device {escape(report["device"])},
+Python {escape(env["python"])}, NumPy {escape(env["numpy"])}, {escape(env["system"])} {escape(env["machine"])}. Claims {claim}.</p>
+<div class=top>{"".join(f"<div class=card><b>{big}</b><span>{escape(small)}</span></div>" for big, small in cards)}</div>
+<div class=ladder>{ladder(findings, report["partial"])}</div>
 <p><b>Not tested:</b> {escape(missing)}.</p><p class=dim>Not passed: {escape(others)}.</p>
-{''.join(f'<p class=bad>{escape(s)}</p>' for s in report['stale'])}
-{failures(findings, report['rerun'])}
-<h2>Budget used, by op and dtype</h2><p class=dim>Each cell is the worst element of the worst case: its error over what the contract allows there. Exact ops have no budget: 0 or broken.</p>
+{"".join(f"<p class=bad>{escape(s)}</p>" for s in report["stale"])}
+{failures(findings, report["rerun"])}
+<h2>Budget used, by op and dtype</h2><p class=dim>Each cell is the worst element of the worst case: its error over what the contract allows there.
+Exact ops have no budget: 0 or broken.</p>
 {scale()}<div class=scroll>{heat(findings)}</div>
-<h2>Closest to the edge</h2><div class=scroll>{worst(findings, report['rerun'])}</div>
+<h2>Closest to the edge</h2><div class=scroll>{worst(findings, report["rerun"])}</div>
 <h2>Laws, models and recorded traces</h2><div class=scroll>{other(findings)}</div>
 <h2>Every check</h2><details><summary>{len(findings)} checks</summary><div class=scroll>{everything(findings)}</div></details>
 </main></html>
@@ -91,7 +106,9 @@ def ladder(findings: list[dict[str, Any]], partial: bool) -> str:
         here = [f for f in findings if f["level"] == i]
         passed = sum(f["status"] in {"passed", "xfailed"} for f in here)
         kind = "" if not here or (partial and passed == len(here)) else "yes" if passed == len(here) else "no"
-        cells.append(f"<div class='{kind}'><b>{i}</b> {escape(name)}<br><span class=dim>{passed} of {len(here)}</span></div>")
+        cells.append(
+            f"<div class='{kind}'><b>{i}</b> {escape(name)}<br><span class=dim>{passed} of {len(here)}</span></div>"
+        )
     return "".join(cells)
 
 
@@ -109,10 +126,15 @@ def heat(findings: list[dict[str, Any]]) -> str:
             elif all(f["status"] == "unsupported" for f in here):
                 cells.append("<td class=none>not tested</td>")
             else:
-                top = max((f for f in here if f["status"] != "unsupported"), key=lambda f: (f["status"] in {"failed", "error", "crashed"}, number(f["used"])))
+                top = max(
+                    (f for f in here if f["status"] != "unsupported"),
+                    key=lambda f: (f["status"] in {"failed", "error", "crashed"}, number(f["used"])),
+                )
                 used = number(top["used"])
                 text = f"{used:.0%}" if math.isfinite(used) and used < 100 else "broken"
-                cells.append(f"<td style='{colour(used, top['status'])}' title='{escape(top['id'], quote=True)}'>{text}</td>")
+                cells.append(
+                    f"<td style='{colour(used, top['status'])}' title='{escape(top['id'], quote=True)}'>{text}</td>"
+                )
         rows.append(f"<tr><td>{escape(op)}</td>{''.join(cells)}</tr>")
     return f"<table class=heat><tr><th>op</th>{''.join(f'<th>{escape(c)}</th>' for c in columns)}</tr>{''.join(rows)}</table>"
 
@@ -127,12 +149,15 @@ def failures(findings: list[dict[str, Any]], rerun: str) -> str:
         f"<br><code>{escape(rerun)} --case {escape(f['id'])}</code></td></tr>"
         for f in bad[:200]
     )
-    return f"<h2>Failures ({len(bad)})</h2><div class=scroll><table><tr><th>check</th><th>status</th><th>what, and how to re-run it</th></tr>{rows}</table></div>"
+    head = "<tr><th>check</th><th>status</th><th>what, and how to re-run it</th></tr>"
+    return f"<h2>Failures ({len(bad)})</h2><div class=scroll><table>{head}{rows}</table></div>"
 
 
 def worst(findings: list[dict[str, Any]], rerun: str) -> str:
     """The passing cases that use most of their budget."""
-    near = sorted((f for f in findings if f["status"] == "passed" and number(f["used"]) > 0), key=lambda f: -number(f["used"]))[:15]
+    near = sorted(
+        (f for f in findings if f["status"] == "passed" and number(f["used"]) > 0), key=lambda f: -number(f["used"])
+    )[:15]
     rows = "".join(
         f"<tr><td>{number(f['used']):.0%}</td><td><code>{escape(f['id'])}</code></td><td>{place(f['worst'])}</td>"
         f"<td>{figures(f['metrics'])}</td><td><code>{escape(rerun)} --case {escape(f['id'])}</code></td></tr>"
@@ -146,7 +171,9 @@ def place(worst_element: dict[str, Any]) -> str:
     if not worst_element:
         return ""
     got, want = worst_element.get("got"), worst_element.get("want")
-    return escape(f"{worst_element.get('element')}: got {short(got)}, want {short(want)}, budget {short(worst_element.get('budget'))}")
+    return escape(
+        f"{worst_element.get('element')}: got {short(got)}, want {short(want)}, budget {short(worst_element.get('budget'))}"
+    )
 
 
 def short(value: Any) -> str:

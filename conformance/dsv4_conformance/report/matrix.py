@@ -28,9 +28,11 @@ def load(path: Path) -> dict[str, Any]:
     file = path / "report.json" if path.is_dir() else path
     try:
         report: dict[str, Any] = json.loads(file.read_text())
-        report["findings"], report["environment"]["suite"]  # noqa: B018  what makes it a report
+        report["findings"], report["environment"]["suite"]
     except (json.JSONDecodeError, KeyError, TypeError, FileNotFoundError) as error:
-        raise ValueError(f"{file}: not a conformance report ({error!r}); write one with dsv4 conformance run --report DIR") from None
+        raise ValueError(
+            f"{file}: not a conformance report ({error!r}); write one with dsv4 conformance run --report DIR"
+        ) from None
     return report
 
 
@@ -42,14 +44,18 @@ def matrix(reports: list[dict[str, Any]]) -> str:
     lines.append("| **level reached** | " + " | ".join(level(r) for r in reports) + " |")
     lines += [f"| `{op}` | " + " | ".join(cell(r, op, i) for i, r in enumerate(reports, 1)) + " |" for op in OPS]
     rest = dict.fromkeys(f["group"] for r in reports for f in r["findings"] if f["group"] != "op")
-    lines += [f"| {group} checks | " + " | ".join(tally(r, group, i) for i, r in enumerate(reports, 1)) + " |" for group in rest]
+    lines += [
+        f"| {group} checks | " + " | ".join(tally(r, group, i) for i, r in enumerate(reports, 1)) + " |"
+        for group in rest
+    ]
     return "\n".join([*lines, "", *stamps]) + "\n"
 
 
 def stamp(report: dict[str, Any], number: int) -> str:
     """What a column rests on."""
     version = report["version"] or report["environment"]["suite"]
-    return f"[{number}] suite {report['environment']['suite']}, {report['backend']} {version}, device {report['device']}, {report['date']}, tier {report['tier']}.  "
+    suite = report["environment"]["suite"]
+    return f"[{number}] suite {suite}, {report['backend']} {version}, device {report['device']}, {report['date']}, tier {report['tier']}.  "
 
 
 def level(report: dict[str, Any]) -> str:
@@ -77,5 +83,9 @@ def outcome(findings: list[dict[str, Any]], number: int) -> str:
     passed = sum(f["status"] == "passed" for f in tested)
     if passed == len(tested):
         return f"{passed} passed [{number}]"
-    words = ", ".join(f"{n} {s}" for s in dict.fromkeys(f["status"] for f in tested) if (n := sum(f["status"] == s for f in tested)) and s != "passed")
+    words = ", ".join(
+        f"{n} {s}"
+        for s in dict.fromkeys(f["status"] for f in tested)
+        if (n := sum(f["status"] == s for f in tested)) and s != "passed"
+    )
     return f"{passed} of {len(tested)} passed, {words} [{number}]"

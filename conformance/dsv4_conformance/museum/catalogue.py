@@ -1,0 +1,12 @@
+"""Every mutant and every honest variant, by name."""
+
+from __future__ import annotations
+
+from dsv4_conformance.museum import attending, numbers, remembering, routing, streams
+from dsv4_conformance.museum.fault import MUTANTS
+from dsv4_conformance.museum.honest import VARIANTS
+
+FAMILIES = (numbers, routing, attending, streams, remembering)
+"""The modules whose import registers the mutants."""
+
+__all__ = ["FAMILIES", "MUTANTS", "VARIANTS"]

@@ -1,0 +1,217 @@
+"""The suite itself: stable ids and seeds, budgets, guards, claims, xfails, isolation, reports; and that its documents are fresh."""
+
+import datetime
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dsv4_conformance import checks, opcases, runner
+from dsv4_conformance.budget import Expected, allowance, roundoff, unit
+from dsv4_conformance.calls import execute
+from dsv4_conformance.discrete import Scores, judge_picks
+from dsv4_conformance.guard import Guarded
+from dsv4_conformance.isolate import Worker
+from dsv4_conformance.judge import judge_exact, judge_rounded
+from dsv4_conformance.museum import pages
+from dsv4_conformance.museum.catalogue import MUTANTS, VARIANTS
+from dsv4_conformance.museum.cli import load
+from dsv4_conformance.museum.hunt import hunt, right_backend
+from dsv4_conformance.reference_pages import op_reference
+from dsv4_conformance.report import finite, junit, page
+from dsv4_conformance.report.matrix import matrix
+from dsv4_conformance.xfails import Xfail, stale
+from dsv4_conformance.xfails import load as load_xfails
+
+from dsv4_core.dtypes import BFLOAT16
+from dsv4_core.spec import OPS
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def session(tier="smoke", **options):
+    return checks.Session(right_backend()(**options), tier)
+
+
+def case(case_id):
+    return next(c for c in opcases.checks("native") if c.id == case_id)
+
+
+def test_ids_are_unique_and_seeds_do_not_move():
+    ids = [c.id for c in opcases.checks("native")]
+    assert len(ids) == len(set(ids))
+    assert not any(set(i) & set(" '\"$*?;&|<>()") for i in ids)  # pasted into a shell as they are
+
+
+def test_every_op_has_cases_at_smoke():
+    assert {c.op for c in opcases.checks("native") if c.tier == "smoke"} == set(OPS)
+
+
+def test_a_budget_is_half_a_unit_where_nothing_is_sensitive():
+    value = np.array([1.0, 3.0, 100.0])
+    budget, _ = allowance(value, np.zeros(3), "bfloat16", "float32")
+    np.testing.assert_allclose(budget, unit(value, "bfloat16") / 2, rtol=2e-3)
+    assert roundoff("float32") == 2.0**-24
+
+
+def test_guards_see_writes_outside_and_into_operands():
+    backend = right_backend()()
+    guarded = Guarded(backend, "x", np.zeros((3, 4), np.float32), view=True)
+    assert guarded.problems(mutable=False) == []
+    guarded.array[1, 2] = 5
+    assert "modified operand 'x' at [1, 2]" in guarded.problems(mutable=False)[0]
+    assert guarded.problems(mutable=True) == []
+    guarded.buffer[0, 0] = 1
+    assert "wrote outside operand 'x'" in guarded.problems(mutable=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda x: None, "returned None"),
+        (lambda x: x.astype(np.float32), "dtype float32; the contract says bfloat16"),
+        (lambda x: x[:2].copy(), "shape [2, 256]; the contract says [5, 256]"),
+        (lambda x: x, "shares memory with operand 'x'"),
+        (lambda x: (x.copy(), x.copy()), "is a tuple"),
+    ],
+)
+def test_mistakes_of_form_are_named(returned, message):
+    backend = right_backend()()
+    backend.rms_norm = lambda x, weight, *, eps: returned(x)
+    call = case("rms_norm/small").call("native")
+    assert message in "; ".join(execute(call, backend, [(5, 256)]).problems)
+
+
+def test_picks_are_judged_by_margin():
+    value = np.array([[3.0, 2.0, 1.999, 1.0]])
+    scores = Scores(value, np.full((1, 4), 0.001), np.zeros((1, 4), bool))
+    seen = np.array([4])
+    assert judge_picks(np.array([[0, 2]]), scores, seen, ordered=False).ok  # the budget explains it
+    assert not judge_picks(np.array([[0, 3]]), scores, seen, ordered=False).ok
+    assert not judge_picks(np.array([[0, 0]]), scores, seen, ordered=False).ok
+    assert not judge_picks(np.array([[0, 4]]), scores, seen, ordered=False).ok
+    tied = Scores(np.array([[1.0, 2.0, 1.0]]), np.zeros((1, 3)), np.ones((1, 3), bool))
+    assert judge_picks(np.array([[1, 0]]), tied, np.array([3]), ordered=True).ok
+    assert "lower index" in judge_picks(np.array([[1, 2]]), tied, np.array([3]), ordered=True).problems[0]
+
+
+def test_truncation_is_called_bias():
+    value = np.random.default_rng(0).standard_normal(4096) + 4
+    down = (value.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32).astype(BFLOAT16)
+    wide_open = Expected(value, "bfloat16", np.full(value.shape, 1.0), np.zeros(value.shape))
+    assert "biased" in judge_rounded(down, wide_open).problems[0]
+    assert judge_rounded(value.astype(BFLOAT16), wide_open).ok
+
+
+def test_exact_takes_signed_zeros_as_equal_and_nothing_else():
+    want = Expected(np.array([0.0, 1.0, np.nan], np.float32), "float32")
+    assert judge_exact(np.array([-0.0, 1.0, np.nan], np.float32), want).ok
+    assert (
+        "want 1, budget 0"
+        in judge_exact(np.array([0.0, np.nextafter(np.float32(1), 2), np.nan], np.float32), want).problems[0]
+    )
+
+
+def test_smoke_passes_and_names_what_was_not_tested():
+    result = runner.run(session(), require=0)
+    assert result.ok
+    assert not result.untested()
+    assert result.summary()[-1].startswith("PASSED. Not tested: ")
+
+
+def test_an_unclaimed_failure_does_not_fail_the_run_but_a_required_one_does():
+    cls = MUTANTS["comb_not_transposed"].build(right_backend())
+    cls.claims_level = None
+    ran = runner.run(checks.Session(cls(), "smoke"), ops=["hc_post"])
+    assert not ran.ok  # it brings the op, which is a claim
+    ran.findings[0].claimed = False
+    for finding in ran.findings:
+        finding.claimed = False
+    assert ran.ok
+    ran.require = 1
+    assert not ran.ok
+
+
+def test_xfails(tmp_path):
+    today = datetime.date(2030, 1, 1)
+    failing = MUTANTS["comb_not_transposed"].build(right_backend())
+    later, past = datetime.date(2031, 1, 1), datetime.date(2029, 1, 1)
+
+    def run(xfails):
+        return runner.run(checks.Session(failing(), "smoke"), ops=["hc_post", "hc_add"], xfails=xfails, today=today)
+
+    assert (
+        run([Xfail("hc_post/*", "being fixed", later), Xfail("buffer_reuse/hc_post/*", "x", later)]).counts()["xpassed"]
+        >= 1
+    )
+    expected = run([Xfail(i, "being fixed", later) for i in ("hc_post/small", "hc_post/tokens=1", "hc_post/cancel")])
+    assert expected.counts()["xfailed"] == 3
+    assert expected.ok, [f.id for f in expected.failures()]
+    assert "expired" in stale([Xfail("hc_post/small", "r", past)], {"hc_post/small"}, today)[0]
+    assert "matches no case" in stale([Xfail("nothing", "r", later)], {"hc_post/small"}, today)[0]
+    (tmp_path / "x.toml").write_text('[[xfail]]\ncase = "a"\nexpires = 2030-01-01\n')
+    with pytest.raises(ValueError, match="needs reason"):
+        load_xfails(tmp_path / "x.toml")
+
+
+def test_isolation_reports_what_died_and_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nimport dsv4_conformance.opcases as o\nright = o.OpCase.run\n"
+        "def run(self, session):\n"
+        "    if self.id == 'hc_add/small': os.abort()\n"
+        "    if self.id == 'hc_add/tokens=1':\n        import time; time.sleep(60)\n"
+        "    return right(self, session)\no.OpCase.run = run\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    chosen = [case(i) for i in ("hc_expand/small", "hc_add/small", "hc_add/tokens=1", "hc_post/small")]
+    monkeypatch.setattr("dsv4_conformance.isolate.START_UP", 20.0)
+    worker = Worker(right_backend().name, "native", {}, "smoke", 2.0, 4096)
+    begin = time.monotonic()
+    found = list(worker.execute(chosen))
+    assert [f.status for f in found] == ["passed", "crashed", "timeout", "passed"]
+    assert "SIGABRT" in found[1].message
+    assert time.monotonic() - begin < 55
+
+
+def test_reports_hold_every_finding():
+    result = runner.run(session(), ops=["swiglu"])
+    data = {**finite(runner.to_json(result)), "rerun": "dsv4 conformance run --backend x"}
+    json.dumps(data, default=str)
+    html = page(data)
+    assert "<script" not in html
+    assert all(f.id in html for f in result.findings)
+    assert 'testcase classname="swiglu" name="swiglu/nan"' in junit(result, "x")
+    assert "| `swiglu` |" in matrix([data])
+    assert "| `linear` | not tested |" in matrix([data])
+
+
+def test_mutants_are_many_and_each_says_where_it_was_seen():
+    assert len(MUTANTS) >= 40
+    assert len(VARIANTS) >= 8
+    assert all(m.seen for m in MUTANTS.values())
+
+
+@pytest.mark.parametrize(
+    "name", ["comb_not_transposed", "truncated_norm", "unstable_ties", "result_aliases_its_input", "buffer_reused"]
+)
+def test_a_mutant_is_killed_at_smoke(name):
+    assert hunt(MUTANTS[name], tier="smoke").finding is not None
+
+
+@pytest.mark.skipif(not (DOCS / "museum.json").exists(), reason="the museum has not been run yet")
+def test_the_museums_documents_are_fresh():
+    record = load(DOCS / "museum.json")
+    assert set(record["mutants"]) == set(MUTANTS)
+    assert set(record["honest"]) == set(VARIANTS)
+    assert all(k["id"] for k in record["mutants"].values())
+    assert not any(h["alarms"] for h in record["honest"].values())
+    for name, text in pages.pages(record).items():
+        assert (DOCS / name).read_text() == text, f"docs/{name} is stale: dsv4 conformance mutants --out docs"
+
+
+def test_the_op_reference_is_fresh():
+    text = op_reference()
+    assert (DOCS / "ops.md").read_text() == text, "python -m dsv4_conformance.reference_pages > docs/ops.md"
+    assert all(f"### `{name}`" in text for name in OPS)
