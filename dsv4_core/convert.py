@@ -1,4 +1,4 @@
-"""Copies of a checkpoint in another form: the share of each rank, experts in FP8 instead of FP4, or everything in BF16.
+"""Copies of a checkpoint in another form: the share of each rank, experts in FP8 instead of FP4, everything in BF16, or W8A8.
 
 A copy is written beside its place, in ``<out>.partial``, shard by shard, each under a temporary name until it is whole, and renamed
 to ``<out>`` when all are done; the source is only read. ``convert.json`` in the copy holds every shard's SHA-256. An interrupted
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dsv4_core.create import header, stored_bytes
-from dsv4_core.dtypes import BFLOAT16, FORMAT_MAX, FP4_GROUP, FP8_BLOCK, Host, ScaledArray, decode, encode
-from dsv4_core.layout import QUANTISED, TensorSpec, scale_shape
+from dsv4_core.dtypes import BFLOAT16, FORMAT_MAX, FP4_GROUP, FP8_BLOCK, Host, ScaledArray, decode, encode, quantise_int8
+from dsv4_core.layout import QUANTISED, TensorSpec, becomes_int8, scale_shape
 from dsv4_core.parallel import Place, ShardedSource
 from dsv4_core.shards import BITS
 from dsv4_core.weights import INDEX, Checkpoint, Progress
@@ -38,12 +38,15 @@ class ConvertError(ValueError):
 
 @dataclass(frozen=True)
 class Options:
-    """A copy for each of ``tp`` x ``ep`` ranks; ``experts`` in "fp8"; all in ``bf16``. ``allow_lossy``: round what FP8 cannot hold."""
+    """A copy for each of ``tp`` x ``ep`` ranks; ``experts`` in "fp8"; all in ``bf16``, or in ``int8`` (W8A8: lossy, and measured).
+    ``allow_lossy``: round what FP8 cannot hold.
+    """
 
     tp: int | None = None
     ep: int | None = None
     experts: str = ""
     bf16: bool = False
+    int8: bool = False
     allow_lossy: bool = False
 
 
@@ -54,8 +57,33 @@ class Piece(NamedTuple):
     make: Callable[[], Host]
 
 
-def convert(source: Path, out: Path, options: Options, *, progress: Progress | None = None) -> dict[str, int]:
+class Tally(dict[str, list[float]]):
+    """By kind of tensor: the sums of squared errors and of squared weights, and the largest relative error of one tensor."""
+
+    def add(self, kind: str, weight: Host, requantised: Host) -> None:
+        """Count one tensor."""
+        error, size = float(np.sum(np.square(requantised - weight), dtype=np.float64)), float(np.sum(np.square(weight), dtype=np.float64))
+        self.merge(kind, [error, size, (error / size) ** 0.5 if size else 0.0])
+
+    def merge(self, kind: str, counted: list[float]) -> None:
+        """Count what was counted elsewhere."""
+        have = self.setdefault(kind, [0.0, 0.0, 0.0])
+        have[:] = [have[0] + counted[0], have[1] + counted[1], max(have[2], counted[2])]
+
+    def errors(self) -> dict[str, dict[str, float]]:
+        """Relative root-mean-square error of all tensors of a kind, and of the worst one."""
+        return {
+            kind: {"relative_rms": (error / size) ** 0.5 if size else 0.0, "worst_tensor": worst}
+            for kind, (error, size, worst) in sorted(self.items())
+        }
+
+
+def convert(
+    source: Path, out: Path, options: Options, *, progress: Progress | None = None, tally: Tally | None = None
+) -> dict[str, int]:
     """Write the copy, or one per rank in ``rank-R-of-N``; give counts (files written and kept, tensors, blocks that were rounded).
+
+    ``tally`` receives what W8A8 loses, which the copy's index and ``config.json`` carry, too.
 
     Raises ``ConvertError`` where ``out`` exists, nothing was asked for, a scale byte is 255, or FP8 would lose something and
     ``allow_lossy`` is not set: before anything is written.
@@ -65,8 +93,12 @@ def convert(source: Path, out: Path, options: Options, *, progress: Progress | N
     checkpoint = Checkpoint(source)
     world = Place(options.tp or 1, options.ep or 1)
     world.check(checkpoint.config)
-    if world.ranks == 1 and not options.experts and not options.bf16:
-        raise ConvertError("nothing to convert: give --tp or --ep, --experts fp8 or --to bf16")
+    if world.ranks == 1 and not (options.experts or options.bf16 or options.int8):
+        raise ConvertError("nothing to convert: give --tp or --ep, --experts fp8, --to bf16 or --to w8a8-int8")
+    if checkpoint.is_int8:
+        raise ConvertError(f"{source} is W8A8 already, and what was lost does not come back; convert the published checkpoint")
+    if options.int8:
+        check_published(checkpoint)
     lossy = check_scales(checkpoint, to_fp8=bool(options.experts) and not options.bf16)
     if lossy and not options.allow_lossy:
         worst = max(lossy, key=lossy.__getitem__)
@@ -76,16 +108,24 @@ def convert(source: Path, out: Path, options: Options, *, progress: Progress | N
     counts = {"written": 0, "kept": 0, "tensors": 0, "lossy_blocks": sum(lossy.values())}
     for rank in range(world.ranks):
         directory = partial / f"rank-{rank}-of-{world.ranks}" if world.ranks > 1 else partial
-        _write_copy(checkpoint, directory, options, replace(world, rank=rank), counts, progress)
+        _write_copy(checkpoint, directory, options, replace(world, rank=rank), counts, progress, Tally() if tally is None else tally)
     partial.rename(out)
     return counts
+
+
+def check_published(checkpoint: Checkpoint) -> None:
+    """Raise ``ConvertError`` where a linear layer is not FP8 or FP4: W8A8 is made from the published formats alone."""
+    for name, spec in checkpoint.layout.items():
+        found = checkpoint.format(name) if spec.dtype in QUANTISED else "e4m3"
+        if found not in {"e4m3", "e2m1"}:
+            raise ConvertError(f"{name}: {found or checkpoint.stored(name).dtype}; W8A8 is made from FP8 and FP4 weights: convert the published checkpoint")
 
 
 def check_scales(checkpoint: Checkpoint, *, to_fp8: bool) -> dict[str, int]:
     """Count expert blocks that FP8 cannot hold, by tensor (none unless ``to_fp8``); raise ``ConvertError`` for a scale byte of 255."""
     lossy: dict[str, int] = {}
     for name in checkpoint.names:
-        if not name.endswith(".scale"):
+        if not name.endswith(".scale") or checkpoint.stored(name).dtype != "F8_E8M0":
             continue
         scale = checkpoint.array(name)
         if wrong := int((scale == 255).sum()):
@@ -130,7 +170,9 @@ def fp4_to_fp8(weight: ScaledArray) -> tuple[ScaledArray, int]:
     return ScaledArray(data, byte, "e4m3"), int(lossy.sum())
 
 
-def pieces(source: ShardedSource, checkpoint: Checkpoint, name: str, options: Options) -> Iterator[Piece]:
+def pieces(
+    source: ShardedSource, checkpoint: Checkpoint, name: str, options: Options, tally: Tally | None = None
+) -> Iterator[Piece]:
     """Give what becomes of a tensor on a rank: nothing where it holds none of it, weight and scale together under the weight's name."""
     spec, at, place, config = checkpoint.spec(name), _stem(name), source.place, checkpoint.config
     shape = place.part(spec, config)
@@ -152,6 +194,19 @@ def pieces(source: ShardedSource, checkpoint: Checkpoint, name: str, options: Op
     logical = quantised().shape
     if options.bf16:
         yield Piece(TensorSpec(name, logical, "BF16", spec.kind), lambda: _bf16(name, quantised()))
+        return
+    if options.int8 and becomes_int8(name):
+
+        def codes() -> Host:
+            weight = quantised().dequantise()
+            made = quantise_int8(weight)
+            if tally is not None:
+                tally.add(spec.kind, weight, made.dequantise())
+            return np.asarray(made.data)
+
+        yield Piece(TensorSpec(name, logical, "I8", spec.kind), codes)
+        scale = TensorSpec(f"{at}.scale", logical[:1], "F32", spec.kind)
+        yield Piece(scale, lambda: np.asarray(quantise_int8(quantised().dequantise()).scale))
         return
     change = bool(options.experts) and fmt == "e2m1"
     made: Callable[[], ScaledArray] = (lambda: fp4_to_fp8(quantised())[0]) if change else quantised
@@ -179,6 +234,7 @@ def _write_copy(
     place: Place,
     counts: dict[str, int],
     progress: Progress | None,
+    tally: Tally,
 ) -> None:
     """Write one rank's directory, keeping shards that an earlier run finished."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -203,27 +259,47 @@ def _write_copy(
         by_file[checkpoint.file(name).name].append(name)
     weight_map: dict[str, str] = {}
     total = 0
+    lost: dict[str, Tally] = {}
     for done, (file, names) in enumerate(sorted(by_file.items())):
-        made = [piece for name in names for piece in pieces(source, checkpoint, name, options)]
+        lost[file] = Tally()
+        made = [piece for name in names for piece in pieces(source, checkpoint, name, options, lost[file])]
         made.sort(key=lambda piece: -BITS[piece.spec.dtype])  # so that every tensor is aligned to its own element
         weight_map.update(dict.fromkeys((piece.spec.name for piece in made), file))
         total += sum(stored_bytes(piece.spec) for piece in made)
         counts["tensors"] += len(made)
         if (directory / file).exists() and _digest(directory / file) == manifest["sha256"].get(file):
             counts["kept"] += 1
+            lost[file] = Tally(manifest["int8_error"][file]) if options.int8 else lost[file]
         elif made:
             manifest["sha256"][file] = _write_shard(directory / file, made)
+            if options.int8:
+                manifest.setdefault("int8_error", {})[file] = lost[file]
             (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             counts["written"] += 1
         checkpoint.release()
         if progress:
             progress(done + 1 + place.rank * len(by_file), place.ranks * len(by_file))
-    expert_dtype = "bf16" if options.bf16 else options.experts or checkpoint.config.expert_dtype
-    (directory / "config.json").write_text(replace(checkpoint.config, expert_dtype=expert_dtype).to_json())
+    here = Tally()
+    for kind, counted in (item for each in lost.values() for item in each.items()):
+        here.merge(kind, counted)
+        tally.merge(kind, counted)
+    expert_dtype = "bf16" if options.bf16 else "int8" if options.int8 else options.experts or checkpoint.config.expert_dtype
+    config = replace(checkpoint.config, expert_dtype=expert_dtype)
+    metadata: dict[str, object] = {"total_size": total}
+    if options.int8:
+        declared = {
+            "quant_method": "w8a8-int8",
+            "weights": "int8 per output channel",
+            "activations": "int8 per token, dynamic",
+            "lossy": True,
+            "error": here.errors(),
+        }
+        config, metadata["w8a8_int8"] = replace(config, quantization_config=declared), declared
+    (directory / "config.json").write_text(config.to_json())
     for other in checkpoint.path.iterdir():
         if other.is_file() and other.suffix != ".safetensors" and other.name not in {"config.json", INDEX, MANIFEST}:
             shutil.copy2(other, directory / other.name)  # tokenizer, generation settings, licence
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 

@@ -189,6 +189,8 @@ class ShardedSource:
             return weight[where] if axis == 0 else weight[:, where]
         if axis == 0:
             return weight.rows(where.start, where.stop)
+        if weight.format == "int8":  # a scale per row serves any of its columns
+            return ScaledArray(weight.data[:, where], weight.scale, "int8")
         block = slice(where.start // FP8_BLOCK, where.stop // FP8_BLOCK)
         return ScaledArray(weight.data[:, where], weight.scale[:, block], weight.format)
 

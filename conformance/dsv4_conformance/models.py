@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
 from dsv4_conformance import golden, stored_logits
 from dsv4_conformance.checks import Check, Finding, Group, Session
+from dsv4_core.convert import Options, convert
 from dsv4_core.evaluate import teacher_forced
 from dsv4_core.model import Model
 from dsv4_core.weights import Checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from dsv4_core.backend import Backend
     from dsv4_core.dtypes import Host
     from dsv4_core.spec import Numerics, Tier
@@ -135,15 +140,18 @@ def ratio_bound(mine: Host, reference: Host, seed: int = 0) -> tuple[float, floa
     return float(a.mean() / b.mean()), float(np.quantile(a[picked].mean(1) / b[picked].mean(1), 0.05))
 
 
-def judge_distance(logits: Host) -> tuple[list[str], float, dict[str, float]]:
-    """Problems, share of what is allowed, and figures of native logits [2, 160, vocab] at the stored positions."""
+def judge_distance(logits: Host, prefix: str = "") -> tuple[list[str], float, dict[str, float]]:
+    """Problems, share of what is allowed, and figures of native logits [2, 160, vocab] at the stored positions.
+
+    ``prefix``: of the reference's stored distances.
+    """
     stored = stored_logits.load()
     exact = stored["exact"].astype(np.float64)
     kl, l2 = stored_logits.distances(logits, exact)
     problems: list[str] = []
     figures: dict[str, float] = {}
     used = 0.0
-    for name, mine, reference in (("KL", kl, stored["kl"]), ("relative L2", l2, stored["l2"])):
+    for name, mine, reference in (("KL", kl, stored[f"{prefix}kl"]), ("relative L2", l2, stored[f"{prefix}l2"])):
         ratio, least = ratio_bound(mine, reference.astype(np.float64))
         figures |= {
             f"{name}": float(mine.mean()),
@@ -199,8 +207,42 @@ class NativeDistance:
         )
 
 
+@dataclass(frozen=True)
+class Int8Distance:
+    """What W8A8 costs: the trained checkpoint is converted, and its native logits are held against the published one's exact ones.
+
+    The format is lossy by declaration, so what is judged is the backend: it may lie no further away than W8A8 itself does,
+    which is the reference's own distance on the same converted checkpoint.
+    """
+
+    id: str = "model/tiny-jargon/w8a8_int8_distance"
+    op: str = "tiny-jargon"
+    group: Group = "model"
+    tier: Tier = "standard"
+    level: int = 3
+
+    def run(self, session: Session) -> Finding:
+        """Convert, feed 320 tokens of two prompts, judge positions 160 .. 319."""
+        with tempfile.TemporaryDirectory() as folder:
+            convert(golden.checkpoint_path("tiny-jargon"), Path(folder) / "w8a8", Options(int8=True))
+            checkpoint = Checkpoint(Path(folder) / "w8a8")
+            model = Model(checkpoint, in_mode(session, "native"))
+            logits = stored_logits.teacher_forced(model, stored_logits.CHUNKINGS[0])[:, stored_logits.FIRST :]
+        problems, used, figures = judge_distance(logits, "w8a8_int8_")
+        for name in ("KL", "relative L2"):
+            lossless = f"{name} of the lossless reference"
+            figures[lossless] = float(stored_logits.load()[{"KL": "kl"}.get(name, "l2")].mean())
+            figures[f"{name} beside lossless"] = figures[name] / figures[lossless]
+        return Finding(self.id, self.op, self.group, self.level, "failed" if problems else "passed", "; ".join(problems), "int8", used, figures)
+
+
 def checks(numerics: Numerics) -> list[Check]:
     """The recorded models in the exact modes (all of them in a native run), and the native distance."""
     modes = EXACT if numerics == "native" else (numerics,)
     found: list[Check] = [ExactModel(m, w, modes) for m in golden.MODELS for w in ("logits", "mtp_logits")]
     return [*found, NativeDistance()] if numerics == "native" else found
+
+
+def declared(formats: Iterable[str], numerics: Numerics) -> list[Check]:
+    """What is checked of a backend that declares weight formats beside the published ones."""
+    return [Int8Distance()] if "int8" in formats and numerics == "native" else []

@@ -9,6 +9,7 @@ logit, so that the rounding (0.009) adds a two-thousandth to a distance, the bac
 and ``l2`` [2, 160] F32: the
 native mode's distances, the mean over ``CHUNKINGS`` of the same text, because the distance of one run is itself a
 matter of chance (a tenth in KL).
+``w8a8_int8_kl`` and ``w8a8_int8_l2``, in a file of their own: the same of the checkpoint as `dsv4 convert --to w8a8-int8` makes it.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
 
     from dsv4_core.dtypes import Host
     from dsv4_core.model import Model
+    from dsv4_core.weights import Checkpoint
 
 FILE = Path(__file__).parent / "data" / "native" / "tiny-jargon.safetensors.xz"
+INT8_FILE = FILE.with_name("tiny-jargon-w8a8-int8.safetensors.xz")
 FIRST = 160  # of the positions that are judged: every kind of layer has rows by then
 UNIT = 1 / 32
 CHUNKINGS = (
@@ -68,7 +71,7 @@ def distances(logits: Host, exact: Host) -> tuple[Host, Host]:
 @functools.cache
 def load() -> dict[str, Host]:
     """Read the stored tensors by name, read-only."""
-    return tensorfile.decode(lzma.decompress(FILE.read_bytes()))
+    return {name: array for file in (FILE, INT8_FILE) for name, array in tensorfile.decode(lzma.decompress(file.read_bytes())).items()}
 
 
 def rounded(logits: Host) -> Host:
@@ -78,19 +81,33 @@ def rounded(logits: Host) -> Host:
 
 def main(backend: str) -> None:
     """Compute and write."""
+    import tempfile
+
     from dsv4_core import registry
+    from dsv4_core.convert import Options, convert
     from dsv4_core.model import Model
     from dsv4_core.weights import Checkpoint
 
     checkpoint = Checkpoint(golden.checkpoint_path("tiny-jargon"))
     exact = rounded(teacher_forced(Model(checkpoint, registry.create(backend, numerics="float64")), CHUNKINGS[0]))
+    FILE.parent.mkdir(exist_ok=True)
+    write(FILE, backend, checkpoint, exact, "", {"exact": exact})
+    with tempfile.TemporaryDirectory() as folder:
+        convert(checkpoint.path, Path(folder) / "w8a8", Options(int8=True))
+        write(INT8_FILE, backend, Checkpoint(Path(folder) / "w8a8"), exact, "w8a8_int8_", {})
+
+
+def write(file: Path, backend: str, checkpoint: Checkpoint, exact: Host, prefix: str, others: dict[str, Host]) -> None:
+    """Measure the native mode's distances on a checkpoint and store them."""
+    from dsv4_core import registry
+    from dsv4_core.model import Model
+
     native = Model(checkpoint, registry.create(backend, numerics="native"))
     runs = [distances(teacher_forced(native, chunks)[:, FIRST:], exact) for chunks in CHUNKINGS]
     kl, l2 = (np.mean([r[i] for r in runs], axis=0).astype(np.float32) for i in range(2))
-    data = lzma.compress(tensorfile.encode({"exact": exact, "kl": kl, "l2": l2}), preset=9)
-    FILE.parent.mkdir(exist_ok=True)
-    FILE.write_bytes(data)
-    print(f"{FILE}: {len(data)} bytes, KL {kl.mean():.4f}, L2 {l2.mean():.4f}")
+    data = lzma.compress(tensorfile.encode({**others, f"{prefix}kl": kl, f"{prefix}l2": l2}), preset=9)
+    file.write_bytes(data)
+    print(f"{file}: {len(data)} bytes, KL {kl.mean():.4f}, L2 {l2.mean():.4f}")
 
 
 if __name__ == "__main__":

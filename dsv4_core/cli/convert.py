@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dsv4_core.convert import Options, convert
+from dsv4_core.convert import Options, Tally, convert
 
 
 @click.command("convert")
@@ -17,7 +17,12 @@ from dsv4_core.convert import Options, convert
 @click.option(
     "--experts", type=click.Choice(["fp8"]), help="Routed experts from FP4 to FP8; lossless where scales allow."
 )
-@click.option("--to", "form", type=click.Choice(["bf16"]), help="Every quantised weight to BF16; lossless.")
+@click.option(
+    "--to",
+    "form",
+    type=click.Choice(["bf16", "w8a8-int8"]),
+    help="Every quantised weight to BF16, lossless; or to int8 per output channel (W8A8), lossy: the error is printed and kept.",
+)
 @click.option("--allow-lossy", is_flag=True, help="Round values that FP8 cannot hold; the blocks are counted.")
 def command(
     source: Path, out: Path, tp: int | None, ep: int | None, experts: str | None, form: str | None, allow_lossy: bool
@@ -28,7 +33,13 @@ def command(
     """
     from dsv4_core.cli.running import bar
 
+    tally = Tally()
+    options = Options(tp, ep, experts or "", form == "bf16", form == "w8a8-int8", allow_lossy)
     with bar("converting (shards)") as progress:
-        counts = convert(source, out, Options(tp, ep, experts or "", form == "bf16", allow_lossy), progress=progress)
+        counts = convert(source, out, options, progress=progress, tally=tally)
     shards = f"{counts['written']} shards written, {counts['kept']} kept"
     click.echo(f"{out}: {counts['tensors']} tensors, {shards}; {counts['lossy_blocks']} blocks rounded")
+    if tally:
+        click.echo("W8A8 is lossy. Error of the weights, relative to their root mean square:")
+        for kind, error in tally.errors().items():
+            click.echo(f"  {kind:14} {error['relative_rms']:.3%}, worst tensor {error['worst_tensor']:.3%}")

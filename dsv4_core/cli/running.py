@@ -87,8 +87,8 @@ def planned_calls(
 
 
 def expert_format(checkpoint: Checkpoint) -> Format:
-    """FP4 or FP8, as the experts' tensors are stored (not as config.json says)."""
-    return QUANTISED.get(checkpoint.expert_dtype, "e4m3")
+    """FP4, FP8 or int8, as the experts' tensors are stored (not as config.json says)."""
+    return "int8" if checkpoint.is_int8 else QUANTISED.get(checkpoint.expert_dtype, "e4m3")
 
 
 @dataclass

@@ -65,10 +65,16 @@ def proof_text() -> str:
     return json.dumps(proofs(), indent=1) + "\n"
 
 
+def page() -> str:
+    """docs/ascend.md."""
+    l3 = {chip: report for chip in GENERATIONS if (report := read(f"l3-{chip}"))}
+    return document.page(PAGE.read_text(encoding="utf-8"), proofs(), l3)
+
+
 def main() -> None:
     """Write both files."""
     PROOF.write_text(proof_text(), encoding="utf-8")
-    PAGE.write_text(document.page(PAGE.read_text(encoding="utf-8"), proofs()), encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")
     print(f"{PROOF.relative_to(ROOT)}, {PAGE.relative_to(ROOT)}")
 
 

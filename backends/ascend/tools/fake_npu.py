@@ -41,6 +41,7 @@ from dsv4_backend_torch.numeric import torch_dtype  # noqa: E402
 from dsv4_core import dtypes  # noqa: E402
 from dsv4_core.cache import Cache  # noqa: E402
 from dsv4_core.config import PRESETS, ModelConfig  # noqa: E402
+from dsv4_core.convert import Options, convert  # noqa: E402
 from dsv4_core.create import create  # noqa: E402
 from dsv4_core.dtypes import dtype_name  # noqa: E402
 from dsv4_core.model import Model  # noqa: E402
@@ -159,8 +160,10 @@ def main() -> int:
     numeric.table = table_without_data
     with tempfile.TemporaryDirectory() as folder, FakeTensorMode(allow_non_fake_inputs=False):
         create(Path(folder) / "wide", wide_heads(), seed=1)
-        for name, path in (("embedded", embedded()), ("published head sizes", Path(folder) / "wide")):
-            for generation in GENERATIONS:
+        convert(embedded(), Path(folder) / "w8a8", Options(int8=True))
+        models = {"embedded": embedded(), "published head sizes": Path(folder) / "wide", "W8A8": Path(folder) / "w8a8"}
+        for name, path in models.items():
+            for generation in GENERATIONS if name != "W8A8" else ("910B", "910C"):
                 runs[f"{name}, {generation}"] = [run(path, generation, tier) for tier in ("cann", "composed")]
     entries = [entry for pair in runs.values() for entry in pair]
     report = {

@@ -68,14 +68,13 @@ def round_to_grid(x: Tensor, fmt: Format) -> Tensor:
 
 
 def signed_like(rounded: Tensor, y: Tensor, *, on_cpu: bool | None = None) -> Tensor:
-    """Give rounded values the signs of ``y``, in place where ``copysign`` (which torch-npu has no kernel for) is not called: only
+    """Give rounded values the signs of ``y``, without ``copysign`` (which torch-npu has no kernel for) on a device: only
     zeros lose theirs in rounding, so that setting a bit is enough.
     """
     if y.device.type == "cpu" if on_cpu is None else on_cpu:
         return torch.copysign(rounded, y)
     integer = _BITS[y.dtype].integer
-    rounded.view(integer).bitwise_or_(y.view(integer) & torch.iinfo(integer).min)
-    return rounded
+    return (rounded.view(integer) | (y.view(integer) & torch.iinfo(integer).min)).view(y.dtype)
 
 
 def grid_codes(y: Tensor, fmt: Format) -> Tensor:
