@@ -1,0 +1,126 @@
+"""The cuda backend as a backend: what it refuses, what it says of itself, and a decode step that reads nothing back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from dsv4_backend_cuda import CudaBackend, device, interpret, launch, rules
+from dsv4_conformance import golden
+
+from dsv4_core.cache import Cache
+from dsv4_core.model import Model
+from dsv4_core.ops import OPS
+from dsv4_core.spec import BackendError, Operand
+from dsv4_core.step import Step
+from dsv4_core.weights import Checkpoint
+
+
+@pytest.fixture(scope="module")
+def backend():
+    return CudaBackend(interpret=True)
+
+
+def test_importing_it_or_another_backend_imports_no_triton():
+    code = "import sys, dsv4_backend_cuda, dsv4_backend_torch, dsv4_core.model; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(device, "find_spec", lambda _: None)
+    with pytest.raises(BackendError, match=r"needs triton, not found here; pip install 'dsv4\[cuda\]'"):
+        CudaBackend(interpret=True)
+
+
+def test_without_a_gpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(interpret, "_active", False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(BackendError, match=r"built without CUDA; install a CUDA build .* --interpret"):
+        CudaBackend()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendError, match=r"finds no GPU .* --interpret"):
+        CudaBackend()
+
+
+def test_with_an_architecture_that_has_no_kernels(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(interpret, "_active", False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    with pytest.raises(BackendError, match=r"Tesla T4: compute capability 7.5 has no kernels here; .* --backend torch"):
+        CudaBackend()
+
+
+def test_with_a_triton_that_the_repair_does_not_know(monkeypatch):
+    monkeypatch.setattr(interpret, "_active", False)
+    monkeypatch.setattr(interpret, "version", lambda _: "9.9.9")
+    with pytest.raises(BackendError, match=r"triton 9.9.9: the interpreter repair is proven for 3.9.0 only; install triton==3.9.0"):
+        CudaBackend(interpret=True)
+
+
+def test_on_a_device_that_is_no_gpu():
+    with pytest.raises(BackendError, match="device 'cpu' is not a CUDA device"):
+        CudaBackend(device="cpu")
+
+
+def test_compiling_where_kernels_are_interpreted():
+    with pytest.raises(BackendError, match="this process interprets its kernels"):
+        CudaBackend()
+
+
+def test_doctor_says_what_is_there():
+    lines = {line.what: line for line in CudaBackend.diagnose()}
+    assert lines["triton"].found.startswith("3.9.0, known to the interpreter's repair")
+    assert {"NVIDIA driver", "torch"} <= lines.keys()
+
+
+def test_every_op_has_a_kernel_or_a_reason():
+    fused = {name for name, spec in OPS.items() if spec.fused}
+    assert set(OPS) - rules.RULES.keys() - rules.WITHOUT_KERNEL.keys() <= fused
+
+
+def test_supports_names_kernels_and_reasons(backend):
+    x, weight = Operand("bfloat16", (3, 256)), Operand("float8_e4m3fn@128x128", (192, 256))
+    answer = backend.supports("linear", x=x, weight=weight, out_dtype="bfloat16")
+    assert answer.by == "triton: act_quant, linear_decode"
+    assert backend.supports("linear", x=x, weight=Operand("float32", (192, 256)), out_dtype="float32").by == "torch: no kernel multiplies by float32 weights"
+    exact = CudaBackend(interpret=True, numerics="float32")
+    assert exact.supports("linear", x=x, weight=weight, out_dtype="float32").by == "torch: kernels compute native numerics, not float32"
+
+
+def test_rules_name_kernels_of_the_launch_table():
+    named = {"rms_norm", "rope", "act_quant", "act_qdq", "hadamard", "route", "sort", "gather", "swiglu", "invert", "combine", "compress"}
+    named |= {"index_scores", "index_select", "sparse_attn", "sparse_attn_combine", "mix", "hc_reduce", "hc_expand"}
+    named |= {f"{k}_{p}" for k in ("linear", "fp4_linear", "bf16_linear", "grouped_linear", "fp8_experts", "fp4_experts") for p in ("decode", "prefill")}
+    assert named <= {kernel for kernel, arch in launch.table() if arch == 90}
+
+
+
+def test_a_decode_step_reads_nothing_back(backend, monkeypatch):
+    """On the meta device, kernels left out: whatever reads a value, or has a shape that depends on one, raises."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launches = []
+    monkeypatch.setattr(InterpretedFunction, "run", lambda self, *_, grid, **__: launches.append((self.fn.__name__, grid)))
+    on_meta = CudaBackend(interpret=True)
+    on_meta.device = torch.device("meta")
+    model = Model(Checkpoint(golden.checkpoint_path("tiny-flash")), on_meta)
+    cache = Cache(on_meta, model.config, 2, 320)
+    cache.lengths[:] = 290
+    traces = []
+    for _ in range(2):
+        launches.clear()
+        step = Step(cache, np.full((2, 1), 7))
+        logits = model.logits(model.forward(step))
+        on_meta.sample(logits, on_meta.from_numpy(np.zeros(2, np.float32)), temperature=0.0, top_p=1.0)
+        traces.append(list(launches))
+    assert logits.device.type == "meta"
+    assert traces[0] == traces[1]
+    assert {"fp4_matmul_kernel", "sparse_attn_kernel", "index_select_kernel", "reduce_kernel"} <= {name for name, _ in traces[0]}
