@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dsv4_core.create import header, stored_bytes
-from dsv4_core.dtypes import BFLOAT16, FORMAT_MAX, FP4_GROUP, FP8_BLOCK, Host, ScaledArray, decode, encode, quantise_int8
+from dsv4_core.dtypes import (
+    BFLOAT16,
+    FORMAT_MAX,
+    FP4_GROUP,
+    FP8_BLOCK,
+    Host,
+    ScaledArray,
+    decode,
+    encode,
+    quantise_int8,
+)
 from dsv4_core.layout import QUANTISED, TensorSpec, becomes_int8, scale_shape
 from dsv4_core.parallel import Place, ShardedSource
 from dsv4_core.shards import BITS

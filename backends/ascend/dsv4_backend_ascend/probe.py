@@ -94,7 +94,10 @@ def diagnose() -> Iterator[Diagnosis]:
     except BackendError as error:
         yield Diagnosis("torch-npu", f"{_installed_version()}, does not import: {error.__cause__}".splitlines()[0], f"source CANN's set_env.sh; {PLAN}")
         return
-    yield Diagnosis("torch-npu", f"{_installed_version()}, imports", "" if _installed_version() in table().wheel else f"the table was written for {table().wheel}")
+    yield Diagnosis(
+            "torch-npu",
+            f"{_installed_version()}, imports",
+            "" if _installed_version() in table().wheel else f"the table was written for {table().wheel}")
     missing = drift()
     for op, problem in missing.items():
         yield Diagnosis("op", f"npu::{op} {problem}", "what it serves is composed; install the torch-npu that the table was written for")

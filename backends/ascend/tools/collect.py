@@ -1,6 +1,6 @@
 """Collect what the reports of rungs L1 to L3 prove into ``data/proof.json``, and write the generated part of docs/ascend.md.
 
-    python backends/ascend/tools/collect.py
+python backends/ascend/tools/collect.py
 """
 
 from __future__ import annotations
