@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import feed, load_model
+from recorded import feed, load_model
 
 from dsv4_core.cache import Cache, CacheError
 from dsv4_core.config import PRESETS

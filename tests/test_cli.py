@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import relative, vectors
+from recorded import relative, vectors
 
 from dsv4_conformance import golden
 from dsv4_core import cli

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import load_model
+from recorded import load_model
 
 from dsv4_core.cache import CacheError
 from dsv4_core.generate import Sampling, generate, speculate

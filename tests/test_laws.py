@@ -5,7 +5,7 @@ In float64, where rounding cannot hide an error.
 
 import numpy as np
 import pytest
-from conftest import feed, load_model, relative, vectors
+from recorded import feed, load_model, relative, vectors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import relative, vectors
+from recorded import relative, vectors
 from dsv4_conformance import golden
 
 from dsv4_core.backend import Backend

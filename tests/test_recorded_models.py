@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import feed, load_model, relative, vectors
+from recorded import feed, load_model, relative, vectors
 
 from dsv4_core.cache import Cache
 from dsv4_core.evaluate import teacher_forced

@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 import pytest
-from conftest import load_model, relative, vectors
+from recorded import load_model, relative, vectors
 
 from dsv4_core.cache import Cache
 from dsv4_core.dtypes import BFLOAT16, E8M0_VALUES, decode, encode, power_of_two_scale

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import vectors
+from recorded import vectors
 from dsv4_conformance import golden, localise, replay, runner, trace_file
 from dsv4_conformance.checks import Session
 from dsv4_conformance.museum import hunt

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import load_model
+from recorded import load_model
 from dsv4_conformance import golden, models, runner, stored_logits
 from dsv4_conformance.checks import Session
 from dsv4_conformance.museum import hunt

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import relative
+from recorded import relative
 
 pytest.importorskip("torch.distributed")
 

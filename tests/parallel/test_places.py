@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import RECORDED
+from recorded import RECORDED
 from dsv4_conformance import golden
 
 from dsv4_core import registry

@@ -5,7 +5,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from conftest import relative, vectors  # noqa: E402
+from recorded import relative, vectors  # noqa: E402
 from dsv4_backend_torch import TorchBackend  # noqa: E402
 from dsv4_conformance import golden  # noqa: E402
 

@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from conftest import feed, load_model, relative, vectors
+from recorded import feed, load_model, relative, vectors
 from dsv4_conformance import golden
 
 from dsv4_core import registry
