@@ -2,8 +2,9 @@
 
     python benchmarks/memory.py [--backend reference] [--tokens 8] [--dir DIR]
 
-Writes ``dsv4 init --preset flash --layers 4 --experts 64`` (all three kinds of attention, both kinds of routing) unless DIR holds one, generates in a
-process of its own in native mode with no dequantised weight kept, and prints the peak, the touched weights' bytes and the time per token. The goal: peak under touched + 1 GB.
+Writes ``dsv4 init --preset flash --layers 4 --experts 64`` (all three kinds of attention, both kinds of routing) unless
+DIR holds one, generates in a process of its own in native mode with no dequantised weight kept, and prints the peak,
+the touched weights' bytes and the time per token. The goal: peak under touched + 1 GB.
 """
 
 from __future__ import annotations
@@ -46,8 +47,7 @@ def child(directory: Path, backend: str, tokens: int) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     model = Model(checkpoint, create(backend, numerics="native", weight_cache=0))
     times = [time.perf_counter()]
-    for _ in generate(model, [list(range(100, 116))], max_tokens=tokens):
-        times.append(time.perf_counter())
+    times.extend(time.perf_counter() for _ in generate(model, [list(range(100, 116))], max_tokens=tokens))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     decode = np.diff(times[1:])
     figures = {"peak": peak, "before": before, "touched": touched(checkpoint, model), "checkpoint": checkpoint.nbytes}
@@ -68,12 +68,39 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         directory = args.dir or Path(scratch) / "flash-4"
         if not (directory / "config.json").exists():
-            init = [sys.executable, "-m", "dsv4_core", "init", str(directory), "--preset", "flash", "--layers", "4", "--experts", "64", "--seed", "0"]
+            init = [
+                sys.executable,
+                "-m",
+                "dsv4_core",
+                "init",
+                str(directory),
+                "--preset",
+                "flash",
+                "--layers",
+                "4",
+                "--experts",
+                "64",
+                "--seed",
+                "0",
+            ]
             subprocess.run(init, check=True)
-        command = [sys.executable, __file__, "--child", str(directory), "--backend", args.backend, "--tokens", str(args.tokens)]
+        command = [
+            sys.executable,
+            __file__,
+            "--child",
+            str(directory),
+            "--backend",
+            args.backend,
+            "--tokens",
+            str(args.tokens),
+        ]
         f = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    print(f"checkpoint {f['checkpoint'] / GB:.2f} GB, 16 prompt tokens, {args.tokens} generated, backend {args.backend}, native, weight cache 0")
-    print(f"peak resident {f['peak'] / GB:.2f} GB (of it before the model {f['before'] / GB:.2f}); weights touched {f['touched'] / GB:.2f} GB")
+    print(
+        f"checkpoint {f['checkpoint'] / GB:.2f} GB, 16 prompt tokens, {args.tokens} generated, backend {args.backend}, native, weight cache 0"
+    )
+    print(
+        f"peak resident {f['peak'] / GB:.2f} GB (of it before the model {f['before'] / GB:.2f}); weights touched {f['touched'] / GB:.2f} GB"
+    )
     over = (f["peak"] - f["touched"]) / GB
     print(f"peak - touched = {over:.2f} GB: {'within' if over < 1 else 'OVER'} the 1 GB allowed")
     print(f"first token {f['first']:.2f} s, then {f['decode']:.2f} s a token (median)")

@@ -17,7 +17,10 @@ COMMANDS = {
     "python alone": ["-c", "pass"],
     "import numpy": ["-c", "import numpy"],
     "import dsv4_core": ["-c", "import dsv4_core"],
-    "import dsv4_core.model, registry, weights": ["-c", "import dsv4_core.model, dsv4_core.registry, dsv4_core.weights"],
+    "import dsv4_core.model, registry, weights": [
+        "-c",
+        "import dsv4_core.model, dsv4_core.registry, dsv4_core.weights",
+    ],
     "dsv4 backends": ["-m", "dsv4_core", "backends"],
 }
 

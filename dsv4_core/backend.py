@@ -115,7 +115,9 @@ class Backend(FusedOps):
         for name, value in operands.items():
             fmt = format_of(str(getattr(value, "dtype", "")))
             if fmt and fmt not in self.weight_formats:
-                return Support(reason=f"{name}: backend {self.name!r} multiplies no {fmt} weights; use the published checkpoint")
+                return Support(
+                    reason=f"{name}: backend {self.name!r} multiplies no {fmt} weights; use the published checkpoint"
+                )
         if self.implements(op):
             return Support(by=self.name)
         if OPS[op].fused:

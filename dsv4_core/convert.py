@@ -72,7 +72,10 @@ class Tally(dict[str, list[float]]):
 
     def add(self, kind: str, weight: Host, requantised: Host) -> None:
         """Count one tensor."""
-        error, size = float(np.sum(np.square(requantised - weight), dtype=np.float64)), float(np.sum(np.square(weight), dtype=np.float64))
+        error, size = (
+            float(np.sum(np.square(requantised - weight), dtype=np.float64)),
+            float(np.sum(np.square(weight), dtype=np.float64)),
+        )
         self.merge(kind, [error, size, (error / size) ** 0.5 if size else 0.0])
 
     def merge(self, kind: str, counted: list[float]) -> None:
@@ -106,7 +109,9 @@ def convert(
     if world.ranks == 1 and not (options.experts or options.bf16 or options.int8):
         raise ConvertError("nothing to convert: give --tp or --ep, --experts fp8, --to bf16 or --to w8a8-int8")
     if checkpoint.is_int8:
-        raise ConvertError(f"{source} is W8A8 already, and what was lost does not come back; convert the published checkpoint")
+        raise ConvertError(
+            f"{source} is W8A8 already, and what was lost does not come back; convert the published checkpoint"
+        )
     if options.int8:
         check_published(checkpoint)
     lossy = check_scales(checkpoint, to_fp8=bool(options.experts) and not options.bf16)
@@ -118,7 +123,15 @@ def convert(
     counts = {"written": 0, "kept": 0, "tensors": 0, "lossy_blocks": sum(lossy.values())}
     for rank in range(world.ranks):
         directory = partial / f"rank-{rank}-of-{world.ranks}" if world.ranks > 1 else partial
-        _write_copy(checkpoint, directory, options, replace(world, rank=rank), counts, progress, Tally() if tally is None else tally)
+        _write_copy(
+            checkpoint,
+            directory,
+            options,
+            replace(world, rank=rank),
+            counts,
+            progress,
+            Tally() if tally is None else tally,
+        )
     partial.rename(out)
     return counts
 
@@ -128,7 +141,9 @@ def check_published(checkpoint: Checkpoint) -> None:
     for name, spec in checkpoint.layout.items():
         found = checkpoint.format(name) if spec.dtype in QUANTISED else "e4m3"
         if found not in {"e4m3", "e2m1"}:
-            raise ConvertError(f"{name}: {found or checkpoint.stored(name).dtype}; W8A8 is made from FP8 and FP4 weights: convert the published checkpoint")
+            raise ConvertError(
+                f"{name}: {found or checkpoint.stored(name).dtype}; W8A8 is made from FP8 and FP4 weights: convert the published checkpoint"
+            )
 
 
 def check_scales(checkpoint: Checkpoint, *, to_fp8: bool) -> dict[str, int]:
@@ -293,7 +308,9 @@ def _write_copy(
     for kind, counted in (item for each in lost.values() for item in each.items()):
         here.merge(kind, counted)
         tally.merge(kind, counted)
-    expert_dtype = "bf16" if options.bf16 else "int8" if options.int8 else options.experts or checkpoint.config.expert_dtype
+    expert_dtype = (
+        "bf16" if options.bf16 else "int8" if options.int8 else options.experts or checkpoint.config.expert_dtype
+    )
     config = replace(checkpoint.config, expert_dtype=expert_dtype)
     metadata: dict[str, object] = {"total_size": total}
     if options.int8:

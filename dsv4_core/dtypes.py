@@ -107,7 +107,9 @@ def pack_fp4(codes: Host) -> npt.NDArray[np.uint8]:
 def _two_bytes(fmt: Format) -> Host:
     """Values of every pair of bytes, as one element of 8 (two E4M3) or 16 bytes (four E2M1): halves the look-ups."""
     one = E4M3_VALUES[:, None] if fmt == "e4m3" else E2M1_PAIRS
-    both = np.concatenate([np.tile(one, (256, 1)), np.repeat(one, 256, axis=0)], axis=1)  # little-endian: the first byte is the low one
+    both = np.concatenate(
+        [np.tile(one, (256, 1)), np.repeat(one, 256, axis=0)], axis=1
+    )  # little-endian: the first byte is the low one
     return np.ascontiguousarray(both).view(np.uint64 if fmt == "e4m3" else np.complex128)[:, 0]
 
 

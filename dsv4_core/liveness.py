@@ -236,4 +236,3 @@ class Watch:
         timer.daemon = True
         timer.start()
         return timer
-

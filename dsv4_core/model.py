@@ -55,7 +55,6 @@ class Parallel:
     sequences: Callable[[int], slice] | None = None
     gather_sequences: Callable[[Host], Host] | None = None
 
-
     def mine(self, rows: Host) -> Host:
         """Give this rank's of the host rows of a whole batch."""
         return rows[self.sequences(len(rows))] if self.sequences else rows

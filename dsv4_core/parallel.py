@@ -100,7 +100,9 @@ class Place:
                 raise ValueError(f"--tp {self.tp}: {key} = {size} is not a multiple of it; {use}")
         for key in ("n_routed_experts", "vocab_size"):
             if (size := getattr(c, key)) < self.ranks:
-                raise ValueError(f"--tp {self.tp} --ep {self.ep}: {key} = {size} is less than {self.ranks} ranks; use fewer")
+                raise ValueError(
+                    f"--tp {self.tp} --ep {self.ep}: {key} = {size} is less than {self.ranks} ranks; use fewer"
+                )
         rows = {"wq_b": c.num_attention_heads * c.head_dim // self.tp, "wo_a": c.o_groups * c.o_lora_rank // self.tp}
         for name, count in rows.items():
             if count % FP8_BLOCK and FP8_BLOCK % count:

@@ -25,7 +25,9 @@ def own_directory(directory: Path, rank: int, ranks: int) -> Path:
         return mine
     if found := sorted(path.name for path in directory.glob("rank-*-of-*")):
         count = found[0].rpartition("-")[2]
-        raise ValueError(f"{directory} was cut for {count} ranks, and {ranks} was started; start {count}, or cut it again")
+        raise ValueError(
+            f"{directory} was cut for {count} ranks, and {ranks} was started; start {count}, or cut it again"
+        )
     return directory
 
 
@@ -57,7 +59,9 @@ def open_copy(directory: Path, place: Place) -> Checkpoint:
     for spec in checkpoint.layout.values():
         part = unpacked(spec._replace(shape=place.part(spec, checkpoint.config)))
         there = spec.name in checkpoint
-        unscaled = spec.dtype == "F8_E8M0" and not there  # its weight may be stored as BF16; a missing scale is found below
+        unscaled = (
+            spec.dtype == "F8_E8M0" and not there
+        )  # its weight may be stored as BF16; a missing scale is found below
         if 0 in part or unscaled:
             continue
         shape = unpacked(checkpoint.spec(spec.name)) if there else None

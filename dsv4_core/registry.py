@@ -61,7 +61,11 @@ class Installed:
         )
 
 
-_MODULES = {"dsv4": "dsv4_core", "torch-npu": "torch_npu", "ml-dtypes": "ml_dtypes"}  # requirement names that are not their module's
+_MODULES = {
+    "dsv4": "dsv4_core",
+    "torch-npu": "torch_npu",
+    "ml-dtypes": "ml_dtypes",
+}  # requirement names that are not their module's
 
 
 def _found(requirement: Requirement) -> bool:

@@ -37,8 +37,12 @@ class Rendezvous:
             return None
         names = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         if missing := [name for name in names if name not in environ]:
-            raise ValueError(f"RANK is set and {', '.join(missing)} is not; start the ranks with torchrun, or set all of them")
-        texts = {name: environ.get(name, environ["RANK"]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK")}
+            raise ValueError(
+                f"RANK is set and {', '.join(missing)} is not; start the ranks with torchrun, or set all of them"
+            )
+        texts = {
+            name: environ.get(name, environ["RANK"]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK")
+        }
         if wrong := [name for name, text in texts.items() if not text.isdigit()]:
             raise ValueError(f"{wrong[0]} = {texts[wrong[0]]!r} must be a number")
         numbers = {name: int(text) for name, text in texts.items()}

@@ -230,7 +230,11 @@ class Checkpoint:
         """Hold every tensor against the layout; ``unread`` ones have been reported."""
         dtypes = Counter(self.stored(name).dtype for name in self._where if _is_expert_weight(name))
         self.expert_dtype = max(dtypes, key=lambda dtype: dtypes[dtype], default="I8")
-        scales = (self.stored(s).dtype for name in self._where if _is_expert_weight(name) and (s := f"{name[:-7]}.scale") in self._where)
+        scales = (
+            self.stored(s).dtype
+            for name in self._where
+            if _is_expert_weight(name) and (s := f"{name[:-7]}.scale") in self._where
+        )
         self.is_int8 = self.expert_dtype == "I8" and next(scales, "") == "F32"
         published: Format = "e4m3" if self.expert_dtype == "F8_E4M3" else "e2m1"
         self.layout = tensor_specs(self.config, "int8" if self.is_int8 else published)
@@ -306,10 +310,14 @@ class Checkpoint:
             text = f"unexpected scale: {name} is {self.stored(name).dtype}, which has none; remove it"
             self._wrong("unexpected tensor", scale_name, file, text)
         elif scale.dtype != (dtype := "F32" if fmt == "int8" else "F8_E8M0"):
-            text = f"dtype {scale.dtype} must be {dtype}{', an exponent a byte' if dtype == 'F8_E8M0' else ''}; convert it"
+            text = (
+                f"dtype {scale.dtype} must be {dtype}{', an exponent a byte' if dtype == 'F8_E8M0' else ''}; convert it"
+            )
             self._wrong("wrong dtype", scale_name, file, text)
         elif scale.shape != scale_shape(shape, fmt):
-            grid = {"e4m3": "one per 128 x 128 block", "e2m1": "one per 32 channels of a row", "int8": "one per row"}[fmt]
+            grid = {"e4m3": "one per 128 x 128 block", "e2m1": "one per 32 channels of a row", "int8": "one per row"}[
+                fmt
+            ]
             must = list(scale_shape(shape, fmt))
             text = (
                 f"scale grid {list(scale.shape)} must be {must} for {fmt} {list(shape)}: {grid}; requantise the weight"

@@ -1,5 +1,7 @@
 """The cache's size, to the byte, and what packing keeps."""
 
+import math
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ def formula(config, numerics, capacity, R):
     d, r, di, W = config.head_dim, config.qk_rope_head_dim, config.index_head_dim, config.sliding_window
     item = numpy_dtype({"native": "uint8"}.get(numerics, numerics)).itemsize
     wide = 8 if numerics == "float64" else 4
-    row = (d - r) + 8 * -(-(-(-(d - r) // 64)) // 8) + 2 * r if numerics == "native" else d * item
+    row = (d - r) + 8 * math.ceil(math.ceil((d - r) / 64) / 8) + 2 * r if numerics == "native" else d * item
     key = di // 2 + di // 32 if numerics == "native" else di * item
     total = 0
     for m in config.compress_ratios:

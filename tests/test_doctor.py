@@ -7,7 +7,9 @@ import pytest
 
 
 def doctor(*args):
-    return subprocess.run([sys.executable, "-m", "dsv4_core", "doctor", *args], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "dsv4_core", "doctor", *args], capture_output=True, text=True, check=False
+    )
 
 
 def test_a_healthy_backend():

@@ -15,7 +15,10 @@ from dsv4_core.weights import Checkpoint, embedded
 
 
 def test_codes_are_within_half_a_step_and_scales_are_bf16():
-    weight = np.random.default_rng(0).standard_normal((37, 64), np.float32) * np.logspace(-20, 20, 37, dtype=np.float32)[:, None]
+    weight = (
+        np.random.default_rng(0).standard_normal((37, 64), np.float32)
+        * np.logspace(-20, 20, 37, dtype=np.float32)[:, None]
+    )
     weight[5] = 0
     made = quantise_int8(weight)
     assert np.array_equal(made.scale.astype(BFLOAT16).astype(np.float32), made.scale)

@@ -5,9 +5,9 @@ In float64, where rounding cannot hide an error.
 
 import numpy as np
 import pytest
-from recorded import feed, load_model, relative, vectors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from recorded import feed, load_model, relative, vectors
 
 from dsv4_core.cache import Cache, CacheError
 from dsv4_core.evaluate import teacher_forced
@@ -55,8 +55,7 @@ def test_a_sequence_does_not_see_its_batch(model, lengths, more):
     ids = ids_of(model, len(lengths), max(lengths) + more)
     cache = Cache(model.backend, model.config, len(lengths), max(lengths) + more)
     together = [feed(model, cache, ids[:, : max(lengths)], counts=lengths)]
-    for i in range(more):
-        together.append(feed(model, cache, np.array([[ids[b, n + i]] for b, n in enumerate(lengths)])))
+    together += [feed(model, cache, np.array([[ids[b, n + i]] for b, n in enumerate(lengths)])) for i in range(more)]
     for b, n in enumerate(lengths):
         alone = full(model, ids[b : b + 1, : n + more])[0]
         mine = np.concatenate([together[0][b, :n], *(part[b] for part in together[1:])])

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from recorded import relative, vectors
 from dsv4_conformance import golden
+from recorded import relative, vectors
 
 from dsv4_core.backend import Backend
 from dsv4_core.dtypes import ScaledArray
@@ -121,7 +121,9 @@ def test_importing_pulls_in_no_device_library(module):
 
 
 def test_listing_backends_imports_none():
-    code = f"import sys; sys.argv = ['dsv4', 'backends']\nfrom dsv4_core.cli import main\ntry: main()\nfinally: print(sorted(({LIBRARIES!r} | {BACKENDS!r} | {{'numpy'}}) & sys.modules.keys()))"
+    unwanted = LIBRARIES | BACKENDS | {"numpy"}
+    run = "import sys; sys.argv = ['dsv4', 'backends']\nfrom dsv4_core.cli import main\ntry: main()\n"
+    code = f"{run}finally: print(sorted({unwanted!r} & sys.modules.keys()))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip().endswith("[]"), out
     assert "reference" in out

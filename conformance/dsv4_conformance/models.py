@@ -233,7 +233,17 @@ class Int8Distance:
             lossless = f"{name} of the lossless reference"
             figures[lossless] = float(stored_logits.load()[{"KL": "kl"}.get(name, "l2")].mean())
             figures[f"{name} beside lossless"] = figures[name] / figures[lossless]
-        return Finding(self.id, self.op, self.group, self.level, "failed" if problems else "passed", "; ".join(problems), "int8", used, figures)
+        return Finding(
+            self.id,
+            self.op,
+            self.group,
+            self.level,
+            "failed" if problems else "passed",
+            "; ".join(problems),
+            "int8",
+            used,
+            figures,
+        )
 
 
 def checks(numerics: Numerics) -> list[Check]:

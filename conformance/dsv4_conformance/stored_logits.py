@@ -71,7 +71,11 @@ def distances(logits: Host, exact: Host) -> tuple[Host, Host]:
 @functools.cache
 def load() -> dict[str, Host]:
     """Read the stored tensors by name, read-only."""
-    return {name: array for file in (FILE, INT8_FILE) for name, array in tensorfile.decode(lzma.decompress(file.read_bytes())).items()}
+    return {
+        name: array
+        for file in (FILE, INT8_FILE)
+        for name, array in tensorfile.decode(lzma.decompress(file.read_bytes())).items()
+    }
 
 
 def rounded(logits: Host) -> Host:

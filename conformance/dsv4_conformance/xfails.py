@@ -50,9 +50,7 @@ def load(path: Path) -> list[Xfail]:
             ("expires", datetime.date, "2027-06-30"),
         ):
             if not isinstance(entry.get(key), kind) or not entry[key]:
-                raise ValueError(
-                    f"{path}: [[xfail]] number {i + 1} needs {key} = {example}, has {entry.get(key)!r}"
-                )
+                raise ValueError(f"{path}: [[xfail]] number {i + 1} needs {key} = {example}, has {entry.get(key)!r}")
         found.append(Xfail(entry["case"], entry["reason"], entry["expires"]))
     return found
 

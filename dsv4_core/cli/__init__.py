@@ -26,6 +26,7 @@ COMMANDS = (
     "plan",
     "rehearse",
     "convert",
+    "bench",
 )
 GROUP = "dsv4.commands"
 

@@ -44,7 +44,9 @@ def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
     gathered.__dict__.update(command.__dict__)
     for decorate in (
         click.option("--stats", is_flag=True, help="Of each rank: bytes of weights read, bytes sent, time so."),
-        click.option("--ep", type=click.IntRange(1), default=1, show_default=True, help="Groups that share the experts."),
+        click.option(
+            "--ep", type=click.IntRange(1), default=1, show_default=True, help="Groups that share the experts."
+        ),
         click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Ranks that share each token."),
     ):
         gathered = decorate(gathered)

@@ -6,12 +6,12 @@ import re
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from recorded import vectors
 from dsv4_conformance import golden, localise, replay, runner, trace_file
 from dsv4_conformance.checks import Session
 from dsv4_conformance.museum import hunt
 from dsv4_conformance.museum.fault import MUTANTS
 from dsv4_conformance.record import Recorder, record
+from recorded import vectors
 
 from dsv4_core.weights import Checkpoint
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from recorded import load_model
 from dsv4_conformance import golden, models, runner, stored_logits
 from dsv4_conformance.checks import Session
 from dsv4_conformance.museum import hunt
 from dsv4_conformance.museum.fault import MUTANTS
+from recorded import load_model
 
 
 def backend(mutant=None, numerics="native"):

@@ -94,7 +94,9 @@ def same(got: np.ndarray, expected: np.ndarray, what: str) -> None:
     """Equal bits, any NaN being as good as another."""
     nan = np.isnan(got.astype(np.float32)) & np.isnan(expected.astype(np.float32))
     wrong = (bits(got) != bits(expected)) & ~nan
-    assert not wrong.any(), f"{what}: {wrong.sum()} of {wrong.size} differ, first {got[wrong][:3]} for {expected[wrong][:3]}"
+    assert not wrong.any(), (
+        f"{what}: {wrong.sum()} of {wrong.size} differ, first {got[wrong][:3]} for {expected[wrong][:3]}"
+    )
 
 
 def interesting_float32(name: str) -> np.ndarray:
@@ -138,7 +140,9 @@ def small_formats_convert_into_each_other() -> None:
 
 
 def float64_rounds_once() -> None:
-    one_and_a_bit = np.array([1 + 2.0**-8 + 2.0**-40, 1 + 2.0**-8 - 2.0**-40, 1 + 2.0**-8, -(1 + 3 * 2.0**-8 - 2.0**-45)])
+    one_and_a_bit = np.array(
+        [1 + 2.0**-8 + 2.0**-40, 1 + 2.0**-8 - 2.0**-40, 1 + 2.0**-8, -(1 + 3 * 2.0**-8 - 2.0**-45)]
+    )
     got = as_numpy(cast(torch.from_numpy(one_and_a_bit), torch.bfloat16), ml_dtypes.bfloat16).astype(np.float64)
     assert got.tolist() == [1 + 2.0**-7, 1, 1, -(1 + 2.0**-7)]
 
@@ -148,21 +152,31 @@ def arithmetic_rounds_once() -> None:
     dtype, kind, _ = SMALL["bfloat16"]
     special = np.array([0, 0x8000, 0x3F80, 0x7F80, 0xFF80, 0x7FC0, 1, 0x7F7F, 0x0080], np.uint16)
     pairs = np.stack([a.ravel() for a in np.meshgrid(special, special, special)])
-    near = (0x3F80 + rng.integers(-600, 600, (3, 100_000))).astype(np.uint16) | (rng.integers(0, 2, (3, 100_000)) << 15).astype(np.uint16)
+    near = (0x3F80 + rng.integers(-600, 600, (3, 100_000))).astype(np.uint16) | (
+        rng.integers(0, 2, (3, 100_000)) << 15
+    ).astype(np.uint16)
     a, b, c = np.concatenate([pairs, rng.integers(0, 1 << 16, (3, 100_000)).astype(np.uint16), near], axis=1)
     n = len(a)
     out = torch.empty(8, n, dtype=dtype)
-    arithmetic_kernel[(triton.cdiv(n, BLOCK),)](*(as_torch(np.ascontiguousarray(v), dtype) for v in (a, b, c)), out, n, BLOCK=BLOCK)
+    arithmetic_kernel[(triton.cdiv(n, BLOCK),)](
+        *(as_torch(np.ascontiguousarray(v), dtype) for v in (a, b, c)), out, n, BLOCK=BLOCK
+    )
     got = as_numpy(out, kind)
     with np.errstate(all="ignore"):
         x, y, z = (v.view(kind).astype(np.float64) for v in (a, b, c))
         product = x * y  # exact: 8 x 8 bits
-        total = product.astype(np.longdouble) + z.astype(np.longdouble)  # 64 bits: a tie of 9 bits cannot be made by rounding unless far apart
+        total = product.astype(np.longdouble) + z.astype(
+            np.longdouble
+        )  # 64 bits: a tie of 9 bits cannot be made by rounding unless far apart
         close = (np.abs(z) < np.abs(product) * 2.0**45) & (np.abs(product) < np.abs(z) * 2.0**45)
         expected = {0: x + y, 1: x - y, 2: product, 4: np.fmax(x, y), 5: np.where(x < y, -x, np.abs(y)), 6: x / y}
         expected[7] = np.fmin(np.fmax(x, y), z)
         for row, exact in expected.items():
-            finite = slice(None) if row not in (4, 7) else ~(np.isnan(x) | np.isnan(y) | np.isnan(z) | (x == 0) | (y == 0) | (z == 0))
+            finite = (
+                slice(None)
+                if row not in (4, 7)
+                else ~(np.isnan(x) | np.isnan(y) | np.isnan(z) | (x == 0) | (y == 0) | (z == 0))
+            )
             same(got[row][finite], exact.astype(np.float32).astype(kind)[finite], f"bfloat16 arithmetic, row {row}")
         low = total.astype(np.float32)
         odd = (low != total) & np.isfinite(low) & (low.view(np.uint32) & 1 == 0)

@@ -6,7 +6,13 @@ import numpy as np
 import torch
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
-POISON = {torch.bfloat16: float("nan"), torch.float32: float("nan"), torch.uint8: 0x7F, torch.int32: -(1 << 30), torch.int64: -(1 << 40)}
+POISON = {
+    torch.bfloat16: float("nan"),
+    torch.float32: float("nan"),
+    torch.uint8: 0x7F,
+    torch.int32: -(1 << 30),
+    torch.int64: -(1 << 40),
+}
 
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:
@@ -23,7 +29,9 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16, scale: f
 
 
 def uniform_int(low: int, high: int, *shape: int, seed: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
-    return guarded(torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int64).to(dtype))
+    return guarded(
+        torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int64).to(dtype)
+    )
 
 
 def e8m0(byte: torch.Tensor) -> torch.Tensor:

@@ -66,7 +66,10 @@ def test_a_worse_hot_loop_fails(monkeypatch, tmp_path):
     build.write_baseline([good])
     assert not build.against_baseline([good])[0].failures
     more = build.Result("k", "v", 90, spills=3, loop_instructions=101)
-    assert build.against_baseline([more])[0].failures == ["spills: 3, baseline 2", "loop_instructions: 101, baseline 100"]
+    assert build.against_baseline([more])[0].failures == [
+        "spills: 3, baseline 2",
+        "loop_instructions: 101, baseline 100",
+    ]
     assert "no baseline for k/v/sm_80" in build.against_baseline([build.Result("k", "v", 80)])[0].failures[0]
 
 
@@ -104,7 +107,10 @@ def test_the_model_names_its_bound():
     assert roofline.estimate(h100, Work(bytes=8192), instructions=10, warps=4).share == 1
 
 
-@pytest.mark.parametrize(("capability", "architecture"), [(80, 80), (86, 80), (89, 89), (90, 90), (100, 100), (103, 100), (120, 120), (121, 120)])
+@pytest.mark.parametrize(
+    ("capability", "architecture"),
+    [(80, 80), (86, 80), (89, 89), (90, 90), (100, 100), (103, 100), (120, 120), (121, 120)],
+)
 def test_architectures(capability, architecture):
     assert launch.compatible(capability) == architecture
 
@@ -117,7 +123,11 @@ def test_an_old_or_unknown_part_is_refused():
 
 def test_every_row_says_how_it_was_chosen_and_every_architecture_has_it():
     rows = json.loads(launch.TABLE.read_text())
-    assert len({(r["kernel"], r["arch"]) for r in rows}) == len(rows) == len({r["kernel"] for r in rows}) * len(launch.ARCHITECTURES)
+    assert (
+        len({(r["kernel"], r["arch"]) for r in rows})
+        == len(rows)
+        == len({r["kernel"] for r in rows}) * len(launch.ARCHITECTURES)
+    )
     assert all(len(r["how"]) > 5 for r in rows)
     with pytest.raises(KeyError, match="dsv4 kernels tune"):
         launch.config("no_such_kernel", 90)

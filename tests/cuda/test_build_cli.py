@@ -55,7 +55,11 @@ def test_a_failed_gate_exits_with_1_and_names_itself(monkeypatch, tmp_path):
     result = run("build", "--report", str(tmp_path / "report.json"))
     assert result.exit_code == 1
     assert "k/flash/sm_90: empty kernel" in result.output
-    assert json.loads((tmp_path / "report.json").read_text())["heading"] == build.HEADING == "Compiled offline; model, not measured"
+    assert (
+        json.loads((tmp_path / "report.json").read_text())["heading"]
+        == build.HEADING
+        == "Compiled offline; model, not measured"
+    )
 
 
 def test_a_decode_step_by_hand():
@@ -71,7 +75,9 @@ def test_a_decode_step_by_hand():
 
 def test_the_document_holds_the_committed_report():
     text = document.DOCUMENT.read_text()
-    assert document.fresh(text, json.loads(document.REPORT.read_text())) == text, "run python -m dsv4_backend_cuda.document"
+    assert document.fresh(text, json.loads(document.REPORT.read_text())) == text, (
+        "run python -m dsv4_backend_cuda.document"
+    )
 
 
 def test_the_report_is_whole_and_has_no_failure():
@@ -79,11 +85,15 @@ def test_the_report_is_whole_and_has_no_failure():
     assert report["triton"] in interpret.TESTED_TRITON
     assert not [r for r in report["results"] if r["failures"]]
     assert {r["arch"] for r in report["results"]} == set(launch.ARCHITECTURES)
-    assert {(s["model"], s["arch"]) for s in report["decode"]} == {(m, a) for m in ("flash", "pro") for a in launch.ARCHITECTURES}
+    assert {(s["model"], s["arch"]) for s in report["decode"]} == {
+        (m, a) for m in ("flash", "pro") for a in launch.ARCHITECTURES
+    }
     known = json.loads(build.BASELINE.read_text())
     for r in report["results"]:
         if not r["unsupported"]:
-            assert known[f"{r['kernel']}/{r['variant']}/sm_{r['arch']}"] == {k: r[k] for k in ("spills", "loop_instructions")}
+            assert known[f"{r['kernel']}/{r['variant']}/sm_{r['arch']}"] == {
+                k: r[k] for k in ("spills", "loop_instructions")
+            }
 
 
 def test_candidates_change_one_option_and_keep_what_bits_depend_on():
@@ -98,7 +108,11 @@ def test_candidates_change_one_option_and_keep_what_bits_depend_on():
 
 def test_tuning_walks_to_the_fastest_and_writes_the_table(monkeypatch, tmp_path):
     start = {"BLOCK_N": 64, "BLOCK_T": 16, "num_warps": 4, "num_stages": 1}
-    best = tune.best("linear_decode", start, lambda c: float("inf") if c["num_stages"] > 3 else 10 / c["BLOCK_N"] - c["num_stages"] / 100)
+    best = tune.best(
+        "linear_decode",
+        start,
+        lambda c: float("inf") if c["num_stages"] > 3 else 10 / c["BLOCK_N"] - c["num_stages"] / 100,
+    )
     assert best.config == start | {"BLOCK_N": 256, "num_stages": 3}
     table = tmp_path / "table.json"
     table.write_text(launch.TABLE.read_text())

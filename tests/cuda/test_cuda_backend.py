@@ -61,7 +61,9 @@ def test_with_an_architecture_that_has_no_kernels(monkeypatch):
 def test_with_a_triton_that_the_repair_does_not_know(monkeypatch):
     monkeypatch.setattr(interpret, "_active", False)
     monkeypatch.setattr(interpret, "version", lambda _: "9.9.9")
-    with pytest.raises(BackendError, match=r"triton 9.9.9: the interpreter repair is proven for 3.9.0 only; install triton==3.9.0"):
+    with pytest.raises(
+        BackendError, match=r"triton 9.9.9: the interpreter repair is proven for 3.9.0 only; install triton==3.9.0"
+    ):
         CudaBackend(interpret=True)
 
 
@@ -90,17 +92,39 @@ def test_supports_names_kernels_and_reasons(backend):
     x, weight = Operand("bfloat16", (3, 256)), Operand("float8_e4m3fn@128x128", (192, 256))
     answer = backend.supports("linear", x=x, weight=weight, out_dtype="bfloat16")
     assert answer.by == "triton: act_quant, linear_decode"
-    assert backend.supports("linear", x=x, weight=Operand("float32", (192, 256)), out_dtype="float32").by == "torch: no kernel multiplies by float32 weights"
+    assert (
+        backend.supports("linear", x=x, weight=Operand("float32", (192, 256)), out_dtype="float32").by
+        == "torch: no kernel multiplies by float32 weights"
+    )
     exact = CudaBackend(interpret=True, numerics="float32")
-    assert exact.supports("linear", x=x, weight=weight, out_dtype="float32").by == "torch: kernels compute native numerics, not float32"
+    assert (
+        exact.supports("linear", x=x, weight=weight, out_dtype="float32").by
+        == "torch: kernels compute native numerics, not float32"
+    )
 
 
 def test_rules_name_kernels_of_the_launch_table():
-    named = {"rms_norm", "rope", "act_quant", "act_qdq", "hadamard", "route", "sort", "gather", "swiglu", "invert", "combine", "compress"}
+    named = {
+        "rms_norm",
+        "rope",
+        "act_quant",
+        "act_qdq",
+        "hadamard",
+        "route",
+        "sort",
+        "gather",
+        "swiglu",
+        "invert",
+        "combine",
+        "compress",
+    }
     named |= {"index_scores", "index_select", "sparse_attn", "sparse_attn_combine", "mix", "hc_reduce", "hc_expand"}
-    named |= {f"{k}_{p}" for k in ("linear", "fp4_linear", "bf16_linear", "grouped_linear", "fp8_experts", "fp4_experts") for p in ("decode", "prefill")}
+    named |= {
+        f"{k}_{p}"
+        for k in ("linear", "fp4_linear", "bf16_linear", "grouped_linear", "fp8_experts", "fp4_experts")
+        for p in ("decode", "prefill")
+    }
     assert named <= {kernel for kernel, arch in launch.table() if arch == 90}
-
 
 
 def test_a_decode_step_reads_nothing_back(backend, monkeypatch):
@@ -108,7 +132,9 @@ def test_a_decode_step_reads_nothing_back(backend, monkeypatch):
     from triton.runtime.interpreter import InterpretedFunction
 
     launches = []
-    monkeypatch.setattr(InterpretedFunction, "run", lambda self, *_, grid, **__: launches.append((self.fn.__name__, grid)))
+    monkeypatch.setattr(
+        InterpretedFunction, "run", lambda self, *_, grid, **__: launches.append((self.fn.__name__, grid))
+    )
     on_meta = CudaBackend(interpret=True)
     on_meta.device = torch.device("meta")
     model = Model(Checkpoint(golden.checkpoint_path("tiny-flash")), on_meta)
@@ -123,4 +149,6 @@ def test_a_decode_step_reads_nothing_back(backend, monkeypatch):
         traces.append(list(launches))
     assert logits.device.type == "meta"
     assert traces[0] == traces[1]
-    assert {"fp4_matmul_kernel", "sparse_attn_kernel", "index_select_kernel", "reduce_kernel"} <= {name for name, _ in traces[0]}
+    assert {"fp4_matmul_kernel", "sparse_attn_kernel", "index_select_kernel", "reduce_kernel"} <= {
+        name for name, _ in traces[0]
+    }

@@ -21,8 +21,24 @@ ALONE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # threads cost an
 
 def judge(path: Path, op: str, tier: str) -> subprocess.CompletedProcess[str]:
     """The suite on the package under ``path``."""
-    command = [sys.executable, "-m", "dsv4_core", "conformance", "run", "--backend", "cuda", "--interpret", "--tier", tier, "--op", op, "--quiet"]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **ALONE, "PYTHONPATH": str(path)})
+    command = [
+        sys.executable,
+        "-m",
+        "dsv4_core",
+        "conformance",
+        "run",
+        "--backend",
+        "cuda",
+        "--interpret",
+        "--tier",
+        tier,
+        "--op",
+        op,
+        "--quiet",
+    ]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **ALONE, "PYTHONPATH": str(path)}
+    )
 
 
 def planted(name: str, path: Path) -> Path:
@@ -31,7 +47,9 @@ def planted(name: str, path: Path) -> Path:
     copy = shutil.copytree(PACKAGE, path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     source = copy / "kernels" / f"{fault.module}.py"
     text = source.read_text()
-    assert text.count(fault.found) == 1, f"{source.name} has {fault.found!r} {text.count(fault.found)} times; the fault must be planted once"
+    assert text.count(fault.found) == 1, (
+        f"{source.name} has {fault.found!r} {text.count(fault.found)} times; the fault must be planted once"
+    )
     source.write_text(text.replace(fault.found, fault.planted))
     return path
 

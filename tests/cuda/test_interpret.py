@@ -40,7 +40,9 @@ def test_refuses_a_version_without_proof(monkeypatch):
 
 def test_refuses_compiled_kernels():
     code = "import triton\nfrom dsv4_backend_cuda import interpret\ninterpret.activate()"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": os.pathsep.join(sys.path)
+    }
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode != 0
     assert "before the interpreter was chosen" in run.stderr

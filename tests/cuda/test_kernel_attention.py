@@ -99,7 +99,9 @@ def test_a_tokens_bits_do_not_depend_on_the_batch():
     for split in (False, True):
         whole = sparse_attn.sparse_attn(q, kv, sink, chosen, softmax_scale=0.1, split=split)
         for t in range(5):
-            alone = sparse_attn.sparse_attn(q[t : t + 1].clone(), kv, sink, chosen[t : t + 1].clone(), softmax_scale=0.1, split=split)
+            alone = sparse_attn.sparse_attn(
+                q[t : t + 1].clone(), kv, sink, chosen[t : t + 1].clone(), softmax_scale=0.1, split=split
+            )
             assert torch.equal(alone[0], whole[t])
 
 

@@ -8,7 +8,9 @@ import torch
 from dsv4_backend_cuda.kernels import compress, index, mhc
 
 
-@pytest.mark.parametrize(("ratio", "overlap", "dim"), [(128, False, 512), (4, True, 512), (4, True, 192), (8, False, 40)])
+@pytest.mark.parametrize(
+    ("ratio", "overlap", "dim"), [(128, False, 512), (4, True, 512), (4, True, 192), (8, False, 40)]
+)
 def test_compress(ratio, overlap, dim):
     width, span = (2 * dim, 2 * ratio) if overlap else (dim, ratio)
     pool = oracle.normal(2 * span, 2 * width, seed=1, dtype=torch.float32)
@@ -29,9 +31,15 @@ def test_compress(ratio, overlap, dim):
 @pytest.mark.parametrize(("batch", "seq", "heads", "dim", "rows"), [(1, 1, 64, 128, 300), (2, 3, 5, 64, 40)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_index_scores(batch, seq, heads, dim, rows, packed):
-    q, weights = oracle.normal(batch, seq, heads, dim, seed=4), oracle.normal(batch, seq, heads, seed=5, dtype=torch.float32)
+    q, weights = (
+        oracle.normal(batch, seq, heads, dim, seed=4),
+        oracle.normal(batch, seq, heads, seed=5, dtype=torch.float32),
+    )
     if packed:
-        codes, scale = oracle.uniform_int(0, 256, rows, dim // 2, seed=6), oracle.uniform_int(120, 132, rows, dim // 32, seed=7)
+        codes, scale = (
+            oracle.uniform_int(0, 256, rows, dim // 2, seed=6),
+            oracle.uniform_int(120, 132, rows, dim // 32, seed=7),
+        )
         slots = oracle.uniform_int(-1, rows, batch * rows, seed=8, dtype=torch.int32)
         keys = oracle.fp4_weight(codes, scale)[slots.clamp(min=0).long()] * (slots >= 0)[:, None]
         got = index.cached_index_scores(q, weights, oracle.guarded(torch.cat([codes, scale], 1)), slots, scale=0.25)
@@ -47,7 +55,9 @@ def test_index_select(rows, topk):
     scores = oracle.normal(2, 3, rows, seed=10, dtype=torch.float32)
     scores[0, 1] = torch.round(scores[0, 1])  # many equals, both signs of zero among them
     scores[1, 0] = 0.5
-    visible = oracle.guarded(torch.tensor([[rows, rows, 0], [rows, min(topk, rows) // 2, min(rows, topk + 1)]], dtype=torch.int32))
+    visible = oracle.guarded(
+        torch.tensor([[rows, rows, 0], [rows, min(topk, rows) // 2, min(rows, topk + 1)]], dtype=torch.int32)
+    )
     offset = oracle.uniform_int(0, 1000, 2, 3, seed=11, dtype=torch.int32)
     picks = index.index_select(scores, visible, offset, topk=topk)
     for b in range(2):
@@ -84,7 +94,10 @@ def split(mixes, scale, base, hc, eps, iters):
 @pytest.mark.parametrize(("tokens", "hc", "dim"), [(1, 4, 4096), (17, 4, 192), (3, 2, 100)])
 def test_hc(tokens, hc, dim):
     n = hc * (hc + 2)
-    h, fn = oracle.normal(tokens, hc, dim, seed=12), oracle.normal(n, hc * dim, seed=13, dtype=torch.float32, scale=0.05)
+    h, fn = (
+        oracle.normal(tokens, hc, dim, seed=12),
+        oracle.normal(n, hc * dim, seed=13, dtype=torch.float32, scale=0.05),
+    )
     scale, base = oracle.normal(3, seed=14, dtype=torch.float32), oracle.normal(n, seed=15, dtype=torch.float32)
     pre, post, comb = split(mixes_of(h, fn, 1e-6), scale, base, hc, 1e-6, 20)
     exact = torch.einsum("tj,tjd->td", pre, h.double())
@@ -96,7 +109,9 @@ def test_hc(tokens, hc, dim):
     normed = mhc.hc_pre_norm(h, fn, scale, base, weight, norm_eps=1e-6, eps=1e-6, iters=20)[0]
     wide = y.double()
     oracle.close(normed, wide / torch.sqrt((wide**2).mean(1, keepdim=True) + 1e-6) * weight.double())
-    mixed = torch.einsum("tn,td->tnd", got_post.double(), wide) + torch.einsum("tjn,tjd->tnd", got_comb.double(), h.double())
+    mixed = torch.einsum("tn,td->tnd", got_post.double(), wide) + torch.einsum(
+        "tjn,tjd->tnd", got_comb.double(), h.double()
+    )
     oracle.close(mhc.hc_post(y, h, oracle.guarded(got_post), oracle.guarded(got_comb)), mixed)
     pre = torch.sigmoid(mixes_of(h, fn[:hc], 1e-6) * scale[0].double() + base[:hc].double()) + 1e-6
     got = mhc.hc_head(h, oracle.guarded(fn[:hc]), scale[:1], oracle.guarded(base[:hc]), norm_eps=1e-6, eps=1e-6)

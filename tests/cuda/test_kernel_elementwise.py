@@ -77,7 +77,10 @@ def test_encoding_without_fp8_instructions(monkeypatch):
     assert torch.equal(quant.act_qdq(x, format="e4m3", block=64, channels=448), rounded)
 
 
-@pytest.mark.parametrize(("format", "block", "dim", "channels"), [("e4m3", 64, 512, 448), ("e4m3", 64, 192, 128), ("e2m1", 32, 128, 128), ("e4m3", 64, 80, 64)])
+@pytest.mark.parametrize(
+    ("format", "block", "dim", "channels"),
+    [("e4m3", 64, 512, 448), ("e4m3", 64, 192, 128), ("e2m1", 32, 128, 128), ("e4m3", 64, 80, 64)],
+)
 def test_act_qdq(format, block, dim, channels):
     x = edge_rows(dim)
     got = quant.act_qdq(x, format=format, block=block, channels=channels)

@@ -10,7 +10,11 @@ from dsv4_backend_cuda.kernels import scaled_matmul
 
 def activation(tokens: int, k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     codes, scales = oracle.quantise_fp8(oracle.normal(tokens, k, seed=seed), 128)
-    return oracle.guarded(codes), oracle.guarded(scales), oracle.e4m3(codes) * oracle.e8m0(scales).repeat_interleave(128, -1)
+    return (
+        oracle.guarded(codes),
+        oracle.guarded(scales),
+        oracle.e4m3(codes) * oracle.e8m0(scales).repeat_interleave(128, -1),
+    )
 
 
 def fp8_weight(out: int, k: int, seed: int, *experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -31,7 +35,9 @@ def mma(request, monkeypatch):
     monkeypatch.setattr(scaled_matmul, "mma_of", lambda _, **__: request.param)
 
 
-@pytest.mark.parametrize(("tokens", "out", "k"), [(1, 64, 128), (3, 200, 384), (16, 130, 256), (17, 257, 256), (130, 128, 128)])
+@pytest.mark.parametrize(
+    ("tokens", "out", "k"), [(1, 64, 128), (3, 200, 384), (16, 130, 256), (17, 257, 256), (130, 128, 128)]
+)
 @pytest.mark.parametrize("make", [fp8_weight, fp4_weight])
 @pytest.mark.usefixtures("mma")
 def test_linear(make, tokens, out, k):
@@ -74,5 +80,7 @@ def test_bits_do_not_depend_on_the_batch():
     weight, weight_scale, _ = fp8_weight(128, 512, seed=8)
     whole = scaled_matmul.linear(codes, scales, weight, weight_scale, out_dtype=torch.float32)
     for part in (slice(0, 1), slice(7, 20), slice(3, 40)):
-        alone = scaled_matmul.linear(codes[part].clone(), scales[part].clone(), weight, weight_scale, out_dtype=torch.float32)
+        alone = scaled_matmul.linear(
+            codes[part].clone(), scales[part].clone(), weight, weight_scale, out_dtype=torch.float32
+        )
         assert torch.equal(alone, whole[part])

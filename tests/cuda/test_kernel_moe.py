@@ -42,10 +42,17 @@ def test_route_by_hash():
     torch.testing.assert_close(weights.double(), chosen / chosen.sum(1, keepdim=True) * 2.5, rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize(("tokens", "experts", "topk", "first", "local"), [(1, 8, 2, 0, 8), (9, 16, 6, 0, 16), (400, 16, 6, 4, 5), (3, 8, 2, 6, 2)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "topk", "first", "local"),
+    [(1, 8, 2, 0, 8), (9, 16, 6, 0, 16), (400, 16, 6, 4, 5), (3, 8, 2, 6, 2)],
+)
 def test_dispatch_and_combine(tokens, experts, topk, first, local):
     x, weights = oracle.normal(tokens, 200, seed=6), oracle.normal(tokens, topk, seed=7, dtype=torch.float32)
-    indices = oracle.guarded(torch.stack([torch.randperm(experts, generator=torch.Generator().manual_seed(t))[:topk] for t in range(tokens)]).to(torch.int32))
+    indices = oracle.guarded(
+        torch.stack(
+            [torch.randperm(experts, generator=torch.Generator().manual_seed(t))[:topk] for t in range(tokens)]
+        ).to(torch.int32)
+    )
     rows, row_weights, order, offsets = moe.dispatch(x, weights, indices, first_expert=first, n_experts=local)
     group = indices.flatten().long() - first
     group = torch.where((group >= 0) & (group < local), group, local)
@@ -61,7 +68,9 @@ def test_dispatch_and_combine(tokens, experts, topk, first, local):
     copies[order[: offsets[-1]].long()] = rows[: offsets[-1]].double()
     exact = copies.view(tokens, topk, 200).sum(1)
     oracle.close(moe.combine(rows, order, offsets, None, topk=topk, out_dtype=torch.float32), exact)
-    oracle.close(moe.combine(rows, order, offsets, shared, topk=topk, out_dtype=torch.bfloat16), exact + shared.double())
+    oracle.close(
+        moe.combine(rows, order, offsets, shared, topk=topk, out_dtype=torch.bfloat16), exact + shared.double()
+    )
 
 
 @pytest.mark.parametrize(("rows", "dim"), [(1, 128), (5, 1152), (3, 2048)])
@@ -74,7 +83,9 @@ def test_swiglu(rows, dim, weighted):
     exact = g / (1 + torch.exp(-g)) * u * (weights.double()[:, None] if weighted else 1)
     got = moe.swiglu(gate, up, weights, limit=10.0)
     oracle.close(got, exact)
-    for part, expected in zip(moe.swiglu_quant(gate, up, weights, limit=10.0), oracle.quantise_fp8(got, 128), strict=True):
+    for part, expected in zip(
+        moe.swiglu_quant(gate, up, weights, limit=10.0), oracle.quantise_fp8(got, 128), strict=True
+    ):
         assert torch.equal(part, expected)
 
 
@@ -89,7 +100,10 @@ def test_linear_with_bf16_weights(tokens, out, k):
 def test_grouped_linear(tokens, groups, out, k, native, monkeypatch):
     monkeypatch.setattr(dense_matmul.launch, "native_fp8", lambda _: native)
     x = oracle.normal(tokens, groups, k, seed=14)
-    codes, scale = oracle.fp8_codes(groups * out, k, seed=15), oracle.uniform_int(115, 122, -(-groups * out // 128), k // 128, seed=16)
+    codes, scale = (
+        oracle.fp8_codes(groups * out, k, seed=15),
+        oracle.uniform_int(115, 122, -(-groups * out // 128), k // 128, seed=16),
+    )
     wide = oracle.fp8_weight(codes, scale).view(groups, out, k)
     exact = torch.einsum("tgk,gok->tgo", x.double(), wide).flatten(1)
     oracle.close(dense_matmul.grouped_linear(x, codes, scale), exact)

@@ -39,7 +39,9 @@ def environment(rank: int, ranks: int, port: int, host: str = "127.0.0.1", **mor
 def wide_checkpoint(path: Path) -> Path:
     """Write a model large enough that output projection and shared expert are cut between 4 ranks, not gathered or left to one."""
     config = replace(PRESETS["tiny"], compress_ratios=(0, 4, 128, 0), num_hidden_layers=3, max_position_embeddings=512)
-    config = replace(config, num_attention_heads=4, o_groups=4, o_lora_rank=128, moe_intermediate_size=512, vocab_size=512)
+    config = replace(
+        config, num_attention_heads=4, o_groups=4, o_lora_rank=128, moe_intermediate_size=512, vocab_size=512
+    )
     create.create(path, config, seed=7)
     return path
 
@@ -47,6 +49,7 @@ def wide_checkpoint(path: Path) -> Path:
 def jobs_of(ranks: int, wide: Path) -> list[dict]:
     jobs = []
     for tp, ep in FACTORINGS[ranks]:
+
         def add(model, backend="reference", numerics="float64", *, variant="", batch=3, text=0, tp=tp, ep=ep):
             path = wide if model == "wide" else golden.checkpoint_path(model)
             rng = np.random.default_rng(batch)  # the same for every split, so that one rank computes it once
@@ -88,4 +91,3 @@ def run_ranks(ranks: int, jobs: list[dict], folder: Path) -> None:
     ]
     said = [process.communicate(timeout=570)[0] for process in started]
     assert [process.returncode for process in started] == [0] * ranks, "\n".join(said)
-

@@ -90,7 +90,15 @@ def test_a_rank_that_stops_answering_ends_the_other(clean, victim):
 
 
 def test_under_torchrun_the_agent_ends_the_others(clean):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
     agent = subprocess.Popen(
         [*command, "-m", "dsv4_core", *ENDLESS, "--tp", "2"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -100,7 +108,9 @@ def test_under_torchrun_the_agent_ends_the_others(clean):
     )
     clean.append(agent)
     wait_for_text(agent)
-    children = subprocess.run(["ps", "--ppid", str(agent.pid), "-o", "pid="], capture_output=True, text=True, check=True)
+    children = subprocess.run(
+        ["ps", "--ppid", str(agent.pid), "-o", "pid="], capture_output=True, text=True, check=True
+    )
     ranks = [int(pid) for pid in children.stdout.split()]
     victim = next(pid for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
     os.kill(victim, signal.SIGKILL)
@@ -128,12 +138,20 @@ def test_another_configuration_is_named(clean, tmp_path):
     config = other / "config.json"
     config.write_text(config.read_text().replace('"swiglu_limit": 10.0', '"swiglu_limit": 9.0'))
     clean += start(2, "--tp", "2", by_rank={1: [str(other)]})
-    ends(clean, r"rank 1 \(.*another configuration than rank 0 .*\{'swiglu_limit': 9.0\} instead of \{'swiglu_limit': 10.0\}", STARTING)
+    ends(
+        clean,
+        r"rank 1 \(.*another configuration than rank 0 .*\{'swiglu_limit': 9.0\} instead of \{'swiglu_limit': 10.0\}",
+        STARTING,
+    )
 
 
 def test_another_request_is_named(clean):
     clean += start(2, "--tp", "2", by_rank={1: ["-n", "3999"]})
-    ends(clean, r"rank 1 \(.*another request than rank 0 .*\{'max_tokens': 3999\} instead of \{'max_tokens': 4000\}", STARTING)
+    ends(
+        clean,
+        r"rank 1 \(.*another request than rank 0 .*\{'max_tokens': 3999\} instead of \{'max_tokens': 4000\}",
+        STARTING,
+    )
 
 
 def test_a_rank_whose_checkpoint_is_broken_ends_the_other(clean, tmp_path):
@@ -153,8 +171,14 @@ def test_a_split_that_the_model_does_not_allow_is_said_before_weights_load(clean
         ({}, "--tp 2 --ep 1 needs 2 ranks and 1 was started; torchrun --nproc-per-node 2"),
         ({"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "needs 2 ranks and 4 was started"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR, MASTER_PORT is not"),
-        ({"RANK": "0", "WORLD_SIZE": "two", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "WORLD_SIZE = 'two' must be a number"),
-        ({"RANK": "3", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK = 3 must be in 0 .. WORLD_SIZE - 1"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "two", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+            "WORLD_SIZE = 'two' must be a number",
+        ),
+        (
+            {"RANK": "3", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+            "RANK = 3 must be in 0 .. WORLD_SIZE - 1",
+        ),
     ],
 )
 def test_ranks_that_were_not_started_as_asked(monkeypatch, environ, message):
@@ -209,7 +233,9 @@ def test_a_rank_that_is_done_is_not_lost(monkeypatch):
     store = Shared()
     watches = {}
     makers = [
-        threading.Thread(target=lambda r=r: watches.update({r: Watch(store, rank=r, ranks=2, holder=None, place=str(r))}))
+        threading.Thread(
+            target=lambda r=r: watches.update({r: Watch(store, rank=r, ranks=2, holder=None, place=str(r))})
+        )
         for r in range(2)
     ]
     for maker in makers:

@@ -60,7 +60,10 @@ def test_native_logits_are_as_near_to_exact_as_those_of_one_rank(results, alone)
         if job["numerics"] == "native":
             exact, one = alone(job, numerics="float64"), alone(job)
             for which in ("logits", "mtp_logits"):
-                assert relative(got[which], exact[which]) < 1.5 * relative(one[which], exact[which]), (job["name"], which)
+                assert relative(got[which], exact[which]) < 1.5 * relative(one[which], exact[which]), (
+                    job["name"],
+                    which,
+                )
 
 
 def test_text_is_that_of_one_rank(results, alone):
@@ -132,7 +135,10 @@ def test_fp8_on_the_way_loses_nothing():
 
 def test_statistics_say_the_formula(results):
     lines = [line for _, got in results for figures in got["figures"] for line in figures["lines"]]
-    said = [re.fullmatch(r"expert (?:dispatch|combine): (\d+) bytes sent; formula (\d+): (\d+) copies of (\d+)", line) for line in lines]
+    said = [
+        re.fullmatch(r"expert (?:dispatch|combine): (\d+) bytes sent; formula (\d+): (\d+) copies of (\d+)", line)
+        for line in lines
+    ]
     found = [tuple(map(int, match.groups())) for match in said if match]
     assert found
     assert all(sent == formula == copies * row for sent, formula, copies, row in found)

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from recorded import RECORDED
 from dsv4_conformance import golden
+from recorded import RECORDED
 
 from dsv4_core import registry
 from dsv4_core.config import PRESETS

@@ -17,7 +17,9 @@ NODES = {"a": "10.77.0.1", "b": "10.77.0.2"}
 
 
 def ip(*arguments):
-    subprocess.run([shutil.which("ip") or "ip (Debian: iproute2)", *arguments], check=True, capture_output=True, text=True)
+    subprocess.run(
+        [shutil.which("ip") or "ip (Debian: iproute2)", *arguments], check=True, capture_output=True, text=True
+    )
 
 
 @pytest.fixture
@@ -76,7 +78,9 @@ def test_two_nodes_give_the_text_of_one(nodes, split):
 
 
 def test_a_cut_cable_ends_both_nodes(nodes):
-    started = start(nodes, ["generate", "--tokens", "5,6", "--ignore-eos", "-n", "4000", "-b", "reference", "--ep", "2"])
+    started = start(
+        nodes, ["generate", "--tokens", "5,6", "--ignore-eos", "-n", "4000", "-b", "reference", "--ep", "2"]
+    )
     assert started[0].stdout.read(5)
     names, links = nodes
     ip("-n", names["b"], "link", "set", links["b"], "down")

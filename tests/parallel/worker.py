@@ -88,7 +88,9 @@ def run(job, ranks=None, backend=None):
             "combined": traffic.sent["expert combine"],
             "lines": report(ranks, source.config, seconds=1.0),
         }
-        results["figures"] = np.array([json.loads(text) for text in ranks.watch.collect(job["name"], json.dumps(figures))])
+        results["figures"] = np.array(
+            [json.loads(text) for text in ranks.watch.collect(job["name"], json.dumps(figures))]
+        )
     return results
 
 

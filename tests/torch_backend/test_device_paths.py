@@ -5,9 +5,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from recorded import relative, vectors  # noqa: E402
 from dsv4_backend_torch import TorchBackend  # noqa: E402
 from dsv4_conformance import golden  # noqa: E402
+from recorded import relative, vectors  # noqa: E402
 
 from dsv4_core.dtypes import Experts, RowLayout, quantise_weight  # noqa: E402
 from dsv4_core.evaluate import teacher_forced  # noqa: E402

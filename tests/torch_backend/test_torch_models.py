@@ -5,8 +5,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-from recorded import feed, load_model, relative, vectors
 from dsv4_conformance import golden
+from recorded import feed, load_model, relative, vectors
 
 from dsv4_core import registry
 from dsv4_core.backend import BackendError

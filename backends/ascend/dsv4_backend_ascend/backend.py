@@ -128,7 +128,13 @@ class AscendBackend(TorchBackend):
     def describe(self) -> str:
         """Chip and standing: planned for, simulated, or found."""
         standing = {"planned": "planned for", "simulated": "simulated", "found": "found"}[self.standing]
-        cann = f"CANN {self.cann_version}" if self.cann_version else "any CANN" if self.standing != "found" else "CANN of unknown version"
+        cann = (
+            f"CANN {self.cann_version}"
+            if self.cann_version
+            else "any CANN"
+            if self.standing != "found"
+            else "CANN of unknown version"
+        )
         return f"backend {self.name}, {standing} {self.generation}, {cann}, tier {self.tier}\n{proof.LEGEND}"
 
     @classmethod
@@ -141,7 +147,11 @@ class AscendBackend(TorchBackend):
         if op not in {"grouped_linear", "expert_linear"}:
             return True
         weight = getattr(arrays[1], "stack", arrays[1])
-        expanded = isinstance(weight, ScaledArray) and weight.format != "int8" and (op == "grouped_linear" or not isinstance(weight, MxArray))
+        expanded = (
+            isinstance(weight, ScaledArray)
+            and weight.format != "int8"
+            and (op == "grouped_linear" or not isinstance(weight, MxArray))
+        )
         return not expanded or self.well_scaled(weight)
 
     def load(self, weight: Host | ScaledArray) -> Any:

@@ -19,7 +19,9 @@ def command() -> None:
 
 
 @command.command("selftest")
-@click.option("--simulate", metavar="CHIP", help="Dry run on simulated CANN: 910B, 910C or 950. Else on the NPU that is there.")
+@click.option(
+    "--simulate", metavar="CHIP", help="Dry run on simulated CANN: 910B, 910C or 950. Else on the NPU that is there."
+)
 @click.option("--device", help="Which NPU, e.g. npu:1.")
 @click.option("--seed", default=0, show_default=True, help="Of the operands.")
 @click.option("--small", is_flag=True, help="Without the cases at high addresses, which need 3 GB.")
@@ -50,7 +52,9 @@ def selftest(simulate: str | None, device: str | None, seed: int, small: bool, r
 
 
 def _line(outcome: Outcome) -> str:
-    said = f"DIFFERS {outcome.found}" if outcome.found else f"composed: {outcome.skipped}" if outcome.skipped else "agrees"
+    said = (
+        f"DIFFERS {outcome.found}" if outcome.found else f"composed: {outcome.skipped}" if outcome.skipped else "agrees"
+    )
     return f"  {outcome.contract:14} {outcome.case:34} {', '.join(outcome.ops) or '-':40} {said}"
 
 

@@ -13,7 +13,10 @@ BEGIN, END = "<!-- generated: tools/collect.py -->", "<!-- end of generated part
 def page(text: str, proofs: dict[str, Any], l3: dict[str, dict[str, Any]]) -> str:
     """The page with its generated part made new."""
     before, _, rest = text.partition(BEGIN)
-    return "\n".join([before + BEGIN, "", *_rungs(proofs), *_calls(proofs), *_composed(), *_runs(l3), END]) + rest.partition(END)[2]
+    return (
+        "\n".join([before + BEGIN, "", *_rungs(proofs), *_calls(proofs), *_composed(), *_runs(l3), END])
+        + rest.partition(END)[2]
+    )
 
 
 def _rungs(proofs: dict[str, Any]) -> list[str]:
@@ -29,7 +32,12 @@ def _rungs(proofs: dict[str, Any]) -> list[str]:
 
 def _calls(proofs: dict[str, Any]) -> list[str]:
     """One row per call of the capability table: contracts, and per chip standing, CANN and rungs."""
-    lines = ["### cann tier", "", f"| call | op | serves | {' | '.join(GENERATIONS)} |", f"|---|---|---|{'---|' * len(GENERATIONS)}"]
+    lines = [
+        "### cann tier",
+        "",
+        f"| call | op | serves | {' | '.join(GENERATIONS)} |",
+        f"|---|---|---|{'---|' * len(GENERATIONS)}",
+    ]
     for call in table().calls:
         cells = []
         for generation in GENERATIONS:
@@ -46,16 +54,25 @@ def _composed() -> list[str]:
     lines = ["### composed tier: why", "", "| contract | chips | weights | reason |", "|---|---|---|---|"]
     for absence in table().absent:
         weights = ", ".join(name for names in absence.operands.values() for name in names) or "any"
-        lines.append(f"| {', '.join(absence.contracts)} | {', '.join(absence.generations)} | {weights} | {absence.reason} |")
+        lines.append(
+            f"| {', '.join(absence.contracts)} | {', '.join(absence.generations)} | {weights} | {absence.reason} |"
+        )
     lines += ["", "npu ops that are not called:", ""]
     return [*lines, *(f"- `{op}`: {reason}" for op, reason in table().unused.items()), ""]
 
 
 def _runs(l3: dict[str, dict[str, Any]]) -> list[str]:
     """The simulated runs, as their reports have them."""
-    lines = ["### Conformance on simulated CANN", "", "| chip | tier | level | checks | self-test | CPU seconds |", "|---|---|---|---|---|---|"]
+    lines = [
+        "### Conformance on simulated CANN",
+        "",
+        "| chip | tier | level | checks | self-test | CPU seconds |",
+        "|---|---|---|---|---|---|",
+    ]
     for chip, report in l3.items():
         counts = ", ".join(f"{n} {status}" for status, n in report["checks"].items())
         differ = len(report["self-test differences"])
-        lines.append(f"| {chip} | {report['tier']} | {report['level']} | {counts} | {differ} differences | {report['CPU seconds']} |")
+        lines.append(
+            f"| {chip} | {report['tier']} | {report['level']} | {counts} | {differ} differences | {report['CPU seconds']} |"
+        )
     return [*lines, ""]

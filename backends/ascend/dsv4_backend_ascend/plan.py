@@ -115,7 +115,9 @@ def plan(backend: AscendBackend, op: str, operands: Mapping[str, Any]) -> Answer
     if any(0 in v.shape for v in operands.values() if hasattr(v, "shape")):
         return Answer("composed", reason="an operand is empty")
     mx = backend.generation == "950"
-    arrays = [_placeholder(operands[name], mx=mx, name=name if op == "expert_linear" else "") for name in OPS[op].arrays]
+    arrays = [
+        _placeholder(operands[name], mx=mx, name=name if op == "expert_linear" else "") for name in OPS[op].arrays
+    ]
     scalars = {name: operands[name] for name in OPS[op].scalars}
     try:
         with dry_run(backend.generation):

@@ -92,15 +92,24 @@ def diagnose() -> Iterator[Diagnosis]:
     try:
         import_torch_npu()
     except BackendError as error:
-        yield Diagnosis("torch-npu", f"{_installed_version()}, does not import: {error.__cause__}".splitlines()[0], f"source CANN's set_env.sh; {PLAN}")
+        yield Diagnosis(
+            "torch-npu",
+            f"{_installed_version()}, does not import: {error.__cause__}".splitlines()[0],
+            f"source CANN's set_env.sh; {PLAN}",
+        )
         return
     yield Diagnosis(
-            "torch-npu",
-            f"{_installed_version()}, imports",
-            "" if _installed_version() in table().wheel else f"the table was written for {table().wheel}")
+        "torch-npu",
+        f"{_installed_version()}, imports",
+        "" if _installed_version() in table().wheel else f"the table was written for {table().wheel}",
+    )
     missing = drift()
     for op, problem in missing.items():
-        yield Diagnosis("op", f"npu::{op} {problem}", "what it serves is composed; install the torch-npu that the table was written for")
+        yield Diagnosis(
+            "op",
+            f"npu::{op} {problem}",
+            "what it serves is composed; install the torch-npu that the table was written for",
+        )
     if not missing:
         yield Diagnosis("ops", f"all {len(table().ops)} that are called are there, under the table's schemas")
     npu: Any = torch.npu  # type: ignore[attr-defined]

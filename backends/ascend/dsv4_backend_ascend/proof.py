@@ -26,7 +26,9 @@ LEGEND = f"proof: {'; '.join(f'{rung} {says}' for rung, says in RUNGS.items())};
 @functools.cache
 def recorded() -> dict[str, Any]:
     """``cann``: generation -> call of the capability table -> rungs; ``composed``: generation -> rungs; ``versions``."""
-    return dict(json.loads(resources.files("dsv4_backend_ascend").joinpath("data/proof.json").read_text(encoding="utf-8")))
+    return dict(
+        json.loads(resources.files("dsv4_backend_ascend").joinpath("data/proof.json").read_text(encoding="utf-8"))
+    )
 
 
 def rungs(generation: Generation, calls: Iterable[Call] = ()) -> list[str]:

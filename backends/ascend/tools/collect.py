@@ -33,7 +33,9 @@ def proofs() -> dict[str, Any]:
     for generation in GENERATIONS:
         l3 = read(f"l3-{generation}")
         runs = [run for title, pair in l2.get("runs", {}).items() if title.endswith(generation) for run in pair]
-        device_clean = bool(runs) and not any(run["with an operand in host memory"] or run["without an NPU kernel"] for run in runs)
+        device_clean = bool(runs) and not any(
+            run["with an operand in host memory"] or run["without an NPU kernel"] for run in runs
+        )
         passed = (l3.get("level") or 0) >= 3 and not l3["failures"] and not l3["self-test differences"]
         agreed = {call["call"]: True for call in l1.get("calls", {}).get(generation, [])}
         for call in l1.get("calls", {}).get(generation, []):

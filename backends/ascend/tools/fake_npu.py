@@ -134,7 +134,9 @@ def run(path: Path, generation: Generation, tier: str) -> dict[str, Any]:
         "tier": tier,
         "logits": shapes,
         "npu ops": dict(sorted(watch.npu.items())),
-        "calls of the table that ran": sorted({call.name for plan in model.backend.plans.values() for call in plan.calls}),
+        "calls of the table that ran": sorted(
+            {call.name for plan in model.backend.plans.values() for call in plan.calls}
+        ),
         "operators": sorted(watch.operators),
         "with an operand in host memory": dict(watch.on_host),
         "without an NPU kernel": dict(watch.no_kernel),

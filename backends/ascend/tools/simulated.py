@@ -55,7 +55,9 @@ def main() -> int:
     }
     args.report.parent.mkdir(parents=True, exist_ok=True)
     args.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(run.summary()), f"\n{len(served)} calls of the table ran, {len(differ)} differences in the self-test")
+    print(
+        "\n".join(run.summary()), f"\n{len(served)} calls of the table ran, {len(differ)} differences in the self-test"
+    )
     return 0 if run.ok and not differ else 1
 
 

@@ -25,7 +25,9 @@ _FP8_SUMS = ("fp8 products summed in less than float32 within 128 channels, prom
 
 def _bound(op: str) -> Callable[..., Any]:
     """One contract: its kernels where the rule says so, else what PyTorch composes."""
-    inherited = getattr(FusedOps if op == "ffn" else TorchBackend, op)  # PyTorch's own fused ffn would pass by the kernels of linear
+    inherited = getattr(
+        FusedOps if op == "ffn" else TorchBackend, op
+    )  # PyTorch's own fused ffn would pass by the kernels of linear
 
     @functools.wraps(inherited)
     def run(self: CudaBackend, *arrays: Any, **scalars: Any) -> Any:
@@ -74,10 +76,14 @@ class CudaBackend(TorchBackend):
         super().__init__(**{**options, "device": "cpu" if chosen["interpret"] else chosen["device"]})
         if self.numerics != "native":
             self.batch_invariant = False  # torch's products promise no order of sums
-        bindings = import_module("dsv4_backend_cuda.bindings")  # the one import of Triton, now that the interpreter is chosen or not
+        bindings = import_module(
+            "dsv4_backend_cuda.bindings"
+        )  # the one import of Triton, now that the interpreter is chosen or not
         self.kernels: dict[str, Callable[..., Any]] = bindings.IMPLEMENTATIONS
         specs = [spec for module in bindings.MODULES for spec in module.SPECS]
-        self.absent: dict[str, str] = {spec.name: spec.unsupported[self.arch] for spec in specs if self.arch in spec.unsupported}
+        self.absent: dict[str, str] = {
+            spec.name: spec.unsupported[self.arch] for spec in specs if self.arch in spec.unsupported
+        }
 
     @cached_property
     def on_cpu(self) -> bool:
@@ -102,8 +108,12 @@ class CudaBackend(TorchBackend):
         spec = OPS[op]
         if operands.keys() < {*spec.arrays, *spec.scalars}:
             return Support(by="triton, where dtypes and shapes allow it")
-        answer = self.answer(op, *(operands[name] for name in spec.arrays), **{name: operands[name] for name in spec.scalars})
-        return Support(by=f"torch: {answer}" if isinstance(answer, str) else f"triton: {', '.join(dict.fromkeys(answer))}")
+        answer = self.answer(
+            op, *(operands[name] for name in spec.arrays), **{name: operands[name] for name in spec.scalars}
+        )
+        return Support(
+            by=f"torch: {answer}" if isinstance(answer, str) else f"triton: {', '.join(dict.fromkeys(answer))}"
+        )
 
     @classmethod
     def diagnose(cls) -> tuple[Diagnosis, ...]:

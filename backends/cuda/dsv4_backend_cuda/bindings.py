@@ -13,7 +13,19 @@ import triton
 from torch import Tensor
 
 from dsv4_backend_cuda import launch
-from dsv4_backend_cuda.kernels import compress, dense_matmul, index, mhc, moe, norm, quant, rope, scaled_matmul, sparse_attn, unpack
+from dsv4_backend_cuda.kernels import (
+    compress,
+    dense_matmul,
+    index,
+    mhc,
+    moe,
+    norm,
+    quant,
+    rope,
+    scaled_matmul,
+    sparse_attn,
+    unpack,
+)
 from dsv4_core.dtypes import FP8_BLOCK, Experts, RowLayout, ScaledArray
 from dsv4_core.ops.fused import SCORES_AT_ONCE
 
@@ -37,7 +49,9 @@ def _quantise(x: Tensor) -> Quantised:
 
 
 def _product(x: Quantised, weight: ScaledArray, out_dtype: torch.dtype) -> Tensor:
-    return scaled_matmul.linear(*x, weight.data.contiguous(), weight.scale.contiguous(), out_dtype=out_dtype, fp4=_fp4(weight))
+    return scaled_matmul.linear(
+        *x, weight.data.contiguous(), weight.scale.contiguous(), out_dtype=out_dtype, fp4=_fp4(weight)
+    )
 
 
 def _expert_product(x: Quantised, weight: Any, offsets: Tensor) -> Tensor:
@@ -95,25 +109,44 @@ def gate(be: CudaBackend, x: Tensor, weight: Any, bias: Tensor, *, topk: int, ro
     return moe.route(scores, bias.contiguous(), topk=topk, route_scale=route_scale)
 
 
-def gate_hash(be: CudaBackend, x: Tensor, weight: Any, tid2eid: Tensor, ids: Tensor, *, route_scale: float) -> Quantised:
+def gate_hash(
+    be: CudaBackend, x: Tensor, weight: Any, tid2eid: Tensor, ids: Tensor, *, route_scale: float
+) -> Quantised:
     scores = linear(be, x, weight, out_dtype="float32")
-    return moe.route(scores, None, topk=tid2eid.shape[1], route_scale=route_scale, tid2eid=tid2eid.contiguous(), ids=ids.contiguous())
+    return moe.route(
+        scores, None, topk=tid2eid.shape[1], route_scale=route_scale, tid2eid=tid2eid.contiguous(), ids=ids.contiguous()
+    )
 
 
-def dispatch(be: CudaBackend, x: Tensor, weights: Tensor, indices: Tensor, *, first_expert: int, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dispatch(
+    be: CudaBackend, x: Tensor, weights: Tensor, indices: Tensor, *, first_expert: int, n_experts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     del be
-    return moe.dispatch(x.contiguous(), weights.contiguous(), indices.contiguous(), first_expert=first_expert, n_experts=n_experts)
+    return moe.dispatch(
+        x.contiguous(), weights.contiguous(), indices.contiguous(), first_expert=first_expert, n_experts=n_experts
+    )
 
 
 def swiglu(be: CudaBackend, gate: Tensor, up: Tensor, weights: Tensor | None, *, limit: float) -> Tensor:
     del be
-    return moe.swiglu(gate.contiguous(), up.contiguous(), None if weights is None else weights.contiguous(), limit=limit)
+    return moe.swiglu(
+        gate.contiguous(), up.contiguous(), None if weights is None else weights.contiguous(), limit=limit
+    )
 
 
-def combine(be: CudaBackend, rows: Tensor, order: Tensor, offsets: Tensor, shared: Tensor | None, *, topk: int, out_dtype: str) -> Tensor:
+def combine(
+    be: CudaBackend, rows: Tensor, order: Tensor, offsets: Tensor, shared: Tensor | None, *, topk: int, out_dtype: str
+) -> Tensor:
     del be
     shared = None if shared is None else shared.contiguous()
-    return moe.combine(rows.contiguous(), order.contiguous(), offsets.contiguous(), shared, topk=topk, out_dtype=getattr(torch, out_dtype))
+    return moe.combine(
+        rows.contiguous(),
+        order.contiguous(),
+        offsets.contiguous(),
+        shared,
+        topk=topk,
+        out_dtype=getattr(torch, out_dtype),
+    )
 
 
 def ffn(be: CudaBackend, x: Tensor, w1: ScaledArray, w3: ScaledArray, w2: ScaledArray, *, limit: float) -> Tensor:
@@ -128,10 +161,16 @@ def routed(
     *, first_expert: int, limit: float, out_dtype: str,
 ) -> Tensor:  # fmt: skip
     """``moe``: rows are quantised once for w1 and w3, and SwiGLU hands w2 its codes."""
-    rows, row_weights, order, offsets = dispatch(be, x, weights, indices, first_expert=first_expert, n_experts=w1.shape[0])
+    rows, row_weights, order, offsets = dispatch(
+        be, x, weights, indices, first_expert=first_expert, n_experts=w1.shape[0]
+    )
     codes = _quantise(rows)
-    hidden = moe.swiglu_quant(_expert_product(codes, w1, offsets), _expert_product(codes, w3, offsets), row_weights, limit=limit)
-    return combine(be, _expert_product(hidden, w2, offsets), order, offsets, shared, topk=indices.shape[1], out_dtype=out_dtype)
+    hidden = moe.swiglu_quant(
+        _expert_product(codes, w1, offsets), _expert_product(codes, w3, offsets), row_weights, limit=limit
+    )
+    return combine(
+        be, _expert_product(hidden, w2, offsets), order, offsets, shared, topk=indices.shape[1], out_dtype=out_dtype
+    )
 
 
 def compressed(be: CudaBackend, kv_score: Tensor, ape: Tensor, window_idxs: Tensor, *, dim: int) -> Tensor:
@@ -149,7 +188,15 @@ def index_select(be: CudaBackend, scores: Tensor, visible: Tensor, offset: Tenso
     return index.index_select(scores.contiguous(), visible.contiguous(), offset.contiguous(), topk=topk)
 
 
-def _topk(score: Callable[[Tensor, Tensor], Tensor], q: Tensor, weights: Tensor, visible: Tensor, offset: Tensor, rows: int, topk: int) -> Tensor:
+def _topk(
+    score: Callable[[Tensor, Tensor], Tensor],
+    q: Tensor,
+    weights: Tensor,
+    visible: Tensor,
+    offset: Tensor,
+    rows: int,
+    topk: int,
+) -> Tensor:
     """Selection in blocks of tokens, so that scores of a long context never exist at once."""
     batch, seq = visible.shape
     step = max(1, SCORES_AT_ONCE // (batch * rows))
@@ -161,22 +208,48 @@ def _topk(score: Callable[[Tensor, Tensor], Tensor], q: Tensor, weights: Tensor,
     return picks[0] if len(picks) == 1 else torch.cat(picks, 1)
 
 
-def index_topk(be: CudaBackend, q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, offset: Tensor, *, scale: float, topk: int) -> Tensor:
+def index_topk(
+    be: CudaBackend,
+    q: Tensor,
+    weights: Tensor,
+    keys: Tensor,
+    visible: Tensor,
+    offset: Tensor,
+    *,
+    scale: float,
+    topk: int,
+) -> Tensor:
     del be
     keys = keys.contiguous()
-    return _topk(lambda q, w: index.index_scores(q, w, keys, scale=scale), q, weights, visible, offset, keys.shape[1], topk)
+    return _topk(
+        lambda q, w: index.index_scores(q, w, keys, scale=scale), q, weights, visible, offset, keys.shape[1], topk
+    )
 
 
 def cached_index_topk(
-    be: CudaBackend, q: Tensor, weights: Tensor, cache: Tensor, slots: Tensor, visible: Tensor, offset: Tensor, *, layout: RowLayout, scale: float, topk: int
+    be: CudaBackend,
+    q: Tensor,
+    weights: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    visible: Tensor,
+    offset: Tensor,
+    *,
+    layout: RowLayout,
+    scale: float,
+    topk: int,
 ) -> Tensor:
     del be, layout
     cache, slots = cache.contiguous(), slots.contiguous()
     rows = slots.shape[0] // q.shape[0]
-    return _topk(lambda q, w: index.cached_index_scores(q, w, cache, slots, scale=scale), q, weights, visible, offset, rows, topk)
+    return _topk(
+        lambda q, w: index.cached_index_scores(q, w, cache, slots, scale=scale), q, weights, visible, offset, rows, topk
+    )
 
 
-def _in_blocks(be: CudaBackend, q: Tensor, picks: Tensor, kernel: str, attend: Callable[[Tensor, Tensor, bool], Tensor]) -> Tensor:
+def _in_blocks(
+    be: CudaBackend, q: Tensor, picks: Tensor, kernel: str, attend: Callable[[Tensor, Tensor, bool], Tensor]
+) -> Tensor:
     """Attention in pieces of every token's list, some tokens at a time; whole lists only where bits may depend on how many tokens there are."""
     q, picks = q.contiguous(), picks.contiguous()
     tokens, heads, dim = q.shape
@@ -189,7 +262,9 @@ def _in_blocks(be: CudaBackend, q: Tensor, picks: Tensor, kernel: str, attend: C
     return torch.cat([attend(q[i : i + step], picks[i : i + step], True) for i in range(0, tokens, step)])
 
 
-def selected(be: CudaBackend, q: Tensor, kv: Tensor, attn_sink: Tensor, topk_idxs: Tensor, *, softmax_scale: float) -> Tensor:
+def selected(
+    be: CudaBackend, q: Tensor, kv: Tensor, attn_sink: Tensor, topk_idxs: Tensor, *, softmax_scale: float
+) -> Tensor:
     """``sparse_attn``."""
     kv, sink = kv.contiguous(), attn_sink.contiguous()
 
@@ -200,37 +275,71 @@ def selected(be: CudaBackend, q: Tensor, kv: Tensor, attn_sink: Tensor, topk_idx
 
 
 def cached_sparse_attn(
-    be: CudaBackend, q: Tensor, kv: Tensor, ring: Tensor, ring_index: Tensor, rows: Tensor | None, row_index: Tensor | None, attn_sink: Tensor, topk_idxs: Tensor,
-    *, layout: RowLayout, softmax_scale: float,
+    be: CudaBackend, q: Tensor, kv: Tensor, ring: Tensor, ring_index: Tensor, rows: Tensor | None, row_index: Tensor | None,
+    attn_sink: Tensor, topk_idxs: Tensor, *, layout: RowLayout, softmax_scale: float,
 ) -> Tensor:  # fmt: skip
     kv, ring, ring_index, sink = (t.contiguous() for t in (kv, ring, ring_index, attn_sink))
     rows, row_index = (None if t is None else t.contiguous() for t in (rows, row_index))
 
     def attend(q: Tensor, picks: Tensor, split: bool) -> Tensor:
         return sparse_attn.cached_sparse_attn(
-            q, kv, ring, ring_index, rows, row_index, sink, picks, rope_dim=layout.rope_dim, softmax_scale=softmax_scale, split=split
+            q,
+            kv,
+            ring,
+            ring_index,
+            rows,
+            row_index,
+            sink,
+            picks,
+            rope_dim=layout.rope_dim,
+            softmax_scale=softmax_scale,
+            split=split,
         )
 
     return _in_blocks(be, q, topk_idxs, "sparse_attn", attend)
 
 
-def hc_pre(be: CudaBackend, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float, iters: int) -> Mixed:
-    del be
-    return mhc.hc_pre(h.contiguous(), fn.contiguous(), scale.contiguous(), base.contiguous(), norm_eps=norm_eps, eps=eps, iters=iters)
-
-
-def hc_pre_norm(
-    be: CudaBackend, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, weight: Tensor, *, norm_eps: float, eps: float, iters: int
+def hc_pre(
+    be: CudaBackend, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float, iters: int
 ) -> Mixed:
     del be
-    return mhc.hc_pre_norm(
-        h.contiguous(), fn.contiguous(), scale.contiguous(), base.contiguous(), weight.contiguous(), norm_eps=norm_eps, eps=eps, iters=iters
+    return mhc.hc_pre(
+        h.contiguous(), fn.contiguous(), scale.contiguous(), base.contiguous(), norm_eps=norm_eps, eps=eps, iters=iters
     )
 
 
-def hc_head(be: CudaBackend, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float) -> Tensor:
+def hc_pre_norm(
+    be: CudaBackend,
+    h: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    weight: Tensor,
+    *,
+    norm_eps: float,
+    eps: float,
+    iters: int,
+) -> Mixed:
     del be
-    return mhc.hc_head(h.contiguous(), fn.contiguous(), scale.contiguous(), base.contiguous(), norm_eps=norm_eps, eps=eps)
+    return mhc.hc_pre_norm(
+        h.contiguous(),
+        fn.contiguous(),
+        scale.contiguous(),
+        base.contiguous(),
+        weight.contiguous(),
+        norm_eps=norm_eps,
+        eps=eps,
+        iters=iters,
+    )
+
+
+def hc_head(
+    be: CudaBackend, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float
+) -> Tensor:
+    del be
+    return mhc.hc_head(
+        h.contiguous(), fn.contiguous(), scale.contiguous(), base.contiguous(), norm_eps=norm_eps, eps=eps
+    )
 
 
 def hc_post(be: CudaBackend, y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> Tensor:

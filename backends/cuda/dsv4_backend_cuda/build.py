@@ -62,7 +62,9 @@ class Result:
 def specs() -> Iterator[KernelSpec]:
     """Specifications of all kernels, from each file of ``kernels``."""
     if interpret.active() or os.environ.get("TRITON_INTERPRET") == "1":
-        raise interpret.InterpreterError("kernels cannot be compiled in a process that interprets them; unset TRITON_INTERPRET and start anew")
+        raise interpret.InterpreterError(
+            "kernels cannot be compiled in a process that interprets them; unset TRITON_INTERPRET and start anew"
+        )
     package = import_module("dsv4_backend_cuda.kernels")
     for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
         yield from getattr(import_module(f"dsv4_backend_cuda.kernels.{module}"), "SPECS", ())
@@ -77,7 +79,18 @@ def fingerprint(spec: KernelSpec, constexprs: dict[str, Any], options: dict[str,
     """Hash of all that decides a result: source with its callees, arguments, options, Triton, and the inspection's own code."""
     own = "".join(Path(m.__file__).read_text() for m in (sass, roofline) if m.__file__) + Path(__file__).read_text()
     work = spec.work(constexprs)
-    parts = [spec.kernel.cache_key, dict(spec.signature), constexprs, options, arch, asdict(work), dict(spec.mma), spec.looped, version("triton"), own]
+    parts = [
+        spec.kernel.cache_key,
+        dict(spec.signature),
+        constexprs,
+        options,
+        arch,
+        asdict(work),
+        dict(spec.mma),
+        spec.looped,
+        version("triton"),
+        own,
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -89,12 +102,18 @@ def compile_kernel(spec: KernelSpec, constexprs: dict[str, Any], options: dict[s
 
     names = spec.kernel.arg_names
     if missing := [n for n in names if n not in spec.signature and n not in constexprs]:
-        raise TypeError(f"kernel {spec.name!r}: argument {missing[0]!r} is in neither its signature nor its constexprs; add it to the KernelSpec")
+        raise TypeError(
+            f"kernel {spec.name!r}: argument {missing[0]!r} is in neither its signature nor its constexprs; add it to the KernelSpec"
+        )
     source = ASTSource(
         fn=spec.kernel,
         signature={n: spec.signature.get(n, "constexpr").removesuffix(":16") for n in names},
         constexprs={(names.index(n),): v for n, v in constexprs.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n, kind in spec.signature.items() if kind.startswith("*") or kind.endswith(":16")},
+        attrs={
+            (names.index(n),): [["tt.divisibility", 16]]
+            for n, kind in spec.signature.items()
+            if kind.startswith("*") or kind.endswith(":16")
+        },
     )
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -112,7 +131,13 @@ def build_one(spec: KernelSpec, variant: str, arch: int) -> Result:
         compiled = compile_kernel(spec, constexprs, options, arch)
     except Exception as error:  # noqa: BLE001 - whatever the compiler raises is the result
         lines = str(error).strip().splitlines()
-        return Result(spec.name, variant, arch, config=config, failures=[f"does not compile: {type(error).__name__}: {lines[-1] if lines else ''}"])
+        return Result(
+            spec.name,
+            variant,
+            arch,
+            config=config,
+            failures=[f"does not compile: {type(error).__name__}: {lines[-1] if lines else ''}"],
+        )
     code = sass.inspect(compiled.asm["cubin"], looped=spec.looped)
     device, work = roofline.DEVICES[arch], spec.work(constexprs)
     meta = compiled.metadata
@@ -156,7 +181,9 @@ def against_baseline(results: Iterable[Result]) -> list[Result]:
         failures = list(r.failures)
         if not r.unsupported and not failures:
             if r.key not in known:
-                failures.append(f"no baseline for {r.key}; run `dsv4 kernels build --update-baseline` and review the difference")
+                failures.append(
+                    f"no baseline for {r.key}; run `dsv4 kernels build --update-baseline` and review the difference"
+                )
             else:
                 for what, got in (("spills", r.spills), ("loop_instructions", r.loop_instructions)):
                     if got > known[r.key][what]:
@@ -169,7 +196,11 @@ def write_baseline(results: Iterable[Result]) -> None:
     """Make these results the baseline; rows of kernels that were not built stay."""
     built = {r.key: r for r in results}
     kernels = {r.kernel for r in built.values()}
-    rows = {k: {"spills": r.spills, "loop_instructions": r.loop_instructions} for k, r in built.items() if not r.unsupported and not r.failures}
+    rows = {
+        k: {"spills": r.spills, "loop_instructions": r.loop_instructions}
+        for k, r in built.items()
+        if not r.unsupported and not r.failures
+    }
     known = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
     kept = {k: v for k, v in known.items() if k in built or k.split("/")[0] not in kernels}
     lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted((kept | rows).items())]
@@ -179,7 +210,14 @@ def write_baseline(results: Iterable[Result]) -> None:
 def build(architectures: Iterable[int] = ARCHITECTURES, only: str = "", *, jobs: int = 1) -> Iterator[Result]:
     """Build all variants of all kernels (whose name contains ``only``) for the architectures, in ``jobs`` processes, in order."""
     wanted = list(architectures)
-    tasks = [(i, v, a) for i, s in enumerate(specs()) if only in s.name for v in s.variants for a in wanted if a in s.architectures]
+    tasks = [
+        (i, v, a)
+        for i, s in enumerate(specs())
+        if only in s.name
+        for v in s.variants
+        for a in wanted
+        if a in s.architectures
+    ]
     if jobs == 1:
         yield from map(_build_task, tasks)
         return
@@ -214,7 +252,22 @@ def table(results: Iterable[Result]) -> Any:
     from rich.table import Table
 
     out = Table(title=HEADING)
-    for column in ("kernel", "variant", "arch", "regs", "shared", "occ.", "MMA", "loop", "spills", "bytes", "kflop", "bound", "roofline", "gate"):
+    for column in (
+        "kernel",
+        "variant",
+        "arch",
+        "regs",
+        "shared",
+        "occ.",
+        "MMA",
+        "loop",
+        "spills",
+        "bytes",
+        "kflop",
+        "bound",
+        "roofline",
+        "gate",
+    ):
         out.add_column(column, overflow="fold")
     for r in results:
         if r.unsupported:

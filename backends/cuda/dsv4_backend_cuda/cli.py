@@ -30,7 +30,9 @@ def require_triton(*, untested: bool) -> None:
     """Raise ``ClickException`` without Triton, or with a version that no baseline and no proof is for, unless ``untested``."""
     tested = interpret.TESTED_TRITON
     if find_spec("triton") is None:
-        raise click.ClickException(f"kernels are compiled by Triton, which is not installed here; pip install triton=={tested[-1]}")
+        raise click.ClickException(
+            f"kernels are compiled by Triton, which is not installed here; pip install triton=={tested[-1]}"
+        )
     if (found := version("triton")) not in tested and not untested:
         raise click.ClickException(
             f"triton {found}: registers, spills and instructions of the baseline are those of {', '.join(tested)}; "
@@ -39,13 +41,27 @@ def require_triton(*, untested: bool) -> None:
 
 
 @command.command("build")
-@click.option("--arch", "architectures", default=",".join(f"sm_{a}" for a in ARCHITECTURES), callback=_architectures, help="Comma-separated, sm_80 to sm_120.")
+@click.option(
+    "--arch",
+    "architectures",
+    default=",".join(f"sm_{a}" for a in ARCHITECTURES),
+    callback=_architectures,
+    help="Comma-separated, sm_80 to sm_120.",
+)
 @click.option("--kernel", default="", help="Only kernels whose name contains this.")
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as JSON.")
 @click.option("--jobs", default=2, show_default=True, help="Compiling processes.")
 @click.option("--untested-triton", is_flag=True, help="Go on with a Triton version that the baseline is not from.")
 @click.option("--update-baseline", is_flag=True, help="Make spills and hot loops of this build the baseline.")
-def build_command(architectures: list[int], kernel: str, report: Path | None, jobs: int, *, untested_triton: bool, update_baseline: bool) -> None:
+def build_command(
+    architectures: list[int],
+    kernel: str,
+    report: Path | None,
+    jobs: int,
+    *,
+    untested_triton: bool,
+    update_baseline: bool,
+) -> None:
     """Compile every kernel and configuration, no driver needed, and gate each; exit 1 if a gate fails."""
     from rich.console import Console
 
@@ -65,7 +81,9 @@ def build_command(architectures: list[int], kernel: str, report: Path | None, jo
     if report:
         report.write_text(json.dumps(build.report(results), indent=1) + "\n")
     failed = [r for r in results if r.failures]
-    click.echo(f"{len(results)} kernel variants, {len(failed)} failed, {sum(bool(r.unsupported) for r in results)} unsupported")
+    click.echo(
+        f"{len(results)} kernel variants, {len(failed)} failed, {sum(bool(r.unsupported) for r in results)} unsupported"
+    )
     for r in failed:
         click.echo(f"{r.key}: {'; '.join(r.failures)}", err=True)
     if failed:
@@ -85,6 +103,10 @@ def tune_command(device: str, kernel: str) -> None:
     except ImportError:
         raise click.ClickException("tuning needs PyTorch with CUDA; install it, or keep the checked-in table") from None
     if not torch.cuda.is_available():
-        raise click.ClickException("tuning needs a GPU and there is none that PyTorch can use here; the checked-in launch table stays as it is")
+        raise click.ClickException(
+            "tuning needs a GPU and there is none that PyTorch can use here; the checked-in launch table stays as it is"
+        )
     for name, before, after in tune.tune(device, kernel):
-        click.echo(f"{name}: {before.milliseconds:.4f} ms {before.config} -> {after.milliseconds:.4f} ms {after.config}")
+        click.echo(
+            f"{name}: {before.milliseconds:.4f} ms {before.config} -> {after.milliseconds:.4f} ms {after.config}"
+        )

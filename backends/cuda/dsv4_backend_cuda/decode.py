@@ -49,7 +49,12 @@ def _products(c: ModelConfig) -> list[_Product]:
     ]
 
 
-BYTES = {"linear_decode": 1 + 1 / 128**2, "grouped_linear_decode": 1 + 1 / 128**2, "fp4_experts_decode": 1 / 2 + 1 / 32, "bf16_linear_decode": 2.0}
+BYTES = {
+    "linear_decode": 1 + 1 / 128**2,
+    "grouped_linear_decode": 1 + 1 / 128**2,
+    "fp4_experts_decode": 1 / 2 + 1 / 32,
+    "bf16_linear_decode": 2.0,
+}
 """Per weight, its scale included."""
 
 
@@ -59,7 +64,11 @@ def steps(results: Iterable[Any]) -> Iterator[Step]:
     A program issues its hot loop once per 128 inputs; the multiprocessor with most programs sets the pace; memory is read at its full rate. The
     sparse attention's list is the window and ``index_topk`` rows.
     """
-    built = {(r.kernel, r.arch): r for r in results if r.variant in ("flash", "decode") and not r.unsupported and r.loop_instructions}
+    built = {
+        (r.kernel, r.arch): r
+        for r in results
+        if r.variant in ("flash", "decode") and not r.unsupported and r.loop_instructions
+    }
     for name in ("flash", "pro"):
         config = PRESETS[name]
         for arch, device in roofline.DEVICES.items():
@@ -71,11 +80,27 @@ def steps(results: Iterable[Any]) -> Iterator[Step]:
             if r := built.get(("sparse_attn", arch)):
                 rows = config.sliding_window + config.index_topk
                 programs = -(-config.num_attention_heads // r.config["HEADS"]) * -(-rows // r.config["SPLIT"])
-                yield _step(name, "sparse_attn", r, device, programs, r.config["SPLIT"] // r.config["ROWS"], rows * 2.0 * config.head_dim)
+                yield _step(
+                    name,
+                    "sparse_attn",
+                    r,
+                    device,
+                    programs,
+                    r.config["SPLIT"] // r.config["ROWS"],
+                    rows * 2.0 * config.head_dim,
+                )
 
 
 def _step(model: str, layer: str, r: Any, device: roofline.Device, programs: int, passes: int, size: float) -> Step:
     memory = size / (device.gigabytes_per_second * 1e9)
-    cycles = -(-programs // device.multiprocessors) * passes * r.loop_instructions * r.config["num_warps"] / roofline.ISSUE_SLOTS
+    cycles = (
+        -(-programs // device.multiprocessors)
+        * passes
+        * r.loop_instructions
+        * r.config["num_warps"]
+        / roofline.ISSUE_SLOTS
+    )
     time = max(memory, cycles / (device.gigahertz * 1e9))
-    return Step(model, layer, r.kernel, r.arch, programs, round(size / 1e6, 3), round(time * 1e6, 2), round(memory / time, 4))
+    return Step(
+        model, layer, r.kernel, r.arch, programs, round(size / 1e6, 3), round(time * 1e6, 2), round(memory / time, 4)
+    )

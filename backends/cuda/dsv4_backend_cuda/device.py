@@ -27,7 +27,9 @@ def triton_version() -> str:
 def require_triton() -> None:
     """Raise ``BackendError`` without Triton."""
     if not triton_version():
-        raise BackendError("backend 'cuda' needs triton, not found here; pip install 'dsv4[cuda]', or choose --backend torch")
+        raise BackendError(
+            "backend 'cuda' needs triton, not found here; pip install 'dsv4[cuda]', or choose --backend torch"
+        )
 
 
 def require_interpreter() -> None:
@@ -48,16 +50,24 @@ def require_gpu(device: str) -> int:
             "unset TRITON_INTERPRET and start another process, or add --interpret"
         )
     if torch.version.cuda is None:
-        raise BackendError(f"backend 'cuda': torch {torch.__version__} was built without CUDA; install a CUDA build from pytorch.org, {ELSEWHERE}")
+        raise BackendError(
+            f"backend 'cuda': torch {torch.__version__} was built without CUDA; install a CUDA build from pytorch.org, {ELSEWHERE}"
+        )
     if not torch.cuda.is_available():
-        raise BackendError(f"backend 'cuda': torch {torch.__version__} finds no GPU (nvidia-smi lists them; driver: {driver()}); {ELSEWHERE}")
+        raise BackendError(
+            f"backend 'cuda': torch {torch.__version__} finds no GPU (nvidia-smi lists them; driver: {driver()}); {ELSEWHERE}"
+        )
     try:
         major, minor = torch.cuda.get_device_capability(device)
         return launch.compatible(10 * major + minor)
     except ValueError as error:
-        raise BackendError(f"backend 'cuda': {torch.cuda.get_device_name(device)}: {error}; choose --backend torch --device {device}") from None
+        raise BackendError(
+            f"backend 'cuda': {torch.cuda.get_device_name(device)}: {error}; choose --backend torch --device {device}"
+        ) from None
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device number that is not there
-        raise BackendError(f"backend 'cuda': device {device!r} of {torch.cuda.device_count()} cannot be used: {str(error).splitlines()[0]}") from None
+        raise BackendError(
+            f"backend 'cuda': device {device!r} of {torch.cuda.device_count()} cannot be used: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def driver() -> str:
@@ -74,10 +84,22 @@ def diagnose() -> tuple[Diagnosis, ...]:
     elif found in interpret.TESTED_TRITON:
         lines = [Diagnosis("triton", f"{found}, {known}")]
     else:
-        lines = [Diagnosis("triton", f"{found}; {known}", f"--interpret refuses it: pip install triton=={interpret.TESTED_TRITON[-1]}")]
-    lines.append(Diagnosis("NVIDIA driver", driver(), "" if DRIVER.exists() else "install NVIDIA's driver, or use --interpret"))
-    built = f"torch {torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA")
-    lines.append(Diagnosis("torch", built, "" if torch.version.cuda else "install a CUDA build of torch, or use --interpret"))
+        lines = [
+            Diagnosis(
+                "triton",
+                f"{found}; {known}",
+                f"--interpret refuses it: pip install triton=={interpret.TESTED_TRITON[-1]}",
+            )
+        ]
+    lines.append(
+        Diagnosis("NVIDIA driver", driver(), "" if DRIVER.exists() else "install NVIDIA's driver, or use --interpret")
+    )
+    built = f"torch {torch.__version__}, " + (
+        f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    )
+    lines.append(
+        Diagnosis("torch", built, "" if torch.version.cuda else "install a CUDA build of torch, or use --interpret")
+    )
     if not torch.cuda.is_available():
         return (*lines, Diagnosis("GPU", "none found"))
     for i in range(torch.cuda.device_count()):
@@ -86,5 +108,9 @@ def diagnose() -> tuple[Diagnosis, ...]:
             runs, advice = f"runs sm_{launch.compatible(10 * major + minor)}'s kernels", ""
         except ValueError as error:
             runs, advice = "has no kernels", str(error)
-        lines.append(Diagnosis(f"GPU {i}", f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}, {runs}", advice))
+        lines.append(
+            Diagnosis(
+                f"GPU {i}", f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}, {runs}", advice
+            )
+        )
     return tuple(lines)

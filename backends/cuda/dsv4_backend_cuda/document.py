@@ -15,14 +15,33 @@ def tables(report: dict[str, Any]) -> str:
     """Markdown: shares of a decode step, then a table of the machine code for each architecture."""
     steps = report["decode"]
     columns = sorted({s["arch"] for s in steps})
-    lines = [f"{report['heading']}. Triton {report['triton']}.", "", "### Decode of one token: predicted share of the roofline", ""]
+    lines = [
+        f"{report['heading']}. Triton {report['triton']}.",
+        "",
+        "### Decode of one token: predicted share of the roofline",
+        "",
+    ]
     lines += _row("model", "product", "MB", *(f"sm_{a}" for a in columns)) + _row(*["---"] * (3 + len(columns)))
     for key in dict.fromkeys((s["model"], s["layer"], s["megabytes"]) for s in steps):
         shares = {s["arch"]: f"{s['share']:.0%}" for s in steps if (s["model"], s["layer"], s["megabytes"]) == key}
         lines += _row(key[0], key[1], f"{key[2]:.2f}", *(shares.get(a, "") for a in columns))
     for name, device in report["devices"].items():
         lines += ["", f"### {name} ({device['product']})", ""]
-        head = ("kernel", "variant", "registers", "shared", "occupancy", "tensor cores", "loop", "spills", "bytes", "kflop", "bound", "share", "gate")
+        head = (
+            "kernel",
+            "variant",
+            "registers",
+            "shared",
+            "occupancy",
+            "tensor cores",
+            "loop",
+            "spills",
+            "bytes",
+            "kflop",
+            "bound",
+            "share",
+            "gate",
+        )
         lines += _row(*head) + _row(*["---"] * len(head))
         for r in report["results"]:
             if f"sm_{r['arch']}" != name:

@@ -152,7 +152,9 @@ def _repair() -> None:
         dtype = lhs.dtype.scalar
         if not is_small(dtype) or op in (np.bitwise_and, np.bitwise_or, np.bitwise_xor):
             result = plain["binary_op"](self, lhs, rhs, op)
-            return handle(result.data, tl.int1) if result.data.dtype == np.bool_ else result  # a comparison's type is not its operands'
+            return (
+                handle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
+            )  # a comparison's type is not its operands'
         return rewrap(op(widen(lhs.data, dtype), widen(rhs.data, rhs.dtype)), dtype)
 
     def unary_op(self: Any, arg: Any, op: Any) -> Any:
@@ -171,7 +173,7 @@ def _repair() -> None:
             return plain["create_fma"](self, x, y, z)
         return handle(narrow(_exact_fma(*(widen(h.data, h.dtype) for h in (x, y, z))), dtype), dtype)
 
-    def rsqrt(self: Any, arg: Any) -> Any:
+    def rsqrt(self: Any, arg: Any) -> Any:  # noqa: ARG001  takes a method's place
         data = widen(arg.data, arg.dtype)
         result = (1 / np.sqrt(data.astype(np.float64))).astype(data.dtype)
         return handle(narrow(result, arg.dtype) if arg.dtype.scalar in small else result, arg.dtype.scalar)
@@ -182,7 +184,9 @@ def _repair() -> None:
         left, right = (widen(h.data, h.dtype) for h in (a, b))
         if a.dtype.scalar == tl.float32 and input_precision == it._ir.INPUT_PRECISION.TF32:  # noqa: SLF001
             left, right = _tf32(left), _tf32(right)
-        if a.dtype.scalar in small:  # a sum of their products is exact in float64, so its order, which BLAS picks by shape, does not matter
+        if (
+            a.dtype.scalar in small
+        ):  # a sum of their products is exact in float64, so its order, which BLAS picks by shape, does not matter
             left, right = left.astype(np.float64), right.astype(np.float64)
         total = np.matmul(left, right, dtype=np.promote_types(left.dtype, np.float32)) + widen(d.data, d.dtype)
         kind = d.dtype.scalar
@@ -196,8 +200,11 @@ def _repair() -> None:
             if not any(t in small for t in dtypes):
                 return function(self, inputs)
             wide = tuple(
-                it.tl.core.tensor(handle(widen(x.handle.data, t), tl.float32), it.tl.core.block_type(tl.float32, x.shape))
-                if t in small else x
+                it.tl.core.tensor(
+                    handle(widen(x.handle.data, t), tl.float32), it.tl.core.block_type(tl.float32, x.shape)
+                )
+                if t in small
+                else x
                 for x, t in zip(inputs, dtypes, strict=True)
             )
             out = function(self, wide)
@@ -206,7 +213,9 @@ def _repair() -> None:
             for x, t in zip(out if many else (out,), dtypes, strict=False):
                 if t in small and x.dtype == tl.float32:
                     bits = narrow(x.handle.data, t)
-                    done.append(it.tl.core.tensor(handle(bits, t), x.type.with_element_ty(t) if x.type.is_block() else t))
+                    done.append(
+                        it.tl.core.tensor(handle(bits, t), x.type.with_element_ty(t) if x.type.is_block() else t)
+                    )
                 else:
                     done.append(x)
             return done if many else done[0]
@@ -214,7 +223,9 @@ def _repair() -> None:
         return wrapped
 
     def scaled_values(value: Any) -> np.ndarray:
-        return it._e2m1_to_f32(value.data) if value.dtype == tl.uint8 else widen(value.data, value.dtype).astype(np.float32)  # noqa: SLF001
+        if value.dtype == tl.uint8:
+            return it._e2m1_to_f32(value.data)  # noqa: SLF001
+        return widen(value.data, value.dtype).astype(np.float32)
 
     for name, function in {
         "cast_impl": cast_impl, "create_fp_to_fp": fp_to_fp, "binary_op": binary_op, "unary_op": unary_op,
@@ -256,7 +267,9 @@ def _patch_once(it: Any) -> None:
 
 def decode_table(name: str) -> np.ndarray:
     """Values of the non-negative finite codes of a format, from its definition and nothing else, as float64."""
-    mantissa, bias, codes = {"bfloat16": (7, 127, 0x7F80), "float8_e4m3fn": (3, 7, 0x7F), "float8_e5m2": (2, 15, 0x7C)}[name]
+    mantissa, bias, codes = {"bfloat16": (7, 127, 0x7F80), "float8_e4m3fn": (3, 7, 0x7F), "float8_e5m2": (2, 15, 0x7C)}[
+        name
+    ]
     code = np.arange(codes, dtype=np.int64)
     exponent, fraction = code >> mantissa, (code & ((1 << mantissa) - 1)) / (1 << mantissa)
     return np.where(exponent == 0, np.ldexp(fraction, 1 - bias), np.ldexp(1 + fraction, exponent - bias))
@@ -287,8 +300,12 @@ def self_check() -> None:
             for signed, code in ((source, expected), (-source, expected | sign)):
                 got = b.create_fp_to_fp(it.TensorHandle(signed, tl.float32), dtype, None).data
                 if not np.array_equal(got, code):
-                    raise InterpreterError(f"self-check: float32 to {name} rounds wrongly; the interpreter's results mean nothing")
+                    raise InterpreterError(
+                        f"self-check: float32 to {name} rounds wrongly; the interpreter's results mean nothing"
+                    )
     one = it.TensorHandle(np.full((4, 4), 0x3FC0, np.uint16), tl.bfloat16)  # 1.5
     zero = it.TensorHandle(np.zeros((4, 4), np.float32), tl.float32)
-    if not np.all(b.create_dot(one, one, zero, None, 0).data == 9.0) or not np.all(b.create_fadd(one, one).data == 0x4040):
+    if not np.all(b.create_dot(one, one, zero, None, 0).data == 9.0) or not np.all(
+        b.create_fadd(one, one).data == 0x4040
+    ):
         raise InterpreterError("self-check: BF16 arithmetic is wrong; the interpreter's results mean nothing")

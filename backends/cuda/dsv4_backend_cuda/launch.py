@@ -69,7 +69,9 @@ def config(kernel: str, arch: int) -> dict[str, int]:
     try:
         return table()[kernel, arch]["config"]
     except KeyError:
-        raise KeyError(f"no launch configuration for kernel {kernel!r} on sm_{arch}; add a row to {TABLE.name}, or run `dsv4 kernels tune`") from None
+        raise KeyError(
+            f"no launch configuration for kernel {kernel!r} on sm_{arch}; add a row to {TABLE.name}, or run `dsv4 kernels tune`"
+        ) from None
 
 
 @cache
@@ -90,7 +92,9 @@ def compatible(capability: int) -> int:
     """
     fits = [a for a in ARCHITECTURES if a <= capability and (a // 10 == capability // 10)]
     if not fits:
-        raise ValueError(f"compute capability {capability / 10} has no kernels here; they exist for {', '.join(f'{a / 10}' for a in ARCHITECTURES)}")
+        raise ValueError(
+            f"compute capability {capability / 10} has no kernels here; they exist for {', '.join(f'{a / 10}' for a in ARCHITECTURES)}"
+        )
     return fits[-1]
 
 

@@ -67,7 +67,11 @@ def grouped_linear(x: Any, weight: Any) -> Answer:
     dtype = dtype_name(weight)
     if dtype == "bfloat16":
         return (f"bf16_linear_{_phase(x.shape[0])}",)
-    return (f"grouped_linear_{_phase(x.shape[0])}",) if dtype.startswith("float8") else f"no kernel multiplies groups by {dtype} weights"
+    return (
+        (f"grouped_linear_{_phase(x.shape[0])}",)
+        if dtype.startswith("float8")
+        else f"no kernel multiplies groups by {dtype} weights"
+    )
 
 
 def _experts(rows: int, weight: Any) -> Answer:
@@ -125,14 +129,28 @@ def ffn(x: Any, w1: Any, w3: Any, w2: Any, *, limit: float) -> Answer:
 
 
 def moe(
-    x: Any, weights: Any, indices: Any, shared: Any, w1: Any, w3: Any, w2: Any, *, first_expert: int, limit: float, out_dtype: str
+    x: Any,
+    weights: Any,
+    indices: Any,
+    shared: Any,
+    w1: Any,
+    w3: Any,
+    w2: Any,
+    *,
+    first_expert: int,
+    limit: float,
+    out_dtype: str,
 ) -> Answer:
     del weights, shared, w3, first_expert, limit, out_dtype
     copies = x.shape[0] * indices.shape[1]
     first, second = _experts(copies, w1), _experts(copies, w2)
     if isinstance(first, str):
         return first
-    return second if isinstance(second, str) else ("sort", "gather", "act_quant", *first, "swiglu", *second, "invert", "combine")
+    return (
+        second
+        if isinstance(second, str)
+        else ("sort", "gather", "act_quant", *first, "swiglu", *second, "invert", "combine")
+    )
 
 
 def compress(kv_score: Any, ape: Any, window_idxs: Any, *, dim: int) -> Answer:
@@ -180,7 +198,17 @@ def sparse_attn(q: Any, kv: Any, attn_sink: Any, topk_idxs: Any, *, softmax_scal
 
 
 def cached_sparse_attn(
-    q: Any, kv: Any, ring: Any, ring_index: Any, rows: Any, row_index: Any, attn_sink: Any, topk_idxs: Any, *, layout: Any, softmax_scale: float
+    q: Any,
+    kv: Any,
+    ring: Any,
+    ring_index: Any,
+    rows: Any,
+    row_index: Any,
+    attn_sink: Any,
+    topk_idxs: Any,
+    *,
+    layout: Any,
+    softmax_scale: float,
 ) -> Answer:
     del kv, ring, ring_index, rows, row_index, attn_sink, softmax_scale
     if layout.kind != "kv":
@@ -200,7 +228,9 @@ def hc_pre(h: Any, fn: Any, scale: Any, base: Any, *, norm_eps: float, eps: floa
     return _streams(h, fn) or ("mix", "hc_reduce")
 
 
-def hc_pre_norm(h: Any, fn: Any, scale: Any, base: Any, weight: Any, *, norm_eps: float, eps: float, iters: int) -> Answer:
+def hc_pre_norm(
+    h: Any, fn: Any, scale: Any, base: Any, weight: Any, *, norm_eps: float, eps: float, iters: int
+) -> Answer:
     del scale, base, weight, norm_eps, eps, iters
     return _streams(h, fn) or ("mix", "hc_reduce")
 

@@ -68,11 +68,25 @@ def _kind(opcode: str) -> str:
         return "convert"
     if SPILL.match(opcode):
         return "spill"
-    return "float" if opcode.startswith(("FADD", "FMUL", "FFMA", "FSETP", "FSEL", "FMNMX", "HADD", "HMUL", "HFMA")) else "integer and control"
+    return (
+        "float"
+        if opcode.startswith(("FADD", "FMUL", "FFMA", "FSETP", "FSEL", "FMNMX", "HADD", "HMUL", "HFMA"))
+        else "integer and control"
+    )
 
 
 def _width(opcode: str) -> int:
-    for width, size in ((".256", 32), (".128", 16), (".64", 8), (".U16", 2), (".S16", 2), (".16", 2), (".U8", 1), (".S8", 1), (".8", 1)):
+    for width, size in (
+        (".256", 32),
+        (".128", 16),
+        (".64", 8),
+        (".U16", 2),
+        (".S16", 2),
+        (".16", 2),
+        (".U8", 1),
+        (".S8", 1),
+        (".8", 1),
+    ):
         if width in opcode:
             return size
     return 4
@@ -90,7 +104,9 @@ def inspect(cubin: bytes, *, looped: bool) -> Code:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         text = subprocess.run([_tool("nvdisasm"), "-c", str(path)], capture_output=True, text=True, check=True).stdout  # noqa: S603
-        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout  # noqa: S603
+        usage = subprocess.run(  # noqa: S603
+            [_tool("cuobjdump"), "-res-usage", str(path)], capture_output=True, text=True, check=True
+        ).stdout
     found = _USAGE.search(usage)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage[:200]!r}")
@@ -105,7 +121,9 @@ def inspect(cubin: bytes, *, looped: bool) -> Code:
             pending.clear()
             instructions.append(Instruction(int(match.group(1), 16), match.group(2), match.group(3)))
     loops = _loops(instructions, labels)
-    chosen = max((x for x in loops if looped and x[3]), key=_heat, default=None)  # a loop without loads waits for a barrier
+    chosen = max(
+        (x for x in loops if looped and x[3]), key=_heat, default=None
+    )  # a loop without loads waits for a barrier
     loop = instructions if chosen is None else instructions[chosen[0] : chosen[1] + 1]
     return Code(registers, stack + local, tuple(instructions), tuple(loop), chosen is not None)
 

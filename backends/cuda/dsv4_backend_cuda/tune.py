@@ -25,7 +25,9 @@ def candidates(kernel: str, config: dict[str, int]) -> list[dict[str, int]]:
     """The table's configuration, then each that differs in one option by a step: a factor of 2, a stage."""
     found = [config]
     for name, (low, high) in STEPS.items():
-        if name not in config or (name == "BLOCK_T" and kernel.endswith("_decode")):  # a decode tile holds a step's tokens
+        if name not in config or (
+            name == "BLOCK_T" and kernel.endswith("_decode")
+        ):  # a decode tile holds a step's tokens
             continue
         value = config[name]
         near = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
@@ -37,7 +39,11 @@ def best(kernel: str, config: dict[str, int], time: Callable[[dict[str, int]], f
     """Walk from ``config`` to the fastest neighbour until none is faster. A configuration that does not launch takes for ever."""
     reached = Timed(config, time(config))
     while True:
-        fastest = min((Timed(c, time(c)) for c in candidates(kernel, reached.config)[1:]), key=lambda t: t.milliseconds, default=reached)
+        fastest = min(
+            (Timed(c, time(c)) for c in candidates(kernel, reached.config)[1:]),
+            key=lambda t: t.milliseconds,
+            default=reached,
+        )
         if fastest.milliseconds >= reached.milliseconds:
             return reached
         reached = fastest

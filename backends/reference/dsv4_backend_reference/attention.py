@@ -46,7 +46,9 @@ class ReferenceAttention(Numeric, AttentionOps):
         if self.batch_invariant:
             keys = tiles.padded(keys, 1, tiles.ROWS)
         rows = keys.shape[1]
-        tile = max(1, AT_ONCE // (4 * min(TOKENS, max(1, seq)) * heads))  # of rows: the products of a block of tokens stay in the cache
+        tile = max(
+            1, AT_ONCE // (4 * min(TOKENS, max(1, seq)) * heads)
+        )  # of rows: the products of a block of tokens stay in the cache
         scores = np.empty((batch, seq, rows), self.wide_type)
         for b in range(batch):  # one product per sequence
             wide_keys = self.widen(keys[b]).T
@@ -153,4 +155,6 @@ class ReferenceAttention(Numeric, AttentionOps):
         scores = np.where(count > 0, scores, -np.inf)
         top = np.maximum(scores.max(-1, keepdims=True, initial=-np.inf), sink)
         weight = np.exp(scores - top) * count
-        return weight / ((tiles.long_sum(weight) if self.batch_invariant else self.total(weight, -1)) + np.exp(sink - top))
+        return weight / (
+            (tiles.long_sum(weight) if self.batch_invariant else self.total(weight, -1)) + np.exp(sink - top)
+        )

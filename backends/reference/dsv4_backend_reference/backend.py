@@ -59,7 +59,9 @@ class ReferenceBackend(
         try:
             from dsv4_backend_reference.process_group import ReferenceProcessGroup
         except ImportError as error:
-            raise BackendError(f"several ranks are connected by torch.distributed: pip install 'dsv4[torch]' ({error})") from error
+            raise BackendError(
+                f"several ranks are connected by torch.distributed: pip install 'dsv4[torch]' ({error})"
+            ) from error
         return ReferenceProcessGroup(self, where)
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Host:

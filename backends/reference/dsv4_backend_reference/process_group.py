@@ -43,7 +43,9 @@ class ReferenceProcessGroup:
         self.rank, self.ranks, self.holder = where.rank, where.ranks, where.holder
 
         def store(*, is_master: bool, seconds: timedelta) -> Any:
-            return dist.TCPStore(where.host, where.port, where.ranks, is_master, timeout=seconds, wait_for_workers=False)
+            return dist.TCPStore(
+                where.host, where.port, where.ranks, is_master, timeout=seconds, wait_for_workers=False
+            )
 
         try:
             self._own = store(is_master=where.rank == where.holder, seconds=timedelta(seconds=JOIN))
@@ -51,7 +53,9 @@ class ReferenceProcessGroup:
         except RuntimeError as error:
             holder = "the launcher" if where.holder is None else f"rank {where.holder}"
             at = f"{where.host}:{where.port} within {JOIN:.0f} s"
-            raise RankError(f"rank {where.rank} found no store of {holder} at {at}: {str(error).splitlines()[0]}") from error
+            raise RankError(
+                f"rank {where.rank} found no store of {holder} at {at}: {str(error).splitlines()[0]}"
+            ) from error
 
     def connect(self) -> None:
         """Connect with all other ranks, which do the same."""

@@ -7,7 +7,16 @@ import functools
 import numpy as np
 
 from dsv4_backend_reference.numeric import Numeric
-from dsv4_core.dtypes import E8M0_VALUES, FP8_BLOCK, Format, Host, encode, power_of_two_scale, quantise_tokens, round_to_grid
+from dsv4_core.dtypes import (
+    E8M0_VALUES,
+    FP8_BLOCK,
+    Format,
+    Host,
+    encode,
+    power_of_two_scale,
+    quantise_tokens,
+    round_to_grid,
+)
 from dsv4_core.ops.quant import QuantOps
 
 

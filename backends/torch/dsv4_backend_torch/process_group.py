@@ -45,7 +45,9 @@ class TorchProcessGroup:
         self.attempt = where.attempt
 
         def store(*, is_master: bool, seconds: timedelta) -> Any:
-            return dist.TCPStore(where.host, where.port, where.ranks, is_master, timeout=seconds, wait_for_workers=False)
+            return dist.TCPStore(
+                where.host, where.port, where.ranks, is_master, timeout=seconds, wait_for_workers=False
+            )
 
         try:
             self._own = store(is_master=where.rank == where.holder, seconds=timedelta(seconds=JOIN))
@@ -53,14 +55,18 @@ class TorchProcessGroup:
         except RuntimeError as error:
             holder = "the launcher" if where.holder is None else f"rank {where.holder}"
             at = f"{where.host}:{where.port} within {JOIN:.0f} s"
-            raise RankError(f"rank {where.rank} found no store of {holder} at {at}: {str(error).splitlines()[0]}") from error
+            raise RankError(
+                f"rank {where.rank} found no store of {holder} at {at}: {str(error).splitlines()[0]}"
+            ) from error
 
     def connect(self) -> None:
         """Connect with all other ranks, which do the same."""
         store = dist.PrefixStore(f"{self.attempt}/torch", self._own)
         if not dist.is_initialized():
             with reaching():
-                dist.init_process_group(self.library, store=store, rank=self.rank, world_size=self.ranks, timeout=SLOWEST)
+                dist.init_process_group(
+                    self.library, store=store, rank=self.rank, world_size=self.ranks, timeout=SLOWEST
+                )
 
     def groups(self, members: Sequence[Sequence[int]]) -> TorchGroup:
         """Make groups that together hold every rank once; give this rank's."""
@@ -73,7 +79,9 @@ class TorchProcessGroup:
         """Codes [n, dim] times scales [n, dim / block], in the activation dtype."""
         be = self.backend
         values = be.decode_e4m3(codes, be.act_type).reshape(*scale.shape, block)
-        scales = (scale.to(torch.int32) << 23).view(torch.float32)  # exponents as float32's; act_quant makes none of 0 or 255
+        scales = (scale.to(torch.int32) << 23).view(
+            torch.float32
+        )  # exponents as float32's; act_quant makes none of 0 or 255
         return (values * scales.to(be.act_type)[..., None]).reshape(codes.shape)
 
     def close(self) -> None:
@@ -109,6 +117,9 @@ class TorchGroup:
             dist.all_to_all_single(came, packed, list(receive), list(send), group=self.group)
         columns = came.split(widths, 1)
         return [
-            column.clone(memory_format=torch.contiguous_format).reshape(-1).view(part.dtype).reshape(came.shape[0], *part.shape[1:])
+            column.clone(memory_format=torch.contiguous_format)
+            .reshape(-1)
+            .view(part.dtype)
+            .reshape(came.shape[0], *part.shape[1:])
             for column, part in zip(columns, parts, strict=True)
         ]

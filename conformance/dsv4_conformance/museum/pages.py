@@ -111,8 +111,10 @@ def picture(record: dict[str, Any]) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="960" height="{height}" viewBox="0 0 960 {height}" font-family="system-ui,sans-serif" font-size="12">',
         f'<rect width="960" height="{height}" fill="#fff"/>',
-        '<text x="20" y="24" font-size="15" fill="#1c1e26">Safety factor that a result needs to pass (logarithmic); '
-        "green: honest variants, red: the closest mutants</text>",
+        (
+            '<text x="20" y="24" font-size="15" fill="#1c1e26">Safety factor that a result needs to pass (logarithmic); '
+            "green: honest variants, red: the closest mutants</text>"
+        ),
     ]
     for power in range(int(low), int(high) + 1):
         at = x(10.0**power)
