@@ -104,6 +104,7 @@ def run_command(
     """
     from dsv4_conformance import checks, runner
     from dsv4_conformance import xfails as expected
+    from dsv4_conformance.invariance import cost
     from dsv4_conformance.isolate import Worker
 
     name = flags.choose().name
@@ -125,6 +126,8 @@ def run_command(
         progress=Progress(rerun, quiet=quiet, detailed=bool(cases)),
     )
     result.backend, result.command = name, rerun
+    if flags.options.get("batch_invariant") and not result.partial:
+        click.echo(cost(backend))
     finish(result, report, rerun)
 
 

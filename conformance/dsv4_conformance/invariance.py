@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -153,3 +154,21 @@ def checks(numerics: Numerics) -> list[Check]:
             many = [c for c in cases if c.sizes.get(axis, 0) >= (2 if axis == "batch" else 17) or c is cases[0]]
             found += [Bitwise(OpCase(spec, c), "batch_invariance") for c in many]
     return found
+
+
+def cost(backend: Backend) -> str:
+    """What a batch-invariant mode costs: CPU time of the real-size cases against the same backend without it."""
+    options = {o.name: getattr(backend, o.name) for o in backend.options}
+    other = type(backend)(numerics=backend.numerics, **{**options, "batch_invariant": False})
+    parts = []
+    for op in ("linear", "expert_linear", "sparse_attn", "index_scores", "logits"):
+        case = next(c for c in OPS[op].cases() if c.name.startswith("flash"))
+        call = OpCase(OPS[op], case).call(backend.numerics)
+        seconds = []
+        for judged in (backend, other):
+            plain_run(call, judged)  # weights are dequantised once
+            begin = time.process_time()
+            plain_run(call, judged)
+            seconds.append(time.process_time() - begin)
+        parts.append(f"{op} {seconds[0] / max(seconds[1], 1e-6):.2f}x")
+    return "cost of batch invariance, CPU time at the Flash model's sizes and few tokens: " + ", ".join(parts)

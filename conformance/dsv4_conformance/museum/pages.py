@@ -13,6 +13,8 @@ from dsv4_conformance.museum.catalogue import MUTANTS, VARIANTS
 if TYPE_CHECKING:
     from pathlib import Path
 
+TITLE = "Safety factor that a result needs to pass (logarithmic); green: honest variants, red: the closest mutants"
+
 
 def write(record: dict[str, Any], directory: Path) -> None:
     """Write the record and what is made from it."""
