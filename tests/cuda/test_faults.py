@@ -6,6 +6,7 @@ Slow: run only where this file is named, as ``make cuda`` does.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,7 @@ def judge(path: Path, op: str, tier: str) -> subprocess.CompletedProcess[str]:
         "--op",
         op,
         "--quiet",
+        "--isolate",
     ]
     return subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, **ALONE, "PYTHONPATH": str(path)}
@@ -71,7 +73,7 @@ def test_the_suite_notices(name, tmp_path):
     fault = FAULTS[name]
     done = judge(planted(name, tmp_path), fault.op, fault.tier)
     assert done.returncode == 1, f"{fault.what} went unnoticed:\n{done.stdout}{done.stderr}"
-    assert f"FAILED {fault.op}/" in done.stdout or f"ERROR {fault.op}/" in done.stdout, done.stdout
+    assert re.search(rf"^(FAILED|ERROR|CRASHED) {fault.op}/", done.stdout, re.MULTILINE), done.stdout
 
 
 @pytest.mark.usefixtures("named")
