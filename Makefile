@@ -30,7 +30,7 @@ ascend: $(VENV)
 	for chip in 910B 910C 950; do $(CONFORMANCE) --backend ascend --simulate $$chip --require 3 --report reports/conformance/ascend-$$chip-simulated || exit 1; done
 
 mutants: $(VENV)
-	$(RUN) dsv4 conformance mutants --report reports/conformance/mutants
+	$(RUN) dsv4 conformance mutants --whole --out docs
 
 kernels: $(VENV)
 	$(RUN) dsv4 kernels build --report reports/cuda/build.json
@@ -40,4 +40,5 @@ benchmarks: $(VENV)
 	for script in startup memory vs_transformers; do python benchmarks/$$script.py | tee reports/benchmarks/$$script.txt || exit 1; done
 
 documents: $(VENV)
-	$(RUN) python -m dsv4_conformance.documents
+	$(RUN) python -m dsv4_conformance.reference_pages > docs/ops.md
+	$(RUN) dsv4 conformance matrix reports/conformance/* --out docs/matrix.md
