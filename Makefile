@@ -16,6 +16,7 @@ $(VENV):
 reference: $(VENV)
 	$(CONFORMANCE) --backend reference --require 3 --report reports/conformance/reference
 	$(CONFORMANCE) --backend reference --batch-invariant --require 4 --report reports/conformance/reference-batch-invariant
+	$(RUN) pytest -m proof tests/conformance
 	$(CONFORMANCE) --backend reference --numerics float32 --report reports/conformance/reference-float32
 
 torch: $(VENV)
@@ -24,7 +25,7 @@ torch: $(VENV)
 
 cuda: $(VENV)
 	$(CONFORMANCE) --backend cuda --interpret --report reports/conformance/cuda-interpreted
-	$(RUN) pytest tests/cuda/test_faults.py
+	$(RUN) pytest -m "proof or not proof" tests/cuda/test_faults.py
 
 ascend: $(VENV)
 	for chip in 910B 910C 950; do $(CONFORMANCE) --backend ascend --simulate $$chip --require 3 --report reports/conformance/ascend-$$chip-simulated || exit 1; done

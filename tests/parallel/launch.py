@@ -58,12 +58,12 @@ def jobs_of(ranks: int, wide: Path) -> list[dict]:
                 {
                     "name": f"{model}-{backend}-{numerics}-{variant or 'whole'}-{batch}-tp{tp}-ep{ep}",
                     "model": model, "checkpoint": str(path), "backend": backend, "numerics": numerics, "variant": variant,
-                    "tp": tp, "ep": ep, "prefill": 133, "chunk": 50, "generate": text,
-                    "tokens": rng.integers(2, size, (batch, 137)).tolist(),
+                    "tp": tp, "ep": ep, "prefill": 133, "chunk": 80, "generate": text,
+                    "tokens": rng.integers(2, size, (batch, 135)).tolist(),
                 }
             )  # fmt: skip
 
-        add("tiny-pro", text=6)
+        add("tiny-pro", text=5)
         add("wide")
         add("tiny-pro", "torch", "float32")
         add("tiny-pro", "reference", "native")
@@ -71,7 +71,7 @@ def jobs_of(ranks: int, wide: Path) -> list[dict]:
         if tp < 4:  # two o_groups
             add("tiny-flash", batch=1)  # with ep, some ranks have no token
             add("tiny-flash", variant="odd", batch=2)
-            add("tiny-jargon", numerics="float32", text=6)
+            add("tiny-jargon", numerics="float32", text=5)
         add("tiny-pro", variant="one_rank", batch=2)
     return jobs
 
