@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from dsv4_conformance import golden
 
-import dsv4_core
 from dsv4_core.config import ModelConfig
 
 if sys.version_info >= (3, 11):
@@ -14,7 +13,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ROOT = Path(dsv4_core.__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("model", golden.MODELS)

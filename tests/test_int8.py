@@ -55,6 +55,7 @@ def test_the_copy_carries_its_error(tmp_path):
 
 
 def test_a_backend_without_int8_says_so():
+    pytest.importorskip("torch")
     operands = {"x": Operand("bfloat16", (4, 64)), "weight": Operand("int8@1xin", (8, 64)), "out_dtype": "bfloat16"}
     answer = registry.create("torch").supports("linear", **operands)
     assert "multiplies no int8 weights" in answer.reason

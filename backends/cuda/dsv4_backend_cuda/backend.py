@@ -46,11 +46,16 @@ class CudaBackend(TorchBackend):
     """
 
     name = "cuda"
+    claims_level = None  # the standard tier has not passed on the interpreter yet
     options: ClassVar[tuple[Option, ...]] = (
         *(o for o in TorchBackend.options if o.name not in {"device", "threads"}),
         Option("device", "CUDA device", "cuda"),
         Option("interpret", "run the kernels in Triton's repaired interpreter, on the CPU", default=False),
-        Option("batch_invariant", "false: faster prefill, whose bits differ from a decode step's", default=True),
+        Option(
+            "batch_invariant",
+            "cut attention lists the same way whatever the batch; slower prefill, and not proven yet",
+            default=False,
+        ),
         Option("threads", "threads of torch on a CPU"),
     )
     narrower: ClassVar[dict[str, tuple[str, ...]]] = {
