@@ -174,9 +174,11 @@ class Watch:
             except RankError as lost:
                 self._end(str(lost))
                 return
-            now = self._looked = time.monotonic()
+            before, now = self._looked, time.monotonic()
+            self._looked = now
+            asleep = now - before > SUSPECT  # this process itself was stopped for a while, and saw nothing of the others
             for r, state in enumerate(states):
-                if state != seen[r][0]:
+                if asleep or state != seen[r][0]:
                     seen[r] = state, now
             if verdict := self._judge(states, [now - at for _, at in seen]):
                 self._end(verdict)
@@ -223,7 +225,11 @@ class Watch:
 
     def _guard(self) -> None:
         """End the process where the store does not answer at all, so that the watch itself hangs."""
+        waited = time.monotonic()
         while not self._stopping.wait(BEAT):
+            before, waited = waited, time.monotonic()
+            if waited - before > SUSPECT:  # this process itself was stopped
+                self._looked = waited
             if time.monotonic() - self._looked > SILENCE + SUSPECT and self.verdict is None and self.state.isdigit():
                 holder = "the launcher" if self.holder is None else f"rank {self.holder} ({self.places[self.holder]})"
                 text = f"{holder} was lost: its store has not answered for {SILENCE + SUSPECT:.0f} s (killed, stopped or cut off)"

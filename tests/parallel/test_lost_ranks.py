@@ -89,6 +89,19 @@ def test_a_rank_that_stops_answering_ends_the_other(clean, victim):
     ends([clean[1 - victim]], rf"rank {victim}\b.*was lost")
 
 
+def test_ranks_that_were_all_suspended_go_on(clean):
+    """A job that is paused as a whole (Ctrl-Z, a scheduler) has lost nobody."""
+    clean += start(2, "--ep", "2")
+    wait_for_text(clean[0])
+    for signum, seconds in ((signal.SIGSTOP, liveness.SILENCE + 2), (signal.SIGCONT, 3)):
+        for process in clean:
+            process.send_signal(signum)
+        time.sleep(seconds)
+    assert [process.poll() for process in clean] == [None, None]
+    clean[1].kill()
+    ends([clean[0]], r"rank 1 \(.* was lost")
+
+
 def test_under_torchrun_the_agent_ends_the_others(clean):
     command = [
         sys.executable,
