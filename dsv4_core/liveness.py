@@ -176,7 +176,9 @@ class Watch:
                 return
             before, now = self._looked, time.monotonic()
             self._looked = now
-            asleep = now - before > SUSPECT  # this process itself was stopped for a while, and saw nothing of the others
+            asleep = (
+                now - before > SUSPECT
+            )  # this process itself was stopped for a while, and saw nothing of the others
             for r, state in enumerate(states):
                 if asleep or state != seen[r][0]:
                     seen[r] = state, now
