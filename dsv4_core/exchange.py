@@ -154,7 +154,7 @@ class Ranks:
         self.ep = Link(by_expert, ep, place.e, self.traffic, watch)
 
     def parallel(self, config: ModelConfig, *, quantised: bool) -> Parallel:
-        """Give what the graph needs to know; ``quantised``: experts' weights are, so that rows may travel as FP8."""
+        """Give what the graph needs to know; ``quantised``: experts multiply FP8 activations, so that rows may travel as FP8."""
         place, act, wide = self.place, self.backend.activation_dtype, self.backend.wide_dtype
 
         def reduce(purpose: str) -> Callable[[Array], Array] | None:
@@ -233,7 +233,7 @@ class ExpertExchange:
     """``moe`` over the ranks of an ep group: each token's copies travel to the ranks that hold their experts, and back.
 
     Counts go first, an integer for each expert of the receiver, so that splits may be uneven and empty; they are read on the
-    host. Then one row for each copy: its channels (where weights are, quantised as the experts' first product would, which loses
+    host. Then one row for each copy: its channels (where weights are FP8 or FP4, quantised as the experts' first product would, which loses
     nothing: quantising them again gives the same codes) and its routing weight. The receiver runs ``moe`` on what came as
     tokens of one expert each, and returns rows in the activation dtype, which the sender combines, wide, in its own order.
     """

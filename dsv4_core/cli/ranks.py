@@ -106,7 +106,7 @@ class Team:
         self.stored = self.part = checkpoint.nbytes
         if not self.is_cut:
             self.part = share(checkpoint.config, place, [checkpoint.spec(name) for name in checkpoint.names])
-        quantised = checkpoint.expert_dtype in QUANTISED
+        quantised = checkpoint.expert_dtype in QUANTISED and not checkpoint.is_int8
         parallel = self.ranks.parallel(checkpoint.config, quantised=quantised) if self.ranks else ALONE
         return self.source, parallel
 

