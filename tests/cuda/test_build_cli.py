@@ -1,4 +1,4 @@
-"""``dsv4 kernels`` where it cannot compile or tune, its document, and tuning with a clock of the test's own."""
+"""``dsv4 kernels`` where it cannot compile or tune, and tuning with a clock of the test's own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from dsv4_backend_cuda import build, cli, decode, document, interpret, launch, roofline, tune
+from dsv4_backend_cuda import build, cli, decode, launch, roofline, tune
 
 
 def run(*args):
@@ -71,29 +71,6 @@ def test_a_decode_step_by_hand():
     assert step.megabytes == pytest.approx(size / 1e6, abs=1e-3)
     cycles = 2 * 32 * 1000  # 192 programs on 132 multiprocessors, 32 passes each
     assert step.share == pytest.approx(size / 3350e9 / (cycles / roofline.DEVICES[90].gigahertz / 1e9), abs=1e-3)
-
-
-def test_the_document_holds_the_committed_report():
-    text = document.DOCUMENT.read_text()
-    assert document.fresh(text, json.loads(document.REPORT.read_text())) == text, (
-        "run python -m dsv4_backend_cuda.document"
-    )
-
-
-def test_the_report_is_whole_and_has_no_failure():
-    report = json.loads(document.REPORT.read_text())
-    assert report["triton"] in interpret.TESTED_TRITON
-    assert not [r for r in report["results"] if r["failures"]]
-    assert {r["arch"] for r in report["results"]} == set(launch.ARCHITECTURES)
-    assert {(s["model"], s["arch"]) for s in report["decode"]} == {
-        (m, a) for m in ("flash", "pro") for a in launch.ARCHITECTURES
-    }
-    known = json.loads(build.BASELINE.read_text())
-    for r in report["results"]:
-        if not r["unsupported"]:
-            assert known[f"{r['kernel']}/{r['variant']}/sm_{r['arch']}"] == {
-                k: r[k] for k in ("spills", "loop_instructions")
-            }
 
 
 def test_candidates_change_one_option_and_keep_what_bits_depend_on():
