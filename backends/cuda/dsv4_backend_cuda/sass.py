@@ -111,7 +111,8 @@ def inspect(cubin: bytes, *, looped: bool) -> Code:
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage[:200]!r}")
     registers, stack, _, local = map(int, found.groups())
-    instructions, labels = [], {}
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
     pending: list[str] = []
     for line in text.splitlines():
         if label := _LABEL.match(line):

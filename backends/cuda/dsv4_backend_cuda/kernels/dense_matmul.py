@@ -1,5 +1,8 @@
 """Linear layers that do not quantise the activation: BF16 weights, and the grouped output projection with FP8 weights taken to BF16."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -63,8 +66,8 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | 
 
 
 def _specs(name: str, *, fp8: bool, groups: int) -> KernelSpec:
-    def work(c: dict[str, object]) -> Work:
-        n, t = int(c["BLOCK_N"]), int(c["BLOCK_T"])  # type: ignore[call-overload]
+    def work(c: Mapping[str, Any]) -> Work:
+        n, t = c["BLOCK_N"], c["BLOCK_T"]
         return Work(bytes=n * 128.0 * (1 if fp8 else 2) * (1 if t <= DECODE_TOKENS else 1 / 8), flops=2.0 * n * t * 128)
 
     return KernelSpec(
