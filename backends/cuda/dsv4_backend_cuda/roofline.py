@@ -23,18 +23,18 @@ class Device:
     tensor_memory: int = 0
 
 
-# Where the figures are from. Limits: CUDA C++ programming guide, table "Technical specifications per compute capability". Rates are dense: data
-# sheets that state them with sparsity are halved. A clock that a sheet does not state follows from its peak: FLOP/s over multiprocessors x FLOP a cycle.
+# Where the product figures were checked: pages that restate the vendor's data sheets, named beside each; the sheets themselves were not opened. Rates are
+# dense (figures with sparsity are halved). Limits of shared memory, warps, blocks and tensor memory are the programming guide's, from memory: unchecked.
 DEVICES = {
-    # A100 80 GB data sheet (nvidia-a100-datasheet-us-nvidia-1758950): 2039 GB/s, 312 TFLOPS; architecture white paper: 108 SMs, 1410 MHz. No FP8: BF16's rate.
+    # glennklockwood.com/garden/processors/A100: 54 TPCs of 2, 2039 GB/s, 312 TFLOPS; hmc-tech.com: 1410 MHz. No FP8: BF16's rate.
     80: Device("A100 SXM 80 GB", 108, 1.41, 2039, {"bf16": 312, "fp8": 312}, 164 << 10, 163 << 10, 64, 32),
-    # L40S data sheet: 864 GB/s, 142 third-generation RT cores (one an SM), 362.05 and 733 TFLOPS; boost 2520 MHz.
+    # mullet.se (L40S): 864 GB/s, 142 RT cores (one a multiprocessor), 362.05 and 733 TFLOPS; itcreations.com: boost 2520 MHz.
     89: Device("L40S", 142, 2.52, 864, {"bf16": 362, "fp8": 733}, 100 << 10, 99 << 10, 48, 24),
-    # H100 data sheet, SXM: 3.35 TB/s, 1979 and 3958 TFLOPS with sparsity; 132 SMs; 1.83 GHz is its tensor-core clock (989.4 / (132 x 4096)).
+    # glennklockwood.com/garden/processors/h100 (SXM5): 132, 1.83 GHz, 989.4 and 1978.9 TFLOPS; archive-lib.hpctech.co.jp: 3350 GB/s.
     90: Device("H100 SXM", 132, 1.83, 3350, {"bf16": 989, "fp8": 1979}, 228 << 10, 227 << 10, 64, 32),
-    # HGX B200 data sheet: 2.25 and 4.5 PFLOPS dense, up to 8 TB/s (some boards state 7.7); 148 SMs; 1.86 GHz tensor clock (2250 / (148 x 8192)).
+    # glennklockwood.com/garden/processors/B200 (HGX): 2250 and 4500 TFLOPS, at most 8 TB/s; hmc-tech.com: 148, tensor clock 1.86 GHz, and only 7.7 TB/s.
     100: Device("B200", 148, 1.86, 8000, {"bf16": 2250, "fp8": 4500}, 228 << 10, 227 << 10, 64, 32, 512),
-    # RTX PRO 6000 Blackwell data sheet: 1792 GB/s, 188 SMs, 4000 TOPS FP4 with sparsity (an FP8 rate of a quarter), 125 TFLOPS FP32 = 188 x 256 x 2.6 GHz.
+    # topcpu.net: 188, about 2.6 GHz, 4000 TOPS of FP4; gpu.name: 1792 GB/s. The rates are inferred: 4000 taken as sparse, FP8 a quarter, BF16 an eighth.
     120: Device("RTX PRO 6000 Blackwell", 188, 2.6, 1792, {"bf16": 504, "fp8": 1007}, 100 << 10, 99 << 10, 48, 24),
 }
 REGISTERS = 65536  # per multiprocessor, on all of them
