@@ -147,7 +147,7 @@ class TorchMatmul(TorchQuant, MatmulOps):
 
     def packed(self, weights: tuple[Weight, ...], dtype: torch.dtype) -> Tensor | None:
         """Weights one above the other in oneDNN's layout; None where the device, the dtype or the weight cache does not allow it."""
-        if not self.one_dnn or dtype == torch.float64 or weights[0].shape[0] < NARROW:
+        if dtype not in self.one_dnn or weights[0].shape[0] < NARROW:
             return None
         key = (_PACKED[dtype], *map(id, weights))
         if (found := self.weights.find(key)) is not None:
@@ -168,7 +168,10 @@ class TorchMatmul(TorchQuant, MatmulOps):
         return sum(w.shape[0] * w.shape[1] for w in weights) * dtype.itemsize
 
     @cached_property
-    def one_dnn(self) -> bool:
-        """Say whether oneDNN's linear layer can be called: on a CPU, in a torch that was built with it."""
+    def one_dnn(self) -> tuple[torch.dtype, ...]:
+        """Dtypes of oneDNN's linear layer: none but on a CPU, in a torch that was built with it; BF16 where the CPU has AVX-512."""
         built = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-        return self.on_cpu and built and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        if not (self.on_cpu and built and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+            return ()
+        wide = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001
+        return (torch.float32, torch.bfloat16) if wide else (torch.float32,)
