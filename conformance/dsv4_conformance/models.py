@@ -131,13 +131,17 @@ class ExactModel:
         return cast("dict[str, Host]", session.shared[key])
 
 
-def ratio_bound(mine: Host, reference: Host, seed: int = 0) -> tuple[float, float]:
-    """Ratio of the means of two paired series [sequences, positions], and its lower bound at 95 % confidence, by
-    bootstrap over blocks of positions.
-    """
+def ratio_of_means(mine: Host, reference: Host, seed: int = 0) -> tuple[float, float]:
+    """Ratio of the means of two paired series [draws], and its lower bound at 95 % confidence, by bootstrap."""
+    picked = np.random.default_rng(seed).integers(0, len(mine), (DRAWS, len(mine)))
+    ratios = mine[picked].mean(1) / reference[picked].mean(1)
+    return float(mine.mean() / reference.mean()), float(np.quantile(ratios, 0.05))
+
+
+def ratio_bound(mine: Host, reference: Host) -> tuple[float, float]:
+    """:func:`ratio_of_means` of two series [sequences, positions], drawn in blocks of neighbouring positions."""
     a, b = (x.reshape(-1, BLOCK).mean(1) for x in (mine, reference))
-    picked = np.random.default_rng(seed).integers(0, len(a), (DRAWS, len(a)))
-    return float(a.mean() / b.mean()), float(np.quantile(a[picked].mean(1) / b[picked].mean(1), 0.05))
+    return ratio_of_means(a, b)
 
 
 def judge_distance(logits: Host, prefix: str = "") -> tuple[list[str], float, dict[str, float]]:

@@ -1,8 +1,8 @@
 """Recorded traces as checks: single ops on recorded inputs, and the parts of a layer that are made of several.
 
 An op's result and the recorded one are each within their budget of the exact result, so they differ by at most both budgets. Casts agree bit
-for bit. What is made of several ops (attention, experts, a block) goes through quantisations that turn one BF16 unit into an FP8 code: it is judged by its
-relative L2 distance.
+for bit. What is made of several ops (attention, experts, a block) goes through quantisations that turn one BF16 unit into an FP8 code: its distance from the
+exact output (nothing quantised or rounded) is compared with the recorded output's own, as a whole model's is.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from dsv4_conformance.calls import Call, execute, seed_of
 from dsv4_conformance.checks import Check, Finding, Group, Session
 from dsv4_conformance.discrete import judge_discrete
 from dsv4_conformance.judge import Verdict, judge_exact, judge_rounded
+from dsv4_conformance.models import ALLOWED, ratio_of_means
 from dsv4_conformance.opcases import level_of
+from dsv4_core import registry
 from dsv4_core.cache import Cache
-from dsv4_core.dtypes import BFLOAT16, E8M0_VALUES, Host, decode, encode, power_of_two_scale
+from dsv4_core.dtypes import BFLOAT16, E8M0_VALUES, Host, decode, encode, numpy_dtype, power_of_two_scale
 from dsv4_core.model import Model
 from dsv4_core.spec import OPS
 from dsv4_core.step import Step
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
 LAYERS: dict[golden.Model, tuple[int, ...]] = {"tiny-flash": (0, 2, 3), "tiny-pro": (0, 2)}
 TIMES = ("prefill", *(f"decode{p}" for p in range(250, 257)))
 PREFILLED = 250  # tokens before the first recorded decode position
-RELATIVE = 2e-2  # what two quantisations make of one BF16 unit, by layer, between correct implementations
 SAME_ROWS = 0.995  # elements of compressed rows that are equal; the others are one code apart
 
 Tensors = dict[str, Host]
@@ -250,6 +251,13 @@ def loaded(session: Session, model: golden.Model) -> Model:
     return cast("Model", session.shared[key])
 
 
+def exactly(session: Session) -> Session:
+    """The reference in float64 without quantisation, on which exact outputs are computed, made once a session."""
+    if "exactly" not in session.shared:
+        session.shared["exactly"] = Session(registry.reference()(numerics="float64"), session.tier)
+    return cast("Session", session.shared["exactly"])
+
+
 def replay(session: Session, model: golden.Model, layer: int, what: str) -> tuple[dict[str, Host], Cache]:
     """Run a layer's attention or whole block on the recorded inputs, prefill and then one by one: outputs by time, and the cache."""
     key = f"replay {model} {layer} {what}"
@@ -261,7 +269,7 @@ def replay(session: Session, model: golden.Model, layer: int, what: str) -> tupl
             x = trace[f"{time}.layer{layer}.{what}.x"][0]
             start = int(cache.lengths[0])
             step = Step(cache, trace["tokens"][:, start : start + len(x)])
-            given = be.from_numpy(np.array(x))
+            given = be.from_numpy(x.astype(numpy_dtype(be.activation_dtype)))
             y = m.attention(block, given, step) if what == "attention" else m.block(block, given, step)
             outputs[time] = np.asarray(be.to_numpy(y)).astype(np.float64)
             cache.advance(step.sequences, step.ends)
@@ -292,19 +300,34 @@ class PartTrace:
         return f"layer_{self.what}"
 
     def run(self, session: Session) -> Finding:
-        """Run the part on every recorded input of the phase; compare all of them together."""
-        times = [t for t in TIMES if t.startswith(self.phase)]
-        want = np.concatenate(
-            [rows(recorded(self.model, t, self.layer, self.what)["out"]).reshape(-1).astype(np.float64) for t in times]
+        """Run the part on every recorded input of the phase; compare its distance from the exact output with the recorded one's."""
+        theirs = [recorded(self.model, t, self.layer, self.what)["out"].astype(np.float64) for t in self.times]
+        exact = self.outputs(exactly(session))
+        width = theirs[0].shape[-1]
+        mine, reference = (
+            ((np.concatenate([x.reshape(-1, width) for x in part]) - exact) ** 2).sum(-1)
+            for part in ([self.outputs(session)], theirs)
         )
-        got = np.concatenate([self.output(session, t).reshape(-1).astype(np.float64) for t in times])
-        distance = float(np.linalg.norm(got - want) / np.linalg.norm(want))
-        verdict = Verdict(used=distance / RELATIVE, metrics={"relative_l2": distance})
-        if not distance <= RELATIVE:
+        ratio, least = (float(np.sqrt(x)) for x in ratio_of_means(mine, reference))
+        relative = float(np.sqrt(mine.sum() / (exact**2).sum()))
+        figures = {"distance from exact": relative, "ratio to the recorded": ratio, "ratio at least": least}
+        verdict = Verdict(used=least / ALLOWED, metrics=figures)
+        if not least <= ALLOWED:
             verdict.problems.append(
-                f"{self.what} of layer {self.layer}, {self.phase}: {distance:.3g} from the recorded output; {RELATIVE} is what quantisation explains"
+                f"{self.what} of layer {self.layer}, {self.phase}: {relative:.3g} (relative L2) from the exact output, {ratio:.3g} times as far as the "
+                f"recorded one, at least {least:.3g} with 95 % confidence; {ALLOWED} is allowed"
             )
         return Finding.of(self, verdict)
+
+    @property
+    def times(self) -> list[str]:
+        """The recorded times of the phase."""
+        return [t for t in TIMES if t.startswith(self.phase)]
+
+    def outputs(self, session: Session) -> Host:
+        """The part's outputs of the phase on a session's backend, [rows, width] in float64."""
+        every = [self.output(session, t) for t in self.times]
+        return np.concatenate([x.reshape(-1, every[0].shape[-1]) for x in every]).astype(np.float64)
 
     def output(self, session: Session, time: str) -> Host:
         """The part's output at one recorded time."""
@@ -312,7 +335,7 @@ class PartTrace:
             return replay(session, self.model, self.layer, self.what)[0][time]
         m, t = loaded(session, self.model), recorded(self.model, time, self.layer, self.what)
         be, ffn = m.backend, m.blocks[self.layer].ffn
-        x = be.from_numpy(np.array(rows(t["x"])))
+        x = be.from_numpy(rows(t["x"]).astype(numpy_dtype(be.activation_dtype)))
         if self.what == "shared_expert":
             assert ffn.shared is not None
             return np.asarray(be.to_numpy(be.ffn(x, *ffn.shared, limit=m.config.swiglu_limit)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import TYPE_CHECKING
 
 from dsv4_conformance import opcases
@@ -37,10 +36,8 @@ class Kill:
 
 
 def right_backend() -> type[Backend]:
-    """The backend that the installed oracle stands for: mutants and variants are made of it."""
-    for entry in metadata.entry_points(group=registry.ORACLES):
-        return registry.backend_class(entry.name)
-    raise RuntimeError("no oracle is installed (entry points dsv4.oracles)")
+    """What mutants and variants are made of."""
+    return registry.reference()
 
 
 def hunt(mutant: Mutant, numerics: Numerics = "native", tier: str = "standard") -> Kill:
