@@ -166,7 +166,9 @@ def reference() -> type[Backend]:
     """Import the backend that the installed oracle is made of: it is registered under the oracle's own name."""
     for entry in metadata.entry_points(group=ORACLES):
         return backend_class(entry.name)
-    raise BackendError("no oracle is installed (entry points dsv4.oracles); dsv4 itself brings one: pip install --force-reinstall dsv4")
+    raise BackendError(
+        "no oracle is installed (entry points dsv4.oracles); dsv4 itself brings one: pip install --force-reinstall dsv4"
+    )
 
 
 @dataclass(frozen=True)
