@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from importlib import import_module
@@ -78,9 +79,10 @@ def rerun_command(flags: BackendFlags, backend: str) -> str:
     type=click.Path(path_type=Path, file_okay=False),
     help="Write report.json, junit.xml and report.html here.",
 )
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Run checks in this many processes.")
 @click.option("--isolate", is_flag=True, help="Run checks in another process, which may crash, hang or eat memory.")
 @click.option("--time-limit", default=120.0, show_default=True, help="Seconds a check may take with --isolate.")
-@click.option("--memory-limit", default=8192, show_default=True, help="Megabytes that process may use with --isolate.")
+@click.option("--memory-limit", default=8192, show_default=True, help="Megabytes a process may use with --isolate.")
 @click.option("--list", "listed", is_flag=True, help="Print the ids that would run, and stop.")
 @click.option("--quiet", "-q", is_flag=True, help="Failures and the closing lines only.")
 @backend_options
@@ -92,6 +94,7 @@ def run_command(
     require: int | None,
     xfails: Path | None,
     report: Path | None,
+    jobs: int,
     isolate: bool,
     time_limit: float,
     memory_limit: int,
@@ -105,7 +108,7 @@ def run_command(
     from dsv4_conformance import checks, runner
     from dsv4_conformance import xfails as expected
     from dsv4_conformance.invariance import cost
-    from dsv4_conformance.isolate import Worker
+    from dsv4_conformance.isolate import Workers
 
     name = flags.choose().name
     backend = flags.create()
@@ -115,14 +118,15 @@ def run_command(
             click.echo(check.id)
         return
     rerun = rerun_command(flags, name)
-    worker = Worker(name, session.numerics, flags.options, session.tier, time_limit, memory_limit)
+    seconds, megabytes = (time_limit, memory_limit) if isolate else (math.inf, math.inf)
+    workers = Workers(name, session.numerics, flags.options, session.tier, seconds, megabytes, jobs)
     result = runner.run(
         session,
         ops=ops,
         cases=cases,
         require=require,
         xfails=expected.load(xfails) if xfails else (),
-        execute=worker.execute if isolate else None,
+        execute=workers.execute if isolate or jobs > 1 else None,
         progress=Progress(rerun, quiet=quiet, detailed=bool(cases)),
     )
     result.backend, result.command = name, rerun

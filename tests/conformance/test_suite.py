@@ -13,7 +13,7 @@ from dsv4_conformance.budget import Expected, allowance, roundoff, unit
 from dsv4_conformance.calls import execute
 from dsv4_conformance.discrete import Scores, judge_picks
 from dsv4_conformance.guard import Guarded
-from dsv4_conformance.isolate import Worker
+from dsv4_conformance.isolate import Workers
 from dsv4_conformance.judge import judge_exact, judge_rounded
 from dsv4_conformance.museum import pages
 from dsv4_conformance.museum.catalogue import MUTANTS, VARIANTS
@@ -167,12 +167,18 @@ def test_isolation_reports_what_died_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     chosen = [case(i) for i in ("hc_expand/small", "hc_add/small", "hc_add/tokens=1", "hc_post/small")]
     monkeypatch.setattr("dsv4_conformance.isolate.START_UP", 20.0)
-    worker = Worker(right_backend().name, "native", {}, "smoke", 2.0, 4096)
     begin = time.monotonic()
-    found = list(worker.execute(chosen))
+    found = list(Workers(right_backend().name, "native", {}, "smoke", 2.0, 4096).execute(chosen))
     assert [f.status for f in found] == ["passed", "crashed", "timeout", "passed"]
     assert "SIGABRT" in found[1].message
     assert time.monotonic() - begin < 55
+
+
+def test_processes_side_by_side_find_the_same():
+    chosen = [case(i) for i in ("hc_expand/small", "hc_add/small", "hc_post/small", "hc_add/tokens=1")]
+    found = list(Workers(right_backend().name, "native", {}, "smoke", jobs=2).execute(chosen))
+    assert {f.id: f.status for f in found} == {c.id: "passed" for c in chosen}
+    assert [f.id for f in found if f.op == "hc_add"] == ["hc_add/small", "hc_add/tokens=1"]  # a group stays together
 
 
 def test_reports_hold_every_finding():
