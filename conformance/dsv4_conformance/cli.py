@@ -136,7 +136,7 @@ def run_command(
 
 
 class Progress:
-    """One line that moves, and a block for each failure."""
+    """One line that moves, a block for each failure, a line for each that was not claimed."""
 
     def __init__(self, rerun: str, *, quiet: bool, detailed: bool) -> None:
         self.rerun, self.detailed = rerun, detailed
@@ -149,15 +149,17 @@ class Progress:
         if finding.status in {"passed", "unsupported", "xfailed"} and not self.detailed:
             return
         clear = "\r\x1b[2K" if self.moving else ""
-        click.echo(
-            f"{clear}{click.style(finding.status.upper(), fg='green' if finding.status == 'passed' else 'red')} {finding.id}"
-        )
+        if not finding.claimed and finding.status != "passed" and not self.detailed:
+            click.echo(f"{clear}not claimed, and {finding.status}: {finding.id}")
+            return
+        colour = "green" if finding.status == "passed" else "red"
+        click.echo(f"{clear}{click.style(finding.status.upper(), fg=colour)} {finding.id}")
         if finding.message:
             click.echo(f"    {finding.message}")
-        if finding.status == "passed" and self.detailed:
+        if finding.status == "passed":
             figures = ", ".join(f"{k} {v:.3g}" for k, v in finding.metrics.items())
             click.echo(f"    {finding.used:.3g} of the budget used, worst {finding.worst}; {figures}")
-        elif finding.status != "passed":
+        else:
             claim = "" if finding.claimed else " (not claimed)"
             click.echo(f"    op {finding.op}, level {finding.level}{claim}; re-run: {self.rerun} --case {finding.id}")
 

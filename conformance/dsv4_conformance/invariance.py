@@ -112,12 +112,10 @@ class Bitwise:
                 for n, o in call.named().items()
             )
             _, alone = plain_run(Call(call.op, part, call.scalars, seed=call.seed), session.backend)
-            verdict.add(
-                _compare(
-                    [e[start:stop] for e in everything], alone, f"rows {start} to {stop - 1} of {rows} on their own"
-                ),
-                "",
-            )
+            what = f"rows {start} to {stop - 1} of {rows} on their own"
+            verdict = _compare([e[start:stop] for e in everything], alone, what)
+            if not verdict.ok:
+                break
         return verdict
 
 

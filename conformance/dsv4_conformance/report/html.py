@@ -6,6 +6,7 @@ import math
 from html import escape
 from typing import Any
 
+from dsv4_conformance.checks import BAD
 from dsv4_conformance.runner import LEVELS
 from dsv4_core.spec import OPS
 
@@ -105,7 +106,9 @@ def ladder(findings: list[dict[str, Any]], partial: bool) -> str:
     for i, name in enumerate(LEVELS):
         here = [f for f in findings if f["level"] == i]
         passed = sum(f["status"] in {"passed", "xfailed"} for f in here)
-        kind = "" if not here or (partial and passed == len(here)) else "yes" if passed == len(here) else "no"
+        unclaimed = sum(not f["claimed"] and f["status"] in BAD for f in here)
+        undecided = not here or (partial and passed == len(here)) or (unclaimed and passed + unclaimed == len(here))
+        kind = "" if undecided else "yes" if passed == len(here) else "no"
         cells.append(
             f"<div class='{kind}'><b>{i}</b> {escape(name)}<br><span class=dim>{passed} of {len(here)}</span></div>"
         )
@@ -140,17 +143,23 @@ def heat(findings: list[dict[str, Any]]) -> str:
 
 
 def failures(findings: list[dict[str, Any]], rerun: str) -> str:
-    """What went wrong, each with its command."""
-    bad = [f for f in findings if f["status"] not in {"passed", "xfailed", "unsupported"}]
-    if not bad:
-        return ""
-    rows = "".join(
-        f"<tr><td><code>{escape(f['id'])}</code></td><td class=bad>{f['status']}{'' if f['claimed'] else ' (not claimed)'}</td><td>{escape(f['message'])}"
-        f"<br><code>{escape(rerun)} --case {escape(f['id'])}</code></td></tr>"
-        for f in bad[:200]
-    )
-    head = "<tr><th>check</th><th>status</th><th>what, and how to re-run it</th></tr>"
-    return f"<h2>Failures ({len(bad)})</h2><div class=scroll><table>{head}{rows}</table></div>"
+    """What went wrong, each with its command; what was not claimed is folded away."""
+    bad = [f for f in findings if f["status"] in BAD]
+    parts = []
+    for title, part in (
+        ("Failures", [f for f in bad if f["claimed"]]),
+        ("Not claimed, and failing", [f for f in bad if not f["claimed"]]),
+    ):
+        rows = "".join(
+            f"<tr><td><code>{escape(f['id'])}</code></td><td class=bad>{f['status']}</td><td>{escape(f['message'])}"
+            f"<br><code>{escape(rerun)} --case {escape(f['id'])}</code></td></tr>"
+            for f in part[:200]
+        )
+        table = f"<div class=scroll><table><tr><th>check</th><th>status</th><th>what, and how to re-run it</th></tr>{rows}</table></div>"
+        if part:
+            folded = f"<details><summary>{len(part)} checks</summary>{table}</details>"
+            parts.append(f"<h2>{title} ({len(part)})</h2>{table if title == 'Failures' else folded}")
+    return "".join(parts)
 
 
 def worst(findings: list[dict[str, Any]], rerun: str) -> str:

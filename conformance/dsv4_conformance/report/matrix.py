@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from dsv4_core.spec import OPS
 
 @click.command("matrix")
 @click.argument("reports", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--brief", is_flag=True, help="A line a report, without the ops.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write it here instead of printing it.")
-def command(reports: tuple[Path, ...], out: Path | None) -> None:
+def command(reports: tuple[Path, ...], brief: bool, out: Path | None) -> None:
     """Build the support matrix from report.json files (or directories that hold one)."""
-    text = matrix([load(path) for path in reports])
+    text = (summary if brief else matrix)([load(path) for path in reports])
     if out:
         out.write_text(text)
     else:
@@ -39,7 +42,7 @@ def load(path: Path) -> dict[str, Any]:
 def matrix(reports: list[dict[str, Any]]) -> str:
     """Ops down, reports across; each cell says passed, failed or not tested, and by which run."""
     stamps = [stamp(r, i) for i, r in enumerate(reports, 1)]
-    heads = " | ".join(f"{r['backend']}, {r['numerics']} [{i}]" for i, r in enumerate(reports, 1))
+    heads = " | ".join(f"{name(r)} [{i}]" for i, r in enumerate(reports, 1))
     lines = [f"| op | {heads} |", "|---|" + "---|" * len(reports)]
     lines.append("| **level reached** | " + " | ".join(level(r) for r in reports) + " |")
     lines += [f"| `{op}` | " + " | ".join(cell(r, op, i) for i, r in enumerate(reports, 1)) + " |" for op in OPS]
@@ -51,11 +54,30 @@ def matrix(reports: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", *stamps]) + "\n"
 
 
+def summary(reports: list[dict[str, Any]]) -> str:
+    """Reports down: the level that each reached, and what did not pass."""
+    lines = ["| backend | level reached | checks | on |", "|---|---|---|---|"]
+    for r in reports:
+        found = outcome(r["findings"])
+        lines.append(f"| {name(r)} | {level(r)} | {found} | {r['device']}, tier {r['tier']}, {r['date']} |")
+    return "\n".join(lines) + "\n"
+
+
+def name(report: dict[str, Any]) -> str:
+    """The backend with the options that it was run with, and the mode."""
+    words = report["rerun"].split()
+    options = [value for option, value in pairwise(words) if option == "--option"]
+    return ", ".join([report["backend"], *options, report["numerics"]])
+
+
 def stamp(report: dict[str, Any], number: int) -> str:
     """What a column rests on."""
-    version = report["version"] or report["environment"]["suite"]
     suite = report["environment"]["suite"]
-    return f"[{number}] suite {suite}, {report['backend']} {version}, device {report['device']}, {report['date']}, tier {report['tier']}.  "
+    version = report["version"] or suite
+    return (
+        f"[{number}] suite {suite}, {report['backend']} {version}, device {report['device']}, {report['date']}, tier {report['tier']}: "
+        f"`{report['rerun']}`.  "
+    )
 
 
 def level(report: dict[str, Any]) -> str:
@@ -67,25 +89,25 @@ def level(report: dict[str, Any]) -> str:
 
 def cell(report: dict[str, Any], op: str, number: int) -> str:
     """An op's cases in one report."""
-    return outcome([f for f in report["findings"] if f["op"] == op and f["group"] == "op"], number)
+    return f"{outcome([f for f in report['findings'] if f['op'] == op and f['group'] == 'op'])} [{number}]"
 
 
 def tally(report: dict[str, Any], group: str, number: int) -> str:
     """A group's checks in one report."""
-    return outcome([f for f in report["findings"] if f["group"] == group], number)
+    return f"{outcome([f for f in report['findings'] if f['group'] == group])} [{number}]"
 
 
-def outcome(findings: list[dict[str, Any]], number: int) -> str:
-    """Passed of run, with the worst share of a budget; stamped with the report's number."""
+def outcome(findings: list[dict[str, Any]]) -> str:
+    """How many passed, and what became of the others."""
     tested = [f for f in findings if f["status"] != "unsupported"]
     if not tested:
-        return f"{findings[0]['message']} [{number}]" if findings else "not tested"
-    passed = sum(f["status"] == "passed" for f in tested)
-    if passed == len(tested):
-        return f"{passed} passed [{number}]"
-    words = ", ".join(
-        f"{n} {s}"
-        for s in dict.fromkeys(f["status"] for f in tested)
-        if (n := sum(f["status"] == s for f in tested)) and s != "passed"
+        return str(findings[0]["message"]) if findings else "not tested"
+    counts = Counter(
+        f["status"] if f["claimed"] or f["status"] == "passed" else f"{f['status']}, not claimed" for f in tested
     )
-    return f"{passed} of {len(tested)} passed, {words} [{number}]"
+    passed = counts.pop("passed", 0)
+    return (
+        f"{passed} passed"
+        if not counts
+        else f"{passed} of {len(tested)} passed, " + ", ".join(f"{n} {s}" for s, n in counts.items())
+    )
