@@ -5,7 +5,7 @@
 
 The deviations contain the case's own sensitivity: conditioning, cancellation, declared narrower intermediates. Elementwise arithmetic after the last sum
 rounds in the wide format too: that is the last term. ``SAFETY`` is one number for every op, backend and dtype; the experiment behind it is
-``docs/safety-factor.md``, which ``dsv4_conformance.museum.experiment`` writes.
+``docs/safety-factor.md``, which ``dsv4_conformance.museum.pages`` writes.
 """
 
 from __future__ import annotations

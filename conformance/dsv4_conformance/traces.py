@@ -231,9 +231,9 @@ class OpTrace:
                 verdict.add(judge_exact(got, type(want)(theirs, want.dtype)), f"{name}: ")
             elif want.budget is not None:
                 assert want.spread is not None
-                both = type(want)(
-                    theirs.astype(np.float64), want.dtype, 2 * want.budget, 2 * want.spread + _unit_bias(want.value)
-                )
+                assert want.noise is not None
+                explained = 2 * want.spread + _unit_bias(want.value)
+                both = type(want)(theirs.astype(np.float64), want.dtype, 2 * want.budget, explained, 2 * want.noise)
                 verdict.add(judge_rounded(got, both), f"{name} against the recorded one: ")
         return Finding.of(self, verdict, seed=call.seed)
 
