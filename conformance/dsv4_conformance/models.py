@@ -144,6 +144,11 @@ def ratio_bound(mine: Host, reference: Host) -> tuple[float, float]:
     return ratio_of_means(a, b)
 
 
+def share_of_excess(least: float) -> float:
+    """How much of what a distance may exceed the reference's own by is used: none at or below its own, all at ``ALLOWED``."""
+    return 0.0 if least <= 1 else (least - 1) / (ALLOWED - 1)
+
+
 def judge_distance(logits: Host, prefix: str = "") -> tuple[list[str], float, dict[str, float]]:
     """Problems, share of what is allowed, and figures of native logits [2, 160, vocab] at the stored positions.
 
@@ -163,8 +168,8 @@ def judge_distance(logits: Host, prefix: str = "") -> tuple[list[str], float, di
             f"{name} ratio": ratio,
             f"{name} ratio at least": least,
         }
-        if not least / ALLOWED <= used:
-            used = least / ALLOWED
+        if not (share := share_of_excess(least)) <= used:
+            used = share
         if not least <= ALLOWED:
             problems.append(
                 f"{name} from the exact logits is {mine.mean():.4g}, the reference's native mode {reference.mean():.4g}: "

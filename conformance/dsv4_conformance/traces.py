@@ -18,7 +18,7 @@ from dsv4_conformance.calls import Call, execute, seed_of
 from dsv4_conformance.checks import Check, Finding, Group, Session
 from dsv4_conformance.discrete import judge_discrete
 from dsv4_conformance.judge import Verdict, judge_exact, judge_rounded
-from dsv4_conformance.models import ALLOWED, ratio_of_means
+from dsv4_conformance.models import ALLOWED, ratio_of_means, share_of_excess
 from dsv4_conformance.opcases import level_of
 from dsv4_core import registry
 from dsv4_core.cache import Cache
@@ -311,7 +311,7 @@ class PartTrace:
         ratio, least = (float(np.sqrt(x)) for x in ratio_of_means(mine, reference))
         relative = float(np.sqrt(mine.sum() / (exact**2).sum()))
         figures = {"distance from exact": relative, "ratio to the recorded": ratio, "ratio at least": least}
-        verdict = Verdict(used=least / ALLOWED, metrics=figures)
+        verdict = Verdict(used=share_of_excess(least), metrics=figures)
         if not least <= ALLOWED:
             verdict.problems.append(
                 f"{self.what} of layer {self.layer}, {self.phase}: {relative:.3g} (relative L2) from the exact output, {ratio:.3g} times as far as the "
