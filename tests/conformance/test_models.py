@@ -61,7 +61,9 @@ def test_wrong_structure_is_far_from_the_recorded_logits(mutant):
 def test_native_distance_of_the_reference():
     finding = runner.run_check(models.NativeDistance(), Session(backend()))
     assert finding.status == "passed", finding.message
-    assert 0.9 < finding.metrics["KL ratio"] < 1.1
+    assert (
+        0.7 < finding.metrics["KL ratio"] < 1.3
+    )  # one run's KL scatters: 0.035 to 0.044 over chunkings and numbers of threads
     assert finding.metrics["top-1 agreement"] > 0.95
 
 
