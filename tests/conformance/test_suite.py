@@ -21,7 +21,8 @@ from dsv4_conformance.museum.cli import load
 from dsv4_conformance.museum.hunt import hunt, right_backend
 from dsv4_conformance.reference_pages import op_reference
 from dsv4_conformance.report import finite, junit, page
-from dsv4_conformance.report.matrix import matrix
+from dsv4_conformance.report.matrix import between, matrix, summary
+from dsv4_conformance.report.matrix import load as load_report
 from dsv4_conformance.xfails import Xfail, stale
 from dsv4_conformance.xfails import load as load_xfails
 
@@ -221,3 +222,13 @@ def test_the_op_reference_is_fresh():
     text = op_reference()
     assert (DOCS / "ops.md").read_text() == text, "python -m dsv4_conformance.reference_pages > docs/ops.md"
     assert all(f"### `{name}`" in text for name in OPS)
+
+
+def test_the_support_matrix_is_made_from_the_reports():
+    reports = [load_report(path) for path in sorted((DOCS.parent / "reports" / "conformance").iterdir())]
+    again = "dsv4 conformance matrix reports/conformance/*"
+    assert (DOCS / "matrix.md").read_text() == matrix(reports), f"{again} --out docs/matrix.md"
+    readme = (DOCS.parent / "README.md").read_text()
+    assert readme == between(readme, summary(reports), "README.md"), f"{again} --brief --into README.md"
+    with pytest.raises(ValueError, match="no lines <!-- matrix -->"):
+        between("a document", "a table\n", "a.md")

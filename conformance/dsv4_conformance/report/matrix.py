@@ -12,18 +12,40 @@ import click
 
 from dsv4_core.spec import OPS
 
+BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
+HEAD = """# Support matrix
+
+Made by `dsv4 conformance matrix REPORT...` from reports alone: a column a run, its command below; the number beside a result names the run that it is from.
+"""
+
 
 @click.command("matrix")
 @click.argument("reports", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--brief", is_flag=True, help="A line a report, without the ops.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write it here instead of printing it.")
-def command(reports: tuple[Path, ...], brief: bool, out: Path | None) -> None:
+@click.option(
+    "--into",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help=f"Put it into this document, between the lines {BEGIN} and {END}.",
+)
+def command(reports: tuple[Path, ...], brief: bool, out: Path | None, into: Path | None) -> None:
     """Build the support matrix from report.json files (or directories that hold one)."""
     text = (summary if brief else matrix)([load(path) for path in reports])
     if out:
         out.write_text(text)
-    else:
+    if into:
+        into.write_text(between(into.read_text(), text, str(into)))
+    if not out and not into:
         click.echo(text, nl=False)
+
+
+def between(document: str, text: str, name: str) -> str:
+    """The document with the text between its two marks; raise ``ValueError`` where they are missing."""
+    head, begin, rest = document.partition(f"{BEGIN}\n")
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{name}: no lines {BEGIN} and {END} to put the matrix between; write them where it belongs")
+    return f"{head}{begin}{text}{end}{tail}"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -51,7 +73,7 @@ def matrix(reports: list[dict[str, Any]]) -> str:
         f"| {group} checks | " + " | ".join(tally(r, group, i) for i, r in enumerate(reports, 1)) + " |"
         for group in rest
     ]
-    return "\n".join([*lines, "", *stamps]) + "\n"
+    return "\n".join([HEAD, *lines, "", *stamps]) + "\n"
 
 
 def summary(reports: list[dict[str, Any]]) -> str:
