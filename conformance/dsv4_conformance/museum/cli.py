@@ -47,6 +47,7 @@ def command(names: tuple[str, ...], tier: str, seeds: int, whole: bool, jobs: in
     record: dict[str, Any] = {
         "date": str(datetime.datetime.now(datetime.timezone.utc).date()),
         "seeds": seeds,
+        "whole": whole,
         "mutants": {},
         "honest": {},
     }

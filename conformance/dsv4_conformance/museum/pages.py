@@ -52,7 +52,7 @@ def mutants(record: dict[str, Any]) -> str:
         "",
         "## Honest variants",
         "",
-        f"These compute the same in another way, and must pass: numeric op cases over {record['seeds']} seeds.",
+        f"These compute the same in another way, and must pass: numeric op cases over {record['seeds']} seeds{whole(record)}.",
         "",
         "| variant | what it does otherwise | cases | false alarms | safety factor that it needed | where |",
         "|---|---|---|---|---|---|",
@@ -62,6 +62,11 @@ def mutants(record: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def whole(record: dict[str, Any]) -> str:
+    """What the honest variants ran besides."""
+    return ", and the whole standard tier once" if record["whole"] else ""
 
 
 def excesses(record: dict[str, Any]) -> dict[str, float]:
@@ -85,7 +90,7 @@ evaluations of the float64 oracle with random rounding at the declared intermedi
 format. That factor stands in `dsv4_conformance/budget.py`, once, for every op, backend and dtype.
 
 Too small a factor fails honest backends, too large a one passes wrong ones. The experiment ({record["date"]}): {len(record["honest"])} honest
-variants of the reference (other orders of summation, blockings, fused kernels, declared narrower intermediates) over {record["seeds"]} seeds, and
+variants of the reference (other orders of summation, blockings, fused kernels, declared narrower intermediates) over {record["seeds"]} seeds{whole(record)}, and
 {len(record["mutants"])} wrong ones. For each result it computes the factor that would just have let it pass: its largest error beyond half a unit,
 over the noise that the factor multiplies.
 
