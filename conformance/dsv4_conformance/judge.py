@@ -107,13 +107,15 @@ def judge_rounded(got: Host, want: Expected) -> Verdict:
         over = int((share > 1).sum())
         verdict.problems.append(
             f"{over} of {x.size} elements over budget; worst {list(at)}: got {x[at]:.9g}, want {value[at]:.9g}, "
-            f"off by {abs(x[at] - value[at]):.3g}, budget {want.budget[at]:.3g} ({verdict.used:.3g} of it used)"
+            f"off by {abs(x[at] - value[at]):.3g}, budget {want.budget[at]:.3g} ({verdict.used:.3g} times that)"
         )
     explained = float(SAFETY * np.mean(want.spread[finite] / unit(np.abs(b), want.dtype))) if b.size else 0.0
     if abs(mean) > STANDARD_ERRORS * error + explained:
         verdict.problems.append(
-            f"biased: results lie {mean:+.3f} units {'away from' if mean > 0 else 'towards'} zero on average (standard error {error:.3f}); "
-            "round to nearest, ties to even, instead of truncating"
+            f"biased: results lie {mean:+.3f} units {'away from' if mean > 0 else 'towards'} zero on average (standard error {error:.3f})"
+            + (
+                "; round to nearest, ties to even, instead of truncating" if abs(mean) <= 1 else ""
+            )  # truncation costs half a unit
         )
     return verdict
 

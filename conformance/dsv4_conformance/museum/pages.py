@@ -90,8 +90,8 @@ evaluations of the float64 oracle with random rounding at the declared intermedi
 format. That factor stands in `dsv4_conformance/budget.py`, once, for every op, backend and dtype.
 
 Too small a factor fails honest backends, too large a one passes wrong ones. The experiment ({record["date"]}): {len(record["honest"])} honest
-variants of the reference (other orders of summation, blockings, fused kernels, declared narrower intermediates) over {record["seeds"]} seeds{whole(record)}, and
-{len(record["mutants"])} wrong ones. For each result it computes the factor that would just have let it pass: its largest error beyond half a unit,
+variants of the reference (other orders of summation, blockings, fused kernels, declared narrower intermediates) over {record["seeds"]} seeds{whole(record)},
+and {len(record["mutants"])} wrong ones. For each result it computes the factor that would just have let it pass: its largest error beyond half a unit,
 over the noise that the factor multiplies.
 
 - Honest variants needed at most **{honest["factor"]:.2f}** ({honest["name"].replace("_", " ")}, `{honest["at"]}`), with
