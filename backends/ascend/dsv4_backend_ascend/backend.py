@@ -14,13 +14,13 @@ from dsv4_backend_ascend.capability import GENERATIONS, Answer, Generation
 from dsv4_backend_ascend.capability import cann_version as parse_cann
 from dsv4_backend_ascend.plan import IMPLEMENTATIONS, plan
 from dsv4_backend_ascend.weights import MxArray, MxExperts
-from dsv4_core.backend import BackendError, Diagnosis, Option
+from dsv4_core.backend import BackendError, DeviceCheck, Diagnosis, Option
 from dsv4_core.dtypes import Experts, Host, ScaledArray, dtype_name
 from dsv4_core.ops import OPS, FusedOps
 from dsv4_core.spec import Support
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
 
 def _tiered(op: str) -> Callable[..., Any]:
@@ -29,7 +29,9 @@ def _tiered(op: str) -> Callable[..., Any]:
 
     @functools.wraps(composed)
     def run(self: AscendBackend, *arrays: Any, **scalars: Any) -> Any:
-        if self.planned(op, arrays, scalars).tier == "cann" and self.fits_bf16(op, arrays):
+        answer = self.planned(op, arrays, scalars)
+        if answer.tier == "cann" and self.fits_bf16(op, arrays):
+            self.ran.update(dict.fromkeys(call.name for call in answer.calls))
             return IMPLEMENTATIONS[op](self, *arrays, **scalars)
         return composed(self, *arrays, **scalars)
 
@@ -85,6 +87,7 @@ class AscendBackend(TorchBackend):
         for op, problem in self.drift.items():
             warnings.warn(f"backend 'ascend': npu::{op} {problem}; what it serves is composed", stacklevel=2)
         self.plans: dict[tuple[Any, ...], Answer] = {}
+        self.ran: dict[str, None] = {}
 
     def _find_chip(self, chosen: dict[str, Any]) -> str:
         """Set the generation; say whether the chip is simulated, planned for, or found."""
@@ -136,6 +139,33 @@ class AscendBackend(TorchBackend):
             else "CANN of unknown version"
         )
         return f"backend {self.name}, {standing} {self.generation}, {cann}, tier {self.tier}\n{proof.LEGEND}"
+
+    def device_checks(self) -> Sequence[DeviceCheck]:
+        """The self-test: on a chip all of it; on simulated CANN what needs gigabytes at tier full."""
+        if self.standing == "planned" or self.numerics != "native":
+            return ()
+        from dsv4_backend_ascend import selftest
+        from dsv4_backend_ascend.selftest_cases import CASES
+
+        simulated = self.standing == "simulated"
+        return [
+            DeviceCheck(
+                case.contract,
+                case.name,
+                "full" if simulated and case.gigabytes else "standard",
+                functools.partial(selftest.problem, self, case),
+            )
+            for case in CASES
+        ]
+
+    def kernels_ran(self) -> Sequence[str]:
+        """Calls of the capability table, in the order in which they first ran."""
+        ran, self.ran = self.ran, {}
+        return tuple(ran)
+
+    def proof(self, ran: Mapping[str, bool]) -> Mapping[str, str]:
+        """Rungs of every op on this chip: those recorded, and L3 or L6 where this run is its proof."""
+        return proof.of_run(self.generation, self.standing, ran)
 
     @classmethod
     def diagnose(cls) -> tuple[Diagnosis, ...]:
