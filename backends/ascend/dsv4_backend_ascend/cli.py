@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,8 @@ def _report(backend: AscendBackend, outcomes: list[Outcome]) -> dict[str, Any]:
     import torch
 
     return {
+        "says": "every contract of the cann tier against the composed tier and recorded expectations",
+        "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
         "chip": backend.generation,
         "standing": backend.standing,
         "CANN": backend.cann_version,

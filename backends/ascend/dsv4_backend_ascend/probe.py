@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dsv4_backend_ascend import proof
 from dsv4_backend_ascend.capability import GENERATIONS, Generation, table
 from dsv4_backend_ascend.schema import schemas
 from dsv4_core.backend import BackendError, Diagnosis
@@ -79,6 +80,22 @@ def drift() -> dict[str, str]:
 
 def diagnose() -> Iterator[Diagnosis]:
     """What `dsv4 doctor` shows. Raises nothing: each thing that is missing is a line with what to do."""
+    chips = []
+    for line in _installation():
+        chips += [
+            generation for generation in GENERATIONS if line.what == "NPU" and line.found.endswith(f": {generation}")
+        ]
+        yield line
+    for generation in chips or GENERATIONS:
+        for tier, reached in proof.summary(generation):
+            yield Diagnosis(f"{generation} {tier}", reached)
+    yield Diagnosis(
+        "on hardware", "not run: no rung above L3 is recorded; `dsv4 ascend selftest` on an NPU asks every op"
+    )
+
+
+def _installation() -> Iterator[Diagnosis]:
+    """torch-npu, CANN, ops and chips."""
     home = os.environ.get("ASCEND_HOME_PATH")
     version = cann_version()
     yield Diagnosis(

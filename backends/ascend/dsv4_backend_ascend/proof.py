@@ -43,6 +43,18 @@ def rungs(generation: Generation, calls: Iterable[Call] = ()) -> list[str]:
     return [rung for rung in RUNGS if all(rung in found for found in reached)]
 
 
+def summary(generation: Generation) -> list[tuple[str, str]]:
+    """Per tier the ops that reached the same rungs, and those rungs: lines of `dsv4 doctor`."""
+    claimed = [call for call in table().calls if any(generation in cell.generations for cell in call.cells)]
+    groups: dict[str, list[str]] = {}
+    for call in claimed:
+        groups.setdefault(" ".join(rungs(generation, [call])) or "no rung", []).append(call.name)
+    lines = [("cann", f"{reached}: {', '.join(names)}") for reached, names in groups.items()]
+    served = {op for call in claimed for op in call.serves}
+    composed = [op for op in OPS if op not in served]
+    return [*lines, ("composed", f"{' '.join(rungs(generation)) or 'no rung'}: {', '.join(composed)}")]
+
+
 def of_run(generation: Generation, standing: str, ran: Mapping[str, bool]) -> dict[str, str]:
     """Rungs of every op on a chip, for the report of a run: L0 to L2 as recorded, L3 or L6 if this run is the proof.
 
