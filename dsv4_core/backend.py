@@ -57,7 +57,8 @@ class Backend(FusedOps):
     ``name``: as registered. ``options``: what the constructor takes beside ``numerics``. ``claims_level`` and
     ``claims``: what the backend's own file says it fulfils (the conformance suite holds it to that).
     ``batch_invariant``, ``deterministic``: bitwise claims. ``narrower``: op -> the narrower intermediates it declares,
-    from the contract's own list. ``weight_formats``: of quantised weights that it multiplies; the published two are required.
+    from the contract's own list. ``departures``: op -> what an option of the user's makes it compute instead of its
+    contract; nothing is claimed of it, and reports say so. ``weight_formats``: of quantised weights that it multiplies; the published two are required.
     """
 
     name = "?"
@@ -67,6 +68,7 @@ class Backend(FusedOps):
     claims: ClassVar[tuple[str, ...]] = ()
     weight_formats: ClassVar[tuple[Format, ...]] = ("e4m3", "e2m1")
     narrower: ClassVar[dict[str, tuple[str, ...]]] = {}
+    departures: Mapping[str, str] = {}
     batch_invariant: bool = False
     deterministic: bool = False
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dsv4_core.spec import Numerics, Tier
 
 HERE = str(Path(__file__).parent)
+PROVES = 3  # the level at which a run counts as proof of the kernels that it ran
 LEVELS = (
     "codecs and data movement",
     "all required ops",
@@ -60,6 +61,8 @@ def claimed(check: Check, backend: Backend) -> bool:
     """Say whether the backend's own file claims what a check tests: by level, by name, by bringing its own implementation."""
     if check.group == "invariance":
         return backend.batch_invariant if check.op == "batch_invariance" else backend.deterministic
+    if check.op in backend.departures:
+        return False
     level = backend.claims_level
     if level is not None and check.level <= level:
         return True
@@ -85,6 +88,7 @@ class Run:
     duration: float = 0.0
     command: str = ""
     proof: dict[str, str] = field(default_factory=dict)
+    departures: dict[str, str] = field(default_factory=dict)
 
     def failures(self) -> list[Finding]:
         """Findings that fail the run: bad ones, and unsupported ones, that were claimed or required."""
@@ -149,6 +153,9 @@ class Run:
             needed = f"; level {self.require} was required" if self.require is not None else ""
             claim = f"; claims level {self.claims_level}" if self.claims_level is not None else "; claims no level"
             lines.append(f"backend {self.backend}: {reached}{waived}{claim}{needed}")
+        for what in dict.fromkeys(self.departures.values()):
+            ops = ", ".join(op for op, said in self.departures.items() if said == what)
+            lines.append(f"departs from the contract by option, and claims nothing of it: {ops}: {what}")
         if self.proof:
             lines.append(f"proof: {said_once(self.proof)}")
         lines.append(("PASSED" if self.ok else "FAILED") + ". " + self.not_tested())
@@ -172,7 +179,7 @@ def said_once(proof: Mapping[str, str]) -> str:
 
 def passing(result: Run) -> dict[str, bool]:
     """Of each kernel whether every check that ran it passed (what is not claimed aside); nothing of a run that proves nothing."""
-    if result.partial or not result.ok:
+    if result.partial or not result.ok or (result.level or 0) < PROVES:
         return {}
     outcome: dict[str, bool] = {}
     for finding in result.findings:
@@ -224,6 +231,7 @@ def run(
         require=require,
         partial=bool(ops or cases),
         claims_level=backend.claims_level,
+        departures=dict(backend.departures),
         device=str(getattr(backend, "device", "cpu")),
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     )

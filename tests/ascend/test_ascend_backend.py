@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from dsv4_backend_ascend import probe
 from dsv4_backend_ascend.backend import AscendBackend
 from dsv4_backend_ascend.capability import GENERATIONS, cann_version
 from dsv4_backend_torch.backend import TorchBackend
+from dsv4_conformance.cli import run_command
 
 from dsv4_core.backend import BackendError
 from dsv4_core.cache import Cache
@@ -161,3 +163,27 @@ def test_cann_version_is_read_from_the_installation(tmp_path, monkeypatch):
     assert probe.cann_version() == "8.5.0"
     monkeypatch.setenv("ASCEND_HOME_PATH", str(Path(tmp_path) / "nowhere"))
     assert probe.cann_version() is None
+
+
+def test_leaving_activations_unquantised_is_declared_and_nothing_is_claimed_of_it(embedded_logits):
+    ids, logits = embedded_logits
+    backend = AscendBackend(simulate="910B", activations="bf16")
+    assert backend.claims_level is None
+    assert "activations of linear layers with FP8 or FP4 weights are not quantised" in backend.describe()
+    got = run(Model(Checkpoint(embedded()), backend), ids, 3)
+    assert distance(got, logits["float32"]) < 0.8 * distance(logits["native"], logits["float32"])
+    arguments = ["-b", "ascend", "-O", "simulate=910B", "-O", "activations=bf16", "-q"]
+    done = CliRunner().invoke(run_command, [*arguments, "--op", "linear", "--op", "rms_norm"])
+    assert done.exit_code == 0, done.output
+    assert "not claimed and failing" in done.output
+    assert (
+        "departs from the contract by option, and claims nothing of it: linear, expert_linear, ffn, moe:" in done.output
+    )
+    assert AscendBackend(simulate="910B").claims_level == 3
+
+
+def test_activations_of_another_form_are_refused():
+    with pytest.raises(BackendError, match="activations 'int4' is not one of fp8, bf16"):
+        AscendBackend(soc="910B", activations="int4")
+    with pytest.raises(BackendError, match="activations 'bf16' is for 910B and 910C; 950 multiplies FP8"):
+        AscendBackend(soc="950", activations="bf16")

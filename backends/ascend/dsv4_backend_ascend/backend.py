@@ -15,12 +15,15 @@ from dsv4_backend_ascend.capability import cann_version as parse_cann
 from dsv4_backend_ascend.plan import IMPLEMENTATIONS, plan
 from dsv4_backend_ascend.weights import MxArray, MxExperts
 from dsv4_core.backend import BackendError, DeviceCheck, Diagnosis, Option
-from dsv4_core.dtypes import Experts, Host, ScaledArray, dtype_name
+from dsv4_core.dtypes import Experts, Format, Host, ScaledArray, dtype_name
 from dsv4_core.ops import OPS, FusedOps
 from dsv4_core.spec import Support
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+
+UNQUANTISED = "activations of linear layers with FP8 or FP4 weights are not quantised"
 
 
 def _tiered(op: str) -> Callable[..., Any]:
@@ -45,7 +48,9 @@ class AscendBackend(TorchBackend):
     generation; compute on the CPU with
     simulated CANN. ``soc``: a generation; plan for it without computing, or name the chip that is there. ``cann``: plan
     for this version. ``expand_bytes``:
-    BF16 weights of experts that exist at a time on chips without FP8.
+    BF16 weights of experts that exist at a time on chips without FP8. ``activations``: ``bf16`` leaves out that linear
+    layers quantise and dequantise what they multiply, on chips without FP8; not the published arithmetic, and nothing is
+    claimed of it.
     """
 
     name = "ascend"
@@ -56,11 +61,13 @@ class AscendBackend(TorchBackend):
         Option("simulate", "run on simulated CANN, on the CPU: 910B, 910C or 950"),
         Option("soc", "plan for this generation without an NPU, or name the one that is there: 910B, 910C or 950"),
         Option("cann", "plan for this CANN version"),
+        Option("activations", "fp8: quantised as published; bf16: left out, on 910B and 910C", "fp8"),
         Option("expand_bytes", "bytes of expert weights expanded to BF16 at a time on 910B and 910C", 1 << 30),
     )
     weight_formats = ("e4m3", "e2m1", "int8")
     on_cpu = False  # on simulated CANN too: the paths are those of a device
     tier: str
+    activations: str
     expand_bytes: int
     generation: Generation
     cann_version: str | None
@@ -70,6 +77,8 @@ class AscendBackend(TorchBackend):
         chosen = {o.name: o.default for o in self.options} | options
         if chosen["tier"] not in {"cann", "composed"}:
             raise BackendError(f"backend 'ascend': tier {chosen['tier']!r} is not one of cann, composed")
+        if chosen["activations"] not in {"fp8", "bf16"}:
+            raise BackendError(f"backend 'ascend': activations {chosen['activations']!r} is not one of fp8, bf16")
         for name in ("simulate", "soc"):
             if chosen[name] is not None and str(chosen[name]) not in GENERATIONS:
                 raise BackendError(f"backend 'ascend': {name} {chosen[name]!r} is not one of {', '.join(GENERATIONS)}")
@@ -77,6 +86,13 @@ class AscendBackend(TorchBackend):
         super().__init__(
             **{**options, "device": {"simulated": "cpu", "planned": "meta"}.get(self.standing, chosen["device"])}
         )
+        if self.activations == "bf16":
+            if self.generation == "950":
+                raise BackendError(
+                    "backend 'ascend': activations 'bf16' is for 910B and 910C; 950 multiplies FP8 activations as published"
+                )
+            self.claims_level = None  # type: ignore[misc]  # of this instance
+            self.departures = dict.fromkeys(("linear", "expert_linear", "ffn", "moe"), UNQUANTISED)
         self.cann_version = chosen["cann"] or (probe.cann_version() if self.standing == "found" else None)
         if self.cann_version is not None:
             try:
@@ -138,7 +154,8 @@ class AscendBackend(TorchBackend):
             if self.standing != "found"
             else "CANN of unknown version"
         )
-        return f"backend {self.name}, {standing} {self.generation}, {cann}, tier {self.tier}\n{proof.LEGEND}"
+        departs = f"\nactivations bf16: {UNQUANTISED}; not the published arithmetic" if self.departures else ""
+        return f"backend {self.name}, {standing} {self.generation}, {cann}, tier {self.tier}\n{proof.LEGEND}{departs}"
 
     def device_checks(self) -> Sequence[DeviceCheck]:
         """The self-test: on a chip all of it; on simulated CANN what needs gigabytes at tier full."""
@@ -183,6 +200,10 @@ class AscendBackend(TorchBackend):
             and (op == "grouped_linear" or not isinstance(weight, MxArray))
         )
         return not expanded or self.well_scaled(weight)
+
+    def quantised_activation(self, x: torch.Tensor, weight: Format = "e4m3") -> torch.Tensor:
+        """As published, or (``activations=bf16``) as it is beside FP8 and FP4 weights."""
+        return x if self.activations == "bf16" and weight != "int8" else super().quantised_activation(x, weight)
 
     def load(self, weight: Host | ScaledArray) -> Any:
         """On 950 a quantised weight gets its scales in MX layout too."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from dsv4_backend_ascend.capability import GENERATIONS, table
 from dsv4_backend_ascend.proof import RUNGS
+from dsv4_core.config import PRESETS
 
 BEGIN, END = "<!-- generated: tools/collect.py -->", "<!-- end of generated part -->"
 
@@ -20,6 +21,7 @@ def page(
     selftests: dict[str, dict[str, Any]],
     planted: dict[str, Any],
     l1: dict[str, Any],
+    errors: dict[str, dict[str, float]],
 ) -> str:
     """The page with its generated part made new. ``runs``: of the conformance suite, ``selftests``: at full sizes, by chip."""
     before, _, rest = text.partition(BEGIN)
@@ -30,6 +32,8 @@ def page(
         *_runs(runs),
         *_selftests(selftests),
         *_planted(planted),
+        *_w8a8(runs, errors),
+        *_memory(),
     ]
     return "\n".join([before + BEGIN, "", *lines, END]) + rest.partition(END)[2]
 
@@ -158,4 +162,58 @@ def _planted(planted: dict[str, Any]) -> list[str]:
     for name, bug in planted.get("bugs", {}).items():
         said = bug["first"] or "**not found**"
         lines.append(f"| {name} | {bug['chip']} | `{bug['op']}` | {len(bug['cases that differ'])} | {said} |")
+    return [*lines, ""]
+
+
+def _w8a8(runs: dict[str, dict[str, Any]], errors: dict[str, dict[str, float]]) -> list[str]:
+    """What W8A8 loses: error of the weights by kind, and distance of the embedded model's logits from exact ones."""
+    lines = [
+        "### W8A8 on the embedded checkpoint",
+        "",
+        "Error of the weights, relative to their root mean square, as `dsv4 convert --to w8a8-int8` prints it:",
+        "",
+        "| tensors | error | worst tensor |",
+        "|---|---|---|",
+        *(f"| {kind} | {e['relative_rms']:.3%} | {e['worst_tensor']:.3%} |" for kind, e in errors.items()),
+        "",
+        "Distance from the exact logits, 160 positions of two prompts (reference: mean of eight chunkings; chips: one run each):",
+        "",
+        "| by | lossless, KL per token | W8A8, KL per token | lossless, relative L2 | W8A8, relative L2 |",
+        "|---|---|---|---|---|",
+    ]
+    seen = False
+    for chip, report in runs.items():
+        figures = {f["id"].rpartition("/")[2]: f["metrics"] for f in report["findings"] if "distance" in f["id"]}
+        lossless, w8a8 = figures["native_distance"], figures["w8a8_int8_distance"]
+        if not seen:
+            lines.append(_distances("reference", lossless, w8a8, " of the reference"))
+            seen = True
+        lines.append(_distances(f"simulated {chip}", lossless, w8a8))
+    return [*lines, ""]
+
+
+def _distances(by: str, lossless: dict[str, float], w8a8: dict[str, float], suffix: str = "") -> str:
+    cells = [f"{figures[name + suffix]:.4f}" for name in ("KL", "relative L2") for figures in (lossless, w8a8)]
+    return f"| {by} | {' | '.join(cells)} |"
+
+
+def _memory() -> list[str]:
+    """Experts packed and expanded, at the published sizes."""
+    from dsv4_backend_ascend.expansion import measure
+
+    lines = [
+        "### Memory of the lossless way on 910B and 910C",
+        "",
+        "Experts stay packed. The peak is what one projection of a layer makes at a time, quantised activations included; `expand_bytes` is 1 GiB.",
+        "",
+        "| model | all experts packed | all expanded to BF16 | one projection packed | expanded | peak, decode | peak, 32 sequences | peak, prefill of 2048 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in ("flash", "pro"):
+        config = PRESETS[name]
+        picks, stacks = config.num_experts_per_tok, 3 * config.num_hidden_layers
+        found = [measure(config, tokens * picks, 1 << 30) for tokens in (1, 32, 2048)]
+        one = found[0]
+        sizes = [stacks * one.packed, stacks * one.bf16, one.packed, one.bf16, *(f.peak for f in found)]
+        lines.append(f"| {name} | {' | '.join(f'{size / 1e9:.2f} GB' for size in sizes)} |")
     return [*lines, ""]

@@ -8,12 +8,16 @@ python backends/ascend/tools/collect.py
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from dsv4_backend_ascend import document
 from dsv4_backend_ascend.capability import GENERATIONS, Generation, table
 from dsv4_backend_ascend.schema import schemas
+
+from dsv4_core.convert import Options, Tally, convert
+from dsv4_core.weights import embedded
 
 ROOT = Path(__file__).resolve().parents[3]
 REPORTS = ROOT / "reports" / "ascend"
@@ -93,14 +97,16 @@ def page() -> str:
     """docs/ascend.md."""
     runs = {chip: report for chip in GENERATIONS if (report := conformance(chip))}
     selftests = {chip: report for chip in GENERATIONS if (report := read(REPORTS / f"selftest-{chip}.json"))}
-    return document.page(
-        PAGE.read_text(encoding="utf-8"),
-        proofs(),
-        runs,
-        selftests,
-        read(REPORTS / "planted.json"),
-        read(REPORTS / "l1.json"),
-    )
+    planted, l1 = read(REPORTS / "planted.json"), read(REPORTS / "l1.json")
+    return document.page(PAGE.read_text(encoding="utf-8"), proofs(), runs, selftests, planted, l1, w8a8_errors())
+
+
+def w8a8_errors() -> dict[str, dict[str, float]]:
+    """Error of the embedded checkpoint's weights as W8A8, by kind of tensor."""
+    tally = Tally()
+    with tempfile.TemporaryDirectory() as folder:
+        convert(embedded(), Path(folder) / "w8a8", Options(int8=True), tally=tally)
+    return tally.errors()
 
 
 def main() -> None:
