@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from dsv4_backend_ascend import selftest
+from dsv4_backend_ascend import proof, selftest
 from dsv4_backend_ascend.backend import AscendBackend
 from dsv4_backend_ascend.capability import GENERATIONS, table
 from dsv4_backend_ascend.cli import command
@@ -15,6 +15,7 @@ from dsv4_conformance.cli import run_command
 from vendor_bugs import BUGS
 
 from dsv4_core import registry
+from dsv4_core.ops import OPS
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -98,6 +99,33 @@ def test_the_suite_runs_it():
     assert "device/sparse_attn/flash,sinks,holes,no_row" in listed
     assert "device/sparse_attn/row=2^21,bytes_past_2^31" not in listed  # needs gigabytes: tier full, or a chip
     assert "device/sparse_attn/row=2^21,bytes_past_2^31" in conformance("--tier", "full", "--list").output
+
+
+def test_processes_of_their_own_tell_what_ran(tmp_path):
+    done = conformance("--op", "combine", "--op", "hadamard", "-q", "--jobs", "2", "--report", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    ran = {finding["id"]: finding.get("ran", "") for finding in report["findings"]}
+    assert ran["device/combine/other_ranks_rows"] == "unpermute"
+    assert {kernels for check, kernels in ran.items() if check.startswith("hadamard")} == {""}
+    assert ("combine: npu_moe_token_unpermute (unpermute)", "L0 L1 L2, on hardware: not run") in report["proof"].items()
+    assert "<h2>Proof</h2>" in (tmp_path / "report.html").read_text()
+
+
+def test_rungs_of_a_run():
+    every = {call.name: True for call in table().calls}
+    found = proof.of_run("910B", "simulated", every)
+    assert {key.partition(":")[0] for key in found} == set(OPS)
+    assert found["rms_norm: npu_rms_norm (rms_norm)"] == "L0 L1 L2 L3, on hardware: not run"
+    assert found["hc_pre: composed"].endswith("L3, on hardware: not run")
+    assert "linear: composed, float8_e4m3fn@128x128, float4_e2m1fn@1x32, bfloat16, float32" in found
+    assert all(said.endswith("on hardware: not run") for said in found.values())
+    short = proof.of_run("910B", "simulated", every | {"rotary": False})
+    assert short["apply_rope: npu_rotary_mul (rotary)"] == "L0 L1 L2, on hardware: not run"
+    chip = proof.of_run("950", "found", {"rms_norm": True, "mhc_post": False})
+    assert chip["rms_norm: npu_rms_norm (rms_norm)"].endswith("L6, on hardware: passed in this run")
+    assert chip["hc_post: npu_mhc_post (mhc_post)"].endswith("on hardware: failed in this run")
+    assert chip["swiglu: npu_clipped_swiglu (swiglu)"].endswith("on hardware: not reached in this run")
 
 
 def test_on_a_chip_the_suite_runs_all_of_it(monkeypatch):

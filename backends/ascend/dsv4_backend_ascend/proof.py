@@ -66,8 +66,11 @@ def of_run(generation: Generation, standing: str, ran: Mapping[str, bool]) -> di
         calls = [call for call in claimed if op in call.serves]
         for call in calls:
             found[f"{op}: {call.op} ({call.name})"] = _said(rungs(generation, [call]), standing, ran.get(call.name))
-        if not calls:
-            found[f"{op}: composed"] = _said(rungs(generation), standing, bool(ran) or None)
+        absent = [a for a in table().absent if op in a.contracts and generation in a.generations]
+        weights = [dtype for absence in absent for dtypes in absence.operands.values() for dtype in dtypes]
+        if not calls or absent:
+            kind = f"composed, {', '.join(weights)}" if calls and weights else "composed"
+            found[f"{op}: {kind}"] = _said(rungs(generation), standing, bool(ran) or None)
     return found
 
 
