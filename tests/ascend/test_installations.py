@@ -28,8 +28,13 @@ for schema in {schemas!r}:
 
 class Npu:
     is_available = staticmethod(lambda: bool(os.environ["SOC"]))
-    get_device_name = staticmethod(lambda *_: os.environ["SOC"])
     device_count = staticmethod(lambda: 1)
+
+    @staticmethod
+    def get_device_name(_device):
+        if os.environ["SOC"] == "half":
+            raise RuntimeError("Failed to find function aclrtSetDeviceSatMode")
+        return os.environ["SOC"]
 
 
 torch.npu = Npu
@@ -170,6 +175,23 @@ def test_no_npu(machine):
     code, said = machine.dsv4("explain", "--backend", "ascend", "--device", "cpu", SOC="")
     assert code == 2
     assert "torch-npu finds no NPU (npu-smi info lists them)" in said
+
+
+def test_half_of_cann(machine):
+    machine.install(working())
+    code, said = machine.dsv4("explain", "--backend", "ascend", "--device", "cpu", SOC="half")
+    assert code == 2
+    assert (
+        "torch-npu imports, and fails when it is asked for NPUs: Failed to find function aclrtSetDeviceSatMode" in said
+    )
+    assert "Is CANN, of unknown version, the one that torch-npu 2.13.0 was built for?" in said
+    code, said = machine.dsv4("doctor", "--backend", "ascend", "--device", "cpu", SOC="half")
+    assert code == 1
+    assert "could not be asked for" in said
+    assert "910B cann" in said
+    code, said = machine.dsv4("explain", "--backend", "ascend", "--soc", "910C", SOC="half")
+    assert code == 0, said
+    assert "planned for 910C" in said
 
 
 def test_an_unknown_chip(machine):

@@ -6,7 +6,6 @@ import functools
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from dsv4_backend_torch.backend import TorchBackend
 
 from dsv4_backend_ascend import probe, proof, simulate
@@ -21,6 +20,8 @@ from dsv4_core.spec import Support
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    import torch
 
 
 UNQUANTISED = "activations of linear layers with FP8 or FP4 weights are not quantised"
@@ -118,10 +119,11 @@ class AscendBackend(TorchBackend):
             self.generation = str(chosen["soc"])  # type: ignore[assignment]
             return "planned"
         probe.import_torch_npu()
-        if not torch.npu.is_available():  # type: ignore[attr-defined]
+        found = probe.npus()
+        if not found:
             raise BackendError(f"backend 'ascend': torch-npu finds no NPU (npu-smi info lists them); {probe.PLAN}")
         soc = str(chosen["soc"]) if chosen["soc"] is not None else None
-        self.generation = soc or probe.generation_of(torch.npu.get_device_name())  # type: ignore[assignment, attr-defined]
+        self.generation = soc or probe.generation_of(found[0])  # type: ignore[assignment]
         return "found"
 
     def planned(self, op: str, arrays: tuple[Any, ...], scalars: dict[str, Any]) -> Answer:
@@ -244,6 +246,6 @@ def _npu_present() -> bool:
     """Whether an NPU answers, without failing where torch-npu or CANN is missing."""
     try:
         probe.import_torch_npu()
+        return bool(probe.npus())
     except BackendError:
         return False
-    return bool(torch.npu.is_available())  # type: ignore[attr-defined]
