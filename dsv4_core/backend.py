@@ -6,19 +6,19 @@ The contracts come from ``ops``; this adds arrays, options and the answer to ``s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dsv4_core.dtypes import Experts, Format, Host, ScaledArray, format_of
 from dsv4_core.ops import OPS, FusedOps
-from dsv4_core.spec import Array, BackendError, Numerics, Operand, Support
+from dsv4_core.spec import Array, BackendError, Numerics, Operand, Support, Tier
 
 if TYPE_CHECKING:
     from dsv4_core.exchange import ProcessGroup
     from dsv4_core.rendezvous import Rendezvous
 
-__all__ = ["Backend", "BackendError", "Diagnosis", "Option", "missing_ops"]
+__all__ = ["Backend", "BackendError", "DeviceCheck", "Diagnosis", "Option", "missing_ops"]
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,26 @@ class Diagnosis:
     advice: str = ""
 
 
+@dataclass(frozen=True)
+class DeviceCheck:
+    """A check that a backend brings for its own device, run by the suite beside its own; ``case`` names it among those of
+    ``op``. ``run`` says in words what is wrong: nothing where all is well.
+    """
+
+    op: str
+    case: str
+    tier: Tier
+    run: Callable[[], str]
+
+
 class Backend(FusedOps):
     """A way to run every op. Subclass it, implement the required ops, override fused ones where that pays.
 
     ``name``: as registered. ``options``: what the constructor takes beside ``numerics``. ``claims_level`` and
     ``claims``: what the backend's own file says it fulfils (the conformance suite holds it to that).
     ``batch_invariant``, ``deterministic``: bitwise claims. ``narrower``: op -> the narrower intermediates it declares,
-    from the contract's own list. ``weight_formats``: of quantised weights that it multiplies; the published two are required.
+    from the contract's own list. ``departures``: op -> what an option of the user's makes it compute instead of its
+    contract; nothing is claimed of it, and reports say so. ``weight_formats``: of quantised weights that it multiplies; the published two are required.
     """
 
     name = "?"
@@ -55,6 +68,7 @@ class Backend(FusedOps):
     claims: ClassVar[tuple[str, ...]] = ()
     weight_formats: ClassVar[tuple[Format, ...]] = ("e4m3", "e2m1")
     narrower: ClassVar[dict[str, tuple[str, ...]]] = {}
+    departures: Mapping[str, str] = {}
     batch_invariant: bool = False
     deterministic: bool = False
 
@@ -105,6 +119,21 @@ class Backend(FusedOps):
     def describe(self) -> str:
         """Name the backend and what it computes on, for `dsv4 explain`; a second line may say what ``Support.proof`` means."""
         return f"backend {self.name}"
+
+    def device_checks(self) -> Sequence[DeviceCheck]:
+        """Checks of this backend's own device that the conformance suite runs too."""
+        return ()
+
+    def kernels_ran(self) -> Sequence[str]:
+        """Name the vendor's kernels that ran since this was last asked; nothing for a backend that keeps no account."""
+        return ()
+
+    def proof(self, ran: Mapping[str, bool]) -> Mapping[str, str]:
+        """Say of every op how far its implementation is proven, for a report of the suite. ``ran``: of each kernel of
+        ``kernels_ran`` whether all passed that used it; empty where a run was partial or fell short.
+        """
+        del ran
+        return {}
 
     def supports(self, op: str, **operands: Operand | Any) -> Support:
         """Say who would run ``op`` on operands of these dtypes and shapes (scalars by value), or why nobody can.

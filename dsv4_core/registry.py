@@ -119,7 +119,7 @@ def backend_class(name: str) -> type[Backend]:
     manager.add_hookspecs(BackendHooks)
     try:
         manager.load_setuptools_entrypoints(GROUP, name=name)
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # torch raises the last two over libraries that do not load
         if known[name].missing:
             raise BackendError(
                 f"backend {name!r} needs {', '.join(known[name].missing)}, not found here; {known[name].install_command}"

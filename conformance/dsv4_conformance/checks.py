@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dsv4_core.spec import Numerics, Tier
 
 Status = Literal["passed", "failed", "error", "crashed", "timeout", "memory", "unsupported", "xfailed", "xpassed"]
-Group = Literal["op", "trace", "law", "model", "invariance"]
+Group = Literal["op", "trace", "law", "model", "invariance", "device"]
 TIERS: tuple[Tier, ...] = ("smoke", "standard", "full")
 BAD: frozenset[str] = frozenset({"failed", "error", "crashed", "timeout", "memory", "xpassed"})
 
@@ -39,6 +39,8 @@ class Finding:
     seed: int = 0
     duration: float = 0.0
     claimed: bool = True
+    ran: str = ""
+    """The vendor's kernels that ran in it, as the backend names them."""
 
     @classmethod
     def of(cls, check: Check, verdict: Verdict, *, seed: int = 0, dtypes: str = "") -> Finding:

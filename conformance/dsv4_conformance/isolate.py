@@ -34,6 +34,7 @@ ORDER = (
     "model",
     "law",
     "trace",
+    "device",
     "invariance",
     "op",
 )  # the longest first, so that no process is left with one at the end
@@ -179,14 +180,15 @@ def resident_megabytes(pid: int) -> int:
 
 def main() -> None:
     """Run the checks that stdin names, one a line."""
-    from dsv4_conformance import replay
+    from dsv4_conformance import device, replay
     from dsv4_conformance.runner import run_check
     from dsv4_core import registry
 
     spec = json.loads(sys.argv[1])
     backend = registry.create(spec["backend"], numerics=spec["numerics"], **spec["options"])
     session = Session(backend, spec["tier"])
-    known = {c.id: c for c in collect("full", spec["numerics"], backend.weight_formats)}
+    every = [*collect("full", spec["numerics"], backend.weight_formats), *device.checks(backend)]
+    known = {c.id: c for c in every}
     with os.fdopen(spec["pipe"], "wb", buffering=0) as pipe:
         for line in sys.stdin:
             case_id = line.strip()

@@ -17,11 +17,12 @@ from dsv4_core.backend import Backend
 from dsv4_core.spec import OPS, UnsupportedOpError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from dsv4_core.spec import Numerics, Tier
 
 HERE = str(Path(__file__).parent)
+PROVES = 3  # the level at which a run counts as proof of the kernels that it ran
 LEVELS = (
     "codecs and data movement",
     "all required ops",
@@ -34,6 +35,7 @@ LEVELS = (
 def run_check(check: Check, session: Session) -> Finding:
     """Run one check; an exception of the backend becomes a finding that names it and its line."""
     begin = time.perf_counter()
+    session.backend.kernels_ran()  # what ran before is not this check's
     try:
         finding = check.run(session)
     except UnsupportedOpError as error:
@@ -43,6 +45,7 @@ def run_check(check: Check, session: Session) -> Finding:
     except Exception as error:  # noqa: BLE001  whatever the backend raises is its result
         finding = Finding(check.id, check.op, check.group, check.level, "error", describe(error), used=float("inf"))
     finding.duration = time.perf_counter() - begin
+    finding.ran = " ".join(session.backend.kernels_ran())
     return finding
 
 
@@ -58,6 +61,8 @@ def claimed(check: Check, backend: Backend) -> bool:
     """Say whether the backend's own file claims what a check tests: by level, by name, by bringing its own implementation."""
     if check.group == "invariance":
         return backend.batch_invariant if check.op == "batch_invariance" else backend.deterministic
+    if check.op in backend.departures:
+        return False
     level = backend.claims_level
     if level is not None and check.level <= level:
         return True
@@ -82,6 +87,8 @@ class Run:
     date: str = ""
     duration: float = 0.0
     command: str = ""
+    proof: dict[str, str] = field(default_factory=dict)
+    departures: dict[str, str] = field(default_factory=dict)
 
     def failures(self) -> list[Finding]:
         """Findings that fail the run: bad ones, and unsupported ones, that were claimed or required."""
@@ -146,6 +153,11 @@ class Run:
             needed = f"; level {self.require} was required" if self.require is not None else ""
             claim = f"; claims level {self.claims_level}" if self.claims_level is not None else "; claims no level"
             lines.append(f"backend {self.backend}: {reached}{waived}{claim}{needed}")
+        for what in dict.fromkeys(self.departures.values()):
+            ops = ", ".join(op for op, said in self.departures.items() if said == what)
+            lines.append(f"departs from the contract by option, and claims nothing of it: {ops}: {what}")
+        if self.proof:
+            lines.append(f"proof: {said_once(self.proof)}")
         lines.append(("PASSED" if self.ok else "FAILED") + ". " + self.not_tested())
         return lines
 
@@ -156,6 +168,24 @@ class Run:
             parts.append(f"{len(names)} ops" + ("" if self.partial else f": {', '.join(names)}"))
         parts += self.not_run
         return "Not tested: " + ("; ".join(parts) if parts else "nothing that this suite knows") + "."
+
+
+def said_once(proof: Mapping[str, str]) -> str:
+    """How many implementations are proven how far."""
+    return "; ".join(
+        f"{n} of {len(proof)} implementations {reached}" for reached, n in Counter(proof.values()).most_common()
+    )
+
+
+def passing(result: Run) -> dict[str, bool]:
+    """Of each kernel whether every check that ran it passed (what is not claimed aside); nothing of a run that proves nothing."""
+    if result.partial or not result.ok or (result.level or 0) < PROVES:
+        return {}
+    outcome: dict[str, bool] = {}
+    for finding in result.findings:
+        for kernel in finding.ran.split():
+            outcome[kernel] = outcome.get(kernel, True) and (finding.status == "passed" or not finding.claimed)
+    return outcome
 
 
 def select(every: Sequence[Check], ops: Iterable[str], cases: Iterable[str]) -> list[Check]:
@@ -184,11 +214,12 @@ def run(
     today: datetime.date | None = None,
 ) -> Run:
     """Run a selection of checks on a session's backend. ``execute`` replaces the plain loop (isolation)."""
-    from dsv4_conformance import replay
+    from dsv4_conformance import device, replay
 
     backend = session.backend
     begin = time.perf_counter()
     every = catalogue.collect("full", session.numerics, backend.weight_formats)
+    every += device.checks(backend)
     every += [c for c in map(replay.find, dict.fromkeys(cases)) if c]  # saved calls, single examples of laws
     at_tier = [c for c in every if catalogue.TIERS.index(c.tier) <= catalogue.TIERS.index(session.tier)]
     chosen = select(every if cases else at_tier, ops, cases)
@@ -200,6 +231,7 @@ def run(
         require=require,
         partial=bool(ops or cases),
         claims_level=backend.claims_level,
+        departures=dict(backend.departures),
         device=str(getattr(backend, "device", "cpu")),
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     )
@@ -228,6 +260,7 @@ def run(
         result.not_run.append(f"{left} checks above tier {session.tier}")
     if result.partial:
         result.not_run.append(f"{len(at_tier) - len(chosen)} checks outside the selection")
+    result.proof = dict(backend.proof(passing(result)))
     result.duration = time.perf_counter() - begin
     return result
 
@@ -241,5 +274,5 @@ def to_json(run: Run) -> dict[str, Any]:
         "level": run.level,
         "ok": run.ok,
         "environment": catalogue.environment(),
-        "findings": [asdict(f) for f in run.findings],
+        "findings": [{k: v for k, v in asdict(f).items() if k != "ran" or v} for f in run.findings],
     }

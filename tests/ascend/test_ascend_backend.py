@@ -1,8 +1,5 @@
-"""The ascend backend: whole models on simulated CANN, every op of the table at the published head sizes, and each way
-of not finding a chip.
-"""
+"""The ascend backend: how near to exact it computes, what it plans, and each way of not finding a chip."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -11,22 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from dsv4_backend_ascend import probe
 from dsv4_backend_ascend.backend import AscendBackend
-from dsv4_backend_ascend.capability import GENERATIONS, cann_version, table
+from dsv4_backend_ascend.capability import GENERATIONS, cann_version
 from dsv4_backend_torch.backend import TorchBackend
+from dsv4_conformance.cli import run_command
 
 from dsv4_core.backend import BackendError
 from dsv4_core.cache import Cache
-from dsv4_core.config import PRESETS
-from dsv4_core.create import create
 from dsv4_core.model import Model
 from dsv4_core.spec import Operand
 from dsv4_core.step import Step
 from dsv4_core.weights import Checkpoint, embedded
-
-LOSSY = {"quantise_int8", "matmul_int8", "experts_int8"}  # W8A8 is opted into by converting the checkpoint
-OTHER_WEIGHTS = {"experts_bf16": "950"}  # multiplies the published formats there
 
 
 def run(model, ids, steps):
@@ -61,38 +55,6 @@ def test_the_embedded_model_is_as_near_to_exact_as_torch(embedded_logits, genera
     got = run(Model(Checkpoint(embedded()), backend), ids, 3)
     assert distance(got, logits["float32"]) < 1.1 * distance(logits["native"], logits["float32"])
     assert bool(backend.chip.calls) == (tier == "cann")
-
-
-@pytest.fixture(scope="module")
-def wide_heads(tmp_path_factory):
-    """Published head sizes, everything else small: what CANN's attention and indexer ask for."""
-    config = dataclasses.replace(
-        PRESETS["flash"], vocab_size=256, hidden_size=256, num_hidden_layers=3, q_lora_rank=128, o_lora_rank=32,
-        n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=128, num_hash_layers=1, index_topk=16,
-        num_nextn_predict_layers=0, compress_ratios=(0, 4, 128),
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("checkpoints") / "wide-heads"
-    create(path, config, seed=1)
-    ids = np.random.default_rng(1).integers(2, 256, (1, 150)).astype(np.int32)
-    exact = run(Model(Checkpoint(path), TorchBackend(numerics="float32")), ids, 2)
-    native = run(Model(Checkpoint(path), TorchBackend()), ids, 2)
-    return path, ids, native, exact
-
-
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_every_op_that_the_table_claims_serves_the_published_head_sizes(wide_heads, generation):
-    path, ids, native, exact = wide_heads
-    backend = AscendBackend(simulate=generation, expand_bytes=1 << 20)
-    backend.chip.calls.clear()
-    got = run(Model(Checkpoint(path), backend), ids, 2)
-    claimed = {
-        call.op
-        for call in table().calls
-        if call.name not in LOSSY and OTHER_WEIGHTS.get(call.name) != generation
-        if any(generation in cell.generations for cell in call.cells)
-    }
-    assert set(backend.chip.calls) == claimed
-    assert distance(got, exact) < 1.1 * distance(native, exact)
 
 
 def test_exact_modes_are_composed(embedded_logits):
@@ -201,3 +163,27 @@ def test_cann_version_is_read_from_the_installation(tmp_path, monkeypatch):
     assert probe.cann_version() == "8.5.0"
     monkeypatch.setenv("ASCEND_HOME_PATH", str(Path(tmp_path) / "nowhere"))
     assert probe.cann_version() is None
+
+
+def test_leaving_activations_unquantised_is_declared_and_nothing_is_claimed_of_it(embedded_logits):
+    ids, logits = embedded_logits
+    backend = AscendBackend(simulate="910B", activations="bf16")
+    assert backend.claims_level is None
+    assert "activations of linear layers with FP8 or FP4 weights are not quantised" in backend.describe()
+    got = run(Model(Checkpoint(embedded()), backend), ids, 3)
+    assert distance(got, logits["float32"]) < 0.8 * distance(logits["native"], logits["float32"])
+    arguments = ["-b", "ascend", "-O", "simulate=910B", "-O", "activations=bf16", "-q"]
+    done = CliRunner().invoke(run_command, [*arguments, "--op", "linear", "--op", "rms_norm"])
+    assert done.exit_code == 0, done.output
+    assert "not claimed and failing" in done.output
+    assert (
+        "departs from the contract by option, and claims nothing of it: linear, expert_linear, ffn, moe:" in done.output
+    )
+    assert AscendBackend(simulate="910B").claims_level == 3
+
+
+def test_activations_of_another_form_are_refused():
+    with pytest.raises(BackendError, match="activations 'int4' is not one of fp8, bf16"):
+        AscendBackend(soc="910B", activations="int4")
+    with pytest.raises(BackendError, match="activations 'bf16' is for 910B and 910C; 950 multiplies FP8"):
+        AscendBackend(soc="950", activations="bf16")

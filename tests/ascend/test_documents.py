@@ -7,7 +7,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "backends" / "ascend" / "tools"))
 
 import collect  # noqa: E402
-from dsv4_backend_ascend.capability import GENERATIONS  # noqa: E402
+from dsv4_backend_ascend.capability import GENERATIONS, table  # noqa: E402
+from vendor_bugs import BUGS  # noqa: E402
 
 
 def test_the_proofs_are_those_of_the_reports():
@@ -23,3 +24,37 @@ def test_without_reports_nothing_is_proven_but_the_schema(monkeypatch):
     found = collect.proofs()
     assert found["composed"] == {generation: [] for generation in GENERATIONS}
     assert {rung for calls in found["cann"].values() for rungs in calls.values() for rung in rungs} == {"L0"}
+
+
+def report(**changes):
+    findings = [
+        {"ran": "rms_norm rotary", "status": "passed", "claimed": True},
+        {"ran": "rotary", "status": "failed", "claimed": True},
+        {"ran": "swiglu", "status": "failed", "claimed": False},
+        {"status": "passed", "claimed": True},
+    ]
+    return {"ok": True, "partial": False, "level": 3, "findings": findings} | changes
+
+
+def test_a_call_is_proven_by_the_checks_that_ran_it():
+    assert collect.passed(report()) == {"rms_norm": True, "rotary": False, "swiglu": True}
+    for short in ({"ok": False}, {"partial": True}, {"level": 2}, {"level": None}):
+        assert collect.passed(report(**short)) == {}
+    assert collect.passed({}) == {}
+
+
+def test_every_planted_bug_is_reported_as_found():
+    bugs = collect.read(collect.REPORTS / "planted.json")["bugs"]
+    assert list(bugs) == list(BUGS)
+    assert all(bug["named"] for bug in bugs.values())
+
+
+def test_the_self_test_was_run_at_full_sizes_without_an_npu():
+    for chip in GENERATIONS:
+        done = collect.read(collect.REPORTS / f"selftest-{chip}.json")
+        assert done["standing"] == "simulated"
+        assert [o for o in done["outcomes"] if o["found"]] == []
+        high = {o["contract"] for o in done["outcomes"] if "past_2^31" in o["case"] and not o["skipped"]}
+        assert high == ({"sparse_attn"} if chip == "950" else {"sparse_attn", "index_topk"})
+        ran = {op for o in done["outcomes"] for op in o["ops"]}
+        assert ran == {call.op for call in table().calls if any(chip in cell.generations for cell in call.cells)}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from types import ModuleType
+
+# a broken device extension would fail `import torch` for everyone
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 
 def __getattr__(name: str) -> ModuleType:

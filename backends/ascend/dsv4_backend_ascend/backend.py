@@ -6,7 +6,6 @@ import functools
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from dsv4_backend_torch.backend import TorchBackend
 
 from dsv4_backend_ascend import probe, proof, simulate
@@ -14,13 +13,18 @@ from dsv4_backend_ascend.capability import GENERATIONS, Answer, Generation
 from dsv4_backend_ascend.capability import cann_version as parse_cann
 from dsv4_backend_ascend.plan import IMPLEMENTATIONS, plan
 from dsv4_backend_ascend.weights import MxArray, MxExperts
-from dsv4_core.backend import BackendError, Diagnosis, Option
-from dsv4_core.dtypes import Experts, Host, ScaledArray, dtype_name
+from dsv4_core.backend import BackendError, DeviceCheck, Diagnosis, Option
+from dsv4_core.dtypes import Experts, Format, Host, ScaledArray, dtype_name
 from dsv4_core.ops import OPS, FusedOps
 from dsv4_core.spec import Support
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
+
+    import torch
+
+
+UNQUANTISED = "activations of linear layers with FP8 or FP4 weights are not quantised"
 
 
 def _tiered(op: str) -> Callable[..., Any]:
@@ -29,7 +33,9 @@ def _tiered(op: str) -> Callable[..., Any]:
 
     @functools.wraps(composed)
     def run(self: AscendBackend, *arrays: Any, **scalars: Any) -> Any:
-        if self.planned(op, arrays, scalars).tier == "cann" and self.fits_bf16(op, arrays):
+        answer = self.planned(op, arrays, scalars)
+        if answer.tier == "cann" and self.fits_bf16(op, arrays):
+            self.ran.update(dict.fromkeys(call.name for call in answer.calls))
             return IMPLEMENTATIONS[op](self, *arrays, **scalars)
         return composed(self, *arrays, **scalars)
 
@@ -43,7 +49,9 @@ class AscendBackend(TorchBackend):
     generation; compute on the CPU with
     simulated CANN. ``soc``: a generation; plan for it without computing, or name the chip that is there. ``cann``: plan
     for this version. ``expand_bytes``:
-    BF16 weights of experts that exist at a time on chips without FP8.
+    BF16 weights of experts that exist at a time on chips without FP8. ``activations``: ``bf16`` leaves out that linear
+    layers quantise and dequantise what they multiply, on chips without FP8; not the published arithmetic, and nothing is
+    claimed of it.
     """
 
     name = "ascend"
@@ -54,11 +62,13 @@ class AscendBackend(TorchBackend):
         Option("simulate", "run on simulated CANN, on the CPU: 910B, 910C or 950"),
         Option("soc", "plan for this generation without an NPU, or name the one that is there: 910B, 910C or 950"),
         Option("cann", "plan for this CANN version"),
+        Option("activations", "fp8: quantised as published; bf16: left out, on 910B and 910C", "fp8"),
         Option("expand_bytes", "bytes of expert weights expanded to BF16 at a time on 910B and 910C", 1 << 30),
     )
     weight_formats = ("e4m3", "e2m1", "int8")
     on_cpu = False  # on simulated CANN too: the paths are those of a device
     tier: str
+    activations: str
     expand_bytes: int
     generation: Generation
     cann_version: str | None
@@ -68,6 +78,8 @@ class AscendBackend(TorchBackend):
         chosen = {o.name: o.default for o in self.options} | options
         if chosen["tier"] not in {"cann", "composed"}:
             raise BackendError(f"backend 'ascend': tier {chosen['tier']!r} is not one of cann, composed")
+        if chosen["activations"] not in {"fp8", "bf16"}:
+            raise BackendError(f"backend 'ascend': activations {chosen['activations']!r} is not one of fp8, bf16")
         for name in ("simulate", "soc"):
             if chosen[name] is not None and str(chosen[name]) not in GENERATIONS:
                 raise BackendError(f"backend 'ascend': {name} {chosen[name]!r} is not one of {', '.join(GENERATIONS)}")
@@ -75,6 +87,13 @@ class AscendBackend(TorchBackend):
         super().__init__(
             **{**options, "device": {"simulated": "cpu", "planned": "meta"}.get(self.standing, chosen["device"])}
         )
+        if self.activations == "bf16":
+            if self.generation == "950":
+                raise BackendError(
+                    "backend 'ascend': activations 'bf16' is for 910B and 910C; 950 multiplies FP8 activations as published"
+                )
+            self.claims_level = None  # type: ignore[misc]  # of this instance
+            self.departures = dict.fromkeys(("linear", "expert_linear", "ffn", "moe"), UNQUANTISED)
         self.cann_version = chosen["cann"] or (probe.cann_version() if self.standing == "found" else None)
         if self.cann_version is not None:
             try:
@@ -85,6 +104,7 @@ class AscendBackend(TorchBackend):
         for op, problem in self.drift.items():
             warnings.warn(f"backend 'ascend': npu::{op} {problem}; what it serves is composed", stacklevel=2)
         self.plans: dict[tuple[Any, ...], Answer] = {}
+        self.ran: dict[str, None] = {}
 
     def _find_chip(self, chosen: dict[str, Any]) -> str:
         """Set the generation; say whether the chip is simulated, planned for, or found."""
@@ -99,10 +119,11 @@ class AscendBackend(TorchBackend):
             self.generation = str(chosen["soc"])  # type: ignore[assignment]
             return "planned"
         probe.import_torch_npu()
-        if not torch.npu.is_available():  # type: ignore[attr-defined]
+        found = probe.npus()
+        if not found:
             raise BackendError(f"backend 'ascend': torch-npu finds no NPU (npu-smi info lists them); {probe.PLAN}")
         soc = str(chosen["soc"]) if chosen["soc"] is not None else None
-        self.generation = soc or probe.generation_of(torch.npu.get_device_name())  # type: ignore[assignment, attr-defined]
+        self.generation = soc or probe.generation_of(found[0])  # type: ignore[assignment]
         return "found"
 
     def planned(self, op: str, arrays: tuple[Any, ...], scalars: dict[str, Any]) -> Answer:
@@ -135,7 +156,35 @@ class AscendBackend(TorchBackend):
             if self.standing != "found"
             else "CANN of unknown version"
         )
-        return f"backend {self.name}, {standing} {self.generation}, {cann}, tier {self.tier}\n{proof.LEGEND}"
+        departs = f"\nactivations bf16: {UNQUANTISED}; not the published arithmetic" if self.departures else ""
+        return f"backend {self.name}, {standing} {self.generation}, {cann}, tier {self.tier}\n{proof.LEGEND}{departs}"
+
+    def device_checks(self) -> Sequence[DeviceCheck]:
+        """The self-test: on a chip all of it; on simulated CANN what needs gigabytes at tier full."""
+        if self.standing == "planned" or self.numerics != "native":
+            return ()
+        from dsv4_backend_ascend import selftest
+        from dsv4_backend_ascend.selftest_cases import CASES
+
+        simulated = self.standing == "simulated"
+        return [
+            DeviceCheck(
+                case.contract,
+                case.name,
+                "full" if simulated and case.gigabytes else "standard",
+                functools.partial(selftest.problem, self, case),
+            )
+            for case in CASES
+        ]
+
+    def kernels_ran(self) -> Sequence[str]:
+        """Calls of the capability table, in the order in which they first ran."""
+        ran, self.ran = self.ran, {}
+        return tuple(ran)
+
+    def proof(self, ran: Mapping[str, bool]) -> Mapping[str, str]:
+        """Rungs of every op on this chip: those recorded, and L3 or L6 where this run is its proof."""
+        return proof.of_run(self.generation, self.standing, ran)
 
     @classmethod
     def diagnose(cls) -> tuple[Diagnosis, ...]:
@@ -153,6 +202,10 @@ class AscendBackend(TorchBackend):
             and (op == "grouped_linear" or not isinstance(weight, MxArray))
         )
         return not expanded or self.well_scaled(weight)
+
+    def quantised_activation(self, x: torch.Tensor, weight: Format = "e4m3") -> torch.Tensor:
+        """As published, or (``activations=bf16``) as it is beside FP8 and FP4 weights."""
+        return x if self.activations == "bf16" and weight != "int8" else super().quantised_activation(x, weight)
 
     def load(self, weight: Host | ScaledArray) -> Any:
         """On 950 a quantised weight gets its scales in MX layout too."""
@@ -193,6 +246,6 @@ def _npu_present() -> bool:
     """Whether an NPU answers, without failing where torch-npu or CANN is missing."""
     try:
         probe.import_torch_npu()
+        return bool(probe.npus())
     except BackendError:
         return False
-    return bool(torch.npu.is_available())  # type: ignore[attr-defined]

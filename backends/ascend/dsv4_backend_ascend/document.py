@@ -1,31 +1,67 @@
-"""The generated part of docs/ascend.md: which op runs what on which chip, how far that was proven, and what W8A8 loses."""
+"""The generated part of docs/ascend.md: which op runs what on which chip, how far that was proven, and what runs on
+simulated CANN showed.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from dsv4_backend_ascend.capability import GENERATIONS, table
 from dsv4_backend_ascend.proof import RUNGS
+from dsv4_core.config import PRESETS
 
 BEGIN, END = "<!-- generated: tools/collect.py -->", "<!-- end of generated part -->"
 
 
-def page(text: str, proofs: dict[str, Any], l3: dict[str, dict[str, Any]]) -> str:
-    """The page with its generated part made new."""
+def page(
+    text: str,
+    proofs: dict[str, Any],
+    runs: dict[str, dict[str, Any]],
+    selftests: dict[str, dict[str, Any]],
+    planted: dict[str, Any],
+    l1: dict[str, Any],
+    errors: dict[str, dict[str, float]],
+) -> str:
+    """The page with its generated part made new. ``runs``: of the conformance suite, ``selftests``: at full sizes, by chip."""
     before, _, rest = text.partition(BEGIN)
-    return (
-        "\n".join([before + BEGIN, "", *_rungs(proofs), *_calls(proofs), *_composed(), *_runs(l3), END])
-        + rest.partition(END)[2]
-    )
+    lines = [
+        *_rungs(proofs, l1),
+        *_calls(proofs),
+        *_composed(proofs),
+        *_runs(runs),
+        *_selftests(selftests),
+        *_planted(planted),
+        *_w8a8(runs, errors),
+        *_memory(),
+    ]
+    return "\n".join([before + BEGIN, "", *lines, END]) + rest.partition(END)[2]
 
 
-def _rungs(proofs: dict[str, Any]) -> list[str]:
+def _rungs(proofs: dict[str, Any], l1: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {value}" for name, value in proofs["versions"].items())
     return [
         f"Rungs of proof, of runs with {versions}:",
         "",
         *(f"- **{rung}** {says}" for rung, says in RUNGS.items()),
         "- **L6** on hardware: **not run**. Nothing below it proves that a vendor's kernel is right.",
+        "",
+        *_drift(l1),
+    ]
+
+
+def _drift(l1: dict[str, Any]) -> list[str]:
+    """What the comparison with the wheel found."""
+    if not l1:
+        return ["The comparison with the wheel was not run.", ""]
+    drift = [*l1["drift"]["schemas"], *(f"{entry['call']} ({entry['op']})" for entry in l1["drift"]["shapes"])]
+    calls = sum(map(len, l1["calls"].values()))
+    refused = l1["calls that we refuse"]
+    accepted = sum(entry["wheel"] == "accepted" for entry in refused)
+    compared = f"{len(l1['ops'])} schemas and {calls} calls; drift: {', '.join(drift) or 'none'}"
+    laxer = f"Of {len(refused)} calls that the backend refuses to make, the wheel's shape functions accept {accepted}"
+    return [
+        f"Compared with the wheel on {l1['date']}: {compared}. {laxer}: constraints are checked before the call.",
         "",
     ]
 
@@ -49,9 +85,17 @@ def _calls(proofs: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _composed() -> list[str]:
+def _composed(proofs: dict[str, Any]) -> list[str]:
     """Where plain PyTorch ops run although an op looks as if it served."""
-    lines = ["### composed tier: why", "", "| contract | chips | weights | reason |", "|---|---|---|---|"]
+    reached = "; ".join(f"{chip} {' '.join(rungs) or 'no rung'}" for chip, rungs in proofs["composed"].items())
+    lines = [
+        "### composed tier: why",
+        "",
+        f"Rungs of composed ops: {reached}; on hardware: not run.",
+        "",
+        "| contract | chips | weights | reason |",
+        "|---|---|---|---|",
+    ]
     for absence in table().absent:
         weights = ", ".join(name for names in absence.operands.values() for name in names) or "any"
         lines.append(
@@ -61,18 +105,115 @@ def _composed() -> list[str]:
     return [*lines, *(f"- `{op}`: {reason}" for op, reason in table().unused.items()), ""]
 
 
-def _runs(l3: dict[str, dict[str, Any]]) -> list[str]:
-    """The simulated runs, as their reports have them."""
+def _runs(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """The suite's runs on simulated CANN, as their reports have them."""
     lines = [
         "### Conformance on simulated CANN",
         "",
-        "| chip | tier | level | checks | self-test | CPU seconds |",
+        "| chip | tier | level | checks | of them self-test | calls of the table that ran | seconds | date |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for chip, report in runs.items():
+        findings = report["findings"]
+        counts = Counter(
+            finding["status"] + ("" if finding["claimed"] or finding["status"] == "passed" else ", not claimed")
+            for finding in findings
+        )
+        device = [finding["status"] for finding in findings if finding["group"] == "device"]
+        own = ", ".join(f"{n} {status}" for status, n in Counter(device).items()) or "not in this report"
+        ran = {call for finding in findings for call in finding.get("ran", "").split()}
+        claimed = [call for call in table().calls if any(chip in cell.generations for cell in call.cells)]
+        lines.append(
+            f"| {chip} | {report['tier']} | {report['level']} | {', '.join(f'{n} {s}' for s, n in counts.items())} | {own} "
+            f"| {len(ran)} of {len(claimed)} | {report['duration']:.0f} | {report['date']} |"
+        )
+    return [*lines, ""]
+
+
+def _selftests(selftests: dict[str, dict[str, Any]]) -> list[str]:
+    """Dry runs of the self-test with its cases at high addresses."""
+    lines = [
+        "### Self-test, dry run at full sizes",
+        "",
+        "64 and 128 heads of 512 channels, indexer 64 x 128, rows past 2^31 bytes and past 2^31 elements, 81,920 key blocks, positions to 2^20.",
+        "",
+        "| chip | cases of the cann tier | of them at high addresses | composed | differ | date |",
         "|---|---|---|---|---|---|",
     ]
-    for chip, report in l3.items():
-        counts = ", ".join(f"{n} {status}" for status, n in report["checks"].items())
-        differ = len(report["self-test differences"])
+    for chip, report in selftests.items():
+        asked = [o for o in report["outcomes"] if not o["skipped"]]
+        high = sum("past_2^31" in o["case"] for o in asked)
+        differ = sum(bool(o["found"]) for o in report["outcomes"])
+        composed = len(report["outcomes"]) - len(asked)
         lines.append(
-            f"| {chip} | {report['tier']} | {report['level']} | {counts} | {differ} differences | {report['CPU seconds']} |"
+            f"| {chip}, {report['standing']} | {len(asked)} | {high} | {composed} | {differ} | {report['date']} |"
         )
+    return [*lines, ""]
+
+
+def _planted(planted: dict[str, Any]) -> list[str]:
+    """Vendor bugs, and how the self-test words them."""
+    lines = [
+        "### Planted vendor bugs",
+        "",
+        "| bug | chip | op | cases that differ | the self-test says of the first |",
+        "|---|---|---|---|---|",
+    ]
+    for name, bug in planted.get("bugs", {}).items():
+        said = bug["first"] or "**not found**"
+        lines.append(f"| {name} | {bug['chip']} | `{bug['op']}` | {len(bug['cases that differ'])} | {said} |")
+    return [*lines, ""]
+
+
+def _w8a8(runs: dict[str, dict[str, Any]], errors: dict[str, dict[str, float]]) -> list[str]:
+    """What W8A8 loses: error of the weights by kind, and distance of the embedded model's logits from exact ones."""
+    lines = [
+        "### W8A8 on the embedded checkpoint",
+        "",
+        "Error of the weights, relative to their root mean square, as `dsv4 convert --to w8a8-int8` prints it:",
+        "",
+        "| tensors | error | worst tensor |",
+        "|---|---|---|",
+        *(f"| {kind} | {e['relative_rms']:.3%} | {e['worst_tensor']:.3%} |" for kind, e in errors.items()),
+        "",
+        "Distance from the exact logits, 160 positions of two prompts (reference: mean of eight chunkings; chips: one run each):",
+        "",
+        "| by | lossless, KL per token | W8A8, KL per token | lossless, relative L2 | W8A8, relative L2 |",
+        "|---|---|---|---|---|",
+    ]
+    seen = False
+    for chip, report in runs.items():
+        figures = {f["id"].rpartition("/")[2]: f["metrics"] for f in report["findings"] if "distance" in f["id"]}
+        lossless, w8a8 = figures["native_distance"], figures["w8a8_int8_distance"]
+        if not seen:
+            lines.append(_distances("reference", lossless, w8a8, " of the reference"))
+            seen = True
+        lines.append(_distances(f"simulated {chip}", lossless, w8a8))
+    return [*lines, ""]
+
+
+def _distances(by: str, lossless: dict[str, float], w8a8: dict[str, float], suffix: str = "") -> str:
+    cells = [f"{figures[name + suffix]:.4f}" for name in ("KL", "relative L2") for figures in (lossless, w8a8)]
+    return f"| {by} | {' | '.join(cells)} |"
+
+
+def _memory() -> list[str]:
+    """Experts packed and expanded, at the published sizes."""
+    from dsv4_backend_ascend.expansion import measure
+
+    lines = [
+        "### Memory of the lossless way on 910B and 910C",
+        "",
+        "Experts stay packed. The peak is what one projection of a layer makes at a time, quantised activations included; `expand_bytes` is 1 GiB.",
+        "",
+        "| model | all experts packed | all expanded to BF16 | one projection packed | expanded | peak, decode | peak, 32 sequences | peak, prefill of 2048 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in ("flash", "pro"):
+        config = PRESETS[name]
+        picks, stacks = config.num_experts_per_tok, 3 * config.num_hidden_layers
+        found = [measure(config, tokens * picks, 1 << 30) for tokens in (1, 32, 2048)]
+        one = found[0]
+        sizes = [stacks * one.packed, stacks * one.bf16, one.packed, one.bf16, *(f.peak for f in found)]
+        lines.append(f"| {name} | {' | '.join(f'{size / 1e9:.2f} GB' for size in sizes)} |")
     return [*lines, ""]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dsv4_backend_ascend import proof
 from dsv4_backend_ascend.capability import GENERATIONS, Generation, table
 from dsv4_backend_ascend.schema import schemas
 from dsv4_core.backend import BackendError, Diagnosis
@@ -56,6 +57,19 @@ def import_torch_npu() -> Any:
         ) from error
 
 
+def npus() -> list[str]:
+    """SoC name of every NPU that torch-npu finds; import it first. Raises ``BackendError`` where CANN fails over the question."""
+    npu: Any = torch.npu  # type: ignore[attr-defined]
+    try:
+        return [npu.get_device_name(i) for i in range(npu.device_count())] if npu.is_available() else []
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BackendError(
+            f"backend 'ascend': torch-npu imports, and fails when it is asked for NPUs: {reason}. Is CANN, "
+            f"{cann_version() or 'of unknown version'}, the one that torch-npu {_installed_version()} was built for? Or {PLAN}"
+        ) from error
+
+
 def cann_version() -> str | None:
     """CANN's version from its install.info under ASCEND_HOME_PATH; None where there is none."""
     home = os.environ.get("ASCEND_HOME_PATH")
@@ -79,6 +93,22 @@ def drift() -> dict[str, str]:
 
 def diagnose() -> Iterator[Diagnosis]:
     """What `dsv4 doctor` shows. Raises nothing: each thing that is missing is a line with what to do."""
+    chips = []
+    for line in _installation():
+        chips += [
+            generation for generation in GENERATIONS if line.what == "NPU" and line.found.endswith(f": {generation}")
+        ]
+        yield line
+    for generation in chips or GENERATIONS:
+        for tier, reached in proof.summary(generation):
+            yield Diagnosis(f"{generation} {tier}", reached)
+    yield Diagnosis(
+        "on hardware", "not run: no rung above L3 is recorded; `dsv4 ascend selftest` on an NPU asks every op"
+    )
+
+
+def _installation() -> Iterator[Diagnosis]:
+    """torch-npu, CANN, ops and chips."""
     home = os.environ.get("ASCEND_HOME_PATH")
     version = cann_version()
     yield Diagnosis(
@@ -112,15 +142,19 @@ def diagnose() -> Iterator[Diagnosis]:
         )
     if not missing:
         yield Diagnosis("ops", f"all {len(table().ops)} that are called are there, under the table's schemas")
-    npu: Any = torch.npu  # type: ignore[attr-defined]
-    if not npu.is_available():
+    try:
+        found = npus()
+    except BackendError as error:
+        yield Diagnosis("NPU", "could not be asked for", str(error))
+        return
+    if not found:
         yield Diagnosis("NPU", "none found", f"npu-smi info lists them; {PLAN}")
         return
-    soc = npu.get_device_name()
+    counted = f"{len(found)} x {found[0]}"
     try:
-        yield Diagnosis("NPU", f"{npu.device_count()} x {soc}: {generation_of(soc)}")
+        yield Diagnosis("NPU", f"{counted}: {generation_of(found[0])}")
     except BackendError as error:
-        yield Diagnosis("NPU", f"{npu.device_count()} x {soc}", str(error))
+        yield Diagnosis("NPU", counted, str(error))
 
 
 def _installed_version() -> str:

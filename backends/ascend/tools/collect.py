@@ -1,4 +1,6 @@
-"""Collect what the reports of rungs L1 to L3 prove into ``data/proof.json``, and write the generated part of docs/ascend.md.
+"""Collect what reports prove into ``data/proof.json``, and write the generated part of docs/ascend.md.
+
+L1 and L2 come from reports/ascend, L3 from the conformance suite's reports of runs on simulated CANN.
 
 python backends/ascend/tools/collect.py
 """
@@ -6,6 +8,7 @@ python backends/ascend/tools/collect.py
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +16,53 @@ from dsv4_backend_ascend import document
 from dsv4_backend_ascend.capability import GENERATIONS, Generation, table
 from dsv4_backend_ascend.schema import schemas
 
+from dsv4_core.convert import Options, Tally, convert
+from dsv4_core.weights import embedded
+
 ROOT = Path(__file__).resolve().parents[3]
 REPORTS = ROOT / "reports" / "ascend"
+CONFORMANCE = ROOT / "reports" / "conformance"
 PROOF = ROOT / "backends" / "ascend" / "dsv4_backend_ascend" / "data" / "proof.json"
 PAGE = ROOT / "docs" / "ascend.md"
 
 
-def read(name: str) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     """A report; an absent one proves nothing."""
-    path = REPORTS / f"{name}.json"
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def conformance(generation: Generation) -> dict[str, Any]:
+    """The suite's report of a run on simulated CANN."""
+    return read(CONFORMANCE / f"ascend-{generation}-simulated" / "report.json")
+
+
+def passed(report: dict[str, Any]) -> dict[str, bool]:
+    """Of each call of the table whether every claimed check passed that ran it, in a whole run that reached level 3."""
+    outcome: dict[str, bool] = {}
+    if reached(report):
+        for finding in report["findings"]:
+            for call in finding.get("ran", "").split():
+                outcome[call] = outcome.get(call, True) and (finding["status"] == "passed" or not finding["claimed"])
+    return outcome
+
+
+def reached(report: dict[str, Any]) -> bool:
+    """Whether a report is of a whole run that passed at level 3 or better."""
+    return bool(report) and report["ok"] and not report["partial"] and (report["level"] or 0) >= 3
 
 
 def proofs() -> dict[str, Any]:
     """Rungs of every call of the table on every generation that it names, and of composed ops."""
-    l1, l2 = read("l1"), read("l2")
+    l1, l2 = read(REPORTS / "l1.json"), read(REPORTS / "l2.json")
     cann: dict[str, Any] = {}
     composed: dict[str, Any] = {}
     for generation in GENERATIONS:
-        l3 = read(f"l3-{generation}")
+        l3 = conformance(generation)
+        right = passed(l3)
         runs = [run for title, pair in l2.get("runs", {}).items() if title.endswith(generation) for run in pair]
         device_clean = bool(runs) and not any(
             run["with an operand in host memory"] or run["without an NPU kernel"] for run in runs
         )
-        passed = (l3.get("level") or 0) >= 3 and not l3["failures"] and not l3["self-test differences"]
         agreed = {call["call"]: True for call in l1.get("calls", {}).get(generation, [])}
         for call in l1.get("calls", {}).get(generation, []):
             agreed[call["call"]] &= call["agrees"]
@@ -44,17 +70,17 @@ def proofs() -> dict[str, Any]:
         cann[generation] = {
             call.name: [
                 rung
-                for rung, reached in (
+                for rung, holds in (
                     ("L0", call.op in schemas() and call.op not in l1.get("drift", {}).get("schemas", {})),
                     ("L1", agreed.get(call.name, False)),
                     ("L2", device_clean and call.name in ran),
-                    ("L3", passed and call.name in l3["calls of the table that ran"]),
+                    ("L3", right.get(call.name, False)),
                 )
-                if reached
+                if holds
             ]
             for call in _claimed(generation)
         }
-        composed[generation] = [rung for rung, reached in (("L2", device_clean), ("L3", passed)) if reached]
+        composed[generation] = [rung for rung, holds in (("L2", device_clean), ("L3", reached(l3))) if holds]
     return {"versions": l1.get("versions", {}), "cann": cann, "composed": composed}
 
 
@@ -69,8 +95,18 @@ def proof_text() -> str:
 
 def page() -> str:
     """docs/ascend.md."""
-    l3 = {chip: report for chip in GENERATIONS if (report := read(f"l3-{chip}"))}
-    return document.page(PAGE.read_text(encoding="utf-8"), proofs(), l3)
+    runs = {chip: report for chip in GENERATIONS if (report := conformance(chip))}
+    selftests = {chip: report for chip in GENERATIONS if (report := read(REPORTS / f"selftest-{chip}.json"))}
+    planted, l1 = read(REPORTS / "planted.json"), read(REPORTS / "l1.json")
+    return document.page(PAGE.read_text(encoding="utf-8"), proofs(), runs, selftests, planted, l1, w8a8_errors())
+
+
+def w8a8_errors() -> dict[str, dict[str, float]]:
+    """Error of the embedded checkpoint's weights as W8A8, by kind of tensor."""
+    tally = Tally()
+    with tempfile.TemporaryDirectory() as folder:
+        convert(embedded(), Path(folder) / "w8a8", Options(int8=True), tally=tally)
+    return tally.errors()
 
 
 def main() -> None:

@@ -163,7 +163,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, FakeTensorMode(allow_non_fake_inputs=False):
         create(Path(folder) / "wide", wide_heads(), seed=1)
         convert(embedded(), Path(folder) / "w8a8", Options(int8=True))
-        models = {"embedded": embedded(), "published head sizes": Path(folder) / "wide", "W8A8": Path(folder) / "w8a8"}
+        convert(Path(folder) / "wide", Path(folder) / "bf16", Options(bf16=True))
+        models = {
+            "embedded": embedded(),
+            "published head sizes": Path(folder) / "wide",
+            "BF16": Path(folder) / "bf16",
+            "W8A8": Path(folder) / "w8a8",
+        }
         for name, path in models.items():
             for generation in GENERATIONS if name != "W8A8" else ("910B", "910C"):
                 runs[f"{name}, {generation}"] = [run(path, generation, tier) for tier in ("cann", "composed")]

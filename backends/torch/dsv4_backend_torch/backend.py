@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib import metadata
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -18,6 +19,22 @@ from dsv4_core.dtypes import BFLOAT16, Experts, Host, ScaledArray
 if TYPE_CHECKING:
     from dsv4_backend_torch.process_group import TorchProcessGroup
     from dsv4_core.rendezvous import Rendezvous
+
+
+BUILT_IN = {"cpu", "cuda", "meta", "mps", "xpu"}  # devices that torch knows without an extension
+
+
+def load_extensions(backend: str, kind: str) -> None:
+    """Load the installed device extensions, as torch would by itself: for a device that it does not bring.
+
+    Raises ``BackendError`` with the reason where one does not load.
+    """
+    try:
+        for entry in metadata.entry_points(group="torch.backends"):
+            entry.load()()
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = f"{entry.name} does not load: {str(error).strip().splitlines()[0]}"
+        raise BackendError(f"backend {backend!r}: device {kind!r} needs an extension of torch, and {reason}") from error
 
 
 class TorchBackend(TorchFused, Backend):
@@ -39,6 +56,9 @@ class TorchBackend(TorchFused, Backend):
     def __init__(self, **options: Any) -> None:
         """Raise ``BackendError`` where this torch does not know or cannot use the device."""
         super().__init__(**options)
+        kind = str(self.device).partition(":")[0]
+        if kind not in BUILT_IN:
+            load_extensions(self.name, kind)
         try:
             self.device = torch.zeros(1, device=self.device).device
         except (RuntimeError, AssertionError) as error:

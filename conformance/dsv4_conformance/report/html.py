@@ -78,7 +78,7 @@ which a cell shows when it is pointed at, comes near 100 % in any correct backen
 {scale()}<div class=scroll>{heat(findings)}</div>
 <h2>Closest to the edge</h2><div class=scroll>{worst(findings, report["rerun"])}</div>
 <h2>Laws, models and recorded traces</h2><div class=scroll>{other(findings)}</div>
-<h2>Every check</h2><details><summary>{len(findings)} checks</summary><div class=scroll>{everything(findings)}</div></details>
+{proofs(report.get("proof", {}))}<h2>Every check</h2><details><summary>{len(findings)} checks</summary><div class=scroll>{everything(findings)}</div></details>
 </main></html>
 """
 
@@ -214,6 +214,14 @@ def other(findings: list[dict[str, Any]]) -> str:
         for f in rest
     )
     return f"<table><tr><th>check</th><th>status</th><th>figures</th><th>took</th></tr>{rows}</table>"
+
+
+def proofs(proof: dict[str, str]) -> str:
+    """How far each op is proven, where the backend keeps account."""
+    rows = "".join(
+        f"<tr><td><code>{escape(op)}</code></td><td>{escape(reached)}</td></tr>" for op, reached in proof.items()
+    )
+    return f"<h2>Proof</h2><table><tr><th>op</th><th>reached</th></tr>{rows}</table>" if proof else ""
 
 
 def everything(findings: list[dict[str, Any]]) -> str:

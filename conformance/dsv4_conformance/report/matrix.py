@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from dsv4_conformance.runner import said_once
 from dsv4_core.spec import OPS
 
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
@@ -96,9 +97,10 @@ def stamp(report: dict[str, Any], number: int) -> str:
     """What a column rests on."""
     suite = report["environment"]["suite"]
     version = report["version"] or suite
+    proven = f" Proof: {said_once(report['proof'])}." if report.get("proof") else ""
     return (
         f"[{number}] suite {suite}, {report['backend']} {version}, device {report['device']}, {report['date']}, tier {report['tier']}: "
-        f"`{report['rerun']}`.  "
+        f"`{report['rerun']}`.{proven}  "
     )
 
 

@@ -15,34 +15,47 @@ if TYPE_CHECKING:
     from dsv4_backend_torch.backend import TorchBackend
 
 GROUPS = 1024  # npu_grouped_matmul takes no more
+PIECES = 8  # in which a group is expanded: what dequantising needs beside its result is an eighth of it
+
+
+def expand(
+    backend: TorchBackend, stack: ScaledArray, experts: torch.Tensor | slice, into: torch.Tensor
+) -> torch.Tensor:
+    """Dequantise some experts of a stack into the front of ``into`` [groups, out, in], BF16; give that part."""
+    data, scale = stack.data[experts], stack.scale[experts]
+    count = data.shape[0]
+    step = -(-count // PIECES)
+    for first in range(0, count, step):
+        part = slice(first, first + step)
+        into[part] = backend.dequantise(ScaledArray(data[part], scale[part], stack.format), torch.bfloat16)
+    return into[:count]
 
 
 def expert_linear(
     backend: TorchBackend, x: torch.Tensor, stack: ScaledArray, offsets: torch.Tensor, *, expand_bytes: int
 ) -> torch.Tensor:
-    """Contract ``expert_linear``. Never more than about ``expand_bytes`` of BF16 weights exist; offsets stay on the
-    device.
+    """Contract ``expert_linear``. No more than ``expand_bytes`` of BF16 weights exist (and one expert's at least), with about
+    a quarter more while they are made; offsets stay on the device.
 
     Few rows (decode): each row's expert is gathered, packed, and expanded, a group a row. Many: experts in blocks; the
-    rows of a block are turned to the
-    front, because npu_grouped_matmul counts its groups from row 0.
+    rows of a block are turned to the front, because npu_grouped_matmul counts its groups from row 0.
     """
     experts, out, cols = stack.shape
     x = backend.quantised_activation(x)
     rows, size = x.shape[0], 2 * out * cols
     row = torch.arange(rows, dtype=offsets.dtype, device=x.device)
-    if rows <= GROUPS and rows * size <= expand_bytes:
+    gathered = rows <= GROUPS and rows * size <= expand_bytes
+    block = rows if gathered else max(1, min(GROUPS, experts, expand_bytes // size))
+    held = x.new_empty((block, out, cols), dtype=torch.bfloat16)
+    if gathered:
         own = torch.searchsorted(offsets, row, right=True).sub(1).clamp(0, experts - 1)
-        weight = backend.dequantise(ScaledArray(stack.data[own], stack.scale[own], stack.format), torch.bfloat16)
         each = torch.arange(rows + 1, dtype=offsets.dtype, device=x.device)
-        y = expert_linear_bf16(x, weight, each)
+        y = expert_linear_bf16(x, expand(backend, stack, own, held), each)
         return y.masked_fill((row >= offsets[-1]).unsqueeze(-1), 0)
     y = x.new_zeros((rows, out))
-    block = max(1, min(GROUPS, expand_bytes // size))
     for first in range(0, experts, block):
         bounds = offsets[first : first + block + 1]
-        part = slice(first, first + block)
-        weight = backend.dequantise(ScaledArray(stack.data[part], stack.scale[part], stack.format), torch.bfloat16)
+        weight = expand(backend, stack, slice(first, first + block), held)
         turned = expert_linear_bf16(x[(row + bounds[0]) % rows], weight, bounds - bounds[0])
         mine = (row >= bounds[0]) & (row < bounds[-1])
         y = torch.where(mine.unsqueeze(-1), turned[(row - bounds[0]) % rows], y)

@@ -62,20 +62,19 @@ def sparse_flash_attention(a: SimpleNamespace) -> tuple[torch.Tensor, ...]:
     """
     tokens, heads = a.query.shape[:2]
     rows = picked_rows(a)
-    key = torch.cat([a.key, a.key_rope], dim=-1)[:, 0].float()
     query = torch.cat([a.query, a.query_rope], dim=-1).float()
-    value = a.value[:, 0].float()
     out = torch.empty_like(a.query)
     maximum, total = (torch.empty(1, tokens, heads) for _ in range(2))
-    step = max(1, ROWS_AT_ONCE // (rows.shape[1] * key.shape[1]))
+    step = max(1, ROWS_AT_ONCE // (rows.shape[1] * query.shape[2]))
     for t in range(0, tokens, step):
         some = slice(t, t + step)
         index = rows[some].clamp(min=0)
-        scores = torch.einsum("thd,tpd->thp", query[some], key[index]) * a.scale_value
+        key = torch.cat([a.key[index, 0], a.key_rope[index, 0]], dim=-1).float()
+        scores = torch.einsum("thd,tpd->thp", query[some], key) * a.scale_value
         scores.masked_fill_((rows[some] < 0).unsqueeze(1), -torch.inf)
         top = scores.amax(-1, keepdim=True)
         weights = (scores - top).exp()
         norm = weights.sum(-1, keepdim=True)
-        out[some] = (torch.einsum("thp,tpd->thd", weights, value[index]) / norm).to(out.dtype)
+        out[some] = (torch.einsum("thp,tpd->thd", weights, a.value[index, 0].float()) / norm).to(out.dtype)
         maximum[0, some], total[0, some] = top.squeeze(-1), norm.squeeze(-1)
     return (out, maximum, total) if a.return_softmax_lse else (out, maximum.new_empty(0), maximum.new_empty(0))
