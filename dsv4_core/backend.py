@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +16,8 @@ from dsv4_core.ops import OPS, FusedOps
 from dsv4_core.spec import Array, BackendError, Numerics, Operand, Support
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from dsv4_core.exchange import ProcessGroup
     from dsv4_core.rendezvous import Rendezvous
 
@@ -135,6 +138,10 @@ class Backend(FusedOps):
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Allocate zeros of a dtype name."""
         raise NotImplementedError
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """What a forward runs in: a library that records gradients is told here that none are wanted."""
+        return nullcontext()
 
     def process_group(self, where: Rendezvous) -> ProcessGroup:
         """Reach the store that the ranks of a run share, through the backend's own library; importing it is done here.
