@@ -46,7 +46,8 @@ class Backend(FusedOps):
     """A way to run every op. Subclass it, implement the required ops, override fused ones where that pays.
 
     ``name``: as registered. ``options``: what the constructor takes beside ``numerics``. ``claims_level`` and
-    ``claims``: what the backend's own file says it fulfils (the conformance suite holds it to that).
+    ``claims``: what the backend's own file says it fulfils (the conformance suite holds it to that): op names, and a bitwise
+    law of one op as ``batch_invariance/act_qdq``.
     ``batch_invariant``, ``deterministic``: bitwise claims. ``narrower``: op -> the narrower intermediates it declares,
     from the contract's own list. ``weight_formats``: of quantised weights that it multiplies; the published two are required.
     """

@@ -12,6 +12,11 @@ from dsv4_core.ops.moe import MoeOps
 SHORT = 64  # rows that are not worth cutting into blocks
 
 
+def silu(x: Tensor) -> Tensor:
+    """``x * sigmoid(x)`` of a wide tensor that may be overwritten; torch's own is a unit off in float64, where that shows."""
+    return x / x.neg().exp_().add_(1) if x.dtype == torch.float64 else functional.silu(x, inplace=True)
+
+
 class TorchMoe(TorchMatmul, MoeOps):
     """Contracts of ``ops/moe.py``."""
 
@@ -61,7 +66,7 @@ class TorchMoe(TorchMatmul, MoeOps):
         return out
 
     def _swiglu(self, gate: Tensor, up: Tensor, weight: Tensor | None, limit: float) -> Tensor:
-        y = functional.silu(self.widen(gate).clamp(max=limit), inplace=True).mul_(self.widen(up).clamp(-limit, limit))
+        y = silu(self.widen(gate).clamp(max=limit)).mul_(self.widen(up).clamp(-limit, limit))
         return self.rounded(y if weight is None else y.mul_(weight))
 
     def combine(

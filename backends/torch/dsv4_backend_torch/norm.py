@@ -23,6 +23,11 @@ class TorchNorm(Numeric, NormOps):
 
     def rms_norm(self, x: Tensor, weight: Tensor | None, *, eps: float) -> Tensor:
         tokens, dim = x.shape
+        if (
+            self.numerics == "float64"
+        ):  # results are as fine as what is inside: one rounding of a row's common factor, not two
+            y = x / x.square().mean(1, keepdim=True).add_(eps).sqrt_()
+            return y if weight is None else y.mul_(weight)
         if self.on_cpu and tokens == 1:
             wide = self.widen(x)
             y = wide * (1 / math.sqrt(float(torch.linalg.vector_norm(wide)) ** 2 / dim + eps))
