@@ -1,15 +1,19 @@
 """The torch backend on the recorded models, and against the reference on batches, chunkings and weight caches."""
 
+import re
+
 import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 
+import torch
+from click.testing import CliRunner
 from dsv4_backend_torch import TorchBackend
 from dsv4_conformance import checks, golden, invariance, runner
 from recorded import feed, load_model, relative, vectors
 
-from dsv4_core import registry
+from dsv4_core import cli, registry
 from dsv4_core.backend import BackendError
 from dsv4_core.cache import Cache
 from dsv4_core.evaluate import teacher_forced
@@ -147,3 +151,19 @@ def test_a_forward_records_no_gradients_and_a_cache_outlives_it():
     cache.layers[0].ring.add_(0)
     cache.rewind(0, 0)
     assert (feed(model, cache, ids) == first).all()
+
+
+@pytest.mark.parametrize("numerics", ["native", "float32"])
+def test_bench_says_what_it_measured(numerics):
+    flags = ["--backend", "torch", "--numerics", numerics]
+    done = CliRunner().invoke(cli.root, ["bench", *flags, "--prompt", "20", "--tokens", "3", "--runs", "2"])
+    assert done.exit_code == 0, done.output
+    head, prefill, decode = [line for line in done.output.splitlines() if not line.startswith("backend: ")]
+    assert head.startswith(f"backend torch on cpu ({torch.get_num_threads()} thread")
+    assert f"numerics {numerics}; model embedded, 20 tokens and 3 after them, batch 1; median of 2" in head
+    for line, phase in ((prefill, "prefill"), (decode, "decode")):
+        rate, low, high = re.fullmatch(rf"{phase} +([\d.]+) tokens/s \(([\d.]+) to ([\d.]+)\)", line).groups()
+        assert 0 < float(low) <= float(rate) <= float(high)
+    done = CliRunner().invoke(cli.root, ["bench", *flags, "--prompt", "4090", "--tokens", "7"])
+    assert done.exit_code == 2
+    assert "--prompt 4090 and --tokens 7 together exceed the model's 4096 positions; choose fewer" in done.output
