@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +16,8 @@ from dsv4_core.ops import OPS, FusedOps
 from dsv4_core.spec import Array, BackendError, Numerics, Operand, Support, Tier
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from dsv4_core.exchange import ProcessGroup
     from dsv4_core.rendezvous import Rendezvous
 
@@ -55,7 +58,8 @@ class Backend(FusedOps):
     """A way to run every op. Subclass it, implement the required ops, override fused ones where that pays.
 
     ``name``: as registered. ``options``: what the constructor takes beside ``numerics``. ``claims_level`` and
-    ``claims``: what the backend's own file says it fulfils (the conformance suite holds it to that).
+    ``claims``: what the backend's own file says it fulfils (the conformance suite holds it to that): op names, and a bitwise
+    law of one op as ``batch_invariance/act_qdq``.
     ``batch_invariant``, ``deterministic``: bitwise claims. ``narrower``: op -> the narrower intermediates it declares,
     from the contract's own list. ``departures``: op -> what an option of the user's makes it compute instead of its
     contract; nothing is claimed of it, and reports say so. ``weight_formats``: of quantised weights that it multiplies; the published two are required.
@@ -164,6 +168,10 @@ class Backend(FusedOps):
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Allocate zeros of a dtype name."""
         raise NotImplementedError
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """What a forward runs in: a library that records gradients is told here that none are wanted."""
+        return nullcontext()
 
     def process_group(self, where: Rendezvous) -> ProcessGroup:
         """Reach the store that the ranks of a run share, through the backend's own library; importing it is done here.

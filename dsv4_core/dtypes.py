@@ -76,6 +76,8 @@ def encode(x: Host, fmt: Format) -> npt.NDArray[np.uint8]:
 
     NaN stays NaN in E4M3.
     """
+    if x.dtype == np.float64:  # ml_dtypes casts by way of float32, which would round twice
+        x = round_to_grid(x, fmt)
     top = np.asarray(FORMAT_MAX[fmt], x.dtype)
     kind = ml_dtypes.float8_e4m3fn if fmt == "e4m3" else ml_dtypes.float4_e2m1fn
     return np.clip(x, -top, top).astype(kind).view(np.uint8)

@@ -195,9 +195,10 @@ class Model:
         The cache's rows are written, its lengths are not.
         """
         be = self.backend
-        h = be.hc_expand(self._embedding(step.ids), hc=self.config.hc_mult)
-        for block in self.blocks:
-            h = self.block(block, h, step)
+        with be.computing():
+            h = be.hc_expand(self._embedding(step.ids), hc=self.config.hc_mult)
+            for block in self.blocks:
+                h = self.block(block, h, step)
         return h
 
     def mtp(self, h: Array, next_ids: Array, step: Step) -> Array:
@@ -207,19 +208,21 @@ class Model:
         be, c, mtp = self.backend, self.config, self.mtp_block
         if mtp is None:
             raise ValueError("this checkpoint has no MTP block (num_nextn_predict_layers = 0)")
-        e = be.rms_norm(self._embedding(next_ids), mtp.enorm, eps=c.rms_norm_eps)
-        e = be.linear(e, mtp.e_proj, out_dtype=be.activation_dtype)
-        streams = be.rms_norm(h.reshape((step.tokens * c.hc_mult, c.hidden_size)), mtp.hnorm, eps=c.rms_norm_eps)
-        streams = be.linear(streams, mtp.h_proj, out_dtype=be.activation_dtype).reshape(h.shape)
-        return self.block(mtp.block, be.hc_add(streams, e), step)
+        with be.computing():
+            e = be.rms_norm(self._embedding(next_ids), mtp.enorm, eps=c.rms_norm_eps)
+            e = be.linear(e, mtp.e_proj, out_dtype=be.activation_dtype)
+            streams = be.rms_norm(h.reshape((step.tokens * c.hc_mult, c.hidden_size)), mtp.hnorm, eps=c.rms_norm_eps)
+            streams = be.linear(streams, mtp.h_proj, out_dtype=be.activation_dtype).reshape(h.shape)
+            return self.block(mtp.block, be.hc_add(streams, e), step)
 
     def logits(self, h: Array, *, mtp: bool = False) -> Array:
         """Reduce streams [T, hc, D] to logits [T, vocab], wide."""
         be, c = self.backend, self.config
         head = self.mtp_block.head if mtp and self.mtp_block else self.head
-        x = be.hc_head(h, head.hc.fn, head.hc.scale, head.hc.base, norm_eps=c.rms_norm_eps, eps=c.hc_eps)
-        logits = be.logits(be.rms_norm(x, head.norm, eps=c.rms_norm_eps), self.lm_head)
-        return self.parallel.gather_logits(logits) if self.parallel.gather_logits else logits
+        with be.computing():
+            x = be.hc_head(h, head.hc.fn, head.hc.scale, head.hc.base, norm_eps=c.rms_norm_eps, eps=c.hc_eps)
+            logits = be.logits(be.rms_norm(x, head.norm, eps=c.rms_norm_eps), self.lm_head)
+            return self.parallel.gather_logits(logits) if self.parallel.gather_logits else logits
 
     def _embedding(self, ids: Array) -> Array:
         p = self.parallel

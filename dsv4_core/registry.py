@@ -119,13 +119,14 @@ def backend_class(name: str) -> type[Backend]:
     manager.add_hookspecs(BackendHooks)
     try:
         manager.load_setuptools_entrypoints(GROUP, name=name)
-    except (ImportError, OSError, RuntimeError) as error:  # torch raises the last two over libraries that do not load
+    except Exception as error:  # whatever a vendor's library raises: a shared object that is gone is an OSError
         if known[name].missing:
             raise BackendError(
                 f"backend {name!r} needs {', '.join(known[name].missing)}, not found here; {known[name].install_command}"
             ) from error
         raise BackendError(
-            f"backend {name!r} ({known[name].module}) failed to import: {error}; see `dsv4 backends`"
+            f"backend {name!r} ({known[name].module}) failed to import: {type(error).__name__}: {error}; "
+            f"`dsv4 doctor -b {name}` looks at what it needs"
         ) from error
     found = cast("type[Backend] | None", manager.hook.dsv4_backend())
     if found is None:

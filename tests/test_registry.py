@@ -91,9 +91,16 @@ def test_a_missing_library_is_named_with_its_command(vendor):
         registry.create("vendor")
 
 
-def test_a_broken_plug_in_is_not_a_traceback(vendor):
-    vendor("from numpy import no_such_name\n")
-    with pytest.raises(BackendError, match=r"'vendor' \(vendor_plugin\) failed to import: cannot import name"):
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [
+        ("from numpy import no_such_name", "ImportError: cannot import name"),
+        ("raise OSError('libvendor.so: cannot open shared object file')", "OSError: libvendor.so: cannot open"),
+    ],
+)
+def test_a_broken_plug_in_is_not_a_traceback(vendor, source, error):
+    vendor(source)
+    with pytest.raises(BackendError, match=rf"'vendor' \(vendor_plugin\) failed to import: {error}.*dsv4 doctor"):
         registry.create("vendor")
 
 

@@ -48,6 +48,11 @@ def command(
 
     directory = Path(model_directory(model))
     loaded = Session.open(directory, flags).model
+    positions = loaded.config.max_position_embeddings
+    if prompt + tokens > positions:
+        raise click.UsageError(
+            f"--prompt {prompt} and --tokens {tokens} together exceed the model's {positions} positions; choose fewer"
+        )
     measure(loaded, prompt, tokens, batch, chunk)
     times = [measure(loaded, prompt, tokens, batch, chunk) for _ in range(runs)]
     ceilings = (
@@ -57,7 +62,8 @@ def command(
     )
     be = loaded.backend
     click.echo(
-        f"backend {be.name} on {getattr(be, 'device', 'cpu')}, numerics {be.numerics}; batch {batch}, median of {runs}"
+        f"{be.describe().splitlines()[0]}, numerics {be.numerics}; model {model or 'embedded'}, "
+        f"{prompt} tokens and {tokens} after them, batch {batch}; median of {runs} (slowest to fastest)"
     )
     counts = {"prefill": batch * prompt, "decode": batch * tokens}
     for i, phase in enumerate(("prefill", "decode")):

@@ -5,10 +5,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from dsv4_backend_torch.quant import signed_like  # noqa: E402
+from dsv4_backend_torch.quant import round_to_grid, signed_like, to_e4m3  # noqa: E402
 
 from dsv4_core import registry  # noqa: E402
-from dsv4_core.dtypes import BFLOAT16, RowLayout, ScaledArray, quantise_weight  # noqa: E402
+from dsv4_core.dtypes import BFLOAT16, E4M3_VALUES, RowLayout, ScaledArray, quantise_weight  # noqa: E402
 
 REFERENCE = registry.create("reference")
 TORCH = registry.create("torch", weight_cache=0)
@@ -97,6 +97,57 @@ def test_act_qdq(kind, fmt, block, channels):
         TORCH.act_qdq(TORCH.from_numpy(x), format=fmt, block=block, channels=channels),
         REFERENCE.act_qdq(x, format=fmt, block=block, channels=channels),
     )
+
+
+@pytest.mark.usefixtures("float8")
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "no rows"])
+def test_a_decode_steps_rows_are_what_they_are_among_many(kind):
+    """The path of a few tokens and that of many, in the batch's first, middle and last rows: same bits."""
+    x = TORCH.from_numpy(rows(kind))
+    layout = RowLayout("kv", 512, 64)
+    every = torch.zeros((len(x) + 1, layout.width), dtype=torch.uint8)
+    TORCH.cache_write(every, x, torch.arange(1, len(x) + 1, dtype=torch.int32), layout=layout)
+    codes, scale = TORCH.act_quant(x, block=128)
+    for part in (slice(0, 1), slice(len(x) // 2, len(x) // 2 + 3), slice(len(x) - 1, len(x))):
+        few = x[part]
+        for fmt, block, channels in (("e4m3", 64, 448), ("e2m1", 32, 512)):
+            if kind == "inf and nan" and fmt == "e2m1":
+                continue
+            many = TORCH.act_qdq(x, format=fmt, block=block, channels=channels)[part]
+            same_bits(TORCH.act_qdq(few, format=fmt, block=block, channels=channels), TORCH.to_numpy(many))
+        for got, want in zip(TORCH.act_quant(few, block=128), (codes, scale), strict=True):
+            same_bits(got, TORCH.to_numpy(want[part]))
+        if kind != "inf and nan":  # no cached row holds either
+            alone = torch.zeros((len(few), layout.width), dtype=torch.uint8)
+            TORCH.cache_write(alone, few, torch.arange(len(few), dtype=torch.int32), layout=layout)
+            same_bits(alone, TORCH.to_numpy(every[1:][part]))
+
+
+@pytest.mark.parametrize("values", ["every float16", "around every tie"])
+def test_torchs_cast_rounds_as_the_arithmetic_does(values):
+    if not hasattr(torch, "float8_e4m3fn"):
+        pytest.skip("this torch has no E4M3: the arithmetic is all there is")
+    if values == "every float16":
+        x = torch.from_numpy(np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32))
+    else:
+        grid = torch.from_numpy(np.unique(E4M3_VALUES[np.isfinite(E4M3_VALUES)]))
+        middle = (grid[1:] + grid[:-1]) / 2
+        x = torch.cat([middle, *(middle.nextafter(torch.full_like(middle, end)) for end in (-torch.inf, torch.inf))])
+    got = to_e4m3(x).to(torch.float32)
+    want = round_to_grid(x.to(torch.float64), "e4m3").to(torch.float32)  # float64 is never cast
+    assert torch.equal(got.nan_to_num(500), want.nan_to_num(500))
+    assert torch.equal(torch.signbit(got)[~got.isnan()], torch.signbit(want)[~want.isnan()])
+
+
+def test_float64_is_rounded_once():
+    """A midpoint's neighbours in float64 are the midpoint itself in float32: rounding twice would go to even."""
+    middle = 17 * 2.0**-4  # between 1 and 1.125
+    x = np.array([[448, middle, np.nextafter(middle, 2), np.nextafter(middle, 0), *[0.0] * 124]])
+    backends = [registry.create(name, numerics="float64") for name in ("reference", "torch")]
+    for be in backends:
+        codes = be.to_numpy(be.act_quant(be.from_numpy(x), block=128)[0])
+        np.testing.assert_array_equal(E4M3_VALUES[codes[0, :4]], [448, 1, 1.125, 1])
 
 
 @pytest.mark.usefixtures("float8")

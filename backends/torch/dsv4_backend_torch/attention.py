@@ -70,6 +70,8 @@ class TorchAttention(Numeric, AttentionOps):
     def sparse_attn(
         self, q: Tensor, kv: Tensor, attn_sink: Tensor, topk_idxs: Tensor, *, softmax_scale: float
     ) -> Tensor:
+        if self.on_cpu and q.shape[0] == 1 and topk_idxs.shape[1] and int(topk_idxs.min()) >= 0:
+            return self.attend_all(q, kv, attn_sink, topk_idxs, softmax_scale)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         padded = torch.cat([self.widen(kv), torch.zeros((1, kv.shape[1]), dtype=self.wide_type, device=kv.device)])
         sink = self.widen(attn_sink)
@@ -78,6 +80,13 @@ class TorchAttention(Numeric, AttentionOps):
             block = slice(i, i + step)
             out[block] = self.attend(self.widen(q[block]) * softmax_scale, padded, sink, topk_idxs[block])
         return out
+
+    def attend_all(self, q: Tensor, kv: Tensor, sink: Tensor, idxs: Tensor, softmax_scale: float) -> Tensor:
+        """A decode step's attention, every index listing a row: in half the calls."""
+        rows = self.widen(kv.index_select(0, idxs[0]))
+        scores = torch.mm(self.widen(q)[0] * softmax_scale, rows.t())
+        weights = torch.cat((scores, self.widen(sink)[:, None]), 1).softmax(-1)
+        return self.rounded(torch.mm(weights[:, :-1], rows))[None]
 
     def attention_tokens(self, q: Tensor, idxs: Tensor) -> int:
         """How many tokens attend at a time."""

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from dsv4_backend_torch.fused import TorchFused
+from dsv4_backend_torch.matmul import cpu_multiplies_bf16
 from dsv4_backend_torch.numeric import torch_dtype
 from dsv4_backend_torch.weights import StackedExperts, WeightCache
-from dsv4_core.backend import Backend, BackendError, Option
+from dsv4_core.backend import Backend, BackendError, Diagnosis, Option
 from dsv4_core.dtypes import BFLOAT16, Experts, Host, ScaledArray
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from dsv4_backend_torch.process_group import TorchProcessGroup
     from dsv4_core.rendezvous import Rendezvous
 
@@ -49,6 +52,10 @@ class TorchBackend(TorchFused, Backend):
         Option("threads", "threads of torch on a CPU"),
     )
     claims_level = 3
+    # one rounding of an exact value, or none: whoever else is in the batch, and whichever path the number of rows takes
+    claims = tuple(
+        f"batch_invariance/{op}" for op in ("embedding", "hc_expand", "hc_add", "act_quant", "act_qdq", "index_select")
+    )
     weight_cache: int
     threads: int | None
     deterministic = True
@@ -67,9 +74,39 @@ class TorchBackend(TorchFused, Backend):
                 f"backend {self.name!r}: device {self.device!r} cannot be used by torch {torch.__version__}: {reason}"
             ) from None
         if self.threads is not None:
+            if not str(self.threads).isdecimal() or int(self.threads) < 1:
+                raise BackendError(
+                    f"backend {self.name!r}: threads {self.threads!r} must be a whole number of 1 or more"
+                )
             torch.set_num_threads(int(self.threads))
         self.weights = WeightCache(self.weight_cache)
         self._well_scaled = {}
+
+    @classmethod
+    def diagnose(cls) -> tuple[Diagnosis, ...]:
+        """Say which torch this is, what it computes on, and how it multiplies BF16 on this CPU."""
+        found = {kind: getattr(torch, kind, None) for kind in ("cuda", "npu", "xpu")} | {"mps": torch.backends.mps}
+        kinds = [kind for kind, module in found.items() if module is not None and module.is_available()]
+        bf16 = "BF16 products by oneDNN" if cpu_multiplies_bf16() else "no BF16 products: float32, rounded to BF16"
+        small = [n for n in ("float8_e4m3fn", "float8_e8m0fnu", "float4_e2m1fn_x2") if not hasattr(torch, n)]
+        return (
+            Diagnosis("version", f"{torch.__version__}; dtypes it lacks, done by tables: {', '.join(small) or 'none'}"),
+            Diagnosis("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {bf16}"),
+            Diagnosis("other devices", ", ".join(kinds) or "none that this torch can use"),
+        )
+
+    def describe(self) -> str:
+        """Name the device and, on a CPU, what BF16 operands are multiplied as."""
+        where = f"backend {self.name} on {self.device}"
+        if not self.on_cpu:
+            return where
+        threads = f"{(n := torch.get_num_threads())} thread{'s' * (n != 1)}"
+        products = ", products in BF16" if self.bf16_products else ", products in float32"
+        return f"{where} ({threads}{products if self.numerics == 'native' else ''})"
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """No gradients, no version counters: a tenth of a decode step."""
+        return torch.inference_mode()
 
     def from_numpy(self, array: Host) -> Tensor:
         """Take over a host array; on a CPU its memory is shared."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dsv4_backend_torch.numeric import FEW
 from dsv4_backend_torch.quant import TorchQuant
 from dsv4_core.dtypes import FP4_GROUP, KV_BLOCK, Format, RowLayout
 from dsv4_core.ops.cache import CacheOps
@@ -19,6 +20,14 @@ class TorchCache(TorchQuant, CacheOps):
     """Contracts of ``ops/cache.py``."""
 
     def cache_write(self, cache: Tensor, rows: Tensor, index: Tensor, *, layout: RowLayout) -> None:
+        if self.on_cpu and index.shape[0] <= FEW:
+            slots = index.tolist()
+            if max(slots, default=-1) >= 0:
+                stored = self.pack(rows, layout)
+                for i, slot in enumerate(slots):
+                    if slot >= 0:
+                        cache[slot] = stored[i]
+            return
         if self.on_cpu:
             kept = torch.nonzero(index >= 0)[:, 0]
             if kept.shape[0] != index.shape[0]:
@@ -38,6 +47,8 @@ class TorchCache(TorchQuant, CacheOps):
         cache.index_copy_(0, torch.where(kept, target, target[first].clamp(min=0)), stored)
 
     def cache_read(self, cache: Tensor, index: Tensor, *, layout: RowLayout) -> Tensor:
+        if self.on_cpu and (not index.shape[0] or int(index.min()) >= 0):
+            return self.unpack(cache.index_select(0, index), layout)
         rows = self.unpack(cache.index_select(0, index.clamp(min=0)), layout)
         return rows.masked_fill_((index < 0)[:, None], 0)
 
@@ -55,7 +66,9 @@ class TorchCache(TorchQuant, CacheOps):
         codes = codes.reshape(n, quantised)
         if layout.kind == "key":
             return torch.cat([codes[:, 0::2] | (codes[:, 1::2] << 4), scale], 1)
-        rope = rows.new_empty((n, layout.rope_dim)).copy_(rows[:, quantised:])  # contiguous, with no rows too
+        rope = rows[:, quantised:]
+        if n != 1:
+            rope = rows.new_empty((n, layout.rope_dim)).copy_(rope)  # contiguous, with no rows too
         padding = codes.new_zeros((n, layout.width - quantised - 2 * layout.rope_dim - scale.shape[1]))
         return torch.cat([codes, scale, padding, rope.view(torch.uint8)], 1)
 

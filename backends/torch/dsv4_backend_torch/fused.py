@@ -17,6 +17,7 @@ from dsv4_core.ops.fused import FusedOps
 
 if TYPE_CHECKING:
     from dsv4_backend_torch.matmul import Weight
+    from dsv4_core.dtypes import RowLayout
 
 
 class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, FusedOps):
@@ -39,7 +40,11 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Fus
                 ),
             )
         tokens, topk = indices.shape
-        y = torch.zeros((tokens, x.shape[1]), dtype=self.wide_type) if shared is None else self.widen(shared).clone()
+        y = (
+            torch.zeros((tokens, x.shape[1]), dtype=self.wide_type)
+            if shared is None
+            else shared.to(self.wide_type, copy=True)
+        )
         x = self.quantised_activation(x, fmt) if (fmt := format_of(w1.dtype)) else x
         if tokens == 1:
             return self._one_token(x, weights, indices, y, w1, w3, w2, first_expert, limit).to(
@@ -63,6 +68,37 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Fus
                 y.index_add_(0, token, self.widen(rows))
         return y.to(getattr(torch, out_dtype))
 
+    def cached_sparse_attn(
+        self, q: Tensor, kv: Tensor, ring: Tensor, ring_index: Tensor, rows: Tensor | None, row_index: Tensor | None,
+        attn_sink: Tensor, topk_idxs: Tensor, *, layout: RowLayout, softmax_scale: float,
+    ) -> Tensor:  # fmt: skip
+        if not (self.on_cpu and q.shape[0] == 1) or rows is None or row_index is None:
+            return cast(
+                "Tensor",
+                super().cached_sparse_attn(
+                    q,
+                    kv,
+                    ring,
+                    ring_index,
+                    rows,
+                    row_index,
+                    attn_sink,
+                    topk_idxs,
+                    layout=layout,
+                    softmax_scale=softmax_scale,
+                ),
+            )
+        # a decode step on a CPU: window rows and compressed ones are unpacked together
+        recent = ring_index.shape[0]
+        if min(int(index.min()) if index.shape[0] else 0 for index in (ring_index, row_index)) < 0:
+            old = torch.cat(
+                [self.cache_read(ring, ring_index, layout=layout), self.cache_read(rows, row_index, layout=layout)]
+            )
+        else:
+            old = self.unpack(torch.cat([ring.index_select(0, ring_index), rows.index_select(0, row_index)]), layout)
+        every = torch.cat([old[:recent], kv, old[recent:]])
+        return self.sparse_attn(q, every, attn_sink, topk_idxs, softmax_scale=softmax_scale)
+
     def _one_token(
         self,
         x: Tensor,
@@ -81,13 +117,12 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Fus
         ]
         if not local:
             return y
-        gate_up = torch.cat([self.product(x, (w1[e], w3[e]), wide=False) for _, e in local])
-        inter = w1.shape[1]
+        gate, up = torch.cat([self.product(x, (w1[e], w3[e]), wide=False) for _, e in local]).chunk(2, 1)
         chosen = weights[0] if len(local) == weights.shape[1] else weights[0, [j for j, _ in local]]
-        hidden = self.weighted_swiglu(gate_up[:, :inter], gate_up[:, inter:], chosen[:, None], limit)
+        hidden = self.weighted_swiglu(gate, up, chosen[:, None], limit)
         if fmt := format_of(w2.dtype):
             hidden = self.quantised_activation(hidden, fmt)
-        rows = [self.product(hidden[i : i + 1], (w2[e],), wide=False) for i, (_, e) in enumerate(local)]
+        rows = [self.product(row, (w2[e],), wide=False) for row, (_, e) in zip(hidden.split(1), local, strict=True)]
         return y.add_(torch.cat(rows).sum(0, dtype=self.wide_type))
 
     def expert(self, x: Tensor, w13: tuple[Weight, Weight], w2: Weight, weight: Tensor | None, limit: float) -> Tensor:

@@ -9,7 +9,12 @@ from torch.nn import functional
 from dsv4_backend_torch.matmul import TorchMatmul, Weight
 from dsv4_core.ops.moe import MoeOps
 
-FEW = 64  # rows that are not worth cutting into blocks
+SHORT = 64  # rows that are not worth cutting into blocks
+
+
+def silu(x: Tensor) -> Tensor:
+    """``x * sigmoid(x)`` of a wide tensor that may be overwritten; torch's own is a unit off in float64, where that shows."""
+    return x / x.neg().exp_().add_(1) if x.dtype == torch.float64 else functional.silu(x, inplace=True)
 
 
 class TorchMoe(TorchMatmul, MoeOps):
@@ -53,7 +58,7 @@ class TorchMoe(TorchMatmul, MoeOps):
 
     def weighted_swiglu(self, gate: Tensor, up: Tensor, weight: Tensor | None, limit: float) -> Tensor:
         """``silu(min(gate, limit)) * clamp(up, -limit, limit) * weight``, wide, rounded once."""
-        if gate.shape[0] <= FEW:
+        if gate.shape[0] <= SHORT:
             return self._swiglu(gate, up, weight, limit)
         out = torch.empty(gate.shape, dtype=self.act_type, device=gate.device)
         for part in self.blocks(*gate.shape):
@@ -61,7 +66,7 @@ class TorchMoe(TorchMatmul, MoeOps):
         return out
 
     def _swiglu(self, gate: Tensor, up: Tensor, weight: Tensor | None, limit: float) -> Tensor:
-        y = functional.silu(self.widen(gate).clamp(max=limit)).mul_(self.widen(up).clamp(-limit, limit))
+        y = silu(self.widen(gate).clamp(max=limit)).mul_(self.widen(up).clamp(-limit, limit))
         return self.rounded(y if weight is None else y.mul_(weight))
 
     def combine(

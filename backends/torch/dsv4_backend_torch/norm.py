@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dsv4_backend_torch.numeric import BLOCK, Numeric
+from dsv4_backend_torch.numeric import BLOCK, FEW, Numeric
 from dsv4_core.ops.norm import NormOps
+
+SMALL = 1 << 13  # elements up to which a few plain calls cost less than the library's norm
+_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 
 class TorchNorm(Numeric, NormOps):
     """Contracts of ``ops/norm.py``."""
 
-    _rotation: tuple[Tensor, Tensor, Tensor] | None = None
+    _rotation: tuple[Tensor, dict[int, Any]] | None = None
 
     def rms_norm(self, x: Tensor, weight: Tensor | None, *, eps: float) -> Tensor:
         tokens, dim = x.shape
-        if self.on_cpu and tokens == 1:  # a decode step is bound by the number of its calls: here three
+        if (
+            self.numerics == "float64"
+        ):  # results are as fine as what is inside: one rounding of a row's common factor, not two
+            y = x / x.square().mean(1, keepdim=True).add_(eps).sqrt_()
+            return y if weight is None else y.mul_(weight)
+        if self.on_cpu and tokens == 1:
             wide = self.widen(x)
-            y = wide * (1 / math.sqrt(float(torch.dot(wide[0], wide[0])) / dim + eps))
+            y = wide * (1 / math.sqrt(float(torch.linalg.vector_norm(wide)) ** 2 / dim + eps))
             return self.rounded(y if weight is None else y.mul_(weight))
         gain = None if weight is None else self.widen(weight)
+        if self.on_cpu and tokens * dim <= SMALL:
+            wide = self.widen(x)
+            mean_square = torch.linalg.vector_norm(wide, dim=1, keepdim=True).square_().mul_(1 / dim)
+            y = wide * mean_square.add_(eps).rsqrt_()
+            return self.rounded(y if gain is None else y.mul_(gain))
         if tokens * dim <= BLOCK:
             return self.rounded(functional.rms_norm(self.widen(x), (dim,), gain, eps))
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -33,22 +47,31 @@ class TorchNorm(Numeric, NormOps):
 
     def apply_rope(self, x: Tensor, positions: Tensor, freqs: Tensor, *, inverse: bool) -> Tensor:
         rotated = 2 * freqs.shape[0]
-        turn = self.rotation(positions, freqs)
+        if self.on_cpu and positions.shape[0] <= FEW and x.is_contiguous() and x.shape[-1] % 2 == 0:
+            wide = x.to(self.wide_type, copy=True)
+            start = (x.shape[-1] - rotated) // 2
+            wide.view(_COMPLEX[self.wide_type])[..., start:].mul_(self.rotation(positions, freqs)[inverse])
+            return self.rounded(wide)
+        turn = self.rotation(positions, freqs)[inverse]
         pairs = torch.view_as_complex(self.widen(x[..., -rotated:]).reshape(*x.shape[:-1], freqs.shape[0], 2))
-        y = torch.view_as_real(pairs * (turn.conj() if inverse else turn)).reshape(*x.shape[:-1], rotated)
+        y = torch.view_as_real(pairs * turn).reshape(*x.shape[:-1], rotated)
         return torch.cat([x[..., :-rotated], self.rounded(y)], -1)
 
-    def rotation(self, positions: Tensor, freqs: Tensor) -> Tensor:
-        """``cos + i sin`` of each pair's angle, [tokens, 1, half]; the angle is a float32 product in every mode.
+    def rotation(self, positions: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
+        """``cos + i sin`` of each pair's angle, [tokens, 1, half], and its inverse; the angle is a float32 product in every mode.
 
-        On a CPU the last one is kept: a layer turns four or more arrays by the same angles. On a device a kept
-        tensor would break a captured graph.
+        On a CPU those of the last positions are kept: a layer turns four or more arrays by the same angles. On a device a
+        kept tensor would break a captured graph.
         """
         kept = self._rotation
-        if kept is not None and kept[0] is positions and kept[1] is freqs:
-            return kept[2]
+        if kept is None or kept[0] is not positions:
+            kept = (positions, {})
+        if (found := kept[1].get(id(freqs))) is not None and found[0] is freqs:
+            return found[1], found[2]
         angle = self.widen(positions.to(torch.float32)[:, None] * freqs)
         turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+        back = turn.conj()
         if self.on_cpu:
-            self._rotation = (positions, freqs, turn)
-        return turn
+            kept[1][id(freqs)] = (freqs, turn, back := back.resolve_conj())
+            self._rotation = kept
+        return turn, back

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
+from array import array
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dsv4_backend_torch.numeric import Numeric
+from dsv4_backend_torch.numeric import FEW, Numeric
 from dsv4_core.dtypes import AMAX_FLOOR, FORMAT_MAX, FP4_GROUP, FP8_BLOCK, INT8_MAX, Format, ScaledArray
 from dsv4_core.ops.quant import QuantOps
 
@@ -23,6 +26,7 @@ class _Bits(NamedTuple):
 
 _BITS = {torch.float32: _Bits(torch.int32, 23, 127), torch.float64: _Bits(torch.int64, 52, 1023)}
 _MANTISSA: dict[Format, int] = {"e4m3": 3, "e2m1": 1}
+_LEAST_SCALE = {fmt: float(np.float32(floor) * np.float32(1 / FORMAT_MAX[fmt])) for fmt, floor in AMAX_FLOOR.items()}
 _LEAST_EXPONENT: dict[Format, int] = {"e4m3": -6, "e2m1": 0}  # of a normal number
 
 
@@ -37,10 +41,32 @@ def hadamard_matrix(dim: int, dtype: torch.dtype, device: torch.device) -> Tenso
 
 def scale_bits(blocks: Tensor, fmt: Format) -> Tensor:
     """Float32 bits, as int32, of the smallest power-of-two scales that fit blocks [..., block] into the format: a bare exponent."""
-    amax = blocks.abs().amax(-1).to(torch.float32).clamp_(min=AMAX_FLOOR[fmt])
+    amax = blocks.abs().amax(-1).to(torch.float32)
     return (
-        amax.mul_(1 / FORMAT_MAX[fmt]).view(torch.int32).add_(0x7FFFFF).bitwise_and_(0x7F800000)
+        amax.clamp_(min=AMAX_FLOOR[fmt])
+        .mul_(1 / FORMAT_MAX[fmt])
+        .view(torch.int32)
+        .add_(0x7FFFFF)
+        .bitwise_and_(0x7F800000)
     )  # one up where any mantissa bit is set
+
+
+def few_exponents(blocks: Tensor, fmt: Format) -> list[int] | None:
+    """Exponents of the same scales, as Python integers, of a decode step's blocks on a CPU; None beside what is not finite."""
+    amax = blocks.abs().amax(-1).reshape(-1).to(torch.float32).mul_(1 / FORMAT_MAX[fmt])
+    least, exponents = _LEAST_SCALE[fmt], []
+    for value in amax.tolist():
+        if not value < math.inf:
+            return None
+        mantissa, exponent = math.frexp(max(value, least))
+        exponents.append(exponent - (mantissa == 0.5))
+    return exponents
+
+
+def few_scales(exponents: list[int], blocks: Tensor) -> Tensor:
+    """Powers of two that broadcast over ``blocks``."""
+    scales = array("d", [math.ldexp(1, e) for e in exponents])
+    return torch.frombuffer(scales, dtype=torch.float64).to(blocks.dtype).view(*blocks.shape[:-1], 1)
 
 
 def scale_bytes(bits: Tensor) -> Tensor:
@@ -49,9 +75,13 @@ def scale_bytes(bits: Tensor) -> Tensor:
 
 
 def grid_scale(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales [..., 1] of their bits: byte 0 (met only beside a NaN) is 2^-127, byte 255 (beside an infinity) leaves nothing but NaN."""
-    scale = bits.view(torch.float32).clamp(min=2.0**-127)
-    return (scale - scale).add_(scale).to(dtype)[..., None]  # infinity less itself is NaN; any other scale stays
+    """Scales [..., 1] of their bits: byte 0 (met only beside a NaN) is 2^-127, byte 255 (beside an infinity) is infinity."""
+    return bits.view(torch.float32).clamp(min=2.0**-127).to(dtype)[..., None]
+
+
+def nan_if_infinite(scale: Tensor) -> Tensor:
+    """Scales that leave nothing but NaN beside an infinity: infinity less itself is NaN; any other scale stays."""
+    return (scale - scale).add_(scale)
 
 
 def round_to_grid(x: Tensor, fmt: Format) -> Tensor:
@@ -59,12 +89,24 @@ def round_to_grid(x: Tensor, fmt: Format) -> Tensor:
 
     Adding 1.5 * 2^(exponent - grid's mantissa bits + dtype's) leaves no room for finer bits: the addition itself rounds.
     """
+    if fmt == "e4m3" and x.dtype == torch.float32 and has_e4m3(x):
+        return to_e4m3(x).to(torch.float32)
     integer, mantissa, bias = _BITS[x.dtype]
     y = x.clamp(-FORMAT_MAX[fmt], FORMAT_MAX[fmt])
     exponent = y.view(integer) & (((1 << (x.element_size() * 8 - 1 - mantissa)) - 1) << mantissa)
     exponent.clamp_(min=(bias + _LEAST_EXPONENT[fmt]) << mantissa)
     shift = exponent.add_(((mantissa - _MANTISSA[fmt]) << mantissa) + (1 << (mantissa - 1))).view(x.dtype)
     return signed_like((y + shift).sub_(shift), y)
+
+
+def has_e4m3(x: Tensor) -> bool:
+    """Say whether torch's own cast rounds ``x``: on a CPU, in a torch that has the dtype. Proven equal to the arithmetic in the tests."""
+    return x.device.type == "cpu" and hasattr(torch, "float8_e4m3fn")
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """Float32 values, clamped and rounded once, in torch's E4M3."""
+    return x.clamp(-FORMAT_MAX["e4m3"], FORMAT_MAX["e4m3"]).to(torch.float8_e4m3fn)
 
 
 def signed_like(rounded: Tensor, y: Tensor, *, on_cpu: bool | None = None) -> Tensor:
@@ -79,7 +121,7 @@ def signed_like(rounded: Tensor, y: Tensor, *, on_cpu: bool | None = None) -> Te
 
 def grid_codes(y: Tensor, fmt: Format) -> Tensor:
     """Codes, one a byte, of values that are on the format's grid (or NaN, in E4M3)."""
-    if fmt == "e4m3" and y.device.type == "cpu" and hasattr(torch, "float8_e4m3fn"):
+    if fmt == "e4m3" and has_e4m3(y):
         return y.to(torch.float8_e4m3fn).view(torch.uint8)
     bits = y.to(torch.float32).view(torch.int32)
     magnitude, mantissa = bits & 0x7FFFFFFF, _MANTISSA[fmt]
@@ -102,20 +144,42 @@ class TorchQuant(Numeric, QuantOps):
     def encode(self, x: Tensor, fmt: Format, block: int) -> tuple[Tensor, Tensor]:
         """Codes [tokens, blocks, block], one a byte, and E8M0 scale bytes [tokens, blocks]."""
         blocks = self.widen(x).reshape(x.shape[0], x.shape[1] // block, block)
+        if self.few(blocks) and (exponents := few_exponents(blocks, fmt)) is not None:
+            codes = grid_codes(round_to_grid(blocks / few_scales(exponents, blocks), fmt), fmt)
+            scale = torch.frombuffer(bytearray(127 + e for e in exponents), dtype=torch.uint8)
+            return codes, scale.view(blocks.shape[:-1])
         bits = scale_bits(blocks, fmt)
-        return grid_codes(round_to_grid(blocks / grid_scale(bits, blocks.dtype), fmt), fmt), scale_bytes(bits)
+        scaled = blocks / nan_if_infinite(grid_scale(bits, blocks.dtype))
+        if fmt == "e4m3" and scaled.dtype == torch.float32 and has_e4m3(scaled):
+            return to_e4m3(scaled).view(torch.uint8), scale_bytes(bits)
+        return grid_codes(round_to_grid(scaled, fmt), fmt), scale_bytes(bits)
 
     def act_qdq(self, x: Tensor, *, format: Format, block: int, channels: int) -> Tensor:
         if self.numerics != "native":
             return x
-        grid = self.rounded(self.on_grid(x[:, :channels], format, block))
+        if self.on_cpu and x.shape[0] <= FEW and x.is_contiguous():
+            wide = x.to(torch.float32, copy=True)
+            blocks = wide[:, :channels].view(x.shape[0], channels // block, block)
+            blocks.copy_(self.on_grid(blocks, format))
+            return self.rounded(wide)
+        grid = self.rounded(self.blocks_on_grid(x[:, :channels], format, block))
         return grid if channels == x.shape[1] else torch.cat([grid, x[:, channels:]], 1)
 
-    def on_grid(self, x: Tensor, fmt: Format, block: int) -> Tensor:
-        """Quantise and dequantise, wide: exactly ``q * scale``."""
-        blocks = self.widen(x).reshape(x.shape[0], x.shape[1] // block, block)
-        scale = grid_scale(scale_bits(blocks, fmt), blocks.dtype)
-        return round_to_grid(blocks / scale, fmt).mul_(scale).reshape(x.shape)
+    def blocks_on_grid(self, x: Tensor, fmt: Format, block: int) -> Tensor:
+        """Quantise and dequantise rows in blocks, wide."""
+        return self.on_grid(self.widen(x).reshape(x.shape[0], x.shape[1] // block, block), fmt).reshape(x.shape)
+
+    def few(self, blocks: Tensor) -> bool:
+        """Say whether these are a decode step's on a CPU: what ``few_exponents`` is for."""
+        return self.on_cpu and 0 < blocks.shape[0] <= FEW
+
+    def on_grid(self, blocks: Tensor, fmt: Format) -> Tensor:
+        """Quantise and dequantise blocks [..., block]: exactly ``q * scale``, and NaN beside an infinity, which is 0 times the scale."""
+        if self.few(blocks) and (exponents := few_exponents(blocks, fmt)) is not None:
+            scale = few_scales(exponents, blocks)
+        else:
+            scale = grid_scale(scale_bits(blocks, fmt), blocks.dtype)
+        return round_to_grid(blocks / scale, fmt).mul_(scale)
 
     def quantised_activation(self, x: Tensor, weight: Format = "e4m3") -> Tensor:
         """What a linear layer with a scaled weight multiplies: in native mode FP8 in blocks of 128, exact in BF16, or int8
@@ -123,7 +187,7 @@ class TorchQuant(Numeric, QuantOps):
         """
         if self.numerics != "native":
             return x
-        return self.on_int8(x) if weight == "int8" else self.rounded(self.on_grid(x, "e4m3", FP8_BLOCK))
+        return self.on_int8(x) if weight == "int8" else self.rounded(self.blocks_on_grid(x, "e4m3", FP8_BLOCK))
 
     def on_int8(self, x: Tensor) -> Tensor:
         """Quantise to int8 per token and dequantise, in float32: as ``dtypes.quantise_tokens``."""
