@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dsv4_core.dtypes import Host
 
 AT_ONCE = 1 << 22  # elements of a block's intermediate scores: 16 MB in float32
+IN_CACHE = 1 << 18  # elements of products that are read at once after they were made: 1 MB, in a core's own cache
 TOKENS = 64  # of a block of attention: neighbours share most of their rows
 
 
@@ -46,9 +47,7 @@ class ReferenceAttention(Numeric, AttentionOps):
         if self.batch_invariant:
             keys = tiles.padded(keys, 1, tiles.ROWS)
         rows = keys.shape[1]
-        tile = max(
-            1, AT_ONCE // (4 * min(TOKENS, max(1, seq)) * heads)
-        )  # of rows: the products of a block of tokens stay in the cache
+        tile = max(256, IN_CACHE // (min(TOKENS, max(1, seq)) * heads))  # of rows
         scores = np.empty((batch, seq, rows), self.wide_type)
         for b in range(batch):  # one product per sequence
             wide_keys = self.widen(keys[b]).T
