@@ -6,9 +6,10 @@ Both sides hold plain weights of ``--dtype``. transformers runs with eager atten
 model) and the fastest of its experts implementations, which are tried first. dsv4 runs ``native`` numerics in
 bfloat16 (BF16 between operations, FP8 key/value rows, FP4 indexer keys) and in float32 its exact mode, whose logits
 must agree. Prefills and decode steps of the two sides alternate one by one, so that whatever else the machine does
-meets both. Printed: medians and their ratio, the same of the fastest, the range of the middle 80 % (transformers'
-steps scatter more than dsv4's: its experts are looped over in Python and its masks made anew), and beside them the
-bounds: memory bandwidth for decode, matrix products for prefill, both measured in the same run.
+meets both. Printed: medians and their ratio, the same of the fastest, the range of the middle 80 % (on an idle machine
+both sides' lie within a tenth; a process beside them slows transformers far more, whose steps wait for all threads more
+often, so a ratio taken then says little), and beside them the bounds: memory bandwidth for decode, matrix products for
+prefill, both measured in the same run.
 """
 
 from __future__ import annotations
