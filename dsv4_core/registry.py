@@ -137,8 +137,18 @@ def backend_class(name: str) -> type[Backend]:
 
 
 def create(name: str, **options: Any) -> Backend:
-    """Construct a backend; options that are None are left to its defaults."""
-    return backend_class(name)(**{k: v for k, v in options.items() if v is not None})
+    """Construct a backend; options that are None are left to its defaults. Raise ``BackendError`` where its constructor
+    fails over anything but an option (``ValueError``, ``TypeError``).
+    """
+    cls = backend_class(name)
+    try:
+        return cls(**{k: v for k, v in options.items() if v is not None})
+    except (BackendError, ValueError, TypeError):
+        raise
+    except Exception as error:  # whatever a driver raises
+        raise BackendError(
+            f"backend {name!r} cannot start: {type(error).__name__}: {error}; `dsv4 doctor -b {name}` looks at what it needs"
+        ) from error
 
 
 class Oracle(Protocol):

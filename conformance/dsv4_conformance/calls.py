@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_conformance.guard import Guarded
+from dsv4_conformance.guard import Guarded, GuardedWeight
 from dsv4_core.dtypes import Experts, Host, RowLayout, ScaledArray, dtype_name
 from dsv4_core.spec import OPS, OpSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from dsv4_core.backend import Backend
 
@@ -80,37 +80,59 @@ def result_dtype(call: Call, index: int, backend: Backend) -> str:
     return named.get(kind, kind)
 
 
+def place(
+    backend: Backend,
+    name: str,
+    operand: Any,
+    array: Callable[[str, Host], Any],
+    weight: Callable[[str, Host], Host] = lambda _, tensor: tensor,
+) -> Any:
+    """Hand an operand over as the graph does: tensors of the checkpoint (through ``weight``) by ``Backend.load``, others by ``array``."""
+
+    def tensors(part: Any) -> Any:
+        if isinstance(part, ScaledArray):
+            return ScaledArray(weight(name, part.data), weight(f"{name}.scale", part.scale), part.format)
+        return weight(name, part)
+
+    if operand is None:
+        return None
+    if isinstance(operand, Experts):
+        return backend.load_experts(Experts([tensors(operand[e]) for e in range(operand.shape[0])]))
+    if isinstance(operand, ScaledArray) or name in LOADED:
+        return backend.load(tensors(operand))
+    if isinstance(operand, (list, tuple)):
+        return [place(backend, f"{name}[{i}]", part, array, weight) for i, part in enumerate(operand)]
+    return array(name, operand)
+
+
 def execute(call: Call, backend: Backend, shapes: Sequence[tuple[int, ...]]) -> Outcome:
     """Run a call on a backend, guarded; ``shapes`` are those that the oracle's results have. Exceptions of the op pass through."""
-    guards: list[Guarded] = []
+    guards: list[Guarded | GuardedWeight] = []
 
-    def place(name: str, operand: Any) -> Any:
-        if operand is None:
-            return None
-        if isinstance(operand, Experts):
-            return backend.load_experts(operand)
-        if isinstance(operand, ScaledArray) or name in LOADED:
-            return backend.load(operand)
-        if isinstance(operand, (list, tuple)):
-            return [place(f"{name}[{i}]", part) for i, part in enumerate(operand)]
+    def guarded(name: str, operand: Host) -> Any:
         guards.append(Guarded(backend, name, operand, view=call.views))
         return guards[-1].array
 
-    placed = [place(name, operand) for name, operand in call.named().items()]
+    def weight(name: str, tensor: Host) -> Host:
+        guards.append(guard := GuardedWeight(name, tensor))
+        return guard.array
+
+    placed = [place(backend, name, operand, guarded, weight) for name, operand in call.named().items()]
     returned = getattr(backend, call.op)(*placed, **call.scalars)
     outcome = Outcome()
-    results = _as_tuple(call, returned, outcome)
+    results = as_tuple(call, returned, outcome)
     for i, result in enumerate(results):
         _take(call, i, result, backend, shapes, guards, outcome)
     for guard in guards:
         mutable = guard.name in call.spec.mutates
         outcome.problems += guard.problems(mutable=mutable)
-        if mutable:
+        if mutable and isinstance(guard, Guarded):
             outcome.results.append(guard.value().copy())
     return outcome
 
 
-def _as_tuple(call: Call, returned: Any, outcome: Outcome) -> Sequence[Any]:
+def as_tuple(call: Call, returned: Any, outcome: Outcome) -> Sequence[Any]:
+    """What an op returned as a sequence; a form that is not the contract's becomes a problem of ``outcome``."""
     expected = [axes for axes in call.spec.returns if axes]
     if not expected:
         if returned is not None:
@@ -140,7 +162,7 @@ def _take(
     result: Any,
     backend: Backend,
     shapes: Sequence[tuple[int, ...]],
-    guards: list[Guarded],
+    guards: Sequence[Guarded | GuardedWeight],
     outcome: Outcome,
 ) -> None:
     where = f"result {index}" if len(call.spec.returns) > 1 else "result"

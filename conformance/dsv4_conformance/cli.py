@@ -109,6 +109,7 @@ def run_command(
     from dsv4_conformance import xfails as expected
     from dsv4_conformance.invariance import cost
     from dsv4_conformance.isolate import Workers
+    from dsv4_core import registry
 
     name = flags.choose().name
     backend = flags.create()
@@ -132,8 +133,9 @@ def run_command(
         xfails=expected.load(xfails) if xfails else (),
         execute=workers.execute if isolate or jobs > 1 else None,
         progress=Progress(rerun, quiet=quiet, detailed=bool(cases)),
+        version=registry.installed()[name].version,
     )
-    result.backend, result.command = name, rerun
+    result.backend = name
     if flags.options.get("batch_invariant") and not result.partial:
         click.echo(cost(backend))
     finish(result, report, rerun)

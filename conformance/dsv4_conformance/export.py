@@ -4,6 +4,7 @@ they wrote.
 
 from __future__ import annotations
 
+import datetime
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,7 +238,10 @@ def judge_command(
 
     manifest = json.loads((directory / MANIFEST).read_text())
     rerun = f"dsv4 conformance judge {directory} {results}"
-    run = Run(f"results in {results}", tier=manifest["tier"], numerics=manifest["numerics"], partial=True)
+    run = Run(
+        f"results in {results}", tier=manifest["tier"], numerics=manifest["numerics"], partial=True, device="not stated"
+    )
+    run.date = str(datetime.datetime.now(datetime.timezone.utc).date())
     progress, total = Progress(rerun, quiet=False, detailed=False), len(manifest["cases"])
     for finding in judge(directory, results, ops, cases):
         run.findings.append(finding)

@@ -25,7 +25,7 @@ def poison(dtype: np.dtype[np.generic]) -> int | float:
     """NaN for floats; 255 for bytes (NaN in E4M3 and E8M0); for indices a number that lies outside any array."""
     if dtype.kind == "u":
         return 255
-    return 0x5F5F5F5F if dtype.kind == "i" else float("nan")
+    return min(0x5F5F5F5F, np.iinfo(dtype.str).max) if dtype.kind == "i" else float("nan")
 
 
 class Guarded:
@@ -77,6 +77,33 @@ class Guarded:
     def aliased_by(self, result: Host) -> bool:
         """Say whether a result shares memory with the operand, as far as the host can see."""
         return bool(np.may_share_memory(np.asarray(self.backend.to_numpy(self.buffer)), result))
+
+
+class GuardedWeight:
+    """A tensor of the checkpoint in a poisoned buffer on the host; ``array`` is what ``Backend.load`` is given. What a backend does to a
+    copy of its own is not seen.
+    """
+
+    def __init__(self, name: str, host: Host) -> None:
+        self.name = name
+        if host.ndim == 0 or host.nbytes > HUGE:
+            self.buffer = self.array = host
+        else:
+            self.buffer = np.full((len(host) + 2 * ROWS, *host.shape[1:]), poison(host.dtype), host.dtype)
+            self.array = self.buffer[ROWS : ROWS + len(host)]
+            self.array[...] = host
+        self.before = self.buffer.copy() if host.nbytes <= HUGE else self.buffer[:0]
+
+    def problems(self, *, mutable: bool = False) -> list[str]:
+        """Say whether the backend wrote into the checkpoint."""
+        del mutable
+        if not self.before.size or not (_bits(self.buffer) != _bits(self.before)).any():
+            return []
+        return [f"modified weight {self.name!r} in place; the model's weights are shared and, mapped, read-only"]
+
+    def aliased_by(self, result: Host) -> bool:
+        """Say whether a result shares memory with the weight, as far as the host can see."""
+        return bool(np.may_share_memory(self.buffer, result))
 
 
 def _bits(x: Host) -> Host:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_conformance.calls import Call, copied
+from dsv4_conformance.calls import Call, Outcome, as_tuple, copied, place
 from dsv4_conformance.checks import Check, Finding, Group, Session
-from dsv4_conformance.judge import Verdict, place
+from dsv4_conformance.judge import Verdict
+from dsv4_conformance.judge import place as first_of
 from dsv4_conformance.opcases import OpCase, describe, level_of
-from dsv4_core.dtypes import Experts, Host, ScaledArray
+from dsv4_core.dtypes import Host
 from dsv4_core.spec import OPS
 
 if TYPE_CHECKING:
@@ -23,25 +24,22 @@ WHOLE = frozenset({"dispatch", "combine", "expert_linear", "cached_sparse_attn",
 """Ops whose operands refer to each other's rows, so that no part of them stands alone; the model's laws cover them."""
 
 
+class FormError(TypeError):
+    """A result has not the form that the contract gives it."""
+
+
 def plain_run(call: Call, backend: Backend) -> tuple[Any, list[Host]]:
-    """Run a call without guards; give what was returned, and its results as copies on the host."""
-
-    def place_operand(operand: Any) -> Any:
-        if operand is None:
-            return None
-        if isinstance(operand, Experts):
-            return backend.load_experts(operand)
-        if isinstance(operand, ScaledArray):
-            return backend.load(operand)
-        if isinstance(operand, (list, tuple)):
-            return [place_operand(o) for o in operand]
-        return backend.from_numpy(copied(operand))
-
-    placed = [place_operand(o) for o in call.operands]
+    """Run a call without guards; give what was returned, and its results as copies on the host. Raise ``FormError`` where it has not
+    the contract's form.
+    """
+    placed = [place(backend, n, o, lambda _, x: backend.from_numpy(copied(x))) for n, o in call.named().items()]
     with np.errstate(all="ignore"):
         returned = getattr(backend, call.op)(*placed, **call.scalars)
     mutated = [placed[call.spec.arrays.index(n)] for n in call.spec.mutates]
-    results = [*(returned if isinstance(returned, tuple) else () if returned is None else (returned,)), *mutated]
+    outcome = Outcome()
+    results = [*as_tuple(call, returned, outcome), *mutated]
+    if outcome.problems:
+        raise FormError("; ".join(outcome.problems))
     return results, [np.array(backend.to_numpy(r)) for r in results]
 
 
@@ -124,7 +122,7 @@ def _compare(want: list[Host], got: list[Host], what: str) -> Verdict:
     for i, (a, b) in enumerate(zip(want, got, strict=True)):
         differ = bits_differ(a, b)
         if differ.any():
-            at = place(differ)
+            at = first_of(differ)
             verdict.problems.append(
                 f"result {i}: {what} differs in {int(differ.sum())} of {differ.size} elements, first {list(at)}: {a[at]} and {b[at]}; "
                 "tiles and splits of fixed size make the order of summation independent of the batch"

@@ -159,7 +159,7 @@ def trial(law: Law, stage: Stage, example: Example) -> str | None:
         return law.holds(stage, **example)
     except UnsupportedOpError:
         raise
-    except Exception as error:  # noqa: BLE001  whatever the backend raises is its result
+    except (Exception, SystemExit) as error:  # noqa: BLE001  whatever the backend raises is its result
         from dsv4_conformance.runner import describe
 
         return describe(error)

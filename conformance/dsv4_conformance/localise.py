@@ -171,7 +171,11 @@ def text_of(tokens: str, config: ModelConfig) -> Host:
         ids = np.load(tokens)
     except (OSError, ValueError) as error:
         raise ValueError(f"--tokens {tokens}: neither a number nor a .npy file of token ids ({error})") from None
-    return np.asarray(ids).reshape(-1, np.shape(ids)[-1])
+    if not ids.size or not ids.ndim or ids.dtype.kind not in "iu":
+        raise ValueError(
+            f"--tokens {tokens}: {ids.dtype} {list(ids.shape)}; it takes token ids, [total] or [batch, total]"
+        )
+    return np.asarray(ids).reshape(-1, ids.shape[-1])
 
 
 @click.command("localise")
@@ -218,13 +222,13 @@ def command(
     from dsv4_conformance.cli import rerun_command
 
     name = flags.choose().name
-    session = Session(flags.create())
+    session, ended = Session(flags.create()), ""
     if traced:
         calls = trace_file.read(traced, session.numerics)
         click.echo(f"{traced}: {len(calls)} calls")
         judged, names = judge_all(calls, session, again=True), (name, "trace")
     else:
-        calls = _run(model_directory(model), session, tokens, decode, layers, positions)
+        calls, ended = _run(model_directory(model), session, tokens, decode, layers, positions)
         if dump:
             _dump(calls, dump, session)
             return
@@ -232,21 +236,28 @@ def command(
         judged, names = judge_all(calls, session, other), (name, against or "")
     for line in report(judged, names):
         click.echo(line)
+    if ended:
+        click.echo(f"the run ended there: {ended}")
     for path in save_findings(judged, cases, session.numerics):
         click.echo(f"saved; replay: {rerun_command(flags, name)} --case {path}")
-    raise click.exceptions.Exit(0 if all(j.ok for j in judged) else 1)
+    raise click.exceptions.Exit(0 if all(j.ok for j in judged) and not ended else 1)
 
 
 def _run(
     directory: Path, session: Session, tokens: str, decode: int, layers: str | None, positions: str | None
-) -> list[Recorded]:
+) -> tuple[list[Recorded], str]:
     from dsv4_core.weights import Checkpoint
 
     checkpoint = Checkpoint(directory)
     ids = text_of(tokens, checkpoint.config)
     decode = min(decode, ids.shape[1] - 1)
+    count, layer = checkpoint.config.num_hidden_layers, ranges(layers)
+    if not any(map(layer, range(count))):
+        raise ValueError(f"--layers {layers}: the model has layers 0 to {count - 1}")
+    if not any(map(ranges(positions), range(ids.shape[1]))):
+        raise ValueError(f"--positions {positions}: the run has positions 0 to {ids.shape[1] - 1}")
     recorder = Recorder(session.backend, chosen(layers, positions, ids.shape[1] - decode))
-    return record(checkpoint, recorder, ids, decode)
+    return record(checkpoint, recorder, ids, decode), recorder.ended
 
 
 def _second(flags: BackendFlags, against: str) -> Any:

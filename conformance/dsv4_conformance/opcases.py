@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from dsv4_core.spec import Numerics, Tier
 
+SEEDS = 8  # of a smoke case in the full tier
+
 
 def level_of(spec: OpSpec) -> int:
     """0: data movement and codecs, exact throughout; 1: the other required ops; 3: fused ops."""
@@ -68,11 +70,13 @@ class OpCase:
     spec: OpSpec
     case: Case
     group: Group = "op"
+    again: int = 0
+    """Which further seed (full tier); 0 is the case itself."""
 
     @property
     def id(self) -> str:
-        """``OP/CASE``."""
-        return f"{self.spec.name}/{self.case.name}"
+        """``OP/CASE``, or ``OP/CASE#3`` with a further seed."""
+        return f"{self.spec.name}/{self.case.name}" + (f"#{self.again}" if self.again else "")
 
     @property
     def op(self) -> str:
@@ -82,7 +86,7 @@ class OpCase:
     @property
     def tier(self) -> Tier:
         """The least tier that runs it."""
-        return self.case.tier
+        return "full" if self.again else self.case.tier
 
     @property
     def level(self) -> int:
@@ -91,7 +95,7 @@ class OpCase:
 
     def call(self, numerics: Numerics, repeat: int = 0) -> Call:
         """The case's call."""
-        seed = seed_of(self.id, repeat)
+        seed = seed_of(f"{self.spec.name}/{self.case.name}", repeat + self.again)
         made, scalars = operands.make(self.spec.name, self.case, numerics, seed)
         return Call(self.spec.name, made, scalars, views=self.case.views, seed=seed)
 
@@ -121,9 +125,11 @@ class OpCase:
 
 
 def checks(numerics: Numerics) -> list[Check]:
-    """Every declared case of every op, but for weight formats that a backend need not have."""
+    """Every declared case of every op, but for weight formats that a backend need not have; in the full tier smoke's with more seeds."""
     del numerics
-    return [OpCase(spec, case) for spec in OPS.values() for case in spec.cases() if not optional(case)]
+    cases = [(spec, case) for spec in OPS.values() for case in spec.cases() if not optional(case)]
+    again = [OpCase(s, c, again=i) for s, c in cases if c.tier == "smoke" for i in range(1, SEEDS)]
+    return [*(OpCase(s, c) for s, c in cases), *again]
 
 
 def optional(case: Case) -> set[str]:

@@ -212,12 +212,12 @@ def _index_topk(m: Maker) -> list[Any]:
 def _cached_index_topk(m: Maker) -> list[Any]:
     q, weights, _ = _index_operands(m)
     layout: RowLayout = m.scalars()["layout"]
-    cache = _cache_of(m, m.floats(m["slots"], m["dim"], data="integers" if m.data == "ties" else "normal"), layout)
+    cache = _cache_of(m.floats(m["slots"], m["dim"], data="integers" if m.data == "ties" else "normal"), layout)
     index = np.concatenate([m.rng.permutation(m["slots"])[: m["rows"]] for _ in range(m["batch"])]).astype(np.int32)
     return [q, weights, cache, index, *_visible(m)]
 
 
-def _cache_of(m: Maker, rows: Host, layout: RowLayout) -> Host:
+def _cache_of(rows: Host, layout: RowLayout) -> Host:
     if layout.kind == "plain":
         return rows
     from dsv4_core.dtypes import E8M0_VALUES, encode, pack_fp4, power_of_two_scale
@@ -225,7 +225,6 @@ def _cache_of(m: Maker, rows: Host, layout: RowLayout) -> Host:
     blocks = rows.astype(np.float32).reshape(len(rows), layout.dim // FP4_GROUP, FP4_GROUP)
     scale = power_of_two_scale(np.abs(blocks).max(-1), "e2m1")
     codes = encode(blocks / E8M0_VALUES[scale][..., None], "e2m1").reshape(rows.shape)
-    del m
     return np.concatenate([pack_fp4(codes), scale], axis=1)
 
 

@@ -82,8 +82,6 @@ class Maker:
         """A weight [out, cols] in the format that the case states for ``name``; None for ``"none"``."""
         fmt = self.case.dtypes.get(name, default)
         if fmt in {"bfloat16", "float32"}:
-            if fmt == "bfloat16" and self.numerics != "native" and self.data != "ties":
-                fmt = "bfloat16"  # exact modes read the same checkpoint
             flavour = self.data if self.data in {"integers", "positive"} else "normal"
             scale = 1.0 if flavour == "integers" else max(cols, 1) ** -0.5
             return self.floats(out, cols, dtype=fmt, data=flavour, scale=scale)

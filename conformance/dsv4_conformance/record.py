@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_conformance.calls import Call, seed_of
+from dsv4_conformance.calls import Call, Outcome, as_tuple, result_dtype, seed_of
 from dsv4_core.cache import Cache
-from dsv4_core.dtypes import Experts, Host, ScaledArray
+from dsv4_core.dtypes import Experts, Host, ScaledArray, dtype_name
 from dsv4_core.model import Block, Model, WeightSource
 from dsv4_core.spec import OPS
 from dsv4_core.step import Step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from dsv4_core.backend import Backend
     from dsv4_core.spec import Array
@@ -62,6 +62,10 @@ class Recorder:
     time: str = "prefill"
     place: str = "embedding"
     positions: Host = field(default_factory=lambda: np.zeros(0, np.int64))
+    under_way: str = ""
+    """The op called last."""
+    ended: str = ""
+    """What ended the run before its time; empty if nothing did."""
     _hosts: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     _counts: dict[tuple[str, str, str], int] = field(default_factory=dict)
 
@@ -95,12 +99,25 @@ class Recorder:
                 before = [self.host(o) for o in operands]
             except UnknownOperandError:
                 return method(*operands, **scalars)
+            self.under_way = op
             returned = method(*operands, **scalars)
-            results = returned if isinstance(returned, tuple) else () if returned is None else (returned,)
+            results = self.formed(Call(op, before, scalars), returned)
             self.add(op, before, scalars, [self.host(r) for r in (*results, *(operands[i] for i in mutated))])
             return returned
 
         return recording
+
+    def formed(self, call: Call, returned: Any) -> Sequence[Any]:
+        """What was returned, as a sequence; raise ``TypeError`` where it has not the contract's form, for later ops fail over it."""
+        outcome = Outcome()
+        results = as_tuple(call, returned, outcome)
+        for i, result in enumerate(results):
+            wanted, got = result_dtype(call, i, self.backend), dtype_name(result)
+            if got != wanted:
+                outcome.problems.append(f"result {i} has dtype {got}; the contract says {wanted}")
+        if outcome.problems:
+            raise TypeError("; ".join(outcome.problems))
+        return results
 
     def add(self, op: str, operands: list[Any], scalars: dict[str, Any], results: list[Host]) -> None:
         """Note a call that is over."""
@@ -146,8 +163,18 @@ class TracedModel(Model):
 
 def record(source: WeightSource, recorder: Recorder, tokens: Host, decode: int) -> list[Recorded]:
     """Run ``tokens`` [batch, total], the last ``decode`` of them one by one; give the calls in the order in which they
-    end.
+    end. What the backend raises ends the run, and is noted in ``recorder.ended``.
     """
+    from dsv4_conformance.runner import describe
+
+    try:
+        _record(source, recorder, tokens, decode)
+    except Exception as error:  # noqa: BLE001  whatever the backend raises is its result
+        recorder.ended = f"op {recorder.under_way}, {recorder.place}, {recorder.time}: {describe(error)}"
+    return recorder.calls
+
+
+def _record(source: WeightSource, recorder: Recorder, tokens: Host, decode: int) -> None:
     total = tokens.shape[1]
     with recorder:
         model = TracedModel(source, recorder)
@@ -160,4 +187,3 @@ def record(source: WeightSource, recorder: Recorder, tokens: Host, decode: int) 
             model.logits(model.forward(step))
             cache.advance(step.sequences, step.ends)
             begin += n
-    return recorder.calls

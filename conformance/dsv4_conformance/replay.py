@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".case.safetensors"
 SECOND_OPINIONS = (
-    7  # times the samples of a budget, 64 in all: the largest is then below its own scale once in 10^10 elements
+    7  # times the samples of a budget, beside its own: the largest is then below its own scale once in 10^10 elements
 )
 BEYOND_CHANCE = 100.0  # times the budget: no number of samples would explain it
 
@@ -69,9 +69,8 @@ def judge_results(
 def judge_recorded(call: Call, results: Sequence[Host], session: Session) -> Verdict:
     """Judge recorded results by the session's oracle.
 
-    A run has millions of elements, and of 8 random deviations the largest is now and then far below its scale: what is
-    over
-    budget is judged again by more of them before it counts.
+    A run has millions of elements, and of a budget's random deviations the largest is now and then far below its scale:
+    what is over budget is judged again by more of them before it counts.
     """
     with np.errstate(all="ignore"):
         expected = expect(call, session.oracle, session.backend)
@@ -138,4 +137,4 @@ def find(case_id: str) -> Check | None:
     try:
         return SavedCase(case_id, json.loads(Shard(Path(case_id)).metadata["call"])["op"])
     except (OSError, ShardError, KeyError) as error:
-        raise ValueError(f"--case {case_id}: not a saved case ({error}); `localise` and `export` write them") from None
+        raise ValueError(f"--case {case_id}: not a saved case ({error}); `localise` writes them") from None

@@ -42,14 +42,14 @@ def run_check(check: Check, session: Session) -> Finding:
         finding = Finding(check.id, check.op, check.group, check.level, "unsupported", str(error))
     except MemoryError as error:
         finding = Finding(check.id, check.op, check.group, check.level, "memory", str(error) or "MemoryError")
-    except Exception as error:  # noqa: BLE001  whatever the backend raises is its result
+    except (Exception, SystemExit) as error:  # noqa: BLE001  whatever the backend raises is its result
         finding = Finding(check.id, check.op, check.group, check.level, "error", describe(error), used=float("inf"))
     finding.duration = time.perf_counter() - begin
     finding.ran = " ".join(session.backend.kernels_ran())
     return finding
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """An exception as one line: type, text, and the innermost frame outside the suite."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(HERE)]
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
@@ -85,11 +85,12 @@ class Run:
     require: int | None = None
     partial: bool = False
     claims_level: int | None = None
+    claims: tuple[str, ...] = ()
+    narrower: dict[str, tuple[str, ...]] = field(default_factory=dict)
     device: str = "cpu"
-    version: str = ""
+    version: str = "not stated"
     date: str = ""
     duration: float = 0.0
-    command: str = ""
     proof: dict[str, str] = field(default_factory=dict)
     departures: dict[str, str] = field(default_factory=dict)
 
@@ -104,7 +105,10 @@ class Run:
         counts = finding.claimed or (self.require is not None and finding.level <= self.require)
         if finding.status == "unsupported":
             by_level = self.claims_level is not None and finding.level <= self.claims_level
-            return by_level or (self.require is not None and finding.level <= self.require)
+            refused = finding.op in self.claims and not any(
+                f.op == finding.op and f.status != "unsupported" for f in self.findings
+            )  # named in claims, and run in no case at all
+            return by_level or refused or (self.require is not None and finding.level <= self.require)
         return finding.status in BAD and counts
 
     @property
@@ -115,7 +119,7 @@ class Run:
         reached = None
         for level in range(len(LEVELS)):
             here = [f for f in self.findings if f.level == level]
-            if not here or any(f.status not in {"passed", "xfailed"} for f in here):
+            if not here or any(f.status != "passed" for f in here):
                 break
             reached = level
         return reached
@@ -156,6 +160,8 @@ class Run:
             needed = f"; level {self.require} was required" if self.require is not None else ""
             claim = f"; claims level {self.claims_level}" if self.claims_level is not None else "; claims no level"
             lines.append(f"backend {self.backend}: {reached}{waived}{claim}{needed}")
+        for op, formats in self.narrower.items():
+            lines.append(f"judged by narrower intermediates, as declared: {op}: {'; '.join(formats)}")
         for what in dict.fromkeys(self.departures.values()):
             ops = ", ".join(op for op, said in self.departures.items() if said == what)
             lines.append(f"departs from the contract by option, and claims nothing of it: {ops}: {what}")
@@ -196,10 +202,12 @@ def select(every: Sequence[Check], ops: Iterable[str], cases: Iterable[str]) -> 
     ops, cases = set(ops), set(cases)
     if unknown := ops - {c.op for c in every}:
         raise ValueError(
-            f"--op {min(unknown)!r}: no check has that name; names: {', '.join(dict.fromkeys(c.op for c in every))}"
+            f"--op {min(unknown)!r}: no check of this tier has that name; names: {', '.join(dict.fromkeys(c.op for c in every))}"
         )
     if unknown := cases - {c.id for c in every}:
-        raise ValueError(f"--case {min(unknown)!r}: no such case; `dsv4 conformance run --list` prints all ids")
+        raise ValueError(
+            f"--case {min(unknown)!r}: no such case; `dsv4 conformance run --tier full --list` prints all ids"
+        )
     if not ops and not cases:
         return list(every)
     return [c for c in every if c.op in ops or c.id in cases]
@@ -215,6 +223,7 @@ def run(
     execute: Callable[[Sequence[Check]], Iterator[Finding]] | None = None,
     progress: Callable[[Finding, int, int], None] | None = None,
     today: datetime.date | None = None,
+    version: str = "",
 ) -> Run:
     """Run a selection of checks on a session's backend. ``execute`` replaces the plain loop (isolation)."""
     from dsv4_conformance import device, replay
@@ -234,6 +243,9 @@ def run(
         require=require,
         partial=bool(ops or cases),
         claims_level=backend.claims_level,
+        claims=tuple(backend.claims),
+        narrower=dict(backend.narrower),
+        version=version or "not stated",
         departures=dict(backend.departures),
         device=str(getattr(backend, "device", "cpu")),
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
@@ -243,8 +255,8 @@ def run(
     loop = execute or (lambda todo: (run_check(c, session) for c in todo))
     for finding in loop(chosen):
         finding.claimed = claimed(by_id[finding.id], backend)
-        matching = [x for x in xfails if x.matches(finding.id)]
-        if matching and matching[0].expires >= today:
+        matching = [x for x in xfails if x.matches(finding.id) and x.expires >= today]
+        if matching:
             if finding.status in BAD:
                 finding.status, finding.message = (
                     "xfailed",

@@ -49,10 +49,12 @@ def read(text: str, like: Mapping[str, Any]) -> Example:
         key, _, value = part.partition("=")
         if key not in like:
             raise ValueError(f"{part!r}: an example has {', '.join(like)}, e.g. {written(like)}")
-        numbers = [int(n) for n in value.split("+") if n]
-        example[key] = (
-            numbers if isinstance(like[key], list) else tuple(numbers) if isinstance(like[key], tuple) else numbers[0]
-        )
+        several = isinstance(like[key], (list, tuple))
+        try:
+            numbers = [int(n) for n in value.split("+") if n or not several]
+        except ValueError:
+            raise ValueError(f"{part!r}: {key} takes numbers; an example is {written(like)}") from None
+        example[key] = type(like[key])(numbers) if several else numbers[0]
     if missing := like.keys() - example.keys():
         raise ValueError(f"{text!r} lacks {', '.join(sorted(missing))}, e.g. {written(like)}")
     return example

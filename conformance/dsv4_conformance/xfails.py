@@ -39,9 +39,14 @@ def load(path: Path) -> list[Xfail]:
     else:
         import tomli as tomllib
     try:
-        entries: list[dict[str, Any]] = tomllib.loads(path.read_text()).get("xfail", [])
+        document: dict[str, Any] = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not TOML: {error}") from None
+    entries = document.pop("xfail", [])
+    if document or not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(
+            f"{path}: holds {', '.join(document) or 'an xfail that is no list'}; write [[xfail]] tables only"
+        )
     found = []
     for i, entry in enumerate(entries):
         for key, kind, example in (
@@ -49,8 +54,10 @@ def load(path: Path) -> list[Xfail]:
             ("reason", str, '"why"'),
             ("expires", datetime.date, "2027-06-30"),
         ):
-            if not isinstance(entry.get(key), kind) or not entry[key]:
+            if not isinstance(entry.get(key), kind) or isinstance(entry[key], datetime.datetime) or not entry[key]:
                 raise ValueError(f"{path}: [[xfail]] number {i + 1} needs {key} = {example}, has {entry.get(key)!r}")
+        if more := entry.keys() - {"case", "reason", "expires"}:
+            raise ValueError(f"{path}: [[xfail]] number {i + 1} has {min(more)!r}; it takes case, reason and expires")
         found.append(Xfail(entry["case"], entry["reason"], entry["expires"]))
     return found
 

@@ -41,7 +41,9 @@ def command(names: tuple[str, ...], tier: str, seeds: int, whole: bool, jobs: in
     from dsv4_conformance.museum.catalogue import MUTANTS, VARIANTS
 
     if unknown := set(names) - set(MUTANTS) - set(VARIANTS):
-        raise ValueError(f"--name {min(unknown)!r}: neither a mutant nor an honest variant")
+        raise ValueError(
+            f"--name {min(unknown)!r}: neither a mutant nor an honest variant; names: {', '.join([*MUTANTS, *VARIANTS])}"
+        )
     hunted = [n for n in MUTANTS if not names or n in names]
     honest = [n for n in VARIANTS if not names or n in names]
     record: dict[str, Any] = {

@@ -250,11 +250,3 @@ VARIANTS: dict[str, Variant] = {
         ),
     )
 }
-
-
-def combined(base: type[Backend]) -> type[Backend]:
-    """Several at once: blocks, online softmax, fused layers."""
-    cls = base
-    for name in ("blocks_of_32", "online_softmax", "fused_experts"):
-        cls = VARIANTS[name].build(cls)
-    return cls

@@ -46,7 +46,7 @@ def mutants(record: dict[str, Any]) -> str:
         "| fault | where it was seen, or why it is likely | caught by | tier |",
         "|---|---|---|---|",
         *(
-            f"| {name.replace('_', ' ')} | {MUTANTS[name].seen} | {'`' + k['id'] + '`' if k['id'] else '**nothing**'} | {k['tier']} |"
+            f"| `{name}` | {MUTANTS[name].seen} | {'`' + k['id'] + '`' if k['id'] else '**nothing**'} | {k['tier']} |"
             for name, k in kills.items()
         ),
         "",
@@ -57,7 +57,7 @@ def mutants(record: dict[str, Any]) -> str:
         "| variant | what it does otherwise | cases | false alarms | safety factor that it needed | where |",
         "|---|---|---|---|---|---|",
         *(
-            f"| {name.replace('_', ' ')} | {VARIANTS[name].how} | {h['cases']} | {len(h['alarms'])} | {h['factor']:.2f} | `{h['at']}` |"
+            f"| `{name}` | {VARIANTS[name].how} | {h['cases']} | {len(h['alarms'])} | {h['factor']:.2f} | `{h['at']}` |"
             for name, h in record["honest"].items()
         ),
     ]

@@ -54,7 +54,7 @@ def load(path: Path) -> dict[str, Any]:
     file = path / "report.json" if path.is_dir() else path
     try:
         report: dict[str, Any] = json.loads(file.read_text())
-        report["findings"], report["environment"]["suite"]
+        report["findings"], report["environment"]["suite"], report["version"], report["rerun"]
     except (json.JSONDecodeError, KeyError, TypeError, FileNotFoundError) as error:
         raise ValueError(
             f"{file}: not a conformance report ({error!r}); write one with dsv4 conformance run --report DIR"
@@ -96,10 +96,9 @@ def name(report: dict[str, Any]) -> str:
 def stamp(report: dict[str, Any], number: int) -> str:
     """What a column rests on."""
     suite = report["environment"]["suite"]
-    version = report["version"] or suite
     proven = f" Proof: {said_once(report['proof'])}." if report.get("proof") else ""
     return (
-        f"[{number}] suite {suite}, {report['backend']} {version}, device {report['device']}, {report['date']}, tier {report['tier']}: "
+        f"[{number}] suite {suite}, {report['backend']} {report['version']}, device {report['device']}, {report['date']}, tier {report['tier']}: "
         f"`{report['rerun']}`.{proven}  "
     )
 
