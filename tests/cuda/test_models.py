@@ -76,6 +76,7 @@ def test_recorded_models(name):
         assert relative(got[what], want[f"exact.{what}"]) < NATIVE * theirs
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("numerics", ["float32", "float64"])
 @pytest.mark.parametrize("name", RECORDED)
 def test_recorded_models_in_the_exact_modes(name, numerics, launched):
