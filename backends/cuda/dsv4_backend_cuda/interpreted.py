@@ -24,6 +24,11 @@ LARGER = {
     "route": {"ROWS": 16},
     "swiglu": {"ROWS": 16},
     "sort": {"BLOCK": 4096},
+    "compress": {"BLOCK": 512},
+    "rope": {"HEADS": 64},
+    "act_quant": {"GROUPS": 128},
+    "act_qdq": {"GROUPS": 256},
+    "sparse_attn_combine": {"HEADS": 64},
 }
 
 
