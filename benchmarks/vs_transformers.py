@@ -6,17 +6,22 @@ Both sides hold plain weights of ``--dtype``. transformers runs with eager atten
 model) and the fastest of its experts implementations, which are tried first. dsv4 runs ``native`` numerics in
 bfloat16 (BF16 between operations, FP8 key/value rows, FP4 indexer keys) and in float32 its exact mode, whose logits
 must agree. Prefills and decode steps of the two sides alternate one by one, so that whatever else the machine does
-meets both. Printed: medians and their ratio, the same of the fastest, and beside them the bounds: memory bandwidth
-for decode, matrix products for prefill, both measured in the same run.
+meets both. Printed: medians and their ratio, the same of the fastest, the range of the middle 80 % (on an idle machine
+both sides' lie within a tenth; a process beside them slows transformers far more, whose steps wait for all threads more
+often, so a ratio taken then says little), and beside them the bounds: memory bandwidth for decode, matrix products for
+prefill, both measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
+import platform
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,6 +37,7 @@ parser.add_argument("--runs", type=int, default=5, help="alternated runs of each
 parser.add_argument(
     "--clock", choices=("wall", "cpu"), default="wall", help="cpu, with --threads 1: for a machine that is busy"
 )
+parser.add_argument("--ops", action="store_true", help="also where a decode step's time goes, op by op")
 parser.add_argument("--only", choices=("dsv4", "transformers"), help="time one side only (for profiling)")
 args = parser.parse_args()
 clock = time.process_time if args.clock == "cpu" else time.perf_counter
@@ -353,6 +359,57 @@ def work(weights: RandomWeights, tokens: int) -> tuple[float, float]:
     return active, 2 * tokens * used + 4 * tokens * attended * c.num_attention_heads * c.head_dim
 
 
+def machine() -> str:
+    """The CPU, with those of its instructions that decide how matrices are multiplied."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = (
+        dict(line.split("\t: ", 1) for line in cpuinfo.read_text().splitlines() if "\t: " in line)
+        if cpuinfo.exists()
+        else {}
+    )
+    fields = {key.strip(): value for key, value in lines.items()}
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    told = [f for f in ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "bf16", "sve") if f in flags]
+    return f"{fields.get('model name', platform.machine()).strip()}; {' '.join(told) or 'flags unknown'}"
+
+
+def op_table(side: Dsv4, tokens: Host) -> list[str]:
+    """Per op of a decode step: its own milliseconds (without the ops inside it), its share, calls, microseconds a call."""
+    backend = side.backend
+    own: dict[str, float] = dict.fromkeys(OPS, 0.0)
+    calls = dict.fromkeys(OPS, 0)
+    inside = [0.0]
+
+    def watched(name: str, method: Any) -> Any:
+        def call(*a: Any, **k: Any) -> Any:
+            inside.append(0.0)
+            begin = clock()
+            result = method(*a, **k)
+            seconds = clock() - begin
+            own[name] += seconds - inside.pop()
+            calls[name] += 1
+            inside[-1] += seconds
+            return result
+
+        return call
+
+    for name in OPS:
+        setattr(backend, name, watched(name, getattr(backend, name)))
+    begin = clock()
+    for i in range(len(tokens)):
+        side.decode(tokens[i : i + 1])
+    total = clock() - begin
+    for name in OPS:
+        delattr(backend, name)
+    own["(graph, addresses, to host)"], n = total - sum(own.values()), len(tokens)
+    return [
+        f"{name:>28} {t / n * 1e3:7.3f} ms {t / total:6.1%}"
+        + (f" {calls[name] / n:6.1f} calls {t / calls[name] * 1e6:7.1f} us each" if calls.get(name) else "")
+        for name, t in sorted(own.items(), key=lambda item: -item[1])
+        if t / total >= 0.002
+    ]
+
+
 def call_cost(side: Dsv4, token: Host) -> tuple[int, float]:
     """Ops that one decode step calls, and seconds by which calling an op through the backend exceeds calling its function."""
     count = 0
@@ -390,12 +447,12 @@ def main() -> None:
     weights = RandomWeights(CONFIG, args.dtype)
     numerics = "native" if args.dtype == "bfloat16" else args.dtype
     total = args.prefill + args.decode
-    ours = Dsv4(weights, args.backend, numerics, total + 8)
+    ours = Dsv4(weights, args.backend, numerics, total + 40)
     ids = np.random.default_rng(1).integers(0, CONFIG.vocab_size, total)
     sides: dict[str, Any] = {}
     print(
         f"dsv4 --backend {args.backend} ({numerics}) against transformers, {args.dtype}, {args.threads} threads, "
-        f"torch {torch.__version__}, NumPy {np.__version__}"
+        f"torch {torch.__version__}, NumPy {np.__version__}; {datetime.datetime.now(datetime.UTC).date()}\n  {machine()}"
     )
     if args.only != "dsv4":
         sides["transformers"] = Transformers(weights)
@@ -414,7 +471,11 @@ def main() -> None:
                 logits[name].append(clocked(decode[name], side.decode, ids[i : i + 1]))
     median = {name: (statistics.median(prefill[name]), statistics.median(decode[name])) for name in sides}
     for name, (p, d) in median.items():
-        fastest = f"fastest {min(prefill[name]) * 1e3:.1f} and {min(decode[name]) * 1e3:.2f}"
+        tenths = statistics.quantiles(decode[name], n=10)
+        fastest = (
+            f"fastest {min(prefill[name]) * 1e3:.1f} and {min(decode[name]) * 1e3:.2f}; "
+            f"decode, the middle 80 %: {tenths[0] * 1e3:.2f} to {tenths[-1] * 1e3:.2f}"
+        )
         print(
             f"{name:>13}: prefill {args.prefill} tokens {p * 1e3:8.1f} ms, decode {d * 1e3:7.2f} ms a token ({fastest})"
         )
@@ -445,6 +506,8 @@ def main() -> None:
             f"      prefill: {operations / 1e9:.0f} GFLOP at {operations / p / 1e9:.0f} GFLOP/s: "
             f"{operations / p / peak:.0%} of the {peak / 1e9:.0f} of a plain product"
         )
+        if args.ops:
+            print("\n".join(["  a decode step, op by op:", *op_table(ours, ids[:24])]))
         count, each = call_cost(ours, ids[:1])
         print(
             f"      op call: {count} ops a decode step, {each * 1e9:.0f} ns each through the interface: {count * each / d:.3%} of a step"

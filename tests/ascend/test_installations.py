@@ -122,7 +122,7 @@ def test_with_autoload_asked_for_the_reference_still_runs_and_torch_says_why_not
     assert code != 0
     assert "Traceback" not in said
     assert (
-        "backend 'torch' (dsv4_backend_torch) failed to import: Failed to load the backend extension: torch_npu."
+        "backend 'torch' (dsv4_backend_torch) failed to import: RuntimeError: Failed to load the backend extension: torch_npu."
         in said
     )
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in said
