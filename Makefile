@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv-proof
 RUN := . $(VENV)/bin/activate && export TORCH_DEVICE_BACKEND_AUTOLOAD=0 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 &&
-CONFORMANCE := $(RUN) dsv4 conformance run --tier standard
+CONFORMANCE := $(RUN) dsv4 conformance run --tier standard --jobs 2
 
 .PHONY: proof reference torch cuda ascend mutants kernels benchmarks documents
 proof: reference torch cuda ascend mutants kernels benchmarks documents
@@ -21,11 +21,12 @@ reference: $(VENV)
 
 torch: $(VENV)
 	$(CONFORMANCE) --backend torch --require 3 --report reports/conformance/torch
-	$(CONFORMANCE) --backend torch --numerics float32 --report reports/conformance/torch-float32
+	$(CONFORMANCE) --backend torch --numerics float32 --require 3 --report reports/conformance/torch-float32
+	$(CONFORMANCE) --backend torch --numerics float64 --require 3 --report reports/conformance/torch-float64
 
 cuda: $(VENV)
 	$(CONFORMANCE) --backend cuda --interpret --report reports/conformance/cuda-interpreted
-	$(RUN) pytest -m "proof or not proof" tests/cuda/test_faults.py
+	$(RUN) pytest -m "proof or not proof" tests/cuda/test_faults.py tests/cuda/test_models.py
 
 ascend: $(VENV)
 	for chip in 910B 910C 950; do $(CONFORMANCE) --backend ascend --simulate $$chip --require 3 --report reports/conformance/ascend-$$chip-simulated || exit 1; done
@@ -38,8 +39,11 @@ kernels: $(VENV)
 
 benchmarks: $(VENV)
 	. $(VENV)/bin/activate && unset OPENBLAS_CORETYPE OPENBLAS_L2_SIZE && export OMP_NUM_THREADS=2 && \
-	for script in startup memory vs_transformers; do python benchmarks/$$script.py | tee reports/benchmarks/$$script.txt || exit 1; done
+	for script in startup memory; do python benchmarks/$$script.py | tee reports/benchmarks/$$script.txt || exit 1; done && \
+	for dtype in bfloat16 float32; do python benchmarks/vs_transformers.py --dtype $$dtype --ops || exit 1; done | tee reports/benchmarks/vs_transformers.txt
 
 documents: $(VENV)
 	$(RUN) python -m dsv4_conformance.reference_pages > docs/ops.md
 	$(RUN) dsv4 conformance matrix reports/conformance/* --out docs/matrix.md
+	$(RUN) dsv4 conformance matrix reports/conformance/* --brief --into README.md
+	$(RUN) python backends/ascend/tools/collect.py
