@@ -23,6 +23,7 @@ torch: $(VENV)
 	$(CONFORMANCE) --backend torch --require 3 --report reports/conformance/torch
 	$(CONFORMANCE) --backend torch --numerics float32 --require 3 --report reports/conformance/torch-float32
 	$(CONFORMANCE) --backend torch --numerics float64 --require 3 --report reports/conformance/torch-float64
+	$(RUN) pytest -m "proof or not proof" tests/parallel
 
 cuda: $(VENV)
 	$(CONFORMANCE) --backend cuda --interpret --report reports/conformance/cuda-interpreted

@@ -80,7 +80,7 @@ def test_a_killed_rank_ends_the_others(clean, victim):
     ends(survivors, rf"rank {victim}\b.*(was lost|ranks' store)")
 
 
-@pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.proof)])
 def test_a_rank_that_stops_answering_ends_the_other(clean, victim):
     """As a lost machine or a cut cable looks: no connection breaks, nothing comes any more."""
     clean += start(2, "--ep", "2")
@@ -89,6 +89,7 @@ def test_a_rank_that_stops_answering_ends_the_other(clean, victim):
     ends([clean[1 - victim]], rf"rank {victim}\b.*was lost")
 
 
+@pytest.mark.proof
 def test_ranks_that_were_all_suspended_go_on(clean):
     """A job that is paused as a whole (Ctrl-Z, a scheduler) has lost nobody."""
     clean += start(2, "--ep", "2")
