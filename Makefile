@@ -27,10 +27,13 @@ torch: $(VENV)
 
 cuda: $(VENV)
 	$(CONFORMANCE) --backend cuda --interpret --report reports/conformance/cuda-interpreted
-	$(RUN) pytest -m "proof or not proof" tests/cuda/test_faults.py tests/cuda/test_models.py
+	$(RUN) pytest -m "proof or not proof" tests/cuda/test_faults.py tests/cuda/test_cuda_models.py
 
 ascend: $(VENV)
 	for chip in 910B 910C 950; do $(CONFORMANCE) --backend ascend --simulate $$chip --require 3 --report reports/conformance/ascend-$$chip-simulated || exit 1; done
+	$(RUN) python backends/ascend/tools/plant.py --report reports/ascend/planted.json
+	for chip in 910B 910C 950; do $(RUN) dsv4 ascend selftest --simulate $$chip --report reports/ascend/selftest-$$chip.json || exit 1; done
+	$(RUN) pytest -m proof tests/ascend
 
 mutants: $(VENV)
 	$(RUN) dsv4 conformance mutants --whole --out docs

@@ -2,12 +2,14 @@
 
     python benchmarks/million.py prefill --out RUN.json [--backend reference] [--tokens 1M] [--chunk 1024]
     python benchmarks/million.py decode  --out RUN.json [--backend reference]
+    python benchmarks/million.py alone   --out RUN.json [--backend reference]
     python benchmarks/million.py layers  --out RUN.json [--backend reference]
     python benchmarks/million.py draw RUN.json ... --to docs/
 
 ``prefill`` runs a small model with all three kinds of layers (ratios 0, 4, 128; indexer 2 x 32) over the whole context, notes memory
 and time after every chunk, decodes a few tokens at 8K, 64K, 256K and 1M, and holds the cache's bytes to the formula. ``decode`` times
-decode steps by kind of layer and op, on a cache filled with random rows, each the best of several. ``layers`` does so with one
+decode steps by kind of layer and op, on a cache filled with random rows, each the best of several. ``alone`` times sparse attention without
+an indexer before it, whose scan of all keys empties the processor's caches, and with 256 MB read before each call instead. ``layers`` does so with one
 full-size layer of each kind of Flash and of Pro. Native mode throughout. Every figure goes to RUN.json.
 """
 
@@ -270,6 +272,39 @@ def decode(args: argparse.Namespace) -> dict[str, object]:
     return report | {"bandwidth": speed}
 
 
+def alone(args: argparse.Namespace) -> dict[str, object]:
+    """Sparse attention of the small model's CSA layer alone: its picks from few rows and from many, caches warm and emptied."""
+    be, rng = registry.create(args.backend), np.random.default_rng(0)
+    cache = Cache(be, SMALL, 1, MILLION)
+    fill(cache)
+    layer = next(layer for layer in cache.layers if layer.ratio == 4)
+    window, picks, heads = SMALL.sliding_window, SMALL.index_topk, SMALL.num_attention_heads
+    act = numpy_dtype(be.activation_dtype)
+    q = be.from_numpy(rng.standard_normal((1, heads, SMALL.head_dim)).astype(act))
+    kv = be.from_numpy(rng.standard_normal((1, SMALL.head_dim)).astype(act))
+    sink, ring = be.from_numpy(np.zeros(heads, np.float32)), be.from_numpy(np.arange(window - 1, dtype=np.int32))
+    every = be.from_numpy(np.arange(window + picks, dtype=np.int32)[None])
+    report, flush = machine(args) | {"alone": {}}, np.ones(1 << 25)
+    for rows in (2 << 10, 16 << 10, 64 << 10, MILLION // 4):
+        for state in ("warm", "emptied"):
+            seconds = []
+            for _ in range(args.runs):
+                picked = be.from_numpy(np.sort(rng.choice(rows, picks, replace=False)).astype(np.int32))
+                if state == "emptied":
+                    flush.sum()
+                began = time.perf_counter()
+                be.cached_sparse_attn(
+                    q, kv, layer.ring, ring, layer.rows, picked, sink, every, layout=cache.kv_layout, softmax_scale=0.1
+                )
+                seconds.append(time.perf_counter() - began)
+            report["alone"][f"{rows} {state}"] = float(np.median(seconds))
+            print(
+                f"{rows} rows, caches {state}: {1e3 * np.median(seconds):.3f} ms, best {1e3 * min(seconds):.3f}",
+                flush=True,
+            )
+    return report
+
+
 def layers(args: argparse.Namespace) -> dict[str, object]:
     """One full-size layer of each kind of Flash and of Pro at 2^20 tokens; the vocabulary alone is small."""
     report, speed = machine(args) | {"layers": {}}, bandwidth()
@@ -363,7 +398,7 @@ def draw(reports: list[Path], to: Path) -> None:
 def main() -> None:
     """Run one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("prefill", "decode", "layers", "draw"))
+    parser.add_argument("what", choices=("prefill", "decode", "alone", "layers", "draw"))
     parser.add_argument("reports", type=Path, nargs="*", help="for draw")
     parser.add_argument("--out", type=Path, default=Path("million.json"))
     parser.add_argument("--to", type=Path, default=Path("docs"))
@@ -375,7 +410,7 @@ def main() -> None:
     if args.what == "draw":
         draw(args.reports, args.to)
         return
-    report = {"prefill": prefill, "decode": decode, "layers": layers}[args.what](args)
+    report = {"prefill": prefill, "decode": decode, "alone": alone, "layers": layers}[args.what](args)
     args.out.write_text(json.dumps(report))
 
 
