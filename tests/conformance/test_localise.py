@@ -160,3 +160,19 @@ def test_tokens_may_be_a_file(tmp_path):
     with pytest.raises(ValueError, match=r"neither a number nor a \.npy file"):
         localise.text_of(str(tmp_path / "none"), CHECKPOINT.config)
     assert [n for n in range(8) if localise.ranges("0,2-4")(n)] == [0, 2, 3, 4]
+
+
+def test_a_run_that_ends_early_is_judged_so_far_and_says_where_it_ended(monkeypatch, tmp_path):
+    monkeypatch.setattr(hunt.right_backend(), "hc_pre", lambda *_, **__: None)
+    done = CliRunner().invoke(localise.command, ["--backend", "reference", "--tokens", "10", "--cases", str(tmp_path)])
+    assert done.exit_code == 1
+    assert (
+        "the run ended there: op hc_pre, layer0, prefill: raised TypeError: returned None; the contract" in done.output
+    )
+
+
+@pytest.mark.parametrize(("option", "message"), [("--layers", "layers 0 to 5"), ("--positions", "positions 0 to 9")])
+def test_what_the_run_has_not_is_said(option, message, tmp_path):
+    done = CliRunner().invoke(localise.command, ["--tokens", "10", option, "99", "--cases", str(tmp_path)])
+    assert isinstance(done.exception, ValueError)
+    assert message in str(done.exception)

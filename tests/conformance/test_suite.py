@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dsv4_conformance import checks, opcases, runner
-from dsv4_conformance.budget import Expected, allowance, roundoff, unit
+from dsv4_conformance.budget import Expected, allowance, expect, roundoff, unit
 from dsv4_conformance.calls import execute
 from dsv4_conformance.discrete import Scores, judge_picks
 from dsv4_conformance.guard import Guarded
@@ -26,8 +26,9 @@ from dsv4_conformance.report.matrix import load as load_report
 from dsv4_conformance.xfails import Xfail, stale
 from dsv4_conformance.xfails import load as load_xfails
 
+from dsv4_core import registry
 from dsv4_core.dtypes import BFLOAT16
-from dsv4_core.spec import OPS
+from dsv4_core.spec import OPS, Support
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -83,6 +84,68 @@ def test_mistakes_of_form_are_named(returned, message):
     backend.rms_norm = lambda x, weight, *, eps: returned(x)
     call = case("rms_norm/small").call("native")
     assert message in "; ".join(execute(call, backend, [(5, 256)]).problems)
+
+
+def test_weights_are_guarded():
+    backend = right_backend()()
+
+    def spoiling(x, weight, *, eps):
+        weight[0] = 0
+        return x.copy()
+
+    backend.rms_norm = spoiling
+    backend.embedding = lambda ids, weight: weight[: len(ids)]
+    found = []
+    for name in ("rms_norm/small", "embedding/small"):
+        call = case(name).call("native")
+        shape = (*call.operands[0].shape[:1], call.operands[1].shape[-1])
+        found += execute(call, backend, [shape]).problems
+    assert any("modified weight 'weight' in place" in p for p in found)
+    assert any("shares memory with operand 'weight'" in p for p in found)
+
+
+def test_a_backend_that_leaves_the_interpreter_is_a_finding():
+    backend = right_backend()()
+
+    def leave(*_, **__):
+        raise SystemExit(0)
+
+    backend.rms_norm = leave
+    ran = runner.run(checks.Session(backend, "smoke"), cases=["rms_norm/small"])
+    assert [f.status for f in ran.findings] == ["error"]
+    assert "raised SystemExit" in ran.findings[0].message
+
+
+def test_an_op_that_is_claimed_and_always_refused_fails():
+    refused = type("Refused", (right_backend(),), {"claims": ("hc_post",), "claims_level": None})()
+    refused.supports = lambda op, **_: Support(reason="no")
+    ran = runner.run(checks.Session(refused, "smoke"), ops=["hc_post"])
+    assert {f.status for f in ran.findings if f.id.startswith("hc_post")} == {"unsupported"}
+    assert not ran.ok
+    ran.claims = ()
+    assert ran.ok
+
+
+def test_a_narrower_declaration_is_its_own_ops_and_is_reported():
+    narrower = {"cached_sparse_attn": OPS["cached_sparse_attn"].narrower}
+    call = case("sparse_attn/small").call("native")
+    noise = [
+        expect(call, registry.oracle("native", declared), right_backend()())[0].noise.mean()
+        for declared in ({}, narrower)
+    ]
+    assert noise[1] == noise[0]
+    declaring = type("Declaring", (right_backend(),), {"narrower": narrower})()
+    assert any(
+        "as declared: cached_sparse_attn" in line
+        for line in runner.run(checks.Session(declaring, "smoke"), cases=["hc_add/small"]).summary()
+    )
+
+
+def test_full_tier_has_more_seeds_whose_ids_replay():
+    ran = runner.run(session("smoke"), cases=["hc_add/small#3", "hc_add/small"])
+    assert ran.ok
+    assert len({f.seed for f in ran.findings}) == 2
+    assert {f.id for f in ran.findings} == {"hc_add/small#3", "hc_add/small"}
 
 
 def test_picks_are_judged_by_margin():
@@ -150,11 +213,22 @@ def test_xfails(tmp_path):
     expected = run([Xfail(i, "being fixed", later) for i in ("hc_post/small", "hc_post/tokens=1", "hc_post/cancel")])
     assert expected.counts()["xfailed"] == 3
     assert expected.ok, [f.id for f in expected.failures()]
+    expected.partial = False
+    assert expected.level is None  # an expected failure is no pass
     assert "expired" in stale([Xfail("hc_post/small", "r", past)], {"hc_post/small"}, today)[0]
     assert "matches no case" in stale([Xfail("nothing", "r", later)], {"hc_post/small"}, today)[0]
     (tmp_path / "x.toml").write_text('[[xfail]]\ncase = "a"\nexpires = 2030-01-01\n')
     with pytest.raises(ValueError, match="needs reason"):
         load_xfails(tmp_path / "x.toml")
+    for text, message in (
+        ('[[xfial]]\ncase = "a"\n', "holds xfial"),
+        ('[xfail]\ncase = "a"\n', "an xfail that is no list"),
+        ('[[xfail]]\ncase = "a"\nreason = "b"\nexpires = 2030-01-01\nissue = 3\n', "has 'issue'"),
+        ('[[xfail]]\ncase = "a"\nreason = "b"\nexpires = 2030-01-01T10:00:00\n', "needs expires"),
+    ):
+        (tmp_path / "x.toml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_xfails(tmp_path / "x.toml")
 
 
 def test_isolation_reports_what_died_and_goes_on(tmp_path, monkeypatch):
