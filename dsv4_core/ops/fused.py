@@ -58,7 +58,7 @@ def _ffn_cases() -> tuple[Case, ...]:
         base.but("bf16", dtypes=dict.fromkeys(fp8, "bfloat16")),
         base.but("outliers", data="outliers"),
         base.but("views", views=True),
-        base.but("flash", "full", dim=4096, inter=2048),
+        base.but("flash", tokens=2, dim=4096, inter=2048),
     )
 
 
@@ -82,7 +82,8 @@ def _moe_cases() -> tuple[Case, ...]:
         base.but("nothing_here", data="nothing_here"),
         base.but("outliers", data="outliers"),
         base.but("views", views=True),
-        base.but("flash", "full", tokens=3, dim=4096, inter=2048, experts=8, topk=6),
+        base.but("flash", tokens=1, dim=4096, inter=2048, experts=4, topk=2),
+        base.but("flash_three", "full", tokens=3, dim=4096, inter=2048, experts=8, topk=6),
     )
 
 
