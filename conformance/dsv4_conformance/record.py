@@ -93,13 +93,13 @@ class Recorder:
 
         @functools.wraps(method)
         def recording(*operands: Any, **scalars: Any) -> Any:
+            self.under_way = op
             if not self.keep(self.time, self.place):
                 return method(*operands, **scalars)
             try:
                 before = [self.host(o) for o in operands]
             except UnknownOperandError:
                 return method(*operands, **scalars)
-            self.under_way = op
             returned = method(*operands, **scalars)
             results = self.formed(Call(op, before, scalars), returned)
             self.add(op, before, scalars, [self.host(r) for r in (*results, *(operands[i] for i in mutated))])

@@ -23,17 +23,7 @@ import numpy as np
 
 from dsv4_backend_reference.backend import ReferenceBackend
 from dsv4_backend_reference.quant import scale_bytes
-from dsv4_core.dtypes import (
-    E8M0_VALUES,
-    FP8_BLOCK,
-    Experts,
-    Format,
-    Host,
-    RowLayout,
-    ScaledArray,
-    numpy_dtype,
-    round_to_grid,
-)
+from dsv4_core.dtypes import E8M0_VALUES, FP8_BLOCK, Experts, Format, Host, ScaledArray, numpy_dtype, round_to_grid
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -78,7 +68,7 @@ class Oracle(ReferenceBackend):
         self.unit = 2.0**-53 if numerics == "float64" else 2.0**-24
         self.rng: np.random.Generator | None = None
         self.partial: float | None = None  # unit of partial sums within 128 channels, where declared
-        self.attending: tuple[str, ...] = ("sparse_attn",)
+        self.op = ""  # under evaluation
         self.elementwise = True
         self.nearest = False
         self.lean = 1.0
@@ -100,7 +90,7 @@ class Oracle(ReferenceBackend):
         self, op: str, operands: Sequence[Any], scalars: Mapping[str, Any], *, samples: int, seed: int
     ) -> tuple[Any, list[Any]]:
         """Give the op's exact result and ``samples`` perturbed ones."""
-        call = getattr(self, op)
+        self.op, call = op, getattr(self, op)
         self.rng, self.roundings, self.magnitudes = None, 0, []
         exact = call(*operands, **scalars)
         self.final = self.roundings  # the last rounding of a call is the result's own; the judge allows for it
@@ -218,28 +208,6 @@ class Oracle(ReferenceBackend):
         with self.sums_alone():
             return super().index_scores(q, weights, keys, scale=scale)
 
-    def cached_sparse_attn(
-        self, q: Any, kv: Any, ring: Any, ring_index: Any, rows: Any, row_index: Any, attn_sink: Any, topk_idxs: Any,
-        *, layout: RowLayout, softmax_scale: float,
-    ) -> Any:  # fmt: skip
-        """Its default calls ``sparse_attn``: a declaration for either holds within it."""
-        self.attending = ("sparse_attn", "cached_sparse_attn")
-        try:
-            return super().cached_sparse_attn(
-                q,
-                kv,
-                ring,
-                ring_index,
-                rows,
-                row_index,
-                attn_sink,
-                topk_idxs,
-                layout=layout,
-                softmax_scale=softmax_scale,
-            )
-        finally:
-            self.attending = ("sparse_attn",)
-
     @contextmanager
     def sums_alone(self) -> Iterator[None]:
         """Suspend the noise of operands: the op has no elementwise part, and a sum that is exact in every order has no error at all."""
@@ -263,8 +231,8 @@ class Oracle(ReferenceBackend):
         ] + self.unit * self.rng.standard_normal(angle.shape)
 
     def softmax_with_sink(self, scores: Host, count: Host, sink: Host) -> Host:
-        """Probabilities, rounded to bfloat16 where a backend declares that for the form of attention under way."""
+        """Probabilities, rounded to bfloat16 where a backend declares that: for the op itself, or for the part that it calls."""
         weight = super().softmax_with_sink(scores, count, sink)
-        if self.rng is None or not any(self.declared.get(op) for op in self.attending):
+        if self.rng is None or not any(self.declared.get(op) for op in ("sparse_attn", self.op)):
             return weight
         return stochastic(weight, "bfloat16", self.rng)
