@@ -107,27 +107,30 @@ def place(
 
 def execute(call: Call, backend: Backend, shapes: Sequence[tuple[int, ...]]) -> Outcome:
     """Run a call on a backend, guarded; ``shapes`` are those that the oracle's results have. Exceptions of the op pass through."""
-    guards: list[Guarded | GuardedWeight] = []
+    guards: list[Guarded] = []
+    weights: list[GuardedWeight] = []
 
     def guarded(name: str, operand: Host) -> Any:
         guards.append(Guarded(backend, name, operand, view=call.views))
         return guards[-1].array
 
     def weight(name: str, tensor: Host) -> Host:
-        guards.append(guard := GuardedWeight(name, tensor))
-        return guard.array
+        weights.append(GuardedWeight(name, tensor))
+        return weights[-1].array
 
     placed = [place(backend, name, operand, guarded, weight) for name, operand in call.named().items()]
     returned = getattr(backend, call.op)(*placed, **call.scalars)
     outcome = Outcome()
     results = as_tuple(call, returned, outcome)
     for i, result in enumerate(results):
-        _take(call, i, result, backend, shapes, guards, outcome)
+        _take(call, i, result, backend, shapes, [*guards, *weights], outcome)
     for guard in guards:
         mutable = guard.name in call.spec.mutates
         outcome.problems += guard.problems(mutable=mutable)
-        if mutable and isinstance(guard, Guarded):
+        if mutable:
             outcome.results.append(guard.value().copy())
+    for tensor in weights:
+        outcome.problems += tensor.problems()
     return outcome
 
 

@@ -4,7 +4,6 @@ they wrote.
 
 from __future__ import annotations
 
-import datetime
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,7 +240,6 @@ def judge_command(
     run = Run(
         f"results in {results}", tier=manifest["tier"], numerics=manifest["numerics"], partial=True, device="not stated"
     )
-    run.date = str(datetime.datetime.now(datetime.timezone.utc).date())
     progress, total = Progress(rerun, quiet=False, detailed=False), len(manifest["cases"])
     for finding in judge(directory, results, ops, cases):
         run.findings.append(finding)

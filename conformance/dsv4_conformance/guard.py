@@ -94,9 +94,8 @@ class GuardedWeight:
             self.array[...] = host
         self.before = self.buffer.copy() if host.nbytes <= HUGE else self.buffer[:0]
 
-    def problems(self, *, mutable: bool = False) -> list[str]:
+    def problems(self) -> list[str]:
         """Say whether the backend wrote into the checkpoint."""
-        del mutable
         if not self.before.size or not (_bits(self.buffer) != _bits(self.before)).any():
             return []
         return [f"modified weight {self.name!r} in place; the model's weights are shared and, mapped, read-only"]

@@ -89,7 +89,7 @@ class Run:
     narrower: dict[str, tuple[str, ...]] = field(default_factory=dict)
     device: str = "cpu"
     version: str = "not stated"
-    date: str = ""
+    date: str = field(default_factory=lambda: str(datetime.datetime.now(datetime.timezone.utc).date()))
     duration: float = 0.0
     proof: dict[str, str] = field(default_factory=dict)
     departures: dict[str, str] = field(default_factory=dict)
@@ -248,7 +248,6 @@ def run(
         version=version or "not stated",
         departures=dict(backend.departures),
         device=str(getattr(backend, "device", "cpu")),
-        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     )
     today = today or datetime.datetime.now(datetime.timezone.utc).date()
     result.stale = expected.stale(xfails, {c.id for c in every}, today)
