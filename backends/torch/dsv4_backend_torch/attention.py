@@ -15,6 +15,11 @@ TOKENS = 64  # of a block of attention on a CPU: neighbours share most of their 
 class TorchAttention(Numeric, AttentionOps):
     """Contracts of ``ops/attention.py``."""
 
+    @property
+    def keys_at_once(self) -> int | None:
+        """On a CPU, keys of 128 channels that are 2 MB in float32."""
+        return 4096 if self.on_cpu else None
+
     def compress(self, kv_score: Tensor, ape: Tensor, window_idxs: Tensor, *, dim: int) -> Tensor:
         ratio, width = ape.shape
         rows, span = window_idxs.shape
