@@ -74,7 +74,7 @@ def jobs_of(ranks: int, wide: Path) -> list[dict]:
             add("tiny-jargon", numerics="float32", text=5)
             add("tiny-jargon", numerics="native", variant="distance")
         add("wide", variant="odd", batch=2)
-        add("tiny-pro" if tp < 4 else "wide", variant="one_rank", batch=2)
+        add("tiny-pro", variant="one_rank", batch=2)
     return jobs
 
 
