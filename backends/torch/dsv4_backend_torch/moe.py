@@ -17,6 +17,11 @@ def silu(x: Tensor) -> Tensor:
     return x / x.neg().exp_().add_(1) if x.dtype == torch.float64 else functional.silu(x, inplace=True)
 
 
+def swiglu_(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """``silu(min(gate, limit)) * clamp(up, -limit, limit)`` of wide tensors, which are overwritten."""
+    return silu(gate.clamp_(max=limit)).mul_(up.clamp_(-limit, limit))
+
+
 class TorchMoe(TorchMatmul, MoeOps):
     """Contracts of ``ops/moe.py``."""
 

@@ -13,6 +13,7 @@ from dsv4_backend_torch.numeric import BLOCK, FEW, Numeric
 from dsv4_core.ops.norm import NormOps
 
 SMALL = 1 << 13  # elements up to which a few plain calls cost less than the library's norm
+_ZERO = torch.zeros(1)
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 
@@ -30,8 +31,9 @@ class TorchNorm(Numeric, NormOps):
             return y if weight is None else y.mul_(weight)
         if self.on_cpu and tokens == 1:
             wide = self.widen(x)
-            y = wide * (1 / math.sqrt(float(torch.linalg.vector_norm(wide)) ** 2 / dim + eps))
-            return self.rounded(y if weight is None else y.mul_(weight))
+            row = wide.reshape(dim)
+            scale = 1 / math.sqrt(float(torch.dot(row, row)) / dim + eps)
+            return self.rounded(wide * scale if weight is None else torch.addcmul(_ZERO, wide, weight, value=scale))
         gain = None if weight is None else self.widen(weight)
         if self.on_cpu and tokens * dim <= SMALL:
             wide = self.widen(x)
