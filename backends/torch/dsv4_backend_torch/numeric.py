@@ -47,6 +47,7 @@ class Numeric(Ops):
     """Conversions between an op's operands and the dtype that it computes in."""
 
     device: Any  # a torch.device once the backend is constructed
+    _widened: dict[int, tuple[Tensor, Tensor]]
     _numbers: dict[int, tuple[Tensor, list[float]]]  # weights are held too, so that their ids stay theirs
 
     @cached_property
@@ -77,6 +78,15 @@ class Numeric(Ops):
         found = self._numbers.get(id(weight))
         if found is None:
             found = self._numbers[id(weight)] = (weight, weight.tolist())
+        return found[1]
+
+    def wide_weight(self, weight: Tensor) -> Tensor:
+        """Take a norm's weight to the dtype inside ops, once."""
+        if weight.dtype == self.wide_type:
+            return weight
+        found = self._widened.get(id(weight))
+        if found is None:
+            found = self._widened[id(weight)] = (weight, weight.to(self.wide_type))
         return found[1]
 
     def blocks(self, rows: int, width: int) -> Iterator[slice]:

@@ -53,9 +53,9 @@ def scale_bits(blocks: Tensor, fmt: Format) -> Tensor:
 
 def few_exponents(blocks: Tensor, fmt: Format) -> list[int] | None:
     """Exponents of the same scales, as Python integers, of a decode step's blocks on a CPU; None beside what is not finite."""
-    amax = blocks.abs().amax(-1).reshape(-1).to(torch.float32).mul_(1 / FORMAT_MAX[fmt])
+    amax = torch.linalg.vector_norm(blocks, math.inf, -1).to(torch.float32).mul_(1 / FORMAT_MAX[fmt])
     least, exponents = _LEAST_SCALE[fmt], []
-    for value in amax.tolist():
+    for value in amax.view(-1).tolist():
         if not value < math.inf:
             return None
         mantissa, exponent = math.frexp(max(value, least))
@@ -65,8 +65,13 @@ def few_exponents(blocks: Tensor, fmt: Format) -> list[int] | None:
 
 def few_scales(exponents: list[int], blocks: Tensor) -> Tensor:
     """Powers of two that broadcast over ``blocks``."""
-    scales = array("d", [math.ldexp(1, e) for e in exponents])
-    return torch.frombuffer(scales, dtype=torch.float64).to(blocks.dtype).view(*blocks.shape[:-1], 1)
+    scales = array("d" if blocks.dtype == torch.float64 else "f", [math.ldexp(1, e) for e in exponents])
+    return torch.frombuffer(scales, dtype=blocks.dtype).view(*blocks.shape[:-1], 1)
+
+
+def few_bytes(exponents: list[int]) -> Tensor:
+    """E8M0 bytes of the same scales."""
+    return torch.frombuffer(bytearray(127 + e for e in exponents), dtype=torch.uint8)
 
 
 def scale_bytes(bits: Tensor) -> Tensor:
@@ -137,6 +142,10 @@ def grid_codes(y: Tensor, fmt: Format) -> Tensor:
 class TorchQuant(Numeric, QuantOps):
     """Contracts of ``ops/quant.py``, and the way back from codes to values."""
 
+    _encoded: tuple[Tensor, Tensor, list[int]] | None = (
+        None  # the last few rows of E4M3 values, their codes, their scales
+    )
+
     def act_quant(self, x: Tensor, *, block: int) -> tuple[Tensor, Tensor]:
         codes, scale = self.encode(x, "e4m3", block)
         return codes.reshape(x.shape), scale
@@ -146,8 +155,7 @@ class TorchQuant(Numeric, QuantOps):
         blocks = self.widen(x).reshape(x.shape[0], x.shape[1] // block, block)
         if self.few(blocks) and (exponents := few_exponents(blocks, fmt)) is not None:
             codes = grid_codes(round_to_grid(blocks / few_scales(exponents, blocks), fmt), fmt)
-            scale = torch.frombuffer(bytearray(127 + e for e in exponents), dtype=torch.uint8)
-            return codes, scale.view(blocks.shape[:-1])
+            return codes, few_bytes(exponents).view(blocks.shape[:-1])
         bits = scale_bits(blocks, fmt)
         scaled = blocks / nan_if_infinite(grid_scale(bits, blocks.dtype))
         if fmt == "e4m3" and scaled.dtype == torch.float32 and has_e4m3(scaled):
@@ -160,8 +168,16 @@ class TorchQuant(Numeric, QuantOps):
         if self.on_cpu and x.shape[0] <= FEW and x.is_contiguous():
             wide = x.to(torch.float32, copy=True)
             blocks = wide[:, :channels].view(x.shape[0], channels // block, block)
-            blocks.copy_(self.on_grid(blocks, format))
-            return self.rounded(wide)
+            exponents = few_exponents(blocks, format) if format == "e4m3" and x.shape[0] and has_e4m3(wide) else None
+            if exponents is None:
+                blocks.copy_(self.on_grid(blocks, format))
+                return self.rounded(wide)
+            scale = few_scales(exponents, blocks)
+            codes = to_e4m3(blocks / scale)
+            blocks.copy_(codes).mul_(scale)
+            rounded = self.rounded(wide)
+            self._encoded = rounded, codes.view(torch.uint8), exponents
+            return rounded
         grid = self.rounded(self.blocks_on_grid(x[:, :channels], format, block))
         return grid if channels == x.shape[1] else torch.cat([grid, x[:, channels:]], 1)
 
