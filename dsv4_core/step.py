@@ -230,6 +230,7 @@ class Step:
         closing, span = bound - window, 2 * ratio if ratio == 4 else ratio
         before = min(span - 1, position) if closing else 0
         behind = self.before + 1  # window rows that stand before the compressed ones
+        nothing = array([])
         row_idxs = picks = None
         if ratio != 4:
             row_idxs = array(np.arange(behind, behind + bound)[None])
@@ -242,11 +243,13 @@ class Step:
             ratio=ratio,
             closing=closing,
             bound=bound,
-            state_read=array(self._last(before, state_rows)),
+            state_read=array(self._last(before, state_rows)) if closing else nothing,
             state_write=array([self._slot(state_rows)]),
-            window_idxs=array(np.maximum(np.arange(before + 1 - span, before + 1), -1)[None][:closing]),
-            row_write=array([sequence * rows + window][:closing]),
-            row_positions=array([window * ratio][:closing]),
+            window_idxs=array(np.maximum(np.arange(before + 1 - span, before + 1), -1)[None])
+            if closing
+            else nothing.reshape((0, span)),
+            row_write=array([sequence * rows + window]) if closing else nothing,
+            row_positions=array([window * ratio]) if closing else nothing,
             row_read=array(np.arange(sequence * rows, sequence * rows + bound)),
             visible=array([[bound]]),
             row_idxs=row_idxs,

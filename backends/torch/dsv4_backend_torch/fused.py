@@ -20,10 +20,23 @@ if TYPE_CHECKING:
     from dsv4_core.dtypes import RowLayout
 
 
+class RowMemory:
+    """Where one row's activations in several experts lie: ``gate`` and ``up`` [experts, inter], ``rows`` the same by expert."""
+
+    def __init__(self, experts: int, inter: int) -> None:
+        with torch.inference_mode(mode=False):
+            self.gate, self.up = torch.empty((2, experts, inter))
+        self.rows = list(zip(self.gate, self.up, strict=True))
+
+
 class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, FusedOps):
     """Contracts of ``ops/fused.py``, where fusing pays."""
 
+    _row_memory: dict[tuple[int, int], RowMemory]
+
     def ffn(self, x: Tensor, w1: Weight, w3: Weight, w2: Weight, *, limit: float) -> Tensor:
+        if self.reads_in_place(x, w1):
+            return self._row(x, [(w1, w3, w2)], None, None, limit)
         return self.expert(
             self.quantised_activation(x, w1.format) if isinstance(w1, ScaledArray) else x, (w1, w3), w2, None, limit
         )
@@ -129,6 +142,9 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Fus
         local = [
             (j, e - first_expert) for j, e in enumerate(indices[0].tolist()) if 0 <= e - first_expert < w1.shape[0]
         ]
+        if local and self.reads_in_place(x, w1[local[0][1]]):
+            chosen = weights if len(local) == weights.shape[1] else weights[:, [j for j, _ in local]]
+            return self._row(x, [(w1[e], w3[e], w2[e]) for _, e in local], chosen.t(), shared, limit)
         rows = [] if shared is None else [shared]
         if local:
             gate, up = self.widen(torch.cat([self.product(x, (w1[e], w3[e]), wide=False) for _, e in local])).chunk(
@@ -142,6 +158,40 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Fus
                 self.product(row, (w2[e],), wide=False) for row, (_, e) in zip(hidden.split(1), local, strict=True)
             ]
         return torch.cat(rows or [x.new_zeros((1, w2.shape[1]))]).sum(0, dtype=self.wide_type, keepdim=True)
+
+    def reads_in_place(self, x: Tensor, weight: Weight) -> bool:
+        """Say whether a row is multiplied by float32 weights as they are, by MKL on a CPU."""
+        return (
+            x.shape[0] == 1
+            and self.on_cpu
+            and isinstance(weight, Tensor)
+            and weight.dtype == x.dtype == torch.float32 == self.act_type
+            and torch.float32 not in self.one_dnn
+        )
+
+    def _row(
+        self,
+        x: Tensor,
+        experts: list[tuple[Tensor, Tensor, Tensor]],
+        weights: Tensor | None,
+        shared: Tensor | None,
+        limit: float,
+    ) -> Tensor:
+        """One row through such experts, their sum added to ``shared``: every product goes to where it is needed, no call but products per expert."""
+        inter = experts[0][0].shape[0]
+        shape = len(experts), inter
+        memory = self._row_memory.get(shape) or self._row_memory.setdefault(shape, RowMemory(*shape))
+        row = x.reshape(-1)
+        for (w1, w3, _), (gate, up) in zip(experts, memory.rows, strict=True):
+            torch.mv(w1, row, out=gate)
+            torch.mv(w3, row, out=up)
+        hidden = swiglu_(memory.gate, memory.up, limit)
+        if weights is not None:
+            hidden.mul_(weights)
+        y = None if shared is None else shared.reshape(-1)
+        for (_, _, w2), (gate, _) in zip(experts, memory.rows, strict=True):
+            y = torch.mv(w2, gate) if y is None else torch.addmv(y, w2, gate)
+        return y[None]
 
     def expert(self, x: Tensor, w13: tuple[Weight, Weight], w2: Weight, weight: Tensor | None, limit: float) -> Tensor:
         """One expert's rows: ``w2 . swiglu(w1 . x, w3 . x)``; w1 and w3 in one product, block by block of rows while they are in cache."""

@@ -137,20 +137,25 @@ class TorchMhc(TorchNorm, TorchMatmul, MhcOps):
             y, post, comb = self.hc_pre(h, fn, scale, base, norm_eps=norm_eps, eps=eps, iters=iters)
         return self.rms_norm(y, weight, eps=norm_eps), post, comb
 
-    def _pre_one(
-        self, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, eps: float, iters: int
-    ) -> Mixed:
-        """``hc_pre`` of one token's four streams on a CPU, its first result wide."""
-        dim = h.shape[2]
+    def _mixes_one(self, h: Tensor, fn: Tensor, norm_eps: float) -> tuple[OneToken, list[float]]:
+        """``mixes`` of one token's four streams on a CPU, as Python floats; the streams are in the memory that is given back."""
+        dim, count = h.shape[2], fn.shape[0]
         one = self._streams
         if one is None or one.rows.shape[1] != dim or one.rows.dtype != self.wide_type:
             one = self._streams = OneToken(dim, self.wide_type)
         one.streams.copy_(h)
-        torch.mv(self.widen(fn), one.flat, out=one.products)
+        torch.mv(self.widen(fn), one.flat, out=one.products[:count])
         torch.dot(one.flat, one.flat, out=one.square)
         *products, square = one.host.tolist()
         root = 1 / math.sqrt(square / (4 * dim) + norm_eps)
-        s = split4([m * root for m in products], self.on_host(scale), self.on_host(base), eps, iters)
+        return one, [m * root for m in products[:count]]
+
+    def _pre_one(
+        self, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, eps: float, iters: int
+    ) -> Mixed:
+        """``hc_pre`` of one token's four streams on a CPU, its first result wide."""
+        one, mixes = self._mixes_one(h, fn, norm_eps)
+        s = split4(mixes, self.on_host(scale), self.on_host(base), eps, iters)
         # pre, then what gives a stream: its column of comb and its share of post
         numbers = array(
             _CODE[self.wide_type],
@@ -160,7 +165,7 @@ class TorchMhc(TorchNorm, TorchMatmul, MhcOps):
         one.matrix = split.as_strided((4, 5), (5, 1), 4)
         post, comb = split.as_strided((1, 4), (20, 5), 8), split.as_strided((1, 4, 4), (20, 1, 5), 4)
         one.given = h, post, comb
-        return torch.mv(one.channels, split.as_strided((4,), (1,), 0)).view(1, dim), post, comb
+        return torch.mv(one.channels, split.as_strided((4,), (1,), 0))[None], post, comb
 
     def hc_post(self, y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         one = self._streams
@@ -178,6 +183,11 @@ class TorchMhc(TorchNorm, TorchMatmul, MhcOps):
         return out
 
     def hc_head(self, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float) -> Tensor:
+        if self.on_cpu and h.shape[:2] == (1, 4):
+            one, few = self._mixes_one(h, fn, norm_eps)
+            (s,), b = self.on_host(scale), self.on_host(base)
+            pre = array(_CODE[self.wide_type], [sigmoid(m * s + b[j]) + eps for j, m in enumerate(few)])
+            return self.rounded(torch.mv(one.channels, torch.frombuffer(pre, dtype=self.wide_type)))[None]
         wide, mixes = self.mixes(h, fn, norm_eps)
         return self.rounded(self.reduce(wide, self.pre(mixes, scale, base, h.shape[1], eps)))
 
@@ -199,11 +209,8 @@ def split4(
 ) -> list[float]:
     """``hc_split_sinkhorn`` of one token's 24 mixes: pre, post, comb one after another."""
     s0, s1, s2 = scale
-    return [
-        *[sigmoid(m * s0 + b) + eps for m, b in zip(mixes[:4], base[:4], strict=True)],
-        *[2 * sigmoid(m * s1 + b) for m, b in zip(mixes[4:8], base[4:8], strict=True)],
-        *sinkhorn4([m * s2 + b for m, b in zip(mixes[8:], base[8:], strict=True)], eps, iters),
-    ]
+    x = [m * s + b for m, s, b in zip(mixes, (s0, s0, s0, s0, s1, s1, s1, s1, *(s2,) * 16), base, strict=True)]
+    return [*[sigmoid(v) + eps for v in x[:4]], *[2 * sigmoid(v) for v in x[4:8]], *sinkhorn4(x[8:], eps, iters)]
 
 
 def sigmoid(x: float) -> float:
