@@ -16,6 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from dsv4_backend_cuda import lockstep
+
 TESTED_TRITON = ("3.9.0",)
 
 _active = False
@@ -234,16 +236,14 @@ def _repair() -> None:
     }.items():  # fmt: skip
         setattr(builder, name, quiet(function))
     _patch_once(it)
+    lockstep.install(it)
     it.ReduceOps.apply_impl = quiet(apply(it.ReduceOps.apply_impl))
     it.ScanOps.apply_impl = quiet(apply(it.ScanOps.apply_impl))
     it._mxfp_value_handle_to_float32 = scaled_values  # noqa: SLF001
 
 
 def _patch_once(it: Any) -> None:
-    """Put the interpreted functions into Triton's modules once, not at each call of each device function: a third of the time.
-
-    Kernels run on tensors that are in host memory already, so nothing is copied back either.
-    """
+    """Put the interpreted functions into Triton's modules once, not at each call of each device function: a third of the time."""
     import triton.language as tl
 
     def both() -> None:
@@ -251,7 +251,6 @@ def _patch_once(it: Any) -> None:
 
     it._patch_lang(types.FunctionType(both.__code__, {"tl": tl, "core": tl.core}))  # noqa: SLF001
     it._patch_lang = lambda _: it._LangPatchScope()  # noqa: SLF001
-    it.GridExecutor._restore_args_dev = lambda *_: None  # noqa: SLF001
     plain, known = it._get_np_dtype, {}  # noqa: SLF001
 
     def np_dtype(dtype: Any) -> Any:
