@@ -100,7 +100,7 @@ class Maker:
 
     def scaled(self, out: int, cols: int, fmt: Format) -> ScaledArray:
         """A quantised weight."""
-        if self.data == "one_hot":  # every byte in every place that a token can reach, every scale that a weight may have
+        if self.data == "one_hot":  # every byte in every place that a token can reach, every scale of a weight
             data = np.resize(np.arange(256, dtype=np.uint8), (out, cols if fmt == "e4m3" else cols // 2))
             data = np.stack([np.roll(row, 37 * i) for i, row in enumerate(data[:64])] * -(-out // 64))[:out]
             if fmt == "e4m3":
