@@ -55,7 +55,8 @@ def _hadamard(m: Maker) -> list[Any]:
 def _linear_input(m: Maker, *shape: int) -> Host:
     if m.data == "one_hot":
         x = m.floats(*shape, data="normal") * 0
-        x[np.arange(shape[0]), ..., np.arange(shape[0]) % shape[-1]] = 1
+        step = max(1, shape[-1] // shape[0])  # from one end of a row to the other
+        x[np.arange(shape[0]), ..., step * np.arange(shape[0]) % shape[-1]] = 2.0**13  # both scales' product is normal
         return x
     return m.floats(*shape)
 
@@ -84,7 +85,7 @@ def _expert_linear(m: Maker) -> list[Any]:
     else:
         inner = np.sort(m.rng.integers(0, last + 1, experts - 1))
         offsets = np.concatenate([[0], inner, [last]])
-    return [m.floats(rows, m["in"]), m.experts("weight", experts, m["out"], m["in"]), offsets.astype(np.int32)]
+    return [_linear_input(m, rows, m["in"]), m.experts("weight", experts, m["out"], m["in"]), offsets.astype(np.int32)]
 
 
 def _gate_input(m: Maker) -> tuple[Host, Host]:
