@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import builtins
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 ELEMENTS = 1 << 20
 """Values that an operation works on at once, about: as many programs run together as their largest block allows."""
+FIRST = 4
+"""Programs of a launch that run together before its largest block is known."""
 
 
-class PartedWays(BaseException):  # noqa: N818  not an error: the interpreter wraps those
+class PartedWays(BaseException):  # no Exception: the interpreter would wrap it
     """Programs of a batch want different control flow; ``kinds``: which program wants which, as integers."""
 
     def __init__(self, kinds: np.ndarray) -> None:
@@ -50,7 +52,10 @@ def install(it: Any) -> None:
     def same_programs(*handles: Any) -> list[Any]:
         """Handles of equally many entries."""
         many = max(h.data.shape[0] for h in handles)
-        return [h if h.data.shape[0] == many else handle(np.broadcast_to(h.data, (many, *h.data.shape[1:])), h.dtype) for h in handles]
+        return [
+            h if h.data.shape[0] == many else handle(np.broadcast_to(h.data, (many, *h.data.shape[1:])), h.dtype)
+            for h in handles
+        ]
 
     def program_id(self: Any, axis: int) -> Any:
         ids = self.grid_idx[axis]
@@ -59,7 +64,7 @@ def install(it: Any) -> None:
     def masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *policy: Any) -> Any:
         if other is None:
             element = ptrs.get_element_ty()
-            other = handle(np.zeros_like(ptrs.data, dtype=it._get_np_dtype(element)), element)  # noqa: SLF001
+            other = handle(np.zeros_like(ptrs.data, dtype=it._get_np_dtype(element)), element)
         widest[0] = max(widest[0], ptrs.data[0].size)
         return plain["create_masked_load"](self, *same_programs(ptrs, mask, other), *policy)
 
@@ -70,7 +75,7 @@ def install(it: Any) -> None:
             undo.append((ptrs, plain["create_masked_load"](self, ptrs, mask, value, None, False), mask))
         return plain["create_masked_store"](self, ptrs, value, mask, policy)
 
-    def histogram(self: Any, data: Any, bins: int, mask: Any) -> Any:  # noqa: ARG001  takes a method's place
+    def histogram(self: Any, data: Any, bins: int, mask: Any) -> Any:
         values = data.data.astype(np.int64)
         counted = (values >= 0) & (values < bins)
         if mask is not None:
@@ -78,7 +83,9 @@ def install(it: Any) -> None:
         values = np.broadcast_to(values, counted.shape)
         many = len(values)
         flat = np.where(counted, values + bins * np.arange(many)[:, None], bins * many)
-        return handle(np.bincount(flat.reshape(-1), minlength=bins * many + 1)[:-1].reshape(many, bins).astype(np.int32), tl.int32)
+        return handle(
+            np.bincount(flat.reshape(-1), minlength=bins * many + 1)[:-1].reshape(many, bins).astype(np.int32), tl.int32
+        )
 
     def joined(lhs: Any, rhs: Any, join: Callable[..., np.ndarray], axis: int) -> Any:
         return handle(join([h.data for h in same_programs(lhs, rhs)], axis=axis), lhs.dtype.scalar)
@@ -90,10 +97,14 @@ def install(it: Any) -> None:
         "create_histogram": histogram,
         "create_make_range": lambda _, __, start, stop: handle(np.arange(start, stop, dtype=np.int32)[None], tl.int32),
         "create_reshape": lambda _, arg, shape, __: handle(shaped(arg.data, shape), arg.dtype.scalar),
-        "create_trans": lambda _, arg, perm: handle(np.transpose(arg.data, (0, *(p + 1 for p in perm))), arg.dtype.scalar),
+        "create_trans": lambda _, arg, perm: handle(
+            np.transpose(arg.data, (0, *(p + 1 for p in perm))), arg.dtype.scalar
+        ),
         "create_expand_dims": lambda _, arg, axis: handle(np.expand_dims(arg.data, axis + 1), arg.dtype.scalar),
         "create_broadcast": lambda _, arg, shape: handle(broadcast(arg.data, shape), arg.dtype.scalar),
-        "create_splat": lambda _, kind, arg: handle(broadcast(shaped(arg.data, [1] * len(kind.shape)), kind.shape), arg.dtype.scalar),
+        "create_splat": lambda _, kind, arg: handle(
+            broadcast(shaped(arg.data, [1] * len(kind.shape)), kind.shape), arg.dtype.scalar
+        ),
         "create_unsplat": lambda _, arg: handle(shaped(arg.data, ()), arg.dtype.scalar),
         "create_cat": lambda _, lhs, rhs: joined(lhs, rhs, np.concatenate, 1),
         "create_join": lambda _, lhs, rhs: joined(lhs, rhs, np.stack, -1),
@@ -103,23 +114,34 @@ def install(it: Any) -> None:
     def reduced(data: np.ndarray, axis: int | None) -> Any:
         return tuple(builtins.range(1, data.ndim)) if axis is None else axis + 1
 
-    def to_tensor(self: Any, values: Any, dtype: Any) -> Any:  # noqa: ARG001
-        data = np.asarray(values).astype(it._get_np_dtype(dtype), copy=False)  # noqa: SLF001
-        return tl.core.tensor(handle(data, dtype.scalar), tl.block_type(dtype.scalar, list(data.shape[1:])) if data.ndim > 1 else dtype.scalar)
+    def to_tensor(self: Any, values: Any, dtype: Any) -> Any:
+        data = np.asarray(values).astype(it._get_np_dtype(dtype), copy=False)
+        return tl.core.tensor(
+            handle(data, dtype.scalar),
+            tl.block_type(dtype.scalar, list(data.shape[1:])) if data.ndim > 1 else dtype.scalar,
+        )
 
-    reductions = {tl.standard._sum_combine: np.sum, tl.standard._elementwise_max: np.nanmax, tl.standard._elementwise_min: np.nanmin}  # noqa: SLF001
+    reductions = {
+        tl.standard._sum_combine: np.sum,
+        tl.standard._elementwise_max: np.nanmax,
+        tl.standard._elementwise_min: np.nanmin,
+    }
 
     def reduce(self: Any, inputs: Any) -> Any:
         data = inputs[0].handle.data
         function = reductions.get(self.combine_fn)
         if function is None:
-            raise NotImplementedError(f"reduction with {self.combine_fn}: programs in lockstep know {', '.join(f.__name__ for f in reductions)}")
+            raise NotImplementedError(
+                f"reduction with {self.combine_fn.__name__}: programs in lockstep know sum, max and min; add it to lockstep.py"
+            )
         return self.to_tensor(function(data, axis=reduced(data, self.axis), keepdims=self.keep_dims), inputs[0].dtype)
 
     def scan(self: Any, inputs: Any) -> Any:
         data, axis = inputs[0].handle.data, self.axis + 1
-        if self.combine_fn != tl.standard._sum_combine:  # noqa: SLF001
-            raise NotImplementedError(f"scan with {self.combine_fn}: programs in lockstep know sums")
+        if self.combine_fn != tl.standard._sum_combine:
+            raise NotImplementedError(
+                f"scan with {self.combine_fn.__name__}: programs in lockstep know sums; add it to lockstep.py"
+            )
         data = np.flip(data, axis) if self.reverse else data
         total = np.cumsum(data, axis=axis)
         return [self.to_tensor(np.flip(total, axis) if self.reverse else total, inputs[0].dtype)]
@@ -132,30 +154,30 @@ def install(it: Any) -> None:
         if not any(isinstance(b, tl.tensor) for b in bounds):
             return builtins.range(*bounds)
         first, last, step = {1: (0, *bounds, 1), 2: (*bounds, 1)}.get(len(bounds), bounds)
-        starts, stops, steps = (b.handle.data.astype(np.int64) if isinstance(b, tl.tensor) else np.array([b]) for b in (first, last, step))
+        starts, stops, steps = (
+            b.handle.data.astype(np.int64) if isinstance(b, tl.tensor) else np.array([b]) for b in (first, last, step)
+        )
         trips = int(_one(np.maximum(-((starts - stops) // steps), 0)))
         if len(starts) == len(steps) == 1:
             return builtins.range(int(starts[0]), int(starts[0]) + trips * int(steps[0]), int(steps[0]))
         kind = first.handle.dtype
-        return (tl.tensor(handle((starts + n * steps).astype(it._get_np_dtype(kind)), kind), kind) for n in builtins.range(trips))  # noqa: SLF001
+        return (
+            tl.tensor(handle((starts + n * steps).astype(it._get_np_dtype(kind)), kind), kind)
+            for n in builtins.range(trips)
+        )
 
     it.range = loop  # the interpreter gives its own names to the kernels that it rewrites
 
     def transposed(self: Any) -> Any:
         shape = [*self.type.shape[:-2], self.type.shape[-1], self.type.shape[-2]]
-        return tl.core.tensor(handle(np.swapaxes(self.handle.data, -1, -2), self.handle.dtype), tl.core.block_type(self.dtype, shape))
+        return tl.core.tensor(
+            handle(np.swapaxes(self.handle.data, -1, -2), self.handle.dtype), tl.core.block_type(self.dtype, shape)
+        )
 
     tensor = tl.core.tensor
     tensor.__index__ = lambda self: int(_one(self.handle.data))
     tensor.__bool__ = lambda self: self.type.is_block() or bool(_one(self.handle.data))
     tensor.T = property(transposed)
-
-    def batches(ids: np.ndarray, size: Callable[[], int]) -> Iterator[np.ndarray]:
-        done = 0
-        while done < ids.shape[1]:
-            now = size()
-            yield ids[:, done : done + now]
-            done += now
 
     def run(function: Callable[..., Any], args: dict[str, Any], ids: np.ndarray) -> None:
         """Run the programs ``ids`` [3, programs] together, or kind by kind."""
@@ -174,16 +196,15 @@ def install(it: Any) -> None:
         b = it.interpreter_builder
         names = inspect.signature(self.fn).parameters
         args = inspect.getcallargs(self.fn, *given, **{k: v for k, v in named.items() if k in names})
-        args = {name: arg if name in self.constexprs else it._implicit_cvt(arg) for name, arg in args.items()}  # noqa: SLF001
+        args = {name: arg if name in self.constexprs else it._implicit_cvt(arg) for name, arg in args.items()}
         grid = self.grid(args) if callable(self.grid) else self.grid
         b.set_grid_dim(*grid, *(1,) * (3 - len(grid)))
         ids = np.stack(np.unravel_index(np.arange(np.prod(b.grid_dim)), b.grid_dim)).astype(np.int32)
-        widest[0] = ELEMENTS // 4  # until one batch has shown it
+        done, many, widest[0] = 0, FIRST, 1
         try:
-            for batch in batches(ids, lambda: max(1, ELEMENTS // widest[0])):
-                if widest[0] == ELEMENTS // 4:
-                    widest[0] = 1
-                run(self.fn, args, batch)
+            while done < ids.shape[1]:
+                run(self.fn, args, ids[:, done : done + many])
+                done, many = done + many, max(1, ELEMENTS // widest[0])
         except Exception as error:
             raise it.InterpreterError(repr(error)) from error
 
