@@ -148,6 +148,13 @@ class Maker:
             picks[:, 1:] = np.where(picks[:, 1:] == 1, 0, picks[:, 1:])
         return picks
 
+    def far_cache(self, slots: int, filled: int, layout: RowLayout) -> Host:
+        """A cache of ``slots`` rows, but of no more than just over 2^31 bytes; its last ``filled`` rows filled, the others holes."""
+        rows = self.packed(filled, layout)
+        cache = np.zeros((min(slots, (1 << 31) // rows[0].nbytes + 2 * filled), rows.shape[1]), rows.dtype)
+        cache[-filled:] = rows
+        return cache
+
     def packed(self, slots: int, layout: RowLayout) -> Host:
         """Cache rows as ``layout`` stores them, the ``slots`` of them filled."""
         if layout.kind == "plain":

@@ -16,7 +16,7 @@ import numpy as np
 
 ELEMENTS = 1 << 20
 """Values that an operation works on at once, about: as many programs run together as their largest block allows."""
-FIRST = 4
+FIRST = 16
 """Programs of a launch that run together before its largest block is known."""
 
 
