@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from dsv4_core import registry
 
 if TYPE_CHECKING:
-
     from dsv4_conformance.judge import Verdict
     from dsv4_core.backend import Backend
     from dsv4_core.spec import Numerics, Tier
