@@ -113,14 +113,14 @@ def scale() -> str:
 def ladder(findings: list[dict[str, Any]], partial: bool) -> str:
     """The five levels, each passed, failed or not run."""
     cells = []
-    for i, name in enumerate(LEVELS):
+    for i, what in enumerate(LEVELS):
         here = [f for f in findings if f["level"] == i]
         passed = sum(f["status"] in {"passed", "xfailed"} for f in here)
         unclaimed = sum(not f["claimed"] and f["status"] in BAD for f in here)
         undecided = not here or (partial and passed == len(here)) or (unclaimed and passed + unclaimed == len(here))
         kind = "" if undecided else "yes" if passed == len(here) else "no"
         cells.append(
-            f"<div class='{kind}'><b>{i}</b> {escape(name)}<br><span class=dim>{passed} of {len(here)}</span></div>"
+            f"<div class='{kind}'><b>{i}</b> {escape(what)}<br><span class=dim>{passed} of {len(here)}</span></div>"
         )
     return "".join(cells)
 
