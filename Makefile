@@ -40,7 +40,8 @@ mutants: $(VENV)
 	$(RUN) dsv4 conformance mutants --whole --out docs
 
 kernels: $(VENV)
-	$(RUN) dsv4 kernels build --report reports/cuda/build.json
+	$(RUN) dsv4 kernels build --report reports/cuda/kernels.json
+	$(RUN) python -m dsv4_backend_cuda.document
 
 benchmarks: $(VENV)
 	. $(VENV)/bin/activate && unset OPENBLAS_CORETYPE OPENBLAS_L2_SIZE && export OMP_NUM_THREADS=2 && \
