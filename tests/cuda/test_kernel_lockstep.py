@@ -27,7 +27,8 @@ def wayward_kernel(counts, total, kinds, spread, BLOCK: tl.constexpr):
         tl.store(kinds + pid, 20)
     else:
         tl.store(kinds + pid, 30)
-    tl.store(spread + pid * BLOCK + at, tl.histogram((at * pid) % BLOCK, BLOCK) + tl.cumsum(at, axis=0))
+    turned = tl.gather(at * pid, (at + 1) % BLOCK, axis=0)
+    tl.store(spread + pid * BLOCK + at, tl.histogram((at * pid) % BLOCK, BLOCK) + tl.cumsum(at, axis=0) + turned)
 
 
 def alone(monkeypatch):
@@ -48,12 +49,23 @@ def test_programs_that_part_ways(together, monkeypatch):
         assert total[pid] == 101 + sum(range(pid, pid + count))
         assert kinds[pid] == (10 if pid % 3 == 0 else 20 if pid % 3 == 1 and count > 4 else 30)
         hits = torch.bincount(torch.arange(8) * pid % 8, minlength=8)
-        assert torch.equal(spread[pid], (hits + torch.arange(8).cumsum(0)).int())
+        turned = torch.arange(8).roll(-1) * pid
+        assert torch.equal(spread[pid], (hits + torch.arange(8).cumsum(0) + turned).int())
 
 
 @triton.jit
 def xor_kernel(x, y, N: tl.constexpr):
     tl.store(y, tl.xor_sum(tl.load(x + tl.arange(0, N)), axis=0))
+
+
+@triton.jit
+def atomic_kernel(x):
+    tl.atomic_add(x, 1)
+
+
+def test_atomics_are_refused():
+    with pytest.raises(Exception, match="atomics: programs in lockstep"):
+        atomic_kernel[(2,)](torch.zeros(1, dtype=torch.int32))
 
 
 def test_an_unknown_reduction_is_refused():

@@ -30,10 +30,10 @@ class PartedWays(BaseException):  # no Exception: the interpreter would wrap it
 
 def _one(values: np.ndarray) -> Any:
     """What all programs agree on; raise ``PartedWays`` if they do not."""
-    first = values.flat[0]
-    if (values != first).any():
-        raise PartedWays(np.unique(values.reshape(-1), return_inverse=True)[1])
-    return first
+    kinds = np.unique(values.reshape(-1), return_inverse=True)[1] if (values != values.flat[0]).any() else values[:0]
+    if kinds.any():
+        raise PartedWays(kinds)
+    return values.flat[0]
 
 
 def install(it: Any) -> None:
@@ -87,6 +87,13 @@ def install(it: Any) -> None:
             np.bincount(flat.reshape(-1), minlength=bins * many + 1)[:-1].reshape(many, bins).astype(np.int32), tl.int32
         )
 
+    def gather(self: Any, src: Any, indices: Any, axis: int) -> Any:
+        src, indices = same_programs(src, indices)
+        return handle(np.take_along_axis(src.data, indices.data, axis + 1), src.dtype.scalar)
+
+    def no_atomics(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError("atomics: programs in lockstep take back what they stored, which others have seen")
+
     def joined(lhs: Any, rhs: Any, join: Callable[..., np.ndarray], axis: int) -> Any:
         return handle(join([h.data for h in same_programs(lhs, rhs)], axis=axis), lhs.dtype.scalar)
 
@@ -95,6 +102,9 @@ def install(it: Any) -> None:
         "create_masked_load": masked_load,
         "create_masked_store": masked_store,
         "create_histogram": histogram,
+        "create_gather": gather,
+        "create_atomic_rmw": no_atomics,
+        "create_atomic_cas": no_atomics,
         "create_make_range": lambda _, __, start, stop: handle(np.arange(start, stop, dtype=np.int32)[None], tl.int32),
         "create_reshape": lambda _, arg, shape, __: handle(shaped(arg.data, shape), arg.dtype.scalar),
         "create_trans": lambda _, arg, perm: handle(
