@@ -93,14 +93,7 @@ class Step:
         self.ids = self._array(ids.reshape(-1))
         self.positions = self._array(np.maximum(self.host_positions, 0).reshape(-1))
         self.tokens = self.batch * self.seq
-        self.only = self._only()
         self._compressions: dict[int, Compression] = {}
-
-    def _only(self) -> tuple[int, int] | None:
-        """Sequence and position of a decode step's only token: its addresses are ranges, which cost a third of what those of
-        a rectangle do.
-        """
-        return (int(self.sequences[0]), int(self.starts[0])) if self.tokens == 1 and self.counts[0] == 1 else None
 
     def _array(self, host: Any) -> Array:
         return self.backend.from_numpy(np.ascontiguousarray(host, np.int32))
@@ -108,8 +101,6 @@ class Step:
     @cached_property
     def before(self) -> int:
         """Window rows per sequence that are read back from the ring."""
-        if self.only:
-            return min(self.config.sliding_window - 1, self.only[1])
         return int(min(self.config.sliding_window - 1, self.starts.max(initial=0)))
 
     @cached_property
@@ -117,39 +108,21 @@ class Step:
         """Ring slots of the ``before`` rows that precede each sequence's tokens, oldest first; -1 before its beginning:
         [n * before].
         """
-        if self.only:
-            return self._array(self._last(self.before, self.cache.ring_rows))
         position = self.starts[:, None] + np.arange(-self.before, 0)
         return self._array(self._slots(position, self.cache.ring_rows).reshape(-1))
 
     @cached_property
     def ring_write(self) -> Array:
         """Ring slots of this step's rows, -1 for those that later ones of the step overwrite: [T]."""
-        if self.only:
-            return self._array([self._slot(self.cache.ring_rows)])
         return self._array(self._newest(self.cache.ring_rows))
 
     @cached_property
     def window_idxs(self) -> Array:
         """Window rows of each token, oldest first: [T, min(W, longest)]."""
-        if self.only:
-            return self._array(np.arange(self.before + 1)[None])
         width = int(min(self.config.sliding_window, self.ends.max(initial=1)))
         position = self.host_positions[:, :, None] + np.arange(1 - width, 1)
         absent = (position < 0) | (self.host_positions < 0)[:, :, None]
         return self._array(np.where(absent, -1, self._recent(position, self.before)).reshape(self.tokens, width))
-
-    def _slot(self, rows: int) -> int:
-        """Slot of the only token in rings of ``rows`` rows a sequence."""
-        assert self.only is not None
-        sequence, position = self.only
-        return sequence * rows + position % rows
-
-    def _last(self, count: int, rows: int) -> Host:
-        """Slots of the ``count`` tokens before the only one."""
-        assert self.only is not None
-        sequence, position = self.only
-        return np.arange(position - count, position) % rows + sequence * rows
 
     def _slots(self, position: Host, rows: int) -> Host:
         """Slots of positions [n, ...] in rings of ``rows`` rows a sequence; -1 for negative positions."""
@@ -176,7 +149,7 @@ class Step:
     def compression(self, ratio: int) -> Compression:
         """Addresses of a compress ratio, made once a step."""
         if ratio not in self._compressions:
-            self._compressions[ratio] = self._only_compression(ratio) if self.only else self._compression(ratio)
+            self._compressions[ratio] = self._compression(ratio)
         return self._compressions[ratio]
 
     def _compression(self, ratio: int) -> Compression:
@@ -216,42 +189,6 @@ class Step:
             row_positions=self._array((window * ratio).reshape(-1)),
             row_read=self._array((self.sequences[:, None] * rows + column).reshape(-1)),
             visible=self._array(visible),
-            row_idxs=row_idxs,
-            picks=picks,
-        )
-
-    def _only_compression(self, ratio: int) -> Compression:
-        """The same as ``_compression``, of one token."""
-        assert self.only is not None
-        sequence, position = self.only
-        cache, array = self.cache, self._array
-        state_rows, rows = cache.state_rows(ratio), cache.compressed_rows(ratio)
-        bound, window = (position + 1) // ratio, position // ratio
-        closing, span = bound - window, 2 * ratio if ratio == 4 else ratio
-        before = min(span - 1, position) if closing else 0
-        behind = self.before + 1  # window rows that stand before the compressed ones
-        nothing = array([])
-        row_idxs = picks = None
-        if ratio != 4:
-            row_idxs = array(np.arange(behind, behind + bound)[None])
-        elif bound:
-            topk = min(self.config.index_topk, bound)
-            gathered = topk < bound
-            idxs = array(np.arange(behind, behind + topk)[None]) if gathered else None
-            picks = Picks(topk, gathered, array([[sequence * rows if gathered else behind]]), idxs)
-        return Compression(
-            ratio=ratio,
-            closing=closing,
-            bound=bound,
-            state_read=array(self._last(before, state_rows)) if closing else nothing,
-            state_write=array([self._slot(state_rows)]),
-            window_idxs=array(np.maximum(np.arange(before + 1 - span, before + 1), -1)[None])
-            if closing
-            else nothing.reshape((0, span)),
-            row_write=array([sequence * rows + window]) if closing else nothing,
-            row_positions=array([window * ratio]) if closing else nothing,
-            row_read=array(np.arange(sequence * rows, sequence * rows + bound)),
-            visible=array([[bound]]),
             row_idxs=row_idxs,
             picks=picks,
         )

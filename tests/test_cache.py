@@ -1,7 +1,6 @@
 """The cache's size, to the byte, and what packing keeps."""
 
 import math
-from dataclasses import asdict
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +12,6 @@ from dsv4_core.config import PRESETS
 from dsv4_core.dtypes import RowLayout, numpy_dtype
 from dsv4_core.registry import create
 from dsv4_core.shapes import ShapeBackend
-from dsv4_core.step import Step
 
 
 def formula(config, numerics, capacity, R):
@@ -114,29 +112,3 @@ def test_token_ids_are_checked(ids, message):
     model = load_model("tiny-flash", "native")
     with pytest.raises(ValueError, match=message):
         feed(model, Cache(model.backend, model.config, 1, 16), np.array(ids))
-
-
-def flat(compression):
-    """Compression and its picks, where it has any, in one dictionary."""
-    return compression | (compression["picks"] or {}) | {"picks": compression["picks"] is not None}
-
-
-@pytest.mark.parametrize("preset", ["tiny", "flash"])
-def test_one_token_has_the_addresses_of_a_rectangle_of_one(preset):
-    config = PRESETS[preset]
-    cache = Cache(ShapeBackend(numerics="native"), config, 3, 3000)
-    cache.backend.from_numpy = np.array  # addresses as they are, not as shapes
-    for position in [*range(300), 2047, 2048, 2049, 2999]:
-        cache.lengths[:] = position
-        one, rectangle = (Step(cache, np.array([[5]]), [2]) for _ in range(2))
-        assert one.only == (2, position)
-        rectangle.only = None
-        for name in ("before", "ring_read", "ring_write", "window_idxs"):
-            np.testing.assert_array_equal(getattr(one, name), getattr(rectangle, name), strict=name != "before")
-        for ratio in (4, 128):
-            got, want = (flat(asdict(step.compression(ratio))) for step in (one, rectangle))
-            assert got.keys() == want.keys()
-            for name, value in got.items():
-                strict = isinstance(want[name], np.ndarray)
-                np.testing.assert_equal(value, want[name], err_msg=f"{position} {name}", strict=strict)
-    assert Step(cache, np.array([[5, 0]]), [2], [1]).only is None

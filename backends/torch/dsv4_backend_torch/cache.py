@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv4_backend_torch.numeric import FEW
-from dsv4_backend_torch.quant import TorchQuant, few_bytes
+from dsv4_backend_torch.quant import TorchQuant
 from dsv4_core.dtypes import FP4_GROUP, KV_BLOCK, Format, RowLayout
 from dsv4_core.ops.cache import CacheOps
 
@@ -62,10 +62,7 @@ class TorchCache(TorchQuant, CacheOps):
         fmt: Format = "e4m3" if layout.kind == "kv" else "e2m1"
         block = KV_BLOCK if layout.kind == "kv" else FP4_GROUP
         n, quantised = rows.shape[0], layout.dim - layout.rope_dim
-        if layout.kind == "kv" and self._encoded and self._encoded[0] is rows:  # quantised a moment ago
-            codes, scale = self._encoded[1], few_bytes(self._encoded[2]).view(n, quantised // block)
-        else:
-            codes, scale = self.encode(rows[:, :quantised], fmt, block)
+        codes, scale = self.encode(rows[:, :quantised], fmt, block)
         codes = codes.reshape(n, quantised)
         if layout.kind == "key":
             return torch.cat([codes[:, 0::2] | (codes[:, 1::2] << 4), scale], 1)

@@ -69,11 +69,6 @@ def few_scales(exponents: list[int], blocks: Tensor) -> Tensor:
     return torch.frombuffer(scales, dtype=blocks.dtype).view(*blocks.shape[:-1], 1)
 
 
-def few_bytes(exponents: list[int]) -> Tensor:
-    """E8M0 bytes of the same scales."""
-    return torch.frombuffer(bytearray(127 + e for e in exponents), dtype=torch.uint8)
-
-
 def scale_bytes(bits: Tensor) -> Tensor:
     """E8M0 bytes of scales' bits."""
     return (bits >> 23).to(torch.uint8)
@@ -142,10 +137,6 @@ def grid_codes(y: Tensor, fmt: Format) -> Tensor:
 class TorchQuant(Numeric, QuantOps):
     """Contracts of ``ops/quant.py``, and the way back from codes to values."""
 
-    _encoded: tuple[Tensor, Tensor, list[int]] | None = (
-        None  # the last few rows of E4M3 values, their codes, their scales
-    )
-
     def act_quant(self, x: Tensor, *, block: int) -> tuple[Tensor, Tensor]:
         codes, scale = self.encode(x, "e4m3", block)
         return codes.reshape(x.shape), scale
@@ -155,7 +146,8 @@ class TorchQuant(Numeric, QuantOps):
         blocks = self.widen(x).reshape(x.shape[0], x.shape[1] // block, block)
         if self.few(blocks) and (exponents := few_exponents(blocks, fmt)) is not None:
             codes = grid_codes(round_to_grid(blocks / few_scales(exponents, blocks), fmt), fmt)
-            return codes, few_bytes(exponents).view(blocks.shape[:-1])
+            scale = torch.frombuffer(bytearray(127 + e for e in exponents), dtype=torch.uint8)
+            return codes, scale.view(blocks.shape[:-1])
         bits = scale_bits(blocks, fmt)
         scaled = blocks / nan_if_infinite(grid_scale(bits, blocks.dtype))
         if fmt == "e4m3" and scaled.dtype == torch.float32 and has_e4m3(scaled):
@@ -173,11 +165,8 @@ class TorchQuant(Numeric, QuantOps):
                 blocks.copy_(self.on_grid(blocks, format))
                 return self.rounded(wide)
             scale = few_scales(exponents, blocks)
-            codes = to_e4m3(blocks / scale)
-            blocks.copy_(codes).mul_(scale)
-            rounded = self.rounded(wide)
-            self._encoded = rounded, codes.view(torch.uint8), exponents
-            return rounded
+            blocks.copy_(to_e4m3(blocks / scale)).mul_(scale)
+            return self.rounded(wide)
         grid = self.rounded(self.blocks_on_grid(x[:, :channels], format, block))
         return grid if channels == x.shape[1] else torch.cat([grid, x[:, channels:]], 1)
 
