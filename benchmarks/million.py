@@ -9,8 +9,9 @@
 ``prefill`` runs a small model with all three kinds of layers (ratios 0, 4, 128; indexer 2 x 32) over the whole context, notes memory
 and time after every chunk, decodes a few tokens at 8K, 64K, 256K and 1M, and holds the cache's bytes to the formula. ``decode`` times
 decode steps by kind of layer and op, on a cache filled with random rows, each the best of several. ``alone`` times sparse attention without
-an indexer before it, whose scan of all keys empties the processor's caches, and with 256 MB read before each call instead. ``layers`` does so with one
-full-size layer of each kind of Flash and of Pro. Native mode throughout. Every figure goes to RUN.json.
+an indexer before it, whose scan of all keys empties the processor's caches, and with 256 MB read before each call instead. ``layers`` times decode steps of one
+full-size layer of each kind of Flash and of Pro; the same token each time, so that all runs but the first find its experts drawn.
+Native mode throughout. Every figure goes to RUN.json.
 """
 
 from __future__ import annotations
@@ -109,16 +110,19 @@ class Timed(Model):
         return self.timed("attention", super().attention, block, x, step)
 
 
-def decode_times(model: Timed, cache: Cache, tokens: int, runs: int, sequence: int = 0) -> dict[str, float]:
-    """Seconds of one decode step at ``tokens - 1``, by ``ratio part``: the best of ``runs``. The cache's lengths stay."""
+def decode_times(model: Timed, cache: Cache, tokens: int, runs: int, token: int | None = None) -> dict[str, float]:
+    """Seconds of one decode step at ``tokens - 1``, by ``ratio part``: the best of ``runs``, each of ``token`` or of another one.
+    The cache's lengths stay.
+    """
     best: dict[str, float] = {}
     rng = np.random.default_rng(tokens)
     lengths = cache.lengths.copy(), cache.furthest.copy()
-    cache.lengths[sequence] = cache.furthest[sequence] = tokens - 1
+    cache.lengths[0] = cache.furthest[0] = tokens - 1
     for _ in range(runs):
         model.clock = defaultdict(float)
+        ids = rng.integers(0, model.config.vocab_size, (1, 1)) if token is None else np.array([[token]])
         began = time.perf_counter()
-        model.logits(model.forward(Step(cache, rng.integers(0, model.config.vocab_size, (1, 1)), sequences=[sequence])))
+        model.logits(model.forward(Step(cache, ids)))
         model.clock[-1, "step"] = time.perf_counter() - began
         for (ratio, part), seconds in model.clock.items():
             name = f"{ratio} {part}" if ratio >= 0 else part
@@ -170,7 +174,7 @@ def prefill(args: argparse.Namespace) -> dict[str, object]:
             streams.update(model.backend.to_numpy(h[-1:]).tobytes())
             del h, step
             report["chunks"].append((start + chunk, time.perf_counter() - at, resident()))
-            report["seconds"] = time.perf_counter() - began
+            report["seconds"], report["cpu_seconds"] = time.perf_counter() - began, time.process_time()
             if start + chunk in MILESTONES:
                 report["decode"][start + chunk] = decode_times(model, cache, start + chunk, 8)
                 print(
@@ -308,7 +312,7 @@ def alone(args: argparse.Namespace) -> dict[str, object]:
 def layers(args: argparse.Namespace) -> dict[str, object]:
     """One full-size layer of each kind of Flash and of Pro at 2^20 tokens; the vocabulary alone is small."""
     report, speed = machine(args) | {"layers": {}}, bandwidth()
-    for preset in ("flash", "pro"):
+    for preset in args.presets:
         for ratio in (4, 128):
             config = replace(
                 PRESETS[preset],
@@ -318,11 +322,13 @@ def layers(args: argparse.Namespace) -> dict[str, object]:
                 compress_ratios=(ratio,),
                 vocab_size=1024,
             )
-            model = Timed(Drawn(config), registry.create(args.backend))
+            model = Timed(
+                Drawn(config), registry.create(args.backend, weight_cache=6 << 30)
+            )  # all of Pro's, in float32
             model.watch("cached_index_topk", "cached_sparse_attn")
             cache = Cache(model.backend, config, 1, MILLION)
             fill(cache)
-            times = decode_times(model, cache, MILLION, args.runs)
+            times = decode_times(model, cache, MILLION, args.runs, token=1)
             found = {
                 "cache_bytes": cache.nbytes,
                 "times": times,
@@ -406,6 +412,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=MILLION)
     parser.add_argument("--chunk", type=int, default=1024)
     parser.add_argument("--runs", type=int, default=8)
+    parser.add_argument("--presets", nargs="+", default=["flash", "pro"], help="for layers")
     args = parser.parse_args()
     if args.what == "draw":
         draw(args.reports, args.to)

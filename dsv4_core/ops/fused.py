@@ -155,6 +155,11 @@ def _cached_sparse_attn_cases() -> tuple[Case, ...]:
 class FusedOps(EmbedOps, NormOps, QuantOps, MatmulOps, MoeOps, AttentionOps, MhcOps, CacheOps):
     """Required ops and the fused ones above them."""
 
+    keys_at_once: int | None = None
+    """Rows of a sequence that ``cached_index_topk`` unpacks and scores at a time, so that they stay in a core's cache: what is
+    read from memory is the packed rows, once for a step's tokens. None: all, as a device would, where each call is a launch.
+    """
+
     @op(
         axes={"x": "tokens dim", "weight": "vocab dim"},
         returns="tokens vocab",
@@ -303,9 +308,28 @@ class FusedOps(EmbedOps, NormOps, QuantOps, MatmulOps, MoeOps, AttentionOps, Mhc
         topk: int,
     ) -> Array:
         """``index_topk`` over the cached keys ``cache[index]``, ``rows`` of them per sequence."""
-        batch, dim = q.shape[0], q.shape[3]
-        keys = self.cache_read(cache, index, layout=layout).reshape((batch, index.shape[0] // batch, dim))
-        return self.index_topk(q, weights, keys, visible, offset, scale=scale, topk=topk)
+        batch, seq, _, dim = q.shape
+        rows = index.shape[0] // batch
+        index = index.reshape((batch, rows))
+
+        def keys(start: int, end: int) -> Array:
+            part = index[:, start:end]
+            return self.cache_read(cache, part.reshape((batch * part.shape[1],)), layout=layout).reshape(
+                (batch, part.shape[1], dim)
+            )
+
+        if self.keys_at_once is None or rows <= self.keys_at_once:
+            return self.index_topk(q, weights, keys(0, rows), visible, offset, scale=scale, topk=topk)
+        starts = range(0, rows, self.keys_at_once)
+        step, picks = max(1, SCORES_AT_ONCE // (batch * rows)), []
+        for i in range(0, max(seq, 1), step):
+            token = slice(i, i + step)
+            scores = [
+                self.index_scores(q[:, token], weights[:, token], keys(j, j + self.keys_at_once), scale=scale)
+                for j in starts
+            ]
+            picks.append(self.index_select(self.concat(scores, axis=2), visible[:, token], offset[:, token], topk=topk))
+        return self.concat(picks, axis=1)
 
     @op(
         axes={

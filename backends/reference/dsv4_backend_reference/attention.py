@@ -21,6 +21,8 @@ TOKENS = 64  # of a block of attention: neighbours share most of their rows
 class ReferenceAttention(Numeric, AttentionOps):
     """Contracts of ``ops/attention.py``."""
 
+    keys_at_once: int | None = 2048  # of 128 channels: 1 MB in float32
+
     def compress(self, kv_score: Host, ape: Host, window_idxs: Host, *, dim: int) -> Host:
         ratio, width = ape.shape
         _rows, span = window_idxs.shape

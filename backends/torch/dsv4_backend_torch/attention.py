@@ -27,6 +27,11 @@ class TorchAttention(Numeric, AttentionOps):
     _counted: Tensor | None = None
     _sinks: dict[int, tuple[Tensor, Tensor]]  # sinks are held too, so that their ids stay theirs
 
+    @property
+    def keys_at_once(self) -> int | None:
+        """On a CPU, keys of 128 channels that are 2 MB in float32."""
+        return 4096 if self.on_cpu else None
+
     def compress(self, kv_score: Tensor, ape: Tensor, window_idxs: Tensor, *, dim: int) -> Tensor:
         ratio, width = ape.shape
         rows, span = window_idxs.shape
@@ -79,9 +84,11 @@ class TorchAttention(Numeric, AttentionOps):
     @staticmethod
     def selection_keys(scores: Tensor, row: Tensor) -> Tensor:
         """Float32 scores as integers of the same order, NaN largest, made distinct by their rows: of equals the lower is the larger."""
-        bits = (scores.nan_to_num(torch.inf, torch.inf, -torch.inf) + 0.0).view(torch.int32)  # + 0.0: -0 equals 0
-        ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
-        return (ordered << 32) + ~row.to(torch.int64)
+        bits = scores.nan_to_num(torch.inf, torch.inf, -torch.inf).add_(0.0).view(torch.int32)  # -0 + 0.0 is 0
+        ordered = (
+            (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).to(torch.int64)
+        )  # negative: magnitude inverted
+        return ordered.bitwise_left_shift_(32).sub_(row)
 
     def sparse_attn(
         self, q: Tensor, kv: Tensor, attn_sink: Tensor, topk_idxs: Tensor, *, softmax_scale: float
