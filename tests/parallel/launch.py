@@ -53,7 +53,7 @@ def jobs_of(ranks: int, wide: Path) -> list[dict]:
         def add(model, backend="reference", numerics="float64", *, variant="", batch=3, text=0, tp=tp, ep=ep):
             path = wide if model == "wide" else golden.checkpoint_path(model)
             rng = np.random.default_rng(batch)  # the same for every split, so that one rank computes it once
-            size = 251 if model == "tiny-flash" else 512
+            size = 251 if model == "tiny-flash" or variant == "odd" else 512
             jobs.append(
                 {
                     "name": f"{model}-{backend}-{numerics}-{variant or 'whole'}-{batch}-tp{tp}-ep{ep}",
@@ -73,7 +73,8 @@ def jobs_of(ranks: int, wide: Path) -> list[dict]:
             add("tiny-flash", variant="odd", batch=2)
             add("tiny-jargon", numerics="float32", text=5)
             add("tiny-jargon", numerics="native", variant="distance")
-        add("tiny-pro", variant="one_rank", batch=2)
+        add("wide", variant="odd", batch=2)
+        add("tiny-pro" if tp < 4 else "wide", variant="one_rank", batch=2)
     return jobs
 
 
