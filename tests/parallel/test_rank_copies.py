@@ -95,7 +95,7 @@ def test_ranks_generate_from_their_copies(tmp_path):
 
 
 def test_a_copy_is_inspected_as_the_part_that_it_is(copies):
-    directory = sorted(copies.glob("rank-1-of-*"))[0]
+    directory = next(copies.glob("rank-1-of-*"))
     result = CliRunner().invoke(root, ["inspect", str(directory)])
     assert result.exit_code == 0, result.output
     assert "a part of a model" in result.output
