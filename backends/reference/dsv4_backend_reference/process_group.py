@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from dsv4_backend_reference.backend import ReferenceBackend
     from dsv4_core.rendezvous import Rendezvous
 
-
 dist: Any = torch.distributed  # its stubs leave out what it documents
 SLOWEST = timedelta(minutes=30)  # a collective waits so long for a rank that still shows signs of life
 ANSWER = timedelta(seconds=10)  # of the store
@@ -35,13 +34,13 @@ def reaching() -> Iterator[None]:
         raise ConnectionError(str(error).splitlines()[0]) from error
 
 
-class Connection:
-    """All ranks of a run, over one library. Constructing it reaches the store, ``connect`` the other ranks."""
+class ReferenceProcessGroup:
+    """All ranks of a run. Constructing it reaches the store, ``connect`` the other ranks."""
 
-    def __init__(self, where: Rendezvous, library: str) -> None:
+    def __init__(self, backend: ReferenceBackend, where: Rendezvous) -> None:
         """Raise ``RankError`` where the store cannot be reached."""
+        self.backend, self.where = backend, where
         self.rank, self.ranks, self.holder = where.rank, where.ranks, where.holder
-        self.library, self.attempt = library, where.attempt
 
         def store(*, is_master: bool, seconds: timedelta) -> Any:
             return dist.TCPStore(
@@ -60,39 +59,26 @@ class Connection:
 
     def connect(self) -> None:
         """Connect with all other ranks, which do the same."""
-        store = dist.PrefixStore(f"{self.attempt}/torch", self._own)
+        store = dist.PrefixStore(f"{self.where.attempt}/torch", self._own)
         if not dist.is_initialized():
             with reaching():
-                dist.init_process_group(
-                    self.library, store=store, rank=self.rank, world_size=self.ranks, timeout=SLOWEST
-                )
+                dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.ranks, timeout=SLOWEST)
 
-    def mine(self, members: Sequence[Sequence[int]]) -> Any:
+    def groups(self, members: Sequence[Sequence[int]]) -> ReferenceGroup:
         """Make groups that together hold every rank once; give this rank's."""
         with reaching():
             made = [dist.new_group(list(ranks), timeout=SLOWEST) for ranks in members]
-        return next(group for group, ranks in zip(made, members, strict=True) if self.rank in ranks)
-
-    def close(self) -> None:
-        """Leave."""
-        dist.destroy_process_group()
-
-
-class ReferenceProcessGroup(Connection):
-    """Ranks whose arrays are NumPy's, over gloo."""
-
-    def __init__(self, backend: ReferenceBackend, where: Rendezvous) -> None:
-        super().__init__(where, "gloo")
-        self.backend = backend
-
-    def groups(self, members: Sequence[Sequence[int]]) -> ReferenceGroup:
-        """Collectives of this rank's group among ``members``."""
-        return ReferenceGroup(self.backend, self.mine(members), len(members[0]))
+        mine = next(group for group, ranks in zip(made, members, strict=True) if self.rank in ranks)
+        return ReferenceGroup(self.backend, mine, len(members[0]))
 
     def dequantise(self, codes: Host, scale: Host, *, block: int) -> Host:
         """Codes [n, dim] times scales [n, dim / block], in the activation dtype."""
         values = decode(codes, "e4m3").reshape(*scale.shape, block) * E8M0_VALUES[scale][..., None]
         return self.backend.rounded(values.reshape(codes.shape))
+
+    def close(self) -> None:
+        """Leave."""
+        dist.destroy_process_group()
 
 
 class ReferenceGroup:
