@@ -27,7 +27,8 @@ torch: $(VENV)
 
 cuda: $(VENV)
 	$(CONFORMANCE) --backend cuda --interpret --report reports/conformance/cuda-interpreted
-	$(RUN) pytest -m "proof or not proof" tests/cuda/test_faults.py tests/cuda/test_cuda_models.py
+	$(RUN) python tests/cuda/plant.py
+	$(RUN) pytest -m "proof or not proof" tests/cuda/test_cuda_models.py
 
 ascend: $(VENV)
 	for chip in 910B 910C 950; do $(CONFORMANCE) --backend ascend --simulate $$chip --require 3 --report reports/conformance/ascend-$$chip-simulated || exit 1; done
@@ -39,7 +40,8 @@ mutants: $(VENV)
 	$(RUN) dsv4 conformance mutants --whole --out docs
 
 kernels: $(VENV)
-	$(RUN) dsv4 kernels build --report reports/cuda/build.json
+	$(RUN) dsv4 kernels build --report reports/cuda/kernels.json
+	$(RUN) python -m dsv4_backend_cuda.document
 
 benchmarks: $(VENV)
 	. $(VENV)/bin/activate && unset OPENBLAS_CORETYPE OPENBLAS_L2_SIZE && export OMP_NUM_THREADS=2 && \

@@ -221,6 +221,7 @@ def quantise_tokens(x: Host) -> tuple[Host, npt.NDArray[np.float32]]:
     return np.clip(np.rint(wide / scale[:, None]), -INT8_MAX, INT8_MAX), scale
 
 
+@functools.cache
 def format_of(dtype: str) -> Format | None:
     """Give the format of a weight's dtype name; None for a plain one."""
     return next((fmt for fmt, name in WEIGHT_DTYPES.items() if name == dtype), None)
@@ -232,13 +233,13 @@ class Experts:
     def __init__(self, experts: Sequence[Any]) -> None:
         self.experts = experts
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, int, int]:
         """[experts, out, in]."""
         out, cols = self.experts[0].shape
         return (len(self.experts), out, cols)
 
-    @property
+    @functools.cached_property
     def dtype(self) -> str:
         """The dtype of each expert's weight, as ``ScaledArray.dtype`` or an array's dtype name."""
         return dtype_name(self.experts[0])

@@ -98,7 +98,7 @@ class Step:
     def _array(self, host: Any) -> Array:
         return self.backend.from_numpy(np.ascontiguousarray(host, np.int32))
 
-    @property
+    @cached_property
     def before(self) -> int:
         """Window rows per sequence that are read back from the ring."""
         return int(min(self.config.sliding_window - 1, self.starts.max(initial=0)))
@@ -211,10 +211,10 @@ class Step:
 
 def check_ids(ids: Host, vocab_size: int) -> None:
     """Raise ``ValueError`` naming the first token id that is not an integer in ``0 .. vocab_size - 1``."""
-    if not np.issubdtype(ids.dtype, np.integer):
+    if ids.dtype.kind not in "iu":
         raise ValueError(f"token ids: dtype {ids.dtype} must be an integer dtype; save them with e.g. int64")
-    wrong = np.argwhere((ids < 0) | (ids >= vocab_size))
-    if len(wrong):
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        wrong = np.argwhere((ids < 0) | (ids >= vocab_size))
         where = tuple(int(i) for i in wrong[0])
         found = f"token id {int(ids[where])} at {list(where)}"
         raise ValueError(f"{found} is outside the vocabulary 0 .. {vocab_size - 1}; was it made by another tokenizer?")

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from dsv4_core import registry
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from dsv4_conformance.judge import Verdict
     from dsv4_core.backend import Backend
     from dsv4_core.spec import Numerics, Tier
@@ -112,18 +110,20 @@ class Session:
         return {}
 
 
-def collect(tier: Tier, numerics: Numerics, formats: Sequence[str] = ()) -> list[Check]:
-    """Every check of a tier and of those below it, in the order of a run: ops, invariance, traces, laws, models.
+def collect(tier: Tier, numerics: Numerics, backend: Backend | None = None) -> list[Check]:
+    """Every check of a tier and of those below it, in the order of a run: ops, invariance, traces, laws, models, device.
 
-    ``formats``: of weights that the backend declares; the published ones are always checked.
+    ``backend`` adds those of the weight formats that it declares and those that it brings for its device.
     """
     from importlib import import_module
 
-    from dsv4_conformance import models, opcases
+    from dsv4_conformance import device, models, opcases
 
+    formats = backend.weight_formats if backend else ()
     found: list[Check] = [*opcases.declared(formats), *models.declared(formats, numerics)]
     for module in ("opcases", "invariance", "traces", "laws", "models"):
         found += import_module(f"dsv4_conformance.{module}").checks(numerics)
+    found += device.checks(backend) if backend else []
     return [c for c in found if TIERS.index(c.tier) <= TIERS.index(tier)]
 
 

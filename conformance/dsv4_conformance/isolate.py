@@ -178,17 +178,24 @@ def resident_megabytes(pid: int) -> int:
         return 0
 
 
+def end_with(parent: int) -> None:
+    """End this process once its parent has gone, whatever a check is busy with."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def main() -> None:
     """Run the checks that stdin names, one a line."""
-    from dsv4_conformance import device, replay
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    from dsv4_conformance import replay
     from dsv4_conformance.runner import run_check
     from dsv4_core import registry
 
     spec = json.loads(sys.argv[1])
     backend = registry.create(spec["backend"], numerics=spec["numerics"], **spec["options"])
     session = Session(backend, spec["tier"])
-    every = [*collect("full", spec["numerics"], backend.weight_formats), *device.checks(backend)]
-    known = {c.id: c for c in every}
+    known = {c.id: c for c in collect("full", spec["numerics"], backend)}
     with os.fdopen(spec["pipe"], "wb", buffering=0) as pipe:
         for line in sys.stdin:
             case_id = line.strip()

@@ -55,7 +55,8 @@ def _hadamard(m: Maker) -> list[Any]:
 def _linear_input(m: Maker, *shape: int) -> Host:
     if m.data == "one_hot":
         x = m.floats(*shape, data="normal") * 0
-        x[np.arange(shape[0]), ..., np.arange(shape[0]) % shape[-1]] = 1
+        step = max(1, shape[-1] // shape[0])  # from one end of a row to the other
+        x[np.arange(shape[0]), ..., step * np.arange(shape[0]) % shape[-1]] = 2.0**13  # both scales' product is normal
         return x
     return m.floats(*shape)
 
@@ -84,7 +85,7 @@ def _expert_linear(m: Maker) -> list[Any]:
     else:
         inner = np.sort(m.rng.integers(0, last + 1, experts - 1))
         offsets = np.concatenate([[0], inner, [last]])
-    return [m.floats(rows, m["in"]), m.experts("weight", experts, m["out"], m["in"]), offsets.astype(np.int32)]
+    return [_linear_input(m, rows, m["in"]), m.experts("weight", experts, m["out"], m["in"]), offsets.astype(np.int32)]
 
 
 def _gate_input(m: Maker) -> tuple[Host, Host]:
@@ -212,8 +213,13 @@ def _index_topk(m: Maker) -> list[Any]:
 def _cached_index_topk(m: Maker) -> list[Any]:
     q, weights, _ = _index_operands(m)
     layout: RowLayout = m.scalars()["layout"]
-    cache = _cache_of(m.floats(m["slots"], m["dim"], data="integers" if m.data == "ties" else "normal"), layout)
-    index = np.concatenate([m.rng.permutation(m["slots"])[: m["rows"]] for _ in range(m["batch"])]).astype(np.int32)
+    filled = 2 * m["rows"] if m.data == "sparse" else m["slots"]
+    if m.data == "sparse":
+        cache = m.far_cache(m["slots"], filled, layout)
+    else:
+        cache = _cache_of(m.floats(m["slots"], m["dim"], data="integers" if m.data == "ties" else "normal"), layout)
+    picks = [m.rng.permutation(filled)[: m["rows"]] for _ in range(m["batch"])]
+    index = (len(cache) - filled + np.concatenate(picks)).astype(np.int32)
     return [q, weights, cache, index, *_visible(m)]
 
 
@@ -259,8 +265,10 @@ def _cached_sparse_attn(m: Maker) -> list[Any]:
     if m["recent"]:
         ring_index[: m["recent"] // 4] = -1  # before the sequence's beginning
     kv = m.on_grid(m.floats(t, d), "e4m3", KV_BLOCK, d - m["rope_dim"])
-    rows = None if windowed else m.packed(m["row_slots"], layout)
-    row_index = None if windowed else m.ints(0, m["row_slots"], old)
+    rows = row_index = None
+    if not windowed:
+        rows = m.far_cache(m["row_slots"], 2 * old, layout) if m.data == "sparse" else m.packed(m["row_slots"], layout)
+        row_index = m.ints(len(rows) - 2 * old if m.data == "sparse" else 0, len(rows), old)
     total = m["recent"] + t + old
     idxs = (
         m.some_missing(m.ints(m["recent"] // 4, max(total, 1), t, m["picks"]))
@@ -360,8 +368,8 @@ def _cache_write(m: Maker) -> list[Any]:
         fmt, block = ("e4m3", KV_BLOCK) if layout.kind == "kv" else ("e2m1", FP4_GROUP)
         rows = m.on_grid(rows, fmt, block, layout.dim - layout.rope_dim)  # type: ignore[arg-type]
     if m.data == "sparse":  # a cache of more than 2^31 bytes, its last rows written
-        cache = np.zeros((m["slots"], layout.width), np.uint8 if layout.kind != "plain" else rows.dtype)
-        return [cache, rows, np.arange(m["slots"] - m["n"], m["slots"], dtype=np.int32)]
+        cache = m.far_cache(m["slots"], m["n"], layout)
+        return [cache, rows, np.arange(len(cache) - m["n"], len(cache), dtype=np.int32)]
     index = m.rng.permutation(m["slots"])[: m["n"]].astype(np.int32)
     return [m.packed(m["slots"], layout), rows, m.some_missing(index)]
 
@@ -370,9 +378,8 @@ def _cache_write(m: Maker) -> list[Any]:
 def _cache_read(m: Maker) -> list[Any]:
     layout: RowLayout = m.scalars()["layout"]
     if m.data == "sparse":
-        cache = np.zeros((m["slots"], layout.width), np.uint8 if layout.kind != "plain" else m.act)
-        cache[-m["n"] :] = m.packed(m["n"], layout)
-        return [cache, np.arange(m["slots"] - m["n"], m["slots"], dtype=np.int32)]
+        cache = m.far_cache(m["slots"], m["n"], layout)
+        return [cache, np.arange(len(cache) - m["n"], len(cache), dtype=np.int32)]
     index = np.arange(m["n"], dtype=np.int32) if m.data == "every_code" else m.ints(0, m["slots"], m["n"])
     return [m.packed(m["slots"], layout), m.some_missing(index)]
 

@@ -28,6 +28,7 @@ from dsv4_core.dtypes import (
 from dsv4_core.spec import OPS, Case, Numerics
 
 FAR = 1 << 20  # the published models' max_position_embeddings
+SCALES = (1, 232)  # bytes of a weight's scales: 2^-126 and 2^105, so that products stay inside bfloat16
 
 
 @dataclass
@@ -99,27 +100,20 @@ class Maker:
 
     def scaled(self, out: int, cols: int, fmt: Format) -> ScaledArray:
         """A quantised weight."""
-        if (
-            self.data == "one_hot"
-        ):  # every byte in every place that a token can reach, scales from one end of E8M0 to the other
+        if self.data == "one_hot":  # every byte in every place that a token can reach, every scale of a weight
             data = np.resize(np.arange(256, dtype=np.uint8), (out, cols if fmt == "e4m3" else cols // 2))
             data = np.stack([np.roll(row, 37 * i) for i, row in enumerate(data[:64])] * -(-out // 64))[:out]
             if fmt == "e4m3":
                 data = np.where((data & 0x7F) == 0x7F, 0, data)  # NaN has no place in a weight
             grid = (-(-out // 128), -(-cols // 128)) if fmt == "e4m3" else (out, cols // 32)
-            return ScaledArray(
-                np.ascontiguousarray(data, np.uint8),
-                np.resize(np.arange(127 - 100, 127 + 100, dtype=np.uint8), grid),
-                fmt,
-            )
+            scale = np.resize(np.roll(np.arange(SCALES[0], SCALES[1] + 1, dtype=np.uint8), -126), grid)  # from 1 on
+            return ScaledArray(np.ascontiguousarray(data, np.uint8), scale, fmt)
         values = fill("positive" if self.data == "positive" else "normal", self.rng, (out, cols)) * cols**-0.5
         if self.data == "last_byte":
             values[:, :-2] = 0
         weight = quantise_weight(values, fmt)
         if self.data == "scale_ends":
-            ends = np.where(
-                np.arange(weight.scale.shape[0]) % 2, 1, 232
-            )  # 2^-126 and 2^105: products stay inside bfloat16
+            ends = np.where(np.arange(weight.scale.shape[0]) % 2, *SCALES)
             weight = ScaledArray(
                 weight.data, np.broadcast_to(ends[:, None], weight.scale.shape).astype(np.uint8).copy(), fmt
             )
@@ -154,6 +148,13 @@ class Maker:
             picks[:, 1:] = np.where(picks[:, 1:] == 1, 0, picks[:, 1:])
         return picks
 
+    def far_cache(self, slots: int, filled: int, layout: RowLayout) -> Host:
+        """A cache of ``slots`` rows, but of no more than just over 2^31 bytes; its last ``filled`` rows filled, the others holes."""
+        rows = self.packed(filled, layout)
+        cache = np.zeros((min(slots, (1 << 31) // rows[0].nbytes + 2 * filled), rows.shape[1]), rows.dtype)
+        cache[-filled:] = rows
+        return cache
+
     def packed(self, slots: int, layout: RowLayout) -> Host:
         """Cache rows as ``layout`` stores them, the ``slots`` of them filled."""
         if layout.kind == "plain":
@@ -164,9 +165,13 @@ class Maker:
             codes += np.arange(slots, dtype=np.uint8)[:, None]  # every code meets every channel
             if layout.kind == "kv":
                 codes = np.where((codes & 0x7F) == 0x7F, 0x7E, codes)
+            top = 247 if layout.kind == "kv" else 253  # what bfloat16's largest number needs
             scale = np.resize(
-                np.arange(1, 240, dtype=np.uint8), (slots, quantised // (64 if layout.kind == "kv" else 32))
+                np.arange(1, top + 1, dtype=np.uint8), (slots, quantised // (64 if layout.kind == "kv" else 32))
             )
+            finite = 0xF7 if layout.kind == "kv" else 0xDD  # leaves codes that are finite times it: to 240, to 3
+            per_scale = codes[:, : quantised if layout.kind == "kv" else quantised // 2].reshape(*scale.shape, -1)
+            per_scale[scale == top] &= finite
         else:
             values, fmt, block = (
                 self.floats(slots, quantised, dtype="float32"),

@@ -226,12 +226,11 @@ def run(
     version: str = "",
 ) -> Run:
     """Run a selection of checks on a session's backend. ``execute`` replaces the plain loop (isolation)."""
-    from dsv4_conformance import device, replay
+    from dsv4_conformance import replay
 
     backend = session.backend
     begin = time.perf_counter()
-    every = catalogue.collect("full", session.numerics, backend.weight_formats)
-    every += device.checks(backend)
+    every = catalogue.collect("full", session.numerics, backend)
     every += [c for c in map(replay.find, dict.fromkeys(cases)) if c]  # saved calls, single examples of laws
     at_tier = [c for c in every if catalogue.TIERS.index(c.tier) <= catalogue.TIERS.index(session.tier)]
     chosen = select(every if cases else at_tier, ops, cases)

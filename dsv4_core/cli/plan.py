@@ -39,7 +39,12 @@ class Tokens(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
 
 @click.command("plan")
 @click.option("--model", "-m", help="flash, pro, or a checkpoint's directory (only its headers are read).")
-@click.option("--context", type=Tokens(), default="1M", show_default=True, help="Tokens a sequence holds, e.g. 64K.")
+@click.option(
+    "--context",
+    type=Tokens(),
+    show_default="the most that the model has positions for",
+    help="Tokens a sequence holds, e.g. 64K.",
+)
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences decoded together.")
 @click.option(
     "--hardware",
@@ -64,7 +69,7 @@ class Tokens(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
 def command(
     model: str | None,
-    context: int,
+    context: int | None,
     batch: int,
     hardware: str,
     tp: int | None,
@@ -92,6 +97,7 @@ def command(
         raise click.UsageError("--model is needed: flash, pro, or a checkpoint's directory")
     config, fmt = model_config(model)
     machine = Hardware.parse(hardware)
+    context = context or config.max_position_embeddings
     plan = choose(config, context, machine, batch=batch, tp=tp, ep=ep, fmt=fmt)
     report = describe(plan, model, price)
     if as_json:
@@ -193,7 +199,7 @@ def grown(plan: Plan, context: int) -> dict[str, Any]:
 
 def print_report(report: dict[str, Any]) -> None:
     """Tables."""
-    console, machine = Console(), report["hardware"]
+    console, machine = wide_console(), report["hardware"]
     where = f"{machine['devices']} x {machine['name']} (tp {report['tp']}, ep {report['ep']})"
     verdict = f"{'[green]' if report['fits'] else '[red]'}{report['why']}[/]"
     console.print(
@@ -271,13 +277,18 @@ def print_claims(*, as_json: bool) -> None:
                 f"{c.tolerance:g}",
                 "holds" if c.holds else "[red]differs",
             )
-        Console().print(shown)
+        wide_console().print(shown)
         click.echo(
             "A decode step at 2^20 tokens (mean over the last 128 positions), operations in FP8s: BF16 counts 2, FP4 x FP4 1/2,\n"
             "float32 4, elementwise work nothing. V3.2's side is counted from its published figures, ours by the graph and its cache."
         )
     if not all(c.holds for c in found):
         raise SystemExit(1)
+
+
+def wide_console() -> Console:
+    """Print as wide as a terminal is; into a file or a pipe, wide enough for every column."""
+    return Console(width=None if Console().is_terminal else 120)
 
 
 def table(title: str, *columns: str) -> Table:

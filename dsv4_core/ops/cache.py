@@ -107,7 +107,8 @@ class CacheOps(Ops):
     )
     def cache_read(self, cache: Array, index: Array, *, layout: RowLayout) -> Array:
         """Gather ``cache[index[i]]`` and unpack it: [n, layout.dim], in the activation dtype, or the cache's own where
-        ``layout`` is plain. ``-1`` gives zeros.
+        ``layout`` is plain. ``-1`` gives zeros. Scale bytes are 1 to 247 (``kv``) or 253 (``key``), the most that
+        ``act_qdq`` of a finite number needs; code times scale is finite.
         """
         raise NotImplementedError
 

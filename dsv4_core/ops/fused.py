@@ -117,6 +117,7 @@ def _cached_index_topk_cases() -> tuple[Case, ...]:
         *base.odd("seq", sizes=(0, 1, 17)),
         base.but("views", views=True),
         base.but("flash", batch=1, heads=64, dim=128, rows=600, slots=700, topk=512, scale=0.011048543456039806),
+        base.but("past_2^31_bytes", "full", heads=16, dim=128, slots=32_000_000, data="sparse"),
     )
 
 
@@ -147,6 +148,7 @@ def _cached_sparse_attn_cases() -> tuple[Case, ...]:
         base.but("no_recent_rows", recent=0),
         base.but("views", views=True),
         base.but("flash", tokens=2, heads=64, dim=512, recent=127, ring_slots=136, picks=148, softmax_scale=512**-0.5),
+        base.but("past_2^31_bytes", "full", dim=512, row_slots=3_700_000, data="sparse", softmax_scale=512**-0.5),
     )
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Fault(NamedTuple):
-    """``found`` stands once in ``kernels/<module>.py`` and becomes ``planted``; ``op``'s cases at ``tier`` must fail."""
+    """``found`` stands once in ``kernels/<module>.py`` and becomes ``planted``; ``op``'s cases at ``tier`` (or its ``case`` alone) must fail."""
 
     what: str
     module: str
@@ -14,6 +14,7 @@ class Fault(NamedTuple):
     planted: str
     op: str
     tier: str = "smoke"
+    case: str = ""
 
 
 FAULTS = {
@@ -58,4 +59,26 @@ FAULTS = {
         "comb is used as it stands, not transposed", "mhc", "tl.load(comb + (token * HC + j) * HC + n)", "tl.load(comb + (token * HC + n) * HC + j)", "hc_post",
     ),
     "one_iteration_short": Fault("Sinkhorn stops an iteration early", "mhc", "for _ in range(iters - 1):", "for _ in range(iters - 2):", "hc_pre"),
+    "fp4_scales_reversed": Fault(
+        "the four scales of 128 channels are taken from the other end", "fp4_matmul", "scale_w >> (8 * group)", "scale_w >> (8 * (3 - group))", "expert_linear",
+    ),
+    "one_scale_for_all_blocks": Fault(
+        "a row of weights uses its first block's scale throughout", "scaled_matmul",
+        "(tl.program_id(0) * BLOCK_N // 128) * blocks + block", "(tl.program_id(0) * BLOCK_N // 128) * blocks", "linear",
+    ),
+    "no_tile_for_the_rest": Fault(
+        "an expert's rows past its last full tile are not computed", "tiles", "(stop - start + BLOCK_T - 1) // BLOCK_T", "(stop - start) // BLOCK_T", "expert_linear",
+    ),
+    "first_new_row_from_the_ring": Fault(
+        "the step's first row is read from the cache, not from the step", "unpack", "(i >= recent) & (i < recent + tokens)", "(i > recent) & (i < recent + tokens)",
+        "cached_sparse_attn",
+    ),
+    "row_offset_of_32_bits": Fault(
+        "a row's offset into a packed cache is computed in 32 bits", "unpack", "tl.load(index).to(tl.int64)", "tl.load(index)",
+        "cached_sparse_attn", "full", "past_2^31_bytes",
+    ),
+    "key_offset_of_32_bits": Fault(
+        "a packed key's offset is computed in 32 bits", "index", "slot.to(tl.int64)[:, None] * WIDTH", "slot[:, None] * WIDTH",
+        "cached_index_topk", "full", "past_2^31_bytes",
+    ),
 }  # fmt: skip

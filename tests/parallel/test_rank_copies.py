@@ -5,8 +5,10 @@ import sys
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from dsv4_conformance import golden
 
+from dsv4_core.cli import root
 from dsv4_core.convert import Options, convert
 from dsv4_core.dtypes import ScaledArray
 from dsv4_core.parallel import Place, ShardedSource
@@ -90,3 +92,11 @@ def test_ranks_generate_from_their_copies(tmp_path):
     whole = [sys.executable, "-m", "dsv4_core", "generate", golden.checkpoint_path("tiny-flash"), *request]
     assert said[0][0] == subprocess.run(whole, capture_output=True, text=True, check=True).stdout
     assert "rank 1: weights: " in said[0][1]
+
+
+def test_a_copy_is_inspected_as_the_part_that_it_is(copies):
+    directory = next(copies.glob("rank-1-of-*"))
+    result = CliRunner().invoke(root, ["inspect", str(directory)])
+    assert result.exit_code == 0, result.output
+    assert "a part of a model" in result.output
+    assert "sound: names" in result.output

@@ -74,3 +74,49 @@ def test_a_decode_step_reads_nothing_back(monkeypatch):
         step = Step(cache, ids[:, position : position + 1])
         model.logits(model.forward(step))
         cache.advance(step.sequences, step.ends)
+
+
+@pytest.mark.parametrize("numerics", ["native", "float32"])
+def test_one_token_hyper_connections(numerics):
+    """The way back after ``hc_pre_norm`` of the same streams is one product, of anything else the general formulation."""
+    rng, cpu, device = np.random.default_rng(5), TorchBackend(numerics=numerics), Device(numerics=numerics)
+    h, y = (torch.from_numpy(rng.standard_normal(s).astype(np.float32)).to(cpu.act_type) for s in ((1, 4, 64), (1, 64)))
+    fn, scale, base, weight = (
+        torch.from_numpy(rng.standard_normal(s).astype(np.float32)) for s in ((24, 256), 3, 24, 64)
+    )
+    scalars = {"norm_eps": 1e-6, "eps": 1e-6, "iters": 20}
+    got = cpu.hc_pre_norm(h, fn, scale, base, weight, **scalars)
+    want = device.hc_pre_norm(h, fn, scale, base, weight, **scalars)
+    near = {"rtol": 2**-7 if numerics == "native" else 1e-5, "atol": 1e-5}
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, **near)
+    assert cpu._streams.given[0] is h
+    want = device.hc_post(y, h, *got[1:])
+    torch.testing.assert_close(cpu.hc_post(y, h, *got[1:]), want, **near)
+    cpu._streams.rows.fill_(torch.nan)  # what was kept is of other streams: these are not multiplied by it
+    torch.testing.assert_close(cpu.hc_post(y, h.clone(), *got[1:]), want, **near)
+
+
+@pytest.mark.parametrize("numerics", ["native", "float32"])
+@pytest.mark.parametrize("listed", ["all in order", "some", "a row that is absent"])
+def test_one_token_attention(numerics, listed):
+    """A step that attends to every row it reads takes them as they lie; any other, as the general formulation does."""
+    rng, cpu, device = np.random.default_rng(6), TorchBackend(numerics=numerics), Device(numerics=numerics)
+    layout = RowLayout("kv", 128, 64) if numerics == "native" else RowLayout("plain", 128)
+    q, kv, rows = (
+        torch.from_numpy(rng.standard_normal(s).astype(np.float32)).to(cpu.act_type)
+        for s in ((1, 4, 128), (1, 128), (20, 128))
+    )
+    sink = torch.from_numpy(rng.standard_normal(4).astype(np.float32))
+    ring, old = cpu.pack(rows[:12], layout), cpu.pack(rows[12:], layout)
+    ring_index, row_index = (torch.tensor(i, dtype=torch.int32) for i in ([3, 4, 5, 11, 0], [7, 2, 1]))
+    picks = torch.arange(9, dtype=torch.int32)[None]
+    if listed == "some":
+        picks = torch.tensor([[0, 8, 3, -1, 5, 5, 2, 1, 4]], dtype=torch.int32)
+    elif listed == "a row that is absent":
+        ring_index[0] = -1
+    else:
+        cpu.sparse_attn = None  # where the others end is not needed
+    operands = (q, kv, ring, ring_index, old, row_index, sink, picks)
+    got, want = (b.cached_sparse_attn(*operands, layout=layout, softmax_scale=0.09) for b in (cpu, device))
+    torch.testing.assert_close(got, want, rtol=2**-7 if numerics == "native" else 1e-5, atol=1e-5)

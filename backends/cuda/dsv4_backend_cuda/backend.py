@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dsv4_backend_torch.backend import TorchBackend
 
-from dsv4_backend_cuda import device, interpreted, launch
+from dsv4_backend_cuda import device, launch
 from dsv4_backend_cuda.rules import RULES, WITHOUT_KERNEL, Answer
 from dsv4_core.backend import Option
 from dsv4_core.ops import OPS, FusedOps
@@ -46,7 +46,7 @@ class CudaBackend(TorchBackend):
     """
 
     name = "cuda"
-    claims_level = None  # the standard tier has not passed on the interpreter yet
+    claims_level = 3  # shown in the interpreter; a GPU has to show it again
     options: ClassVar[tuple[Option, ...]] = (
         *(o for o in TorchBackend.options if o.name not in {"device", "threads"}),
         Option("device", "CUDA device", "cuda"),
@@ -75,7 +75,6 @@ class CudaBackend(TorchBackend):
         if chosen["interpret"]:
             device.require_interpreter()
             self.arch = launch.architecture("cpu")
-            interpreted.enlarge(self.arch)
         else:
             self.arch = device.require_gpu(str(chosen["device"]))
         super().__init__(**{**options, "device": "cpu" if chosen["interpret"] else chosen["device"]})

@@ -11,6 +11,7 @@ import click
 
 from dsv4_backend_cuda import build, interpret
 from dsv4_backend_cuda.launch import ARCHITECTURES
+from dsv4_core.spec import BackendError
 
 
 @click.group("kernels")
@@ -27,14 +28,14 @@ def _architectures(ctx: click.Context, option: click.Parameter, value: str) -> l
 
 
 def require_triton(*, untested: bool) -> None:
-    """Raise ``ClickException`` without Triton, or with a version that no baseline and no proof is for, unless ``untested``."""
+    """Raise ``BackendError`` without Triton, or with a version that no baseline and no proof is for, unless ``untested``."""
     tested = interpret.TESTED_TRITON
     if find_spec("triton") is None:
-        raise click.ClickException(
+        raise BackendError(
             f"kernels are compiled by Triton, which is not installed here; pip install triton=={tested[-1]}"
         )
     if (found := version("triton")) not in tested and not untested:
-        raise click.ClickException(
+        raise BackendError(
             f"triton {found}: registers, spills and instructions of the baseline are those of {', '.join(tested)}; "
             f"install triton=={tested[-1]}, or add --untested-triton to judge this version's code by that baseline"
         )
@@ -69,9 +70,9 @@ def build_command(
     try:
         results = list(build.build(architectures, kernel, jobs=jobs))
     except interpret.InterpreterError as error:
-        raise click.ClickException(str(error)) from None
+        raise BackendError(str(error)) from None
     if not results:
-        raise click.ClickException(f"no kernel's name contains {kernel!r}")
+        raise BackendError(f"no kernel's name contains {kernel!r}")
     if update_baseline:
         build.write_baseline(results)
     results = build.against_baseline(results)
@@ -101,9 +102,9 @@ def tune_command(device: str, kernel: str) -> None:
     try:
         import torch
     except ImportError:
-        raise click.ClickException("tuning needs PyTorch with CUDA; install it, or keep the checked-in table") from None
+        raise BackendError("tuning needs PyTorch with CUDA; install it, or keep the checked-in table") from None
     if not torch.cuda.is_available():
-        raise click.ClickException(
+        raise BackendError(
             "tuning needs a GPU and there is none that PyTorch can use here; the checked-in launch table stays as it is"
         )
     for name, before, after in tune.tune(device, kernel):

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[3]
-REPORT, DOCUMENT = ROOT / "reports/cuda/kernels.json", ROOT / "docs/kernels.md"
+REPORT, DOCUMENT = (
+    Path("reports/cuda/kernels.json"),
+    Path("docs/kernels.md"),
+)  # of the repository, in whose root it is run
 BEGIN, END = "<!-- tables: begin -->\n", "<!-- tables: end -->\n"
 
 

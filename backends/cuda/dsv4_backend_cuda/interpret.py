@@ -16,6 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from dsv4_backend_cuda import lockstep
+
 TESTED_TRITON = ("3.9.0",)
 
 _active = False
@@ -141,10 +143,10 @@ def _repair() -> None:
         if source not in small and target not in small:
             return plain["cast_impl"](self, src, dst_type)
         data = widen(src.data, source)
-        return handle(narrow(data, target) if target in small else data.astype(it._get_np_dtype(target)), target)  # noqa: SLF001
+        return handle(narrow(data, target) if target in small else data.astype(it._get_np_dtype(target)), target)
 
     def fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
-        if rounding_mode not in (None, it._ir.ROUNDING_MODE.RTNE):  # noqa: SLF001
+        if rounding_mode not in (None, it._ir.ROUNDING_MODE.RTNE):
             raise InterpreterError(f"rounding mode {rounding_mode} is not repaired; use the default, to nearest even")
         return cast_impl(self, src, dst_type)
 
@@ -173,7 +175,7 @@ def _repair() -> None:
             return plain["create_fma"](self, x, y, z)
         return handle(narrow(_exact_fma(*(widen(h.data, h.dtype) for h in (x, y, z))), dtype), dtype)
 
-    def rsqrt(self: Any, arg: Any) -> Any:  # noqa: ARG001  takes a method's place
+    def rsqrt(self: Any, arg: Any) -> Any:
         data = widen(arg.data, arg.dtype)
         result = (1 / np.sqrt(data.astype(np.float64))).astype(data.dtype)
         return handle(narrow(result, arg.dtype) if arg.dtype.scalar in small else result, arg.dtype.scalar)
@@ -182,7 +184,7 @@ def _repair() -> None:
         if not a.dtype.is_floating():
             return plain["create_dot"](self, a, b, d, input_precision, max_num_imprecise_acc)
         left, right = (widen(h.data, h.dtype) for h in (a, b))
-        if a.dtype.scalar == tl.float32 and input_precision == it._ir.INPUT_PRECISION.TF32:  # noqa: SLF001
+        if a.dtype.scalar == tl.float32 and input_precision == it._ir.INPUT_PRECISION.TF32:
             left, right = _tf32(left), _tf32(right)
         if (
             a.dtype.scalar in small
@@ -224,7 +226,7 @@ def _repair() -> None:
 
     def scaled_values(value: Any) -> np.ndarray:
         if value.dtype == tl.uint8:
-            return it._e2m1_to_f32(value.data)  # noqa: SLF001
+            return it._e2m1_to_f32(value.data)
         return widen(value.data, value.dtype).astype(np.float32)
 
     for name, function in {
@@ -234,25 +236,22 @@ def _repair() -> None:
     }.items():  # fmt: skip
         setattr(builder, name, quiet(function))
     _patch_once(it)
+    lockstep.install(it)
     it.ReduceOps.apply_impl = quiet(apply(it.ReduceOps.apply_impl))
     it.ScanOps.apply_impl = quiet(apply(it.ScanOps.apply_impl))
-    it._mxfp_value_handle_to_float32 = scaled_values  # noqa: SLF001
+    it._mxfp_value_handle_to_float32 = scaled_values
 
 
 def _patch_once(it: Any) -> None:
-    """Put the interpreted functions into Triton's modules once, not at each call of each device function: a third of the time.
-
-    Kernels run on tensors that are in host memory already, so nothing is copied back either.
-    """
+    """Put the interpreted functions into Triton's modules once, not at each call of each device function: a third of the time."""
     import triton.language as tl
 
     def both() -> None:
         """Stand for a kernel that sees all of the language; only its globals are looked at."""
 
-    it._patch_lang(types.FunctionType(both.__code__, {"tl": tl, "core": tl.core}))  # noqa: SLF001
-    it._patch_lang = lambda _: it._LangPatchScope()  # noqa: SLF001
-    it.GridExecutor._restore_args_dev = lambda *_: None  # noqa: SLF001
-    plain, known = it._get_np_dtype, {}  # noqa: SLF001
+    it._patch_lang(types.FunctionType(both.__code__, {"tl": tl, "core": tl.core}))
+    it._patch_lang = lambda _: it._LangPatchScope()
+    plain, known = it._get_np_dtype, {}
 
     def np_dtype(dtype: Any) -> Any:
         scalar = dtype.scalar
@@ -262,7 +261,7 @@ def _patch_once(it: Any) -> None:
             known[scalar.name] = plain(scalar)
         return known[scalar.name]
 
-    it._get_np_dtype = np_dtype  # noqa: SLF001
+    it._get_np_dtype = np_dtype
 
 
 def decode_table(name: str) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -9,11 +11,21 @@ from dsv4_backend_torch.numeric import Numeric
 from dsv4_core.ops.attention import AttentionOps
 
 AT_ONCE = 1 << 22  # elements of a block's intermediate scores: 16 MB in float32
+SORTED = 4096  # rows up to which one call that sorts them all beats several that make them distinct and choose
 TOKENS = 64  # of a block of attention on a CPU: neighbours share most of their rows
+
+
+@functools.cache
+def zero_row(dim: int, dtype: torch.dtype) -> Tensor:
+    """Zeros [1, dim] on the CPU."""
+    return torch.zeros((1, dim), dtype=dtype)
 
 
 class TorchAttention(Numeric, AttentionOps):
     """Contracts of ``ops/attention.py``."""
+
+    _counted: Tensor | None = None
+    _sinks: dict[int, tuple[Tensor, Tensor]]  # sinks are held too, so that their ids stay theirs
 
     @property
     def keys_at_once(self) -> int | None:
@@ -51,9 +63,13 @@ class TorchAttention(Numeric, AttentionOps):
         return scores
 
     def index_select(self, scores: Tensor, visible: Tensor, offset: Tensor, *, topk: int) -> Tensor:
-        row = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
+        rows = scores.shape[-1]
+        if self.on_cpu and rows <= SORTED and visible.numel() == 1 and int(visible) == rows:  # a decode step
+            picks = scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
+            return (picks + offset[..., None]).to(torch.int32)
+        row = torch.arange(rows, dtype=torch.int32, device=scores.device)
         hidden = row >= visible[..., None]
-        if topk == scores.shape[-1]:
+        if topk == rows:
             picks = row.expand(scores.shape)
         elif scores.dtype == torch.float32:
             picks = (
@@ -78,7 +94,10 @@ class TorchAttention(Numeric, AttentionOps):
         self, q: Tensor, kv: Tensor, attn_sink: Tensor, topk_idxs: Tensor, *, softmax_scale: float
     ) -> Tensor:
         if self.on_cpu and q.shape[0] == 1 and topk_idxs.shape[1] and int(topk_idxs.min()) >= 0:
-            return self.attend_all(q, kv, attn_sink, topk_idxs, softmax_scale)
+            rows = self.widen(kv.index_select(0, topk_idxs[0]))
+            return self.attend_all(
+                q, torch.cat([rows, zero_row(kv.shape[1], self.wide_type)]), attn_sink, softmax_scale
+            )
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         padded = torch.cat([self.widen(kv), torch.zeros((1, kv.shape[1]), dtype=self.wide_type, device=kv.device)])
         sink = self.widen(attn_sink)
@@ -88,12 +107,25 @@ class TorchAttention(Numeric, AttentionOps):
             out[block] = self.attend(self.widen(q[block]) * softmax_scale, padded, sink, topk_idxs[block])
         return out
 
-    def attend_all(self, q: Tensor, kv: Tensor, sink: Tensor, idxs: Tensor, softmax_scale: float) -> Tensor:
-        """A decode step's attention, every index listing a row: in half the calls."""
-        rows = self.widen(kv.index_select(0, idxs[0]))
-        scores = torch.mm(self.widen(q)[0] * softmax_scale, rows.t())
-        weights = torch.cat((scores, self.widen(sink)[:, None]), 1).softmax(-1)
-        return self.rounded(torch.mm(weights[:, :-1], rows))[None]
+    def attend_all(self, q: Tensor, rows: Tensor, sink: Tensor, softmax_scale: float) -> Tensor:
+        """A decode step's attention to all ``rows`` [n + 1, dim], wide. The last one is zero: its score is the sink's, and it adds nothing."""
+        scores = torch.addmm(self.sink_scores(sink, rows.shape[0]), self.widen(q)[0], rows.t(), alpha=softmax_scale)
+        return self.rounded(torch.mm(scores.softmax(-1), rows))[None]
+
+    def counted(self, count: int) -> Tensor:
+        """``0 .. count - 1`` as the only row of a matrix, from one that is kept."""
+        if self._counted is None or self._counted.shape[1] < count:
+            self._counted = torch.arange(2 * count, dtype=torch.int32)[None]
+        return self._counted[:, :count]
+
+    def sink_scores(self, sink: Tensor, rows: int) -> Tensor:
+        """Zeros [heads, rows], and the sink in the last column; kept for a layer's next step."""
+        kept = self._sinks.get(id(sink))
+        if kept is None or kept[1].shape[1] != rows:
+            scores = torch.zeros((sink.shape[0], rows), dtype=self.wide_type)
+            scores[:, -1] = sink
+            kept = self._sinks[id(sink)] = (sink, scores)
+        return kept[1]
 
     def attention_tokens(self, q: Tensor, idxs: Tensor) -> int:
         """How many tokens attend at a time."""

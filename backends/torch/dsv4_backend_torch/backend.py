@@ -80,7 +80,7 @@ class TorchBackend(TorchFused, Backend):
                 )
             torch.set_num_threads(int(self.threads))
         self.weights = WeightCache(self.weight_cache)
-        self._well_scaled = {}
+        self._well_scaled, self._numbers, self._widened, self._sinks, self._row_memory = {}, {}, {}, {}, {}
 
     @classmethod
     def diagnose(cls) -> tuple[Diagnosis, ...]:

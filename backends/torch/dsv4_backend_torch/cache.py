@@ -26,7 +26,7 @@ class TorchCache(TorchQuant, CacheOps):
                 stored = self.pack(rows, layout)
                 for i, slot in enumerate(slots):
                     if slot >= 0:
-                        cache[slot] = stored[i]
+                        cache.narrow(0, slot, 1).copy_(stored.narrow(0, i, 1))
             return
         if self.on_cpu:
             kept = torch.nonzero(index >= 0)[:, 0]
@@ -72,20 +72,20 @@ class TorchCache(TorchQuant, CacheOps):
         padding = codes.new_zeros((n, layout.width - quantised - 2 * layout.rope_dim - scale.shape[1]))
         return torch.cat([codes, scale, padding, rope.view(torch.uint8)], 1)
 
-    def unpack(self, stored: Tensor, layout: RowLayout) -> Tensor:
-        """Stored rows [n, width] as rows [n, dim] of their own."""
+    def unpack(self, stored: Tensor, layout: RowLayout, dtype: torch.dtype | None = None) -> Tensor:
+        """Stored rows [n, width] as rows [n, dim] of their own, in the activation dtype or ``dtype``: exact in both."""
         if layout.kind == "plain":
             return stored
+        dtype = dtype or self.act_type
         n, quantised = stored.shape[0], layout.dim - layout.rope_dim
         if layout.kind == "key":
-            values = self.decode_e2m1(stored[:, : quantised // 2], torch.bfloat16).reshape(
-                n, quantised // FP4_GROUP, FP4_GROUP
-            )
+            values = self.decode_e2m1(stored[:, : quantised // 2], dtype).reshape(n, quantised // FP4_GROUP, FP4_GROUP)
             scale = stored[:, quantised // 2 :]
         else:
-            values = self.decode_e4m3(stored[:, :quantised], torch.bfloat16).reshape(n, quantised // KV_BLOCK, KV_BLOCK)
+            values = self.decode_e4m3(stored[:, :quantised], dtype).reshape(n, quantised // KV_BLOCK, KV_BLOCK)
             scale = stored[:, quantised : quantised + quantised // KV_BLOCK]
-        rows = values.mul_(self.scale_values(scale, torch.bfloat16)[..., None]).reshape(n, quantised)
+        rows = values.mul_(self.scale_values(scale, dtype)[..., None]).reshape(n, quantised)
         if layout.rope_dim:
-            rows = torch.cat([rows, stored[:, -2 * layout.rope_dim :].contiguous().view(torch.bfloat16)], 1)
-        return self.rounded(rows)
+            rope = stored[:, -2 * layout.rope_dim :].contiguous().view(torch.bfloat16)
+            rows = torch.cat([rows, rope.to(dtype)], 1)
+        return rows

@@ -91,11 +91,12 @@ class TorchMatmul(TorchQuant, MatmulOps):
         dtype = self.wide_type if wide else self.operand_type(x, weights[0])
         if x.dtype != dtype:
             x = x.to(dtype)
-        if (packed := self.packed(weights, dtype)) is not None:
+        if len(weights) == 1 and x.shape[0] <= FEW and dtype not in self.one_dnn and weights[0].dtype == dtype:
+            y = functional.linear(x, weights[0])  # as it is: no second copy of it
+        elif (packed := self.packed(weights, dtype)) is not None:
             y = torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", [], "")  # noqa: SLF001  what torch.compile calls
         elif x.shape[0] <= FEW and all(isinstance(w, Tensor) and w.dtype == dtype for w in weights):
-            parts = [functional.linear(x, w) for w in weights]  # as they are: no second copy of them
-            y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            y = torch.cat([functional.linear(x, w) for w in weights], 1)
         elif (matrix := self.matrix(weights, dtype)) is not None:
             y = functional.linear(x, matrix)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -13,7 +14,14 @@ from dsv4_backend_torch.numeric import BLOCK, FEW, Numeric
 from dsv4_core.ops.norm import NormOps
 
 SMALL = 1 << 13  # elements up to which a few plain calls cost less than the library's norm
+_ZERO = torch.zeros(1)
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+
+@functools.cache
+def epsilon(eps: float) -> Tensor:
+    """``eps`` as a tensor on the CPU."""
+    return torch.tensor([eps])
 
 
 class TorchNorm(Numeric, NormOps):
@@ -30,13 +38,16 @@ class TorchNorm(Numeric, NormOps):
             return y if weight is None else y.mul_(weight)
         if self.on_cpu and tokens == 1:
             wide = self.widen(x)
-            y = wide * (1 / math.sqrt(float(torch.linalg.vector_norm(wide)) ** 2 / dim + eps))
-            return self.rounded(y if weight is None else y.mul_(weight))
+            row = wide.reshape(dim)
+            scale = 1 / math.sqrt(float(torch.dot(row, row)) / dim + eps)
+            return self.rounded(
+                wide * scale if weight is None else torch.addcmul(_ZERO, wide, self.wide_weight(weight), value=scale)
+            )
         gain = None if weight is None else self.widen(weight)
         if self.on_cpu and tokens * dim <= SMALL:
             wide = self.widen(x)
-            mean_square = torch.linalg.vector_norm(wide, dim=1, keepdim=True).square_().mul_(1 / dim)
-            y = wide * mean_square.add_(eps).rsqrt_()
+            norm = torch.linalg.vector_norm(wide, 2, 1, True)
+            y = wide * torch.addcmul(epsilon(eps), norm, norm, value=1 / dim).rsqrt_()
             return self.rounded(y if gain is None else y.mul_(gain))
         if tokens * dim <= BLOCK:
             return self.rounded(functional.rms_norm(self.widen(x), (dim,), gain, eps))
@@ -49,8 +60,8 @@ class TorchNorm(Numeric, NormOps):
         rotated = 2 * freqs.shape[0]
         if self.on_cpu and positions.shape[0] <= FEW and x.is_contiguous() and x.shape[-1] % 2 == 0:
             wide = x.to(self.wide_type, copy=True)
-            start = (x.shape[-1] - rotated) // 2
-            wide.view(_COMPLEX[self.wide_type])[..., start:].mul_(self.rotation(positions, freqs)[inverse])
+            pairs = wide.view(_COMPLEX[self.wide_type]).narrow(-1, (x.shape[-1] - rotated) // 2, rotated // 2)
+            pairs.mul_(self.rotation(positions, freqs)[inverse])
             return self.rounded(wide)
         turn = self.rotation(positions, freqs)[inverse]
         pairs = torch.view_as_complex(self.widen(x[..., -rotated:]).reshape(*x.shape[:-1], freqs.shape[0], 2))

@@ -47,6 +47,8 @@ class Numeric(Ops):
     """Conversions between an op's operands and the dtype that it computes in."""
 
     device: Any  # a torch.device once the backend is constructed
+    _widened: dict[int, tuple[Tensor, Tensor]]
+    _numbers: dict[int, tuple[Tensor, list[float]]]  # weights are held too, so that their ids stay theirs
 
     @cached_property
     def wide_type(self) -> torch.dtype:
@@ -70,6 +72,22 @@ class Numeric(Ops):
     def rounded(self, x: Tensor) -> Tensor:
         """Round a result once to the activation dtype."""
         return x if x.dtype == self.act_type else x.to(self.act_type)
+
+    def on_host(self, weight: Tensor) -> list[float]:
+        """A weight's few numbers, read once."""
+        found = self._numbers.get(id(weight))
+        if found is None:
+            found = self._numbers[id(weight)] = (weight, weight.tolist())
+        return found[1]
+
+    def wide_weight(self, weight: Tensor) -> Tensor:
+        """Take a norm's weight to the dtype inside ops, once."""
+        if weight.dtype == self.wide_type:
+            return weight
+        found = self._widened.get(id(weight))
+        if found is None:
+            found = self._widened[id(weight)] = (weight, weight.to(self.wide_type))
+        return found[1]
 
     def blocks(self, rows: int, width: int) -> Iterator[slice]:
         """Slices of rows that fill the second cache level of a CPU in float32; on a device, all rows at once."""

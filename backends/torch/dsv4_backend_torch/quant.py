@@ -53,9 +53,9 @@ def scale_bits(blocks: Tensor, fmt: Format) -> Tensor:
 
 def few_exponents(blocks: Tensor, fmt: Format) -> list[int] | None:
     """Exponents of the same scales, as Python integers, of a decode step's blocks on a CPU; None beside what is not finite."""
-    amax = blocks.abs().amax(-1).reshape(-1).to(torch.float32).mul_(1 / FORMAT_MAX[fmt])
+    amax = torch.linalg.vector_norm(blocks, math.inf, -1).to(torch.float32).mul_(1 / FORMAT_MAX[fmt])
     least, exponents = _LEAST_SCALE[fmt], []
-    for value in amax.tolist():
+    for value in amax.view(-1).tolist():
         if not value < math.inf:
             return None
         mantissa, exponent = math.frexp(max(value, least))
@@ -65,8 +65,8 @@ def few_exponents(blocks: Tensor, fmt: Format) -> list[int] | None:
 
 def few_scales(exponents: list[int], blocks: Tensor) -> Tensor:
     """Powers of two that broadcast over ``blocks``."""
-    scales = array("d", [math.ldexp(1, e) for e in exponents])
-    return torch.frombuffer(scales, dtype=torch.float64).to(blocks.dtype).view(*blocks.shape[:-1], 1)
+    scales = array("d" if blocks.dtype == torch.float64 else "f", [math.ldexp(1, e) for e in exponents])
+    return torch.frombuffer(scales, dtype=blocks.dtype).view(*blocks.shape[:-1], 1)
 
 
 def scale_bytes(bits: Tensor) -> Tensor:
@@ -160,7 +160,12 @@ class TorchQuant(Numeric, QuantOps):
         if self.on_cpu and x.shape[0] <= FEW and x.is_contiguous():
             wide = x.to(torch.float32, copy=True)
             blocks = wide[:, :channels].view(x.shape[0], channels // block, block)
-            blocks.copy_(self.on_grid(blocks, format))
+            exponents = few_exponents(blocks, format) if format == "e4m3" and x.shape[0] and has_e4m3(wide) else None
+            if exponents is None:
+                blocks.copy_(self.on_grid(blocks, format))
+                return self.rounded(wide)
+            scale = few_scales(exponents, blocks)
+            blocks.copy_(to_e4m3(blocks / scale)).mul_(scale)
             return self.rounded(wide)
         grid = self.rounded(self.blocks_on_grid(x[:, :channels], format, block))
         return grid if channels == x.shape[1] else torch.cat([grid, x[:, channels:]], 1)

@@ -8,6 +8,7 @@ from typing import Any
 
 from dsv4_conformance.budget import SAFETY
 from dsv4_conformance.checks import BAD
+from dsv4_conformance.report.matrix import name
 from dsv4_conformance.runner import LEVELS
 from dsv4_core.spec import OPS
 
@@ -64,9 +65,10 @@ def page(report: dict[str, Any]) -> str:
     claim = "no level" if report["claims_level"] is None else f"level {report['claims_level']}"
     return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">
 <title>{escape(report["backend"])}: DeepSeek-V4 conformance</title><style>{STYLE}</style><main>
-<h1>{escape(report["backend"])}</h1><p class=dim>DeepSeek-V4 conformance, {escape(report["date"])}.
+<h1>{escape(name(report))}</h1><p class=dim>DeepSeek-V4 conformance, {escape(report["date"])}.
 Suite {escape(env["suite"])}, device {escape(report["device"])},
-Python {escape(env["python"])}, NumPy {escape(env["numpy"])}, {escape(env["system"])} {escape(env["machine"])}. Claims {claim}.</p>
+Python {escape(env["python"])}, NumPy {escape(env["numpy"])}, {escape(env["system"])} {escape(env["machine"])}. Claims {claim}.
+<code>{escape(report["rerun"])}</code></p>
 <div class=top>{"".join(f"<div class=card><b>{big}</b><span>{escape(small)}</span></div>" for big, small in cards)}</div>
 <div class=ladder>{ladder(findings, report["partial"])}</div>
 <p><b>Not tested:</b> {escape(missing)}.</p><p class=dim>Not passed: {escape(others)}.</p>
@@ -111,14 +113,14 @@ def scale() -> str:
 def ladder(findings: list[dict[str, Any]], partial: bool) -> str:
     """The five levels, each passed, failed or not run."""
     cells = []
-    for i, name in enumerate(LEVELS):
+    for i, what in enumerate(LEVELS):
         here = [f for f in findings if f["level"] == i]
         passed = sum(f["status"] in {"passed", "xfailed"} for f in here)
         unclaimed = sum(not f["claimed"] and f["status"] in BAD for f in here)
         undecided = not here or (partial and passed == len(here)) or (unclaimed and passed + unclaimed == len(here))
         kind = "" if undecided else "yes" if passed == len(here) else "no"
         cells.append(
-            f"<div class='{kind}'><b>{i}</b> {escape(name)}<br><span class=dim>{passed} of {len(here)}</span></div>"
+            f"<div class='{kind}'><b>{i}</b> {escape(what)}<br><span class=dim>{passed} of {len(here)}</span></div>"
         )
     return "".join(cells)
 

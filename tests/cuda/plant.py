@@ -1,0 +1,82 @@
+"""Mutants of kernels: copies of the package with one fault each, judged by the suite as it stands, interpreted, in processes of their own.
+
+python tests/cuda/plant.py        # minutes; writes docs/cuda-faults.md, exit status 1 if a fault goes unnoticed
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import dsv4_backend_cuda
+from faults import FAULTS, Fault
+
+PACKAGE = Path(dsv4_backend_cuda.__file__).parent
+DOCUMENT = Path(__file__).parents[2] / "docs" / "cuda-faults.md"
+ALONE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # threads cost an interpreter more than they give
+HEAD = """# Faults planted in the Triton kernels
+
+Each row is one change to a kernel's source, of a kind that has shipped somewhere. `tests/cuda/plant.py` plants it in a copy of the package and lets the
+conformance suite judge the copy in Triton's repaired interpreter, in a process of its own; the run must fail in the named op. The list is
+`tests/cuda/faults.py`. Nothing here ran on a GPU. Written by
+
+    python tests/cuda/plant.py        # minutes; `make cuda` runs it
+
+| fault | kernel | tier | noticed first by |
+|---|---|---|---|
+"""
+
+
+def planted(fault: Fault, path: Path) -> Path:
+    """A copy of the package with a fault, in ``path``."""
+    copy = shutil.copytree(PACKAGE, path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    source = copy / "kernels" / f"{fault.module}.py"
+    text = source.read_text()
+    assert text.count(fault.found) == 1, (
+        f"{source.name} has {fault.found!r} {text.count(fault.found)} times; the fault must be planted once"
+    )
+    source.write_text(text.replace(fault.found, fault.planted))
+    return path
+
+
+def noticed(fault: Fault) -> str:
+    """The first case that fails, with how it did unless by its numbers; empty where the suite passes."""
+    with tempfile.TemporaryDirectory() as path:
+        planted(fault, Path(path))
+        chosen = ["--case", f"{fault.op}/{fault.case}"] if fault.case else ["--op", fault.op]
+        command = [sys.executable, "-m", "dsv4_core", "conformance", "run", "--backend", "cuda", "--interpret"]
+        command += ["--tier", fault.tier, *chosen, "--quiet", "--isolate"]
+        env = {**os.environ, **ALONE, "PYTHONPATH": path}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    first = re.search(rf"^(FAILED|ERROR|CRASHED) ({fault.op}/\S+)", done.stdout, re.MULTILINE)
+    if done.returncode != 1 or not first:
+        return ""
+    return f"`{first[2]}`" + (" (ends the process)" if first[1] == "CRASHED" else "")
+
+
+def row(fault: Fault) -> str:
+    """A fault's row of the document, without who noticed."""
+    return f"| {fault.what} | {fault.module} | {fault.tier} | "
+
+
+def main() -> int:
+    """Plant every fault, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(FAULTS, pool.map(noticed, FAULTS.values()), strict=True))
+    for name, by in found.items():
+        print(f"{name}: {by or 'UNNOTICED'}")
+    missed = [name for name, by in found.items() if not by]
+    print(f"{len(found) - len(missed)} of {len(found)} noticed")
+    if not missed:
+        DOCUMENT.write_text(HEAD + "".join(f"{row(FAULTS[name])}{by} |\n" for name, by in found.items()))
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
