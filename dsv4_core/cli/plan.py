@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from dsv4_core.cli.console import wide_console
 from dsv4_core.config import PRESETS
 from dsv4_core.parallel import Place
 from dsv4_core.plan import Hardware, Plan, per_token
@@ -284,11 +284,6 @@ def print_claims(*, as_json: bool) -> None:
         )
     if not all(c.holds for c in found):
         raise SystemExit(1)
-
-
-def wide_console() -> Console:
-    """Print as wide as a terminal is; into a file or a pipe, wide enough for every column."""
-    return Console(width=None if Console().is_terminal else 120)
 
 
 def table(title: str, *columns: str) -> Table:

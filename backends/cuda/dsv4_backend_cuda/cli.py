@@ -64,7 +64,7 @@ def build_command(
     update_baseline: bool,
 ) -> None:
     """Compile every kernel and configuration, no driver needed, and gate each; exit 1 if a gate fails."""
-    from rich.console import Console
+    from dsv4_core.cli.console import wide_console
 
     require_triton(untested=untested_triton)
     try:
@@ -76,7 +76,7 @@ def build_command(
     if update_baseline:
         build.write_baseline(results)
     results = build.against_baseline(results)
-    console = Console(width=None if Console().is_terminal else 200)
+    console = wide_console()
     console.print(build.table(results))
     console.print(build.decode_table(results))
     if report:
