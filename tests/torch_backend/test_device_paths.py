@@ -93,6 +93,12 @@ def test_one_token_hyper_connections(numerics):
     assert cpu._streams.given[0] is h
     want = device.hc_post(y, h, *got[1:])
     torch.testing.assert_close(cpu.hc_post(y, h, *got[1:]), want, **near)
+    other = h + 1
+    cpu.hc_head(
+        other, fn[:4], scale[:1], base[:4], norm_eps=1e-6, eps=1e-6
+    )  # takes the place of the streams that were kept
+    torch.testing.assert_close(cpu.hc_post(y, h, *got[1:]), want, **near)
+    cpu.hc_pre_norm(h, fn, scale, base, weight, **scalars)
     cpu._streams.rows.fill_(torch.nan)  # what was kept is of other streams: these are not multiplied by it
     torch.testing.assert_close(cpu.hc_post(y, h.clone(), *got[1:]), want, **near)
 

@@ -142,15 +142,14 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Fus
         local = [
             (j, e - first_expert) for j, e in enumerate(indices[0].tolist()) if 0 <= e - first_expert < w1.shape[0]
         ]
+        chosen = weights if len(local) == weights.shape[1] else weights[:, [j for j, _ in local]]
         if local and self.reads_in_place(x, w1[local[0][1]]):
-            chosen = weights if len(local) == weights.shape[1] else weights[:, [j for j, _ in local]]
             return self._row(x, [(w1[e], w3[e], w2[e]) for _, e in local], chosen.t(), shared, limit)
         rows = [] if shared is None else [shared]
         if local:
             gate, up = self.widen(torch.cat([self.product(x, (w1[e], w3[e]), wide=False) for _, e in local])).chunk(
                 2, 1
             )
-            chosen = weights if len(local) == weights.shape[1] else weights[:, [j for j, _ in local]]
             hidden = self.rounded(swiglu_(gate, up, limit).mul_(chosen.t()))
             if fmt := format_of(w2.dtype):
                 hidden = self.quantised_activation(hidden, fmt)

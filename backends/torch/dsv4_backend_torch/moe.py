@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from array import array
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from dsv4_backend_torch.matmul import TorchMatmul, Weight
+from dsv4_backend_torch.numeric import vector
 from dsv4_core.ops.moe import MoeOps
 
 SHORT = 64  # rows that are not worth cutting into blocks
@@ -46,10 +46,7 @@ class TorchMoe(TorchMatmul, MoeOps):
         ]  # stable: the lower of equals first
         chosen = [found[e] for e in order]
         share = route_scale / total if (total := sum(chosen)) else math.nan  # all underflowed
-        weights = array("d" if self.wide_type == torch.float64 else "f", [s * share for s in chosen])
-        return torch.frombuffer(weights, dtype=self.wide_type)[None], torch.frombuffer(
-            array("i", order), dtype=torch.int32
-        )[None]
+        return vector([s * share for s in chosen], self.wide_type)[None], vector(order, torch.int32)[None]
 
     def gate_hash(
         self, x: Tensor, weight: Tensor, tid2eid: Tensor, ids: Tensor, *, route_scale: float

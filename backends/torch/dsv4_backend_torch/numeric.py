@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from array import array
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from dsv4_core import dtypes
 from dsv4_core.spec import Ops
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 BLOCK = 1 << 18  # elements: 1 MB in float32, the second cache level of a core
 FEW = 8  # tokens of a decode step: up to here the number of calls counts, not their size
@@ -34,6 +35,14 @@ def torch_dtype(name: str) -> torch.dtype:
             f"dtype {name!r} is unknown to torch {torch.__version__}; bytes of it travel as uint8"
         )
     return found
+
+
+_CODES = {torch.float32: "f", torch.float64: "d", torch.int32: "i"}  # of array.array
+
+
+def vector(numbers: Iterable[float], dtype: torch.dtype) -> Tensor:
+    """A few Python numbers as a tensor on the CPU, several times faster than by ``torch.tensor``."""
+    return torch.frombuffer(array(_CODES[dtype], numbers), dtype=dtype)
 
 
 @functools.cache

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from array import array
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dsv4_backend_torch.numeric import FEW, Numeric
+from dsv4_backend_torch.numeric import FEW, Numeric, vector
 from dsv4_core.dtypes import AMAX_FLOOR, FORMAT_MAX, FP4_GROUP, FP8_BLOCK, INT8_MAX, Format, ScaledArray
 from dsv4_core.ops.quant import QuantOps
 
@@ -65,8 +64,7 @@ def few_exponents(blocks: Tensor, fmt: Format) -> list[int] | None:
 
 def few_scales(exponents: list[int], blocks: Tensor) -> Tensor:
     """Powers of two that broadcast over ``blocks``."""
-    scales = array("d" if blocks.dtype == torch.float64 else "f", [math.ldexp(1, e) for e in exponents])
-    return torch.frombuffer(scales, dtype=blocks.dtype).view(*blocks.shape[:-1], 1)
+    return vector([math.ldexp(1, e) for e in exponents], blocks.dtype).view(*blocks.shape[:-1], 1)
 
 
 def scale_bytes(bits: Tensor) -> Tensor:
