@@ -233,7 +233,9 @@ class Plan:
         """Raise ``ValueError`` where the ranks are not the machine's devices, or the split does not fit the model."""
         if self.place.ranks != self.hardware.devices:
             have = f"{self.hardware.name} has {self.hardware.devices} devices here"
-            raise ValueError(f"--tp {self.place.tp} x --ep {self.place.ep} = {self.place.ranks} ranks; {have}")
+            raise ValueError(
+                f"--tp {self.place.tp} x --ep {self.place.ep} = {self.place.ranks} ranks; {have}; choose two whose product is that"
+            )
         if not 0 < self.context <= self.config.max_position_embeddings:
             raise ValueError(
                 f"--context {self.context}: the model has positions up to {self.config.max_position_embeddings}"

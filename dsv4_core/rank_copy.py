@@ -55,6 +55,13 @@ def open_copy(directory: Path, place: Place) -> Checkpoint:
         text = f"was cut for {made}; this is --tp {place.tp} --ep {place.ep}, rank {place.rank}"
         raise CheckpointError(directory, [Finding("another place", "", "", text)])
     checkpoint = Checkpoint(directory, check=False)
+    if wrong := faults(checkpoint, place):
+        raise CheckpointError(directory, wrong)
+    return checkpoint
+
+
+def faults(checkpoint: Checkpoint, place: Place) -> list[Finding]:
+    """What is wrong with a copy as the part of a model that ``place`` holds."""
     wrong: list[Finding] = []
     for spec in checkpoint.layout.values():
         part = unpacked(spec._replace(shape=place.part(spec, checkpoint.config)))
@@ -69,7 +76,4 @@ def open_copy(directory: Path, place: Place) -> Checkpoint:
             found = f"shape {list(shape)} must be {list(part)}" if shape else f"missing: {list(part)}"
             wrong.append(Finding("a rank's part", spec.name, "", f"{found} at this place; convert it again"))
     damage = {"missing scale", "shard unreadable", "shard missing", "corrupt index", "index and shards disagree"}
-    wrong += [f for f in checkpoint.errors if f.rule in damage]
-    if wrong:
-        raise CheckpointError(directory, wrong)
-    return checkpoint
+    return wrong + [f for f in checkpoint.errors if f.rule in damage]

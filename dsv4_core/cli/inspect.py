@@ -32,19 +32,18 @@ def command(model: str | None, no_audit: bool, as_json: bool) -> None:
     """
     from dsv4_core.audit import audit
     from dsv4_core.cli.running import bar
-    from dsv4_core.rank_copy import cut_for, open_copy
+    from dsv4_core.rank_copy import cut_for, faults
     from dsv4_core.weights import Checkpoint
 
     directory = model_directory(model)
     with bar("reading headers") as progress:
-        place = cut_for(directory)
-        checkpoint = open_copy(directory, place) if place else Checkpoint(directory, check=False, progress=progress)
+        checkpoint = Checkpoint(directory, check=False, progress=progress)
     findings = checkpoint.findings
     if not no_audit:
         with bar("auditing (MiB)") as progress:
             findings = audit(checkpoint, progress=lambda done, of: progress(done >> 20, of >> 20))
-    if place:
-        findings = findings[len(checkpoint.findings) :]  # those are a whole model's; its parts were checked at opening
+    if place := cut_for(directory):  # what opening found is of a whole model
+        findings = [*faults(checkpoint, place), *findings[len(checkpoint.findings) :]]
         click.echo(f"rank {place.rank} of {place.ranks} (tp {place.tp}, ep {place.ep}): a part of a model", err=as_json)
     if as_json:
         click.echo(json.dumps(_document(checkpoint, findings, audited=not no_audit), indent=2))

@@ -1,5 +1,6 @@
 """Copies that hold one rank's parts: the same parts as cut from the whole, and refused at any other place."""
 
+import shutil
 import subprocess
 import sys
 
@@ -100,3 +101,12 @@ def test_a_copy_is_inspected_as_the_part_that_it_is(copies):
     assert result.exit_code == 0, result.output
     assert "a part of a model" in result.output
     assert "sound: names" in result.output
+
+
+def test_a_damaged_copy_is_listed_as_damaged(copies, tmp_path):
+    directory = shutil.copytree(next(copies.glob("rank-1-of-*")), tmp_path / "copy")
+    next(directory.glob("*.safetensors")).unlink()
+    result = CliRunner().invoke(root, ["inspect", str(directory), "--json"])
+    assert result.exit_code == 1
+    assert "missing: [" in result.output
+    assert "convert it again" in result.output

@@ -72,7 +72,8 @@ def build_command(
     except interpret.InterpreterError as error:
         raise BackendError(str(error)) from None
     if not results:
-        raise BackendError(f"no kernel's name contains {kernel!r}")
+        known = ", ".join(dict.fromkeys(spec.name for spec in build.specs()))
+        raise BackendError(f"--kernel {kernel}: no kernel's name contains it; they are {known}")
     if update_baseline:
         build.write_baseline(results)
     results = build.against_baseline(results)
