@@ -56,7 +56,7 @@ class AscendBackend(TorchBackend):
 
     name = "ascend"
     options: ClassVar[tuple[Option, ...]] = (
-        *(o for o in TorchBackend.options if o.name != "device"),
+        *(o for o in TorchBackend.options if o.name not in {"device", "few_tokens_by"}),
         Option("device", "torch device of the NPU", "npu"),
         Option("tier", "cann, or composed: plain PyTorch ops only", "cann"),
         Option("simulate", "run on simulated CANN, on the CPU: 910B, 910C or 950"),

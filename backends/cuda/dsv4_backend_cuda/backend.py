@@ -48,7 +48,7 @@ class CudaBackend(TorchBackend):
     name = "cuda"
     claims_level = 3  # shown in the interpreter; a GPU has to show it again
     options: ClassVar[tuple[Option, ...]] = (
-        *(o for o in TorchBackend.options if o.name not in {"device", "threads"}),
+        *(o for o in TorchBackend.options if o.name not in {"device", "threads", "few_tokens_by"}),
         Option("device", "CUDA device", "cuda"),
         Option("interpret", "run the kernels in Triton's repaired interpreter, on the CPU", default=False),
         Option(

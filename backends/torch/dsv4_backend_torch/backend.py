@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsv4_backend_torch.compiled import NotCompiledError, build
 from dsv4_backend_torch.fused import TorchFused
 from dsv4_backend_torch.matmul import cpu_multiplies_bf16
 from dsv4_backend_torch.numeric import torch_dtype
@@ -50,6 +51,7 @@ class TorchBackend(TorchFused, Backend):
         Option("device", "torch device: cpu, cuda, npu, xpu, mps", "cpu"),
         Option("weight_cache", "bytes of dequantised weights kept in memory", 2 << 30),
         Option("threads", "threads of torch on a CPU"),
+        Option("few_tokens_by", "a decode step on a CPU: c, torch, or auto: c where a compiler builds it", "auto"),
     )
     claims_level = 3
     # one rounding of an exact value, or none: whoever else is in the batch, and whichever path the number of rows takes
@@ -79,8 +81,26 @@ class TorchBackend(TorchFused, Backend):
                     f"backend {self.name!r}: threads {self.threads!r} must be a whole number of 1 or more"
                 )
             torch.set_num_threads(int(self.threads))
+        if self.few_tokens_by not in {"auto", "c", "torch"}:
+            raise BackendError(
+                f"backend {self.name!r}: few_tokens_by {self.few_tokens_by!r} is not one of auto, c, torch"
+            )
+        if self.few_tokens_by == "c":
+            self.require_c()
         self.weights = WeightCache(self.weight_cache)
-        self._well_scaled, self._numbers, self._widened, self._sinks, self._row_memory = {}, {}, {}, {}, {}
+        self._well_scaled, self._sinks = {}, {}
+
+    def require_c(self) -> None:
+        """Raise ``BackendError`` where the C kernels cannot run, with the reason."""
+        reason = (
+            f"C kernels have no {self.numerics}" if self.on_cpu else f"C kernels run on a CPU, not on {self.device}"
+        )
+        try:
+            if self.compiled:
+                return
+        except NotCompiledError as error:
+            reason = str(error)
+        raise BackendError(f"backend {self.name!r}: few_tokens_by 'c': {reason}; 'auto' and 'torch' run without")
 
     @classmethod
     def diagnose(cls) -> tuple[Diagnosis, ...]:
@@ -88,10 +108,15 @@ class TorchBackend(TorchFused, Backend):
         found = {kind: getattr(torch, kind, None) for kind in ("cuda", "npu", "xpu")} | {"mps": torch.backends.mps}
         kinds = [kind for kind, module in found.items() if module is not None and module.is_available()]
         bf16 = "BF16 products by oneDNN" if cpu_multiplies_bf16() else "no BF16 products: float32, rounded to BF16"
+        try:
+            few = f"C kernels, built by {build().compiler}"
+        except NotCompiledError as error:
+            few = f"PyTorch, several times slower than C kernels: {error}"
         small = [n for n in ("float8_e4m3fn", "float8_e8m0fnu", "float4_e2m1fn_x2") if not hasattr(torch, n)]
         return (
             Diagnosis("version", f"{torch.__version__}; dtypes it lacks, done by tables: {', '.join(small) or 'none'}"),
             Diagnosis("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {bf16}"),
+            Diagnosis("few tokens", few),
             Diagnosis("other devices", ", ".join(kinds) or "none that this torch can use"),
         )
 
@@ -102,7 +127,8 @@ class TorchBackend(TorchFused, Backend):
             return where
         threads = f"{(n := torch.get_num_threads())} thread{'s' * (n != 1)}"
         products = ", products in BF16" if self.bf16_products else ", products in float32"
-        return f"{where} ({threads}{products if self.numerics == 'native' else ''})"
+        few = ", few tokens by C kernels" if self.compiled else ""
+        return f"{where} ({threads}{products if self.numerics == 'native' else ''}{few})"
 
     def computing(self) -> AbstractContextManager[Any]:
         """No gradients, no version counters: a tenth of a decode step."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dsv4_backend_torch.numeric import FEW
 from dsv4_backend_torch.quant import TorchQuant
 from dsv4_core.dtypes import FP4_GROUP, KV_BLOCK, Format, RowLayout
 from dsv4_core.ops.cache import CacheOps
@@ -20,13 +19,7 @@ class TorchCache(TorchQuant, CacheOps):
     """Contracts of ``ops/cache.py``."""
 
     def cache_write(self, cache: Tensor, rows: Tensor, index: Tensor, *, layout: RowLayout) -> None:
-        if self.on_cpu and index.shape[0] <= FEW:
-            slots = index.tolist()
-            if max(slots, default=-1) >= 0:
-                stored = self.pack(rows, layout)
-                for i, slot in enumerate(slots):
-                    if slot >= 0:
-                        cache.narrow(0, slot, 1).copy_(stored.narrow(0, i, 1))
+        if self.compiled and self.compiled.cache_write(cache, rows, index, layout):
             return
         if self.on_cpu:
             kept = torch.nonzero(index >= 0)[:, 0]
@@ -47,6 +40,10 @@ class TorchCache(TorchQuant, CacheOps):
         cache.index_copy_(0, torch.where(kept, target, target[first].clamp(min=0)), stored)
 
     def cache_read(self, cache: Tensor, index: Tensor, *, layout: RowLayout) -> Tensor:
+        if self.compiled:
+            dtype = cache.dtype if layout.kind == "plain" else self.act_type
+            if (rows := self.compiled.cache_read(cache, index, layout, dtype)) is not None:
+                return rows
         if self.on_cpu and (not index.shape[0] or int(index.min()) >= 0):
             return self.unpack(cache.index_select(0, index), layout)
         rows = self.unpack(cache.index_select(0, index.clamp(min=0)), layout)

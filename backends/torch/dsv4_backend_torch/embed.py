@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4_backend_torch.numeric import FEW, Numeric
+from dsv4_backend_torch.compiled import FEW
+from dsv4_backend_torch.numeric import Numeric
 from dsv4_core.ops.embed import EmbedOps
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from dsv4_backend_torch.attention import TorchAttention, zero_row
+from dsv4_backend_torch.attention import TorchAttention
 from dsv4_backend_torch.cache import TorchCache
 from dsv4_backend_torch.embed import TorchEmbed
 from dsv4_backend_torch.mhc import TorchMhc
@@ -20,26 +20,16 @@ if TYPE_CHECKING:
     from dsv4_core.dtypes import RowLayout
 
 
-class RowMemory:
-    """Where one row's activations in several experts lie: ``gate`` and ``up`` [experts, inter], ``rows`` the same by expert."""
-
-    def __init__(self, experts: int, inter: int) -> None:
-        with torch.inference_mode(mode=False):
-            self.gate, self.up = torch.empty((2, experts, inter))
-        self.rows = list(zip(self.gate, self.up, strict=True))
-
-
 class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, FusedOps):
     """Contracts of ``ops/fused.py``, where fusing pays."""
 
-    _row_memory: dict[tuple[int, int], RowMemory]
-
     def ffn(self, x: Tensor, w1: Weight, w3: Weight, w2: Weight, *, limit: float) -> Tensor:
-        if self.reads_in_place(x, w1):
-            return self._row(x, [(w1, w3, w2)], None, None, limit)
-        return self.expert(
-            self.quantised_activation(x, w1.format) if isinstance(w1, ScaledArray) else x, (w1, w3), w2, None, limit
-        )
+        x = self.quantised_activation(x, w1.format) if isinstance(w1, ScaledArray) else x
+        if self.compiled:
+            few = self.compiled.experts(x, (w1, w3, w2), None, None, limit, self.act_type, quantise=self.quantises(w2))
+            if few is not None:
+                return few
+        return self.expert(x, (w1, w3), w2, None, limit)
 
     def moe(
         self, x: Tensor, weights: Tensor, indices: Tensor, shared: Tensor | None, w1: Experts, w3: Experts, w2: Experts,
@@ -55,8 +45,8 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Fus
         tokens, topk = indices.shape
         x = self.quantised_activation(x, fmt) if (fmt := format_of(w1.dtype)) else x
         if tokens == 1:
-            return self._one_token(x, weights, indices, shared, w1, w3, w2, first_expert, limit).to(
-                getattr(torch, out_dtype)
+            return self._one_token(
+                x, weights, indices, shared, w1, w3, w2, first_expert, limit, getattr(torch, out_dtype)
             )
         y = (
             torch.zeros((tokens, x.shape[1]), dtype=self.wide_type)
@@ -85,9 +75,10 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Fus
         self, q: Tensor, kv: Tensor, ring: Tensor, ring_index: Tensor, rows: Tensor | None, row_index: Tensor | None,
         attn_sink: Tensor, topk_idxs: Tensor, *, layout: RowLayout, softmax_scale: float,
     ) -> Tensor:  # fmt: skip
-        if self.on_cpu and q.shape[0] == 1 and 0 not in ring_index.shape:
-            every = self._all_rows(kv, ring, ring_index, rows, row_index, layout)
-            if every is not None and torch.equal(topk_idxs, self.counted(every.shape[0] - 1)):
+        if self.on_cpu and q.shape[0] == 1:
+            count = ring_index.shape[0] + kv.shape[0] + (0 if row_index is None else row_index.shape[0])
+            if torch.equal(topk_idxs, self.counted(count)):
+                every = self._all_rows(kv, ring, ring_index, rows, row_index, layout)
                 return self.attend_all(q, every, attn_sink, softmax_scale)
         return cast(
             "Tensor",
@@ -113,18 +104,25 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Fus
         rows: Tensor | None,
         row_index: Tensor | None,
         layout: RowLayout,
-    ) -> Tensor | None:
-        """``[ring[ring_index] | kv | rows[row_index] | zeros]``, wide; None where an index is -1."""
-        try:
-            recent = ring.index_select(0, ring_index)
-            old = None if rows is None or row_index is None else rows.index_select(0, row_index)
-        except IndexError:
-            return None
-        if layout.kind != "plain":  # window rows and compressed ones are unpacked together
-            stored = self.unpack(recent if old is None else torch.cat([recent, old]), layout, self.wide_type)
-            recent, old = stored[: recent.shape[0]], None if old is None else stored[recent.shape[0] :]
-        parts = [recent, kv] if old is None else [recent, kv, old]
-        return torch.cat([*map(self.widen, parts), zero_row(kv.shape[1], self.wide_type)])
+    ) -> Tensor:
+        """``[ring[ring_index] | kv | rows[row_index] | zeros]``, wide."""
+        kept = [(ring, ring_index)]
+        if rows is not None and row_index is not None:
+            kept.append((rows, row_index))
+        every = torch.empty(
+            (kv.shape[0] + sum(index.shape[0] for _, index in kept) + 1, kv.shape[1]), dtype=self.wide_type
+        )
+        end = 0
+        for i, (cache, index) in enumerate(kept):
+            begin, end = end, end + index.shape[0]
+            part = every[begin:end]
+            if not (self.compiled and self.compiled.cache_read(cache, index, layout, self.wide_type, part) is not None):
+                part.copy_(self.cache_read(cache, index, layout=layout))
+            if i == 0:
+                begin, end = end, end + kv.shape[0]
+                every[begin:end] = kv
+        every[end:] = 0
+        return every
 
     def _one_token(
         self,
@@ -137,14 +135,18 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Fus
         w2: Experts,
         first_expert: int,
         limit: float,
+        out_type: torch.dtype,
     ) -> Tensor:
-        """A decode step's experts and the shared one [1, dim], summed wide: the activations of all between one pair of products each."""
+        """A decode step's experts and the shared one [1, dim], summed wide, in ``out_type``: the activations of all between one pair of products each."""
         local = [
             (j, e - first_expert) for j, e in enumerate(indices[0].tolist()) if 0 <= e - first_expert < w1.shape[0]
         ]
         chosen = weights if len(local) == weights.shape[1] else weights[:, [j for j, _ in local]]
-        if local and self.reads_in_place(x, w1[local[0][1]]):
-            return self._row(x, [(w1[e], w3[e], w2[e]) for _, e in local], chosen.t(), shared, limit)
+        if local and self.compiled:
+            used = [projection[e] for _, e in local for projection in (w1, w3, w2)]
+            few = self.compiled.experts(x, used, chosen, shared, limit, out_type, quantise=self.quantises(used[2]))
+            if few is not None:
+                return few
         rows = [] if shared is None else [shared]
         if local:
             gate, up = self.widen(torch.cat([self.product(x, (w1[e], w3[e]), wide=False) for _, e in local])).chunk(
@@ -156,41 +158,9 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Fus
             rows += [
                 self.product(row, (w2[e],), wide=False) for row, (_, e) in zip(hidden.split(1), local, strict=True)
             ]
-        return torch.cat(rows or [x.new_zeros((1, w2.shape[1]))]).sum(0, dtype=self.wide_type, keepdim=True)
-
-    def reads_in_place(self, x: Tensor, weight: Weight) -> bool:
-        """Say whether a row is multiplied by float32 weights as they are, by MKL on a CPU."""
         return (
-            x.shape[0] == 1
-            and self.on_cpu
-            and isinstance(weight, Tensor)
-            and weight.dtype == x.dtype == torch.float32 == self.act_type
-            and torch.float32 not in self.one_dnn
+            torch.cat(rows or [x.new_zeros((1, w2.shape[1]))]).sum(0, dtype=self.wide_type, keepdim=True).to(out_type)
         )
-
-    def _row(
-        self,
-        x: Tensor,
-        experts: list[tuple[Tensor, Tensor, Tensor]],
-        weights: Tensor | None,
-        shared: Tensor | None,
-        limit: float,
-    ) -> Tensor:
-        """One row through such experts, their sum added to ``shared``: every product goes to where it is needed, no call but products per expert."""
-        inter = experts[0][0].shape[0]
-        shape = len(experts), inter
-        memory = self._row_memory.get(shape) or self._row_memory.setdefault(shape, RowMemory(*shape))
-        row = x.reshape(-1)
-        for (w1, w3, _), (gate, up) in zip(experts, memory.rows, strict=True):
-            torch.mv(w1, row, out=gate)
-            torch.mv(w3, row, out=up)
-        hidden = swiglu_(memory.gate, memory.up, limit)
-        if weights is not None:
-            hidden.mul_(weights)
-        y = None if shared is None else shared.reshape(-1)
-        for (_, _, w2), (gate, _) in zip(experts, memory.rows, strict=True):
-            y = torch.mv(w2, gate) if y is None else torch.addmv(y, w2, gate)
-        return y[None]
 
     def expert(self, x: Tensor, w13: tuple[Weight, Weight], w2: Weight, weight: Tensor | None, limit: float) -> Tensor:
         """One expert's rows: ``w2 . swiglu(w1 . x, w3 . x)``; w1 and w3 in one product, block by block of rows while they are in cache."""

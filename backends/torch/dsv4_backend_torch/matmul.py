@@ -4,22 +4,27 @@ E4M3 and E2M1 codes times power-of-two scales are exact in BF16, so in native mo
 operands is what the contract says.
 On a CPU oneDNN is called through the op that torch's own compiler uses: it reads a weight in the blocked layout that it prefers, at
 one and a half times the speed of ``linear`` for a single row in BF16, and twice in float32 without AVX-512. Where a torch lacks the op,
-``linear`` is used.
+``linear`` is used. A few rows of plain weights are left to ``c/gemv.c``
+where that is built.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dsv4_backend_torch.numeric import FEW
+from dsv4_backend_torch.compiled import FEW
 from dsv4_backend_torch.quant import TorchQuant
 from dsv4_backend_torch.weights import StackedExperts, WeightCache
 from dsv4_core.dtypes import FP8_BLOCK, Experts, ScaledArray, format_of
 from dsv4_core.ops.matmul import MatmulOps
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Weight = Tensor | ScaledArray
 TILE = 1 << 22  # elements of a weight that are dequantised at a time when it is not kept: 8 MB in BF16
@@ -45,7 +50,13 @@ class TorchMatmul(TorchQuant, MatmulOps):
 
     def grouped_linear(self, x: Tensor, weight: Weight) -> Tensor:
         tokens, groups, cols = x.shape
-        out, dtype = weight.shape[0], self.operand_type(x, weight)
+        out = weight.shape[0]
+        if tokens == 1 and isinstance(weight, Tensor) and weight.is_contiguous():
+            blocks = weight.view(groups, out // groups, cols).unbind()
+            few = self.few_rows([(row, (block,)) for row, block in zip(x.unbind(1), blocks, strict=True)])
+            if few is not None:
+                return few.view(1, out)
+        dtype = self.operand_type(x, weight)
         matrix = self.matrix((weight,), dtype)
         if matrix is None:
             matrix = self.widened(weight, dtype)
@@ -88,6 +99,8 @@ class TorchMatmul(TorchQuant, MatmulOps):
 
     def product(self, x: Tensor, weights: tuple[Weight, ...], *, wide: bool) -> Tensor:
         """``x @ concat(weights).T`` with wide sums, in the wide or the activation dtype."""
+        if self.compiled and (few := self.few_rows([(x, weights)], wide=wide)) is not None:
+            return few
         dtype = self.wide_type if wide else self.operand_type(x, weights[0])
         if x.dtype != dtype:
             x = x.to(dtype)
@@ -102,6 +115,10 @@ class TorchMatmul(TorchQuant, MatmulOps):
         else:
             y = torch.cat([self.tiled(x, weight, dtype) for weight in weights], 1)
         return y if wide or y.dtype == self.act_type else self.rounded(y)
+
+    def few_rows(self, products: Sequence[tuple[Tensor, tuple[Weight, ...]]], *, wide: bool = False) -> Tensor | None:
+        """``x @ concat(weights).T`` of each pair, one below the other, by one call of ``c/gemv.c``; None where that is not for them."""
+        return self.compiled.products(products, self.wide_type if wide else self.act_type) if self.compiled else None
 
     def operand_type(self, x: Tensor, weight: Weight) -> torch.dtype:
         """The dtype of a product's operands: BF16 where both are exact in it, and where the library then sums in float32."""

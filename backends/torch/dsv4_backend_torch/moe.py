@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from dsv4_backend_torch.matmul import TorchMatmul, Weight
-from dsv4_backend_torch.numeric import vector
 from dsv4_core.ops.moe import MoeOps
 
 SHORT = 64  # rows that are not worth cutting into blocks
@@ -29,29 +26,20 @@ class TorchMoe(TorchMatmul, MoeOps):
     """Contracts of ``ops/moe.py``."""
 
     def gate(self, x: Tensor, weight: Tensor, bias: Tensor, *, topk: int, route_scale: float) -> tuple[Tensor, Tensor]:
+        if self.compiled and (few := self.compiled.gate(x, weight, bias, None, topk, route_scale)):
+            return few
         scores = self.router_scores(x, weight)
-        if self.on_cpu and x.shape[0] == 1:
-            return self._choose(scores, self.on_host(bias), topk, route_scale)
         indices = (
             (scores + self.widen(bias)).sort(dim=-1, descending=True, stable=True).indices[:, :topk]
         )  # topk does not promise the lower of equals
         return self.route_weights(scores, indices, route_scale), indices.to(torch.int32)
 
-    def _choose(self, scores: Tensor, bias: list[float], topk: int, route_scale: float) -> tuple[Tensor, Tensor]:
-        """The same for one token on a CPU, in Python floats: a third of the calls."""
-        found = scores[0].tolist()
-        biased = [s + b for s, b in zip(found, bias, strict=True)]
-        order = sorted(range(len(biased)), key=biased.__getitem__, reverse=True)[
-            :topk
-        ]  # stable: the lower of equals first
-        chosen = [found[e] for e in order]
-        share = route_scale / total if (total := sum(chosen)) else math.nan  # all underflowed
-        return vector([s * share for s in chosen], self.wide_type)[None], vector(order, torch.int32)[None]
-
     def gate_hash(
         self, x: Tensor, weight: Tensor, tid2eid: Tensor, ids: Tensor, *, route_scale: float
     ) -> tuple[Tensor, Tensor]:
         indices = tid2eid.index_select(0, ids)
+        if self.compiled and (few := self.compiled.gate(x, weight, None, indices, indices.shape[1], route_scale)):
+            return few
         return self.route_weights(self.router_scores(x, weight), indices, route_scale), indices.to(torch.int32)
 
     def router_scores(self, x: Tensor, weight: Weight) -> Tensor:

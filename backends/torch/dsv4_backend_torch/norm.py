@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dsv4_backend_torch.numeric import BLOCK, FEW, Numeric
+from dsv4_backend_torch.numeric import BLOCK, Numeric
 from dsv4_core.ops.norm import NormOps
 
 SMALL = 1 << 13  # elements up to which a few plain calls cost less than the library's norm
-_ZERO = torch.zeros(1)
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 
@@ -31,18 +29,13 @@ class TorchNorm(Numeric, NormOps):
 
     def rms_norm(self, x: Tensor, weight: Tensor | None, *, eps: float) -> Tensor:
         tokens, dim = x.shape
+        if self.compiled and (few := self.compiled.rms_norm(x, weight, eps)) is not None:
+            return few
         if (
             self.numerics == "float64"
         ):  # results are as fine as what is inside: one rounding of a row's common factor, not two
             y = x / x.square().mean(1, keepdim=True).add_(eps).sqrt_()
             return y if weight is None else y.mul_(weight)
-        if self.on_cpu and tokens == 1:
-            wide = self.widen(x)
-            row = wide.reshape(dim)
-            scale = 1 / math.sqrt(float(torch.dot(row, row)) / dim + eps)
-            return self.rounded(
-                wide * scale if weight is None else torch.addcmul(_ZERO, wide, self.wide_weight(weight), value=scale)
-            )
         gain = None if weight is None else self.widen(weight)
         if self.on_cpu and tokens * dim <= SMALL:
             wide = self.widen(x)
@@ -58,14 +51,11 @@ class TorchNorm(Numeric, NormOps):
 
     def apply_rope(self, x: Tensor, positions: Tensor, freqs: Tensor, *, inverse: bool) -> Tensor:
         rotated = 2 * freqs.shape[0]
-        if self.on_cpu and positions.shape[0] <= FEW and x.is_contiguous() and x.shape[-1] % 2 == 0:
-            wide = x.to(self.wide_type, copy=True)
-            pairs = wide.view(_COMPLEX[self.wide_type]).narrow(-1, (x.shape[-1] - rotated) // 2, rotated // 2)
-            pairs.mul_(self.rotation(positions, freqs)[inverse])
-            return self.rounded(wide)
-        turn = self.rotation(positions, freqs)[inverse]
+        turn, back = self.rotation(positions, freqs)
+        if self.compiled and (few := self.compiled.apply_rope(x, turn, inverse=inverse)) is not None:
+            return few
         pairs = torch.view_as_complex(self.widen(x[..., -rotated:]).reshape(*x.shape[:-1], freqs.shape[0], 2))
-        y = torch.view_as_real(pairs * turn).reshape(*x.shape[:-1], rotated)
+        y = torch.view_as_real(pairs * (back if inverse else turn)).reshape(*x.shape[:-1], rotated)
         return torch.cat([x[..., :-rotated], self.rounded(y)], -1)
 
     def rotation(self, positions: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:

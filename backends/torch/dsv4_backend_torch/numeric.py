@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import functools
-from array import array
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from dsv4_backend_torch.compiled import Kernels, NotCompiledError, build
 from dsv4_core import dtypes
 from dsv4_core.spec import Ops
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
 BLOCK = 1 << 18  # elements: 1 MB in float32, the second cache level of a core
-FEW = 8  # tokens of a decode step: up to here the number of calls counts, not their size
 _DOUBLE = {
     2: torch.int32,
     4: torch.int64,
@@ -37,14 +36,6 @@ def torch_dtype(name: str) -> torch.dtype:
     return found
 
 
-_CODES = {torch.float32: "f", torch.float64: "d", torch.int32: "i"}  # of array.array
-
-
-def vector(numbers: Iterable[float], dtype: torch.dtype) -> Tensor:
-    """A few Python numbers as a tensor on the CPU, several times faster than by ``torch.tensor``."""
-    return torch.frombuffer(array(_CODES[dtype], numbers), dtype=dtype)
-
-
 @functools.cache
 def table(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """One of the format tables of ``dsv4_core.dtypes`` in ``dtype`` on ``device``. Pairs of values are one element of twice the width."""
@@ -56,8 +47,7 @@ class Numeric(Ops):
     """Conversions between an op's operands and the dtype that it computes in."""
 
     device: Any  # a torch.device once the backend is constructed
-    _widened: dict[int, tuple[Tensor, Tensor]]
-    _numbers: dict[int, tuple[Tensor, list[float]]]  # weights are held too, so that their ids stay theirs
+    few_tokens_by: str = "torch"  # an option of the torch backend, not of those that extend it
 
     @cached_property
     def wide_type(self) -> torch.dtype:
@@ -68,6 +58,21 @@ class Numeric(Ops):
     def act_type(self) -> torch.dtype:
         """The dtype between ops."""
         return torch.bfloat16 if self.numerics == "native" else self.wide_type
+
+    @cached_property
+    def compiled(self) -> Kernels | None:
+        """The C kernels for a few tokens on a CPU; None where PyTorch does everything: by option, in float64, without a compiler.
+
+        Raises ``NotCompiledError`` where they cannot be built and the option says that they must.
+        """
+        if not self.on_cpu or self.few_tokens_by == "torch" or self.numerics == "float64":
+            return None
+        try:
+            return build()
+        except NotCompiledError:
+            if self.few_tokens_by == "c":
+                raise
+            return None
 
     @cached_property
     def on_cpu(self) -> bool:
@@ -81,22 +86,6 @@ class Numeric(Ops):
     def rounded(self, x: Tensor) -> Tensor:
         """Round a result once to the activation dtype."""
         return x if x.dtype == self.act_type else x.to(self.act_type)
-
-    def on_host(self, weight: Tensor) -> list[float]:
-        """A weight's few numbers, read once."""
-        found = self._numbers.get(id(weight))
-        if found is None:
-            found = self._numbers[id(weight)] = (weight, weight.tolist())
-        return found[1]
-
-    def wide_weight(self, weight: Tensor) -> Tensor:
-        """Take a norm's weight to the dtype inside ops, once."""
-        if weight.dtype == self.wide_type:
-            return weight
-        found = self._widened.get(id(weight))
-        if found is None:
-            found = self._widened[id(weight)] = (weight, weight.to(self.wide_type))
-        return found[1]
 
     def blocks(self, rows: int, width: int) -> Iterator[slice]:
         """Slices of rows that fill the second cache level of a CPU in float32; on a device, all rows at once."""

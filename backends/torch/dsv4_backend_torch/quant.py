@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dsv4_backend_torch.numeric import FEW, Numeric, vector
+from dsv4_backend_torch.numeric import Numeric
 from dsv4_core.dtypes import AMAX_FLOOR, FORMAT_MAX, FP4_GROUP, FP8_BLOCK, INT8_MAX, Format, ScaledArray
 from dsv4_core.ops.quant import QuantOps
 
@@ -48,23 +47,6 @@ def scale_bits(blocks: Tensor, fmt: Format) -> Tensor:
         .add_(0x7FFFFF)
         .bitwise_and_(0x7F800000)
     )  # one up where any mantissa bit is set
-
-
-def few_exponents(blocks: Tensor, fmt: Format) -> list[int] | None:
-    """Exponents of the same scales, as Python integers, of a decode step's blocks on a CPU; None beside what is not finite."""
-    amax = torch.linalg.vector_norm(blocks, math.inf, -1).to(torch.float32).mul_(1 / FORMAT_MAX[fmt])
-    least, exponents = _LEAST_SCALE[fmt], []
-    for value in amax.view(-1).tolist():
-        if not value < math.inf:
-            return None
-        mantissa, exponent = math.frexp(max(value, least))
-        exponents.append(exponent - (mantissa == 0.5))
-    return exponents
-
-
-def few_scales(exponents: list[int], blocks: Tensor) -> Tensor:
-    """Powers of two that broadcast over ``blocks``."""
-    return vector([math.ldexp(1, e) for e in exponents], blocks.dtype).view(*blocks.shape[:-1], 1)
 
 
 def scale_bytes(bits: Tensor) -> Tensor:
@@ -142,10 +124,6 @@ class TorchQuant(Numeric, QuantOps):
     def encode(self, x: Tensor, fmt: Format, block: int) -> tuple[Tensor, Tensor]:
         """Codes [tokens, blocks, block], one a byte, and E8M0 scale bytes [tokens, blocks]."""
         blocks = self.widen(x).reshape(x.shape[0], x.shape[1] // block, block)
-        if self.few(blocks) and (exponents := few_exponents(blocks, fmt)) is not None:
-            codes = grid_codes(round_to_grid(blocks / few_scales(exponents, blocks), fmt), fmt)
-            scale = torch.frombuffer(bytearray(127 + e for e in exponents), dtype=torch.uint8)
-            return codes, scale.view(blocks.shape[:-1])
         bits = scale_bits(blocks, fmt)
         scaled = blocks / nan_if_infinite(grid_scale(bits, blocks.dtype))
         if fmt == "e4m3" and scaled.dtype == torch.float32 and has_e4m3(scaled):
@@ -155,16 +133,8 @@ class TorchQuant(Numeric, QuantOps):
     def act_qdq(self, x: Tensor, *, format: Format, block: int, channels: int) -> Tensor:
         if self.numerics != "native":
             return x
-        if self.on_cpu and x.shape[0] <= FEW and x.is_contiguous():
-            wide = x.to(torch.float32, copy=True)
-            blocks = wide[:, :channels].view(x.shape[0], channels // block, block)
-            exponents = few_exponents(blocks, format) if format == "e4m3" and x.shape[0] and has_e4m3(wide) else None
-            if exponents is None:
-                blocks.copy_(self.on_grid(blocks, format))
-                return self.rounded(wide)
-            scale = few_scales(exponents, blocks)
-            blocks.copy_(to_e4m3(blocks / scale)).mul_(scale)
-            return self.rounded(wide)
+        if self.compiled and (few := self.compiled.act_qdq(x, format, block, channels)) is not None:
+            return few
         grid = self.rounded(self.blocks_on_grid(x[:, :channels], format, block))
         return grid if channels == x.shape[1] else torch.cat([grid, x[:, channels:]], 1)
 
@@ -172,17 +142,14 @@ class TorchQuant(Numeric, QuantOps):
         """Quantise and dequantise rows in blocks, wide."""
         return self.on_grid(self.widen(x).reshape(x.shape[0], x.shape[1] // block, block), fmt).reshape(x.shape)
 
-    def few(self, blocks: Tensor) -> bool:
-        """Say whether these are a decode step's on a CPU: what ``few_exponents`` is for."""
-        return self.on_cpu and 0 < blocks.shape[0] <= FEW
-
     def on_grid(self, blocks: Tensor, fmt: Format) -> Tensor:
         """Quantise and dequantise blocks [..., block]: exactly ``q * scale``, and NaN beside an infinity, which is 0 times the scale."""
-        if self.few(blocks) and (exponents := few_exponents(blocks, fmt)) is not None:
-            scale = few_scales(exponents, blocks)
-        else:
-            scale = grid_scale(scale_bits(blocks, fmt), blocks.dtype)
+        scale = grid_scale(scale_bits(blocks, fmt), blocks.dtype)
         return round_to_grid(blocks / scale, fmt).mul_(scale)
+
+    def quantises(self, weight: Tensor | ScaledArray) -> bool:
+        """Say whether what this weight multiplies is in FP8."""
+        return self.numerics == "native" and isinstance(weight, ScaledArray) and weight.format != "int8"
 
     def quantised_activation(self, x: Tensor, weight: Format = "e4m3") -> Tensor:
         """What a linear layer with a scaled weight multiplies: in native mode FP8 in blocks of 128, exact in BF16, or int8
@@ -190,7 +157,11 @@ class TorchQuant(Numeric, QuantOps):
         """
         if self.numerics != "native":
             return x
-        return self.on_int8(x) if weight == "int8" else self.rounded(self.blocks_on_grid(x, "e4m3", FP8_BLOCK))
+        if weight == "int8":
+            return self.on_int8(x)
+        if self.compiled and (few := self.compiled.act_qdq(x, "e4m3", FP8_BLOCK, x.shape[1])) is not None:
+            return few
+        return self.rounded(self.blocks_on_grid(x, "e4m3", FP8_BLOCK))
 
     def on_int8(self, x: Tensor) -> Tensor:
         """Quantise to int8 per token and dequantise, in float32: as ``dtypes.quantise_tokens``."""

@@ -1,0 +1,78 @@
+/* Float32 and BF16 values, one by one and in vector registers. */
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static inline int omp_get_num_threads(void) { return 1; }
+static inline int omp_get_thread_num(void) { return 0; }
+#endif
+
+#ifndef BYTES /* of a vector register */
+#if defined(__AVX512F__)
+#define BYTES 64
+#elif defined(__AVX2__)
+#define BYTES 32
+#else
+#define BYTES 16
+#endif
+#endif
+#define LANES (BYTES / 4)
+#define ALONE 32768 /* values that one thread reads before another one has woken up */
+
+enum { FLOAT32, BFLOAT16 };
+enum { DONE, NOT_MINE, NO_MEMORY }; /* what a kernel gives */
+
+/* Does something with T for the type, a constant: its loops are compiled once for each. */
+#define FOR_TYPE(type, ...)        \
+    if ((type) == FLOAT32) {       \
+        enum { T = FLOAT32 };      \
+        __VA_ARGS__                \
+    } else {                       \
+        enum { T = BFLOAT16 };     \
+        __VA_ARGS__                \
+    }
+
+typedef float floats __attribute__((vector_size(BYTES)));
+typedef uint32_t words __attribute__((vector_size(BYTES)));
+
+static inline float widen(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+
+static inline uint16_t bfloat16(float value) { /* to nearest even; NaN stays NaN */
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return isnan(value) ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+static inline float get(const void *from, int64_t type, int64_t i) {
+    return type == FLOAT32 ? ((const float *)from)[i] : widen(((const uint16_t *)from)[i]);
+}
+
+static inline void put(void *to, int64_t type, int64_t i, float value) {
+    if (type == FLOAT32)
+        ((float *)to)[i] = value;
+    else
+        ((uint16_t *)to)[i] = bfloat16(value);
+}
+
+static inline float rounded(float value, int64_t type) { return type == FLOAT32 ? value : widen(bfloat16(value)); }
+
+static inline floats load(const float *from) {
+    floats v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+static inline float total(floats v) {
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += v[i];
+    return sum;
+}
