@@ -11,6 +11,9 @@ def _gate_cases() -> tuple[Case, ...]:
         base,
         *base.odd(),
         base.but("ties", "smoke", data="ties", experts=64, topk=6),
+        base.but(
+            "ties_tokens=1", "smoke", data="ties", experts=64, topk=6, tokens=1
+        ),  # a decode step has code of its own
         base.but("near_ties", "smoke", data="near_ties", experts=64, topk=6),
         base.but("strong_bias", "smoke", data="strong_bias"),
         base.but("all_experts", topk=16),

@@ -4,8 +4,8 @@ E4M3 and E2M1 codes times power-of-two scales are exact in BF16, so in native mo
 operands is what the contract says.
 On a CPU oneDNN is called through the op that torch's own compiler uses: it reads a weight in the blocked layout that it prefers, at
 one and a half times the speed of ``linear`` for a single row in BF16, and twice in float32 without AVX-512. Where a torch lacks the op,
-``linear`` is used. A few rows of plain weights are left to ``c/gemv.c``
-where that is built.
+``linear`` is used. A few rows are left to ``c/gemv.c`` where that is
+built.
 """
 
 from __future__ import annotations
