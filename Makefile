@@ -23,6 +23,8 @@ torch: $(VENV)
 	$(CONFORMANCE) --backend torch --require 3 --report reports/conformance/torch
 	$(CONFORMANCE) --backend torch --numerics float32 --require 3 --report reports/conformance/torch-float32
 	$(CONFORMANCE) --backend torch --numerics float64 --require 3 --report reports/conformance/torch-float64
+	$(CONFORMANCE) --backend torch --option few_tokens_by=torch --require 3 --report reports/conformance/torch-without-c
+	$(RUN) pytest -m proof tests/torch_backend
 	$(RUN) pytest -m "proof or not proof" tests/parallel
 
 cuda: $(VENV)

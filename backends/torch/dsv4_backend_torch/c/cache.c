@@ -71,7 +71,8 @@ int cache_write(char *cache, int64_t slots, const char *rows, int64_t type, cons
 }
 
 /* Slots that index names to rows [n, dim] of row_type; zeros for -1. plain_type: of a plain cache. */
-int cache_read(const char *cache, int64_t slots, int64_t plain_type, const int32_t *index, int64_t n, void *rows, int64_t row_type, const layout *l) {
+int cache_read(const char *cache, int64_t slots, int64_t plain_type, const int32_t *index, int64_t n, void *rows, int64_t row_type,
+               const layout *l) {
     int status = DONE;
 #pragma omp parallel for reduction(max : status) if (n * l->dim > ALONE)
     for (int64_t i = 0; i < n; i++) {

@@ -6,7 +6,8 @@
 #include "weights.h"
 
 /* In E4M3 and back where it is to be quantised, and spread for a weight's type. Not finite: not for it. */
-static int lay_out(const float *x, int64_t begin, int64_t end, int64_t cols, int64_t act_type, int64_t weight_type, int quantise, float *to) {
+static int lay_out(const float *x, int64_t begin, int64_t end, int64_t cols, int64_t act_type, int64_t weight_type, int quantise,
+                   float *to) {
     float scale = 1;
     if (quantise) {
         uint32_t byte = scale_byte(x + begin, end - begin, E4M3);

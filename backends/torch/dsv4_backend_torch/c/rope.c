@@ -2,7 +2,8 @@
 #include "values.h"
 
 /* x, y [tokens, heads, dim] in type; turn [tokens, half, 2]: cosine and sine; the last 2 * half channels are turned, in pairs. */
-int apply_rope(const void *x, void *y, int64_t type, const float *turn, int64_t tokens, int64_t heads, int64_t dim, int64_t half, int64_t inverse) {
+int apply_rope(const void *x, void *y, int64_t type, const float *turn, int64_t tokens, int64_t heads, int64_t dim, int64_t half,
+               int64_t inverse) {
     float sign = inverse ? -1 : 1;
     for (int64_t t = 0; t < tokens; t++, turn += 2 * half)
         for (int64_t head = 0; head < heads; head++) {
