@@ -47,7 +47,7 @@ class ReferenceAttention(Numeric, AttentionOps):
         batch, seq, heads, dim = q.shape
         visible = keys.shape[1]
         if self.batch_invariant:
-            keys = tiles.padded(keys, 1, tiles.ROWS)
+            keys = tiles.padded(keys, 1, tiles.COLUMNS)
         rows = keys.shape[1]
         tile = max(256, IN_CACHE // (min(TOKENS, max(1, seq)) * heads))  # of rows
         scores = np.empty((batch, seq, rows), self.wide_type)

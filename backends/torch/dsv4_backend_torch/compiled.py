@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dsv4_core.dtypes import ScaledArray
+from dsv4_core.dtypes import FP4_GROUP, KV_BLOCK, ScaledArray
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -254,6 +254,7 @@ class Kernels:
             and rows.dtype == (cache.dtype if layout.kind == "plain" else torch.bfloat16)
             and rows.shape == (index.shape[0], layout.dim)
             and cache.shape[1] == layout.width
+            and _whole_blocks(layout)
             and cache.is_contiguous()
             and _indices(index)
             and self._run(
@@ -268,7 +269,9 @@ class Kernels:
         """Contract of ``cache_read``, in ``dtype``, or into ``out``."""
         if index.shape[0] > READ or dtype not in _TYPES or not (cache.is_contiguous() and _indices(index)):
             return None
-        if cache.shape[1] != layout.width or (layout.kind == "plain" and cache.dtype not in _TYPES):
+        if cache.shape[1] != layout.width or not _whole_blocks(layout):
+            return None
+        if layout.kind == "plain" and cache.dtype not in _TYPES:
             return None
         rows = torch.empty((index.shape[0], layout.dim), dtype=dtype) if out is None else out
         done = self._run(
@@ -315,6 +318,12 @@ def _indices(tensor: Tensor) -> bool:
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _whole_blocks(layout: RowLayout) -> bool:
+    return layout.kind == "plain" or not (layout.dim - layout.rope_dim) % (
+        KV_BLOCK if layout.kind == "kv" else FP4_GROUP
+    )
 
 
 @functools.cache
