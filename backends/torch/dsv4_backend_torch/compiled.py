@@ -34,7 +34,6 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in values.h
 _DONE, _NO_MEMORY = 0, 2  # what kernels give; 1: not for them
 FEW = 8  # tokens of a decode step: up to here the number of calls counts, not their size
 FEW_VALUES = 1 << 16  # elements up to which one thread is done before others have woken up
-READ = 1 << 12  # cache rows up to which one call that gathers and unpacks them beats several
 STREAMS = 4  # of hyper-connections: the published models'
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _FLOAT, _DOUBLE = ctypes.c_float, ctypes.c_double
@@ -267,7 +266,7 @@ class Kernels:
         self, cache: Tensor, index: Tensor, layout: RowLayout, dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor | None:
         """Contract of ``cache_read``, in ``dtype``, or into ``out``."""
-        if index.shape[0] > READ or dtype not in _TYPES or not (cache.is_contiguous() and _indices(index)):
+        if dtype not in _TYPES or not (cache.is_contiguous() and _indices(index)):
             return None
         if cache.shape[1] != layout.width or not _whole_blocks(layout):
             return None

@@ -52,10 +52,10 @@ static inline uint8_t code_of(float value, format f) {
     return (uint8_t)((magnitude < least ? small : normal) | bits_of(value) >> 31 << sign);
 }
 
+/* Sign and magnitude in float32's places are the value times 2^-120, subnormal ones too. */
 static inline float e4m3(uint8_t code) {
-    uint32_t magnitude = code & 0x7f;
-    float value = magnitude == 0x7f ? NAN : magnitude < 8 ? magnitude * 0x1p-9f : of_bits((magnitude << 20) + (120u << 23));
-    return code & 0x80 ? -value : value;
+    uint32_t magnitude = code & 0x7f, nan = magnitude == 0x7f ? 0x7fc00000 : 0;
+    return of_bits((code & 0x80u) << 24 | magnitude << 20 | nan) * 0x1p120f;
 }
 
 static inline float e2m1(uint8_t code) {

@@ -75,7 +75,7 @@ static inline float dot_bfloat16(const uint16_t *w, const float *x, int64_t cols
     return sum;
 }
 
-/* Code k of each word. Sign and magnitude in float32's places are the value times 2^-120, subnormal ones too. */
+/* Code k of each word, as e4m3 gives it. */
 static inline floats values_e4m3(words code, int k) {
     words magnitude = (code >> 8 * k & 0x7f) << 20;
     words nan = (words)(magnitude == 0x7f00000) & 0x7fc00000u;
