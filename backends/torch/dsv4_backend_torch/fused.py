@@ -106,23 +106,20 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Fus
         layout: RowLayout,
     ) -> Tensor:
         """``[ring[ring_index] | kv | rows[row_index] | zeros]``, wide."""
-        kept = [(ring, ring_index)]
+        own, old = ring_index.shape[0], ring_index.shape[0] + kv.shape[0]
+        count = old + (0 if row_index is None else row_index.shape[0])
+        every = torch.empty((count + 1, kv.shape[1]), dtype=self.wide_type)
+        self._read_into(every[:own], ring, ring_index, layout)
+        every[own:old] = kv
         if rows is not None and row_index is not None:
-            kept.append((rows, row_index))
-        every = torch.empty(
-            (kv.shape[0] + sum(index.shape[0] for _, index in kept) + 1, kv.shape[1]), dtype=self.wide_type
-        )
-        end = 0
-        for i, (cache, index) in enumerate(kept):
-            begin, end = end, end + index.shape[0]
-            part = every[begin:end]
-            if not (self.compiled and self.compiled.cache_read(cache, index, layout, self.wide_type, part) is not None):
-                part.copy_(self.cache_read(cache, index, layout=layout))
-            if i == 0:
-                begin, end = end, end + kv.shape[0]
-                every[begin:end] = kv
-        every[end:] = 0
+            self._read_into(every[old:count], rows, row_index, layout)
+        every[count:] = 0
         return every
+
+    def _read_into(self, out: Tensor, cache: Tensor, index: Tensor, layout: RowLayout) -> None:
+        """``cache_read`` into wide rows."""
+        if not self.compiled or self.compiled.cache_read(cache, index, layout, self.wide_type, out) is None:
+            out.copy_(self.cache_read(cache, index, layout=layout))
 
     def _one_token(
         self,

@@ -4,8 +4,7 @@ E4M3 and E2M1 codes times power-of-two scales are exact in BF16, so in native mo
 operands is what the contract says.
 On a CPU oneDNN is called through the op that torch's own compiler uses: it reads a weight in the blocked layout that it prefers, at
 one and a half times the speed of ``linear`` for a single row in BF16, and twice in float32 without AVX-512. Where a torch lacks the op,
-``linear`` is used. A few rows are left to ``c/gemv.c`` where that is
-built.
+``linear`` is used. A few rows are left to ``c/gemv.c`` where that is built.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ class TorchMatmul(TorchQuant, MatmulOps):
 
     def product(self, x: Tensor, weights: tuple[Weight, ...], *, wide: bool) -> Tensor:
         """``x @ concat(weights).T`` with wide sums, in the wide or the activation dtype."""
-        if self.compiled and (few := self.few_rows([(x, weights)], wide=wide)) is not None:
+        if (few := self.few_rows([(x, weights)], wide=wide)) is not None:
             return few
         dtype = self.wide_type if wide else self.operand_type(x, weights[0])
         if x.dtype != dtype:

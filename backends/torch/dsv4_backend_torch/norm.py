@@ -13,7 +13,6 @@ from dsv4_backend_torch.numeric import BLOCK, Numeric
 from dsv4_core.ops.norm import NormOps
 
 SMALL = 1 << 13  # elements up to which a few plain calls cost less than the library's norm
-_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 
 @functools.cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +23,6 @@ class _Bits(NamedTuple):
 
 _BITS = {torch.float32: _Bits(torch.int32, 23, 127), torch.float64: _Bits(torch.int64, 52, 1023)}
 _MANTISSA: dict[Format, int] = {"e4m3": 3, "e2m1": 1}
-_LEAST_SCALE = {fmt: float(np.float32(floor) * np.float32(1 / FORMAT_MAX[fmt])) for fmt, floor in AMAX_FLOOR.items()}
 _LEAST_EXPONENT: dict[Format, int] = {"e4m3": -6, "e2m1": 0}  # of a normal number
 
 

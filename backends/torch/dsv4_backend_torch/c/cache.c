@@ -57,7 +57,7 @@ static void unpack(const uint8_t *stored, void *to, int64_t type, int64_t at, co
 /* Rows [n, dim] to the slots that index names; those of -1 are left out. rows: in type, BF16 where the layout packs.
  * An index out of range and a value that is not finite are not for it: slots of rows before that are then written. */
 int cache_write(char *cache, int64_t slots, const char *rows, int64_t type, const int32_t *index, int64_t n, const layout *l) {
-    int64_t bytes = l->dim * (type == FLOAT32 ? 4 : 2), width = l->kind == PLAIN ? bytes : l->width;
+    int64_t bytes = l->dim * size_of(type), width = l->kind == PLAIN ? bytes : l->width;
     for (int64_t i = 0; i < n; i++) {
         if (index[i] >= slots) return NOT_MINE;
         char *to = cache + index[i] * width;

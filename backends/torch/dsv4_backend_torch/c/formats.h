@@ -9,18 +9,6 @@ typedef struct {
 
 static const format E4M3 = {3, -6, 448, 1e-4f}, E2M1 = {1, 0, 6, 6 * 0x1p-126f};
 
-static inline uint32_t bits_of(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits;
-}
-
-static inline float of_bits(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
 /* Exponent byte of the least power of two that fits a block into the format; 255 beside what is not finite. */
 static inline uint32_t scale_byte(const float *x, int64_t block, format f) {
     float amax = f.floor;

@@ -14,7 +14,7 @@ typedef struct {
 } product;
 
 static void rows(const product *p, int64_t begin, int64_t end, float *x) {
-    int64_t bytes = p->cols * (p->x_type == FLOAT32 ? 4 : 2), stride = p->cols + SLACK;
+    int64_t bytes = p->cols * size_of(p->x_type), stride = p->cols + SLACK;
     for (int64_t t = 0; t < p->tokens; t++) spread(p->x + t * bytes, p->x_type, p->w.type, p->cols, x + t * stride);
     for (int64_t i = begin; i < end; i++)
         for (int64_t t = 0; t < p->tokens; t++) put(p->y, p->y_type, t * p->y_stride + i, dot(&p->w, i, p->cols, x + t * stride));

@@ -29,7 +29,7 @@ int hc_pre(const char *h, int64_t type, const float *fn, const float *scale, con
     if (!x) return NO_MEMORY;
     for (int64_t t = 0; t < tokens; t++) {
         float products[MIXES + 1];
-        spread(h + t * HC * dim * (type == FLOAT32 ? 4 : 2), type, FLOAT32, HC * dim, x);
+        spread(h + t * HC * dim * size_of(type), type, FLOAT32, HC * dim, x);
 #pragma omp parallel for schedule(static) if (MIXES * HC * dim > ALONE)
         for (int i = 0; i <= MIXES; i++) products[i] = dot_float32(i < MIXES ? fn + i * HC * dim : x, x, HC * dim);
         double mixes[MIXES], pre[HC], root = sqrt((double)products[MIXES] / (HC * dim) + norm_eps);

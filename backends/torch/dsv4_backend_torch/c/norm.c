@@ -3,7 +3,7 @@
 
 /* y = x / sqrt(mean(x^2) + eps) * weight, rounded once; x, y [rows, dim] in one type; weight [dim] or NULL. */
 int rms_norm(const char *x, char *y, int64_t type, const void *weight, int64_t weight_type, int64_t rows, int64_t dim, double eps) {
-    int64_t bytes = dim * (type == FLOAT32 ? 4 : 2);
+    int64_t bytes = dim * size_of(type);
     for (int64_t t = 0; t < rows; t++, x += bytes, y += bytes) {
         float parts[LANES] = {0}, square = 0;
         FOR_TYPE(type,

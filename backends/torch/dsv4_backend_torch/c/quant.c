@@ -6,7 +6,7 @@
 int act_qdq(const void *x, void *y, int64_t type, int64_t rows, int64_t dim, int64_t channels, int64_t block, int64_t is_e4m3) {
     format f = is_e4m3 ? E4M3 : E2M1;
     float values[block];
-    memcpy(y, x, rows * dim * (type == FLOAT32 ? 4 : 2));
+    memcpy(y, x, rows * dim * size_of(type));
     for (int64_t t = 0; t < rows; t++)
         for (int64_t begin = t * dim; begin < t * dim + channels; begin += block) {
             FOR_TYPE(type, for (int64_t j = 0; j < block; j++) values[j] = get(x, T, begin + j);)

@@ -7,7 +7,7 @@ int apply_rope(const void *x, void *y, int64_t type, const float *turn, int64_t 
     float sign = inverse ? -1 : 1;
     for (int64_t t = 0; t < tokens; t++, turn += 2 * half)
         for (int64_t head = 0; head < heads; head++) {
-            int64_t at = (t * heads + head) * dim, bytes = type == FLOAT32 ? 4 : 2;
+            int64_t at = (t * heads + head) * dim, bytes = size_of(type);
             memcpy((char *)y + at * bytes, (const char *)x + at * bytes, (dim - 2 * half) * bytes);
             at += dim - 2 * half;
             FOR_TYPE(type, for (int64_t i = 0; i < half; i++) {

@@ -39,18 +39,26 @@ enum { DONE, NOT_MINE, NO_MEMORY }; /* what a kernel gives */
 typedef float floats __attribute__((vector_size(BYTES)));
 typedef uint32_t words __attribute__((vector_size(BYTES)));
 
-static inline float widen(uint16_t bits) {
-    uint32_t wide = (uint32_t)bits << 16;
+static inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+static inline float of_bits(uint32_t bits) {
     float value;
-    memcpy(&value, &wide, 4);
+    memcpy(&value, &bits, 4);
     return value;
 }
 
+static inline float widen(uint16_t bits) { return of_bits((uint32_t)bits << 16); }
+
 static inline uint16_t bfloat16(float value) { /* to nearest even; NaN stays NaN */
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
+    uint32_t bits = bits_of(value);
     return isnan(value) ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+
+static inline int64_t size_of(int64_t type) { return type == FLOAT32 ? 4 : 2; }
 
 static inline float get(const void *from, int64_t type, int64_t i) {
     return type == FLOAT32 ? ((const float *)from)[i] : widen(((const uint16_t *)from)[i]);
