@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from dsv4_core import registry
+from dsv4_core.contract import registry
 
 if TYPE_CHECKING:
-    from dsv4_conformance.judge import Verdict
-    from dsv4_core.backend import Backend
-    from dsv4_core.spec import Numerics, Tier
+    from dsv4_conformance.verdict.judge import Verdict
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.spec import Numerics, Tier
 
 Status = Literal["passed", "failed", "error", "crashed", "timeout", "memory", "unsupported", "xfailed", "xpassed"]
 Group = Literal["op", "trace", "law", "model", "invariance", "device"]
@@ -117,7 +117,9 @@ def collect(tier: Tier, numerics: Numerics, backend: Backend | None = None) -> l
     """
     from importlib import import_module
 
-    from dsv4_conformance import device, models, opcases
+    from dsv4_conformance.cases import checks as opcases
+    from dsv4_conformance.model import checks as models
+    from dsv4_conformance.run import device
 
     formats = backend.weight_formats if backend else ()
     found: list[Check] = [*opcases.declared(formats), *models.declared(formats, numerics)]

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv4_core.weights import Checkpoint, Finding, Progress
+from dsv4_core.checkpoint.weights import Checkpoint, Finding, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from dsv4_core.dtypes import Host
-    from dsv4_core.shards import Stored
+    from dsv4_core.checkpoint.shards import Stored
+    from dsv4_core.contract.dtypes import Host
 
 BUFFER = 8 << 20  # bytes read at a time: masks and comparisons of it stay near the cache
 

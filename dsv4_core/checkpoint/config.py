@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dsv4_core.dtypes import FP4_GROUP, FP8_BLOCK, KV_BLOCK
+from dsv4_core.contract.dtypes import FP4_GROUP, FP8_BLOCK, KV_BLOCK
 
 if TYPE_CHECKING:
     from pathlib import Path

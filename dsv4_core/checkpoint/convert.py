@@ -16,8 +16,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dsv4_core.create import header, stored_bytes
-from dsv4_core.dtypes import (
+from dsv4_core.checkpoint.create import header, stored_bytes
+from dsv4_core.checkpoint.layout import QUANTISED, TensorSpec, becomes_int8, scale_shape
+from dsv4_core.checkpoint.rank_part import Place, ShardedSource
+from dsv4_core.checkpoint.shards import BITS
+from dsv4_core.checkpoint.weights import INDEX, Checkpoint, Progress
+from dsv4_core.contract.dtypes import (
     BFLOAT16,
     FORMAT_MAX,
     FP4_GROUP,
@@ -28,10 +32,6 @@ from dsv4_core.dtypes import (
     encode,
     quantise_int8,
 )
-from dsv4_core.layout import QUANTISED, TensorSpec, becomes_int8, scale_shape
-from dsv4_core.parallel import Place, ShardedSource
-from dsv4_core.shards import BITS
-from dsv4_core.weights import INDEX, Checkpoint, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

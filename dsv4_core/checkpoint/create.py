@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from dsv4_core.config import ConfigError, ModelConfig
-from dsv4_core.dtypes import BFLOAT16, FORMAT_MAX, Format, Host, encode, pack_fp4
-from dsv4_core.layout import QUANTISED, TensorSpec, tensor_specs, unpacked
-from dsv4_core.shards import BITS
-from dsv4_core.weights import INDEX, Progress
+from dsv4_core.checkpoint.config import ConfigError, ModelConfig
+from dsv4_core.checkpoint.layout import QUANTISED, TensorSpec, tensor_specs, unpacked
+from dsv4_core.checkpoint.shards import BITS
+from dsv4_core.checkpoint.weights import INDEX, Progress
+from dsv4_core.contract.dtypes import BFLOAT16, FORMAT_MAX, Format, Host, encode, pack_fp4
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from dsv4_core.dtypes import FP4_GROUP, FP8_BLOCK, Format
+from dsv4_core.contract.dtypes import FP4_GROUP, FP8_BLOCK, Format
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dsv4_core.config import ModelConfig
+    from dsv4_core.checkpoint.config import ModelConfig
 
 Shape = tuple[int, ...]
 Kind = Literal[

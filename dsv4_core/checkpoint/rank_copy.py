@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from dsv4_core.layout import unpacked
-from dsv4_core.parallel import Place
-from dsv4_core.weights import Checkpoint, CheckpointError, Finding
+from dsv4_core.checkpoint.layout import unpacked
+from dsv4_core.checkpoint.rank_part import Place
+from dsv4_core.checkpoint.weights import Checkpoint, CheckpointError, Finding
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,16 +21,16 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dsv4_core.dtypes import FP8_BLOCK, Experts, Host, ScaledArray, dtype_name
-from dsv4_core.shards import BITS
+from dsv4_core.checkpoint.shards import BITS
+from dsv4_core.contract.dtypes import FP8_BLOCK, Experts, Host, ScaledArray, dtype_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from dsv4_core.config import ModelConfig
-    from dsv4_core.layout import TensorSpec
-    from dsv4_core.model import WeightSource
-    from dsv4_core.weights import Checkpoint
+    from dsv4_core.checkpoint.config import ModelConfig
+    from dsv4_core.checkpoint.layout import TensorSpec
+    from dsv4_core.checkpoint.weights import Checkpoint
+    from dsv4_core.graph.model import WeightSource
 
 _ROWS = ("attn.wq_b", "attn.wo_a", "attn.attn_sink", "shared_experts.w1", "shared_experts.w3")
 _VOCABULARY = ("embed", "head")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dsv4_core.dtypes import BFLOAT16, Host
+from dsv4_core.contract.dtypes import BFLOAT16, Host
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from dsv4_core.config import ModelConfig
-from dsv4_core.dtypes import Experts, Format, Host, ScaledArray
-from dsv4_core.layout import QUANTISED, TensorSpec, canonical_name, scale_shape, tensor_specs, unpacked
-from dsv4_core.shards import Shard, ShardError, Stored
+from dsv4_core.checkpoint.config import ModelConfig
+from dsv4_core.checkpoint.layout import QUANTISED, TensorSpec, canonical_name, scale_shape, tensor_specs, unpacked
+from dsv4_core.checkpoint.shards import Shard, ShardError, Stored
+from dsv4_core.contract.dtypes import Experts, Format, Host, ScaledArray
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 Progress = Callable[[int, int], None]

@@ -11,15 +11,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dsv4_core.dtypes import Experts, Format, Host, ScaledArray, format_of
-from dsv4_core.ops import OPS, FusedOps
-from dsv4_core.spec import Array, BackendError, Numerics, Operand, Support, Tier
+from dsv4_core.contract.dtypes import Experts, Format, Host, ScaledArray, format_of
+from dsv4_core.contract.ops import OPS, FusedOps
+from dsv4_core.contract.spec import Array, BackendError, Numerics, Operand, Support, Tier
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from dsv4_core.exchange import ProcessGroup
-    from dsv4_core.rendezvous import Rendezvous
+    from dsv4_core.contract.rendezvous import Rendezvous
+    from dsv4_core.ranks.exchange import ProcessGroup
 
 __all__ = ["Backend", "BackendError", "DeviceCheck", "Diagnosis", "Option", "missing_ops"]
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import pluggy
 from packaging.requirements import Requirement
 
-from dsv4_core.spec import BackendError
+from dsv4_core.contract.spec import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from dsv4_core.backend import Backend
-    from dsv4_core.spec import Numerics
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.spec import Numerics
 
 GROUP = "dsv4.backends"
 ORACLES = "dsv4.oracles"
@@ -131,7 +131,7 @@ def backend_class(name: str) -> type[Backend]:
     found = cast("type[Backend] | None", manager.hook.dsv4_backend())
     if found is None:
         raise BackendError(
-            f"module {known[name].module!r} has no hook dsv4_backend; decorate a function of that name with dsv4_core.registry.hookimpl"
+            f"module {known[name].module!r} has no hook dsv4_backend; decorate a function of that name with dsv4_core.contract.registry.hookimpl"
         )
     return found
 

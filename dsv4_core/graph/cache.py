@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv4_core.dtypes import Host, RowLayout
+from dsv4_core.contract.dtypes import Host, RowLayout
 
 if TYPE_CHECKING:
-    from dsv4_core.backend import Backend
-    from dsv4_core.config import ModelConfig
-    from dsv4_core.spec import Array
+    from dsv4_core.checkpoint.config import ModelConfig
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.spec import Array
 
 
 class CacheError(ValueError):

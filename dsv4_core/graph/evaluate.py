@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv4_core import generate
-from dsv4_core.cache import Cache
-from dsv4_core.generate import CHUNK
-from dsv4_core.step import Step, check_ids
+from dsv4_core.graph import generate
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.generate import CHUNK
+from dsv4_core.graph.step import Step, check_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dsv4_core.dtypes import Host
-    from dsv4_core.model import Model
+    from dsv4_core.contract.dtypes import Host
+    from dsv4_core.graph.model import Model
 
 
 def teacher_forced(

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv4_core.cache import Cache
-from dsv4_core.step import Step
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.step import Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
-    from dsv4_core.dtypes import Host
-    from dsv4_core.model import Model
-    from dsv4_core.spec import Array
+    from dsv4_core.contract.dtypes import Host
+    from dsv4_core.contract.spec import Array
+    from dsv4_core.graph.model import Model
 
 CHUNK = 2048  # tokens of a prefill step: activations and scores of one chunk are alive at a time
 

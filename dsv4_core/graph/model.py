@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dsv4_core.dtypes import FP4_GROUP, KV_BLOCK, Experts, ScaledArray
+from dsv4_core.contract.dtypes import FP4_GROUP, KV_BLOCK, Experts, ScaledArray
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dsv4_core.backend import Backend
-    from dsv4_core.cache import LayerCache
-    from dsv4_core.config import ModelConfig
-    from dsv4_core.dtypes import Host
-    from dsv4_core.spec import Array
-    from dsv4_core.step import Compression, Step
+    from dsv4_core.checkpoint.config import ModelConfig
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.dtypes import Host
+    from dsv4_core.contract.spec import Array
+    from dsv4_core.graph.cache import LayerCache
+    from dsv4_core.graph.step import Compression, Step
 
 
 class WeightSource(Protocol):

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_core.cache import Cache, CacheError
+from dsv4_core.graph.cache import Cache, CacheError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dsv4_core.dtypes import Host
-    from dsv4_core.spec import Array
+    from dsv4_core.contract.dtypes import Host
+    from dsv4_core.contract.spec import Array
 
 
 @dataclass(frozen=True)

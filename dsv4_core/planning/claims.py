@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dsv4_core.config import PRESETS
-from dsv4_core.layout import parameters
-from dsv4_core.plan import Graph
+from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.checkpoint.layout import parameters
+from dsv4_core.planning.plan import Graph
 
 MILLION = 1 << 20
 

@@ -13,17 +13,17 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
-from dsv4_core.backend import Backend
-from dsv4_core.dtypes import Experts, ScaledArray, dtype_name
-from dsv4_core.layout import Kind
-from dsv4_core.shapes import ShapeArray, ShapeBackend, Storage, bind_axes
+from dsv4_core.checkpoint.layout import Kind
+from dsv4_core.contract.backend import Backend
+from dsv4_core.contract.dtypes import Experts, ScaledArray, dtype_name
+from dsv4_core.planning.shapes import ShapeArray, ShapeBackend, Storage, bind_axes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from types import CodeType
 
-    from dsv4_core.dtypes import Host
-    from dsv4_core.spec import Numerics, OpSpec
+    from dsv4_core.contract.dtypes import Host
+    from dsv4_core.contract.spec import Numerics, OpSpec
 
 WEIGHTS = frozenset(get_args(Kind))
 EQUIVALENT_FP8 = {"fp4": 0.5, "fp8": 1, "fp8 x fp4": 1, "bfloat16": 2, "float32": 4, "float64": 8}

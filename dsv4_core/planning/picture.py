@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dsv4_core.config import PRESETS
-from dsv4_core.plan import Graph
-from dsv4_core.plan_claims import Predecessor
+from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.planning.claims import Predecessor
+from dsv4_core.planning.plan import Graph
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,20 +15,20 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv4_core.cache import Cache
-from dsv4_core.dtypes import FP8_BLOCK, dtype_name, numpy_dtype
-from dsv4_core.generate import CHUNK
-from dsv4_core.model import Parallel
-from dsv4_core.parallel import Place
-from dsv4_core.planner import Count, Entry, Planner, nbytes, total
-from dsv4_core.shapes import LayeredModel, ShapeSource, run_step
-from dsv4_core.shards import BITS
+from dsv4_core.checkpoint.rank_part import Place
+from dsv4_core.checkpoint.shards import BITS
+from dsv4_core.contract.dtypes import FP8_BLOCK, dtype_name, numpy_dtype
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.generate import CHUNK
+from dsv4_core.graph.model import Parallel
+from dsv4_core.planning.counting import Count, Entry, Planner, nbytes, total
+from dsv4_core.planning.shapes import LayeredModel, ShapeSource, run_step
 
 if TYPE_CHECKING:
-    from dsv4_core.backend import Backend
-    from dsv4_core.config import ModelConfig
-    from dsv4_core.dtypes import Format
-    from dsv4_core.spec import Array, Numerics
+    from dsv4_core.checkpoint.config import ModelConfig
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.dtypes import Format
+    from dsv4_core.contract.spec import Array, Numerics
 
 USABLE = (
     0.92  # of a device's memory: the rest goes to the driver's context, communication buffers and the allocator's slack

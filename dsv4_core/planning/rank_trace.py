@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dsv4_core.dtypes import FP8_BLOCK, dtype_name
-from dsv4_core.model import Parallel
-from dsv4_core.parallel import ShardedSource
-from dsv4_core.shapes import LayeredModel, Recorder, ShapeSource, run_step
+from dsv4_core.checkpoint.rank_part import ShardedSource
+from dsv4_core.contract.dtypes import FP8_BLOCK, dtype_name
+from dsv4_core.graph.model import Parallel
+from dsv4_core.planning.shapes import LayeredModel, Recorder, ShapeSource, run_step
 
 if TYPE_CHECKING:
-    from dsv4_core.backend import Backend
-    from dsv4_core.config import ModelConfig
-    from dsv4_core.dtypes import Format
-    from dsv4_core.parallel import Place
-    from dsv4_core.shapes import Call, ShapeBackend
-    from dsv4_core.spec import Array
+    from dsv4_core.checkpoint.config import ModelConfig
+    from dsv4_core.checkpoint.rank_part import Place
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.dtypes import Format
+    from dsv4_core.contract.spec import Array
+    from dsv4_core.planning.shapes import Call, ShapeBackend
 
 
 def trace_rank(

@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_core.cache import Cache
-from dsv4_core.create import create
-from dsv4_core.model import Model
-from dsv4_core.plan import Graph
-from dsv4_core.planner import total
-from dsv4_core.step import Step
+from dsv4_core.checkpoint.create import create
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.model import Model
+from dsv4_core.graph.step import Step
+from dsv4_core.planning.counting import total
+from dsv4_core.planning.plan import Graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from dsv4_core.backend import Backend
-    from dsv4_core.config import ModelConfig
-    from dsv4_core.layout import TensorSpec
-    from dsv4_core.model import Block
-    from dsv4_core.spec import Array
-    from dsv4_core.weights import Checkpoint, Progress
+    from dsv4_core.checkpoint.config import ModelConfig
+    from dsv4_core.checkpoint.layout import TensorSpec
+    from dsv4_core.checkpoint.weights import Checkpoint, Progress
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.spec import Array
+    from dsv4_core.graph.model import Block
 
 
 def filled(spec: TensorSpec) -> bool:

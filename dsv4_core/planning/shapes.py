@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dsv4_core.backend import Backend
-from dsv4_core.cache import Cache
-from dsv4_core.dtypes import Experts, Format, Host, ScaledArray, dtype_name, numpy_dtype
-from dsv4_core.layout import QUANTISED, tensor_specs
-from dsv4_core.model import Block, Model
-from dsv4_core.ops import OPS
-from dsv4_core.spec import Array, Numerics, Operand, OpSpec
-from dsv4_core.step import Step
+from dsv4_core.checkpoint.layout import QUANTISED, tensor_specs
+from dsv4_core.contract.backend import Backend
+from dsv4_core.contract.dtypes import Experts, Format, Host, ScaledArray, dtype_name, numpy_dtype
+from dsv4_core.contract.ops import OPS
+from dsv4_core.contract.spec import Array, Numerics, Operand, OpSpec
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.model import Block, Model
+from dsv4_core.graph.step import Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from types import CodeType
 
-    from dsv4_core.config import ModelConfig
+    from dsv4_core.checkpoint.config import ModelConfig
 
 STORED = {"BF16": "bfloat16", "F32": "float32", "F8_E4M3": "uint8", "F8_E8M0": "uint8", "I8": "uint8", "I64": "int64"}
 """dtype names of tensors as the checkpoint's loader gives them."""

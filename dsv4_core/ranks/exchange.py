@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
-from dsv4_core.dtypes import FP8_BLOCK, Host, dtype_name, numpy_dtype
-from dsv4_core.liveness import RankError, Watch
-from dsv4_core.model import Parallel
+from dsv4_core.contract.dtypes import FP8_BLOCK, Host, dtype_name, numpy_dtype
+from dsv4_core.graph.model import Parallel
+from dsv4_core.ranks.watch import RankError, Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from typing_extensions import Self
 
-    from dsv4_core.backend import Backend
-    from dsv4_core.config import ModelConfig
-    from dsv4_core.dtypes import Experts
-    from dsv4_core.liveness import Store
-    from dsv4_core.parallel import Place
-    from dsv4_core.spec import Array
+    from dsv4_core.checkpoint.config import ModelConfig
+    from dsv4_core.checkpoint.rank_part import Place
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.dtypes import Experts
+    from dsv4_core.contract.spec import Array
+    from dsv4_core.ranks.watch import Store
 
 T = TypeVar("T")
 

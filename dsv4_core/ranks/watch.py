@@ -15,7 +15,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dsv4_core.backend import BackendError
+from dsv4_core.contract.backend import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

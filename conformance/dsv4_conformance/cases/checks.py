@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import dsv4_conformance.operand_rules  # noqa: F401  registers how operands are made
-import dsv4_core.ops  # noqa: F401  declares the ops
-from dsv4_conformance import operands
-from dsv4_conformance.budget import Expected, expect
-from dsv4_conformance.calls import Call, execute, seed_of
-from dsv4_conformance.checks import Check, Finding, Group, Session
-from dsv4_conformance.discrete import judge_discrete
-from dsv4_conformance.judge import Verdict, judge_exact, judge_rounded
-from dsv4_core.backend import Backend
-from dsv4_core.dtypes import WEIGHT_DTYPES, dtype_name
-from dsv4_core.spec import OPS, Case, Operand, OpSpec
+import dsv4_conformance.cases.rules  # noqa: F401  registers how operands are made
+import dsv4_core.contract.ops  # noqa: F401  declares the ops
+from dsv4_conformance.cases import operands
+from dsv4_conformance.check import Check, Finding, Group, Session
+from dsv4_conformance.verdict.budget import Expected, expect
+from dsv4_conformance.verdict.calls import Call, execute, seed_of
+from dsv4_conformance.verdict.discrete import judge_discrete
+from dsv4_conformance.verdict.judge import Verdict, judge_exact, judge_rounded
+from dsv4_core.contract.backend import Backend
+from dsv4_core.contract.dtypes import WEIGHT_DTYPES, dtype_name
+from dsv4_core.contract.spec import OPS, Case, Operand, OpSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from dsv4_core.spec import Numerics, Tier
+    from dsv4_core.contract.spec import Numerics, Tier
 
 SEEDS = 8  # of a smoke case in the full tier
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
-from dsv4_core.dtypes import BFLOAT16, E2M1_VALUES, E4M3_VALUES, Host, numpy_dtype
+from dsv4_core.contract.dtypes import BFLOAT16, E2M1_VALUES, E4M3_VALUES, Host, numpy_dtype
 
 Fill = Callable[[np.random.Generator, tuple[int, ...]], Host]
 

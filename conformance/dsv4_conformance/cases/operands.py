@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_conformance.flavours import fill, midpoints, scale_edges
-from dsv4_core.config import PRESETS
-from dsv4_core.dtypes import (
+from dsv4_conformance.cases.flavours import fill, midpoints, scale_edges
+from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.contract.dtypes import (
     E8M0_VALUES,
     Experts,
     Format,
@@ -25,7 +25,7 @@ from dsv4_core.dtypes import (
     quantise_weight,
     round_to_grid,
 )
-from dsv4_core.spec import OPS, Case, Numerics
+from dsv4_core.contract.spec import OPS, Case, Numerics
 
 FAR = 1 << 20  # the published models' max_position_embeddings
 SCALES = (1, 232)  # bytes of a weight's scales: 2^-126 and 2^105, so that products stay inside bfloat16
@@ -224,7 +224,7 @@ def make(op: str, case: Case, numerics: Numerics, seed: int) -> tuple[list[Any],
     """Give a case's operands and scalars; the same seed gives the same."""
     maker = Maker(case, numerics, np.random.default_rng(seed))
     if op not in BUILD:
-        raise LookupError(f"op {op!r} has no operands; add a function to dsv4_conformance.operand_rules")
+        raise LookupError(f"op {op!r} has no operands; add a function to dsv4_conformance.cases.rules")
     operands = BUILD[op](maker)
     assert len(operands) == len(OPS[op].arrays), op
     return operands, maker.scalars()
@@ -240,7 +240,7 @@ def quantiser_input(m: Maker, fmt: str, block: int, channels: int) -> Host:
     elif m.data == "all_codes":
         grid = np.arange(256, dtype=np.uint8)
         grid = grid[(grid & 0x7F) != 0x7F]
-        from dsv4_core.dtypes import E4M3_VALUES
+        from dsv4_core.contract.dtypes import E4M3_VALUES
 
         x = np.resize(E4M3_VALUES[grid], shape).astype(np.float64)
         x[:, ::block] = 448

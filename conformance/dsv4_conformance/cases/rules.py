@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_conformance.operands import FAR, Maker, builds, quantiser_input
-from dsv4_core.dtypes import FP4_GROUP, KV_BLOCK, Host, RowLayout
+from dsv4_conformance.cases.operands import FAR, Maker, builds, quantiser_input
+from dsv4_core.contract.dtypes import FP4_GROUP, KV_BLOCK, Host, RowLayout
 
 
 @builds("embedding")
@@ -226,7 +226,7 @@ def _cached_index_topk(m: Maker) -> list[Any]:
 def _cache_of(rows: Host, layout: RowLayout) -> Host:
     if layout.kind == "plain":
         return rows
-    from dsv4_core.dtypes import E8M0_VALUES, encode, pack_fp4, power_of_two_scale
+    from dsv4_core.contract.dtypes import E8M0_VALUES, encode, pack_fp4, power_of_two_scale
 
     blocks = rows.astype(np.float32).reshape(len(rows), layout.dim // FP4_GROUP, FP4_GROUP)
     scale = power_of_two_scale(np.abs(blocks).max(-1), "e2m1")

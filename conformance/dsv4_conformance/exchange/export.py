@@ -12,26 +12,27 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 import numpy as np
 
-from dsv4_conformance import checks as catalogue
-from dsv4_conformance import replay, tensorfile
-from dsv4_conformance.budget import Expected, expect
-from dsv4_conformance.calls import Call, result_dtype
-from dsv4_conformance.checks import Finding
-from dsv4_conformance.export_readme import README
-from dsv4_conformance.judge import Verdict
-from dsv4_conformance.lawmodel import OracleBackend
-from dsv4_conformance.opcases import OpCase
-from dsv4_conformance.opcases import checks as op_cases
-from dsv4_conformance.stored_calls import Packer, unpack
-from dsv4_core import registry
+from dsv4_conformance import check as catalogue
+from dsv4_conformance.cases.checks import OpCase
+from dsv4_conformance.cases.checks import checks as op_cases
+from dsv4_conformance.check import Finding
+from dsv4_conformance.exchange import replay
+from dsv4_conformance.exchange.export_readme import README
+from dsv4_conformance.files import tensorfile
+from dsv4_conformance.files.stored_calls import Packer, unpack
+from dsv4_conformance.laws.small_model import OracleBackend
+from dsv4_conformance.verdict.budget import Expected, expect
+from dsv4_conformance.verdict.calls import Call, result_dtype
+from dsv4_conformance.verdict.judge import Verdict
+from dsv4_core.checkpoint.shards import Shard, ShardError
 from dsv4_core.cli.options import NUMERICS
-from dsv4_core.shards import Shard, ShardError
-from dsv4_core.spec import OPS
+from dsv4_core.contract import registry
+from dsv4_core.contract.spec import OPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from dsv4_core.spec import Numerics, Tier
+    from dsv4_core.contract.spec import Numerics, Tier
 
 MANIFEST = "manifest.json"
 LARGEST = 1 << 28  # bytes of inputs; the case whose cache passes 2^31 bytes is left to `run`
@@ -233,7 +234,7 @@ def judge_command(
 ) -> None:
     """Judge tensors that another program wrote to RESULTS for the cases in DIRECTORY; a case without results fails."""
     from dsv4_conformance.cli import Progress, finish
-    from dsv4_conformance.runner import Run
+    from dsv4_conformance.run.runner import Run
 
     manifest = json.loads((directory / MANIFEST).read_text())
     rerun = f"dsv4 conformance judge {directory} {results}"

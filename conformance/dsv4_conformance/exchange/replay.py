@@ -11,25 +11,26 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv4_conformance import laws, tensorfile
-from dsv4_conformance.budget import Expected, expect
-from dsv4_conformance.calls import Call, result_dtype
-from dsv4_conformance.checks import Check, Finding, Group, Session
-from dsv4_conformance.discrete import judge_discrete
-from dsv4_conformance.judge import Verdict, judge_exact, judge_rounded
-from dsv4_conformance.opcases import judge_call, level_of
-from dsv4_conformance.stored_calls import Packer, unpack
-from dsv4_core.dtypes import dtype_name
-from dsv4_core.shards import Shard, ShardError
-from dsv4_core.spec import OPS
+from dsv4_conformance.cases.checks import judge_call, level_of
+from dsv4_conformance.check import Check, Finding, Group, Session
+from dsv4_conformance.files import tensorfile
+from dsv4_conformance.files.stored_calls import Packer, unpack
+from dsv4_conformance.laws import checks as laws
+from dsv4_conformance.verdict.budget import Expected, expect
+from dsv4_conformance.verdict.calls import Call, result_dtype
+from dsv4_conformance.verdict.discrete import judge_discrete
+from dsv4_conformance.verdict.judge import Verdict, judge_exact, judge_rounded
+from dsv4_core.checkpoint.shards import Shard, ShardError
+from dsv4_core.contract.dtypes import dtype_name
+from dsv4_core.contract.spec import OPS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dsv4_core.backend import Backend
-    from dsv4_core.dtypes import Host
-    from dsv4_core.registry import Oracle
-    from dsv4_core.spec import Tier
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.dtypes import Host
+    from dsv4_core.contract.registry import Oracle
+    from dsv4_core.contract.spec import Tier
 
 SUFFIX = ".case.safetensors"
 SECOND_OPINIONS = (

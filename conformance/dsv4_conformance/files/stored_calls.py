@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_conformance.calls import LOADED, Call
-from dsv4_core.dtypes import Experts, Host, RowLayout, ScaledArray
+from dsv4_conformance.verdict.calls import LOADED, Call
+from dsv4_core.contract.dtypes import Experts, Host, RowLayout, ScaledArray
 
 if TYPE_CHECKING:
     from collections.abc import Callable

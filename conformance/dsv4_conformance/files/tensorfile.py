@@ -1,6 +1,6 @@
 """Safetensors files of host arrays: 8 bytes of header length, a JSON header, the tensors' bytes.
 
-``dsv4_core.shards`` maps them; ``decode`` reads one that is in memory (unpacked from an archive).
+``dsv4_core.checkpoint.shards`` maps them; ``decode`` reads one that is in memory (unpacked from an archive).
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv4_core.shards import VIEWS
+from dsv4_core.checkpoint.shards import VIEWS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from dsv4_core.dtypes import Host
+    from dsv4_core.contract.dtypes import Host
 
 KINDS = {VIEWS[name]: name for name in ("F64", "F32", "I64", "I32", "U8", "BF16", "F16")}
 READABLE = frozenset(VIEWS)
-"""safetensors dtypes that ``dsv4_core.shards`` gives as arrays."""
+"""safetensors dtypes that ``dsv4_core.checkpoint.shards`` gives as arrays."""
 
 
 def encode(tensors: Mapping[str, Host], metadata: Mapping[str, str] | None = None) -> bytes:

@@ -12,19 +12,18 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 
-from dsv4_conformance import law_list as of_models
-from dsv4_conformance import op_laws as of_ops
-from dsv4_conformance import strategies as some
-from dsv4_conformance.calls import seed_of
-from dsv4_conformance.checks import Check, Finding, Group, Session
-from dsv4_conformance.lawmodel import Stage
-from dsv4_core.spec import UnsupportedOpError
+from dsv4_conformance.check import Check, Finding, Group, Session
+from dsv4_conformance.laws import of_models, of_ops
+from dsv4_conformance.laws import strategies as some
+from dsv4_conformance.laws.small_model import Stage
+from dsv4_conformance.verdict.calls import seed_of
+from dsv4_core.contract.spec import UnsupportedOpError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dsv4_conformance.strategies import Example
-    from dsv4_core.spec import Numerics, Tier
+    from dsv4_conformance.laws.strategies import Example
+    from dsv4_core.contract.spec import Numerics, Tier
 
 EXAMPLES: dict[Tier, int] = {"smoke": 0, "standard": 25, "full": 300}
 SHRINKING = 60  # trials after the first failure: a minute of a small model, most of what shrinking gains
@@ -160,7 +159,7 @@ def trial(law: Law, stage: Stage, example: Example) -> str | None:
     except UnsupportedOpError:
         raise
     except (Exception, SystemExit) as error:  # noqa: BLE001  whatever the backend raises is its result
-        from dsv4_conformance.runner import describe
+        from dsv4_conformance.run.runner import describe
 
         return describe(error)
 

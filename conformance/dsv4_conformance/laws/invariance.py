@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_conformance.calls import Call, Outcome, as_tuple, copied, place
-from dsv4_conformance.checks import Check, Finding, Group, Session
-from dsv4_conformance.judge import Verdict
-from dsv4_conformance.judge import place as first_of
-from dsv4_conformance.opcases import OpCase, describe, level_of
-from dsv4_core.dtypes import Host
-from dsv4_core.spec import OPS
+from dsv4_conformance.cases.checks import OpCase, describe, level_of
+from dsv4_conformance.check import Check, Finding, Group, Session
+from dsv4_conformance.verdict.calls import Call, Outcome, as_tuple, copied, place
+from dsv4_conformance.verdict.judge import Verdict
+from dsv4_conformance.verdict.judge import place as first_of
+from dsv4_core.contract.dtypes import Host
+from dsv4_core.contract.spec import OPS
 
 if TYPE_CHECKING:
-    from dsv4_core.backend import Backend
-    from dsv4_core.spec import Numerics, Tier
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.spec import Numerics, Tier
 
 WHOLE = frozenset({"dispatch", "combine", "expert_linear", "cached_sparse_attn", "cached_index_topk", "compress"})
 """Ops whose operands refer to each other's rows, so that no part of them stands alone; the model's laws cover them."""

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv4_conformance.lawmodel import ALL, VOCAB, Stage, apart, feed, full, new_cache, some_ids, weights
-from dsv4_core.generate import generate, speculate
+from dsv4_conformance.laws.small_model import ALL, VOCAB, Stage, apart, feed, full, new_cache, some_ids, weights
+from dsv4_core.graph.generate import generate, speculate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dsv4_core.dtypes import Host
+    from dsv4_core.contract.dtypes import Host
 
 FAR = 1 << 20  # max_position_embeddings of the published models
 

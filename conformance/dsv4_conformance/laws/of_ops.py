@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_conformance.budget import SAFETY, roundoff
-from dsv4_conformance.law_list import differ, differing_bits
-from dsv4_core.dtypes import Experts, Host, numpy_dtype, quantise_weight
+from dsv4_conformance.laws.of_models import differ, differing_bits
+from dsv4_conformance.verdict.budget import SAFETY, roundoff
+from dsv4_core.contract.dtypes import Experts, Host, numpy_dtype, quantise_weight
 
 if TYPE_CHECKING:
-    from dsv4_conformance.lawmodel import Stage
-    from dsv4_core.backend import Backend
+    from dsv4_conformance.laws.small_model import Stage
+    from dsv4_core.contract.backend import Backend
 
 DIM, INTER, EXPERTS, LIMIT = 128, 128, 6, 10.0
 HC, EPS = 4, 1e-6

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from dsv4_conformance.budget import SAFETY
-from dsv4_conformance.calls import Call, result_dtype
-from dsv4_core import create, registry
-from dsv4_core.backend import Backend
-from dsv4_core.cache import Cache
-from dsv4_core.config import PRESETS, ModelConfig
-from dsv4_core.dtypes import Experts, Host, ScaledArray, numpy_dtype
-from dsv4_core.layout import QUANTISED, tensor_specs
-from dsv4_core.model import Model
-from dsv4_core.spec import OPS, Numerics
-from dsv4_core.step import Step
+from dsv4_conformance.verdict.budget import SAFETY
+from dsv4_conformance.verdict.calls import Call, result_dtype
+from dsv4_core.checkpoint import create
+from dsv4_core.checkpoint.config import PRESETS, ModelConfig
+from dsv4_core.checkpoint.layout import QUANTISED, tensor_specs
+from dsv4_core.contract import registry
+from dsv4_core.contract.backend import Backend
+from dsv4_core.contract.dtypes import Experts, Host, ScaledArray, numpy_dtype
+from dsv4_core.contract.spec import OPS, Numerics
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.model import Model
+from dsv4_core.graph.step import Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

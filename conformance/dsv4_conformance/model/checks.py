@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
-from dsv4_conformance import golden, stored_logits
-from dsv4_conformance.checks import Check, Finding, Group, Session
-from dsv4_core.convert import Options, convert
-from dsv4_core.evaluate import teacher_forced
-from dsv4_core.model import Model
-from dsv4_core.weights import Checkpoint
+from dsv4_conformance.check import Check, Finding, Group, Session
+from dsv4_conformance.model import golden, stored_logits
+from dsv4_core.checkpoint.convert import Options, convert
+from dsv4_core.checkpoint.weights import Checkpoint
+from dsv4_core.graph.evaluate import teacher_forced
+from dsv4_core.graph.model import Model
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from dsv4_core.backend import Backend
-    from dsv4_core.dtypes import Host
-    from dsv4_core.spec import Numerics, Tier
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.dtypes import Host
+    from dsv4_core.contract.spec import Numerics, Tier
 
 EXACT: tuple[Numerics, ...] = ("float64", "float32")
 LIMIT: dict[Numerics, float] = {"float64": 3e-6, "float32": 1e-5}

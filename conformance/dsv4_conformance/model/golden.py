@@ -8,11 +8,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dsv4_conformance import tensorfile
-from dsv4_core.weights import embedded
+from dsv4_conformance.files import tensorfile
+from dsv4_core.checkpoint.weights import embedded
 
 if TYPE_CHECKING:
-    from dsv4_core.dtypes import Host
+    from dsv4_core.contract.dtypes import Host
 
 Model = Literal["tiny-flash", "tiny-pro", "tiny-jargon"]
 MODELS: tuple[Model, ...] = ("tiny-flash", "tiny-pro", "tiny-jargon")

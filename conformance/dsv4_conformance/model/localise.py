@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from dsv4_conformance import replay, trace_file
-from dsv4_conformance.calls import execute
-from dsv4_conformance.checks import Session
-from dsv4_conformance.judge import Verdict
-from dsv4_conformance.record import Recorded, Recorder, record
-from dsv4_conformance.runner import describe
+from dsv4_conformance.check import Session
+from dsv4_conformance.exchange import replay
+from dsv4_conformance.model import trace_file
+from dsv4_conformance.model.record import Recorded, Recorder, record
+from dsv4_conformance.run.runner import describe
+from dsv4_conformance.verdict.calls import execute
+from dsv4_conformance.verdict.judge import Verdict
 from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from dsv4_core.config import ModelConfig
-    from dsv4_core.dtypes import Host
+    from dsv4_core.checkpoint.config import ModelConfig
+    from dsv4_core.contract.dtypes import Host
 
 SAVED = 20  # cases: one per op is enough, and there are 40 ops
 
@@ -246,7 +247,7 @@ def command(
 def _run(
     directory: Path, session: Session, tokens: str, decode: int, layers: str | None, positions: str | None
 ) -> tuple[list[Recorded], str]:
-    from dsv4_core.weights import Checkpoint
+    from dsv4_core.checkpoint.weights import Checkpoint
 
     checkpoint = Checkpoint(directory)
     ids = text_of(tokens, checkpoint.config)
@@ -261,7 +262,7 @@ def _run(
 
 
 def _second(flags: BackendFlags, against: str) -> Any:
-    from dsv4_core import registry
+    from dsv4_core.contract import registry
 
     return registry.create(against, numerics=flags.numerics)
 

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_conformance.calls import Call, Outcome, as_tuple, result_dtype, seed_of
-from dsv4_core.cache import Cache
-from dsv4_core.dtypes import Experts, Host, ScaledArray, dtype_name
-from dsv4_core.model import Block, Model, WeightSource
-from dsv4_core.spec import OPS
-from dsv4_core.step import Step
+from dsv4_conformance.verdict.calls import Call, Outcome, as_tuple, result_dtype, seed_of
+from dsv4_core.contract.dtypes import Experts, Host, ScaledArray, dtype_name
+from dsv4_core.contract.spec import OPS
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.model import Block, Model, WeightSource
+from dsv4_core.graph.step import Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from dsv4_core.backend import Backend
-    from dsv4_core.spec import Array
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.spec import Array
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def record(source: WeightSource, recorder: Recorder, tokens: Host, decode: int) 
     """Run ``tokens`` [batch, total], the last ``decode`` of them one by one; give the calls in the order in which they
     end. What the backend raises ends the run, and is noted in ``recorder.ended``.
     """
-    from dsv4_conformance.runner import describe
+    from dsv4_conformance.run.runner import describe
 
     try:
         _record(source, recorder, tokens, decode)

@@ -1,7 +1,7 @@
 """What the reference says of the embedded checkpoint: stored float64 logits, and how far its native mode lies from
 them.
 
-    python -m dsv4_conformance.stored_logits --backend NAME     writes ``data/native/tiny-jargon.safetensors.xz`` again
+    python -m dsv4_conformance.model.stored_logits --backend NAME     writes ``data/native/tiny-jargon.safetensors.xz`` again
 
 ``exact`` [2, 160, vocab] F16 holds multiples of 1/32: float64 logits of positions 160 .. 319 of both recorded prompts,
 rounded. Native noise is 0.3 per
@@ -21,18 +21,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv4_conformance import golden, tensorfile
-from dsv4_core.cache import Cache
-from dsv4_core.step import Step
+from dsv4_conformance.files import tensorfile
+from dsv4_conformance.model import golden
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.step import Step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dsv4_core.dtypes import Host
-    from dsv4_core.model import Model
-    from dsv4_core.weights import Checkpoint
+    from dsv4_core.checkpoint.weights import Checkpoint
+    from dsv4_core.contract.dtypes import Host
+    from dsv4_core.graph.model import Model
 
-FILE = Path(__file__).parent / "data" / "native" / "tiny-jargon.safetensors.xz"
+FILE = Path(__file__).parent.parent / "data" / "native" / "tiny-jargon.safetensors.xz"
 INT8_FILE = FILE.with_name("tiny-jargon-w8a8-int8.safetensors.xz")
 FIRST = 160  # of the positions that are judged: every kind of layer has rows by then
 UNIT = 1 / 32
@@ -87,10 +88,10 @@ def main(backend: str) -> None:
     """Compute and write."""
     import tempfile
 
-    from dsv4_core import registry
-    from dsv4_core.convert import Options, convert
-    from dsv4_core.model import Model
-    from dsv4_core.weights import Checkpoint
+    from dsv4_core.checkpoint.convert import Options, convert
+    from dsv4_core.checkpoint.weights import Checkpoint
+    from dsv4_core.contract import registry
+    from dsv4_core.graph.model import Model
 
     checkpoint = Checkpoint(golden.checkpoint_path("tiny-jargon"))
     exact = rounded(teacher_forced(Model(checkpoint, registry.create(backend, numerics="float64")), CHUNKINGS[0]))
@@ -103,8 +104,8 @@ def main(backend: str) -> None:
 
 def write(file: Path, backend: str, checkpoint: Checkpoint, exact: Host, prefix: str, others: dict[str, Host]) -> None:
     """Measure the native mode's distances on a checkpoint and store them."""
-    from dsv4_core import registry
-    from dsv4_core.model import Model
+    from dsv4_core.contract import registry
+    from dsv4_core.graph.model import Model
 
     native = Model(checkpoint, registry.create(backend, numerics="native"))
     runs = [distances(teacher_forced(native, chunks)[:, FIRST:], exact) for chunks in CHUNKINGS]

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_conformance import tensorfile
-from dsv4_conformance.record import Recorded
-from dsv4_conformance.stored_calls import Packer, unpack
-from dsv4_core.shards import Shard
+from dsv4_conformance.files import tensorfile
+from dsv4_conformance.files.stored_calls import Packer, unpack
+from dsv4_conformance.model.record import Recorded
+from dsv4_core.checkpoint.shards import Shard
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from dsv4_core.spec import Numerics
+    from dsv4_core.contract.spec import Numerics
 
 TENSORS, CALLS = "trace.safetensors", "trace.json"
 

@@ -12,27 +12,27 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from dsv4_conformance import golden
-from dsv4_conformance.budget import expect
-from dsv4_conformance.calls import Call, execute, seed_of
-from dsv4_conformance.checks import Check, Finding, Group, Session
-from dsv4_conformance.discrete import judge_discrete
-from dsv4_conformance.judge import Verdict, judge_exact, judge_rounded
-from dsv4_conformance.models import ALLOWED, ratio_of_means, share_of_excess
-from dsv4_conformance.opcases import level_of
-from dsv4_core import registry
-from dsv4_core.cache import Cache
-from dsv4_core.dtypes import BFLOAT16, E8M0_VALUES, Host, decode, encode, numpy_dtype, power_of_two_scale
-from dsv4_core.model import Model
-from dsv4_core.spec import OPS
-from dsv4_core.step import Step
-from dsv4_core.weights import Checkpoint
+from dsv4_conformance.cases.checks import level_of
+from dsv4_conformance.check import Check, Finding, Group, Session
+from dsv4_conformance.model import golden
+from dsv4_conformance.model.checks import ALLOWED, ratio_of_means, share_of_excess
+from dsv4_conformance.verdict.budget import expect
+from dsv4_conformance.verdict.calls import Call, execute, seed_of
+from dsv4_conformance.verdict.discrete import judge_discrete
+from dsv4_conformance.verdict.judge import Verdict, judge_exact, judge_rounded
+from dsv4_core.checkpoint.weights import Checkpoint
+from dsv4_core.contract import registry
+from dsv4_core.contract.dtypes import BFLOAT16, E8M0_VALUES, Host, decode, encode, numpy_dtype, power_of_two_scale
+from dsv4_core.contract.spec import OPS
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.model import Model
+from dsv4_core.graph.step import Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dsv4_core.dtypes import Format
-    from dsv4_core.spec import Numerics, Tier
+    from dsv4_core.contract.dtypes import Format
+    from dsv4_core.contract.spec import Numerics, Tier
 
 LAYERS: dict[golden.Model, tuple[int, ...]] = {"tiny-flash": (0, 2, 3), "tiny-pro": (0, 2)}
 TIMES = ("prefill", *(f"decode{p}" for p in range(250, 257)))

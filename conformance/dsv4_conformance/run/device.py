@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dsv4_conformance.checks import Check, Finding, Group, Session
+from dsv4_conformance.check import Check, Finding, Group, Session
 
 if TYPE_CHECKING:
-    from dsv4_core.backend import Backend, DeviceCheck
-    from dsv4_core.spec import Tier
+    from dsv4_core.contract.backend import Backend, DeviceCheck
+    from dsv4_core.contract.spec import Tier
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv4_conformance.checks import Check, Finding, Session, Status, collect
+from dsv4_conformance.check import Check, Finding, Session, Status, collect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from dsv4_core.spec import Numerics, Tier
+    from dsv4_core.contract.spec import Numerics, Tier
 
 START_UP = 120.0  # seconds for a process to import its backend before the first check's own limit counts
 ORDER = (
@@ -105,7 +105,7 @@ class Process:
         share = str(max(1, (os.cpu_count() or 1) // w.jobs))
         threads = {"OMP_NUM_THREADS": share, "OPENBLAS_NUM_THREADS": share} if w.jobs > 1 else {}
         self.child = subprocess.Popen(  # noqa: S603  our own module
-            [sys.executable, "-m", "dsv4_conformance.isolate", json.dumps(spec)],
+            [sys.executable, "-m", "dsv4_conformance.run.isolate", json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             pass_fds=(write,),
@@ -188,9 +188,9 @@ def end_with(parent: int) -> None:
 def main() -> None:
     """Run the checks that stdin names, one a line."""
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
-    from dsv4_conformance import replay
-    from dsv4_conformance.runner import run_check
-    from dsv4_core import registry
+    from dsv4_conformance.exchange import replay
+    from dsv4_conformance.run.runner import run_check
+    from dsv4_core.contract import registry
 
     spec = json.loads(sys.argv[1])
     backend = registry.create(spec["backend"], numerics=spec["numerics"], **spec["options"])

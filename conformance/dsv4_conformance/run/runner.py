@@ -10,18 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv4_conformance import checks as catalogue
-from dsv4_conformance import xfails as expected
-from dsv4_conformance.checks import BAD, Check, Finding, Session
-from dsv4_core.backend import Backend
-from dsv4_core.spec import OPS, UnsupportedOpError
+from dsv4_conformance import check as catalogue
+from dsv4_conformance.check import BAD, Check, Finding, Session
+from dsv4_conformance.run import xfails as expected
+from dsv4_core.contract.backend import Backend
+from dsv4_core.contract.spec import OPS, UnsupportedOpError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from dsv4_core.spec import Numerics, Tier
+    from dsv4_core.contract.spec import Numerics, Tier
 
-HERE = str(Path(__file__).parent)
+HERE = str(Path(__file__).parent.parent)
 PROVES = 3  # the level at which a run counts as proof of the kernels that it ran
 LEVELS = (
     "codecs and data movement",
@@ -226,7 +226,7 @@ def run(
     version: str = "",
 ) -> Run:
     """Run a selection of checks on a session's backend. ``execute`` replaces the plain loop (isolation)."""
-    from dsv4_conformance import replay
+    from dsv4_conformance.exchange import replay
 
     backend = session.backend
     begin = time.perf_counter()

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import ml_dtypes
 import numpy as np
 
-from dsv4_conformance.calls import Call, copied, result_dtype
-from dsv4_core.dtypes import Host, numpy_dtype
+from dsv4_conformance.verdict.calls import Call, copied, result_dtype
+from dsv4_core.contract.dtypes import Host, numpy_dtype
 
 if TYPE_CHECKING:
-    from dsv4_core.backend import Backend
-    from dsv4_core.registry import Oracle
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.registry import Oracle
 
 SAFETY = 4.0
 SAMPLES = 16  # the largest of 16 normal deviations is under a third of its scale in one element of 12 million

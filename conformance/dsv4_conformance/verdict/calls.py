@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_conformance.guard import Guarded, GuardedWeight
-from dsv4_core.dtypes import Experts, Host, RowLayout, ScaledArray, dtype_name
-from dsv4_core.spec import OPS, OpSpec
+from dsv4_conformance.verdict.guard import Guarded, GuardedWeight
+from dsv4_core.contract.dtypes import Experts, Host, RowLayout, ScaledArray, dtype_name
+from dsv4_core.contract.spec import OPS, OpSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from dsv4_core.backend import Backend
+    from dsv4_core.contract.backend import Backend
 
 LOADED = frozenset({"weight", "w1", "w2", "w3", "fn", "scale", "base", "ape", "attn_sink", "bias", "tid2eid"})
 """Operands that the graph gets through ``Backend.load``: tensors of the checkpoint."""

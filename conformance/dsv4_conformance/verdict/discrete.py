@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_conformance.budget import SAFETY, SAMPLES, Expected, allowance, deviations, roundoff
-from dsv4_conformance.calls import Call
-from dsv4_conformance.judge import Verdict, judge_exact, judge_rounded, place
-from dsv4_core.dtypes import Host
+from dsv4_conformance.verdict.budget import SAFETY, SAMPLES, Expected, allowance, deviations, roundoff
+from dsv4_conformance.verdict.calls import Call
+from dsv4_conformance.verdict.judge import Verdict, judge_exact, judge_rounded, place
+from dsv4_core.contract.dtypes import Host
 
 if TYPE_CHECKING:
-    from dsv4_core.backend import Backend
-    from dsv4_core.registry import Oracle
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.registry import Oracle
 
 
 @dataclass(frozen=True)

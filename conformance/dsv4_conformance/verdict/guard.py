@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv4_core.dtypes import Host
+from dsv4_core.contract.dtypes import Host
 
 if TYPE_CHECKING:
-    from dsv4_core.backend import Backend
-    from dsv4_core.spec import Array
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.spec import Array
 
 ROWS = 2  # guard rows before and after: an off-by-one in either direction, twice
 COLUMNS = 16  # poisoned columns on either side of a non-contiguous view; keeps rows aligned to 32 bytes

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_conformance import metrics
-from dsv4_conformance.budget import SAFETY, Expected, unit
-from dsv4_core.dtypes import Host
+from dsv4_conformance.verdict import metrics
+from dsv4_conformance.verdict.budget import SAFETY, Expected, unit
+from dsv4_core.contract.dtypes import Host
 
 STANDARD_ERRORS = 8  # of the bias beyond which chance is no explanation, in a run of a thousand cases
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsv4_conformance.budget import unit
-from dsv4_core.dtypes import Host
+from dsv4_conformance.verdict.budget import unit
+from dsv4_core.contract.dtypes import Host
 
 
 def similarity_loss(got: Host, want: Host) -> float:

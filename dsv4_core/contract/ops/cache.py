@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dsv4_core.spec import Array, Case, Ops, op
+from dsv4_core.contract.spec import Array, Case, Ops, op
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dsv4_core.dtypes import RowLayout
+    from dsv4_core.contract.dtypes import RowLayout
 
 
 def _cache_write_cases() -> tuple[Case, ...]:

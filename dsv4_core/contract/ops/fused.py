@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dsv4_core.ops.attention import AttentionOps
-from dsv4_core.ops.cache import CacheOps
-from dsv4_core.ops.embed import EmbedOps
-from dsv4_core.ops.matmul import MatmulOps
-from dsv4_core.ops.mhc import MhcOps
-from dsv4_core.ops.moe import MoeOps
-from dsv4_core.ops.norm import NormOps
-from dsv4_core.ops.quant import QuantOps
-from dsv4_core.spec import Array, Case, op
+from dsv4_core.contract.ops.attention import AttentionOps
+from dsv4_core.contract.ops.cache import CacheOps
+from dsv4_core.contract.ops.embed import EmbedOps
+from dsv4_core.contract.ops.matmul import MatmulOps
+from dsv4_core.contract.ops.mhc import MhcOps
+from dsv4_core.contract.ops.moe import MoeOps
+from dsv4_core.contract.ops.norm import NormOps
+from dsv4_core.contract.ops.quant import QuantOps
+from dsv4_core.contract.spec import Array, Case, op
 
 if TYPE_CHECKING:
-    from dsv4_core.dtypes import Experts, RowLayout, ScaledArray
+    from dsv4_core.contract.dtypes import Experts, RowLayout, ScaledArray
 
 SCORES_AT_ONCE = 1 << 24  # elements of indexer scores alive at a time in the default: 64 MB in float32
 

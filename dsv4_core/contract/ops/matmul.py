@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dsv4_core.spec import Array, Case, Ops, op
+from dsv4_core.contract.spec import Array, Case, Ops, op
 
 if TYPE_CHECKING:
-    from dsv4_core.dtypes import Experts, ScaledArray
+    from dsv4_core.contract.dtypes import Experts, ScaledArray
 
 _NARROWER = ("fp8 products summed in less than float32 within 128 channels, promoted to float32 after each",)
 

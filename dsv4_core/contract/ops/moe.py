@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsv4_core.spec import Array, Case, Ops, op
+from dsv4_core.contract.spec import Array, Case, Ops, op
 
 
 def _gate_cases() -> tuple[Case, ...]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dsv4_core.spec import Array, Case, Ops, op
+from dsv4_core.contract.spec import Array, Case, Ops, op
 
 if TYPE_CHECKING:
-    from dsv4_core.dtypes import Format
+    from dsv4_core.contract.dtypes import Format
 
 
 def _act_quant_cases() -> tuple[Case, ...]:
