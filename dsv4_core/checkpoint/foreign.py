@@ -7,6 +7,7 @@ file names and tensor names.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _other_quantisation(values: dict[str, Any]) -> str | None:
             return _quantised("another FP8", f"fmt {fmt!r}")
         if quant.get("weight_block_size", [128, 128]) not in ([128, 128], None):
             block = quant["weight_block_size"]
-            return f"config.json: weight_block_size {block}: scales of other blocks than 128 x 128 are not read; {_GET}"
+            return f"config.json: weight_block_size {block}: scales of other blocks than 128 x 128, which dsv4 does not read; {_GET}"
     return None
 
 
@@ -129,8 +130,12 @@ def names_problem(names: Collection[str]) -> str | None:
     """Say whose tensor names these are, where they are known and not read; None for any others."""
     for name in names:
         stem, _, last = name.rpartition(".")
-        if last == "weight_scale_2" or (last == "input_scale" and f"{stem}.weight_scale" in names):
+        if last == "weight_scale_2" or (last == "input_scale" and f"{stem}.scale" in names):
             return _tensors("NVIDIA ModelOpt's NVFP4", name)
+        if last in {"deq_scale", "quant_bias", "input_offset"}:
+            return _tensors("ModelSlim's static W8A8", name)
+        if last == "gate_up_proj" and ".experts." in name:
+            return _tensors("transformers holds them in memory, without save_original_format,", name)
         if last in {"weight_packed", "weight_shape"}:
             return _tensors("compressed-tensors", name)
         if last in {"qweight", "qzeros"}:
@@ -140,6 +145,23 @@ def names_problem(names: Collection[str]) -> str | None:
         if ".attn_hc." in name or ".ffn_hc." in name or name.startswith("language_model."):
             return _tensors("MLX", name)
     return None
+
+
+def modelslim_problem(path: Path) -> str | None:
+    """Say which of ModelSlim's schemes a directory holds, by its description; None without one, and for plain W8A8."""
+    for file in sorted(path.glob("quant_model_description*.json")):
+        text = file.read_text(errors="replace").lower()
+        if "quarot" in text or "rotat" in text:
+            return f"{path}: ModelSlim weights rotated by QuaRot ({file.name}), which dsv4 does not read; {_GET}"
+        found = set(re.findall(r'"(w\d+a\d+\w*)"', text))
+        if other := sorted(found - {"w8a8_dynamic"}):
+            return f"{path}: ModelSlim weights in {', '.join(other).upper()} ({file.name}), which dsv4 does not read; {_GET}"
+    return None
+
+
+def asymmetric(name: str) -> str:
+    """Say that int8 weights have offsets."""
+    return f"int8 weights with offsets that are not zero ({name}), which dsv4 does not read; {_GET}"
 
 
 def _tensors(what: str, name: str) -> str:

@@ -32,12 +32,16 @@ QUANTISED: dict[str, Format] = {"F8_E4M3": "e4m3", "I8": "e2m1", "F4": "e2m1"}
 """Formats of quantised weights. ``I8`` states the packed shape (two FP4 a byte), ``F4`` the unpacked one; ``I8`` with scales in
 F32 is int8."""
 
-_OLDER_SPELLINGS = (
+NAMES = (
     (".self_attn.", ".attn."),
     (".mlp.", ".ffn."),
     (".weight_scale_inv", ".scale"),
     (".gate.e_score_correction_bias", ".gate.bias"),
-)  # the fifth is the prefix "model."
+    (".attn.norm.", ".attn.kv_norm."),
+    ("hc_head.hc_", "hc_head_"),
+)
+"""Parts of names in other spellings, and the published ones. So do ``model.`` before and ``.weight_scale`` after a name."""
+_WHOLE = {"embed_tokens.weight": "embed.weight", "lm_head.weight": "head.weight"}
 
 
 class TensorSpec(NamedTuple):
@@ -63,12 +67,14 @@ class Parameters(NamedTuple):
 
 
 def canonical_name(name: str) -> str:
-    """Give the published spelling of a name: five older ones are rewritten, anything else comes back as it is."""
+    """Give the published spelling of a name, of whichever tool that is known here; anything else comes back as it is."""
     name = name.removeprefix("model.")
-    for older, published in _OLDER_SPELLINGS:
-        if older in name:
-            name = name.replace(older, published)
-    return name
+    for other, published in NAMES:
+        if other in name:
+            name = name.replace(other, published)
+    if name.endswith(".weight_scale"):
+        return f"{name[:-13]}.scale"
+    return _WHOLE.get(name, name)
 
 
 def scale_shape(shape: Shape, fmt: Format) -> Shape:

@@ -79,7 +79,9 @@ def _rope_head(values: Values) -> str | None:
     if factor is None or "qk_rope_head_dim" in values or not isinstance(whole, int):
         return None
     if not isinstance(factor, int | float) or int(whole * factor) != whole * factor:
-        raise ConfigError(f"config.json: partial_rotary_factor = {factor!r} times head_dim = {whole} must be an integer")
+        raise ConfigError(
+            f"config.json: partial_rotary_factor = {factor!r} times head_dim = {whole} must be an integer"
+        )
     values["qk_rope_head_dim"] = int(whole * factor)
     return f"qk_rope_head_dim = {values['qk_rope_head_dim']} is read from partial_rotary_factor"
 
