@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
+from dsv4_core.contract.ops.fused import SCORES_AT_ONCE
 from torch import Tensor
 
 from dsv4_backend_cuda import launch
@@ -27,7 +28,6 @@ from dsv4_backend_cuda.kernels import (
     unpack,
 )
 from dsv4_core.contract.dtypes import FP8_BLOCK, Experts, RowLayout, ScaledArray
-from dsv4_core.contract.ops.fused import SCORES_AT_ONCE
 
 if TYPE_CHECKING:
     from dsv4_backend_cuda.backend import CudaBackend

@@ -10,10 +10,11 @@ import numpy as np
 
 from dsv4_conformance.check import describe
 from dsv4_conformance.verdict.calls import Call, Outcome, as_tuple, result_dtype, seed_of
+from dsv4_core.checkpoint.source import WeightSource
 from dsv4_core.contract.dtypes import Experts, Host, ScaledArray, dtype_name
 from dsv4_core.contract.spec import OPS
 from dsv4_core.graph.cache import Cache
-from dsv4_core.graph.model import Block, Model, WeightSource
+from dsv4_core.graph.model import Block, Model
 from dsv4_core.graph.step import Step
 
 if TYPE_CHECKING:
