@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
-from dsv4_core.contract.ops.fused import SCORES_AT_ONCE
+from dsv4_core.contract.ops import SCORES_AT_ONCE
 from torch import Tensor
 
 from dsv4_backend_cuda import launch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 import torch
-from dsv4_core.contract.ops.fused import EveryOp
+from dsv4_core.contract.ops import EveryOp
 from torch import Tensor
 
 from dsv4_backend_torch.attention import TorchAttention
