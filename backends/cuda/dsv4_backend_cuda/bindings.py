@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
-from dsv4_core.contract.ops import SCORES_AT_ONCE
 from torch import Tensor
 
 from dsv4_backend_cuda import launch
@@ -28,6 +27,7 @@ from dsv4_backend_cuda.kernels import (
     unpack,
 )
 from dsv4_core.contract.dtypes import FP8_BLOCK, Experts, RowLayout, ScaledArray
+from dsv4_core.contract.ops.attention import SCORES_AT_ONCE
 
 if TYPE_CHECKING:
     from dsv4_backend_cuda.backend import CudaBackend

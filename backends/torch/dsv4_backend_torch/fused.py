@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 import torch
-from dsv4_core.contract.ops import EveryOp
 from torch import Tensor
 
 from dsv4_backend_torch.attention import TorchAttention
@@ -14,6 +13,7 @@ from dsv4_backend_torch.embed import TorchEmbed
 from dsv4_backend_torch.mhc import TorchMhc
 from dsv4_backend_torch.moe import TorchMoe, swiglu_
 from dsv4_core.contract.dtypes import Experts, ScaledArray, format_of
+from dsv4_core.contract.ops import EveryOp
 
 if TYPE_CHECKING:
     from dsv4_backend_torch.matmul import Weight
