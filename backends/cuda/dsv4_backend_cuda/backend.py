@@ -74,10 +74,12 @@ class CudaBackend(TorchBackend):
         device.require_triton()
         if chosen["interpret"]:
             device.require_interpreter()
-            self.arch = launch.architecture("cpu")
+            self.arch, where = launch.architecture("cpu"), "cpu"
+        elif launch.pretended is not None:
+            self.arch, where = launch.pretended, "meta"
         else:
-            self.arch = device.require_gpu(str(chosen["device"]))
-        super().__init__(**{**options, "device": "cpu" if chosen["interpret"] else chosen["device"]})
+            self.arch, where = device.require_gpu(str(chosen["device"])), chosen["device"]
+        super().__init__(**{**options, "device": where})
         if self.numerics != "native":
             self.batch_invariant = False  # torch's products promise no order of sums
         bindings = import_module(
@@ -140,6 +142,8 @@ class CudaBackend(TorchBackend):
     ffn = _bound("ffn")
     moe = _bound("moe")
     compress = _bound("compress")
+    cache_write = _bound("cache_write")
+    cache_read = _bound("cache_read")
     index_scores = _bound("index_scores")
     index_select = _bound("index_select")
     index_topk = _bound("index_topk")
