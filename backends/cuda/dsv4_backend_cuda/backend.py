@@ -7,6 +7,7 @@ from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from dsv4_backend_torch.backend import TorchBackend
 
 from dsv4_backend_cuda import device, launch
@@ -16,7 +17,7 @@ from dsv4_core.ops import OPS, FusedOps
 from dsv4_core.spec import Support
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from dsv4_core.backend import Diagnosis
 
@@ -31,8 +32,13 @@ def _bound(op: str) -> Callable[..., Any]:
 
     @functools.wraps(inherited)
     def run(self: CudaBackend, *arrays: Any, **scalars: Any) -> Any:
-        if isinstance(self.answer(op, *arrays, **scalars), str):
+        answer = self.answer(op, *arrays, **scalars)
+        if isinstance(answer, str):
             return inherited(self, *arrays, **scalars)
+        self.ran.update(dict.fromkeys(answer))
+        if self.index is not None and torch.cuda.current_device() != self.index:
+            with torch.cuda.device(self.index):  # Triton launches on torch's current device, wherever the arrays are
+                return self.kernels[op](self, *arrays, **scalars)
         return self.kernels[op](self, *arrays, **scalars)
 
     return run
@@ -80,6 +86,10 @@ class CudaBackend(TorchBackend):
         else:
             self.arch, where = device.require_gpu(str(chosen["device"])), chosen["device"]
         super().__init__(**{**options, "device": where})
+        self.index: int | None = self.device.index if self.device.type == "cuda" else None
+        if self.index is not None:
+            torch.cuda.set_device(self.index)  # for torch's streams and for Triton's launches
+        self.ran: dict[str, None] = {}
         if self.numerics != "native":
             self.batch_invariant = False  # torch's products promise no order of sums
         bindings = import_module(
@@ -120,6 +130,21 @@ class CudaBackend(TorchBackend):
         return Support(
             by=f"torch: {answer}" if isinstance(answer, str) else f"triton: {', '.join(dict.fromkeys(answer))}"
         )
+
+    def kernels_ran(self) -> Sequence[str]:
+        """Kernels of the launch table that ran since this was last asked, as first met."""
+        ran = tuple(self.ran)
+        self.ran.clear()
+        return ran
+
+    def environment(self) -> Mapping[str, str]:
+        """Triton, torch, driver, and the GPU with its limits; or that kernels were interpreted."""
+        return device.environment(self.index, self.arch)
+
+    def proof(self, ran: Mapping[str, bool]) -> Mapping[str, str]:
+        """By kernel that ran: measured on a GPU, or interpreted, where every check passed."""
+        rung = "interpreted" if self.interpret else f"measured on sm_{self.arch}"
+        return {name: rung if passed else "failed here" for name, passed in sorted(ran.items())}
 
     @classmethod
     def diagnose(cls) -> tuple[Diagnosis, ...]:

@@ -114,9 +114,7 @@ def gate(be: Settings, x: Tensor, weight: Any, bias: Tensor, *, topk: int, route
     return moe.route(scores, bias.contiguous(), topk=topk, route_scale=route_scale)
 
 
-def gate_hash(
-    be: Settings, x: Tensor, weight: Any, tid2eid: Tensor, ids: Tensor, *, route_scale: float
-) -> Quantised:
+def gate_hash(be: Settings, x: Tensor, weight: Any, tid2eid: Tensor, ids: Tensor, *, route_scale: float) -> Quantised:
     scores = linear(be, x, weight, out_dtype="float32")
     return moe.route(
         scores, None, topk=tid2eid.shape[1], route_scale=route_scale, tid2eid=tid2eid.contiguous(), ids=ids.contiguous()
@@ -348,9 +346,7 @@ def hc_pre_norm(
     )
 
 
-def hc_head(
-    be: Settings, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float
-) -> Tensor:
+def hc_head(be: Settings, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float) -> Tensor:
     del be
     return mhc.hc_head(
         h.contiguous(), fn.contiguous(), scale.contiguous(), base.contiguous(), norm_eps=norm_eps, eps=eps
@@ -365,7 +361,7 @@ def hc_post(be: Settings, y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> T
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "rms_norm": rms_norm, "apply_rope": apply_rope, "act_quant": act_quant, "act_qdq": act_qdq, "hadamard": hadamard, "linear": linear,
     "grouped_linear": grouped_linear, "expert_linear": expert_linear, "gate": gate, "gate_hash": gate_hash, "dispatch": dispatch, "swiglu": swiglu,
-    "combine": combine, "cache_write": cache_write, "cache_read": cache_read, "ffn": ffn, "moe": routed, "compress": compressed, "index_scores": index_scores, "index_select": index_select,
-    "index_topk": index_topk, "cached_index_topk": cached_index_topk, "sparse_attn": selected, "cached_sparse_attn": cached_sparse_attn,
-    "hc_pre": hc_pre, "hc_pre_norm": hc_pre_norm, "hc_head": hc_head, "hc_post": hc_post,
+    "combine": combine, "ffn": ffn, "moe": routed, "compress": compressed, "cache_write": cache_write, "cache_read": cache_read,
+    "index_scores": index_scores, "index_select": index_select, "index_topk": index_topk, "cached_index_topk": cached_index_topk,
+    "sparse_attn": selected, "cached_sparse_attn": cached_sparse_attn, "hc_pre": hc_pre, "hc_pre_norm": hc_pre_norm, "hc_head": hc_head, "hc_post": hc_post,
 }  # fmt: skip

@@ -15,9 +15,8 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from dsv4_backend_torch.weights import StackedExperts
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv4_backend_cuda import interpret, launch
 from dsv4_backend_cuda.backend import CudaBackend
@@ -101,7 +100,7 @@ def activate(capability: int, depth: Depth = "compile") -> Record:
     source may not do with a value; ``count``: not at all. Raises ``BackendError`` where this process interprets its
     kernels or runs dry for another GPU, and ``ValueError`` for a GPU without kernels.
     """
-    global _record  # noqa: PLW0603 - mirrors Triton's own process-wide driver
+    global _record
     architecture = launch.compatible(capability)
     if _record:
         if launch.pretended != architecture:
@@ -115,7 +114,7 @@ def activate(capability: int, depth: Depth = "compile") -> Record:
     record = Record()
     driver.set_active(_Driver(capability))
 
-    def note(*, key: Any, fn: Any, compile: dict[str, Any], **_: Any) -> bool:  # noqa: A002 - Triton's word
+    def note(*, key: Any, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         types = ", ".join(f"{name}: {kind}" for name, kind in compile["signature"].items() if kind != "constexpr")
         constants = ", ".join(f"{fn.jit_function.arg_names[path[0]]}={v}" for path, v in compile["constants"].items())
         aligned = sorted(fn.jit_function.arg_names[path[0]] for path in compile["configs"][0])
@@ -152,6 +151,7 @@ class TorchKernels(TorchDispatchMode):
     """Counts what torch would launch: every op but those that only view, allocate or look."""
 
     FREE = ("view", "reshape", "slice", "select", "expand", "permute", "transpose", "alias", "detach", "squeeze")
+    CASTS = ("to", "_to_copy", "contiguous")
     ALLOCATE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
     def __init__(self) -> None:
@@ -172,8 +172,10 @@ class TorchKernels(TorchDispatchMode):
             return result
         if name in self.ALLOCATE:
             self.allocations += 1
-        elif name == "_to_copy" and args[0].device.type == "cpu":
+        elif name in self.CASTS and args[0].device.type == "cpu":
             self.copies += 1
+        elif args and result is args[0] and name in self.CASTS:
+            pass  # it has that dtype and device already
         elif not any(word in name for word in self.FREE):
             self.kernels[name] += 1
         return result

@@ -80,8 +80,8 @@ def config(kernel: str, arch: int) -> dict[str, int]:
 @cache
 def architecture(device: str) -> int:
     """The table's architecture for a device: the newest one that is not newer. The interpreter runs sm_90's configurations, a dry run
-those of the architecture that it is for.
-"""
+    those of the architecture that it is for.
+    """
     if interpret.active():
         return 90
     if pretended is not None:

@@ -277,8 +277,9 @@ class Rows:
 RULES: dict[str, Callable[..., Answer]] = {
     rule.__name__: rule
     for rule in (
-        rms_norm, apply_rope, act_quant, act_qdq, hadamard, linear, grouped_linear, expert_linear, gate, gate_hash, dispatch, swiglu, combine, cache_write, cache_read,
-        ffn, moe, compress, index_scores, index_select, index_topk, cached_index_topk, sparse_attn, cached_sparse_attn, hc_pre, hc_pre_norm, hc_head, hc_post,
+        rms_norm, apply_rope, act_quant, act_qdq, hadamard, linear, grouped_linear, expert_linear, gate, gate_hash, dispatch, swiglu, combine, cache_write,
+        cache_read, ffn, moe, compress, index_scores, index_select, index_topk,
+        cached_index_topk, sparse_attn, cached_sparse_attn, hc_pre, hc_pre_norm, hc_head, hc_post,
     )
 }  # fmt: skip
 
