@@ -10,9 +10,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from dsv4_core import manifest
 from dsv4_core.config import ModelConfig
 from dsv4_core.dtypes import Experts, Format, Host, ScaledArray
 from dsv4_core.files import forms
+from dsv4_core.files.forms import Converted
 from dsv4_core.files.reading import FileError, json_file
 from dsv4_core.layout import QUANTISED, TensorSpec, canonical_name, scale_shape, tensor_specs, unpacked
 from dsv4_core.shards import Shard, ShardError, Stored
@@ -173,6 +175,7 @@ class Checkpoint:
             by_file[SINGLE] = set()
         unread: set[str] = set()
         held_bytes = 0
+        made = self._manifest()
         for done, (file, named) in enumerate(sorted(by_file.items())):
             if progress:
                 progress(done, len(by_file))
@@ -190,6 +193,8 @@ class Checkpoint:
                 self._wrong("shard missing" if missing else "shard unreadable", "", file, text)
                 unread |= named
                 continue
+            if made and (text := manifest.other_than_written(self.path, file, made)):
+                self._wrong("not as converted", "", file, text)
             for name in sorted(named - shard.entries.keys()):
                 self._wrong("index and shards disagree", name, file, "the index says it is in this file, and it is not")
                 unread.add(name)
@@ -204,6 +209,13 @@ class Checkpoint:
         if not self.findings and isinstance(total_size, int) and total_size != held_bytes:
             self.notes.append(f"{INDEX} says total_size {total_size}, the shards hold {held_bytes} bytes")
         return {canonical_name(name) for name in unread}
+
+    def _manifest(self) -> Converted | None:
+        try:
+            return manifest.read(self.path)
+        except FileError as error:
+            self._wrong("not as converted", "", manifest.MANIFEST, str(error).removeprefix(f"{self.path}/"))
+            return None
 
     def _index(self) -> tuple[dict[str, str], Any]:
         """Read weight map and total_size; without an index the map is empty, and findings say what that means."""
