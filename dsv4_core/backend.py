@@ -6,7 +6,7 @@ The contracts come from ``ops``; this adds arrays, options and the answer to ``s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -82,13 +82,18 @@ class Backend(FusedOps):
             raise BackendError(
                 f"backend {self.name!r}: numerics {numerics!r} is not one of {', '.join(self.numerics_modes)}"
             )
-        known = {o.name: o.default for o in self.options}
-        if unknown := sorted(options.keys() - known.keys()):
-            takes = ", ".join(sorted(known)) or "none"
-            raise BackendError(f"backend {self.name!r} has no option {unknown[0]!r}; its options: {takes}")
+        self.hold_options(options)
         self.numerics = numerics
-        for name, default in known.items():
-            setattr(self, name, options.get(name, default))
+        for option in self.options:
+            setattr(self, option.name, options.get(option.name, option.default))
+
+    @classmethod
+    def hold_options(cls, names: Collection[str]) -> None:
+        """Raise ``BackendError`` for an option that this backend does not have."""
+        known = {option.name for option in cls.options}
+        if unknown := sorted(set(names) - known):
+            takes = ", ".join(sorted(known)) or "none"
+            raise BackendError(f"backend {cls.name!r} has no option {unknown[0]!r}; its options: {takes}")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Hold every op that the class defines to its contract's signature; raise ``TypeError`` with both signatures."""
