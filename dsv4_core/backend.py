@@ -173,6 +173,15 @@ class Backend(FusedOps):
         """What a forward runs in: a library that records gradients is told here that none are wanted."""
         return nullcontext()
 
+    def round_up(self, n: int) -> int:
+        """How large an extent of a step is made that has to hold ``n``: window rows, compressed rows, windows that close.
+
+        At least ``n``, and never less for a larger ``n``; what is too much is masked. Few values mean few shapes, for a
+        backend that compiles or records a step for each; more than 0 for 0 means that a part is never absent. The default is
+        the next power of two, at least 128: a context's shapes change each time that its length doubles.
+        """
+        return max(128, 1 << (n - 1).bit_length()) if n else 128
+
     def process_group(self, where: Rendezvous) -> ProcessGroup:
         """Reach the store that the ranks of a run share, through the backend's own library; importing it is done here.
 

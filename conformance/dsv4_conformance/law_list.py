@@ -9,6 +9,7 @@ the mode that is judged.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import numpy as np
 
@@ -93,6 +94,31 @@ def in_a_batch(
         mine = [together[0][b, :n], *(part[b] for part in together[1:])]
         pairs.append((np.concatenate(mine), np.concatenate([np.empty((0, VOCAB)), *alone]).astype(mine[0].dtype)))
     return pairs
+
+
+def rounded_up(
+    stage: Stage, ratios: Sequence[int], ids: Host, chunks: Sequence[int], least: int, *, exact: bool
+) -> tuple[Host, Host]:
+    """Logits fed in chunks, in steps of no more than they need, and of ``least`` or the next power of two."""
+    model = stage.model(weights(tuple(ratios)), stage.exact if exact else stage.own)
+    ends, logits = np.cumsum(chunks), []
+    for up in (lambda n: n, lambda n: max(least, 1 << max(0, n - 1).bit_length())):
+        with patch.object(model.backend, "round_up", up):
+            cache = new_cache(model, len(ids), ids.shape[1])
+            parts = [feed(model, cache, ids[:, end - n : end]) for n, end in zip(chunks, ends, strict=True)]
+        logits.append(np.concatenate(parts, axis=1))
+    return logits[0], logits[1]
+
+
+def extents_do_not_show(
+    stage: Stage, *, ratios: tuple[int, ...], chunks: list[int], least: int, seed: int
+) -> str | None:
+    """Steps whose extents are rounded up give what steps of no more than they need give."""
+    ratios = stage.layers(ratios)
+    got, want = rounded_up(stage, ratios, some_ids((2, sum(chunks)), seed), chunks, least, exact=True)
+    what = f"chunks {chunks}, as much as needed against at least {least}"
+    problems = (differ(got[b], want[b], stage.tolerance(ratios), f"{what}, sequence {b}") for b in range(2))
+    return next((p for p in problems if p), None)
 
 
 def batch_and_padding(
@@ -212,6 +238,14 @@ def same_bits_in_chunks(stage: Stage, *, ratios: tuple[int, ...], chunks: list[i
     """A token's logits are the same bits however the prompt is cut."""
     got, want = in_chunks(stage, ratios, some_ids((1, sum(chunks)), seed), chunks, exact=False)
     return differing_bits(got, want, f"chunks {chunks} against one prefill")
+
+
+def same_bits_rounded_up(
+    stage: Stage, *, ratios: tuple[int, ...], chunks: list[int], least: int, seed: int
+) -> str | None:
+    """A token's logits are the same bits however far a step's extents are rounded up."""
+    got, want = rounded_up(stage, ratios, some_ids((2, sum(chunks)), seed), chunks, least, exact=False)
+    return differing_bits(got, want, f"chunks {chunks}, as much as needed against at least {least}")
 
 
 def same_bits_in_a_batch(

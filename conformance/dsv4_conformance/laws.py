@@ -60,6 +60,8 @@ _ragged = {
 }
 _cut = {"ratios": ALL_KINDS, "chunks": [1, 70, 33, 60], "seed": 0}
 _batch = {"ratios": ALL_KINDS, "lengths": [129, 0, 17, 5], "padding": 2, "more": 2, "seed": 0}
+_extents = {**_chunked, "least": st.sampled_from((0, 8, 128))}
+_extent = {"ratios": ALL_KINDS, "chunks": [1, 1, 1, 4, 120, 1, 1, 3], "least": 128, "seed": 0}
 _few = st.integers(0, 40)
 
 LAWS = (
@@ -71,6 +73,7 @@ LAWS = (
         "smoke",
     ),
     Law(of_models.batch_and_padding, _ragged, (_batch,), "smoke"),
+    Law(of_models.extents_do_not_show, _extents, (_extent,), "smoke"),
     Law(
         of_models.reach,
         {
@@ -145,6 +148,7 @@ LAWS = (
     ),
     Law(of_models.same_bits_twice, _chunked, (_cut,), level=4, bits="determinism"),
     Law(of_models.same_bits_in_chunks, _chunked, (_cut,), level=4, bits="batch_invariance"),
+    Law(of_models.same_bits_rounded_up, _extents, (_extent,), level=4, bits="batch_invariance"),
     Law(of_models.same_bits_in_a_batch, _ragged, (_batch,), level=4, bits="batch_invariance"),
 )
 
