@@ -182,6 +182,21 @@ class Backend(FusedOps):
         """
         return max(128, 1 << (n - 1).bit_length()) if n else 128
 
+    def record(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Give what does as ``function`` does, on host arrays of the same shapes and dtypes as ever.
+
+        ``function`` takes arrays of this backend, calls its ops, and gives an array or a tuple of them. It reads nothing
+        that changes but its arguments and what it has read in place before (the cache), reads no value on the host, and may be run
+        again with the same arguments. What is given may run it when it is first called, capture what it does, and
+        from then on repeat that on buffers of its own: results hold until the next call. Where that cannot be had, it runs
+        ``function`` each time, which is the default; it never repeats anything that has become wrong.
+        """
+
+        def run(*hosts: Host) -> Any:
+            return function(*map(self.from_numpy, hosts))
+
+        return run
+
     def process_group(self, where: Rendezvous) -> ProcessGroup:
         """Reach the store that the ranks of a run share, through the backend's own library; importing it is done here.
 

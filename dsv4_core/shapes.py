@@ -22,7 +22,7 @@ from dsv4_core.layout import QUANTISED, tensor_specs
 from dsv4_core.model import Block, Model
 from dsv4_core.ops import OPS
 from dsv4_core.spec import Array, Numerics, Operand, OpSpec
-from dsv4_core.step import Step
+from dsv4_core.step import Addresses, Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -327,7 +327,7 @@ class LayeredModel(Model):
 
     backend: ShapeBackend
 
-    def block(self, block: Block, h: Array, step: Step) -> Array:
+    def block(self, block: Block, h: Array, step: Addresses) -> Array:
         """Run one layer with ``backend.layer`` set to its index."""
         self.backend.layer = block.index
         try:
