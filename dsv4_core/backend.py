@@ -178,6 +178,30 @@ class Backend(FusedOps):
         """What a forward runs in: a library that records gradients is told here that none are wanted."""
         return nullcontext()
 
+    def round_up(self, n: int) -> int:
+        """How large an extent of a step is made that has to hold ``n``: window rows, compressed rows, windows that close.
+
+        At least ``n``, and never less for a larger ``n``; what is too much is masked. Few values mean few shapes, for a
+        backend that compiles or records a step for each; more than 0 for 0 means that a part is never absent. The default is
+        the next power of two, at least 128: a context's shapes change each time that its length doubles.
+        """
+        return max(128, 1 << (n - 1).bit_length()) if n else 128
+
+    def record(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Give what does as ``function`` does, on host arrays of the same shapes and dtypes as ever.
+
+        ``function`` takes arrays of this backend, calls its ops, and gives an array or a tuple of them. It reads nothing
+        that changes but its arguments and what it has read in place before (the cache), reads no value on the host, and may be run
+        again with the same arguments. What is given may run it when it is first called, capture what it does, and
+        from then on repeat that on buffers of its own: results hold until the next call. Where that cannot be had, it runs
+        ``function`` each time, which is the default; it never repeats anything that has become wrong.
+        """
+
+        def run(*hosts: Host) -> Any:
+            return function(*map(self.from_numpy, hosts))
+
+        return run
+
     def process_group(self, where: Rendezvous) -> ProcessGroup:
         """Reach the store that the ranks of a run share, through the backend's own library; importing it is done here.
 
