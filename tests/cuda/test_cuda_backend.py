@@ -9,7 +9,8 @@ import types
 import numpy as np
 import pytest
 import torch
-from dsv4_backend_cuda import CudaBackend, device, interpret, launch, rules
+from dsv4_backend_cuda import device, interpret, launch, rules
+from dsv4_backend_cuda.backend import CudaBackend
 from dsv4_conformance import golden
 
 from dsv4_core.cache import Cache
