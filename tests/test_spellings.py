@@ -283,7 +283,9 @@ def test_f32_scales_that_are_no_powers_of_two_are_float_factors(model, expected)
     factor = np.repeat(scale, 128, axis=1)
     one = ScaledArray(codes, np.full((1, 2), 127, np.uint8), "e4m3").dequantise()
     expected[f"{name}.weight"] = one * factor
-    checkpoint = same_model(model, expected, notes=["no powers of two (such as layers.1.attn.wq_a.scale): they are read as float32"])
+    checkpoint = same_model(
+        model, expected, notes=["no powers of two (such as layers.1.attn.wq_a.scale): they are read as float32"]
+    )
     assert checkpoint.format(f"{name}.weight") is None
     assert f"{name}.scale" not in checkpoint
     assert tokens(model)

@@ -13,9 +13,13 @@ import numpy.typing as npt
 from dsv4_core.checkpoint import foreign, spellings
 from dsv4_core.checkpoint.spellings import ConfigError
 from dsv4_core.contract.dtypes import FP4_GROUP, FP8_BLOCK, KV_BLOCK
+from dsv4_core.files import forms
+from dsv4_core.files.reading import FileError, checked, json_file
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+ADVICE = "copy it again from the published checkpoint"
 
 
 Draft = Literal["", "mtp", "dspark"]
@@ -218,18 +222,17 @@ class ModelConfig:
         if problem := foreign.config_problem(values):
             raise ConfigError(problem)
         values, notes = spellings.published(values)
+        try:
+            checked(values, forms.Config, "config.json", ADVICE)
+        except FileError as error:
+            raise ConfigError(str(error)) from None
         known = {f.name for f in fields(cls)} - {"other", "notes"}
         kept = {k: v for k, v in values.items() if k in known}
         if missing := sorted(_REQUIRED - kept.keys()):
             raise ConfigError(
                 f"config.json: missing {', '.join(missing)}, which DeepSeek-V4 needs; copy it again from the published checkpoint"
             )
-        for key, value in kept.items():
-            _check_type(key, value)
         if isinstance(scaling := kept.get("rope_scaling"), dict):
-            for key, value in scaling.items():
-                if key != "type":
-                    _check_type(f"rope_scaling.{key}", value)
             kept["rope_scaling"] = RopeScaling(**scaling)
         for key in ("compress_ratios", "architectures", "dspark_target_layer_ids"):
             kept[key] = tuple(kept.get(key) or ())
@@ -245,18 +248,16 @@ class ModelConfig:
         """Read ``model_dir/config.json``; raise ``ConfigError`` where it is missing, not JSON, or not runnable."""
         path = model_dir / "config.json"
         try:
-            values = json.loads(path.read_text())
+            values = json_file(path, dict[str, Any], ADVICE, most=1 << 20)
+            return cls.from_dict(values)
         except FileNotFoundError:
             raise ConfigError(
                 f"{path}: no such file; a model directory holds config.json, model.safetensors.index.json and its shards"
             ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{path}: not JSON ({error}); copy the file again from the published checkpoint"
-            ) from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: not a JSON object; copy the file again from the published checkpoint")
-        return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{model_dir}/{error}") from None
+        except FileError as error:
+            raise ConfigError(str(error)) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Give config.json's values: the published keys, without DSpark's where there is none, then the others."""
@@ -331,29 +332,6 @@ _REQUIRED = frozenset(
         "routed_scaling_factor",
     )
 )  # the fields above that have no default
-
-
-_INTEGERS = frozenset(name for name, kind in ModelConfig.__annotations__.items() if kind == "int")
-_NUMBERS = frozenset(name for name, kind in ModelConfig.__annotations__.items() if kind == "float")
-_LISTS = frozenset(("compress_ratios", "dspark_target_layer_ids"))
-
-
-def _check_type(key: str, value: Any) -> None:
-    """Raise ``ConfigError`` where a number or a list of them is something else."""
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    is_number = is_int or (isinstance(value, float) and math.isfinite(value))
-    is_ids = isinstance(value, list | tuple) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
-    if key in _INTEGERS and not is_int:
-        must = "an integer"
-    elif (key in _NUMBERS or key.startswith("rope_scaling.")) and not is_number:
-        must = "a number"
-    elif key in _LISTS and not is_ids:
-        must = "a list of integers"
-    elif key == "eos_token_id" and not (is_int or is_ids):
-        must = "a token id or a list of them"
-    else:
-        return
-    raise ConfigError(f"config.json: {key} = {value!r} must be {must}; copy it again from the published checkpoint")
 
 
 def _stages(kept: dict[str, Any], notes: list[str]) -> tuple[int, ...]:
