@@ -396,6 +396,7 @@ def modelslim(path, tmp_path):
 
     convert(path, tmp_path / "w8a8", Options(int8=True))
     out = tmp_path / "w8a8"
+    (out / "convert.json").unlink()
     for file in shard_names(out):
         tensors = {}
         for name, t in read(out, file).items():
