@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsv4_conformance import laws, tensorfile
-from dsv4_conformance.budget import Expected, expect
+from dsv4_conformance.budget import SAMPLES, Expected, expect
 from dsv4_conformance.calls import Call, result_dtype
 from dsv4_conformance.checks import Check, Finding, Group, Session
 from dsv4_conformance.discrete import judge_discrete
@@ -66,14 +66,14 @@ def judge_results(
     return verdict
 
 
-def judge_recorded(call: Call, results: Sequence[Host], session: Session) -> Verdict:
-    """Judge recorded results by the session's oracle.
+def judge_recorded(call: Call, results: Sequence[Host], session: Session, samples: int = SAMPLES) -> Verdict:
+    """Judge recorded results by the session's oracle; ``samples``: of the first opinion.
 
     A run has millions of elements, and of a budget's random deviations the largest is now and then far below its scale:
     what is over budget is judged again by more of them before it counts.
     """
     with np.errstate(all="ignore"):
-        expected = expect(call, session.oracle, session.backend)
+        expected = expect(call, session.oracle, session.backend, samples)
         verdict = judge_results(call, results, expected, session.oracle, session.backend)
         if 1 < verdict.used < BEYOND_CHANCE:
             for i in range(SECOND_OPINIONS):
