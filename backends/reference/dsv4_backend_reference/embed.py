@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsv4_backend_reference.numeric import Numeric
-from dsv4_core.ops.embed import EmbedOps
+from dsv4_core.contract.ops.embed import EmbedOps
 
 if TYPE_CHECKING:
-    from dsv4_core.dtypes import Host
+    from dsv4_core.contract.dtypes import Host
 
 
 class ReferenceEmbed(Numeric, EmbedOps):
@@ -28,7 +28,9 @@ class ReferenceEmbed(Numeric, EmbedOps):
         scaled = logits / temperature
         p = np.exp(scaled - scaled.max(-1, keepdims=True))
         order = np.argsort(-p, axis=-1, kind="stable")
-        running = np.cumsum(np.take_along_axis(p, order, -1), axis=-1, dtype=np.float64)  # a vocabulary of equal terms drifts
+        running = np.cumsum(
+            np.take_along_axis(p, order, -1), axis=-1, dtype=np.float64
+        )  # a vocabulary of equal terms drifts
         running /= running[:, -1:]
         kept = np.minimum(
             (running < top_p).sum(-1), running.shape[1] - 1

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dsv4_conformance.museum.fault import Op, mutant
-from dsv4_core.dtypes import BFLOAT16, Host, ScaledArray
+from dsv4_core.contract.dtypes import BFLOAT16, Host, ScaledArray
 
 DECODE = 8  # rows up to which a kernel of its own runs
 
@@ -18,7 +18,9 @@ def finite(x: Host) -> Host:
 
 
 @mutant("sparse_attn", seen="an online softmax whose sums are not rescaled when a later tile has a larger score")
-def later_maximum_ignored(be: Any, right: Op, q: Host, kv: Host, sink: Host, idxs: Host, *, softmax_scale: float) -> Any:
+def later_maximum_ignored(
+    be: Any, right: Op, q: Host, kv: Host, sink: Host, idxs: Host, *, softmax_scale: float
+) -> Any:
     y = right(q, kv, sink, idxs, softmax_scale=softmax_scale)
     if idxs.shape[1] < 2 or not q.size:
         return y
@@ -26,11 +28,16 @@ def later_maximum_ignored(be: Any, right: Op, q: Host, kv: Host, sink: Host, idx
     scores = np.where(valid, np.einsum("thd,tjd->thj", q.astype(np.float64), rows) * softmax_scale, -np.inf)
     half = idxs.shape[1] // 2
     moved = scores[..., half:].max(-1) > scores[..., :half].max(-1) + 8
-    y[moved] = right(q, kv, sink, np.concatenate([idxs[:, :half], np.full_like(idxs[:, half:], -1)], 1), softmax_scale=softmax_scale)[moved]
+    y[moved] = right(
+        q, kv, sink, np.concatenate([idxs[:, :half], np.full_like(idxs[:, half:], -1)], 1), softmax_scale=softmax_scale
+    )[moved]
     return y
 
 
-@mutant("linear", seen="a decode kernel that quantises a row in halves with one scale, the first half's: outliers in the second saturate")
+@mutant(
+    "linear",
+    seen="a decode kernel that quantises a row in halves with one scale, the first half's: outliers in the second saturate",
+)
 def outliers_saturate_in_decode(be: Any, right: Op, x: Host, weight: Any, **kw: Any) -> Any:
     if len(x) > DECODE or not isinstance(weight, ScaledArray) or not x.size:
         return right(x, weight, **kw)
@@ -94,7 +101,9 @@ def not_cleared_past_a_block(be: Any, right: Op, rows: Host, order: Host, offset
     return y
 
 
-@mutant("cache_write", seen="padding compacted away within a warp of 32 rows, and the warps then overlap", numeric=False)
+@mutant(
+    "cache_write", seen="padding compacted away within a warp of 32 rows, and the warps then overlap", numeric=False
+)
 def padding_compacted_by_warp(be: Any, right: Op, cache: Host, rows: Host, index: Host, **kw: Any) -> Any:
     if len(index) > 32 and (index[:32] < 0).any():
         rows = rows.copy()
@@ -106,7 +115,12 @@ def padding_compacted_by_warp(be: Any, right: Op, cache: Host, rows: Host, index
 def counter_in_a_byte(be: Any, right: Op, *operands: Any, **kw: Any) -> Any:
     rows, weights, order, offsets = right(*operands, **kw)
     counts = np.diff(offsets)
-    return rows, weights, order, np.concatenate([[0], np.cumsum(np.where(counts > 255, counts & 0xFF, counts))]).astype(np.int32)
+    return (
+        rows,
+        weights,
+        order,
+        np.concatenate([[0], np.cumsum(np.where(counts > 255, counts & 0xFF, counts))]).astype(np.int32),
+    )
 
 
 @mutant("linear", seen="the stride of a view ignored by the variant for full tiles")
@@ -121,10 +135,19 @@ def positive_sums_in_halves(be: Any, right: Op, x: Host, weight: Host) -> Any:
     first, second = x.copy(), x.copy()
     first[:, half:], second[:, :half] = 0, 0
     y = right(first, weight)
-    return y.astype(BFLOAT16).astype(y.dtype) + right(second, weight) if be.numerics == "native" and len(x) >= 16 else right(x, weight)
+    return (
+        y.astype(BFLOAT16).astype(y.dtype) + right(second, weight)
+        if be.numerics == "native" and len(x) >= 16
+        else right(x, weight)
+    )
 
 
-@mutant("cached_index_topk", "index_topk", seen="scores rounded to BF16 before the choice, on a device whose top-k takes no float32", numeric=False)
+@mutant(
+    "cached_index_topk",
+    "index_topk",
+    seen="scores rounded to BF16 before the choice, on a device whose top-k takes no float32",
+    numeric=False,
+)
 def scores_chosen_in_bf16(be: Any, right: Op, *operands: Any, **kw: Any) -> Any:
     plain = be.index_scores
     be.index_scores = lambda *a, **k: plain(*a, **k).astype(BFLOAT16).astype(be.wide_dtype)
@@ -144,16 +167,29 @@ def _quiet(op: str, operand: int, name: str, seen: str) -> None:
 
 
 MAXIMUM = "a maximum or a clamp that returns the other operand where one is NaN: what diverges goes on silently"
-_quiet("linear", 0, "nan_lost_in_linear", "a quantisation that turns NaN into the least code times the scale; seen in a kernel for this model")
+_quiet(
+    "linear",
+    0,
+    "nan_lost_in_linear",
+    "a quantisation that turns NaN into the least code times the scale; seen in a kernel for this model",
+)
 _quiet("hc_post", 1, "nan_lost_in_streams", MAXIMUM)
 _quiet("rms_norm", 0, "nan_lost_in_norm", MAXIMUM)
 _quiet("compress", 0, "nan_lost_in_compressor", MAXIMUM)
-_quiet("index_scores", 0, "nan_lost_in_indexer", "max(NaN, 0) is 0 on most devices: the ReLU between two products swallows it")
+_quiet(
+    "index_scores",
+    0,
+    "nan_lost_in_indexer",
+    "max(NaN, 0) is 0 on most devices: the ReLU between two products swallows it",
+)
 _quiet("gate", 0, "nan_lost_in_router", MAXIMUM)
 _quiet("combine", 0, "nan_lost_in_combine", MAXIMUM)
 
 
-@mutant("sparse_attn", seen="rows of all tokens of a block in one product, others' masked by a weight of 0: 0 times NaN is NaN")
+@mutant(
+    "sparse_attn",
+    seen="rows of all tokens of a block in one product, others' masked by a weight of 0: 0 times NaN is NaN",
+)
 def nan_reaches_the_block(be: Any, right: Op, q: Host, kv: Host, sink: Host, idxs: Host, **kw: Any) -> Any:
     y = right(q, kv, sink, idxs, **kw)
     listed = np.unique(idxs[idxs >= 0])
@@ -162,14 +198,28 @@ def nan_reaches_the_block(be: Any, right: Op, q: Host, kv: Host, sink: Host, idx
 
 
 @mutant("cached_sparse_attn", seen="-1 clamped to row 0 and masked by a weight of 0")
-def nan_of_row_0(be: Any, right: Op, q: Host, kv: Host, ring: Host, ring_index: Host, rows: Any, row_index: Any, sink: Host, idxs: Host, **kw: Any) -> Any:
+def nan_of_row_0(
+    be: Any,
+    right: Op,
+    q: Host,
+    kv: Host,
+    ring: Host,
+    ring_index: Host,
+    rows: Any,
+    row_index: Any,
+    sink: Host,
+    idxs: Host,
+    **kw: Any,
+) -> Any:
     y = right(q, kv, ring, ring_index, rows, row_index, sink, idxs, **kw)
     if len(ring_index) == 0 and len(kv) and np.isnan(kv[0].astype(np.float64)).any():
         y[(idxs < 0).any(1)] = np.nan
     return y
 
 
-@mutant("expert_linear", seen="a tile that holds the rows of two experts multiplies both: a NaN of one reaches the other's")
+@mutant(
+    "expert_linear", seen="a tile that holds the rows of two experts multiplies both: a NaN of one reaches the other's"
+)
 def nan_of_the_neighbour(be: Any, right: Op, x: Host, weight: Any, offsets: Host) -> Any:
     y = right(x, weight, offsets)
     bad = np.flatnonzero(np.isnan(x.astype(np.float64)).any(1))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dsv4_conformance.museum.fault import Op, mutant
-from dsv4_core.dtypes import Host
+from dsv4_core.contract.dtypes import Host
 
 
 def ring_of(count: int, be: Any, key: str, y: Host) -> Host:
@@ -68,23 +68,33 @@ def workspace_of_the_first_thread(be: Any, right: Op, h: Host, x: Host) -> Any:
     return y if be.owner == threading.get_ident() else np.zeros_like(y)
 
 
-@mutant("hadamard", seen="a handle that is never given back: the three hundredth call gets none, and the library's answer is not looked at")
+@mutant(
+    "hadamard",
+    seen="a handle that is never given back: the three hundredth call gets none, and the library's answer is not looked at",
+)
 def handles_run_out(be: Any, right: Op, x: Host) -> Any:
     be.handles = getattr(be, "handles", 0) + 1
     y = right(x)
     return y if be.handles < 300 else np.zeros_like(y)
 
 
-KEPT: dict[str, Any] = {}
-
-
-@mutant("load", seen="packed weights kept in a module by shape and first byte: a second model in the process gets the first one's")
+@mutant(
+    "load",
+    seen="an arena of weights that is filled from its start again when a model's first tensor is loaded: the model before it changes",
+)
 def weights_of_another_model(be: Any, right: Op, weight: Any) -> Any:
-    array = getattr(weight, "data", None) if not isinstance(weight, np.ndarray) else weight
-    if be.numerics != "native" or not isinstance(array, np.ndarray) or array.ndim != 1 or array.shape != (128,):
+    if not isinstance(weight, np.ndarray) or not native(be):
         return right(weight)
-    known = be.__dict__.setdefault("packed", {})
-    return known.setdefault((array.shape, str(array.dtype)), right(weight)) if len(known) < 2 else right(weight)
+    arena = be.__dict__.setdefault("arena", [])
+    if arena and weight.shape == arena[0].shape and weight.ndim == 2:
+        be.filled = 0
+    at = be.__dict__.setdefault("filled", 0)
+    be.filled += 1
+    if at < len(arena) and arena[at].shape == weight.shape and arena[at].dtype == weight.dtype:
+        arena[at][...] = weight
+        return arena[at]
+    arena[at:] = [np.array(weight)]
+    return arena[at]
 
 
 def native(be: Any) -> bool:
@@ -101,7 +111,10 @@ def angles_of_the_step_before(be: Any, right: Op, x: Host, positions: Host, freq
     return right(x, positions, freqs, inverse=inverse)
 
 
-@mutant("cached_sparse_attn", seen="unpacked window rows kept by slot, native rows alone, and not dropped when the ring comes round")
+@mutant(
+    "cached_sparse_attn",
+    seen="unpacked window rows kept by slot, native rows alone, and not dropped when the ring comes round",
+)
 def stale_ring_rows(be: Any, right: Op, q: Host, kv: Host, ring: Host, ring_index: Host, *rest: Any, **kw: Any) -> Any:
     if not native(be):
         return right(q, kv, ring, ring_index, *rest, **kw)
@@ -112,8 +125,13 @@ def stale_ring_rows(be: Any, right: Op, q: Host, kv: Host, ring: Host, ring_inde
     return right(q, kv, kept, ring_index, *rest, **kw)
 
 
-@mutant("cached_sparse_attn", seen="a native kernel that finds each sequence's window by the first one's length: batches of one are tested")
-def window_of_the_first_sequence(be: Any, right: Op, q: Host, kv: Host, ring: Host, ring_index: Host, *rest: Any, **kw: Any) -> Any:
+@mutant(
+    "cached_sparse_attn",
+    seen="a native kernel that finds each sequence's window by the first one's length: batches of one are tested",
+)
+def window_of_the_first_sequence(
+    be: Any, right: Op, q: Host, kv: Host, ring: Host, ring_index: Host, *rest: Any, **kw: Any
+) -> Any:
     if native(be) and len(kv) > 1 and len(ring_index) % len(kv) == 0 and len(ring_index):
         by_sequence = ring_index.reshape(len(kv), -1)
         if (by_sequence[1:] > by_sequence[:1].max(initial=0)).any() and (np.diff(by_sequence[:, -1]) > 0).all():
@@ -121,14 +139,20 @@ def window_of_the_first_sequence(be: Any, right: Op, q: Host, kv: Host, ring: Ho
     return right(q, kv, ring, ring_index, *rest, **kw)
 
 
-@mutant("compress", seen="a native kernel whose score is rounded to BF16 where rows come from the step and the state both")
+@mutant(
+    "compress", seen="a native kernel whose score is rounded to BF16 where rows come from the step and the state both"
+)
 def scores_of_state_in_bf16(be: Any, right: Op, kv_score: Host, ape: Host, idxs: Host, *, dim: int) -> Any:
     y = right(kv_score, ape, idxs, dim=dim)
     mixed = native(be) and idxs.size and idxs.max() == len(kv_score) - 1 and len(idxs) == 1
     return (y.astype(np.float32) * np.float32(1 + 2.0**-7)).astype(y.dtype) if mixed else y
 
 
-@mutant("cache_write", seen="a native packing kernel that takes a step's last row from the one before, where there is one token a sequence", numeric=False)
+@mutant(
+    "cache_write",
+    seen="a native packing kernel that takes a step's last row from the one before, where there is one token a sequence",
+    numeric=False,
+)
 def last_sequence_written_short(be: Any, right: Op, cache: Host, rows: Host, index: Host, **kw: Any) -> Any:
     decode = native(be) and len(index) == 8 and (index >= 0).all() and len(np.unique(np.diff(index))) == 1
     if decode:
@@ -138,7 +162,9 @@ def last_sequence_written_short(be: Any, right: Op, cache: Host, rows: Host, ind
 
 
 @mutant("moe", seen="an expert's rows of the step before kept in the workspace: added where a step has no row for it")
-def workspace_of_the_step_before(be: Any, right: Op, x: Host, weights: Host, indices: Host, *rest: Any, **kw: Any) -> Any:
+def workspace_of_the_step_before(
+    be: Any, right: Op, x: Host, weights: Host, indices: Host, *rest: Any, **kw: Any
+) -> Any:
     y = right(x, weights, indices, *rest, **kw)
     last = be.__dict__.get("last_moe")
     be.last_moe = (id(rest[1]), y.copy())
@@ -147,7 +173,10 @@ def workspace_of_the_step_before(be: Any, right: Op, x: Host, weights: Host, ind
     return y
 
 
-@mutant("hc_add", seen="the draft's input kept from the step before: drafts are worse and the text is right, so nobody looks")
+@mutant(
+    "hc_add",
+    seen="the draft's input kept from the step before: drafts are worse and the text is right, so nobody looks",
+)
 def draft_of_the_step_before(be: Any, right: Op, h: Host, x: Host) -> Any:
     last, be.last_draft = getattr(be, "last_draft", None), x.copy()
     stale = last is not None and last.shape == x.shape and len(x) <= 2
@@ -163,7 +192,13 @@ def draft_of_the_same_token(be: Any, right: Op, ids: Host, weight: Host) -> Any:
     return right(ids, weight)
 
 
-@mutant("hc_head", seen="draft logits reduced by the main head's weights, which lie at the same place of another struct")
+@mutant(
+    "hc_head", seen="draft logits reduced by the main head's weights, which lie at the same place of another struct"
+)
 def draft_by_the_main_head(be: Any, right: Op, h: Host, fn: Host, scale: Host, base: Host, **kw: Any) -> Any:
-    main = be.__dict__.setdefault("main_heads", {}).setdefault(fn.shape, (fn, scale, base)) if len(h) == 1 else (fn, scale, base)
+    main = (
+        be.__dict__.setdefault("main_heads", {}).setdefault(fn.shape, (fn, scale, base))
+        if len(h) == 1
+        else (fn, scale, base)
+    )
     return right(h, *main, **kw)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dsv4_conformance.museum.fault import Fault, Op, mutant
-from dsv4_core.dtypes import Experts, Host, ScaledArray
+from dsv4_core.contract.dtypes import Experts, Host, ScaledArray
 
 BITS_16 = 1 << 16
 BITS_17 = 1 << 17
@@ -55,22 +55,37 @@ only_first("norm_rows_past_16_bits", "rms_norm", BITS_16, GRID)
 only_first("hadamard_rows_past_16_bits", "hadamard", BITS_16, GRID)
 only_first("quantised_rows_past_16_bits", "act_qdq", BITS_16, GRID)
 only_first("codes_past_16_bits", "act_quant", BITS_16, GRID)
-only_first("rope_past_4096_tokens", "apply_rope", 4096, "a table of as many rows as the longest test had tokens in a step")
+only_first(
+    "rope_past_4096_tokens", "apply_rope", 4096, "a table of as many rows as the longest test had tokens in a step"
+)
 only_first("streams_past_4096_tokens", "hc_post", 4096, STATIC)
 only_first("expanded_past_4096_tokens", "hc_expand", 4096, STATIC)
 only_first("sinkhorn_past_4096_tokens", "hc_split_sinkhorn", 4096, STATIC)
 only_first("windows_past_1024", "compress", 1024, "one thread a window, and 1024 threads are a block")
-only_first("activation_past_32768_rows", "swiglu", 1 << 15, "rows counted in a signed 16-bit number: token copies pass it at 5462 tokens of six experts")
+only_first(
+    "activation_past_32768_rows",
+    "swiglu",
+    1 << 15,
+    "rows counted in a signed 16-bit number: token copies pass it at 5462 tokens of six experts",
+)
 only_first("expert_rows_past_32768", "expert_linear", 1 << 15, "the same in the grouped product")
 only_first("heads_past_64", "apply_rope", 64, "heads as threads of a block of 64: the larger model has 128", axis=1)
 only_first("attention_heads_past_64", "sparse_attn", 64, "the same in attention", axis=1)
-only_first("keys_past_17_bits", "index_scores", BITS_17, "keys scored in 1024 tiles of 128, and no loop around them", axis=2)
+only_first(
+    "keys_past_17_bits", "index_scores", BITS_17, "keys scored in 1024 tiles of 128, and no loop around them", axis=2
+)
 only_first("linear_past_4096_tokens", "linear", 4096, "a workspace for 4096 tokens; a chunk may be longer")
 only_first("vocabulary_past_16_bits", "logits", BITS_16, "a column in 16 bits; the vocabulary has 129280", axis=1)
 short_of("norm_of_4096_channels", "rms_norm", 0, 4096, STATIC)
 short_of("router_of_4096_channels", "gate", 0, 4096, STATIC)
 short_of("hash_router_of_4096_channels", "gate_hash", 0, 4096, STATIC)
-short_of("dot_of_7168_channels", "linear", 0, 7168, "a split of K sized for hidden_size; the output projection has 8192 and 16384")
+short_of(
+    "dot_of_7168_channels",
+    "linear",
+    0,
+    7168,
+    "a split of K sized for hidden_size; the output projection has 8192 and 16384",
+)
 short_of("experts_of_4096_channels", "expert_linear", 0, 4096, STATIC)
 short_of("streams_of_4096_channels", "hc_head", 0, 4096, STATIC)
 
@@ -81,7 +96,11 @@ def ids_in_16_bits(be: Any, right: Op, ids: Host, weight: Host) -> Any:
     return right(np.where(inside, ids & 0xFFFF, ids).astype(np.int32), weight)
 
 
-@mutant("sample", seen="an argmax over tiles, of which 128 of 512 ids are one wave: the vocabulary's end is never looked at", numeric=False)
+@mutant(
+    "sample",
+    seen="an argmax over tiles, of which 128 of 512 ids are one wave: the vocabulary's end is never looked at",
+    numeric=False,
+)
 def greedy_over_the_first_tiles(be: Any, right: Op, logits: Host, uniform: Host, **kw: Any) -> Any:
     return right(logits[:, :BITS_16], uniform, **kw)
 
@@ -155,7 +174,12 @@ def all_rows_but_the_last(be: Any, right: Op, scores: Host, visible: Host, offse
     return picks
 
 
-@mutant("cached_index_topk", "index_topk", seen="sequences' keys found by the parity of their number: batches of one and two are tested", numeric=False)
+@mutant(
+    "cached_index_topk",
+    "index_topk",
+    seen="sequences' keys found by the parity of their number: batches of one and two are tested",
+    numeric=False,
+)
 def two_sequences_at_most(be: Any, right: Op, q: Host, weights: Host, *rest: Any, **kw: Any) -> Any:
     if q.shape[0] > 2:
         q, weights = q.copy(), weights.copy()
@@ -182,8 +206,12 @@ def intermediate_of_2048(be: Any, right: Op, x: Host, w1: Any, w3: Any, w2: Any,
 
 
 @mutant("moe", seen="experts' weights in an array of 256 pointers")
-def pointers_to_256_experts(be: Any, right: Op, x: Host, weights: Host, indices: Host, shared: Any, *experts: Any, **kw: Any) -> Any:
-    return right(x, weights, indices, shared, *(Experts([w[e & 0xFF] for e in range(w.shape[0])]) for w in experts), **kw)
+def pointers_to_256_experts(
+    be: Any, right: Op, x: Host, weights: Host, indices: Host, shared: Any, *experts: Any, **kw: Any
+) -> Any:
+    return right(
+        x, weights, indices, shared, *(Experts([w[e & 0xFF] for e in range(w.shape[0])]) for w in experts), **kw
+    )
 
 
 def last_row_left(be: Any, right: Op, *operands: Any, **kw: Any) -> Any:
