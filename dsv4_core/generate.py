@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 CHUNK = 2048  # tokens of a prefill step: activations and scores of one chunk are alive at a time
 
+COLDEST, HOTTEST = 1e-4, 1e4
+"""Temperatures that sampling takes beside 0. Logits are divided by them in float32: 1e-4 leaves a logit of 10^34 finite, and
+differs from greedy only where two logits agree to a thousandth. Above 1e4 no model's logits matter any more.
+"""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -33,9 +38,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` for a temperature below 0 or a top-p outside (0, 1]."""
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature = {self.temperature} must be 0 (greedy) or more")
+        """Raise ``ValueError`` for a temperature, a top-p or a seed out of range."""
+        if self.temperature != 0 and not COLDEST <= self.temperature <= HOTTEST:
+            raise ValueError(f"temperature = {self.temperature} must be 0 (greedy), or from {COLDEST} to {HOTTEST:g}")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed = {self.seed} must be from 0 to 2^64 - 1")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p} must be in (0, 1]")
 

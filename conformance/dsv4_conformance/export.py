@@ -18,6 +18,7 @@ from dsv4_conformance.budget import Expected, expect
 from dsv4_conformance.calls import Call, result_dtype
 from dsv4_conformance.checks import Finding
 from dsv4_conformance.export_readme import README
+from dsv4_conformance.forms import ExportedCase, Manifest, hold_call, plain
 from dsv4_conformance.judge import Verdict
 from dsv4_conformance.lawmodel import OracleBackend
 from dsv4_conformance.opcases import OpCase
@@ -25,6 +26,8 @@ from dsv4_conformance.opcases import checks as op_cases
 from dsv4_conformance.stored_calls import Packer, unpack
 from dsv4_core import registry
 from dsv4_core.cli.options import NUMERICS
+from dsv4_core.files import writing as files
+from dsv4_core.files.reading import FileError, checked, fitting, inside, json_file
 from dsv4_core.shards import Shard, ShardError
 from dsv4_core.spec import OPS
 
@@ -128,16 +131,38 @@ def export(
         **catalogue.environment(),
         "left_out": left_out,
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / MANIFEST).write_text(
-        json.dumps({**manifest, "contracts": contracts, "cases": entries}, indent=1) + "\n"
+    files.write(directory / "README.md", README)
+    files.write(  # last: a directory without it was not finished
+        directory / MANIFEST, json.dumps({**manifest, "contracts": contracts, "cases": entries}, indent=1) + "\n"
     )
-    (directory / "README.md").write_text(README)
+
+
+ADVICE = "export it again: dsv4 conformance export DIRECTORY"
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Read an exported directory's manifest and hold it to its form; raise ``FileError``."""
+    try:
+        manifest = json_file(directory / MANIFEST, Manifest, ADVICE)
+    except FileNotFoundError:
+        raise FileError(f"{directory}: holds no {MANIFEST}, so it is no export that was finished; {ADVICE}") from None
+    for op, formats in manifest.narrower.items():
+        if op not in OPS or set(formats) - set(OPS[op].narrower):
+            raise FileError(f"{directory / MANIFEST}: narrower {op} {formats} is no contract's; {ADVICE}")
+    for i, entry in enumerate(manifest.cases):
+        name = f"{directory / MANIFEST}: cases[{i}]"
+        case = checked(entry, ExportedCase, name, ADVICE)
+        hold_call(entry["call"], name, ADVICE)
+        for file in (case.inputs, case.expected):
+            inside(directory, file, name)
+        if case.op != entry["call"]["op"]:
+            raise FileError(f"{name}: op {case.op} with a call of {entry['call']['op']}; {ADVICE}")
+    return dict(plain(manifest))
 
 
 def judge(directory: Path, results: Path, ops: Sequence[str] = (), cases: Sequence[str] = ()) -> Iterator[Finding]:
     """A finding for every exported case, or for those of ``ops`` and the ``cases`` named."""
-    manifest = json.loads((directory / MANIFEST).read_text())
+    manifest = read_manifest(directory)
     narrower = {op: tuple(what) for op, what in manifest["narrower"].items()}
     backend, oracle = OracleBackend(numerics=manifest["numerics"]), registry.oracle(manifest["numerics"], narrower)
     for entry in manifest["cases"]:
@@ -162,13 +187,13 @@ def judge(directory: Path, results: Path, ops: Sequence[str] = (), cases: Sequen
 
 
 def _verdict(case: Exported, results: Path, oracle: registry.Oracle, backend: OracleBackend) -> Verdict:
-    file = results / case.entry["results"]
+    file = inside(results, case.entry["results"], f"{case.directory / MANIFEST}: {case.id}")
     names = [output["name"] for output in case.entry["outputs"]]
     try:
         shard = Shard(file)
     except FileNotFoundError:
         return Verdict([f"no result: {file} does not exist; write {', '.join(names)} there"], float("inf"))
-    except ShardError as error:
+    except (ShardError, FileError) as error:
         return Verdict([f"{file}: {error}"], float("inf"))
     if missing := [name for name in names if name not in shard.entries]:
         return Verdict(
@@ -182,10 +207,9 @@ def _verdict(case: Exported, results: Path, oracle: registry.Oracle, backend: Or
         return Verdict(
             [f"{file}: {unknown[0]}: a dtype that no output has; README.md says which is wanted"], float("inf")
         )
-    with np.errstate(all="ignore"):
-        return replay.judge_results(
-            case.call(), [shard.array(name) for name in names], case.expected(), oracle, backend
-        )
+    got = [shard.array(name) for name in names]
+    with np.errstate(all="ignore"), fitting(f"{case.directory / MANIFEST}: {case.id} and its files", ADVICE):
+        return replay.judge_results(case.call(), got, case.expected(), oracle, backend)
 
 
 @click.command("export")
@@ -209,7 +233,8 @@ def command(directory: Path, tier: str, ops: tuple[str, ...], narrower: tuple[st
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory}: not an empty directory; give a new one, nothing is overwritten")
     declared = {op: OPS[op].narrower for op in narrower}
-    count = sum(1 for _ in export(directory, cast("Tier", tier), cast("Numerics", numerics), ops, declared))
+    with files.writing_alone(directory):
+        count = sum(1 for _ in export(directory, cast("Tier", tier), cast("Numerics", numerics), ops, declared))
     size = sum(f.stat().st_size for f in directory.rglob("*") if f.is_file())
     click.echo(
         f"{count} cases, {size / 1e6:.1f} MB -> {directory}; judge results with: dsv4 conformance judge {directory} RESULTS"
@@ -235,7 +260,7 @@ def judge_command(
     from dsv4_conformance.cli import Progress, finish
     from dsv4_conformance.runner import Run
 
-    manifest = json.loads((directory / MANIFEST).read_text())
+    manifest = read_manifest(directory)
     rerun = f"dsv4 conformance judge {directory} {results}"
     run = Run(
         f"results in {results}", tier=manifest["tier"], numerics=manifest["numerics"], partial=True, device="not stated"

@@ -20,6 +20,9 @@ from dsv4_conformance.judge import Verdict
 from dsv4_conformance.record import Recorded, Recorder, record
 from dsv4_conformance.runner import describe
 from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
+from dsv4_core.files.reading import integers
+from dsv4_core.identity import identity
+from dsv4_core.weights import Checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -165,17 +168,17 @@ def chosen(layers: str | None, positions: str | None, prefill: int) -> Callable[
 
 def text_of(tokens: str, config: ModelConfig) -> Host:
     """Token ids [1, total]: from a .npy file, or so many random ones."""
-    if tokens.isdigit():
+    if tokens.isdecimal() and tokens.isascii():
+        if not 1 <= int(tokens[:9]) == int(tokens) <= config.max_position_embeddings:
+            raise ValueError(f"--tokens {tokens}: the model takes 1 to {config.max_position_embeddings}")
         return np.random.default_rng(0).integers(0, config.vocab_size, (1, int(tokens)))
     try:
-        ids = np.load(tokens)
-    except (OSError, ValueError) as error:
+        ids = integers(Path(tokens), "--tokens takes a number, or a .npy file of token ids [total] or [batch, total]")
+    except OSError as error:
         raise ValueError(f"--tokens {tokens}: neither a number nor a .npy file of token ids ({error})") from None
-    if not ids.size or not ids.ndim or ids.dtype.kind not in "iu":
-        raise ValueError(
-            f"--tokens {tokens}: {ids.dtype} {list(ids.shape)}; it takes token ids, [total] or [batch, total]"
-        )
-    return np.asarray(ids).reshape(-1, ids.shape[-1])
+    if not ids.ndim:
+        raise ValueError(f"--tokens {tokens}: a single number; it takes token ids, [total] or [batch, total]")
+    return ids.reshape(-1, ids.shape[-1])
 
 
 @click.command("localise")
@@ -225,12 +228,15 @@ def command(
     session, ended = Session(flags.create()), ""
     if traced:
         calls = trace_file.read(traced, session.numerics)
-        click.echo(f"{traced}: {len(calls)} calls")
+        recorded = trace_file.stated(traced).checkpoint
+        if model is not None and (here := identity(Checkpoint(model_directory(model)))) != recorded:
+            raise ValueError(f"{traced}: recorded on checkpoint {recorded}; {model} is {here}")
+        click.echo(f"{traced}: {len(calls)} calls of checkpoint {recorded}")
         judged, names = judge_all(calls, session, again=True), (name, "trace")
     else:
         calls, ended = _run(model_directory(model), session, tokens, decode, layers, positions)
         if dump:
-            _dump(calls, dump, session)
+            _dump(calls, dump, session, identity(Checkpoint(model_directory(model))))
             return
         other = Session(_second(flags, against)) if against else None
         judged, names = judge_all(calls, session, other), (name, against or "")
@@ -246,8 +252,6 @@ def command(
 def _run(
     directory: Path, session: Session, tokens: str, decode: int, layers: str | None, positions: str | None
 ) -> tuple[list[Recorded], str]:
-    from dsv4_core.weights import Checkpoint
-
     checkpoint = Checkpoint(directory)
     ids = text_of(tokens, checkpoint.config)
     decode = min(decode, ids.shape[1] - 1)
@@ -266,8 +270,8 @@ def _second(flags: BackendFlags, against: str) -> Any:
     return registry.create(against, numerics=flags.numerics)
 
 
-def _dump(calls: Sequence[Recorded], directory: Path, session: Session) -> None:
-    packed = trace_file.pack(calls, session.numerics)
+def _dump(calls: Sequence[Recorded], directory: Path, session: Session, checkpoint: str) -> None:
+    packed = trace_file.pack(calls, session.numerics, checkpoint)
     click.echo(f"{len(calls)} calls, {len(packed.tensors)} tensors, {packed.nbytes / 1e6:.1f} MB -> {directory}")
     trace_file.write(packed, directory)
     click.echo(f"judge it elsewhere: dsv4 conformance localise --trace {directory} --backend NAME")

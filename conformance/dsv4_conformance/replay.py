@@ -7,11 +7,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_conformance import laws, tensorfile
+from dsv4_conformance import forms, laws, tensorfile
 from dsv4_conformance.budget import Expected, expect
 from dsv4_conformance.calls import Call, result_dtype
 from dsv4_conformance.checks import Check, Finding, Group, Session
@@ -20,6 +20,7 @@ from dsv4_conformance.judge import Verdict, judge_exact, judge_rounded
 from dsv4_conformance.opcases import judge_call, level_of
 from dsv4_conformance.stored_calls import Packer, unpack
 from dsv4_core.dtypes import dtype_name
+from dsv4_core.files.reading import checked, fitting, json_text
 from dsv4_core.shards import Shard, ShardError
 from dsv4_core.spec import OPS
 
@@ -119,10 +120,12 @@ class SavedCase:
 
     def run(self, session: Session) -> Finding:
         """Run the call on the session's backend and judge it."""
-        shard = Shard(Path(self.path))
-        if (numerics := shard.metadata["numerics"]) != session.numerics:
-            raise ValueError(f"{self.path}: recorded in {numerics}; run it with --numerics {numerics}")
-        call = unpack(json.loads(shard.metadata["call"]), shard.array, int(shard.metadata["seed"]))
+        shard, stated, description = read(Path(self.path))
+        if stated.numerics != session.numerics:
+            raise ValueError(f"{self.path}: recorded in {stated.numerics}; run it with --numerics {stated.numerics}")
+        with fitting(self.path, ADVICE), np.errstate(all="ignore"):
+            call = unpack(description, shard.array, int(stated.seed))
+            expect(call, session.oracle, session.backend)  # what a damaged file raises is not the backend's
         return Finding.of(self, judge_call(call, session), seed=call.seed)
 
 
@@ -135,6 +138,18 @@ def find(case_id: str) -> Check | None:
     if not case_id.endswith(SUFFIX):
         return None
     try:
-        return SavedCase(case_id, json.loads(Shard(Path(case_id)).metadata["call"])["op"])
-    except (OSError, ShardError, KeyError) as error:
+        return SavedCase(case_id, read(Path(case_id))[2]["op"])
+    except (OSError, ShardError) as error:
         raise ValueError(f"--case {case_id}: not a saved case ({error}); `localise` writes them") from None
+
+
+ADVICE = "save it again: dsv4 conformance localise"
+
+
+def read(path: Path) -> tuple[Shard, forms.SavedCase, dict[str, Any]]:
+    """Read a saved case and hold it to its form: the file, what its metadata state, and the call's description."""
+    shard = Shard(path)
+    stated = checked(shard.metadata, forms.SavedCase, f"{path}: metadata", ADVICE)
+    description = json_text(stated.call, dict[str, Any], f"{path}: call", ADVICE)
+    forms.hold_call(description, f"{path}: call", ADVICE)
+    return shard, stated, description

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dsv4_core.files.writing import whole
 from dsv4_core.shards import VIEWS
 
 if TYPE_CHECKING:
@@ -59,8 +60,7 @@ def decode(data: bytes) -> dict[str, Host]:
 
 
 def write(path: Path, tensors: Mapping[str, Host], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a file, its directory too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    """Write a file, whole or not at all; its directory too."""
+    with whole(path) as file:
         for piece in _pieces(tensors, metadata or {}):
             file.write(piece)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +9,11 @@ from typing import Any
 
 import click
 
+from dsv4_conformance.forms import Report, plain
 from dsv4_conformance.runner import said_once
+from dsv4_core.files.reading import FileError, json_file
+from dsv4_core.files.reading import text as read_text
+from dsv4_core.files.writing import write
 from dsv4_core.spec import OPS
 
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
@@ -33,9 +36,9 @@ def command(reports: tuple[Path, ...], brief: bool, out: Path | None, into: Path
     """Build the support matrix from report.json files (or directories that hold one)."""
     text = (summary if brief else matrix)([load(path) for path in reports])
     if out:
-        out.write_text(text)
+        write(out, text)
     if into:
-        into.write_text(between(into.read_text(), text, str(into)))
+        write(into, between(read_text(into), text, str(into)))
     if not out and not into:
         click.echo(text, nl=False)
 
@@ -52,14 +55,11 @@ def between(document: str, text: str, name: str) -> str:
 def load(path: Path) -> dict[str, Any]:
     """Read a report; raise ``ValueError`` where it is none."""
     file = path / "report.json" if path.is_dir() else path
+    advice = "write a report with dsv4 conformance run --report DIR"
     try:
-        report: dict[str, Any] = json.loads(file.read_text())
-        report["findings"], report["environment"]["suite"], report["version"], report["rerun"]
-    except (json.JSONDecodeError, KeyError, TypeError, FileNotFoundError) as error:
-        raise ValueError(
-            f"{file}: not a conformance report ({error!r}); write one with dsv4 conformance run --report DIR"
-        ) from None
-    return report
+        return dict(plain(json_file(file, Report, advice)))
+    except FileNotFoundError:
+        raise FileError(f"{file}: no such file, so no conformance report; {advice}") from None
 
 
 def matrix(reports: list[dict[str, Any]]) -> str:
