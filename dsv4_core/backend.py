@@ -137,6 +137,10 @@ class Backend(FusedOps):
         """Name the vendor's kernels that ran since this was last asked; nothing for a backend that keeps no account."""
         return ()
 
+    def environment(self) -> Mapping[str, str]:
+        """Name the libraries, driver and device that a run rests on, for reports: what -> version or name."""
+        return {}
+
     def proof(self, ran: Mapping[str, bool]) -> Mapping[str, str]:
         """Say of every op how far its implementation is proven, for a report of the suite. ``ran``: of each kernel of
         ``kernels_ran`` whether all passed that used it; empty where a run was partial or fell short.
