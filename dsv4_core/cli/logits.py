@@ -40,9 +40,9 @@ def command(
     import numpy as np
 
     from dsv4_core.cli.running import Session, bar
-    from dsv4_core.evaluate import teacher_forced
     from dsv4_core.files.reading import integers
     from dsv4_core.files.writing import whole
+    from dsv4_core.graph.evaluate import teacher_forced
 
     tokens = integers(tokens_file, "write ids [batch, total] with numpy.save")
     total = tokens.shape[1] if tokens.ndim == 2 else -1

@@ -37,23 +37,41 @@ def main() -> int:
         all_of_them = [s for s in surfaces(folder) if not given.only or s.name in given.only]
         lines = not given.only or "arguments" in given.only
         share = given.seconds / (len(all_of_them) + lines)
-        print(f"{'surface':20} {'inputs':>7} {'accepted':>9} {'refused':>8} " + " ".join(f"{b:>13}" for b in BAD), flush=True)
+        print(
+            f"{'surface':20} {'inputs':>7} {'accepted':>9} {'refused':>8} " + " ".join(f"{b:>13}" for b in BAD),
+            flush=True,
+        )
         for surface in [*all_of_them, *([None] if lines else [])]:
             until, began = time.monotonic() + share, time.monotonic()
-            tally = fuzz(folder, surface, given.inputs, given.seed, until) if surface else fuzz_lines(folder, given.inputs, given.seed, until)
+            tally = (
+                fuzz(folder, surface, given.inputs, given.seed, until)
+                if surface
+                else fuzz_lines(folder, given.inputs, given.seed, until)
+            )
             counts = tally.counts
             row = " ".join(f"{counts.get(b, 0):13}" for b in BAD)
             label = surface.name if surface else "arguments"
             seconds = time.monotonic() - began
-            print(f"{label:20} {sum(counts.values()):7} {counts.get('accepted', 0):9} {counts.get('refused', 0):8} {row}  {seconds:.0f} s", flush=True)
+            print(
+                f"{label:20} {sum(counts.values()):7} {counts.get('accepted', 0):9} {counts.get('refused', 0):8} {row}  {seconds:.0f} s",
+                flush=True,
+            )
             seen = set()
             for _, data, words, outcome in tally.bad:
                 key = (outcome.verdict, outcome.place or outcome.said[-60:])
                 if key in seen:
                     continue
                 seen.add(key)
-                print(f"    {outcome.verdict}: {' '.join(words)[:100]}: {outcome.place} {outcome.said[-240:]!r}", flush=True)
-                keep(surface.name if surface else "arguments", (folder / surface.file).read_bytes() if surface else b"", data, words)
+                print(
+                    f"    {outcome.verdict}: {' '.join(words)[:100]}: {outcome.place} {outcome.said[-240:]!r}",
+                    flush=True,
+                )
+                keep(
+                    surface.name if surface else "arguments",
+                    (folder / surface.file).read_bytes() if surface else b"",
+                    data,
+                    words,
+                )
             found += len(tally.bad)
     return int(bool(found))
 
@@ -63,7 +81,11 @@ def keep(name: str, good: bytes, data: bytes, words: tuple[str, ...]) -> None:
     front, length, new = patch(good, data)
     if len(new) > 1 << 16:
         return
-    entry = {"words": list(words), "at": front, "length": length, "new": base64.b64encode(new).decode()} if good else {"words": list(words)}
+    entry = (
+        {"words": list(words), "at": front, "length": length, "new": base64.b64encode(new).decode()}
+        if good
+        else {"words": list(words)}
+    )
     CORPUS.mkdir(exist_ok=True)
     with (CORPUS / f"{name.replace(' ', '-')}.jsonl").open("a") as file:
         file.write(json.dumps(entry) + "\n")

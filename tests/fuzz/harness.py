@@ -77,7 +77,9 @@ def call(words: tuple[str, ...] | list[str]) -> tuple[int, str, str, str]:
     return status, out.getvalue(), err.getvalue(), place
 
 
-def judged(surface: str, names: tuple[str, ...], status: int, out: str, err: str, place: str, sound: str | None) -> Outcome:
+def judged(
+    surface: str, names: tuple[str, ...], status: int, out: str, err: str, place: str, sound: str | None
+) -> Outcome:
     """Hold an outcome to the rules."""
     said = (err + out)[-600:]
     text = err + out
@@ -190,7 +192,7 @@ def fuzz(folder: Path, surface: Surface, inputs: int, seed: int, until: float = 
         for i in range(inputs):
             if time.monotonic() > until:
                 break
-            rng = Random(f"{seed} {surface.name} {i}")  # noqa: S311
+            rng = Random(f"{seed} {surface.name} {i}")
             data = surface.damage(rng, good)
             words = surface.commands[i % len(surface.commands)]
             if data == good:
@@ -218,7 +220,7 @@ def fuzz_lines(folder: Path, inputs: int, seed: int, until: float = float("inf")
     for i in range(inputs):
         if time.monotonic() > until:
             break
-        rng = Random(f"{seed} arguments {i}")  # noqa: S311
+        rng = Random(f"{seed} arguments {i}")
         given, options = LINES[i % len(LINES)]
         words = mutate.arguments(rng, given, options)
         if any("\0" in word for word in words):  # no process can be given one

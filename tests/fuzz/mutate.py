@@ -57,12 +57,18 @@ def tree(rng: Random, value: Any, spots: list[tuple[Any, ...]] | None = None) ->
         elif how == 4 and isinstance(holder, dict):
             holder[rng.choice((str(key) + "x", "", "\x1b]0;x\x07", "a" * 300, "../x"))] = holder.pop(key)
         elif how == 5 and isinstance(old, (int, float)) and not isinstance(old, bool):
-            holder[key] = rng.choice((old + 1, old - 1, -old, old * 2, old / 3, old * 2**20, str(old), float(old), old // 2))
+            holder[key] = rng.choice(
+                (old + 1, old - 1, -old, old * 2, old / 3, old * 2**20, str(old), float(old), old // 2)
+            )
         elif how == 6 and isinstance(old, str):
             cut = rng.randrange(len(old) + 1)
-            holder[key] = rng.choice((old[:cut], old[cut:] + old[:cut], old + old, old.upper(), old + "\x1b[2J", list(old[:9]), f"../{old}"))
+            holder[key] = rng.choice(
+                (old[:cut], old[cut:] + old[:cut], old + old, old.upper(), old + "\x1b[2J", list(old[:9]), f"../{old}")
+            )
         elif how == 7 and isinstance(old, list):
-            holder[key] = rng.choice((old[::-1], old + old, old[:1], old * 200, [old], dict(enumerate(map(str, old[:9])))))
+            holder[key] = rng.choice(
+                (old[::-1], old + old, old[:1], old * 200, [old], dict(enumerate(map(str, old[:9]))))
+            )
         elif how == 8:
             deep: Any = old
             for _ in range(rng.choice((1, 2, 50, 5000))):
@@ -104,7 +110,9 @@ def raw(rng: Random, data: bytes) -> bytes:
         elif how == 4:
             data[spot:spot] = data[max(0, spot - 20) : spot]
         elif how == 5:
-            data[spot : spot + 8] = rng.choice((b"\x00" * 8, b"\xff" * 8, b"9" * 8, b'"' * 8, b"[" * 8, b"\x1b[31m\x07 "))
+            data[spot : spot + 8] = rng.choice(
+                (b"\x00" * 8, b"\xff" * 8, b"9" * 8, b'"' * 8, b"[" * 8, b"\x1b[31m\x07 ")
+            )
         else:
             data += rng.choice((b"\x00", b"}", b"more", b"\n\n"))
     return bytes(data)
@@ -137,7 +145,7 @@ def safetensors(rng: Random, data: bytes) -> bytes:
         values = json.loads(data[8 : 8 + length])
         first = rng.choice(list(values))
         spots = [p for p in places({first: values[first]}) if p]
-        header = written(tree(rng, values, spots + [(first,)]))
+        header = written(tree(rng, values, [*spots, (first,)]))
     return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
@@ -147,7 +155,26 @@ def npy(rng: Random, data: bytes) -> bytes:
         return raw(rng, data)
     shape = rng.choice(("(0, 4)", "(1, 100000000000)", "(4,)", "()", "(2, 3, 4)", "(-1, 4)", "(1, 4.0)", "('a', 4)", "(1, True)", "(2**70, 1)",
                         "(1, 4)", "(1" + "0" * 400 + ", 1)", "[1, 4]", "(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 4)"))  # fmt: skip
-    descr = rng.choice(("<i8", "<i4", "|u1", "<u8", "<f4", "<f8", "|b1", "|O", "<U7", "|V8", ">i8", "<M8[s]", "<c8", "[('a','<i8')]", "", "zz"))
+    descr = rng.choice(
+        (
+            "<i8",
+            "<i4",
+            "|u1",
+            "<u8",
+            "<f4",
+            "<f8",
+            "|b1",
+            "|O",
+            "<U7",
+            "|V8",
+            ">i8",
+            "<M8[s]",
+            "<c8",
+            "[('a','<i8')]",
+            "",
+            "zz",
+        )
+    )
     order = rng.choice(("False", "True", "3", "__import__('os')"))
     kind = descr if descr.startswith("[") else f"'{descr}'"
     header = f"{{'descr': {kind}, 'fortran_order': {order}, 'shape': {shape}, }}"

@@ -54,7 +54,7 @@ def run(*words: str) -> int:
 
 def prepare(folder: Path) -> None:
     """Make the sound states, once."""
-    from dsv4_core.weights import embedded
+    from dsv4_core.checkpoint.weights import embedded
 
     small(folder / "model")
     small(folder / "other", seed=5)
@@ -62,15 +62,38 @@ def prepare(folder: Path) -> None:
     speaking.mkdir()
     for file in embedded().iterdir():
         if file.is_file():
-            (speaking / file.name).hardlink_to(file) if file.suffix == ".safetensors" and _same_disk(file, speaking) else shutil.copy(file, speaking)
+            (speaking / file.name).hardlink_to(file) if file.suffix == ".safetensors" and _same_disk(
+                file, speaking
+            ) else shutil.copy(file, speaking)
     np.save(folder / "tokens.npy", np.arange(8, dtype=np.int64).reshape(2, 4))
     (folder / "dsv4.toml").write_text('[run]\nbackend = "reference"\n')
     (folder / "xfails.toml").write_text('[[xfail]]\ncase = "rms_norm/*"\nreason = "why"\nexpires = 2099-06-30\n')
-    entry = {"memory_gb": 80, "bandwidth_gbs": 3350, "link_gbs": 450, "tflops": {"bfloat16": 989, "fp8": 1979, "vector": 67}, "devices": 4, "source": "x"}
+    entry = {
+        "memory_gb": 80,
+        "bandwidth_gbs": 3350,
+        "link_gbs": 450,
+        "tflops": {"bfloat16": 989, "fp8": 1979, "vector": 67},
+        "devices": 4,
+        "source": "x",
+    }
     (folder / "machine.json").write_text(json.dumps(entry))
     made = [
         ("conformance", "export", "bundle", "--op", "rms_norm", "--op", "cache_read", "--op", "gate"),
-        ("conformance", "localise", "model", "--dump", "trace", "--tokens", "6", "--decode", "1", "--layers", "0", "-b", "reference"),
+        (
+            "conformance",
+            "localise",
+            "model",
+            "--dump",
+            "trace",
+            "--tokens",
+            "6",
+            "--decode",
+            "1",
+            "--layers",
+            "0",
+            "-b",
+            "reference",
+        ),
         ("conformance", "run", "--op", "rms_norm", "--tier", "smoke", "-b", "reference", "-q", "--report", "report"),
         ("convert", "model", "ranks", "--tp", "2"),
         ("convert", "model", "copy", "--to", "bf16"),
@@ -81,7 +104,11 @@ def prepare(folder: Path) -> None:
     _case(folder)
     partial = folder / "resumed.partial"
     shutil.copytree(folder / "copy", partial)
-    for late in ("model.safetensors.index.json", "config.json", sorted(p.name for p in partial.glob("*.safetensors"))[-1]):
+    for late in (
+        "model.safetensors.index.json",
+        "config.json",
+        max(p.name for p in partial.glob("*.safetensors")),
+    ):
         (partial / late).unlink()
 
 
@@ -91,22 +118,24 @@ def _same_disk(a: Path, b: Path) -> bool:
 
 def _results(folder: Path) -> None:
     """Right results of the exported cases."""
-    from dsv4_conformance import export
-    from dsv4_conformance import tensorfile
-    from dsv4_conformance.calls import execute
+    from dsv4_conformance.exchange import export
+    from dsv4_conformance.files import tensorfile
+    from dsv4_conformance.verdict.calls import execute
 
-    from dsv4_core import registry
+    from dsv4_core.contract import registry
 
     backend = registry.create("reference")
     for entry in json.loads((folder / "bundle/manifest.json").read_text())["cases"]:
         call = export.Exported(folder / "bundle", entry).call()
         with np.errstate(all="ignore"):
             outcome = execute(call, backend, [tuple(o["shape"]) for o in entry["outputs"]])
-        tensorfile.write(folder / "results" / entry["results"], dict(zip(export.output_names(call), outcome.results, strict=True)))
+        tensorfile.write(
+            folder / "results" / entry["results"], dict(zip(export.output_names(call), outcome.results, strict=True))
+        )
 
 
 def _case(folder: Path) -> None:
-    from dsv4_conformance import export, replay
+    from dsv4_conformance.exchange import export, replay
 
     entry = json.loads((folder / "bundle/manifest.json").read_text())["cases"][0]
     replay.save(folder / f"one{replay.SUFFIX}", export.Exported(folder / "bundle", entry).call(), "native", "a note")
@@ -123,7 +152,7 @@ MODEL = ("config.json", "model")
 def surfaces(folder: Path) -> list[Surface]:
     """All of them; ``folder`` was prepared."""
     shards = sorted(p.name for p in (folder / "model").glob("*.safetensors"))
-    rank = sorted(p.name for p in (folder / "ranks/rank-0-of-2").glob("*.safetensors"))[0]
+    rank = min(p.name for p in (folder / "ranks/rank-0-of-2").glob("*.safetensors"))
     case = json.loads((folder / "bundle/manifest.json").read_text())["cases"]
     result = next(c["results"] for c in case if c["op"] == "rms_norm")
     trace = ("conformance", "localise", "--trace", "trace", "-b", "reference", "--cases", "found")

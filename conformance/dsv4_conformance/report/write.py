@@ -1,0 +1,41 @@
+"""Reports of a run: JSON, JUnit XML and one HTML page; and the support matrix, made from JSON reports."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from dsv4_conformance.report.html import page
+from dsv4_conformance.report.junit import junit
+from dsv4_conformance.run.runner import Run, to_json
+from dsv4_core.files import writing as files
+from dsv4_core.files.writing import writing_alone
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def write(run: Run, directory: Path, rerun: str) -> None:
+    """Write ``junit.xml``, ``report.html`` and, last, ``report.json``: a directory without it was not finished.
+
+    ``rerun``: the command that one more ``--case`` can be added to.
+    """
+    data = finite(to_json(run))
+    data["rerun"] = rerun
+    with writing_alone(directory):
+        (directory / "report.json").unlink(missing_ok=True)  # an earlier run's must not stand beside the new pages
+        files.write(directory / "junit.xml", junit(run, rerun))
+        files.write(directory / "report.html", page(data))
+        files.write(directory / "report.json", json.dumps(data, indent=1, default=str) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """Spell infinities and NaN as strings: JSON has no words for them."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
