@@ -16,8 +16,9 @@ import click
 from dsv4_core.checkpoint.layout import QUANTISED
 from dsv4_core.checkpoint.weights import Checkpoint
 from dsv4_core.contract.backend import BackendError, missing_ops
-from dsv4_core.graph.generate import Drafts, Sampling, generate, speculate
+from dsv4_core.graph.generate import Drafts, generate, speculate
 from dsv4_core.graph.model import ALONE, Model
+from dsv4_core.graph.sampling import Sampling
 from dsv4_core.planning.rank_trace import trace_rank
 from dsv4_core.planning.shapes import trace_calls
 from dsv4_core.text.tokenizer import TextStream, load_tokenizer
