@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dsv4_backend_torch.backend import TorchBackend
 
-from dsv4_backend_ascend import probe, proof, simulate
-from dsv4_backend_ascend.capability import GENERATIONS, Answer, Generation
+from dsv4_backend_ascend import probe, proof, selftest, simulate
+from dsv4_backend_ascend.cann import matmul
+from dsv4_backend_ascend.capability import GENERATIONS, Answer, table
 from dsv4_backend_ascend.capability import cann_version as parse_cann
+from dsv4_backend_ascend.chip import ChipBackend
 from dsv4_backend_ascend.plan import IMPLEMENTATIONS, plan
-from dsv4_backend_ascend.weights import MxArray, MxExperts
+from dsv4_backend_ascend.selftest_cases import CASES
+from dsv4_backend_ascend.weights import MxArray, MxExperts, TiledExperts
 from dsv4_core.backend import BackendError, DeviceCheck, Diagnosis, Option
 from dsv4_core.dtypes import Experts, Format, Host, ScaledArray, dtype_name
 from dsv4_core.ops import OPS, FusedOps
-from dsv4_core.spec import Support
+from dsv4_core.spec import Operand, Support
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +45,7 @@ def _tiered(op: str) -> Callable[..., Any]:
     return run
 
 
-class AscendBackend(TorchBackend):
+class AscendBackend(ChipBackend):
     """Ascend NPUs.
 
     ``tier``: ``cann`` (CANN's ops where they serve) or ``composed`` (plain PyTorch, the yardstick). ``simulate``: a
@@ -67,11 +70,6 @@ class AscendBackend(TorchBackend):
     )
     weight_formats = ("e4m3", "e2m1", "int8")
     on_cpu = False  # on simulated CANN too: the paths are those of a device
-    tier: str
-    activations: str
-    expand_bytes: int
-    generation: Generation
-    cann_version: str | None
 
     def __init__(self, **options: Any) -> None:
         """Raise ``BackendError`` where torch-npu or CANN is missing, or the SoC is unknown; each says what to do."""
@@ -99,10 +97,17 @@ class AscendBackend(TorchBackend):
             try:
                 parse_cann(self.cann_version)
             except ValueError as error:
-                raise BackendError(f"backend 'ascend': {error}") from None
-        self.drift: dict[str, str] = {} if self.standing == "planned" else probe.drift()
-        for op, problem in self.drift.items():
-            warnings.warn(f"backend 'ascend': npu::{op} {problem}; what it serves is composed", stacklevel=2)
+                if chosen["cann"]:
+                    raise BackendError(f"backend 'ascend': {error}") from None
+                warnings.warn(
+                    f"backend 'ascend': {error}; ops are used as if it were new enough (--cann VERSION says otherwise)",
+                    stacklevel=2,
+                )
+                self.cann_version = None
+        self.drift = {} if self.standing == "planned" else probe.drift()
+        claimed = {c.name for c in table().calls if any(self.generation in cell.generations for cell in c.cells)}
+        for problem in dict.fromkeys(said for name, said in self.drift.items() if name in claimed):
+            warnings.warn(f"backend 'ascend': {problem}; what it serves is composed", stacklevel=2)
         self.plans: dict[tuple[Any, ...], Answer] = {}
         self.ran: dict[str, None] = {}
 
@@ -163,9 +168,6 @@ class AscendBackend(TorchBackend):
         """The self-test: on a chip all of it; on simulated CANN what needs gigabytes at tier full."""
         if self.standing == "planned" or self.numerics != "native":
             return ()
-        from dsv4_backend_ascend import selftest
-        from dsv4_backend_ascend.selftest_cases import CASES
-
         simulated = self.standing == "simulated"
         return [
             DeviceCheck(
@@ -214,11 +216,20 @@ class AscendBackend(TorchBackend):
         return self._as_mx(loaded) if published and self.generation == "950" else loaded
 
     def load_experts(self, experts: Experts) -> Experts:
-        """One stack; on 950 with MX scales."""
+        """One stack; on 950 with MX scales, FP4 codes in tiles where the grouped product will read them."""
         loaded = self.stacked_experts(experts)
-        if isinstance(loaded.stack, ScaledArray) and loaded.stack.format != "int8" and self.generation == "950":
-            return MxExperts(self._as_mx(loaded.stack))
-        return loaded
+        if not (isinstance(loaded.stack, ScaledArray) and loaded.stack.format != "int8" and self.generation == "950"):
+            return loaded
+        mx = self._as_mx(loaded.stack)
+        if mx.format == "e2m1" and self._multiplies(loaded):
+            return TiledExperts(matmul.tiled(mx.mx))
+        return MxExperts(mx)
+
+    def _multiplies(self, experts: Experts) -> bool:
+        """Whether the cann tier will multiply by these experts, whatever the number of rows."""
+        rows = Operand("bfloat16", (1, experts.shape[2]))
+        ends = Operand("int32", (experts.shape[0] + 1,))
+        return plan(self, "expert_linear", {"x": rows, "weight": experts, "offsets": ends}).tier == "cann"
 
     def _as_mx(self, weight: ScaledArray) -> MxArray:
         repacked = MxArray.of(weight)
@@ -233,6 +244,8 @@ class AscendBackend(TorchBackend):
     linear = _tiered("linear")
     grouped_linear = _tiered("grouped_linear")
     expert_linear = _tiered("expert_linear")
+    gate = _tiered("gate")
+    gate_hash = _tiered("gate_hash")
     swiglu = _tiered("swiglu")
     dispatch = _tiered("dispatch")
     combine = _tiered("combine")

@@ -50,11 +50,22 @@ class TorchNorm(Numeric, NormOps):
 
     def apply_rope(self, x: Tensor, positions: Tensor, freqs: Tensor, *, inverse: bool) -> Tensor:
         rotated = 2 * freqs.shape[0]
+        if not self.on_cpu:
+            return self.turned(x, positions, freqs, inverse=inverse)
         turn, back = self.rotation(positions, freqs)
         if self.compiled and (few := self.compiled.apply_rope(x, turn, inverse=inverse)) is not None:
             return few
         pairs = torch.view_as_complex(self.widen(x[..., -rotated:]).reshape(*x.shape[:-1], freqs.shape[0], 2))
         y = torch.view_as_real(pairs * (back if inverse else turn)).reshape(*x.shape[:-1], rotated)
+        return torch.cat([x[..., :-rotated], self.rounded(y)], -1)
+
+    def turned(self, x: Tensor, positions: Tensor, freqs: Tensor, *, inverse: bool) -> Tensor:
+        """``apply_rope`` in real numbers: complex ones have no kernels on some devices."""
+        rotated = 2 * freqs.shape[0]
+        angle = self.widen(positions.to(torch.float32)[:, None] * freqs)[:, None]
+        cos, sin = angle.cos(), angle.neg().sin() if inverse else angle.sin()
+        real, imaginary = self.widen(x[..., -rotated:]).reshape(*x.shape[:-1], freqs.shape[0], 2).unbind(-1)
+        y = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2)
         return torch.cat([x[..., :-rotated], self.rounded(y)], -1)
 
     def rotation(self, positions: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:

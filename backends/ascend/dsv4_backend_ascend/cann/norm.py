@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dsv4_backend_ascend.cann.call import call
+from dsv4_backend_ascend.weights import spread
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, *, eps: float) -> torch.Tensor:
@@ -15,7 +16,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, *, eps: float) -> tor
 
 def apply_rope(x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, *, inverse: bool) -> torch.Tensor:
     """Contract ``apply_rope``: the rotated channels in float32, so that cosine, sine and the result are rounded once."""
-    angle = (positions.float().unsqueeze(-1) * freqs).repeat_interleave(2, -1).unsqueeze(1)
+    angle = spread(positions.float().unsqueeze(-1) * freqs, 2).unsqueeze(1)
     passed, rotated = x.split([x.shape[-1] - angle.shape[-1], angle.shape[-1]], dim=-1)
     sine = angle.sin()
     turned = call(
