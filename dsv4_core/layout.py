@@ -78,12 +78,17 @@ def scale_shape(shape: Shape, fmt: Format) -> Shape:
     return (out, cols // FP4_GROUP) if fmt == "e2m1" else (-(-out // FP8_BLOCK), -(-cols // FP8_BLOCK))
 
 
-def tensor_specs(config: ModelConfig, expert_format: Format = "e2m1") -> dict[str, TensorSpec]:
+def tensor_specs(
+    config: ModelConfig, expert_format: Format = "e2m1", *, experts: int | None = None
+) -> dict[str, TensorSpec]:
     """Give every tensor of a checkpoint of this configuration by name, in the order of the computation.
 
-    ``int8``: all that `dsv4 convert --to w8a8-int8` makes of it, experts and other linear layers.
+    ``int8``: all that `dsv4 convert --to w8a8-int8` makes of it, experts and other linear layers. ``experts``: only the
+    first so many routed experts of each layer, which are all alike; the published models have 256 and 384.
     """
-    specs = {spec.name: spec for spec in _specs(config, "e4m3" if expert_format == "int8" else expert_format)}
+    stored: Format = "e4m3" if expert_format == "int8" else expert_format
+    count = config.n_routed_experts if experts is None else experts
+    specs = {spec.name: spec for spec in _specs(config, stored, count)}
     if expert_format == "int8":
         for spec in [spec for spec in specs.values() if spec.dtype == "F8_E4M3" and becomes_int8(spec.name)]:
             specs[spec.name] = spec._replace(dtype="I8")
@@ -105,7 +110,7 @@ def unpacked(spec: TensorSpec) -> Shape:
 def parameters(config: ModelConfig) -> Parameters:
     """Count parameters from the configuration: 284.3B total and 13.27B active for flash, 1573B and 48.85B for pro."""
     total = active = mtp = 0
-    for spec in _specs(config, "e2m1"):
+    for spec in _specs(config, "e2m1", config.n_routed_experts):
         if spec.dtype in {"F8_E8M0", "I64"}:
             continue
         count = math.prod(unpacked(spec))
@@ -120,17 +125,17 @@ def parameters(config: ModelConfig) -> Parameters:
     return Parameters(total, active // config.n_routed_experts, mtp)
 
 
-def _specs(config: ModelConfig, expert_format: Format) -> Iterator[TensorSpec]:
+def _specs(config: ModelConfig, expert_format: Format, experts: int) -> Iterator[TensorSpec]:
     D = config.hidden_size
     yield TensorSpec("embed.weight", (config.vocab_size, D), "BF16", "embedding")
     for i in range(config.num_hidden_layers):
         ratio, hashed = config.compress_ratios[i], i < config.num_hash_layers
-        yield from _block(config, f"layers.{i}", ratio, expert_format, hashed=hashed)
+        yield from _block(config, f"layers.{i}", ratio, expert_format, experts, hashed=hashed)
     yield from _mhc_head(config, "")
     yield TensorSpec("norm.weight", (D,), "BF16", "norm")
     yield TensorSpec("head.weight", (config.vocab_size, D), "BF16", "head")
     if config.num_nextn_predict_layers:
-        block = _block(config, "mtp.0", 0, expert_format, hashed=False)
+        block = _block(config, "mtp.0", 0, expert_format, experts, hashed=False)
         yield from (spec._replace(kind="mtp") for spec in block)
         for name in ("e_proj", "h_proj"):
             yield from _fp8(f"mtp.0.{name}", D, D, "mtp")
@@ -139,7 +144,9 @@ def _specs(config: ModelConfig, expert_format: Format) -> Iterator[TensorSpec]:
         yield from (spec._replace(kind="mtp") for spec in _mhc_head(config, "mtp.0."))
 
 
-def _block(c: ModelConfig, at: str, ratio: int, expert_format: Format, *, hashed: bool) -> Iterator[TensorSpec]:
+def _block(
+    c: ModelConfig, at: str, ratio: int, expert_format: Format, experts: int, *, hashed: bool
+) -> Iterator[TensorSpec]:
     D, H, d, r = c.hidden_size, c.num_attention_heads, c.head_dim, c.q_lora_rank
     mixes = (2 + c.hc_mult) * c.hc_mult
     yield TensorSpec(f"{at}.attn_norm.weight", (D,), "BF16", "norm")
@@ -175,7 +182,7 @@ def _block(c: ModelConfig, at: str, ratio: int, expert_format: Format, *, hashed
         stored, dtype = ((out, cols // 2), "I8") if expert_format == "e2m1" else ((out, cols), "F8_E4M3")
         parts.append((f"{name}.weight", stored, dtype))
         parts.append((f"{name}.scale", scale_shape((out, cols), expert_format), "F8_E8M0"))
-    for e in range(c.n_routed_experts):
+    for e in range(experts):
         prefix = f"{at}.ffn.experts.{e}."
         for name, shape, dtype in parts:
             yield TensorSpec(prefix + name, shape, dtype, "experts")

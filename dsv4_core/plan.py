@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
@@ -103,8 +103,8 @@ class RankSource(ShapeSource):
         """Bytes of one rank's weights by kind, its share of the routed experts among them."""
         shares: defaultdict[str, float] = defaultdict(float)
         for spec in self.specs.values():
-            share = self.place.ranks if ".experts." in spec.name else 1
-            shares[spec.kind] += math.prod(spec.shape) * BITS[spec.dtype] / 8 / share
+            alike, holders = (self.config.n_routed_experts, self.place.ranks) if ".experts." in spec.name else (1, 1)
+            shares[spec.kind] += alike * math.prod(spec.shape) * BITS[spec.dtype] / 8 / holders
         return shares
 
 
@@ -127,6 +127,7 @@ class Graph:
             numerics=numerics, like=like, topk=config.num_experts_per_tok, sharing=place.tp, groups=place.ep
         )
         self.model = LayeredModel(self.source, self.planner, parallel=self._parallel())
+        self._counted: dict[tuple[int, int, int], tuple[Count, Counter[str]]] = {}
 
     def _parallel(self) -> Parallel:
         """Reduction points that count what a rank sends, as ``exchange`` sends it, and give arrays of the right shapes."""
@@ -135,7 +136,7 @@ class Graph:
         def sent(what: str, count: float) -> None:
             note = Count()
             note.sent[what] = count
-            be.entries.append(Entry(what, be.layer, note))
+            be.notes.append(Entry(what, be.layer, note))
 
         def reduce(array: Array) -> Array:  # a ring, in the wide dtype: reduce-scatter, then all-gather
             sent("sums", 2 * (p.tp - 1) / p.tp * math.prod(array.shape) * numpy_dtype(be.wide_dtype).itemsize)
@@ -168,18 +169,25 @@ class Graph:
         cache = Cache(self.planner, self.config, batch, capacity or start + seq, rewindable=REWINDABLE)
         self.planner.reset()
         run_step(self.model, batch=batch, seq=seq, start=start, cache=cache)
-        return self.planner.entries
+        return self.planner.notes
+
+    def counted(self, batch: int, seq: int, start: int) -> tuple[Count, Counter[str]]:
+        """Give a step's count and the memory of its peak by kind, counted once."""
+        key = batch, seq, start
+        if key not in self._counted:
+            self._counted[key] = total(self.step(batch, seq, start)), self.planner.peak
+        return self._counted[key]
 
     def decode(self, batch: int, context: int) -> Count:
         """Count one decode step at ``context`` tokens: the mean over the 128 positions before (32 close a window of 4, one of 128)."""
         mean, base = Count(), max(0, context - 128) // 128 * 128
         for times, position in CLOSINGS:
-            mean.add(total(self.step(batch, 1, base + position)), times / 128)
+            mean.add(self.counted(batch, 1, base + position)[0], times / 128)
         return mean
 
     def prefill(self, start: int, chunk: int) -> Count:
         """Count one prefill step of ``chunk`` tokens of one sequence that holds ``start``."""
-        return total(self.step(1, chunk, start))
+        return self.counted(1, chunk, start)[0]
 
     def cache_bytes(self, context: int) -> int:
         """Bytes of one sequence's cache of that capacity."""
@@ -254,8 +262,8 @@ class Plan:
         sizes["cache"] = float(self.batch_per_group * self.graph.cache_bytes(self.context))
         alive = []
         for batch, seq in ((1, min(self.chunk, self.context)), (self.batch_per_group, 1)):
-            self.graph.step(batch, seq, self.context - seq)
-            alive.append(sum(n for kind, n in self.graph.planner.peak.items() if kind != "cache"))
+            _, peak = self.graph.counted(batch, seq, self.context - seq)
+            alive.append(sum(n for kind, n in peak.items() if kind != "cache"))
         sizes["activations"] = float(max(alive))
         return sizes
 

@@ -11,7 +11,7 @@ import functools
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from dsv4_core.backend import Backend
 from dsv4_core.dtypes import Experts, ScaledArray, dtype_name
@@ -19,7 +19,7 @@ from dsv4_core.layout import Kind
 from dsv4_core.shapes import ShapeArray, ShapeBackend, Storage, bind_axes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Hashable, Iterable, Mapping, Sequence
     from types import CodeType
 
     from dsv4_core.dtypes import Host
@@ -66,20 +66,19 @@ class Count:
         return sum(self.read.values()) + sum(self.written.values())
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One op's count and the layer that it ran in (None: outside the blocks)."""
 
     op: str
     layer: int | None
-    count: Count
+    done: Count
 
 
 def total(entries: Iterable[Entry]) -> Count:
     """Add up."""
     count = Count()
     for entry in entries:
-        count.add(entry.count)
+        count.add(entry.done)
     return count
 
 
@@ -113,9 +112,14 @@ class Planner(ShapeBackend):
 
     def reset(self) -> None:
         """Forget what was counted; what is alive stays alive."""
-        self.entries: list[Entry] = []
+        self.notes: list[Entry] = []
         self.inside = 0
         self.peak = Counter(self.live)
+
+    @property
+    def alive(self) -> Hashable:
+        """Bytes by kind, on which the peak depends."""
+        return frozenset(self.live.items())
 
     def run(self, spec: OpSpec, values: dict[str, Any]) -> Any:
         """Carry out and count one op; a fused one through its default."""
@@ -123,9 +127,9 @@ class Planner(ShapeBackend):
             return super().run(spec, values)
         self.check_dtypes(spec, values)
         sizes = bind_axes(spec, values)
-        outer, self.entries, self.inside = self.entries, [], self.inside + 1
+        outer, self.notes, self.inside = self.notes, [], self.inside + 1
         getattr(Backend, spec.name)(self, *(values[n] for n in spec.arrays), **{n: values[n] for n in spec.scalars})
-        parts, self.entries, self.inside = total(self.entries), outer, self.inside - 1
+        parts, self.notes, self.inside = total(self.notes), outer, self.inside - 1
         made = ShapeBackend.results(self, spec, values, sizes)
         count = Count(parts.work)
         for mine, theirs in ((count.read, parts.read), (count.written, parts.written)):
@@ -167,7 +171,7 @@ class Planner(ShapeBackend):
             for kind in WEIGHTS & count.read.keys():
                 part.read[kind] = count.read[kind]
             count = part
-        self.entries.append(Entry(spec.name, self.layer, count))
+        self.notes.append(Entry(spec.name, self.layer, count))
 
     def distinct(self, rows: int, experts: int) -> float:
         """How many of this rank's experts are expected to get any of ``rows`` token copies (of each group) under even routing."""

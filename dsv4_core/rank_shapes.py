@@ -26,7 +26,7 @@ def trace_rank(
     source = ShardedSource(ShapeSource(config, expert_format), place)
     model = LayeredModel(source, recorder, parallel=shape_parallel(recorder, place, config))
     run_step(model, batch=1, seq=seq, start=start, mtp=bool(config.num_nextn_predict_layers))
-    return recorder.calls
+    return recorder.notes
 
 
 def shape_parallel(be: ShapeBackend, place: Place, config: ModelConfig) -> Parallel:

@@ -20,7 +20,7 @@ from dsv4_core.create import create
 from dsv4_core.model import Model
 from dsv4_core.plan import Graph
 from dsv4_core.planner import total
-from dsv4_core.step import Step
+from dsv4_core.step import Addresses, Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -101,7 +101,7 @@ class Rehearsal(Model):
             files = resident("RssFile")
         self.files = files
 
-    def block(self, block: Block, h: Array, step: Step) -> Array:
+    def block(self, block: Block, h: Array, step: Addresses) -> Array:
         """One layer, then a note."""
         h = super().block(block, h, step)
         self.note()

@@ -8,10 +8,11 @@ the declared ones. ``ShapeSource`` gives a model's weights as shapes from its co
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from dsv4_core.layout import QUANTISED, tensor_specs
 from dsv4_core.model import Block, Model
 from dsv4_core.ops import OPS
 from dsv4_core.spec import Array, Numerics, Operand, OpSpec
-from dsv4_core.step import Step
+from dsv4_core.step import Addresses, Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -183,6 +184,16 @@ class ShapeBackend(Backend):
         super().__init__(numerics=numerics)
         self.like = like
         self.layer: int | None = None  # whose ops are running; set by LayeredModel
+        self.notes: list[Any] = []  # what a subclass keeps of every op: named tuples with a field ``layer``
+
+    @property
+    def alive(self) -> Hashable:
+        """What a subclass's notes depend on beside operands: of a backend that counts memory, what is alive."""
+        return None
+
+    def round_up(self, n: int) -> int:
+        """Give ``n``: what a step needs, not what a backend makes of it."""
+        return n
 
     def run(self, spec: OpSpec, values: dict[str, Any]) -> Any:
         """Carry out one op: check its operands, make its results."""
@@ -290,7 +301,7 @@ class ShapeSource:
 
     def __init__(self, config: ModelConfig, expert_format: Format = "e2m1") -> None:
         self.config = config
-        self.specs = tensor_specs(config, expert_format)
+        self.specs = tensor_specs(config, expert_format, experts=1)  # the others are like the first
 
     def array(self, name: str) -> Any:
         """Give a tensor by its full name."""
@@ -319,17 +330,54 @@ class Call(NamedTuple):
 
 
 class LayeredModel(Model):
-    """The graph, which tells its backend which layer is running."""
+    """The graph, which tells its backend which layer is running.
+
+    Layers of equal shapes do equal work in one step, so one of them is run and its notes are repeated for the others.
+    """
 
     backend: ShapeBackend
 
-    def block(self, block: Block, h: Array, step: Step) -> Array:
-        """Run one layer with ``backend.layer`` set to its index."""
-        self.backend.layer = block.index
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._kinds: dict[int, Hashable] = {}
+        self._step: Addresses | None = None
+        self._seen: dict[Hashable, list[Any]] = {}
+
+    def block(self, block: Block, h: Array, step: Addresses) -> Array:
+        """Run one layer with ``backend.layer`` set to its index, or repeat the notes of one that is just like it."""
+        be = self.backend
+        if step is not self._step:
+            self._step, self._seen = step, {}
+        if block.index not in self._kinds:
+            self._kinds[block.index] = shapes_in(block)
+        kind = self._kinds[block.index], shapes_in(step.cache.layers[block.index]), shapes_in(h), be.alive
+        if kind in self._seen:
+            be.notes += [note._replace(layer=block.index) for note in self._seen[kind]]
+            return h  # what comes out has the shape of what went in
+        be.layer, before = block.index, len(be.notes)
         try:
-            return super().block(block, h, step)
+            out = super().block(block, h, step)
         finally:
-            self.backend.layer = None
+            be.layer = None
+        if shapes_in(out) == shapes_in(h):
+            self._seen[kind] = be.notes[before:]
+        return out
+
+
+def shapes_in(value: Any) -> Hashable:
+    """Give the shapes, dtypes and kinds of all arrays in a weight, a layer or its cache, and all numbers beside them.
+
+    A layer's own number is left out: it says where the layer stands, not what it does.
+    """
+    if isinstance(value, ShapeArray):
+        return value.shape, value.dtype, value.storage.kind
+    if isinstance(value, Experts):
+        return value.shape, value.dtype, shapes_in(value[0])
+    if dataclasses.is_dataclass(value):
+        return tuple(shapes_in(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "index")
+    if isinstance(value, list | tuple):
+        return tuple(map(shapes_in, value))
+    return cast("Hashable", value)
 
 
 class Recorder(ShapeBackend):
@@ -337,11 +385,11 @@ class Recorder(ShapeBackend):
 
     def __init__(self, *, numerics: Numerics = "native", like: type[Backend] | Backend | None = None) -> None:
         super().__init__(numerics=numerics, like=like)
-        self.calls: list[Call] = []
+        self.notes: list[Call] = []
 
     def run(self, spec: OpSpec, values: dict[str, Any]) -> Any:
         """Note it, then carry it out."""
-        self.calls.append(Call(spec.name, {name: operand(value) for name, value in values.items()}, self.layer))
+        self.notes.append(Call(spec.name, {name: operand(value) for name, value in values.items()}, self.layer))
         return super().run(spec, values)
 
 
@@ -363,7 +411,7 @@ def trace_calls(
     """
     recorder = Recorder(numerics=numerics or backend.numerics, like=backend)
     run_step(LayeredModel(ShapeSource(config, expert_format), recorder), batch=batch, seq=seq, start=start, mtp=mtp)
-    return recorder.calls
+    return recorder.notes
 
 
 def run_step(model: Model, *, batch: int, seq: int, start: int, mtp: bool = False, cache: Cache | None = None) -> None:

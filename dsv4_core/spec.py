@@ -125,14 +125,14 @@ class OpSpec:
     signature: inspect.Signature
     doc: str
 
-    @property
+    @functools.cached_property
     def arrays(self) -> tuple[str, ...]:
         """Names of the positional operands."""
         return tuple(
             p.name for p in self.signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"
         )
 
-    @property
+    @functools.cached_property
     def scalars(self) -> tuple[str, ...]:
         """Names of the keyword-only operands."""
         return tuple(p.name for p in self.signature.parameters.values() if p.kind is p.KEYWORD_ONLY)

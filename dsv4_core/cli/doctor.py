@@ -51,7 +51,7 @@ def command(only: str | None, flags: BackendFlags) -> None:
             err=True,
         )
         healthy = False
-    sys.exit(0 if healthy else 1)
+    raise click.exceptions.Exit(0 if healthy else 1)
 
 
 def _host() -> list[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +39,7 @@ def command(model: str | None, layer: int | None, flags: BackendFlags) -> None:
     calls = [call for call in planned_calls(config, backend, fmt) if layer is None or call.layer == layer]
     name, *notes = backend.describe().split("\n")
     title = f"{name}, numerics {backend.numerics}, model {model or 'embedded'}"
-    sys.exit(print_table(backend, calls, title, notes))
+    raise click.exceptions.Exit(print_table(backend, calls, title, notes))
 
 
 def _model(model: str | None) -> tuple[ModelConfig, Format]:

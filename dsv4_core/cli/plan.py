@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from rich.table import Table
 from dsv4_core.cli.console import wide_console
 from dsv4_core.config import PRESETS
 from dsv4_core.parallel import Place
-from dsv4_core.plan import Hardware, Plan, per_token
+from dsv4_core.plan import Ceiling, Hardware, Plan, per_token
 from dsv4_core.plan_claims import claims
 
 if TYPE_CHECKING:
@@ -184,14 +183,14 @@ def describe(plan: Plan, model: str, price: float | None) -> dict[str, Any]:
 
 def grown(plan: Plan, context: int) -> dict[str, Any]:
     """Decode at another context, on the same machine with as many sequences."""
-    there = replace(plan, context=context)
-    count, ceiling = there.decode, there.ceiling("decode")
+    count = plan.graph.decode(plan.batch_per_group, context)
+    ceiling = Ceiling.of(count, plan.hardware, plan.batch)
     return {
         "context": context,
-        "equivalent_fp8": count.equivalent / there.batch_per_group,
-        "cache_per_sequence": there.graph.cache_bytes(context),
-        "weights_read": count.weights / there.batch_per_group,
-        "cache_read": count.read["cache"] / there.batch_per_group,
+        "equivalent_fp8": count.equivalent / plan.batch_per_group,
+        "cache_per_sequence": plan.graph.cache_bytes(context),
+        "weights_read": count.weights / plan.batch_per_group,
+        "cache_read": count.read["cache"] / plan.batch_per_group,
         "tokens_per_second": ceiling.tokens_per_second,
         "limit": ceiling.limit,
     }

@@ -85,8 +85,9 @@ class Team:
 
     def share(self, checkpoint: Checkpoint, request: dict[str, Any]) -> tuple[ShardedSource, Parallel]:
         """Give the source and the reduction points of this rank, once all ranks are known to run the same."""
+        from dsv4_core.identity import identity
         from dsv4_core.model import ALONE
-        from dsv4_core.parallel import ShardedSource, fingerprint, share
+        from dsv4_core.parallel import ShardedSource, share
         from dsv4_core.rank_copy import origin
 
         place = self.place
@@ -98,7 +99,7 @@ class Team:
                     "backend": f"{backend.name}, {backend.numerics}",
                     "split": f"--tp {place.tp} --ep {place.ep}",
                     "configuration": asdict(checkpoint.config),
-                    "checkpoint": origin(checkpoint.path) if self.is_cut else fingerprint(checkpoint),
+                    "checkpoint": origin(checkpoint.path) if self.is_cut else identity(checkpoint),
                     "request": request,
                 }
             )

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from dsv4_core.plan import Graph, Hardware, Plan
 from dsv4_core.plan_claims import MILLION, Predecessor, claims
 from dsv4_core.planner import Planner, total
 from dsv4_core.registry import backend_class
-from dsv4_core.shapes import LayeredModel, ShapeArray, ShapeSource, run_step
+from dsv4_core.shapes import LayeredModel, Recorder, ShapeArray, ShapeSource, run_step
 
 FLASH, PRO, TINY = PRESETS["flash"], PRESETS["pro"], PRESETS["tiny"]
 H100X8 = Hardware.parse("h100x8")
@@ -174,5 +175,40 @@ def test_the_predecessor_is_its_published_figures():
 def test_a_step_on_shapes_reads_no_host_value():
     planner = Planner()
     run_step(LayeredModel(ShapeSource(TINY), planner), batch=2, seq=3, start=130, mtp=True)
-    assert {entry.layer for entry in planner.entries} == {None, *range(TINY.layers)}
+    assert {entry.layer for entry in planner.notes} == {None, *range(TINY.layers)}
     assert isinstance(planner.zeros((1,), "uint8"), ShapeArray)
+
+
+class EveryLayer(LayeredModel):
+    """Runs each layer, equal ones too."""
+
+    def block(self, block, h, step):
+        self._seen.clear()
+        return super().block(block, h, step)
+
+
+@pytest.mark.parametrize(
+    ("batch", "seq", "start", "mtp"), [(1, 1, 255, False), (3, 1, 130, True), (2, 96, 0, True), (1, 512, 4096, False)]
+)
+def test_layers_of_equal_shapes_are_run_once_and_counted_each(batch, seq, start, mtp):
+    """Counts, calls and the memory of the peak are those of a model that runs them all."""
+    seen = []
+    for kind in (LayeredModel, EveryLayer):
+        planner, recorder = Planner(topk=6, sharing=2, groups=2), Recorder(like=backend_class("reference"))
+        for be in (planner, recorder):
+            run_step(kind(ShapeSource(FLASH), be), batch=batch, seq=seq, start=start, mtp=mtp)
+        seen.append((planner.notes, planner.peak, recorder.notes))
+    assert seen[0] == seen[1]
+    assert len({entry.layer for entry in seen[0][0]}) == FLASH.num_hidden_layers + 1 + mtp
+
+
+def test_equal_layers_are_really_run_once():
+    runs = Counter()
+
+    class Counted(Planner):
+        def run(self, spec, values):
+            runs[self.layer] += 1
+            return super().run(spec, values)
+
+    run_step(LayeredModel(ShapeSource(PRO), Counted()), batch=1, seq=1, start=4095)
+    assert len(runs) <= 10 < PRO.num_hidden_layers
