@@ -12,19 +12,18 @@ from dsv4_backend_ascend import probe, proof, selftest, simulate
 from dsv4_backend_ascend.cann import matmul
 from dsv4_backend_ascend.capability import GENERATIONS, Answer, table
 from dsv4_backend_ascend.capability import cann_version as parse_cann
-from dsv4_backend_ascend.chip import ChipBackend
+from dsv4_backend_ascend.composed import ComposedBackend
 from dsv4_backend_ascend.plan import IMPLEMENTATIONS, plan
 from dsv4_backend_ascend.selftest_cases import CASES
 from dsv4_backend_ascend.weights import MxArray, MxExperts, TiledExperts
 from dsv4_core.backend import BackendError, DeviceCheck, Diagnosis, Option
-from dsv4_core.dtypes import Experts, Format, Host, ScaledArray, dtype_name
+from dsv4_core.dtypes import Experts, Host, ScaledArray, dtype_name
 from dsv4_core.ops import OPS, FusedOps
 from dsv4_core.spec import Operand, Support
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    import torch
 
 
 UNQUANTISED = "activations of linear layers with FP8 or FP4 weights are not quantised"
@@ -45,7 +44,7 @@ def _tiered(op: str) -> Callable[..., Any]:
     return run
 
 
-class AscendBackend(ChipBackend):
+class AscendBackend(ComposedBackend):
     """Ascend NPUs.
 
     ``tier``: ``cann`` (CANN's ops where they serve) or ``composed`` (plain PyTorch, the yardstick). ``simulate``: a
@@ -59,7 +58,8 @@ class AscendBackend(ChipBackend):
 
     name = "ascend"
     options: ClassVar[tuple[Option, ...]] = (
-        *(o for o in TorchBackend.options if o.name not in {"device", "few_tokens_by"}),
+        *(o for o in TorchBackend.options if o.name not in {"device", "few_tokens_by", "weight_cache"}),
+        Option("weight_cache", "bytes of FP8 weights kept expanded to BF16 on 910B and 910C", 16 << 30),
         Option("device", "torch device of the NPU", "npu"),
         Option("tier", "cann, or composed: plain PyTorch ops only", "cann"),
         Option("simulate", "run on simulated CANN, on the CPU: 910B, 910C or 950"),
@@ -110,6 +110,7 @@ class AscendBackend(ChipBackend):
             warnings.warn(f"backend 'ascend': {problem}; what it serves is composed", stacklevel=2)
         self.plans: dict[tuple[Any, ...], Answer] = {}
         self.ran: dict[str, None] = {}
+        self._once = []
 
     def _find_chip(self, chosen: dict[str, Any]) -> str:
         """Set the generation; say whether the chip is simulated, planned for, or found."""
@@ -204,10 +205,6 @@ class AscendBackend(ChipBackend):
             and (op == "grouped_linear" or not isinstance(weight, MxArray))
         )
         return not expanded or self.well_scaled(weight)
-
-    def quantised_activation(self, x: torch.Tensor, weight: Format = "e4m3") -> torch.Tensor:
-        """As published, or (``activations=bf16``) as it is beside FP8 and FP4 weights."""
-        return x if self.activations == "bf16" and weight != "int8" else super().quantised_activation(x, weight)
 
     def load(self, weight: Host | ScaledArray) -> Any:
         """On 950 a quantised weight gets its scales in MX layout too."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from dsv4_backend_torch.backend import TorchBackend
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dsv4_backend_ascend.capability import Answer, Generation
 
 
@@ -22,6 +24,11 @@ class ChipBackend(TorchBackend):
     generation: Generation
     cann_version: str | None
     drift: dict[str, str]
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What ``make`` gives for these operands, made once while they are in use."""
+        del key
+        return make()
 
     def planned(self, op: str, arrays: tuple[Any, ...], scalars: dict[str, Any]) -> Answer:
         """Which tier runs a call, with which ops."""

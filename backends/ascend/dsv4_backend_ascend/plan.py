@@ -27,6 +27,13 @@ Implementation = Callable[..., Any]
 """A contract in npu ops; the backend comes first."""
 
 
+def _apply_rope(
+    backend: ChipBackend, x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, *, inverse: bool
+) -> torch.Tensor:
+    turn = backend.once((positions, freqs, "channels"), lambda: norm.angles(positions, freqs))
+    return norm.apply_rope(x, turn, inverse=inverse)
+
+
 def _linear(_backend: ChipBackend, x: torch.Tensor, weight: Any, *, out_dtype: str) -> torch.Tensor:
     if weight.format == "int8":
         return matmul.linear_int8(x, weight, out_dtype=out_dtype)
@@ -87,7 +94,7 @@ def _as_is(function: Implementation) -> Implementation:
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "rms_norm": _as_is(norm.rms_norm),
-    "apply_rope": _as_is(norm.apply_rope),
+    "apply_rope": _apply_rope,
     "linear": _linear,
     "grouped_linear": _grouped_linear,
     "expert_linear": _expert_linear,

@@ -25,7 +25,7 @@ SNAPSHOTS = PACKAGE / "data" / "npu_schemas.json"
 CANN = {
     "2.9.0.post2": "9.0.0, op-plugin 26.0.0",
     "2.10.0.post4": "9.1.0, op-plugin 26.1.0",
-    "2.14.0": "9.1.0 by its own README; no row in torch-npu's table yet",
+    "2.13.0": "none named yet in torch-npu's table",
 }
 """Which CANN a wheel is paired with, by COMPATIBILITY of Ascend/pytorch at 9e73e708 (2026-08-21)."""
 

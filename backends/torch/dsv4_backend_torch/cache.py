@@ -33,12 +33,16 @@ class TorchCache(TorchQuant, CacheOps):
         # No shape may depend on values here: a row that is not stored repeats what the slot of a row that is stored gets.
         target = index.to(torch.int64)
         kept = target >= 0
+        if stored.dtype == torch.uint8 and stored.shape[1] % 4 == 0:  # fewer, wider elements, which every device copies
+            stored, cache = stored.view(torch.int32), cache.view(torch.int32)
+        if index.shape[0] == 1:  # no other row's slot to spare
+            target = target.clamp(min=0)
+            cache.index_copy_(0, target, torch.where(kept[:, None], stored, cache.index_select(0, target)))
+            return
         first = kept.to(torch.int32).argmax(
             0, keepdim=True
         )  # one axis: an index without axes would be read on the host
         some = kept.index_select(0, first)[:, None]
-        if stored.dtype == torch.uint8 and stored.shape[1] % 4 == 0:  # fewer, wider elements, which every device copies
-            stored, cache = stored.view(torch.int32), cache.view(torch.int32)
         stored = torch.where(kept[:, None], stored, torch.where(some, stored.index_select(0, first), cache[:1]))
         cache.index_copy_(0, torch.where(kept, target, target.index_select(0, first).clamp(min=0)), stored)
 

@@ -62,11 +62,17 @@ class TorchNorm(Numeric, NormOps):
     def turned(self, x: Tensor, positions: Tensor, freqs: Tensor, *, inverse: bool) -> Tensor:
         """``apply_rope`` in real numbers: complex ones have no kernels on some devices."""
         rotated = 2 * freqs.shape[0]
-        angle = self.widen(positions.to(torch.float32)[:, None] * freqs)[:, None]
-        cos, sin = angle.cos(), angle.neg().sin() if inverse else angle.sin()
+        cos, sin = self.turning(positions, freqs)
+        if inverse:
+            sin = sin.neg()
         real, imaginary = self.widen(x[..., -rotated:]).reshape(*x.shape[:-1], freqs.shape[0], 2).unbind(-1)
         y = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2)
         return torch.cat([x[..., :-rotated], self.rounded(y)], -1)
+
+    def turning(self, positions: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of each pair's angle, [tokens, 1, half]; the angle is a float32 product in every mode."""
+        angle = self.widen(positions.to(torch.float32)[:, None] * freqs)[:, None]
+        return angle.cos(), angle.sin()
 
     def rotation(self, positions: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
         """``cos + i sin`` of each pair's angle, [tokens, 1, half], and its inverse; the angle is a float32 product in every mode.

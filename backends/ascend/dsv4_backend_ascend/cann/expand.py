@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from dsv4_backend_torch.backend import TorchBackend
 
 GROUPS = 1024  # npu_grouped_matmul takes no more
-PIECES = 8  # in which a group is expanded: what dequantising needs beside its result is an eighth of it
+PIECE = (
+    1 << 26
+)  # bytes of BF16 that are made at a time, an expert's at least: dequantising needs twice as many beside them
 
 
 def expand(
@@ -28,7 +30,7 @@ def expand(
         for part in (stack.data, stack.scale)
     )
     count = data.shape[0]
-    step = -(-count // PIECES)
+    step = max(1, PIECE // (2 * into[0].numel()))
     for first in range(0, count, step):
         part = slice(first, first + step)
         into[part] = backend.dequantise(ScaledArray(data[part], scale[part], stack.format), torch.bfloat16)
