@@ -16,14 +16,13 @@ from dsv4_backend_ascend.composed import ComposedBackend
 from dsv4_backend_ascend.plan import IMPLEMENTATIONS, plan
 from dsv4_backend_ascend.selftest_cases import CASES
 from dsv4_backend_ascend.weights import MxArray, MxExperts, TiledExperts
-from dsv4_core.backend import BackendError, DeviceCheck, Diagnosis, Option
-from dsv4_core.dtypes import Experts, Host, ScaledArray, dtype_name
-from dsv4_core.ops import OPS, FusedOps
-from dsv4_core.spec import Operand, Support
+from dsv4_core.contract.backend import BackendError, DeviceCheck, Diagnosis, Option
+from dsv4_core.contract.dtypes import Experts, Host, ScaledArray, dtype_name
+from dsv4_core.contract.ops import OPS, EveryOp
+from dsv4_core.contract.spec import Operand, Support
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-
 
 
 UNQUANTISED = "activations of linear layers with FP8 or FP4 weights are not quantised"
@@ -234,8 +233,8 @@ class AscendBackend(ComposedBackend):
         del self._well_scaled[id(weight)]
         return repacked
 
-    ffn = FusedOps.ffn  # type: ignore[assignment]  # PyTorch's own fused ones would pass by the ops below
-    moe = FusedOps.moe  # type: ignore[assignment]
+    ffn = EveryOp.ffn  # type: ignore[assignment]  # PyTorch's own fused ones would pass by the ops below
+    moe = EveryOp.moe  # type: ignore[assignment]
     rms_norm = _tiered("rms_norm")
     apply_rope = _tiered("apply_rope")
     linear = _tiered("linear")

@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 from dsv4_backend_torch.weights import StackedExperts
 
-from dsv4_core.dtypes import FP4_GROUP, FP8_BLOCK, WEIGHT_DTYPES, Experts, Format, ScaledArray
+from dsv4_core.contract.dtypes import FP4_GROUP, FP8_BLOCK, WEIGHT_DTYPES, Experts, Format, ScaledArray
 
 MX_PAIR = 64  # channels under one pair of E8M0 scales
 
