@@ -16,7 +16,7 @@ from dsv4_backend_ascend.selftest_cases import CASES
 from dsv4_backend_ascend.simulate import format_cast
 from dsv4_backend_ascend.simulate.samples import VIOLATIONS, samples
 
-from dsv4_core.ops import OPS
+from dsv4_core.contract.ops import OPS
 
 
 def _op(name):

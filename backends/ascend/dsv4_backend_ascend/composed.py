@@ -14,7 +14,7 @@ from dsv4_backend_ascend.chip import ChipBackend
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dsv4_core.dtypes import Format
+    from dsv4_core.contract.dtypes import Format
 
 KEPT = 8  # results that are kept for the ops after: two angles, and what a block quantises
 MAGNITUDES, SIGNS = 0x0E000E00, 0x80008000 - (1 << 32)  # of two float16 values in an int32

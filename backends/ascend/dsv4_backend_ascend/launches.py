@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv4_backend_ascend.backend import AscendBackend
 from dsv4_backend_ascend.cann.call import dry_run, watched
-from dsv4_core.dtypes import Experts, Host, ScaledArray, dtype_name
-from dsv4_core.model import Model
-from dsv4_core.shapes import ShapeSource, run_step
+from dsv4_core.contract.dtypes import Experts, Host, ScaledArray, dtype_name
+from dsv4_core.graph.model import Model
+from dsv4_core.planning.shapes import ShapeSource, run_step
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dsv4_backend_ascend.capability import Generation
-    from dsv4_core.config import ModelConfig
-    from dsv4_core.model import Block
-    from dsv4_core.spec import Array
-    from dsv4_core.step import Step
+    from dsv4_core.checkpoint.config import ModelConfig
+    from dsv4_core.contract.spec import Array
+    from dsv4_core.graph.model import Block
+    from dsv4_core.graph.step import Step
 
 Place = Literal["AI Core", "AICPU", "unknown", "none"]
 """Where an operator runs; none: it launches nothing."""
