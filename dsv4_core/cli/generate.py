@@ -85,8 +85,8 @@ def encode_prompt(
 ) -> list[int]:
     """Text to ids; raise ``ValueError`` where the checkpoint has no tokenizer or the prompt no token."""
     from dsv4_core.text.chat import Message, encode
-    from dsv4_core.text.tokenizer import Vocabulary
     from dsv4_core.text.markers import Piece
+    from dsv4_core.text.tokenizer import Vocabulary
 
     if tokenizer is None:
         raise ValueError(

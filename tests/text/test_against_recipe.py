@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from dsv4_core.text.completion import parse
-from dsv4_core.text.fixed_texts import library_texts
-from dsv4_core.text.markers import Piece, spelt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dsv4_core
 from dsv4_core.text.chat import encode
+from dsv4_core.text.completion import parse
+from dsv4_core.text.fixed_texts import library_texts
+from dsv4_core.text.markers import Piece, spelt
 from dsv4_core.text.tokenizer import PieceStream, Vocabulary, load_tokenizer
 
 recipe = pytest.importorskip("deepseek_recipe")

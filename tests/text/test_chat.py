@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from dsv4_core.text.fixed_texts import FixedTexts
-from dsv4_core.text.markers import MARKERS, Piece, scan, spelt
 
 import dsv4_core
 from dsv4_core.text.chat import encode
+from dsv4_core.text.fixed_texts import FixedTexts
+from dsv4_core.text.markers import MARKERS, Piece, scan, spelt
 from dsv4_core.text.tokenizer import Vocabulary, load_tokenizer
 
 B, E, U, A, R = (

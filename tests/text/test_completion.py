@@ -4,12 +4,12 @@ import json
 import random
 
 import pytest
-from dsv4_core.text.completion import Call, CompletionParser, Reply, parse
-from dsv4_core.text.markers import ASSISTANT, END, Piece, Scanner, scan, spelt
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv4_core.text.chat import encode
+from dsv4_core.text.completion import Call, CompletionParser, Reply, parse
+from dsv4_core.text.markers import ASSISTANT, END, Piece, Scanner, scan, spelt
 
 D = "｜DSML｜"
 

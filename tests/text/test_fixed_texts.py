@@ -1,6 +1,7 @@
 """Fixed texts: read from an encoder file without running it, checked, or refused by name."""
 
 import pytest
+
 from dsv4_core.text.fixed_texts import ENCODER, FixedTexts, checked, fixed_texts, library_texts, read_encoder
 
 TEMPLATES = {
