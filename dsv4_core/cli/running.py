@@ -81,7 +81,7 @@ def planned_calls(
             numerics=backend.numerics,
             seq=seq,
             start=start,
-            mtp=bool(config.num_nextn_predict_layers),
+            mtp=config.draft == "mtp",
             expert_format=expert_format,
         )
     return calls
@@ -183,7 +183,8 @@ class Finished:
 
 def stop_tokens(config: ModelConfig, extra: Sequence[int]) -> set[int]:
     """End-of-sentence, and what the user adds."""
-    return {config.eos_token_id, *extra}
+    end = config.eos_token_id
+    return {*(end if isinstance(end, tuple) else (end,)), *extra}
 
 
 def report(line: Any) -> None:
