@@ -17,8 +17,8 @@ MODEL = "tiny-jargon"
 ASK = [{"role": "user", "content": "What is kludge?"}]
 TOOL = {
     "type": "object",
-    "properties": {"n": {"type": "integer", "enum": [1, 20]}, "on": {"type": "boolean"}},
-    "required": ["n", "on"],
+    "properties": {"on": {"type": "boolean"}},
+    "required": ["on"],
     "additionalProperties": False,
 }
 
@@ -159,13 +159,13 @@ def test_messages(claude, server):
 def test_tools_are_called_by_their_schema(client, claude):
     function = {"name": "set", "description": "Set it.", "strict": True, "parameters": TOOL}
     tools = [{"type": "function", "function": function}]
-    how = {"model": MODEL, "messages": ASK, "max_tokens": 80, "temperature": 0, "tools": tools}
+    how = {"model": MODEL, "messages": ASK, "max_tokens": 110, "temperature": 0, "tools": tools}
     reply = client.chat.completions.create(**how, tool_choice="required", logit_bias={}).choices[0]
     assert reply.finish_reason in {"tool_calls", "length"}  # this model may not stop calling
     call = reply.message.tool_calls[0]
     arguments = json.loads(call.function.arguments)
     assert call.function.name == "set"
-    assert (type(arguments["n"]), type(arguments["on"]), len(arguments)) == (int, bool, 2)
+    assert arguments in ({"on": True}, {"on": False})
     streamed = client.chat.completions.create(**how, tool_choice="required", stream=True)
     deltas = [t for c in streamed if c.choices for t in c.choices[0].delta.tool_calls or []]
     assert "".join(t.function.arguments or "" for t in deltas if t.index == 0) == call.function.arguments
@@ -178,14 +178,14 @@ def test_tools_are_called_by_their_schema(client, claude):
     assert after.choices[0].finish_reason in {"length", "stop"}
     forced = claude.messages.create(
         model=MODEL,
-        max_tokens=80,
+        max_tokens=110,
         messages=ASK,
         extra_body={"temperature": 0},
         tools=[{"name": "set", "description": "Set it.", "strict": True, "input_schema": TOOL}],
         tool_choice={"type": "any"},
     )
     used = next(b for b in forced.content if b.type == "tool_use")
-    assert (used.name, type(used.input["n"])) == ("set", int)
+    assert (used.name, type(used.input["on"])) == ("set", bool)
 
 
 def test_a_reply_by_a_schema(client):
@@ -194,8 +194,7 @@ def test_a_reply_by_a_schema(client):
         model=MODEL, messages=ASK, max_tokens=60, response_format={"type": "json_schema", "json_schema": schema}, seed=1
     ).choices[0]
     assert reply.finish_reason == "stop", reply.message.content
-    value = json.loads(reply.message.content)
-    assert (type(value["n"]), type(value["on"]), len(value)) == (int, bool, 2)
+    assert json.loads(reply.message.content) in ({"on": True}, {"on": False})
 
 
 @pytest.mark.parametrize(
