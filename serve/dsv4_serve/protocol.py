@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dsv4_core.graph.engine import Event
+    from dsv4_core.graph.sampling import Constraint
     from dsv4_serve.served import Served
 
 COMMON: dict[str, tuple[Any, ...]] = {"user": (), "metadata": ()}
@@ -136,12 +137,18 @@ def asked(kind: str, body: dict[str, Any], served: Served, name: str) -> Asked:
         body["messages"] = _developers_are_system(body.get("messages"))
     effort = _effort(kind, body)
     options = recipe.ConversionOptions(default_thinking_mode=served.thinking)
+    any_tool = _any_tool(body) if kind == "messages" else False
     try:
         parsed = ask(json.dumps(body))
         echo = parsed.echo() if kind == "responses" else None
         conversion = parsed.convert(options)
         conversation = conversion.conversation
-        pieces = _prompt(conversation, effort, served)
+        required = any_tool or conversation.tool_choice == "required"
+        if any_tool and conversation.thinking_mode:
+            raise RefusedError(
+                "tool_choice any with thinking is not supported; disable thinking, or choose auto", param="tool_choice"
+            )
+        pieces = _prompt(conversation, effort, served, required=required)
         ids = served.vocabulary.ids(pieces)
         limit = conversion.resolve_max_tokens(len(ids), served.engine.capacity)
     except recipe.ConversionError as error:
@@ -161,12 +168,16 @@ def asked(kind: str, body: dict[str, Any], served: Served, name: str) -> Asked:
         max_tokens=limit,
         sampling=sampling,
         stop=served.ends,
-        constraint=served.constraint(inference.output_constraint, thinking=conversation.thinking_mode),
+        constraint=_constraint(
+            inference.output_constraint, served, required=required, thinking=conversation.thinking_mode
+        ),
     )
     generator = ask.chunk_generator(conversion, name, served.name)
     if echo is not None:
         generator = generator.with_echo(echo)
-    processor = recipe.StreamProcessor(generator, conversion.parsing_options, served.recipe_tokenizer)
+    parsing = conversion.parsing_options
+    parsing.starts_in_tool_calls = required
+    processor = recipe.StreamProcessor(generator, parsing, served.recipe_tokenizer)
     response = respond(name, served.name, served.clock(), len(ids), 0)
     return Asked(request, conversion.stream, Chunks(processor, response, len(ids), served.ends))
 
@@ -215,7 +226,27 @@ def _effort(kind: str, body: dict[str, Any]) -> str | None:
     return value
 
 
-def _prompt(conversation: Any, effort: str | None, served: Served) -> list[Piece]:
+def _any_tool(body: dict[str, Any]) -> bool:
+    """Whether Anthropic's ``tool_choice`` demands a call of any tool, which the library takes for auto."""
+    choice = body.get("tool_choice")
+    if not isinstance(choice, dict):
+        return False
+    if choice.get("disable_parallel_tool_use"):
+        raise RefusedError(
+            "disable_parallel_tool_use is not supported by this server; leave it out", param="tool_choice"
+        )
+    if choice.get("type") == "any" and not body.get("tools"):
+        raise RefusedError("tool_choice any needs tools", param="tool_choice")
+    return choice.get("type") == "any"
+
+
+def _constraint(asked: Any, served: Served, *, required: bool, thinking: bool) -> Constraint | None:
+    if asked is None:
+        return None
+    return served.constraint("tool_call_required" if required else asked.kind, asked.schema, thinking=thinking)
+
+
+def _prompt(conversation: Any, effort: str | None, served: Served, *, required: bool) -> list[Piece]:
     """Write the conversation by our encoder, with the levels of effort of this checkpoint."""
     messages: list[Message] = [_turn(m) for m in conversation.messages]
     thinking = conversation.thinking_mode
@@ -232,7 +263,7 @@ def _prompt(conversation: Any, effort: str | None, served: Served) -> list[Piece
         response_format=conversation.response_schema,
         texts=served.texts,
     )
-    if conversation.tool_choice == "required":
+    if required:
         pieces += [Piece("\n\n<"), Piece(DSML, control=True), Piece("tool_calls>\n")]
     return pieces
 

@@ -52,9 +52,9 @@ class Served:
         if name != self.name:
             raise RefusedError(f"the model {name!r} is not served here; {self.name!r} is", status=404, param="model")
 
-    def constraint(self, asked: Any, *, thinking: bool) -> Constraint | None:
-        """What a reply must keep to, by the kind and schema that the protocol asks for; None where it is free."""
-        return None if asked is None else self.grammars.constraint(asked.kind, asked.schema, thinking=thinking)
+    def constraint(self, kind: str, schema: str, *, thinking: bool) -> Constraint:
+        """What a reply must keep to, by the kind and schema that the protocol asks for."""
+        return self.grammars.constraint(kind, schema, thinking=thinking)
 
     def draw_seed(self) -> int:
         """A seed for a request that names none."""

@@ -197,6 +197,23 @@ def test_a_reply_by_a_schema(client):
     assert json.loads(reply.message.content) in ({"on": True}, {"on": False})
 
 
+def test_a_tool_must_be_called_or_the_request_is_refused(claude):
+    """What the library would take for auto is not taken so."""
+    how = {
+        "model": MODEL,
+        "max_tokens": 2,
+        "messages": ASK,
+        "tools": [{"name": "f", "input_schema": {"type": "object"}}],
+    }
+    for more in (
+        {"tool_choice": {"type": "any"}, "thinking": {"type": "enabled", "budget_tokens": 1024}},
+        {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
+        {"tool_choice": {"type": "any"}, "tools": []},
+    ):
+        with pytest.raises(anthropic.BadRequestError, match="tool_choice any|disable_parallel_tool_use"):
+            claude.messages.create(**{**how, **more})
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
