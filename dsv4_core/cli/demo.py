@@ -32,3 +32,4 @@ def command(chat: str, max_tokens: int) -> None:
     done = session.run(prompt, max_tokens=max_tokens, sampling=Sampling(), speculative=False, stop=stop, chunk=2048)
     report(done.summary() + "\n")
     table()
+    report("\nTalk to it: dsv4 chat. Serve it to clients of OpenAI and Anthropic: dsv4 serve.")
