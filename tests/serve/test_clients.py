@@ -210,7 +210,7 @@ def test_a_tool_must_be_called_or_the_request_is_refused(claude):
         {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
         {"tool_choice": {"type": "any"}, "tools": []},
     ):
-        with pytest.raises(anthropic.BadRequestError, match="tool_choice any|disable_parallel_tool_use"):
+        with pytest.raises(anthropic.BadRequestError, match=r"tool_choice any|disable_parallel_tool_use"):
             claude.messages.create(**{**how, **more})
 
 
