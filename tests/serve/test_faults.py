@@ -2,10 +2,16 @@
 
 import concurrent.futures
 import json
+import signal
 import socket
+import subprocess
+import sys
 
 import httpx
 import pytest
+from click.testing import CliRunner
+
+from dsv4_core import cli
 
 ASK = [{"role": "user", "content": "What is kludge?"}]
 CHAT = {"model": "tiny-jargon", "messages": ASK, "max_tokens": 12, "temperature": 0}
@@ -154,3 +160,46 @@ def test_a_failure_of_one_step_and_of_the_engine(server, monkeypatch):
     monkeypatch.undo()
     assert said(server) == alone
     assert free(server) == 4
+
+
+def test_sigterm_lets_a_stream_end():
+    """The command itself: it says where it listens, serves, and after SIGTERM ends what is under way, refuses the rest."""
+    words = ["serve", "--port", "0", "-b", "reference", "--no-thinking", "--slots", "2", "--context", "100"]
+    process = subprocess.Popen([sys.executable, "-m", "dsv4_core", *words], stderr=subprocess.PIPE, text=True)
+    try:
+        url = next(line for line in process.stderr if "serving tiny-jargon at" in line).split()[-1]
+        body = {
+            **CHAT,
+            "max_tokens": 40,
+            "stream": True,
+            "logit_bias": {"1": -100},
+            "stream_options": {"include_usage": True},
+        }
+        with httpx.stream("POST", f"{url}/chat/completions", json=body, timeout=60) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = list(lines)
+        assert "data: [DONE]" in rest
+        assert any('"completion_tokens":40' in line for line in rest)
+        told = process.stderr.read()
+        assert process.wait(30) == 0
+        assert "SIGTERM: no new requests" in told
+        logged = json.loads(next(line for line in told.splitlines() if line.startswith("{")))
+        assert (logged["route"], logged["tokens"], logged["finished"]) == ("chat", 40, True)
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--context", "100000"], "--context 100000: the model has 4096 positions"),
+        (["--slots", "0"], "0 is not in the range"),
+        (["no/such/model"], "no such directory"),
+    ],
+)
+def test_a_command_that_cannot_be_served(words, message):
+    result = CliRunner().invoke(cli.root, ["serve", "-b", "reference", *words])
+    assert result.exit_code != 0
+    assert message in result.output + str(result.exception)
