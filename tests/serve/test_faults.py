@@ -165,30 +165,23 @@ def test_a_failure_of_one_step_and_of_the_engine(server, monkeypatch):
 def test_sigterm_lets_a_stream_end():
     """The command itself: it says where it listens, serves, and after SIGTERM ends what is under way, refuses the rest."""
     words = ["serve", "--port", "0", "-b", "reference", "--no-thinking", "--slots", "2", "--context", "100"]
-    process = subprocess.Popen([sys.executable, "-m", "dsv4_core", *words], stderr=subprocess.PIPE, text=True)
-    try:
+    command = [sys.executable, "-m", "dsv4_core", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         url = next(line for line in process.stderr if "serving tiny-jargon at" in line).split()[-1]
-        body = {
-            **CHAT,
-            "max_tokens": 40,
-            "stream": True,
-            "logit_bias": {"1": -100},
-            "stream_options": {"include_usage": True},
-        }
+        body = {**CHAT, "max_tokens": 40, "stream": True, "logit_bias": {"1": -100}}
+        body["stream_options"] = {"include_usage": True}
         with httpx.stream("POST", f"{url}/chat/completions", json=body, timeout=60) as reply:
             lines = reply.iter_lines()
             next(lines)
             process.send_signal(signal.SIGTERM)
             rest = list(lines)
-        assert "data: [DONE]" in rest
-        assert any('"completion_tokens":40' in line for line in rest)
         told = process.stderr.read()
-        assert process.wait(30) == 0
-        assert "SIGTERM: no new requests" in told
-        logged = json.loads(next(line for line in told.splitlines() if line.startswith("{")))
-        assert (logged["route"], logged["tokens"], logged["finished"]) == ("chat", 40, True)
-    finally:
-        process.kill()
+    assert process.returncode == 0
+    assert "data: [DONE]" in rest
+    assert any('"completion_tokens":40' in line for line in rest)
+    assert "SIGTERM: no new requests" in told
+    logged = json.loads(next(line for line in told.splitlines() if line.startswith("{")))
+    assert (logged["route"], logged["tokens"], logged["finished"]) == ("chat", 40, True)
 
 
 @pytest.mark.parametrize(

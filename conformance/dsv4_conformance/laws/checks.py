@@ -81,7 +81,7 @@ _scheduled = {
 }
 _schedule = {
     "ratios": ALL_KINDS,
-    "prompts": [290, 40, 270, 129, 300, 3],
+    "prompts": [290, 40, 129, 270, 300, 3],
     "moves": [1, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 2, 1, 0, 1, 0, 0, 0, 0, 2],
     "slots": 2,
     "chunk": 100,
