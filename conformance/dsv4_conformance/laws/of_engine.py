@@ -74,7 +74,7 @@ def _account(engine: Engine) -> str | None:
 
 
 def scheduled(model: Model, requests: Sequence[Request], engine: Engine, moves: Sequence[int]) -> str | None:
-    """Submit, step and cancel as ``moves`` say (0: step, 1: submit the next, 2: cancel the oldest), then run to the end.
+    """Submit, step and cancel as ``moves`` say (0: step, 1: submit the next, 2: cancel the newest), then run to the end.
 
     Every request that was not cancelled is told what it is told alone, a cancelled one a beginning of it.
     """
@@ -86,8 +86,8 @@ def scheduled(model: Model, requests: Sequence[Request], engine: Engine, moves: 
         if move == 1 and len(names) < len(requests):
             names.append(engine.submit(requests[len(names)]))
         elif move == 2 and names:
-            cancelled.add(name := names[len(cancelled) % len(names)])
-            engine.cancel(name)
+            cancelled.add(names[-1])
+            engine.cancel(names[-1])
         else:
             events += engine.step()
         if problem := _account(engine):
