@@ -83,7 +83,7 @@ _schedule = {
     "ratios": ALL_KINDS,
     "prompts": [290, 40, 129, 270, 200, 3, 300],
     "moves": [1, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 2, 1, 0, 1, 0, 0, 0, 0, 2],
-    "slots": 2,
+    "slots": 3,
     "chunk": 100,
     "seed": 0,
 }
