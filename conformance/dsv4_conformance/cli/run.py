@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -73,6 +74,10 @@ def run_command(
 
     Exit status: 0 all that was claimed or required passed, 1 something failed, 2 could not run.
     """
+    from dsv4_conformance.run.isolate import THREADS
+
+    for variable in THREADS:  # before a library reads them: cases are small, and threads that wait for work spin
+        os.environ.setdefault(variable, "1")
     from dsv4_conformance.check import Session
     from dsv4_conformance.laws.invariance import cost
     from dsv4_conformance.run import runner
