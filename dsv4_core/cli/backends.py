@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from dsv4_core.registry import installed
+from dsv4_core.contract.registry import faults, installed
 
 
 @click.command("backends")
@@ -17,6 +17,9 @@ def table() -> None:
     """Print the table; whether a backend's device is there only `dsv4 doctor` and the backend itself can tell."""
     rows = [("backend", "from", "needs", "missing here")]
     for b in sorted(installed().values(), key=lambda b: b.name):
+        if b.problem:
+            rows.append((b.name, f"{b.distribution} {b.version}", "?", f"cannot be chosen: {b.problem}"))
+            continue
         needs = ", ".join(b.requires) if b.extra else "nothing beyond the package"
         rows.append(
             (
@@ -29,3 +32,5 @@ def table() -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for fault in faults():
+        click.echo(fault, err=True)

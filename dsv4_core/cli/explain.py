@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from dsv4_core.checkpoint.config import PRESETS
 from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
-from dsv4_core.config import PRESETS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dsv4_core.backend import Backend
-    from dsv4_core.config import ModelConfig
-    from dsv4_core.dtypes import Format
-    from dsv4_core.shapes import Call
-    from dsv4_core.spec import Support
+    from dsv4_core.checkpoint.config import ModelConfig
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.dtypes import Format
+    from dsv4_core.contract.spec import Support
+    from dsv4_core.planning.shapes import Call
 
 
 @click.command("explain")
@@ -40,14 +39,14 @@ def command(model: str | None, layer: int | None, flags: BackendFlags) -> None:
     calls = [call for call in planned_calls(config, backend, fmt) if layer is None or call.layer == layer]
     name, *notes = backend.describe().split("\n")
     title = f"{name}, numerics {backend.numerics}, model {model or 'embedded'}"
-    sys.exit(print_table(backend, calls, title, notes))
+    raise click.exceptions.Exit(print_table(backend, calls, title, notes))
 
 
 def _model(model: str | None) -> tuple[ModelConfig, Format]:
     if model in PRESETS and not Path(model).is_dir():
         return PRESETS[model], "e2m1"
+    from dsv4_core.checkpoint.weights import Checkpoint
     from dsv4_core.cli.running import expert_format
-    from dsv4_core.weights import Checkpoint
 
     checkpoint = Checkpoint(model_directory(model))
     return checkpoint.config, expert_format(checkpoint)

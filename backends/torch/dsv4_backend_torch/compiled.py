@@ -18,13 +18,13 @@ from torch import Tensor
 
 from dsv4_backend_torch.kept import library
 from dsv4_backend_torch.tape import Tape
-from dsv4_core.dtypes import FP4_GROUP, KV_BLOCK, Experts, ScaledArray
+from dsv4_core.contract.dtypes import FP4_GROUP, KV_BLOCK, Experts, ScaledArray
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from dsv4_core.dtypes import Format, RowLayout
+    from dsv4_core.contract.dtypes import Format, RowLayout
 
     Weight = Tensor | ScaledArray
 

@@ -14,12 +14,12 @@ from dsv4_backend_torch.compiled import FEW
 from dsv4_backend_torch.embed import TorchEmbed
 from dsv4_backend_torch.mhc import TorchMhc
 from dsv4_backend_torch.moe import TorchMoe, swiglu_
-from dsv4_core.dtypes import Experts, ScaledArray, format_of
-from dsv4_core.ops.fused import FusedOps
+from dsv4_core.contract.dtypes import Experts, ScaledArray, format_of
+from dsv4_core.contract.ops import EveryOp
 
 if TYPE_CHECKING:
     from dsv4_backend_torch.matmul import Weight
-    from dsv4_core.dtypes import RowLayout
+    from dsv4_core.contract.dtypes import RowLayout
 
 
 @functools.cache
@@ -28,7 +28,7 @@ def first_experts(rows: int) -> Tensor:
     return torch.zeros((rows, 1), dtype=torch.int32)
 
 
-class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, FusedOps):
+class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, EveryOp):
     """Contracts of ``ops/fused.py``, where fusing pays."""
 
     _only: dict[tuple[int, ...], tuple[tuple[Weight, ...], tuple[Experts, Experts, Experts]]]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dsv4_backend_torch.backend import TorchBackend
-    from dsv4_core.dtypes import Host
+    from dsv4_core.contract.dtypes import Host
 
 SEEN_ONLY = {  # calls that compute nothing: they name memory, or take some
     "alias", "as_strided", "detach", "diagonal", "empty", "empty_like", "empty_strided", "expand", "new_empty", "permute", "select", "slice",
