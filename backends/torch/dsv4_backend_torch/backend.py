@@ -91,7 +91,7 @@ class TorchBackend(TorchFused, Backend):
         if self.few_tokens_by == "c":
             self.require_c()
         self.weights = WeightCache(self.weight_cache)
-        self._well_scaled, self._only = {}, {}
+        self._well_scaled = {}
 
     def require_c(self) -> None:
         """Raise ``BackendError`` where the C kernels cannot run, with the reason."""

@@ -10,8 +10,9 @@ import functools
 import math
 import struct
 import threading
+import weakref
 from array import array
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -57,6 +58,23 @@ _ARGUMENTS = {  # q: an integer or an address, d: a number
 }
 
 
+class ExpertTable:
+    """Where experts' weights are: w1, w3, w2 of one expert after another. ``dim``, ``inter``: channels; 0 where they are not for kernels."""
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        self.weights, self.count = weights, len(weights) // 3
+        self.inter, self.dim = weights[0].shape
+        fit = _weights(weights) and all(
+            weight.shape == ((self.dim, self.inter) if i % 3 == 2 else (self.inter, self.dim))
+            for i, weight in enumerate(weights)
+        )
+        fields = [_fields(weight) for weight in weights] if fit else []
+        if len({kind for _, _, kind in fields}) != 1:
+            self.inter = self.dim = 0
+        self._fields = array("q", [number for each in fields for number in each])
+        self.address = self._fields.buffer_info()[0]
+
+
 class Kernels:
     """A few tokens' ops on float32 and BF16 tensors in host memory. ``compiler``: its version.
 
@@ -77,7 +95,7 @@ class Kernels:
             for name, kinds in _ARGUMENTS.items()
         }
         self._recording = threading.local()
-        self._tables: dict[tuple[int, ...], tuple[Any, array[int], int]] = {}
+        self._tables: dict[int, tuple[tuple[weakref.ref[Experts], ...], ExpertTable]] = {}
 
     @property
     def tape(self) -> Tape | None:
@@ -137,43 +155,38 @@ class Kernels:
         return y if self._run("gemv", fields.buffer_info()[0], groups, keep=(fields, x, weight)) else None
 
     def moe(
-        self, x: Tensor, chosen: Tensor, share: Tensor | None, shared: Tensor | None, experts: tuple[Experts, Experts, Experts],
+        self, x: Tensor, chosen: Tensor, share: Tensor | None, shared: Tensor | None, experts: tuple[Experts, Experts, Experts] | ExpertTable,
         first_expert: int, limit: float, dtype: torch.dtype, *, quantise: bool,
     ) -> Tensor | None:  # fmt: skip
         """Rows ``x`` [rows, dim] through the experts ``chosen`` [rows, topk], weighted by ``share``, summed onto ``shared``, in ``dtype``.
 
-        ``experts``: w1, w3, w2. ``quantise``: what w2 multiplies, as ``act_qdq`` in blocks of 128.
+        ``experts``: w1, w3, w2, or all of them in a table. ``quantise``: what w2 multiplies, as ``act_qdq`` in blocks of 128.
         """
         rows, dim = x.shape
         if rows > FEW or not rows or not (_taken(x) and _wide(share) and _indices(chosen)):
             return None
         if shared is not None and not (shared.dtype == x.dtype and shared.is_contiguous() and shared.shape == x.shape):
             return None
-        table, inter = self._table(experts)
-        if not table or experts[0].shape[2] != dim or (share is not None and share.shape != chosen.shape):
+        table = experts if isinstance(experts, ExpertTable) else self._table(experts)
+        if table.dim != dim or (share is not None and share.shape != chosen.shape):
             return None
         y = torch.empty((rows, dim), dtype=dtype)
         done = self._run(
-            "moe", table.buffer_info()[0], x.data_ptr(), chosen.data_ptr(), _address(share), _address(shared), y.data_ptr(),
-            _TYPES[x.dtype], _TYPES[dtype], rows, chosen.shape[1], experts[0].shape[0], first_expert, dim, inter, quantise, limit,
-            keep=(table, x, chosen, share, shared, experts),
+            "moe", table.address, x.data_ptr(), chosen.data_ptr(), _address(share), _address(shared), y.data_ptr(),
+            _TYPES[x.dtype], _TYPES[dtype], rows, chosen.shape[1], table.count, first_expert, dim, table.inter, quantise, limit,
+            keep=(table, x, chosen, share, shared),
         )  # fmt: skip
         return y if done else None
 
-    def _table(self, experts: tuple[Experts, Experts, Experts]) -> tuple[array[int], int]:
-        """Where all experts' weights are, kept for as long as they are the same objects; empty where they are not for kernels."""
-        key = tuple(map(id, experts))
-        if (found := self._tables.get(key)) is None:
-            w1, w3, w2 = experts
-            count, inter, dim = w1.shape
-            weights = [projection[e] for e in range(count) for projection in experts]
-            fit = _weights(weights) and w3.shape == w1.shape and w2.shape == (count, dim, inter)
-            fields = [_fields(weight) for weight in weights] if fit else []
-            if len({kind for _, _, kind in fields}) > 1:
-                fields = []
-            found = (experts, weights), array("q", [n for each in fields for n in each]), inter
-            self._tables[key] = found
-        return found[1], found[2]
+    def _table(self, experts: tuple[Experts, Experts, Experts]) -> ExpertTable:
+        """Where all experts' weights are, kept for as long as w1's experts live."""
+        found = self._tables.get(id(experts[0]))
+        if found is None or not all(was() is now for was, now in zip(found[0], experts, strict=True)):
+            key, tables = id(experts[0]), self._tables
+            first = weakref.ref(experts[0], lambda _: tables.pop(key, None))
+            weights = [projection[e] for e in range(experts[0].shape[0]) for projection in experts]
+            found = tables[key] = (first, weakref.ref(experts[1]), weakref.ref(experts[2])), ExpertTable(weights)
+        return found[1]
 
     def gate(
         self, x: Tensor, weight: Weight, bias: Tensor | None, table: Tensor | None, ids: Tensor | None, topk: int, route_scale: float

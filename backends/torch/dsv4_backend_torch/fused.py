@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv4_backend_torch.attention import TorchAttention
 from dsv4_backend_torch.cache import TorchCache
-from dsv4_backend_torch.compiled import FEW
+from dsv4_backend_torch.compiled import FEW, ExpertTable
 from dsv4_backend_torch.embed import TorchEmbed
 from dsv4_backend_torch.mhc import TorchMhc
 from dsv4_backend_torch.moe import TorchMoe, swiglu_
@@ -31,26 +31,16 @@ def first_experts(rows: int) -> Tensor:
 class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, EveryOp):
     """Contracts of ``ops/fused.py``, where fusing pays."""
 
-    _only: dict[tuple[int, ...], tuple[tuple[Weight, ...], tuple[Experts, Experts, Experts]]]
-
     def ffn(self, x: Tensor, w1: Weight, w3: Weight, w2: Weight, *, limit: float) -> Tensor:
         x = self.quantised_activation(x, w1.format) if isinstance(w1, ScaledArray) else x
         if self.compiled and 0 < x.shape[0] <= FEW:
-            alone = self._only_expert(w1, w3, w2)
+            alone = ExpertTable((w1, w3, w2))
             few = self.compiled.moe(
                 x, first_experts(x.shape[0]), None, None, alone, 0, limit, self.act_type, quantise=self.quantises(w2)
             )
             if few is not None:
                 return few
         return self.expert(x, (w1, w3), w2, None, limit)
-
-    def _only_expert(self, *weights: Weight) -> tuple[Experts, Experts, Experts]:
-        """A shared expert's weights as those of a layer with one expert, the same objects each time."""
-        key = tuple(map(id, weights))
-        if key not in self._only:
-            w1, w3, w2 = (Experts([weight]) for weight in weights)
-            self._only[key] = (weights, (w1, w3, w2))
-        return self._only[key][1]
 
     def moe(
         self, x: Tensor, weights: Tensor, indices: Tensor, shared: Tensor | None, w1: Experts, w3: Experts, w2: Experts,

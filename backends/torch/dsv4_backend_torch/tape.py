@@ -97,7 +97,10 @@ class Recorded:
         if self._replay is None:
             return self._record(hosts)
         for (buffer, _), host in zip(self._buffers, hosts, strict=True):
-            np.copyto(buffer, host, casting="no")
+            if buffer.shape != host.shape or buffer.dtype != host.dtype:
+                have, given = (f"{a.dtype}{list(a.shape)}" for a in (buffer, host))
+                raise ValueError(f"a step that was recorded with {have}, not {given}; record a step for each shape")
+            buffer[...] = host
         if (
             self._replay()
         ):  # a value that kernels leave to PyTorch; what was written is written again, with the same values
