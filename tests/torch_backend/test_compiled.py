@@ -210,7 +210,7 @@ BROKEN = {
 }
 RUN = """
 import numpy as np
-from dsv4_core import registry
+from dsv4_core.contract import registry
 backend = registry.create("torch", few_tokens_by={by!r})
 x, w = np.ones((1, 64), np.float32), np.full((3, 64), 0.5, np.float32)
 backend = registry.create("torch", numerics="float32", few_tokens_by={by!r})

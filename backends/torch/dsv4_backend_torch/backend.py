@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,6 +17,7 @@ from dsv4_backend_torch.kept import NotCompiledError
 from dsv4_backend_torch.matmul import cpu_multiplies_bf16
 from dsv4_backend_torch.numeric import torch_dtype
 from dsv4_backend_torch.tape import Recorded
+from dsv4_backend_torch.threads import cores
 from dsv4_backend_torch.weights import StackedExperts, WeightCache
 from dsv4_core.contract.backend import Backend, BackendError, Diagnosis, Option
 from dsv4_core.contract.dtypes import BFLOAT16, Experts, Host, ScaledArray
@@ -84,6 +86,8 @@ class TorchBackend(TorchFused, Backend):
                     f"backend {self.name!r}: threads {self.threads!r} must be a whole number of 1 or more"
                 )
             torch.set_num_threads(int(self.threads))
+        elif self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and cores() < torch.get_num_threads():
+            torch.set_num_threads(cores())  # OpenMP counts the machine's, not those of the process's control group
         if self.few_tokens_by not in {"auto", "c", "torch"}:
             raise BackendError(
                 f"backend {self.name!r}: few_tokens_by {self.few_tokens_by!r} is not one of auto, c, torch"
