@@ -6,8 +6,8 @@ from importlib import metadata
 
 import pytest
 
-from dsv4_core import registry
-from dsv4_core.backend import BackendError
+from dsv4_core.contract import registry
+from dsv4_core.contract.backend import BackendError
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def vendor(monkeypatch, tmp_path):
 
 def test_a_vendors_plug_in(vendor):
     vendor(
-        "from dsv4_core.backend import Backend\nfrom dsv4_core.registry import hookimpl\n"
+        "from dsv4_core.contract.backend import Backend\nfrom dsv4_core.contract.registry import hookimpl\n"
         "class V(Backend):\n    name = 'vendor'\n@hookimpl\ndef dsv4_backend():\n    return V\n"
     )
     assert registry.create("vendor").name == "vendor"

@@ -14,17 +14,17 @@ import click
 from dsv4_core.cli.options import BackendFlags, backend_options
 
 if TYPE_CHECKING:
-    from dsv4_conformance.checks import Finding
-    from dsv4_conformance.runner import Run
-    from dsv4_core.spec import Tier
+    from dsv4_conformance.check import Finding
+    from dsv4_conformance.run.runner import Run
+    from dsv4_core.contract.spec import Tier
 
 COMMANDS = {
     "run": "dsv4_conformance.cli:run_command",
     "mutants": "dsv4_conformance.museum.cli:command",
     "matrix": "dsv4_conformance.report.matrix:command",
-    "export": "dsv4_conformance.export:command",
-    "judge": "dsv4_conformance.export:judge_command",
-    "localise": "dsv4_conformance.localise:command",
+    "export": "dsv4_conformance.exchange.export:command",
+    "judge": "dsv4_conformance.exchange.export:judge_command",
+    "localise": "dsv4_conformance.model.localise:command",
 }
 
 
@@ -105,11 +105,12 @@ def run_command(
 
     Exit status: 0 all that was claimed or required passed, 1 something failed, 2 could not run.
     """
-    from dsv4_conformance import checks, runner
-    from dsv4_conformance import xfails as expected
-    from dsv4_conformance.invariance import cost
-    from dsv4_conformance.isolate import Workers
-    from dsv4_core import registry
+    from dsv4_conformance import check as checks
+    from dsv4_conformance.laws.invariance import cost
+    from dsv4_conformance.run import runner
+    from dsv4_conformance.run import xfails as expected
+    from dsv4_conformance.run.isolate import Workers
+    from dsv4_core.contract import registry
 
     name = flags.choose().name
     backend = flags.create()

@@ -59,7 +59,7 @@ def main() -> None:
     """Run the command line; errors that a user can act on are printed as one message, without a traceback, and exit
     with 2.
     """
-    from dsv4_core.spec import BackendError
+    from dsv4_core.contract.spec import BackendError
 
     try:
         sys.exit(root(standalone_mode=False))  # click gives back the status that a command exits with

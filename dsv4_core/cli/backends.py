@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from dsv4_core.registry import installed
+from dsv4_core.contract.registry import installed
 
 
 @click.command("backends")

@@ -13,10 +13,10 @@ from dsv4_backend_ascend.capability import GENERATIONS, Answer, Generation
 from dsv4_backend_ascend.capability import cann_version as parse_cann
 from dsv4_backend_ascend.plan import IMPLEMENTATIONS, plan
 from dsv4_backend_ascend.weights import MxArray, MxExperts
-from dsv4_core.backend import BackendError, DeviceCheck, Diagnosis, Option
-from dsv4_core.dtypes import Experts, Format, Host, ScaledArray, dtype_name
-from dsv4_core.ops import OPS, FusedOps
-from dsv4_core.spec import Support
+from dsv4_core.contract.backend import BackendError, DeviceCheck, Diagnosis, Option
+from dsv4_core.contract.dtypes import Experts, Format, Host, ScaledArray, dtype_name
+from dsv4_core.contract.ops import OPS, FusedOps
+from dsv4_core.contract.spec import Support
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

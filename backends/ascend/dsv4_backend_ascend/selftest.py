@@ -16,8 +16,8 @@ import numpy as np
 from dsv4_backend_torch.backend import TorchBackend
 
 from dsv4_backend_ascend.selftest_cases import CASES, Call, Case
-from dsv4_core.dtypes import Experts, Host, ScaledArray
-from dsv4_core.ops import FusedOps
+from dsv4_core.contract.dtypes import Experts, Host, ScaledArray
+from dsv4_core.contract.ops import FusedOps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

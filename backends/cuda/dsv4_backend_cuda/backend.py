@@ -11,14 +11,14 @@ from dsv4_backend_torch.backend import TorchBackend
 
 from dsv4_backend_cuda import device, launch
 from dsv4_backend_cuda.rules import RULES, WITHOUT_KERNEL, Answer
-from dsv4_core.backend import Option
-from dsv4_core.ops import OPS, FusedOps
-from dsv4_core.spec import Support
+from dsv4_core.contract.backend import Option
+from dsv4_core.contract.ops import OPS, FusedOps
+from dsv4_core.contract.spec import Support
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dsv4_core.backend import Diagnosis
+    from dsv4_core.contract.backend import Diagnosis
 
 _FP8_SUMS = ("fp8 products summed in less than float32 within 128 channels, promoted to float32 after each",)
 

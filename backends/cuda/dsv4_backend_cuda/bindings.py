@@ -26,8 +26,8 @@ from dsv4_backend_cuda.kernels import (
     sparse_attn,
     unpack,
 )
-from dsv4_core.dtypes import FP8_BLOCK, Experts, RowLayout, ScaledArray
-from dsv4_core.ops.fused import SCORES_AT_ONCE
+from dsv4_core.contract.dtypes import FP8_BLOCK, Experts, RowLayout, ScaledArray
+from dsv4_core.contract.ops.fused import SCORES_AT_ONCE
 
 if TYPE_CHECKING:
     from dsv4_backend_cuda.backend import CudaBackend

@@ -11,7 +11,7 @@ import click
 
 from dsv4_backend_cuda import build, interpret
 from dsv4_backend_cuda.launch import ARCHITECTURES
-from dsv4_core.spec import BackendError
+from dsv4_core.contract.spec import BackendError
 
 
 @click.group("kernels")

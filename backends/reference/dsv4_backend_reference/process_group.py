@@ -11,14 +11,14 @@ import numpy as np
 import torch
 import torch.distributed
 
-from dsv4_core.dtypes import E8M0_VALUES, Host, decode, numpy_dtype
-from dsv4_core.liveness import JOIN, RankError
+from dsv4_core.contract.dtypes import E8M0_VALUES, Host, decode, numpy_dtype
+from dsv4_core.ranks.watch import JOIN, RankError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from dsv4_backend_reference.backend import ReferenceBackend
-    from dsv4_core.rendezvous import Rendezvous
+    from dsv4_core.contract.rendezvous import Rendezvous
 
 dist: Any = torch.distributed  # its stubs leave out what it documents
 SLOWEST = timedelta(minutes=30)  # a collective waits so long for a rank that still shows signs of life

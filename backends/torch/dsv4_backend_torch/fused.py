@@ -12,12 +12,12 @@ from dsv4_backend_torch.cache import TorchCache
 from dsv4_backend_torch.embed import TorchEmbed
 from dsv4_backend_torch.mhc import TorchMhc
 from dsv4_backend_torch.moe import TorchMoe, swiglu_
-from dsv4_core.dtypes import Experts, ScaledArray, format_of
-from dsv4_core.ops.fused import FusedOps
+from dsv4_core.contract.dtypes import Experts, ScaledArray, format_of
+from dsv4_core.contract.ops.fused import FusedOps
 
 if TYPE_CHECKING:
     from dsv4_backend_torch.matmul import Weight
-    from dsv4_core.dtypes import RowLayout
+    from dsv4_core.contract.dtypes import RowLayout
 
 
 class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, FusedOps):

@@ -12,13 +12,13 @@ import torch.distributed
 from torch import Tensor
 
 from dsv4_backend_torch.numeric import torch_dtype
-from dsv4_core.liveness import JOIN, RankError
+from dsv4_core.ranks.watch import JOIN, RankError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from dsv4_backend_torch.backend import TorchBackend
-    from dsv4_core.rendezvous import Rendezvous
+    from dsv4_core.contract.rendezvous import Rendezvous
 
 dist: Any = torch.distributed  # its stubs leave out what it documents
 LIBRARY = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl", "xpu": "xccl"}

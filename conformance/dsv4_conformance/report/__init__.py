@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4_conformance.report.html import page
 from dsv4_conformance.report.junit import junit
-from dsv4_conformance.runner import Run, to_json
+from dsv4_conformance.run.runner import Run, to_json
 
 if TYPE_CHECKING:
     from pathlib import Path

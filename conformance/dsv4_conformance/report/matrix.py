@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from dsv4_conformance.runner import said_once
-from dsv4_core.spec import OPS
+from dsv4_conformance.run.runner import said_once
+from dsv4_core.contract.spec import OPS
 
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
 HEAD = """# Support matrix
