@@ -104,11 +104,14 @@ def generate(
     max_tokens: int,
     sampling: Sampling = Sampling(),
     stop: Collection[int] = (),
+    stopped: Collection[int] = (),
     chunk: int = CHUNK,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield one token per sequence and step, None for a sequence that has stopped; a stop token is yielded, then its
     sequence stops. Of several ranks each yields the tokens of all sequences.
+
+    ``stopped``: sequences of which the caller wants no more, looked at after each step; every rank names the same.
 
     Raises ``CacheError`` where prompt and ``max_tokens`` exceed the model's positions, ``ValueError`` for ids outside
     the vocabulary.
@@ -127,7 +130,7 @@ def generate(
         uniform = np.array([d.random() for d in draws], np.float32)
         tokens = _sample(model, model.logits(streams), sampling, mine(uniform))
         yield [int(t) if a else None for t, a in zip(tokens, alive, strict=True)]
-        alive &= ~np.isin(tokens, list(stop))
+        alive &= ~np.isin(tokens, list(stop)) & ~np.isin(np.arange(batch), list(stopped))
         if not alive.any():
             return
         if (lengths[alive] >= cache.capacity).any():
