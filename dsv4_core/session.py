@@ -2,8 +2,10 @@
 
 >>> import dsv4_core as dsv4
 >>> with dsv4.load(backend="reference") as model:
-...     for event in model.generate("What is kludge?", max_tokens=8):
-...         print(event.text, end="")
+...     words = [event.text for event in model.generate("What is kludge?", max_tokens=8)]
+...     logits = model.logits([0, 3, 327])
+>>> logits.shape
+(3, 2048)
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ def command(preset: str, out: Path, tokens: int, prompt: int, memory: int, flags
     Big weights are holes that read as zero, so the text means nothing; time, memory and bytes touched are real, and printed next to what
     the planner says.
     """
-    from dsv4_core.cli.running import bar, check_support, expert_format
+    from dsv4_core.cli.running import bar
+    from dsv4_core.planning.support import check_support, expert_format
 
     if not (out / INDEX).exists():
         began = time.perf_counter()

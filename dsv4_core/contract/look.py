@@ -1,0 +1,47 @@
+"""What can be said of a backend without loading its libraries: `dsv4 backends` and `dsv4 doctor` both say this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from dsv4_core.contract import registry
+from dsv4_core.contract.backend import Diagnosis
+from dsv4_core.contract.spec import BackendError
+
+Status = Literal["runs", "simulates only", "cannot run"]
+
+
+@dataclass(frozen=True)
+class Look:
+    """Whether a backend can run here as far as files and metadata tell, why not, and what was looked at.
+
+    ``simulates only``: its device is not here, and it can stand in for it on a CPU. A backend says so by a function without
+    arguments that gives a ``Look``, under its own name in the entry points ``dsv4.looks``; that module loads no library.
+    """
+
+    status: Status
+    note: str = ""
+    lines: tuple[Diagnosis, ...] = ()
+
+
+def look(name: str) -> Look:
+    """Look at an installed backend: its requirements by metadata, then what it says itself. Raises nothing."""
+    backend = registry.installed()[name]
+    if backend.problem:
+        return Look("cannot run", backend.problem)
+    advice = backend.install_command if backend.missing else ""
+    lines = tuple(
+        Diagnosis(need, "missing" if need in backend.missing else "installed", advice if need in backend.missing else "")
+        for need in (backend.requires if backend.extra else ())
+    )
+    if backend.missing:
+        return Look("cannot run", f"needs {', '.join(backend.missing)}: {backend.install_command}", lines)
+    for entry in registry.entries(registry.LOOKS).get(name, [])[:1]:
+        try:
+            with registry.blaming(f"the look of backend {name!r}", "failed"):
+                found = cast("Look", registry.loaded(entry)())
+                return Look(found.status, found.note, (*lines, *found.lines))
+        except BackendError as error:
+            return Look("cannot run", str(error), lines)
+    return Look("runs", "", lines)
