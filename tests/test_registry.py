@@ -112,6 +112,6 @@ def test_a_plug_in_without_the_hook(vendor):
 
 def test_choosing_the_reference_imports_no_other_backend():
     found = "[m for m in sys.modules if m.startswith('dsv4_backend') and '.' not in m]"
-    code = f"import sys; from dsv4_core import registry; registry.create('reference'); print({found})"
+    code = f"import sys; from dsv4_core.contract import registry; registry.create('reference'); print({found})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "['dsv4_backend_reference']"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import traceback
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from dsv4_core.contract import registry
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 Status = Literal["passed", "failed", "error", "crashed", "timeout", "memory", "unsupported", "xfailed", "xpassed"]
 Group = Literal["op", "trace", "law", "model", "invariance", "device"]
+HERE = str(Path(__file__).parent)
 TIERS: tuple[Tier, ...] = ("smoke", "standard", "full")
 BAD: frozenset[str] = frozenset({"failed", "error", "crashed", "timeout", "memory", "xpassed"})
 
@@ -110,23 +113,12 @@ class Session:
         return {}
 
 
-def collect(tier: Tier, numerics: Numerics, backend: Backend | None = None) -> list[Check]:
-    """Every check of a tier and of those below it, in the order of a run: ops, invariance, traces, laws, models, device.
-
-    ``backend`` adds those of the weight formats that it declares and those that it brings for its device.
-    """
-    from importlib import import_module
-
-    from dsv4_conformance.cases import checks as opcases
-    from dsv4_conformance.model import checks as models
-    from dsv4_conformance.run import device
-
-    formats = backend.weight_formats if backend else ()
-    found: list[Check] = [*opcases.declared(formats), *models.declared(formats, numerics)]
-    for module in ("opcases", "invariance", "traces", "laws", "models"):
-        found += import_module(f"dsv4_conformance.{module}").checks(numerics)
-    found += device.checks(backend) if backend else []
-    return [c for c in found if TIERS.index(c.tier) <= TIERS.index(tier)]
+def describe(error: BaseException) -> str:
+    """An exception as one line: type, text, and the innermost frame outside the suite."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(HERE)]
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
+    text = str(error).strip().split("\n")[0]
+    return f"raised {type(error).__name__}: {text}{where}"
 
 
 def environment() -> dict[str, str]:

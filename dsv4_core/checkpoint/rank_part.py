@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from dsv4_core.checkpoint.config import ModelConfig
     from dsv4_core.checkpoint.layout import TensorSpec
+    from dsv4_core.checkpoint.source import WeightSource
     from dsv4_core.checkpoint.weights import Checkpoint
-    from dsv4_core.graph.model import WeightSource
 
 _ROWS = ("attn.wq_b", "attn.wo_a", "attn.attn_sink", "shared_experts.w1", "shared_experts.w3")
 _VOCABULARY = ("embed", "head")

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dsv4_core.contract.dtypes import Experts, Format, Host, ScaledArray, format_of
-from dsv4_core.contract.ops import OPS, FusedOps
+from dsv4_core.contract.ops import OPS, EveryOp
 from dsv4_core.contract.spec import Array, BackendError, Numerics, Operand, Support, Tier
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from dsv4_core.contract.collectives import ProcessGroup
     from dsv4_core.contract.rendezvous import Rendezvous
-    from dsv4_core.ranks.exchange import ProcessGroup
 
 __all__ = ["Backend", "BackendError", "DeviceCheck", "Diagnosis", "Option", "missing_ops"]
 
@@ -54,7 +54,7 @@ class DeviceCheck:
     run: Callable[[], str]
 
 
-class Backend(FusedOps):
+class Backend(EveryOp):
     """A way to run every op. Subclass it, implement the required ops, override fused ones where that pays.
 
     ``name``: as registered. ``options``: what the constructor takes beside ``numerics``. ``claims_level`` and
@@ -113,7 +113,7 @@ class Backend(FusedOps):
     @classmethod
     def implements(cls, op: str) -> bool:
         """Say whether the class brings its own implementation of ``op``, rather than the contract's default or none."""
-        return getattr(cls, op) is not getattr(FusedOps, op)
+        return getattr(cls, op) is not getattr(EveryOp, op)
 
     @classmethod
     def diagnose(cls) -> tuple[Diagnosis, ...]:

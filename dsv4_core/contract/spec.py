@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 Numerics = Literal["native", "float32", "float64"]
@@ -63,48 +63,6 @@ Tier = Literal["smoke", "standard", "full"]
 
 
 @dataclass(frozen=True)
-class Case:
-    """Sizes and scalars that an op is tried with; ``name`` says what the case would break.
-
-    ``data`` names how the operands are filled, ``dtypes`` the format of weights that are not bfloat16 (``e4m3``,
-    ``e2m1``, ``int8``, ``float32``), ``views`` whether operands are non-contiguous. A scalar ``"act"`` or ``"wide"`` stands for
-    that dtype's name, a ``layout`` of ``"kv"`` ... for its RowLayout.
-    """
-
-    name: str
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    scalars: Mapping[str, Any] = field(default_factory=dict)
-    data: str = "normal"
-    tier: Tier = "standard"
-    dtypes: Mapping[str, str] = field(default_factory=dict)
-    views: bool = False
-
-    def but(
-        self,
-        name: str,
-        tier: Tier = "standard",
-        *,
-        data: str = "",
-        dtypes: Mapping[str, str] | None = None,
-        views: bool = False,
-        **changes: Any,
-    ) -> Case:
-        """The same case but for ``changes`` of sizes and scalars."""
-        sizes = {k: changes.get(k, v) for k, v in self.sizes.items()}
-        scalars = {k: changes.get(k, v) for k, v in self.scalars.items()}
-        if unknown := changes.keys() - sizes.keys() - scalars.keys():
-            raise TypeError(f"case {name!r} changes {sorted(unknown)}, which {self.name!r} does not have")
-        return Case(name, sizes, scalars, data or self.data, tier, {**self.dtypes, **(dtypes or {})}, views)
-
-    def odd(self, axis: str = "tokens", *, sizes: tuple[int, ...] = (0, 1, 17, 33, 65, 129)) -> tuple[Case, ...]:
-        """No row, one, a prime, and one past each block that kernels are tiled by."""
-        return tuple(
-            self.but(f"{axis}={n}", "smoke" if n == 1 else "standard", **cast("dict[str, Any]", {axis: n}))
-            for n in sizes
-        )
-
-
-@dataclass(frozen=True)
 class OpSpec:
     """One contract, as declared: everything that documents, the planner and the conformance suite know about an op."""
 
@@ -121,7 +79,6 @@ class OpSpec:
     work: Mapping[str, str]
     reads: Mapping[str, str]
     writes: Mapping[str, str]
-    cases: Callable[[], tuple[Case, ...]]
     signature: inspect.Signature
     doc: str
 
@@ -157,7 +114,6 @@ def op(
     work: Mapping[str, str] | None = None,
     reads: Mapping[str, str] | None = None,
     writes: Mapping[str, str] | None = None,
-    cases: Callable[[], tuple[Case, ...]] = tuple,
 ) -> Callable[[F], F]:
     """Declare the method below as a contract.
 
@@ -195,7 +151,6 @@ def op(
             work=work or {},
             reads=reads or {},
             writes=writes or {},
-            cases=cases,
             signature=inspect.signature(method),
             doc=inspect.getdoc(method) or "",
         )

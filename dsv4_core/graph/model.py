@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from dsv4_core.contract.dtypes import FP4_GROUP, KV_BLOCK, Experts, ScaledArray
+from dsv4_core.contract.dtypes import FP4_GROUP, KV_BLOCK, Experts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dsv4_core.checkpoint.config import ModelConfig
+    from dsv4_core.checkpoint.source import WeightSource
     from dsv4_core.contract.backend import Backend
     from dsv4_core.contract.dtypes import Host
     from dsv4_core.contract.spec import Array
     from dsv4_core.graph.cache import LayerCache
     from dsv4_core.graph.step import Compression, Step
-
-
-class WeightSource(Protocol):
-    """Where weights come from: a checkpoint, or shapes alone."""
-
-    config: ModelConfig
-
-    def array(self, name: str) -> Host:
-        """Give a tensor by its full name."""
-
-    def weight(self, name: str) -> Host | ScaledArray:
-        """Give ``name.weight``, joined with its scale if it has one."""
-
-    def experts(self, prefix: str, projection: str) -> Experts:
-        """Give one projection (w1, w2, w3) of every routed expert under ``prefix``."""
 
 
 @dataclass(frozen=True)

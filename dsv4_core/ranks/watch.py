@@ -13,14 +13,16 @@ import os
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from dsv4_core.contract.backend import BackendError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
     from typing_extensions import Self
+
+    from dsv4_core.contract.collectives import Store
 
 BEAT = 0.5  # seconds between two signs of life
 SILENCE = 12.0  # without one, a rank is lost: over the longest that a call may keep Python's lock, well under 30
@@ -28,19 +30,6 @@ SUSPECT = 4.0  # the same, once a connection to some rank has broken
 JOIN = 25.0  # to wait for ranks that have not started
 FAREWELL = 4.0  # the rank that holds the store waits so long for the others to read why
 EXIT = 3  # status of a rank that ends because of another
-
-
-class Store(Protocol):
-    """A map from strings to bytes that all ranks share; torch's TCPStore is one."""
-
-    def set(self, key: str, value: str, /) -> None:
-        """Write."""
-
-    def check(self, keys: list[str], /) -> bool:
-        """Say whether all keys have been written."""
-
-    def multi_get(self, keys: list[str], /) -> Sequence[bytes]:
-        """Read keys that have been written."""
 
 
 class RankError(BackendError):

@@ -1,10 +1,10 @@
 """A vendor's backend in one file: the ops that its hardware does well, the others not yet; the suite says what that amounts to."""
 
 import numpy as np
-from dsv4_core.backend import Backend
-from dsv4_core.registry import hookimpl
 
 from dsv4_core import dtypes as d
+from dsv4_core.backend import Backend
+from dsv4_core.registry import hookimpl
 
 
 def quantise(x, fmt, block):

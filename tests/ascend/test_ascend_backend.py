@@ -13,7 +13,7 @@ from dsv4_backend_ascend import probe
 from dsv4_backend_ascend.backend import AscendBackend
 from dsv4_backend_ascend.capability import GENERATIONS, cann_version
 from dsv4_backend_torch.backend import TorchBackend
-from dsv4_conformance.cli import run_command
+from dsv4_conformance.cli.run import run_command
 
 from dsv4_core.checkpoint.weights import Checkpoint, embedded
 from dsv4_core.contract.backend import BackendError

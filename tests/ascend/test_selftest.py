@@ -11,7 +11,7 @@ from dsv4_backend_ascend.capability import GENERATIONS, table
 from dsv4_backend_ascend.cli import command
 from dsv4_backend_ascend.selftest_cases import CASES
 from dsv4_backend_torch.backend import TorchBackend
-from dsv4_conformance.cli import run_command
+from dsv4_conformance.cli.run import run_command
 from vendor_bugs import BUGS
 
 from dsv4_core.contract import registry

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from dsv4_conformance.check import Session
-from dsv4_conformance.exchange import replay
 from dsv4_conformance.model import golden, localise, trace_file
 from dsv4_conformance.model.record import Recorder, record
 from dsv4_conformance.museum import hunt
 from dsv4_conformance.museum.fault import MUTANTS
-from dsv4_conformance.run import runner
+from dsv4_conformance.run import catalogue, runner
 from recorded import vectors
 
 from dsv4_core.checkpoint.weights import Checkpoint
@@ -105,7 +104,7 @@ def test_what_is_over_budget_is_named_and_saved_as_a_case_that_replays(tmp_path)
         result = runner.run(Session(cls(numerics="native")), cases=[str(path)])
         assert [f.status for f in result.findings] == [status]
     with pytest.raises(ValueError, match="recorded in native; run it with --numerics native"):
-        replay.find(str(path)).run(Session(right(numerics="float32")))
+        catalogue.find(str(path)).run(Session(right(numerics="float32")))
 
 
 def test_a_trace_is_judged_elsewhere(tmp_path):

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from dsv4_conformance import check as checks
 from dsv4_conformance.cases import checks as opcases
+from dsv4_conformance.cli.mutants import load
 from dsv4_conformance.museum import pages
 from dsv4_conformance.museum.catalogue import MUTANTS, VARIANTS
-from dsv4_conformance.museum.cli import load
 from dsv4_conformance.museum.hunt import hunt, right_backend
-from dsv4_conformance.report import finite, junit, page
+from dsv4_conformance.report.html import page
+from dsv4_conformance.report.junit import junit
 from dsv4_conformance.report.matrix import between, matrix, summary
 from dsv4_conformance.report.matrix import load as load_report
 from dsv4_conformance.report.op_pages import op_reference
+from dsv4_conformance.report.write import finite
 from dsv4_conformance.run import runner
 from dsv4_conformance.run.isolate import Workers
 from dsv4_conformance.run.xfails import Xfail, stale

@@ -5,7 +5,6 @@ import re
 import numpy as np
 import pytest
 from dsv4_conformance.check import Session
-from dsv4_conformance.exchange import replay
 from dsv4_conformance.laws import checks as laws
 from dsv4_conformance.laws import of_models as law_list
 from dsv4_conformance.laws import of_ops as op_laws
@@ -13,7 +12,7 @@ from dsv4_conformance.laws import small_model as lawmodel
 from dsv4_conformance.laws import strategies
 from dsv4_conformance.museum import hunt
 from dsv4_conformance.museum.fault import MUTANTS
-from dsv4_conformance.run import runner
+from dsv4_conformance.run import catalogue, runner
 
 CHECKS = {c.law.name: c for c in laws.checks("native")}
 BITWISE = {"same_bits_in_chunks", "same_bits_in_a_batch"}  # another level, which the reference claims in another mode
@@ -96,7 +95,7 @@ def test_examples_are_written_and_read():
     with pytest.raises(ValueError, match="lacks chunks, seed"):
         strategies.read("ratios=0", laws.LAWS[0].always[0])
     with pytest.raises(ValueError, match="no law 'nope'; laws: chunked_is_full"):
-        replay.find("law/nope:a=1")
+        catalogue.find("law/nope:a=1")
 
 
 def test_tolerances_follow_the_precision():

@@ -228,11 +228,10 @@ def test_ranks_that_never_start_are_named():
 
 
 def test_no_store_is_said(monkeypatch):
-    from dsv4_backend_reference import process_group
-
     from dsv4_core.contract import registry
+    from dsv4_core.ranks import store
 
-    monkeypatch.setattr(process_group, "JOIN", 1.0)
+    monkeypatch.setattr(store, "JOIN", 1.0)
     where = Rendezvous(rank=1, ranks=2, local_rank=1, host="127.0.0.1", port=free_port(), hosted=False, attempt="0")
     with pytest.raises(RankError, match=r"rank 1 found no store of rank 0 at 127\.0\.0\.1"):
         registry.create("reference").process_group(where)

@@ -27,7 +27,7 @@ from dsv4_backend_cuda.kernels import (
     unpack,
 )
 from dsv4_core.contract.dtypes import FP8_BLOCK, Experts, RowLayout, ScaledArray
-from dsv4_core.contract.ops.fused import SCORES_AT_ONCE
+from dsv4_core.contract.ops.attention import SCORES_AT_ONCE
 
 if TYPE_CHECKING:
     from dsv4_backend_cuda.backend import CudaBackend

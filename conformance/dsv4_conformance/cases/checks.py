@@ -10,6 +10,7 @@ import numpy as np
 import dsv4_conformance.cases.rules  # noqa: F401  registers how operands are made
 import dsv4_core.contract.ops  # noqa: F401  declares the ops
 from dsv4_conformance.cases import operands
+from dsv4_conformance.cases.case import Case, cases_of
 from dsv4_conformance.check import Check, Finding, Group, Session
 from dsv4_conformance.verdict.budget import Expected, expect
 from dsv4_conformance.verdict.calls import Call, execute, seed_of
@@ -17,7 +18,7 @@ from dsv4_conformance.verdict.discrete import judge_discrete
 from dsv4_conformance.verdict.judge import Verdict, judge_exact, judge_rounded
 from dsv4_core.contract.backend import Backend
 from dsv4_core.contract.dtypes import WEIGHT_DTYPES, dtype_name
-from dsv4_core.contract.spec import OPS, Case, Operand, OpSpec
+from dsv4_core.contract.spec import OPS, Operand, OpSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -127,7 +128,7 @@ class OpCase:
 def checks(numerics: Numerics) -> list[Check]:
     """Every declared case of every op, but for weight formats that a backend need not have; in the full tier smoke's with more seeds."""
     del numerics
-    cases = [(spec, case) for spec in OPS.values() for case in spec.cases() if not optional(case)]
+    cases = [(spec, case) for spec in OPS.values() for case in cases_of(spec) if not optional(case)]
     again = [OpCase(s, c, again=i) for s, c in cases if c.tier == "smoke" for i in range(1, SEEDS)]
     return [*(OpCase(s, c) for s, c in cases), *again]
 
@@ -142,6 +143,6 @@ def declared(formats: Iterable[str]) -> list[Check]:
     return [
         OpCase(spec, case)
         for spec in OPS.values()
-        for case in spec.cases()
+        for case in cases_of(spec)
         if optional(case) and optional(case) <= set(formats)
     ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv4_conformance.cases.case import Case
 from dsv4_conformance.cases.flavours import fill, midpoints, scale_edges
 from dsv4_core.checkpoint.config import PRESETS
 from dsv4_core.contract.dtypes import (
@@ -25,7 +26,7 @@ from dsv4_core.contract.dtypes import (
     quantise_weight,
     round_to_grid,
 )
-from dsv4_core.contract.spec import OPS, Case, Numerics
+from dsv4_core.contract.spec import OPS, Numerics
 
 FAR = 1 << 20  # the published models' max_position_embeddings
 SCALES = (1, 232)  # bytes of a weight's scales: 2^-126 and 2^105, so that products stay inside bfloat16

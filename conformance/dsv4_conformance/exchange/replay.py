@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsv4_conformance.cases.checks import judge_call, level_of
-from dsv4_conformance.check import Check, Finding, Group, Session
+from dsv4_conformance.check import Finding, Group, Session
 from dsv4_conformance.files import tensorfile
 from dsv4_conformance.files.stored_calls import Packer, unpack
-from dsv4_conformance.laws import checks as laws
 from dsv4_conformance.verdict.budget import Expected, expect
 from dsv4_conformance.verdict.calls import Call, result_dtype
 from dsv4_conformance.verdict.discrete import judge_discrete
 from dsv4_conformance.verdict.judge import Verdict, judge_exact, judge_rounded
-from dsv4_core.checkpoint.shards import Shard, ShardError
+from dsv4_core.checkpoint.shards import Shard
 from dsv4_core.contract.dtypes import dtype_name
 from dsv4_core.contract.spec import OPS
 
@@ -125,17 +124,3 @@ class SavedCase:
             raise ValueError(f"{self.path}: recorded in {numerics}; run it with --numerics {numerics}")
         call = unpack(json.loads(shard.metadata["call"]), shard.array, int(shard.metadata["seed"]))
         return Finding.of(self, judge_call(call, session), seed=call.seed)
-
-
-def find(case_id: str) -> Check | None:
-    """The check that an id outside the catalogue stands for: ``law/NAME:EXAMPLE`` or the path of a saved call; None for
-    any other id.
-    """
-    if case_id.startswith(laws.PREFIX) and ":" in case_id:
-        return laws.example_check(case_id)
-    if not case_id.endswith(SUFFIX):
-        return None
-    try:
-        return SavedCase(case_id, json.loads(Shard(Path(case_id)).metadata["call"])["op"])
-    except (OSError, ShardError, KeyError) as error:
-        raise ValueError(f"--case {case_id}: not a saved case ({error}); `localise` writes them") from None

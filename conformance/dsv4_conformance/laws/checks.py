@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 
-from dsv4_conformance.check import Check, Finding, Group, Session
+from dsv4_conformance.check import Check, Finding, Group, Session, describe
 from dsv4_conformance.laws import of_models, of_ops
 from dsv4_conformance.laws import strategies as some
 from dsv4_conformance.laws.small_model import Stage
@@ -159,8 +159,6 @@ def trial(law: Law, stage: Stage, example: Example) -> str | None:
     except UnsupportedOpError:
         raise
     except (Exception, SystemExit) as error:  # noqa: BLE001  whatever the backend raises is its result
-        from dsv4_conformance.run.runner import describe
-
         return describe(error)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dsv4_conformance.cases.case import cases_of
 from dsv4_conformance.cases.checks import OpCase, describe, level_of
 from dsv4_conformance.check import Check, Finding, Group, Session
 from dsv4_conformance.verdict.calls import Call, Outcome, as_tuple, copied, place
@@ -141,7 +142,7 @@ def checks(numerics: Numerics) -> list[Check]:
     del numerics
     found: list[Check] = []
     for spec in OPS.values():
-        cases = [c for c in spec.cases() if c.tier != "full" and not c.views]
+        cases = [c for c in cases_of(spec) if c.tier != "full" and not c.views]
         axis = (spec.returns[0].split() or [""])[0]
         first = OpCase(spec, cases[0])
         found.append(Bitwise(first, "buffer_reuse", "smoke"))
@@ -158,7 +159,7 @@ def cost(backend: Backend) -> str:
     other = type(backend)(numerics=backend.numerics, **{**options, "batch_invariant": False})
     parts = []
     for op in ("linear", "expert_linear", "sparse_attn", "index_scores", "logits"):
-        case = next(c for c in OPS[op].cases() if c.name.startswith("flash"))
+        case = next(c for c in cases_of(OPS[op]) if c.name.startswith("flash"))
         call = OpCase(OPS[op], case).call(backend.numerics)
         seconds = []
         for judged in (backend, other):

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dsv4_conformance.check import describe
 from dsv4_conformance.verdict.calls import Call, Outcome, as_tuple, result_dtype, seed_of
+from dsv4_core.checkpoint.source import WeightSource
 from dsv4_core.contract.dtypes import Experts, Host, ScaledArray, dtype_name
 from dsv4_core.contract.spec import OPS
 from dsv4_core.graph.cache import Cache
-from dsv4_core.graph.model import Block, Model, WeightSource
+from dsv4_core.graph.model import Block, Model
 from dsv4_core.graph.step import Step
 
 if TYPE_CHECKING:
@@ -165,8 +167,6 @@ def record(source: WeightSource, recorder: Recorder, tokens: Host, decode: int) 
     """Run ``tokens`` [batch, total], the last ``decode`` of them one by one; give the calls in the order in which they
     end. What the backend raises ends the run, and is noted in ``recorder.ended``.
     """
-    from dsv4_conformance.run.runner import describe
-
     try:
         _record(source, recorder, tokens, decode)
     except Exception as error:  # noqa: BLE001  whatever the backend raises is its result

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from dsv4_conformance.cases import checks as opcases
 from dsv4_conformance.cases.checks import OpCase, judge_call
-from dsv4_conformance.check import BAD, Check, Finding, Session, collect
+from dsv4_conformance.check import BAD, Check, Finding, Session
 from dsv4_conformance.museum.catalogue import VARIANTS
 from dsv4_conformance.museum.fault import Mutant
 from dsv4_conformance.museum.honest import Variant
+from dsv4_conformance.run.catalogue import collect
 from dsv4_conformance.run.runner import run_check
 from dsv4_conformance.verdict.budget import expect
 from dsv4_core.contract import registry

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from dsv4_conformance.cases.case import cases_of
 from dsv4_conformance.cases.checks import level_of
 from dsv4_core.contract.spec import OPS
 
@@ -58,7 +59,7 @@ def section(spec: OpSpec) -> list[str]:
         notes.append(f"Mutates {', '.join(f'`{m}`' for m in spec.mutates)}, judged {spec.judged[0]}.")
     if spec.narrower:
         notes.append(f"A backend may declare: {'; '.join(spec.narrower)}.")
-    cases = spec.cases()
+    cases = cases_of(spec)
     notes.append(
         f"Level {level_of(spec)}; {len(cases)} cases, {sum(c.tier == 'smoke' for c in cases)} of them at smoke."
     )

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv4_conformance.check import Check, Finding, Session, Status, collect
+from dsv4_conformance.check import Check, Finding, Session, Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -188,7 +188,7 @@ def end_with(parent: int) -> None:
 def main() -> None:
     """Run the checks that stdin names, one a line."""
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
-    from dsv4_conformance.exchange import replay
+    from dsv4_conformance.run.catalogue import collect, find
     from dsv4_conformance.run.runner import run_check
     from dsv4_core.contract import registry
 
@@ -199,7 +199,7 @@ def main() -> None:
     with os.fdopen(spec["pipe"], "wb", buffering=0) as pipe:
         for line in sys.stdin:
             case_id = line.strip()
-            check = known.get(case_id) or replay.find(case_id)
+            check = known.get(case_id) or find(case_id)
             assert check is not None, case_id
             pipe.write(json.dumps(asdict(run_check(check, session))).encode() + b"\n")
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import datetime
 import time
-import traceback
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv4_conformance import check as catalogue
-from dsv4_conformance.check import BAD, Check, Finding, Session
+from dsv4_conformance.check import BAD, TIERS, Check, Finding, Session, describe, environment
+from dsv4_conformance.run import catalogue
 from dsv4_conformance.run import xfails as expected
 from dsv4_core.contract.backend import Backend
 from dsv4_core.contract.spec import OPS, UnsupportedOpError
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
 
     from dsv4_core.contract.spec import Numerics, Tier
 
-HERE = str(Path(__file__).parent.parent)
 PROVES = 3  # the level at which a run counts as proof of the kernels that it ran
 LEVELS = (
     "codecs and data movement",
@@ -47,14 +44,6 @@ def run_check(check: Check, session: Session) -> Finding:
     finding.duration = time.perf_counter() - begin
     finding.ran = " ".join(session.backend.kernels_ran())
     return finding
-
-
-def describe(error: BaseException) -> str:
-    """An exception as one line: type, text, and the innermost frame outside the suite."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(HERE)]
-    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
-    text = str(error).strip().split("\n")[0]
-    return f"raised {type(error).__name__}: {text}{where}"
 
 
 def claimed(check: Check, backend: Backend) -> bool:
@@ -226,13 +215,11 @@ def run(
     version: str = "",
 ) -> Run:
     """Run a selection of checks on a session's backend. ``execute`` replaces the plain loop (isolation)."""
-    from dsv4_conformance.exchange import replay
-
     backend = session.backend
     begin = time.perf_counter()
     every = catalogue.collect("full", session.numerics, backend)
-    every += [c for c in map(replay.find, dict.fromkeys(cases)) if c]  # saved calls, single examples of laws
-    at_tier = [c for c in every if catalogue.TIERS.index(c.tier) <= catalogue.TIERS.index(session.tier)]
+    every += [c for c in map(catalogue.find, dict.fromkeys(cases)) if c]  # saved calls, single examples of laws
+    at_tier = [c for c in every if TIERS.index(c.tier) <= TIERS.index(session.tier)]
     chosen = select(every if cases else at_tier, ops, cases)
     by_id = {c.id: c for c in chosen}
     result = Run(
@@ -286,6 +273,6 @@ def to_json(run: Run) -> dict[str, Any]:
         **{k: v for k, v in asdict(run).items() if k != "findings"},
         "level": run.level,
         "ok": run.ok,
-        "environment": catalogue.environment(),
+        "environment": environment(),
         "findings": [{k: v for k, v in asdict(f).items() if k != "ran" or v} for f in run.findings],
     }

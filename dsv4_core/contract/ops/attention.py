@@ -2,98 +2,30 @@
 
 from __future__ import annotations
 
-from dsv4_core.contract.spec import Array, Case, Ops, op
+from typing import TYPE_CHECKING
+
+from dsv4_core.contract.ops.cache import CacheOps
+from dsv4_core.contract.spec import Array, op
+
+if TYPE_CHECKING:
+    from dsv4_core.contract.dtypes import RowLayout
+
+SCORES_AT_ONCE = 1 << 24  # elements of indexer scores alive at a time in the default: 64 MB in float32
 
 
-def _compress_cases() -> tuple[Case, ...]:
-    plain = Case("ratio=128", {"rows": 2, "ratio": 128}, {"dim": 64}, tier="smoke")
-    overlapping = Case("ratio=4", {"rows": 5, "ratio": 4}, {"dim": 64}, tier="smoke")
-    return (
-        plain,
-        overlapping,
-        *overlapping.odd("rows"),
-        overlapping.but("first_row", "smoke", data="first_row"),  # no previous window
-        overlapping.but("padding", "smoke", data="padding"),  # rows without a token
-        overlapping.but("outliers", data="outliers"),
-        overlapping.but("peaked", data="peaked"),
-        plain.but("peaked_128", data="peaked"),
-        plain.but("padding_128", data="padding"),
-        overlapping.but("views", views=True),
-        overlapping.but("flash_ratio=4", rows=33, dim=512),
-        overlapping.but("flash_indexer", rows=33, dim=128),
-        plain.but("flash_ratio=128", rows=3, dim=512),
-    )
+class AttentionOps(CacheOps):
+    """Compression, indexing, attention; over rows at hand, and fused over cached ones."""
 
-
-def _index_scores_cases() -> tuple[Case, ...]:
-    base = Case("small", {"batch": 2, "seq": 3, "heads": 4, "dim": 64, "rows": 20}, {"scale": 0.0625}, tier="smoke")
-    return (
-        base,
-        *base.odd("rows"),
-        *(odd.but(f"odd_{odd.name}", odd.tier) for odd in base.odd("seq", sizes=(0, 1, 17))),
-        base.but("outliers", data="outliers"),
-        base.but("on_grid", data="fp4"),
-        base.but("zero_rows", data="zero_rows"),
-        base.but("views", views=True),
-        base.but("flash", batch=1, heads=64, dim=128, rows=257, scale=0.011048543456039806),  # 128^-0.5 * 64^-0.5
-        base.but("flash_long", "full", batch=1, heads=64, dim=128, rows=8193, scale=0.011048543456039806),
-    )
-
-
-def _index_select_cases() -> tuple[Case, ...]:
-    base = Case("small", {"batch": 2, "seq": 3, "rows": 40}, {"topk": 8}, tier="smoke")
-    return (
-        base,
-        base.but("ties", "smoke", data="ties"),
-        base.but("all_equal", "smoke", data="equal"),
-        base.but("few_visible", "smoke", data="few_visible"),
-        base.but("near_ties", data="near_ties"),
-        base.but("topk=rows", topk=40),
-        base.but("negative", data="negative"),
-        *base.odd("seq", sizes=(0, 1, 17, 65)),
-        base.but("one_row", rows=1, topk=1),
-        base.but("views", views=True),
-        base.but("flash", rows=2049, topk=512),
-        base.but("pro", "full", rows=8193, topk=1024, data="ties"),
-    )
-
-
-def _sparse_attn_cases() -> tuple[Case, ...]:
-    base = Case(
-        "small",
-        {"tokens": 5, "heads": 4, "dim": 128, "rows": 40, "picks": 16},
-        {"softmax_scale": 0.08838834764831845},
-        tier="smoke",
-    )
-    return (
-        base,
-        *base.odd(),
-        *base.odd("picks", sizes=(1, 17, 33)),
-        base.but("padding", "smoke", data="padding"),
-        base.but("all_masked", "smoke", data="all_masked"),
-        base.but("strong_sink", "smoke", data="strong_sink"),
-        base.but("peaked", "smoke", data="peaked"),  # scores far apart: exp must not overflow
-        base.but("repeated", data="repeated"),
-        base.but("outliers", data="outliers"),
-        base.but("cancel", data="cancel"),
-        base.but("zero_rows", data="zero_rows"),
-        base.but("shared_rows", data="shared_rows", tokens=65, rows=80),  # neighbours list the same rows
-        base.but("views", views=True),
-        base.but("flash", tokens=3, heads=64, dim=512, rows=300, picks=192, softmax_scale=512**-0.5, data="padding"),
-        base.but("flash_csa", "full", tokens=5, heads=64, dim=512, rows=1200, picks=640, softmax_scale=512**-0.5),
-        base.but("pro_csa", "full", tokens=3, heads=128, dim=512, rows=2000, picks=1152, softmax_scale=512**-0.5),
-    )
-
-
-class AttentionOps(Ops):
-    """Compression, indexing, attention."""
+    keys_at_once: int | None = None
+    """Rows of a sequence that ``cached_index_topk`` unpacks and scores at a time, so that they stay in a core's cache: what is
+    read from memory is the packed rows, once for a step's tokens. None: all, as a device would, where each call is a launch.
+    """
 
     @op(
         axes={"kv_score": "pool 2*width", "ape": "ratio width", "window_idxs": "rows span"},
         returns="rows dim",
         dtypes={"kv_score": "wide", "ape": "float32", "window_idxs": "int32", "return": "act"},
         work={"vector": "6*rows*span*dim"},
-        cases=_compress_cases,
     )
     def compress(self, kv_score: Array, ape: Array, window_idxs: Array, *, dim: int) -> Array:
         """Mix windows of tokens into one row each, by a softmax per channel.
@@ -112,7 +44,6 @@ class AttentionOps(Ops):
         returns="batch seq rows",
         dtypes={"q": "act", "weights": "wide", "keys": "act", "return": "wide"},
         work={"fp4": "2*batch*seq*heads*rows*dim", "vector": "3*batch*seq*heads*rows"},
-        cases=_index_scores_cases,
     )
     def index_scores(self, q: Array, weights: Array, keys: Array, *, scale: float) -> Array:
         """``score[b, s, n] = sum_h scale * weights[b, s, h] * relu(sum_d q[b, s, h, d] * keys[b, n, d])``, all wide.
@@ -127,7 +58,6 @@ class AttentionOps(Ops):
         dtypes={"scores": "wide", "visible": "int32", "offset": "int32", "return": "int32"},
         judged="discrete",
         work={"vector": "batch*seq*rows"},
-        cases=_index_select_cases,
     )
     def index_select(self, scores: Array, visible: Array, offset: Array, *, topk: int) -> Array:
         """Pick each token's best rows among its first ``visible`` ones: row + ``offset``, ``-1`` where there are fewer
@@ -145,7 +75,6 @@ class AttentionOps(Ops):
         narrower=("probabilities in bfloat16",),
         work={"act": "4*tokens*heads*picks*dim", "vector": "4*tokens*heads*picks"},
         reads={"kv": "min(1, tokens*picks/rows)"},
-        cases=_sparse_attn_cases,
     )
     def sparse_attn(self, q: Array, kv: Array, attn_sink: Array, topk_idxs: Array, *, softmax_scale: float) -> Array:
         """Attend to selected rows, each key and value at once, with a sink in the denominator.
@@ -155,3 +84,122 @@ class AttentionOps(Ops):
         that is listed twice counts twice. Wide inside, rounded once. Source: sparse_attn of the published kernels.
         """
         raise NotImplementedError
+
+    @op(
+        axes={
+            "q": "batch seq heads dim",
+            "weights": "batch seq heads",
+            "keys": "batch rows dim",
+            "visible": "batch seq",
+            "offset": "batch seq",
+        },
+        returns="batch seq topk",
+        dtypes={"q": "act", "weights": "wide", "keys": "act", "visible": "int32", "offset": "int32", "return": "int32"},
+        judged="discrete",
+        fused=True,
+    )
+    def index_topk(
+        self, q: Array, weights: Array, keys: Array, visible: Array, offset: Array, *, scale: float, topk: int
+    ) -> Array:
+        """``index_select`` of ``index_scores``, in blocks of tokens so that scores of a long context never exist at
+        once.
+        """
+        batch, seq = visible.shape
+        step = max(1, SCORES_AT_ONCE // (batch * keys.shape[1]))
+        picks = [
+            self.index_select(
+                self.index_scores(q[:, i : i + step], weights[:, i : i + step], keys, scale=scale),
+                visible[:, i : i + step],
+                offset[:, i : i + step],
+                topk=topk,
+            )
+            for i in range(0, max(seq, 1), step)
+        ]
+        return self.concat(picks, axis=1)
+
+    @op(
+        axes={
+            "q": "batch seq heads dim", "weights": "batch seq heads", "cache": "slots layout.width", "index": "batch*rows",
+            "visible": "batch seq", "offset": "batch seq",
+        },
+        returns="batch seq topk",
+        dtypes={
+            "q": "act", "weights": "wide", "cache": "cache", "index": "int32", "visible": "int32", "offset": "int32",
+            "return": "int32",
+        },
+        judged="discrete",
+        fused=True,
+    )  # fmt: skip
+    def cached_index_topk(
+        self,
+        q: Array,
+        weights: Array,
+        cache: Array,
+        index: Array,
+        visible: Array,
+        offset: Array,
+        *,
+        layout: RowLayout,
+        scale: float,
+        topk: int,
+    ) -> Array:
+        """``index_topk`` over the cached keys ``cache[index]``, ``rows`` of them per sequence."""
+        batch, seq, _, dim = q.shape
+        rows = index.shape[0] // batch
+        index = index.reshape((batch, rows))
+
+        def keys(start: int, end: int) -> Array:
+            part = index[:, start:end]
+            return self.cache_read(cache, part.reshape((batch * part.shape[1],)), layout=layout).reshape(
+                (batch, part.shape[1], dim)
+            )
+
+        if self.keys_at_once is None or rows <= self.keys_at_once:
+            return self.index_topk(q, weights, keys(0, rows), visible, offset, scale=scale, topk=topk)
+        starts = range(0, rows, self.keys_at_once)
+        step, picks = max(1, SCORES_AT_ONCE // (batch * rows)), []
+        for i in range(0, max(seq, 1), step):
+            token = slice(i, i + step)
+            scores = [
+                self.index_scores(q[:, token], weights[:, token], keys(j, j + self.keys_at_once), scale=scale)
+                for j in starts
+            ]
+            picks.append(self.index_select(self.concat(scores, axis=2), visible[:, token], offset[:, token], topk=topk))
+        return self.concat(picks, axis=1)
+
+    @op(
+        axes={
+            "q": "tokens heads dim", "kv": "tokens dim", "ring": "ring_slots layout.width", "ring_index": "recent",
+            "rows": "row_slots layout.width ?", "row_index": "old ?", "attn_sink": "heads", "topk_idxs": "tokens picks",
+        },
+        returns="tokens heads dim",
+        dtypes={
+            "q": "act", "kv": "act", "ring": "cache", "ring_index": "int32", "rows": "cache", "row_index": "int32", "attn_sink": "float32",
+            "topk_idxs": "int32", "return": "act",
+        },
+        narrower=("probabilities in bfloat16",),
+        fused=True,
+    )  # fmt: skip
+    def cached_sparse_attn(
+        self,
+        q: Array,
+        kv: Array,
+        ring: Array,
+        ring_index: Array,
+        rows: Array | None,
+        row_index: Array | None,
+        attn_sink: Array,
+        topk_idxs: Array,
+        *,
+        layout: RowLayout,
+        softmax_scale: float,
+    ) -> Array:
+        """``sparse_attn`` over ``[ring[ring_index] | kv | rows[row_index]]``: window rows before this step, this step's
+        own, compressed rows.
+
+        ``topk_idxs`` counts in that concatenation. ``rows`` and ``row_index`` are None in a layer without compression.
+        """
+        parts = [self.cache_read(ring, ring_index, layout=layout), kv]
+        if rows is not None and row_index is not None:
+            parts.append(self.cache_read(rows, row_index, layout=layout))
+        return self.sparse_attn(q, self.concat(parts, axis=0), attn_sink, topk_idxs, softmax_scale=softmax_scale)

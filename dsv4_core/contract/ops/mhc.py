@@ -2,92 +2,11 @@
 
 from __future__ import annotations
 
-from dsv4_core.contract.spec import Array, Case, Ops, op
+from dsv4_core.contract.ops.norm import NormOps
+from dsv4_core.contract.spec import Array, op
 
 
-def _hc_expand_cases() -> tuple[Case, ...]:
-    base = Case("small", {"tokens": 5, "dim": 64}, {"hc": 4}, tier="smoke")
-    return (
-        base,
-        *base.odd(),
-        base.but("views", views=True),
-        base.but("flash", dim=4096),
-        base.but("pro", "full", dim=7168),
-    )
-
-
-def _hc_add_cases() -> tuple[Case, ...]:
-    base = Case("small", {"tokens": 5, "hc": 4, "dim": 64}, tier="smoke")
-    return (
-        base,
-        *base.odd(),
-        base.but("outliers", data="outliers"),
-        base.but("cancel", data="cancel"),
-        base.but("views", views=True),
-        base.but("flash", dim=4096),
-    )
-
-
-def _hc_split_sinkhorn_cases() -> tuple[Case, ...]:
-    base = Case("small", {"tokens": 5}, {"hc": 4, "eps": 1e-6, "iters": 20}, tier="smoke")
-    return (
-        base,
-        *base.odd(),
-        base.but("slow", "smoke", data="slow"),  # mixes that converge slowly: every iteration shows
-        base.but("peaked", data="peaked"),
-        base.but("iters=1", data="slow", iters=1),
-        base.but("outliers", data="outliers"),
-        base.but("zero_rows", data="zero_rows"),
-        base.but("views", views=True),
-        base.but("long", "full", tokens=4097, data="slow"),
-    )
-
-
-def _hc_pre_cases() -> tuple[Case, ...]:
-    base = Case("small", {"tokens": 5, "hc": 4, "dim": 64}, {"norm_eps": 1e-6, "eps": 1e-6, "iters": 20}, tier="smoke")
-    return (
-        base,
-        *base.odd(),
-        base.but("slow", "smoke", data="slow"),
-        base.but("near_eps", data="tiny"),
-        base.but("outliers", data="outliers"),
-        base.but("zero_rows", data="zero_rows"),
-        base.but("views", views=True),
-        base.but("flash", dim=4096),
-        base.but("pro", "full", dim=7168, tokens=17),
-    )
-
-
-def _hc_post_cases() -> tuple[Case, ...]:
-    base = Case("small", {"tokens": 5, "hc": 4, "dim": 64}, tier="smoke")
-    return (
-        base,
-        *base.odd(),
-        base.but("cancel", "smoke", data="cancel"),
-        base.but("nan", data="nan"),
-        base.but("outliers", data="outliers"),
-        base.but("zero_rows", data="zero_rows"),
-        base.but("views", views=True),
-        base.but("flash", dim=4096),
-        base.but("pro", "full", dim=7168, tokens=17),
-    )
-
-
-def _hc_head_cases() -> tuple[Case, ...]:
-    base = Case("small", {"tokens": 5, "hc": 4, "dim": 64}, {"norm_eps": 1e-6, "eps": 1e-6}, tier="smoke")
-    return (
-        base,
-        *base.odd(),
-        base.but("near_eps", data="tiny"),
-        base.but("outliers", data="outliers"),
-        base.but("zero_rows", data="zero_rows"),
-        base.but("views", views=True),
-        base.but("flash", dim=4096),
-        base.but("pro", "full", dim=7168, tokens=17),
-    )
-
-
-class MhcOps(Ops):
+class MhcOps(NormOps):
     """Streams: split, reduce, mix."""
 
     @op(
@@ -95,7 +14,6 @@ class MhcOps(Ops):
         returns="tokens hc dim",
         dtypes={"x": "act", "return": "act"},
         judged="exact",
-        cases=_hc_expand_cases,
     )
     def hc_expand(self, x: Array, *, hc: int) -> Array:
         """Copy a row into ``hc`` streams."""
@@ -106,7 +24,6 @@ class MhcOps(Ops):
         returns="tokens hc dim",
         dtypes={"h": "act", "x": "act", "return": "act"},
         work={"vector": "tokens*hc*dim"},
-        cases=_hc_add_cases,
     )
     def hc_add(self, h: Array, x: Array) -> Array:
         """Add ``x`` to every stream, rounded once (the MTP block's input)."""
@@ -117,7 +34,6 @@ class MhcOps(Ops):
         returns=("tokens hc", "tokens hc", "tokens hc hc"),
         dtypes={"mixes": "wide", "scale": "float32", "base": "float32", "return": "wide"},
         work={"vector": "tokens*(4*iters*hc*hc + 4*hc*(hc+2))"},
-        cases=_hc_split_sinkhorn_cases,
     )
     def hc_split_sinkhorn(
         self, mixes: Array, scale: Array, base: Array, *, hc: int, eps: float, iters: int
@@ -144,7 +60,6 @@ class MhcOps(Ops):
             "return.2": "wide",
         },
         work={"fn": "2*tokens*hc*dim*hc*(hc+2)", "vector": "tokens*(4*hc*dim + 4*iters*hc*hc + 4*hc*(hc+2))"},
-        cases=_hc_pre_cases,
     )
     def hc_pre(
         self, h: Array, fn: Array, scale: Array, base: Array, *, norm_eps: float, eps: float, iters: int
@@ -161,7 +76,6 @@ class MhcOps(Ops):
         returns="tokens hc dim",
         dtypes={"y": "act", "h": "act", "post": "wide", "comb": "wide", "return": "act"},
         work={"vector": "2*tokens*hc*(hc+1)*dim"},
-        cases=_hc_post_cases,
     )
     def hc_post(self, y: Array, h: Array, post: Array, comb: Array) -> Array:
         """Give a sub-layer's output back to the streams: ``h'[n] = post[n] * y + sum_j comb[j, n] * h[j]``, wide,
@@ -176,10 +90,31 @@ class MhcOps(Ops):
         returns="tokens dim",
         dtypes={"h": "act", "fn": "float32", "scale": "float32", "base": "float32", "return": "act"},
         work={"fn": "2*tokens*hc*dim*hc", "vector": "tokens*(4*hc*dim + 4*hc)"},
-        cases=_hc_head_cases,
     )
     def hc_head(self, h: Array, fn: Array, scale: Array, base: Array, *, norm_eps: float, eps: float) -> Array:
         """Reduce the streams before the final norm: ``mixes`` as in ``hc_pre``, ``pre = sigmoid(mixes * scale[0] +
         base) + eps``, ``y = sum_j pre[j] h[j]``.
         """
         raise NotImplementedError
+
+    @op(
+        axes={"h": "tokens hc dim", "fn": "hc*(hc+2) hc*dim", "scale": "3", "base": "hc*(hc+2)", "weight": "dim"},
+        returns=("tokens dim", "tokens hc", "tokens hc hc"),
+        dtypes={
+            "h": "act",
+            "fn": "float32",
+            "scale": "float32",
+            "base": "float32",
+            "weight": "weight",
+            "return.0": "act",
+            "return.1": "wide",
+            "return.2": "wide",
+        },
+        fused=True,
+    )
+    def hc_pre_norm(
+        self, h: Array, fn: Array, scale: Array, base: Array, weight: Array, *, norm_eps: float, eps: float, iters: int
+    ) -> tuple[Array, Array, Array]:
+        """``hc_pre``, then ``rms_norm`` of its first result."""
+        x, post, comb = self.hc_pre(h, fn, scale, base, norm_eps=norm_eps, eps=eps, iters=iters)
+        return self.rms_norm(x, weight, eps=norm_eps), post, comb

@@ -2,97 +2,17 @@
 
 from __future__ import annotations
 
-from dsv4_core.contract.spec import Array, Case, Ops, op
+from typing import TYPE_CHECKING
+
+from dsv4_core.contract.ops.matmul import MatmulOps
+from dsv4_core.contract.spec import Array, op
+
+if TYPE_CHECKING:
+    from dsv4_core.contract.dtypes import Experts, ScaledArray
 
 
-def _gate_cases() -> tuple[Case, ...]:
-    base = Case("small", {"tokens": 5, "dim": 256, "experts": 16}, {"topk": 3, "route_scale": 1.5}, tier="smoke")
-    return (
-        base,
-        *base.odd(),
-        base.but("ties", "smoke", data="ties", experts=64, topk=6),
-        base.but(
-            "ties_tokens=1", "smoke", data="ties", experts=64, topk=6, tokens=1
-        ),  # a decode step has code of its own
-        base.but("near_ties", "smoke", data="near_ties", experts=64, topk=6),
-        base.but("strong_bias", "smoke", data="strong_bias"),
-        base.but("all_experts", topk=16),
-        base.but("outliers", data="outliers"),
-        base.but("zero_rows", data="zero_rows"),
-        base.but("views", views=True),
-        base.but("experts=10", experts=10),
-        base.but("flash", dim=4096, experts=256, topk=6),
-        base.but("pro", "full", dim=7168, experts=384, topk=6, route_scale=2.5),
-    )
-
-
-def _gate_hash_cases() -> tuple[Case, ...]:
-    base = Case(
-        "small", {"tokens": 5, "dim": 256, "experts": 16, "vocab": 64, "topk": 3}, {"route_scale": 1.5}, tier="smoke"
-    )
-    return (
-        base,
-        *base.odd(),
-        base.but("zero_rows", data="zero_rows"),
-        base.but("views", views=True),
-        base.but("flash", dim=4096, experts=256, topk=6),
-        base.but("pro", "full", dim=7168, experts=384, topk=6, route_scale=2.5),
-    )
-
-
-def _dispatch_cases() -> tuple[Case, ...]:
-    base = Case("small", {"tokens": 5, "dim": 64, "topk": 3}, {"first_expert": 0, "n_experts": 8}, tier="smoke")
-    return (
-        base,
-        *base.odd(),
-        base.but("one_expert", "smoke", data="one_expert"),
-        base.but("other_ranks", "smoke", first_expert=3, n_experts=2),
-        base.but("nothing_here", data="nothing_here"),
-        base.but("topk=1", topk=1),
-        base.but("views", views=True),
-        base.but("flash", tokens=33, dim=4096, topk=6, n_experts=256),
-        base.but("flash_rank", "full", tokens=129, dim=4096, topk=6, first_expert=32, n_experts=32),
-    )
-
-
-def _swiglu_cases() -> tuple[Case, ...]:
-    base = Case("routed", {"rows": 5, "inter": 128}, {"limit": 10.0}, tier="smoke")
-    shared = {"weights": "none"}
-    return (
-        base,
-        base.but("shared", "smoke", dtypes=shared),
-        *base.odd("rows"),
-        base.but("at_the_clamp", "smoke", data="clamp"),
-        base.but("shared_at_the_clamp", "smoke", data="clamp", dtypes=shared),
-        base.but("limit=2", data="clamp", limit=2.0),
-        base.but("nan", "smoke", data="nan"),
-        base.but("zero_rows", data="zero_rows"),
-        base.but("outliers", data="outliers"),
-        base.but("views", views=True),
-        base.but("flash", rows=33, inter=2048),
-        base.but("pro", "full", rows=129, inter=3072),
-    )
-
-
-def _combine_cases() -> tuple[Case, ...]:
-    base = Case("small", {"tokens": 5, "dim": 64, "experts": 8}, {"topk": 3, "out_dtype": "act"}, tier="smoke")
-    return (
-        base,
-        base.but("routed_alone", "smoke", dtypes={"shared": "none"}),
-        base.but("wide", out_dtype="wide", dtypes={"shared": "none"}),
-        *base.odd(),
-        base.but("other_ranks", "smoke", data="other_ranks"),
-        base.but("nothing_here", data="nothing_here"),
-        base.but("cancel", data="cancel"),
-        base.but("outliers", data="outliers"),
-        base.but("views", views=True),
-        base.but("flash", tokens=17, dim=4096, topk=6, experts=256),
-        base.but("pro", "full", tokens=65, dim=7168, topk=6, experts=384),
-    )
-
-
-class MoeOps(Ops):
-    """Gate, dispatch, SwiGLU, combine."""
+class MoeOps(MatmulOps):
+    """Gate, dispatch, SwiGLU, combine; fused: the shared expert, a whole layer's experts."""
 
     @op(
         axes={"x": "tokens dim", "weight": "experts dim", "bias": "experts"},
@@ -100,7 +20,6 @@ class MoeOps(Ops):
         dtypes={"x": "act", "weight": "weight", "bias": "float32", "return.0": "wide", "return.1": "int32"},
         judged=("rounded", "discrete"),
         work={"weight": "2*tokens*experts*dim", "vector": "8*tokens*experts"},
-        cases=_gate_cases,
     )
     def gate(self, x: Array, weight: Array, bias: Array, *, topk: int, route_scale: float) -> tuple[Array, Array]:
         """Route by score; give weights and expert ids.
@@ -125,7 +44,6 @@ class MoeOps(Ops):
         judged=("rounded", "exact"),
         work={"weight": "2*tokens*experts*dim", "vector": "8*tokens*experts"},
         reads={"tid2eid": "min(1, tokens/vocab)"},
-        cases=_gate_hash_cases,
     )
     def gate_hash(
         self, x: Array, weight: Array, tid2eid: Array, ids: Array, *, route_scale: float
@@ -146,7 +64,6 @@ class MoeOps(Ops):
             "return.3": "int32",
         },
         judged="exact",
-        cases=_dispatch_cases,
     )
     def dispatch(
         self, x: Array, weights: Array, indices: Array, *, first_expert: int, n_experts: int
@@ -165,7 +82,6 @@ class MoeOps(Ops):
         returns="rows inter",
         dtypes={"gate": "act", "up": "act", "weights": "wide", "return": "act"},
         work={"vector": "8*rows*inter"},
-        cases=_swiglu_cases,
     )
     def swiglu(self, gate: Array, up: Array, weights: Array | None, *, limit: float) -> Array:
         """``g = min(gate, limit); u = clamp(up, -limit, limit); y[i] = g / (1 + exp(-g)) * u * weights[i]``, wide,
@@ -181,7 +97,6 @@ class MoeOps(Ops):
         returns="tokens dim",
         dtypes={"rows": "act", "order": "int32", "offsets": "int32", "shared": "act", "return": "out_dtype"},
         work={"vector": "tokens*topk*dim"},
-        cases=_combine_cases,
     )
     def combine(
         self, rows: Array, order: Array, offsets: Array, shared: Array | None, *, topk: int, out_dtype: str
@@ -192,3 +107,54 @@ class MoeOps(Ops):
         Rows from ``offsets[-1]`` on (other ranks') count as zero. Wide sum, rounded once to ``out_dtype``.
         """
         raise NotImplementedError
+
+    @op(
+        axes={"x": "tokens dim", "w1": "inter dim", "w3": "inter dim", "w2": "dim inter"},
+        returns="tokens dim",
+        dtypes={"x": "act", "w1": "weight", "w3": "weight", "w2": "weight", "return": "act"},
+        fused=True,
+    )
+    def ffn(self, x: Array, w1: ScaledArray, w3: ScaledArray, w2: ScaledArray, *, limit: float) -> Array:
+        """The shared expert: ``w2 . swiglu(w1 . x, w3 . x)``."""
+        gate = self.linear(x, w1, out_dtype=self.activation_dtype)
+        up = self.linear(x, w3, out_dtype=self.activation_dtype)
+        return self.linear(self.swiglu(gate, up, None, limit=limit), w2, out_dtype=self.activation_dtype)
+
+    @op(
+        axes={
+            "x": "tokens dim",
+            "weights": "tokens topk",
+            "indices": "tokens topk",
+            "shared": "tokens dim ?",
+            "w1": "experts inter dim",
+            "w3": "experts inter dim",
+            "w2": "experts dim inter",
+        },
+        returns="tokens dim",
+        dtypes={
+            "x": "act", "weights": "wide", "indices": "int32", "shared": "act", "w1": "weight", "w3": "weight", "w2": "weight",
+            "return": "out_dtype",
+        },
+        fused=True,
+    )  # fmt: skip
+    def moe(
+        self,
+        x: Array,
+        weights: Array,
+        indices: Array,
+        shared: Array | None,
+        w1: Experts,
+        w3: Experts,
+        w2: Experts,
+        *,
+        first_expert: int,
+        limit: float,
+        out_dtype: str,
+    ) -> Array:
+        """Routed experts ``first_expert ..`` of a layer, plus ``shared``: dispatch, w1 and w3, SwiGLU, w2, combine."""
+        rows, row_weights, order, offsets = self.dispatch(
+            x, weights, indices, first_expert=first_expert, n_experts=w1.shape[0]
+        )
+        gate, up = self.expert_linear(rows, w1, offsets), self.expert_linear(rows, w3, offsets)
+        rows = self.expert_linear(self.swiglu(gate, up, row_weights, limit=limit), w2, offsets)
+        return self.combine(rows, order, offsets, shared, topk=indices.shape[1], out_dtype=out_dtype)

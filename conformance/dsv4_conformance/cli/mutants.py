@@ -98,7 +98,7 @@ def hunted_one(name: str, tier: str) -> dict[str, Any]:
     """Hunt one mutant, in a process of its own."""
     from dsv4_conformance.museum.catalogue import MUTANTS
     from dsv4_conformance.museum.hunt import hunt
-    from dsv4_conformance.report import finite
+    from dsv4_conformance.report.write import finite
 
     kill = hunt(MUTANTS[name], tier=tier)
     f = kill.finding

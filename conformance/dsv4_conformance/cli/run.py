@@ -1,11 +1,10 @@
-"""``dsv4 conformance ...``."""
+"""``dsv4 conformance run``, and what the other commands that judge share with it."""
 
 from __future__ import annotations
 
 import math
 import shlex
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -17,37 +16,6 @@ if TYPE_CHECKING:
     from dsv4_conformance.check import Finding
     from dsv4_conformance.run.runner import Run
     from dsv4_core.contract.spec import Tier
-
-COMMANDS = {
-    "run": "dsv4_conformance.cli:run_command",
-    "mutants": "dsv4_conformance.museum.cli:command",
-    "matrix": "dsv4_conformance.report.matrix:command",
-    "export": "dsv4_conformance.exchange.export:command",
-    "judge": "dsv4_conformance.exchange.export:judge_command",
-    "localise": "dsv4_conformance.model.localise:command",
-}
-
-
-class Commands(click.Group):
-    """Subcommands, imported when they are named."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of use."""
-        del ctx
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import one."""
-        del ctx
-        if cmd_name not in COMMANDS:
-            return None
-        module, _, name = COMMANDS[cmd_name].partition(":")
-        return cast("click.Command", getattr(import_module(module), name))
-
-
-@click.group("conformance", cls=Commands)
-def command() -> None:
-    """Judge a backend: op by op, law by law, against what DeepSeek-V4 computes."""
 
 
 def rerun_command(flags: BackendFlags, backend: str) -> str:
@@ -105,18 +73,19 @@ def run_command(
 
     Exit status: 0 all that was claimed or required passed, 1 something failed, 2 could not run.
     """
-    from dsv4_conformance import check as checks
+    from dsv4_conformance.check import Session
     from dsv4_conformance.laws.invariance import cost
     from dsv4_conformance.run import runner
     from dsv4_conformance.run import xfails as expected
+    from dsv4_conformance.run.catalogue import collect
     from dsv4_conformance.run.isolate import Workers
     from dsv4_core.contract import registry
 
     name = flags.choose().name
     backend = flags.create()
-    session = checks.Session(backend, cast("Tier", tier))
+    session = Session(backend, cast("Tier", tier))
     if listed:
-        for check in runner.select(checks.collect(session.tier, session.numerics, backend), ops, cases):
+        for check in runner.select(collect(session.tier, session.numerics, backend), ops, cases):
             click.echo(check.id)
         return
     rerun = rerun_command(flags, name)
@@ -169,7 +138,7 @@ class Progress:
 
 def finish(result: Run, report: Path | None, rerun: str) -> None:
     """Print the closing lines, write the reports, leave with the run's exit status."""
-    from dsv4_conformance.report import write
+    from dsv4_conformance.report.write import write
 
     if report:
         write(result, report, rerun)
