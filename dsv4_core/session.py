@@ -83,7 +83,7 @@ def load(
 ) -> Session:
     """Open a model and load its weights.
 
-    ``model``: a directory with config.json and \\*.safetensors, ``OWNER/NAME`` of a model in the local hub cache, or None for
+    ``model``: a directory with config.json and safetensors shards, ``OWNER/NAME`` of a model in the local hub cache, or None for
     the small one that ships with the package. ``backend``: a name (`dsv4 backends` lists them), a ``Backend``, or None:
     DSV4_BACKEND, dsv4.toml, else what is here. ``options``: the backend's own, e.g. ``device="cuda:0"``. ``tp``, ``ep``: this
     process is one of ``tp * ep`` that were started together. ``lazy``: weights load when they are first needed, and what is
@@ -100,7 +100,11 @@ def load(
     else:
         name = registry.choose(backend).name
         session = open_session(
-            model, lambda local_rank: create_backend(name, numerics, options, local_rank), tp=tp, ep=ep, progress=progress
+            model,
+            lambda local_rank: create_backend(name, numerics, options, local_rank),
+            tp=tp,
+            ep=ep,
+            progress=progress,
         )
     if not lazy:
         session.load_weights()
@@ -125,9 +129,7 @@ def open_session(
     return session
 
 
-def create_backend(
-    name: str, numerics: Numerics, options: Mapping[str, Any], local_rank: int | None = None
-) -> Backend:
+def create_backend(name: str, numerics: Numerics, options: Mapping[str, Any], local_rank: int | None = None) -> Backend:
     """Construct a backend; as one of several ranks of a machine on the device of that number, where the backend has
     devices and none is named in full.
     """
@@ -233,7 +235,9 @@ class Session:
         texts = (stop,) if isinstance(stop, str) else tuple(stop)
         StopTexts(texts)
         if texts and self.tokenizer is None:
-            raise ValueError("stop: this checkpoint has no tokenizer.json, so there is no text; use stop_tokens with ids")
+            raise ValueError(
+                "stop: this checkpoint has no tokenizer.json, so there is no text; use stop_tokens with ids"
+            )
         check_ids(np.asarray(stop_tokens, np.int64).reshape(-1), self.config.vocab_size)
         if speculative and temperature != 0:
             raise ValueError(f"speculative decoding is greedy; temperature = {temperature} is not")

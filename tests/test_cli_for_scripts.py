@@ -44,7 +44,18 @@ def document(command, *args, status=0):
 
 
 def test_several_prompts_run_as_one_batch(tmp_path):
-    both = dsv4("generate", "--tokens", "1,2,3", "--tokens", "4,5", "-n", 4, "-b", "reference", golden.checkpoint_path("tiny-flash"))
+    both = dsv4(
+        "generate",
+        "--tokens",
+        "1,2,3",
+        "--tokens",
+        "4,5",
+        "-n",
+        4,
+        "-b",
+        "reference",
+        golden.checkpoint_path("tiny-flash"),
+    )
     assert [len(line.split()) for line in both.stdout.splitlines()] == [4, 4]
     assert "2 sequences: 5 prompt tokens" in both.stderr
     texts = dsv4("generate", "-p", "one", "-p", "two", "-n", 3, "-b", "reference")
@@ -104,7 +115,10 @@ def test_a_stop_text():
         (("--tokens", ""), "the prompt is empty"),
         (("--tokens", "1,2048"), "token id 2048 at [1] is outside the vocabulary"),
         (("--tokens", "1", "--tokens", "-5"), "token id -5"),
-        (("--tokens", "1,2", "-n", "5000"), "2 tokens and max_tokens = 5000; the model has 4096 positions (max_position_embeddings)"),
+        (
+            ("--tokens", "1,2", "-n", "5000"),
+            "2 tokens and max_tokens = 5000; the model has 4096 positions (max_position_embeddings)",
+        ),
         (("-p", "x", "-n", "0"), "0 is not in the range"),
         (("-p", "x", "--stop", ""), "an empty text would end"),
         (("-p", "x", "--stop-token", "5000"), "token id 5000"),
@@ -121,7 +135,12 @@ def test_what_is_wrong_is_said_before_weights_load(monkeypatch, args, message):
 
 def test_a_name_of_the_hub_says_how_to_download_it(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    for command in (("generate", "-p", "x", "-b", "reference"), ("inspect",), ("explain", "-b", "reference", "-m"), ("plan", "-m")):
+    for command in (
+        ("generate", "-p", "x", "-b", "reference"),
+        ("inspect",),
+        ("explain", "-b", "reference", "-m"),
+        ("plan", "-m"),
+    ):
         said = refused(*command, "deepseek-ai/DeepSeek-V4-Flash")
         assert "hf download deepseek-ai/DeepSeek-V4-Flash" in said
 
@@ -198,7 +217,9 @@ def test_python_m_is_called_by_its_name():
     done = subprocess.run([sys.executable, "-m", "dsv4_core", "nosuch"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("Usage: python -m dsv4_core ")
-    version = subprocess.run([sys.executable, "-m", "dsv4_core", "--version"], capture_output=True, text=True, check=True)
+    version = subprocess.run(
+        [sys.executable, "-m", "dsv4_core", "--version"], capture_output=True, text=True, check=True
+    )
     assert version.stdout.startswith("dsv4, version ")
 
 
@@ -210,7 +231,9 @@ def test_generate_as_json():
     assert result.drafts is None
     drafted = document("generate", "generate", *CHAT, "--speculative")
     assert drafted.drafts.proposed > 0
-    ids = document("generate", "generate", golden.checkpoint_path("tiny-flash"), "--tokens", "1,2", "-n", 2, "-b", "reference")
+    ids = document(
+        "generate", "generate", golden.checkpoint_path("tiny-flash"), "--tokens", "1,2", "-n", 2, "-b", "reference"
+    )
     assert ids.sequences[0].text is None
     assert len(ids.sequences[0].tokens) == 2
 
@@ -222,7 +245,9 @@ def test_an_error_leaves_standard_output_empty():
 
 
 def test_bench_as_json():
-    result = document("bench", "bench", "-b", "reference", "--prompt", 8, "--tokens", 2, "--runs", 1, "--hardware", "h100x1")
+    result = document(
+        "bench", "bench", "-b", "reference", "--prompt", 8, "--tokens", 2, "--runs", 1, "--hardware", "h100x1"
+    )
     assert result.prefill.slowest == result.prefill.tokens_per_second > 0
     assert 0 < result.decode.roofline.share < 1
     plain = document("bench", "bench", "-b", "reference", "--prompt", 8, "--tokens", 2, "--runs", 1)

@@ -42,7 +42,9 @@ def test_revisions(cache):
     (cache / "snapshots" / OTHER).mkdir()
     assert find_model("someone/tiny").name == COMMIT  # as refs/main says
     assert find_model(f"someone/tiny@{OTHER}").name == OTHER
-    with pytest.raises(ValueError, match=r"has no revision 'v2', but 0123.*fedc.*hf download someone/tiny --revision v2"):
+    with pytest.raises(
+        ValueError, match=r"has no revision 'v2', but 0123.*fedc.*hf download someone/tiny --revision v2"
+    ):
         find_model("someone/tiny@v2")
     (cache / "refs" / "main").unlink()
     with pytest.raises(ValueError, match="has no revision 'main'"):
@@ -58,9 +60,11 @@ def test_a_directory_comes_before_a_name(cache, tmp_path, monkeypatch):
 
 
 def test_what_is_not_there_says_how_to_get_it(cache, tmp_path):
-    with pytest.raises(ValueError, match=r"deepseek-ai/DeepSeek-V4-Flash: no such directory.*hf download deepseek-ai/DeepSeek-V4"):
+    with pytest.raises(
+        ValueError, match=r"deepseek-ai/DeepSeek-V4-Flash: no such directory.*hf download deepseek-ai/DeepSeek-V4"
+    ):
         find_model("deepseek-ai/DeepSeek-V4-Flash")
-    with pytest.raises(ValueError, match="nowhere: no such directory; name one that holds config.json"):
+    with pytest.raises(ValueError, match=r"nowhere: no such directory; name one that holds config\.json"):
         find_model("nowhere")
     with pytest.raises(ValueError, match="'flash' is a preset: `dsv4 init DIR --preset flash --seed 0` makes one"):
         find_model("flash")
@@ -68,7 +72,7 @@ def test_what_is_not_there_says_how_to_get_it(cache, tmp_path):
         find_model("a/b/c")
     file = tmp_path / "model.safetensors"
     file.touch()
-    with pytest.raises(ValueError, match="a model is a directory that holds config.json"):
+    with pytest.raises(ValueError, match=r"a model is a directory that holds config\.json"):
         find_model(file)
 
 

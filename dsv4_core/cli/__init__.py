@@ -13,6 +13,7 @@ from typing import cast
 import click
 
 from dsv4_core import __version__
+from dsv4_core.cli.commands import Group
 
 COMMANDS = (
     "demo",
@@ -27,11 +28,12 @@ COMMANDS = (
     "rehearse",
     "convert",
     "bench",
+    "completion",
 )
 GROUP = "dsv4.commands"
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Group):
     """A group whose commands are imported only when they are named (or all of them for ``--help``)."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

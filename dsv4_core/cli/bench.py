@@ -98,9 +98,7 @@ def rate(tokens: int, seconds: list[float], hardware: str | None, best: Ceiling 
             limit=best.limit,
             share=middle / best.tokens_per_second,
         )
-    return Rate(
-        tokens_per_second=middle, slowest=tokens / max(seconds), fastest=tokens / min(seconds), roofline=share
-    )
+    return Rate(tokens_per_second=middle, slowest=tokens / max(seconds), fastest=tokens / min(seconds), roofline=share)
 
 
 def measure(model: Model, prompt: int, tokens: int, batch: int, chunk: int) -> tuple[float, float]:

@@ -7,6 +7,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -73,3 +74,24 @@ def typed() -> list[str]:
 def command_line(words: Sequence[str]) -> str:
     """Write a command of dsv4's as it may be pasted into a shell."""
     return shlex.join(["dsv4", *words])
+
+
+def words_of(ctx: click.Context, *, without: Sequence[str] = ()) -> list[str]:
+    """Give the options that the user wrote, one spelling each, but for those of the parameters ``without``."""
+    words: list[str] = []
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        source = ctx.get_parameter_source(name)
+        if not isinstance(parameter, click.Option) or source is not ParameterSource.COMMANDLINE or name in without:
+            continue
+        opt, value = max(parameter.opts, key=len), ctx.params[name]
+        for one in value if parameter.multiple else (value,):
+            if parameter.is_flag:
+                words.append(opt)
+            else:
+                words += [opt, "=".join(map(_word, one)) if isinstance(one, tuple) else _word(one)]
+    return words
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -111,7 +111,7 @@ def _host() -> list[Line]:
 
 def _elsewhere(name: str, flags: BackendFlags | None) -> dict[str, Any]:
     """Load a backend in a process of its own; a crash or a hang becomes its error."""
-    arguments = ["--numerics", flags.numerics, *flags.arguments()] if flags else []
+    arguments = flags.arguments() if flags else []
     command_line = [sys.executable, "-m", "dsv4_core", "doctor", "--only", name, *arguments]
     environment = os.environ | {
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"

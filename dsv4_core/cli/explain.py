@@ -33,7 +33,9 @@ def command(model: str | None, layer: int | None, flags: BackendFlags, as_json: 
 
     config, fmt = model_config(model)
     if layer is not None and not 0 <= layer < config.layers:
-        raise click.UsageError(f"--layer {layer}: the model has layers 0 .. {config.layers - 1}, the MTP block's among them")
+        raise click.UsageError(
+            f"--layer {layer}: the model has layers 0 .. {config.layers - 1}, the MTP block's among them"
+        )
     backend = flags.create()
     calls = [call for call in planned_calls(config, backend, fmt) if layer is None or call.layer == layer]
     name, *notes = backend.describe().split("\n")

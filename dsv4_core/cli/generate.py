@@ -22,7 +22,9 @@ generation = functools.partial(option, heading="Generation")
 
 @click.command("generate", cls=Command)
 @click.argument("model", required=False)
-@prompt("--prompt", "-p", "texts", multiple=True, help="Text to continue, control tokens included; - reads it from stdin.")
+@prompt(
+    "--prompt", "-p", "texts", multiple=True, help="Text to continue, control tokens included; - reads it from stdin."
+)
 @prompt("--chat", "chats", multiple=True, help="A user's turn, in the published chat format; - reads it from stdin.")
 @prompt("--tokens", "ids", multiple=True, help="Token ids instead of text, e.g. 0,3,128; - reads them from stdin.")
 @prompt(
@@ -35,7 +37,9 @@ generation = functools.partial(option, heading="Generation")
 @prompt("--thinking", is_flag=True, help="With --chat: let the model think first.")
 @generation("--max-tokens", "-n", type=click.IntRange(1), default=64, show_default=True, help="New tokens at most.")
 @generation("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@generation("--top-p", type=float, default=1.0, show_default=True, help="Draw from the likeliest that make up this much.")
+@generation(
+    "--top-p", type=float, default=1.0, show_default=True, help="Draw from the likeliest that make up this much."
+)
 @generation("--seed", type=int, default=0, show_default=True, help="The same seed draws the same tokens.")
 @generation("--stop", multiple=True, metavar="TEXT", help="Text that ends a sequence, and is not printed.")
 @generation("--stop-token", "stop_tokens", type=int, multiple=True, metavar="ID", help="Token id that does.")
@@ -63,11 +67,13 @@ def command(
     \b
     dsv4 generate --chat "What is kludge?"
     dsv4 generate MODEL_DIR -p "Once upon a time" -n 200 --temperature 0.7
-    """
+    """  # noqa: D301  click keeps the lines after a backspace as they are
     from dsv4_core.cli.running import open_model, report
 
     if sum(map(bool, (texts, chats, ids, file))) != 1:
-        raise click.UsageError("give one of --prompt, --chat, --tokens and --prompts; each but --prompts may be repeated")
+        raise click.UsageError(
+            "give one of --prompt, --chat, --tokens and --prompts; each but --prompts may be repeated"
+        )
     if (system or thinking) and (texts or ids):
         raise click.UsageError("--system and --thinking are of a conversation; use --chat, or --prompts with turns")
     prompts = read_prompts(texts, chats, ids, file, system)

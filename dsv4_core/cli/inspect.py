@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsv4_core.cli.options import model_directory
+from dsv4_core.checkpoint.locate import find_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,7 +35,7 @@ def command(model: str | None, no_audit: bool, as_json: bool) -> None:
     from dsv4_core.checkpoint.weights import Checkpoint
     from dsv4_core.cli.running import bar
 
-    directory = model_directory(model)
+    directory = find_model(model)
     with bar("reading headers") as progress:
         checkpoint = Checkpoint(directory, check=False, progress=progress)
     findings = checkpoint.findings

@@ -70,8 +70,11 @@ class BackendFlags:
         return choice
 
     def arguments(self) -> list[str]:
-        """Say the options again, for another process."""
-        return [part for name, value in self.options.items() for part in ("-O", f"{name}={value}")]
+        """Say numerics and options again, for another command."""
+        words = ["--numerics", self.numerics] if self.numerics != "native" else []
+        for name, value in self.options.items():
+            words += ["--option", f"{name}={str(value).lower() if isinstance(value, bool) else value}"]
+        return words
 
     def create(self, local_rank: int | None = None) -> Backend:
         """Construct the chosen backend; as the ``local_rank``-th of several ranks on the device of that number."""
@@ -99,9 +102,7 @@ def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
         gathered,
         command,
         ranks("--tp", type=click.IntRange(1), default=1, show_default=True, help="Ranks that share each token."),
-        ranks(
-            "--ep", type=click.IntRange(1), default=1, show_default=True, help="Groups that share the experts."
-        ),
+        ranks("--ep", type=click.IntRange(1), default=1, show_default=True, help="Groups that share the experts."),
         ranks("--stats", is_flag=True, help="Of each rank: bytes of weights read, bytes sent, time so."),
     )
 
@@ -168,7 +169,9 @@ def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--json`` to a command, which receives it as ``as_json``; what it prints then is in docs/json.md."""
-    return option("--json", "as_json", is_flag=True, help="Print one JSON document (docs/json.md) instead of text.")(command)
+    return option("--json", "as_json", is_flag=True, help="Print one JSON document (docs/json.md) instead of text.")(
+        command
+    )
 
 
 backend_group = functools.partial(option, heading="Backend")

@@ -151,9 +151,7 @@ def suits(place: Place, config: ModelConfig) -> bool:
     return True
 
 
-def describe(
-    plan: Plan, model: str, price: float | None, *, progress: Callable[[int, int], None]
-) -> dict[str, Any]:
+def describe(plan: Plan, model: str, price: float | None, *, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Put everything in one dictionary, as ``schema.Planned`` has it."""
     fits, why = plan.verdict
     machine = plan.hardware

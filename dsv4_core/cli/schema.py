@@ -289,7 +289,7 @@ class Failure(Form):
 
 
 class Judged(Form):
-    """``dsv4 conformance run``: levels (null: none), checks by status, and those that did not pass."""
+    """``dsv4 conformance run``: levels (null: none), checks by status, those that failed the run, stale xfails."""
 
     backend: str
     version: str
@@ -301,6 +301,7 @@ class Judged(Form):
     required: int | None
     statuses: dict[str, int]
     failures: list[Failure]
+    stale: list[str]
     report: str | None
 
 
@@ -383,8 +384,10 @@ def _type(kind: Any) -> str:
     """Write a type for people."""
     if isinstance(kind, type) and issubclass(kind, Form):
         return f"[{kind.__name__}](#{kind.__name__.lower()})"
-    text = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
-    args = getattr(kind, "__args__", ())
+    text = (
+        getattr(kind, "__name__", str(kind)) if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
+    )
+    args: tuple[Any, ...] = getattr(kind, "__args__", ())
     if str(kind).startswith("typing.Literal"):
         return " or ".join(f'`"{arg}"`' for arg in args)
     if getattr(kind, "__origin__", None) is list:
@@ -393,7 +396,9 @@ def _type(kind: Any) -> str:
         return f"object of {_type(args[1])}"
     if args:
         return " or ".join(_type(arg) for arg in args)
-    return {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "NoneType": "null"}.get(text, "any")
+    return {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "NoneType": "null"}.get(
+        text, "any"
+    )
 
 
 def write(directory: Path) -> None:

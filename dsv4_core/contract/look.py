@@ -32,16 +32,19 @@ def look(name: str) -> Look:
         return Look("cannot run", backend.problem)
     advice = backend.install_command if backend.missing else ""
     lines = tuple(
-        Diagnosis(need, "missing" if need in backend.missing else "installed", advice if need in backend.missing else "")
+        Diagnosis(
+            need, "missing" if need in backend.missing else "installed", advice if need in backend.missing else ""
+        )
         for need in (backend.requires if backend.extra else ())
     )
     if backend.missing:
         return Look("cannot run", f"needs {', '.join(backend.missing)}: {backend.install_command}", lines)
-    for entry in registry.entries(registry.LOOKS).get(name, [])[:1]:
-        try:
-            with registry.blaming(f"the look of backend {name!r}", "failed"):
-                found = cast("Look", registry.loaded(entry)())
-                return Look(found.status, found.note, (*lines, *found.lines))
-        except BackendError as error:
-            return Look("cannot run", str(error), lines)
-    return Look("runs", "", lines)
+    own = registry.entries(registry.LOOKS).get(name)
+    if not own:
+        return Look("runs", "", lines)
+    try:
+        with registry.blaming(f"the look of backend {name!r}", "failed"):
+            found = cast("Look", registry.loaded(own[0])())
+            return Look(found.status, found.note, (*lines, *found.lines))
+    except BackendError as error:
+        return Look("cannot run", str(error), lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dsv4_core import __version__
@@ -111,7 +111,8 @@ def own_directory(directory: Path) -> Path:
 def team(create: Callable[[int], Backend], tp: int, ep: int) -> Iterator[Team]:
     """Meet the other ranks (for none: nothing is done), and part from them, whatever happens in between.
 
-    ``create``: makes the backend for the n-th rank of this machine. Raises ``ValueError`` where the ranks that were started are not those asked for, ``RankError`` where some cannot be met.
+    ``create``: makes the backend for the n-th rank of this machine. Raises ``ValueError`` where the ranks that were started
+    are not those asked for, ``RankError`` where some cannot be met.
     """
     where = Rendezvous.from_environment()
     started, wanted = where.ranks if where else 1, tp * ep

@@ -25,7 +25,9 @@ def look() -> Look:
         "CANN": "source CANN's set_env.sh",
         "NPU": "no /dev/davinci*: load Ascend's driver",
     }
-    lines = tuple(Diagnosis(what, "found" if there else "not found", "" if there else advice[what]) for what, there in has.items())
+    lines = tuple(
+        Diagnosis(what, "found" if there else "not found", "" if there else advice[what]) for what, there in has.items()
+    )
     if all(has.values()):
         return Look("runs", "", lines)
     missing = ", ".join(what for what, there in has.items() if not there)

@@ -40,5 +40,7 @@ def built_for_cuda() -> str:
     if spec is None or spec.origin is None:
         return ""
     version = Path(spec.origin).with_name("version.py")
-    found = re.search(r"^cuda\b[^=\n]*=\s*['\"]([\d.]+)['\"]", version.read_text() if version.is_file() else "", re.MULTILINE)
+    found = re.search(
+        r"^cuda\b[^=\n]*=\s*['\"]([\d.]+)['\"]", version.read_text() if version.is_file() else "", re.MULTILINE
+    )
     return found[1] if found else ""

@@ -11,14 +11,17 @@ from dsv4_conformance.report.junit import junit
 from dsv4_conformance.run.runner import Run, to_json
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 
-def write(run: Run, directory: Path, rerun: str) -> None:
-    """Write ``report.json``, ``junit.xml`` and ``report.html``. ``rerun``: the command that one more ``--case`` can be added to."""
+def write(run: Run, directory: Path, command: str, rerun: str, options: Mapping[str, Any]) -> None:
+    """Write ``report.json``, ``junit.xml`` and ``report.html``. ``command``: what was run, with the backend's ``options``;
+    ``rerun``: what one more ``--case`` can be added to.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     data = finite(to_json(run))
-    data["rerun"] = rerun
+    data |= {"command": command, "rerun": rerun, "options": {name: str(value) for name, value in options.items()}}
     (directory / "report.json").write_text(json.dumps(data, indent=1, default=str) + "\n")
     (directory / "junit.xml").write_text(junit(run, rerun))
     (directory / "report.html").write_text(page(data))
