@@ -1,6 +1,7 @@
 """The command line, as typed."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -20,7 +21,6 @@ def dsv4(*args, ok=True, **environment):
 
 def failure(*args):
     """Run as ``main`` does; give the message and the exit status."""
-    import sys
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["dsv4", *map(str, args)])
@@ -148,3 +148,37 @@ def test_what_the_user_gets_wrong(args, message, capsys):
 def test_a_checkpoint_without_tokenizer(capsys):
     assert failure("generate", golden.checkpoint_path("tiny-flash"), "--chat", "x") == 2
     assert "has no tokenizer.json; give --tokens" in capsys.readouterr().err
+
+
+LIBRARIES = ("torch", "triton", "torch_npu")
+
+
+def every_command(group=cli.root, words=()):
+    """The words of every command there is, groups included."""
+    import click
+
+    yield words
+    if isinstance(group, click.Group):
+        context = click.Context(group)
+        for name in group.list_commands(context):
+            command = group.get_command(context, name)
+            assert command is not None
+            yield from every_command(command, (*words, name))
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_help_of_every_command(hidden, monkeypatch):
+    """Where torch is installed it is hidden, so that this is the first environment of the README."""
+    if hidden:
+        for name in list(sys.modules):
+            if name.partition(".")[0] in {*LIBRARIES, "dsv4_backend_cuda", "dsv4_backend_ascend", "dsv4_backend_torch"}:
+                monkeypatch.delitem(sys.modules, name)
+        for name in LIBRARIES:
+            monkeypatch.setitem(sys.modules, name, None)
+    commands = list(every_command())
+    assert {("generate",), ("conformance", "run"), ("kernels", "build"), ("ascend", "selftest")} <= set(commands)
+    for words in commands:
+        shown = dsv4(*words, "--help").output
+        assert "Usage:" in shown
+        assert "Cannot be used" not in shown, shown
+    assert not hidden or not {name for name in LIBRARIES if sys.modules.get(name)}

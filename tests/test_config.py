@@ -27,7 +27,7 @@ def test_round_trip(preset):
         ),
         ({"compress_ratios": [0, 4]}, r"compress_ratios = \(0, 4\) must have 7 entries"),
         ({"compress_ratios": [0, 0, 8, 128, 4, 128, 0]}, "may hold 0 .window only., 4 .CSA. and 128"),
-        ({"compress_ratios": 4}, "compress_ratios = 4 must be of type list"),
+        ({"compress_ratios": 4}, "compress_ratios = 4 must be a list"),
         ({"head_dim": 100}, "head_dim = 100 less qk_rope_head_dim must be a multiple of 64"),
         ({"hidden_size": 200}, "hidden_size = 200 must be a multiple of 128"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok = 9 must not exceed n_routed_experts"),

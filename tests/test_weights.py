@@ -199,16 +199,18 @@ def test_no_index(model):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "not JSON (Expecting property name"),
-        ("[]", "holds no weight_map from tensor names to file names"),
-        ("{}", "holds no weight_map"),
-        ('{"weight_map": 3}', "holds no weight_map"),
-        ('{"weight_map": {"embed.weight": 1}}', "holds no weight_map"),
+        ("{", "not JSON ("),
+        ("[" * 200, "nested over 100 levels deep"),
+        ("[]", "must be an object"),
+        ("{}", "has no `weight_map`"),
+        ('{"weight_map": 3}', "weight_map = 3 must be an object"),
+        ('{"weight_map": {"embed.weight": 1}}', "weight_map[...] must be a string"),
+        ('{"weight_map": {"a\\u001b[2J": "x"}}', "must be printable text"),
     ],
 )
 def test_corrupt_index(model, text, said):
     (model / INDEX).write_text(text)
-    refused(model, f"{INDEX}: {said}", "fetch the index again")
+    refused(model, INDEX, said, "fetch the index again")
 
 
 def test_index_that_leads_out_of_the_directory(model):
@@ -267,13 +269,20 @@ def with_header(model, text):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (b"{not json", "corrupt header: not JSON (Expecting property name"),
-        (b"{\x80}", "corrupt header: not JSON ('utf-8' codec"),
-        (b"[1, 2]", "corrupt header: not a JSON object of tensors, each with dtype"),
-        (b'{"a": {"dtype": "F32", "shape": [16]}}', "each with dtype, shape and data_offsets; copy the file again"),
+        (b"{not json", "corrupt header: not JSON ("),
+        (b"{\x80}", "corrupt header: not JSON ("),
+        (b"[1, 2]", "corrupt header must be an object; copy the file again"),
+        (
+            b'{"a": {"dtype": "F32", "shape": [16]}}',
+            "tensor a has no `data_offsets`; copy it again",
+        ),
+        (
+            b'{"a\\u001b[31m": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}}',
+            "control characters: a\\x1b[31m",
+        ),
         (
             b'{"a": {"dtype": "F32", "shape": 16, "data_offsets": [0, 64]}}',
-            "each with dtype, shape and data_offsets; copy the file again",
+            "tensor a: shape = 16 must be a list; copy it again",
         ),
         (
             b'{"a": {"dtype": "F99", "shape": [16], "data_offsets": [0, 64]}}',

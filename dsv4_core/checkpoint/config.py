@@ -11,9 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv4_core.contract.dtypes import FP4_GROUP, FP8_BLOCK, KV_BLOCK
+from dsv4_core.files import forms
+from dsv4_core.files.reading import FileError, checked, json_file
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+ADVICE = "copy it again from the published checkpoint"
 
 
 class ConfigError(ValueError):
@@ -157,6 +161,10 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """Read config.json's dictionary; keys that do not change the computation are ignored; raise ``ConfigError``."""
+        try:
+            checked(values, forms.Config, "config.json", ADVICE)
+        except FileError as error:
+            raise ConfigError(str(error)) from None
         known = {f.name for f in fields(cls)}
         kept = {k: v for k, v in values.items() if k in known}
         required = {f.name for f in fields(cls) if f.name in _REQUIRED}
@@ -164,16 +172,13 @@ class ModelConfig:
             raise ConfigError(
                 f"config.json: missing {', '.join(missing)}; is this a DeepSeek-V4 checkpoint (model_type {values.get('model_type')!r})?"
             )
-        for key, ok in (("compress_ratios", list), ("num_hidden_layers", int), ("hidden_size", int)):
-            if not isinstance(kept[key], ok | tuple if ok is list else ok):
-                raise ConfigError(f"config.json: {key} = {kept[key]!r} must be of type {ok.__name__}")
         scaling = kept.get("rope_scaling")
         if isinstance(scaling, dict):
             names = {f.name for f in fields(RopeScaling)}
             scaling = {"type": scaling.get("rope_type", "yarn"), **scaling}
             kept["rope_scaling"] = RopeScaling(**{k: v for k, v in scaling.items() if k in names})
         kept["compress_ratios"] = tuple(kept["compress_ratios"])
-        kept["architectures"] = tuple(kept.get("architectures", ()))
+        kept["architectures"] = tuple(kept.get("architectures") or ())
         return cls(**kept)
 
     @classmethod
@@ -181,16 +186,16 @@ class ModelConfig:
         """Read ``model_dir/config.json``; raise ``ConfigError`` where it is missing, not JSON, or not runnable."""
         path = model_dir / "config.json"
         try:
-            values = json.loads(path.read_text())
+            values = json_file(path, dict[str, Any], ADVICE, most=1 << 20)
+            return cls.from_dict(values)
         except FileNotFoundError:
             raise ConfigError(
                 f"{path}: no such file; a model directory holds config.json, model.safetensors.index.json and its shards"
             ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{path}: not JSON ({error}); copy the file again from the published checkpoint"
-            ) from None
-        return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{model_dir}/{error}") from None
+        except FileError as error:
+            raise ConfigError(str(error)) from None
 
     def to_json(self) -> str:
         """Write config.json's text."""

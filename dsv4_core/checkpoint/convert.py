@@ -1,23 +1,26 @@
 """Copies of a checkpoint in another form: the share of each rank, experts in FP8 instead of FP4, everything in BF16, or W8A8.
 
 A copy is written beside its place, in ``<out>.partial``, shard by shard, each under a temporary name until it is whole, and renamed
-to ``<out>`` when all are done; the source is only read. ``convert.json`` in the copy holds every shard's SHA-256. An interrupted
-conversion that is started again keeps the shards whose checksums hold.
+to ``<out>`` when all are done; the source is only read. ``convert.json`` in the copy holds the source's identity and every shard's
+SHA-256. An interrupted conversion that is started again keeps the shards whose checksums hold, and none of another source's.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from dsv4_core.checkpoint import manifest as manifest_file
 from dsv4_core.checkpoint.create import header, stored_bytes
+from dsv4_core.checkpoint.identity import identity, of_file
 from dsv4_core.checkpoint.layout import QUANTISED, TensorSpec, becomes_int8, scale_shape
+from dsv4_core.checkpoint.manifest import MANIFEST
 from dsv4_core.checkpoint.rank_part import Place, ShardedSource
 from dsv4_core.checkpoint.shards import BITS
 from dsv4_core.checkpoint.weights import INDEX, Checkpoint, Progress
@@ -32,12 +35,14 @@ from dsv4_core.contract.dtypes import (
     encode,
     quantise_int8,
 )
+from dsv4_core.files.forms import Converted, ConvertOptions, Source, Written
+from dsv4_core.files.reading import contents
+from dsv4_core.files.writing import settle, whole, write, writing_alone
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-MANIFEST = "convert.json"
 LOSSLESS_SPREAD = 14
 """Scales that differ by no more always fit: E2M1 times 2^k is exact in E4M3 from k = -8 (0.5 * 2^-8 is the least subnormal) to 6 (384)."""
 
@@ -92,17 +97,23 @@ class Tally(dict[str, list[float]]):
 
 
 def convert(
-    source: Path, out: Path, options: Options, *, progress: Progress | None = None, tally: Tally | None = None
+    source: Path,
+    out: Path,
+    options: Options,
+    *,
+    progress: Progress | None = None,
+    tally: Tally | None = None,
+    verify: bool = False,
 ) -> dict[str, int]:
     """Write the copy, or one per rank in ``rank-R-of-N``; give counts (files written and kept, tensors, blocks that were rounded).
 
-    ``tally`` receives what W8A8 loses, which the copy's index and ``config.json`` carry, too.
+    ``tally`` receives what W8A8 loses, which the copy's index and ``config.json`` carry, too. ``verify``: the source's identity
+    covers every byte of it (else headers and samples), so that no other source is taken for it when an interrupted conversion goes on.
 
-    Raises ``ConvertError`` where ``out`` exists, nothing was asked for, a scale byte is 255, or FP8 would lose something and
-    ``allow_lossy`` is not set: before anything is written.
+    Raises ``FileError`` where another process is writing ``out``. Raises ``ConvertError`` before anything is written: where
+    ``out`` exists, nothing was asked for, a scale byte is 255, or FP8 would lose something and ``allow_lossy`` is not set.
     """
-    if out.exists():
-        raise ConvertError(f"{out} exists; give a new directory, a conversion never overwrites")
+    refuse_existing(out)
     checkpoint = Checkpoint(source)
     world = Place(options.tp or 1, options.ep or 1)
     world.check(checkpoint.config)
@@ -121,19 +132,25 @@ def convert(
         raise ConvertError(f"{found} have values that FP8 under one scale cannot hold; --allow-lossy rounds them")
     partial = out.with_name(f"{out.name}.partial")
     counts = {"written": 0, "kept": 0, "tensors": 0, "lossy_blocks": sum(lossy.values())}
-    for rank in range(world.ranks):
-        directory = partial / f"rank-{rank}-of-{world.ranks}" if world.ranks > 1 else partial
-        _write_copy(
-            checkpoint,
-            directory,
-            options,
-            replace(world, rank=rank),
-            counts,
-            progress,
-            Tally() if tally is None else tally,
-        )
-    partial.rename(out)
+    made_of = Source(path=str(source.resolve()), identity=identity(checkpoint, whole=verify))
+    with writing_alone(out):
+        refuse_existing(out)  # another process may have finished it meanwhile
+        for rank in range(world.ranks):
+            directory = partial / f"rank-{rank}-of-{world.ranks}" if world.ranks > 1 else partial
+            place = replace(world, rank=rank)
+            _write_copy(
+                checkpoint, made_of, directory, options, place, counts, progress, Tally() if tally is None else tally
+            )
+        checkpoint.hold()
+        partial.rename(out)
+        settle(out.parent)
     return counts
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise ``ConvertError`` where ``out`` is there."""
+    if out.exists():
+        raise ConvertError(f"{out} exists; give a new directory, a conversion never overwrites")
 
 
 def check_published(checkpoint: Checkpoint) -> None:
@@ -254,6 +271,7 @@ def _bf16(name: str, weight: ScaledArray) -> Host:
 
 def _write_copy(
     checkpoint: Checkpoint,
+    made_of: Source,
     directory: Path,
     options: Options,
     place: Place,
@@ -263,21 +281,17 @@ def _write_copy(
 ) -> None:
     """Write one rank's directory, keeping shards that an earlier run finished."""
     directory.mkdir(parents=True, exist_ok=True)
-    wanted = {
-        "source": str(checkpoint.path.resolve()),
-        "bytes": checkpoint.nbytes,
-        "rank": place.rank,
-        **asdict(options),
-    }
-    manifest = (
-        json.loads((directory / MANIFEST).read_text())
-        if (directory / MANIFEST).exists()
-        else {"options": wanted, "sha256": {}}
-    )
-    if manifest["options"] != wanted:
+    wanted = Converted(made_of, ConvertOptions(rank=place.rank, **asdict(options)))
+    manifest = manifest_file.read(directory) or wanted
+    if manifest.options != wanted.options:
+        raise ConvertError(f"{directory} was begun with other options ({manifest.options}); remove it or repeat those")
+    if manifest.source.identity != made_of.identity:
         raise ConvertError(
-            f"{directory} was begun with other options ({manifest['options']}); remove it or repeat those"
+            f"{directory} was begun from another checkpoint (identity {manifest.source.identity}, from "
+            f"{manifest.source.path}); {made_of.path} is {made_of.identity} now: remove {directory}, or convert that one"
         )
+    for left in directory.glob(".*.tmp"):  # of a run that was killed: this one alone writes here
+        left.unlink()
     source = ShardedSource(checkpoint, place)
     by_file: dict[str, list[str]] = defaultdict(list)
     for name in checkpoint.names:
@@ -292,14 +306,17 @@ def _write_copy(
         weight_map.update(dict.fromkeys((piece.spec.name for piece in made), file))
         total += sum(stored_bytes(piece.spec) for piece in made)
         counts["tensors"] += len(made)
-        if (directory / file).exists() and _digest(directory / file) == manifest["sha256"].get(file):
+        known = manifest.shards.get(file)
+        if known and (directory / file).is_file() and _digest(directory / file) == known.sha256:
             counts["kept"] += 1
-            lost[file] = Tally(manifest["int8_error"][file]) if options.int8 else lost[file]
+            lost[file] = (
+                Tally({kind: list(error) for kind, error in known.int8_error.items()}) if options.int8 else lost[file]
+            )
         elif made:
-            manifest["sha256"][file] = _write_shard(directory / file, made)
-            if options.int8:
-                manifest.setdefault("int8_error", {})[file] = lost[file]
-            (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            digest = _write_shard(directory / file, made)
+            errors = {kind: (e[0], e[1], e[2]) for kind, e in lost[file].items()} if options.int8 else {}
+            manifest.shards[file] = Written(digest, of_file(directory / file), errors)
+            manifest_file.save(directory, manifest)
             counts["written"] += 1
         checkpoint.release()
         if progress:
@@ -322,28 +339,27 @@ def _write_copy(
             "error": here.errors(),
         }
         config, metadata["w8a8_int8"] = replace(config, quantization_config=declared), declared
-    (directory / "config.json").write_text(config.to_json())
+    write(directory / "config.json", config.to_json())
     for other in checkpoint.path.iterdir():
         if other.is_file() and other.suffix != ".safetensors" and other.name not in {"config.json", INDEX, MANIFEST}:
-            shutil.copy2(other, directory / other.name)  # tokenizer, generation settings, licence
+            write(directory / other.name, contents(other, 1 << 30))  # tokenizer, generation settings, licence
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    write(directory / INDEX, json.dumps(index, indent=1) + "\n")
 
 
 def _write_shard(path: Path, made: list[Piece]) -> str:
     """Write a shard under a temporary name, then rename it; give its SHA-256."""
-    beside, digest = path.with_name(f"{path.name}.tmp"), hashlib.sha256()
-    with beside.open("wb") as out:
-
-        def write(data: bytes | memoryview) -> None:
+    digest = hashlib.sha256()
+    with whole(path) as out:
+        pieces: Iterable[bytes | memoryview] = chain([header([piece.spec for piece in made])], map(_bytes, made))
+        for data in pieces:
             out.write(data)
             digest.update(data)
-
-        write(header([piece.spec for piece in made]))
-        for piece in made:
-            write(np.ascontiguousarray(piece.make()).reshape(-1).view(np.uint8).data)
-    beside.rename(path)
     return digest.hexdigest()
+
+
+def _bytes(piece: Piece) -> memoryview:
+    return np.ascontiguousarray(piece.make()).reshape(-1).view(np.uint8).data
 
 
 def _digest(path: Path) -> str:

@@ -24,6 +24,7 @@ from dsv4_core.checkpoint.layout import QUANTISED, TensorSpec, tensor_specs, unp
 from dsv4_core.checkpoint.shards import BITS
 from dsv4_core.checkpoint.weights import INDEX, Progress
 from dsv4_core.contract.dtypes import BFLOAT16, FORMAT_MAX, Format, Host, encode, pack_fp4
+from dsv4_core.files.writing import whole, write, writing_alone
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -72,27 +73,30 @@ def create(
         raise OSError(
             f"{path}: this checkpoint needs {needed} bytes and the disk has {free} free; cut layers or experts"
         )
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(config.to_json())
     shards = _shards(list(specs.values()), shard_size)
     weight_map: dict[str, str] = {}
     done = 0
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        with (path / file).open("wb") as out:
-            out.write(header(shard))
-            for spec in shard:
-                weight_map[spec.name] = file
-                if filled(spec):
-                    for chunk in tensor(spec, specs, config, seed=seed):
-                        out.write(chunk.view(np.uint8).data)
-                else:
-                    out.truncate(out.seek(stored_bytes(spec), os.SEEK_CUR))
-                done += stored_bytes(spec)
-                if progress:
-                    progress(done, total)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (path / INDEX).write_text(json.dumps(index, indent=1) + "\n")  # last: a directory without it was not finished
+    with writing_alone(path):
+        if path.exists() and any(path.iterdir()):
+            raise FileExistsError(f"{path}: not an empty directory; another process has written it meanwhile")
+        path.mkdir(parents=True, exist_ok=True)
+        write(path / "config.json", config.to_json())
+        for number, shard in enumerate(shards, 1):
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            with whole(path / file) as out:
+                out.write(header(shard))
+                for spec in shard:
+                    weight_map[spec.name] = file
+                    if filled(spec):
+                        for chunk in tensor(spec, specs, config, seed=seed):
+                            out.write(chunk.view(np.uint8).data)
+                    else:
+                        out.truncate(out.seek(stored_bytes(spec), os.SEEK_CUR))
+                    done += stored_bytes(spec)
+                    if progress:
+                        progress(done, total)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write(path / INDEX, json.dumps(index, indent=1) + "\n")  # last: a directory without it was not finished
     return total
 
 

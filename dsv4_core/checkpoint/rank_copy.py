@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from dsv4_core.checkpoint import manifest
 from dsv4_core.checkpoint.layout import unpacked
 from dsv4_core.checkpoint.rank_part import Place
 from dsv4_core.checkpoint.weights import Checkpoint, CheckpointError, Finding
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-MANIFEST = "convert.json"
 
 
 def own_directory(directory: Path, rank: int, ranks: int) -> Path:
@@ -33,18 +33,19 @@ def own_directory(directory: Path, rank: int, ranks: int) -> Path:
 
 def cut_for(directory: Path) -> Place | None:
     """Give the place whose parts a directory holds; None where it holds a whole model."""
-    manifest = directory / MANIFEST
-    if not manifest.is_file():
+    made = manifest.read(directory)
+    if made is None:
         return None
-    options = json.loads(manifest.read_text())["options"]
-    place = Place(options["tp"] or 1, options["ep"] or 1, options["rank"])
+    place = Place(made.options.tp or 1, made.options.ep or 1, made.options.rank)
     return place if place.ranks > 1 else None
 
 
 def origin(directory: Path) -> str:
     """Say what a rank's copy was made of and how, in words that are the same for all ranks of one conversion."""
-    options = json.loads((directory / MANIFEST).read_text())["options"]
-    return ", ".join(f"{key} {value}" for key, value in options.items() if key != "rank")
+    made = manifest.read(directory)
+    assert made is not None
+    options = ", ".join(f"{key} {value}" for key, value in msgspec.to_builtins(made.options).items() if key != "rank")
+    return f"{made.source.identity}, {options}"
 
 
 def open_copy(directory: Path, place: Place) -> Checkpoint:
@@ -75,5 +76,12 @@ def faults(checkpoint: Checkpoint, place: Place) -> list[Finding]:
         if shape != part:
             found = f"shape {list(shape)} must be {list(part)}" if shape else f"missing: {list(part)}"
             wrong.append(Finding("a rank's part", spec.name, "", f"{found} at this place; convert it again"))
-    damage = {"missing scale", "shard unreadable", "shard missing", "corrupt index", "index and shards disagree"}
+    damage = {
+        "missing scale",
+        "shard unreadable",
+        "shard missing",
+        "corrupt index",
+        "index and shards disagree",
+        "not as converted",
+    }
     return wrong + [f for f in checkpoint.errors if f.rule in damage]

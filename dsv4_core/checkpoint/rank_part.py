@@ -16,7 +16,6 @@ every rank holds it whole and its input is gathered; the shared expert is then l
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from dsv4_core.checkpoint.config import ModelConfig
     from dsv4_core.checkpoint.layout import TensorSpec
     from dsv4_core.checkpoint.source import WeightSource
-    from dsv4_core.checkpoint.weights import Checkpoint
 
 _ROWS = ("attn.wq_b", "attn.wo_a", "attn.attn_sink", "shared_experts.w1", "shared_experts.w3")
 _VOCABULARY = ("embed", "head")
@@ -228,21 +226,3 @@ class _Own(Experts):
 def share(config: ModelConfig, place: Place, specs: Iterable[TensorSpec]) -> int:
     """Bytes of one rank's part of tensors as they are stored."""
     return sum(math.prod(place.part(spec, config)) * BITS[spec.dtype] // 8 for spec in specs)
-
-
-SAMPLES, SAMPLE = 16, 4096  # pieces of a shard that its fingerprint covers, and bytes of each
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """Tell one checkpoint from another without reading all of it: every shard's name, size, header, and samples of its bytes."""
-    digest = hashlib.sha256()
-    for path in sorted({checkpoint.file(name) for name in checkpoint.names}):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            begin = 8 + int.from_bytes(file.read(8), "little")
-            digest.update(file.read(begin - 8))
-            for i in range(SAMPLES):
-                file.seek(begin + (size - begin - SAMPLE) * i // (SAMPLES - 1) if size - begin > SAMPLE else begin)
-                digest.update(file.read(SAMPLE))
-    return digest.hexdigest()[:16]

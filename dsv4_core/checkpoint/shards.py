@@ -6,15 +6,18 @@ library's own NumPy reader has no FP8 and FP4 types, so this reads the header it
 
 from __future__ import annotations
 
-import json
 import math
-import mmap
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from dsv4_core.contract.dtypes import BFLOAT16, Host
+from dsv4_core.files import forms
+from dsv4_core.files.mapped import Mapped, of
+from dsv4_core.files.reading import FileError, json_text, opened, pread, regular
+from dsv4_core.files.words import one_line, printable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,34 +62,38 @@ class Shard:
         self.path = path
         self.metadata: dict[str, Any] = {}
         self.entries = self._read()
-        self._map: mmap.mmap | None = None
+        self._map: Mapped | None = None
 
     def array(self, name: str) -> Host:
         """View a tensor, read-only: BF16 as ml_dtypes' bfloat16; E4M3, E8M0, FP4 as uint8, FP4 in its packed shape."""
         stored = self.entries[name]
         shape = (*stored.shape[:-1], stored.shape[-1] // 2) if stored.dtype == "F4" else stored.shape
         if self._map is None:
-            with self.path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._map = Mapped(self.path, self.stamp)
         count = math.prod(shape)
         if not count:  # frombuffer has no empty views
             return np.empty(shape, VIEWS[stored.dtype])
-        array = np.frombuffer(self._map, VIEWS[stored.dtype], count, stored.begin).reshape(shape)
+        array = np.frombuffer(self._map.pages, VIEWS[stored.dtype], count, stored.begin).reshape(shape)
         return np.require(
             array, requirements="A"
         )  # a header of odd length leaves wider types unaligned: those are copied
 
+    def changed(self) -> bool:
+        """Whether the file is no longer the one whose header was read (``files.mapped``)."""
+        try:
+            return of(self.path.stat()) != self.stamp
+        except OSError:
+            return True
+
     def release(self) -> None:
         """Give back the pages of the file that are in memory; they are read again when they are used again."""
         if self._map is not None:
-            self._map.madvise(mmap.MADV_DONTNEED)
-            with self.path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self._map.release()
 
     def _read(self) -> dict[str, Stored]:
-        size = self.path.stat().st_size
-        with self.path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+        size = regular(self.path)
+        with opened(self.path) as descriptor:
+            length = int.from_bytes(pread(descriptor, 8, 0, self.path), "little") if size >= 8 else 0
             if size < 8 or length > size - 8:
                 stated = f"a header of {length} bytes" if size >= 8 else "8 bytes of header length"
                 raise ShardError(f"truncated: the file needs {stated} and has {size} bytes in all; copy it again")
@@ -94,29 +101,37 @@ class Shard:
                 raise ShardError(
                     f"corrupt header: its length {length} is over {MAX_HEADER}; is this a safetensors file?"
                 )
-            text = file.read(length)
+            text = pread(descriptor, length, 8, self.path)
+            self.stamp = of(os.fstat(descriptor))
         self.begin = 8 + length
-        try:
-            header = json.loads(text)
-            self.metadata = header.pop("__metadata__", {})
-            entries = {
-                name: Stored(
-                    entry["dtype"],
-                    tuple(entry["shape"]),
-                    self.begin + entry["data_offsets"][0],
-                    self.begin + entry["data_offsets"][1],
-                )
-                for name, entry in header.items()
-            }
-            end = self._check(entries, self.begin)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ShardError(f"corrupt header: not JSON ({error}); copy the file again") from None
-        except (TypeError, KeyError, IndexError, AttributeError):
-            expected = "a JSON object of tensors, each with dtype, shape and data_offsets"
-            raise ShardError(f"corrupt header: not {expected}; copy the file again") from None
+        self.size = size
+        entries = self._entries(text)
+        end = self._check(entries, self.begin)
         if end != size:
             problem = "truncated" if size < end else "longer than its header says"
             raise ShardError(f"{problem}: the header says {end} bytes, the file has {size}; copy it again")
+        return entries
+
+    def _entries(self, text: bytes) -> dict[str, Stored]:
+        try:
+            header = json_text(text, dict[str, msgspec.Raw], "corrupt header", "copy the file again")
+            metadata = header.pop("__metadata__", msgspec.Raw(b"{}"))
+            self.metadata = json_text(bytes(metadata), dict[str, str], "corrupt header: __metadata__", "copy it again")
+            entries = {}
+            for name, raw in header.items():
+                try:
+                    tensor = msgspec.json.decode(raw, type=forms.Tensor)
+                except (msgspec.MsgspecError, UnicodeDecodeError):  # said in words, with the tensor's name
+                    json_text(
+                        bytes(raw), forms.Tensor, f"corrupt header: tensor {one_line(name, 120)}", "copy it again"
+                    )
+                    raise
+                if printable(name) != name or "\n" in name or "\t" in name:
+                    raise ShardError(f"corrupt header: a tensor's name has control characters: {one_line(name, 120)}")
+                begin, end = tensor.data_offsets
+                entries[name] = Stored(tensor.dtype, tuple(tensor.shape), self.begin + begin, self.begin + end)
+        except FileError as error:
+            raise ShardError(str(error)) from None
         return entries
 
     @staticmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
@@ -11,10 +10,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from dsv4_core.checkpoint import manifest
 from dsv4_core.checkpoint.config import ModelConfig
 from dsv4_core.checkpoint.layout import QUANTISED, TensorSpec, canonical_name, scale_shape, tensor_specs, unpacked
 from dsv4_core.checkpoint.shards import Shard, ShardError, Stored
 from dsv4_core.contract.dtypes import Experts, Format, Host, ScaledArray
+from dsv4_core.files import forms
+from dsv4_core.files.forms import Converted
+from dsv4_core.files.reading import FileError, json_file
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 Progress = Callable[[int, int], None]
@@ -118,9 +121,22 @@ class Checkpoint:
         stored = self.stored(name)
         return TensorSpec(name, stored.shape, stored.dtype, self.layout[name].kind)
 
+    @property
+    def shards(self) -> list[Shard]:
+        """The files that hold these tensors."""
+        return list({id(shard): shard for shard, _ in self._where.values()}.values())
+
+    def hold(self) -> None:
+        """Raise ``CheckpointError`` where a shard is no longer the file that was opened: what was read of it is not one model's."""
+        text = (
+            "was written to since it was opened; what was computed may mix two models: run again once nobody writes it"
+        )
+        if wrong := [Finding("shard changed", "", shard.path.name, text) for shard in self.shards if shard.changed()]:
+            raise CheckpointError(self.path, wrong)
+
     def release(self) -> None:
         """Give back the memory of every page that was read; views stay valid and read again."""
-        for shard in {id(shard): shard for shard, _ in self._where.values()}.values():
+        for shard in self.shards:
             shard.release()
 
     def array(self, name: str) -> Host:
@@ -159,6 +175,7 @@ class Checkpoint:
             by_file[SINGLE] = set()
         unread: set[str] = set()
         held_bytes = 0
+        made = self._manifest()
         for done, (file, named) in enumerate(sorted(by_file.items())):
             if progress:
                 progress(done, len(by_file))
@@ -169,13 +186,15 @@ class Checkpoint:
                 continue
             try:
                 shard = Shard(self.path / file)
-            except (OSError, ShardError) as error:
+            except (OSError, FileError, ShardError) as error:
                 held = f" ({len(named)} tensors)" if named else ""
                 missing = isinstance(error, FileNotFoundError)
                 text = f"no such file, and {INDEX} names it{held}; fetch it" if missing else f"{error}{held}"
                 self._wrong("shard missing" if missing else "shard unreadable", "", file, text)
                 unread |= named
                 continue
+            if made and (text := manifest.other_than_written(self.path, file, made)):
+                self._wrong("not as converted", "", file, text)
             for name in sorted(named - shard.entries.keys()):
                 self._wrong("index and shards disagree", name, file, "the index says it is in this file, and it is not")
                 unread.add(name)
@@ -191,26 +210,29 @@ class Checkpoint:
             self.notes.append(f"{INDEX} says total_size {total_size}, the shards hold {held_bytes} bytes")
         return {canonical_name(name) for name in unread}
 
+    def _manifest(self) -> Converted | None:
+        try:
+            return manifest.read(self.path)
+        except FileError as error:
+            self._wrong("not as converted", "", manifest.MANIFEST, str(error).removeprefix(f"{self.path}/"))
+            return None
+
     def _index(self) -> tuple[dict[str, str], Any]:
         """Read weight map and total_size; without an index the map is empty, and findings say what that means."""
         path = self.path / INDEX
         try:
-            index = json.loads(path.read_text())
-            weight_map = {name: str.__str__(file) for name, file in index["weight_map"].items()}
+            index = json_file(path, forms.Index, "fetch the index again")
         except FileNotFoundError:
             if not (self.path / SINGLE).is_file():
                 shards = len(list(self.path.glob("*.safetensors")))
                 text = f"no such file, nor {SINGLE}; {shards} other *.safetensors files are there; fetch the index"
                 self._wrong("no index", "", INDEX, text)
             return {}, None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            self._wrong("corrupt index", "", INDEX, f"not JSON ({error}); fetch the index again")
+        except FileError as error:
+            self._wrong("corrupt index", "", INDEX, str(error).removeprefix(f"{path}: "))
             return {}, None
-        except (KeyError, TypeError, AttributeError):
-            text = "holds no weight_map from tensor names to file names; fetch the index again"
-            self._wrong("corrupt index", "", INDEX, text)
-            return {}, None
-        return weight_map, index.get("metadata", {}).get("total_size")
+        total = index.metadata.get("total_size") if isinstance(index.metadata, dict) else None
+        return index.weight_map, total
 
     def _place(self, spelt: str, shard: Shard) -> None:
         """Note where a tensor is, under its published name."""

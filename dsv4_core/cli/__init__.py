@@ -6,14 +6,19 @@ A core command ``name`` is ``dsv4_core.cli.name:command``; other packages add th
 
 from __future__ import annotations
 
+import os
 import sys
-from importlib import import_module, metadata
-from typing import cast
+from contextlib import suppress
+from importlib import import_module
+from typing import NoReturn, cast
 
 import click
 
 from dsv4_core import __version__
 from dsv4_core.cli.commands import Group
+from dsv4_core.contract import registry
+from dsv4_core.contract.spec import BackendError
+from dsv4_core.files.words import one_line, printable
 
 COMMANDS = (
     "demo",
@@ -30,7 +35,6 @@ COMMANDS = (
     "bench",
     "completion",
 )
-GROUP = "dsv4.commands"
 
 
 class LazyGroup(Group):
@@ -39,40 +43,106 @@ class LazyGroup(Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Core's commands in the order of a user's day, then those of other packages."""
         del ctx
-        return [*COMMANDS, *sorted(entry.name for entry in metadata.entry_points(group=GROUP))]
+        return [*COMMANDS, *sorted(registry.entries(registry.COMMANDS).keys() - set(COMMANDS))]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command."""
+        """Import a command; one of another package that cannot be had says so in its place, and stops no other."""
         del ctx
         if cmd_name in COMMANDS:
             return cast("click.Command", import_module(f"dsv4_core.cli.{cmd_name}").command)
-        for entry in metadata.entry_points(group=GROUP, name=cmd_name):
-            return cast("click.Command", entry.load())
+        for entry in registry.entries(registry.COMMANDS).get(cmd_name, [])[:1]:
+            try:
+                command = registry.loaded(entry)
+                if isinstance(command, click.Command):
+                    return command
+                problem = f"{cmd_name!r} of distribution {entry.distribution} is no click command: {command!r}"
+            except BackendError as error:
+                problem = str(error)
+            return unusable(cmd_name, problem)
         return None
+
+
+def unusable(name: str, problem: str) -> click.Command:
+    """Stand in for a command that cannot be imported: ``--help`` says why, and calling it is an error."""
+
+    def say(**_: object) -> None:
+        raise BackendError(problem)
+
+    return click.Command(
+        name,
+        callback=say,
+        params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
+        help=f"Cannot be used: {problem}",
+        short_help=f"Cannot be used: {one_line(problem, 90)}",
+        context_settings={"ignore_unknown_options": True},
+    )
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="dsv4")
-def root() -> None:
+@click.option("--traceback", is_flag=True, help="After an error show where it happened (else DSV4_TRACEBACK=1).")
+def root(traceback: bool) -> None:
     """DeepSeek-V4 on any hardware: run the model, look inside, judge a backend."""
+    if traceback:
+        os.environ["DSV4_TRACEBACK"] = "1"
+
+
+UNFORESEEN = 70  # status after an error that no command foresaw: EX_SOFTWARE
 
 
 def main() -> None:
-    """Run the command line; errors that a user can act on are printed as one message, without a traceback, and exit
-    with 2.
+    """Run the command line. Errors that a user can act on are printed as one message and exit with 2; what nobody foresaw is
+    one line, too, and exits with 70. Nothing exits with 0 that did not come to its end.
     """
-    from dsv4_core.contract.spec import BackendError
-
+    no_silent_exit()
     try:
-        sys.exit(root(standalone_mode=False))  # click gives back the status that a command exits with
+        status = root(standalone_mode=False)  # click gives back the status that a command exits with
+        sys.stdout.flush()
     except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        status = stop.exit_code
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        click.echo(f"{printable(usage(error))}Error: {printable(error.format_message())}", err=True)
+        status = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("aborted", err=True)
-        sys.exit(130)
-    except (BackendError, ValueError, OSError) as error:
-        click.echo(f"dsv4: {error}", err=True)
-        sys.exit(2)
+        status = 130
+    except (BackendError, ValueError, OSError, MemoryError) as error:
+        status = told(f"dsv4: {printable(str(error) or repr(error))}", 2)
+    except SystemExit as stop:  # dsv4's own commands never raise it
+        ended = f"{stop.code!r}" if stop.code else "0 before the command was done"
+        status = stop.code if isinstance(stop.code, int) and stop.code else UNFORESEEN
+        told(f"dsv4: something ended the program with sys.exit({one_line(ended)})", status)
+    except BaseException as error:  # noqa: BLE001  the last net: no input may end in a traceback
+        said = one_line(f"{type(error).__name__}: {error}")
+        status = told(f"dsv4: an error that was not foreseen: {said}; `dsv4 --traceback ...` shows where", UNFORESEEN)
+    sys.exit(status)
+
+
+def usage(error: click.ClickException) -> str:
+    """The usage line, where a command was called wrongly."""
+    context = getattr(error, "ctx", None)
+    return f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n\n" if context else ""
+
+
+def told(message: str, status: int) -> int:
+    """Print an error, behind its traceback where that was asked for; give the status."""
+    if os.environ.get("DSV4_TRACEBACK") == "1":
+        import traceback
+
+        traceback.print_exc()
+    with suppress(OSError):  # standard error may be closed
+        click.echo(message, err=True)
+    return status
+
+
+def no_silent_exit() -> None:
+    """Let no plug-in end this process with ``os._exit(0)``, which would look like success."""
+    leave, process = os._exit, os.getpid()
+
+    def _exit(status: int) -> NoReturn:
+        if status == 0 and os.getpid() == process:
+            os.write(2, b"dsv4: something ended the program with os._exit(0) before the command was done\n")
+            status = UNFORESEEN
+        leave(status)
+
+    os._exit = _exit

@@ -107,6 +107,7 @@ def measure(model: Model, prompt: int, tokens: int, batch: int, chunk: int) -> t
 
     from dsv4_core.graph.cache import Cache
     from dsv4_core.graph.generate import prefill
+    from dsv4_core.graph.replay import Replay
     from dsv4_core.graph.step import Step
 
     be, vocab = model.backend, model.config.vocab_size
@@ -117,9 +118,10 @@ def measure(model: Model, prompt: int, tokens: int, batch: int, chunk: int) -> t
     logits = model.logits(prefill(model, cache, ids, chunk=chunk).streams)
     picked = np.asarray(be.to_numpy(be.sample(logits, uniform, temperature=0.0, top_p=1.0)))
     first = time.perf_counter()
+    replay = Replay(model, cache)
     for _ in range(tokens):
         step = Step(cache, picked[:, None])
-        logits = model.logits(model.forward(step))
+        logits = replay.logits(step)
         cache.advance(step.sequences, step.ends)
         picked = np.asarray(be.to_numpy(be.sample(logits, uniform, temperature=0.0, top_p=1.0)))
     return first - began, time.perf_counter() - first

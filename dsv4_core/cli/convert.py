@@ -24,8 +24,16 @@ from dsv4_core.checkpoint.convert import Options, Tally, convert
     help="Every quantised weight to BF16, lossless; or to int8 per output channel (W8A8), lossy: the error is printed and kept.",
 )
 @click.option("--allow-lossy", is_flag=True, help="Round values that FP8 cannot hold; the blocks are counted.")
+@click.option("--verify", is_flag=True, help="Read every byte of SOURCE to tell it from others, not samples.")
 def command(
-    source: Path, out: Path, tp: int | None, ep: int | None, experts: str | None, form: str | None, allow_lossy: bool
+    source: Path,
+    out: Path,
+    tp: int | None,
+    ep: int | None,
+    experts: str | None,
+    form: str | None,
+    allow_lossy: bool,
+    verify: bool,
 ) -> None:
     """Write a copy of the checkpoint SOURCE to OUT in another form.
 
@@ -36,7 +44,7 @@ def command(
     tally = Tally()
     options = Options(tp, ep, experts or "", form == "bf16", form == "w8a8-int8", allow_lossy)
     with bar("converting (shards)") as progress:
-        counts = convert(source, out, options, progress=progress, tally=tally)
+        counts = convert(source, out, options, progress=progress, tally=tally, verify=verify)
     shards = f"{counts['written']} shards written, {counts['kept']} kept"
     click.echo(f"{out}: {counts['tensors']} tensors, {shards}; {counts['lossy_blocks']} blocks rounded")
     if tally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -49,7 +48,7 @@ def command(model: str | None, no_audit: bool, as_json: bool) -> None:
         click.echo(json.dumps(_document(checkpoint, findings, audited=not no_audit), indent=2))
     else:
         _print(checkpoint, findings, audited=not no_audit)
-    sys.exit(any(f.severity == "error" for f in findings))
+    raise click.exceptions.Exit(int(any(f.severity == "error" for f in findings)))
 
 
 def _groups(checkpoint: Checkpoint) -> list[tuple[str, str, int, int]]:

@@ -6,7 +6,7 @@ The contracts come from ``ops``; this adds arrays, options and the answer to ``s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -82,13 +82,18 @@ class Backend(EveryOp):
             raise BackendError(
                 f"backend {self.name!r}: numerics {numerics!r} is not one of {', '.join(self.numerics_modes)}"
             )
-        known = {o.name: o.default for o in self.options}
-        if unknown := sorted(options.keys() - known.keys()):
-            takes = ", ".join(sorted(known)) or "none"
-            raise BackendError(f"backend {self.name!r} has no option {unknown[0]!r}; its options: {takes}")
+        self.hold_options(options)
         self.numerics = numerics
-        for name, default in known.items():
-            setattr(self, name, options.get(name, default))
+        for option in self.options:
+            setattr(self, option.name, options.get(option.name, option.default))
+
+    @classmethod
+    def hold_options(cls, names: Collection[str]) -> None:
+        """Raise ``BackendError`` for an option that this backend does not have."""
+        known = {option.name for option in cls.options}
+        if unknown := sorted(set(names) - known):
+            takes = ", ".join(sorted(known)) or "none"
+            raise BackendError(f"backend {cls.name!r} has no option {unknown[0]!r}; its options: {takes}")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Hold every op that the class defines to its contract's signature; raise ``TypeError`` with both signatures."""
@@ -132,6 +137,10 @@ class Backend(EveryOp):
         """Name the vendor's kernels that ran since this was last asked; nothing for a backend that keeps no account."""
         return ()
 
+    def environment(self) -> Mapping[str, str]:
+        """Name the libraries, driver and device that a run rests on, for reports: what -> version or name."""
+        return {}
+
     def proof(self, ran: Mapping[str, bool]) -> Mapping[str, str]:
         """Say of every op how far its implementation is proven, for a report of the suite. ``ran``: of each kernel of
         ``kernels_ran`` whether all passed that used it; empty where a run was partial or fell short.
@@ -172,6 +181,30 @@ class Backend(EveryOp):
     def computing(self) -> AbstractContextManager[Any]:
         """What a forward runs in: a library that records gradients is told here that none are wanted."""
         return nullcontext()
+
+    def round_up(self, n: int) -> int:
+        """How large an extent of a step is made that has to hold ``n``: window rows, compressed rows, windows that close.
+
+        At least ``n``, and never less for a larger ``n``; what is too much is masked. Few values mean few shapes, for a
+        backend that compiles or records a step for each; more than 0 for 0 means that a part is never absent. The default is
+        the next power of two, at least 128: a context's shapes change each time that its length doubles.
+        """
+        return max(128, 1 << (n - 1).bit_length()) if n else 128
+
+    def record(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Give what does as ``function`` does, on host arrays of the same shapes and dtypes as ever.
+
+        ``function`` takes arrays of this backend, calls its ops, and gives an array or a tuple of them. It reads nothing
+        that changes but its arguments and what it has read in place before (the cache), reads no value on the host, and may be run
+        again with the same arguments. What is given may run it when it is first called, capture what it does, and
+        from then on repeat that on buffers of its own: results hold until the next call. Where that cannot be had, it runs
+        ``function`` each time, which is the default; it never repeats anything that has become wrong.
+        """
+
+        def run(*hosts: Host) -> Any:
+            return function(*map(self.from_numpy, hosts))
+
+        return run
 
     def process_group(self, where: Rendezvous) -> ProcessGroup:
         """Reach the store that the ranks of a run share, through the backend's own library; importing it is done here.

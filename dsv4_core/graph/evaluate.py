@@ -9,6 +9,7 @@ import numpy as np
 from dsv4_core.graph import generate
 from dsv4_core.graph.cache import Cache
 from dsv4_core.graph.generate import CHUNK
+from dsv4_core.graph.replay import Replay
 from dsv4_core.graph.step import Step, check_ids
 
 if TYPE_CHECKING:
@@ -61,10 +62,10 @@ def teacher_forced(
     cache = Cache(be, model.config, batch, total, rewindable=0)
     following = tokens[:, 1 : prefill + 1] if mtp else None
     done = generate.prefill(model, cache, tokens[:, :prefill], chunk=chunk, mtp_next=following, progress=progress)
-    logits = [be.to_numpy(model.logits(done.streams))]
+    logits, replay = [be.to_numpy(model.logits(done.streams))], Replay(model, cache)
     for i in range(prefill, total):
         step = Step(cache, tokens[:, i : i + 1])
-        logits.append(be.to_numpy(model.logits(model.forward(step))))
+        logits.append(np.array(be.to_numpy(replay.logits(step))))  # a copy: the next step's take their place
         cache.advance(step.sequences, step.ends)
         if progress:
             progress(i + 1, total)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.replay import Replay
 from dsv4_core.graph.step import Step
 
 if TYPE_CHECKING:
@@ -126,9 +127,10 @@ def generate(
     streams = prefill(model, cache, mine(ids), chunk=chunk, counts=counts, progress=progress).streams
     draws = [np.random.default_rng((sampling.seed, b)) for b in range(batch)]
     alive = np.ones(batch, bool)
+    logits, replay = model.logits(streams), Replay(model, cache)
     for _ in range(max_tokens):
         uniform = np.array([d.random() for d in draws], np.float32)
-        tokens = _sample(model, model.logits(streams), sampling, mine(uniform))
+        tokens = _sample(model, logits, sampling, mine(uniform))
         yield [int(t) if a else None for t, a in zip(tokens, alive, strict=True)]
         alive &= ~np.isin(tokens, list(stop)) & ~np.isin(np.arange(batch), list(stopped))
         if not alive.any():
@@ -137,7 +139,7 @@ def generate(
             return
         step = Step(cache, mine(tokens[:, None]), counts=mine(alive).astype(int).tolist())
         lengths += alive
-        streams = model.forward(step)
+        logits = replay.logits(step)
         cache.advance(step.sequences, step.ends)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dsv4_core.contract.dtypes import Host
     from dsv4_core.contract.spec import Array
     from dsv4_core.graph.cache import LayerCache
-    from dsv4_core.graph.step import Compression, Step
+    from dsv4_core.graph.step import Addresses, Compression
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Model:
             if progress:
                 progress(c.layers, c.layers)
 
-    def forward(self, step: Step) -> Array:
+    def forward(self, step: Addresses) -> Array:
         """Run the main stack on a step's tokens; give the streams [T, hc, D].
 
         The cache's rows are written, its lengths are not.
@@ -186,7 +186,7 @@ class Model:
                 h = self.block(block, h, step)
         return h
 
-    def mtp(self, h: Array, next_ids: Array, step: Step) -> Array:
+    def mtp(self, h: Array, next_ids: Array, step: Addresses) -> Array:
         """Run the MTP block on the main stack's streams and the *next* tokens' ids, at the same positions; give its
         streams.
         """
@@ -214,7 +214,7 @@ class Model:
         x = self.backend.embedding(p.local_ids(ids) if p.local_ids else ids, self.embed)
         return p.reduce_embedding(x) if p.reduce_embedding else x
 
-    def block(self, block: Block, h: Array, step: Step) -> Array:
+    def block(self, block: Block, h: Array, step: Addresses) -> Array:
         """One layer: attention, then experts, each between its hyper-connections."""
         x, post, comb = self._hc_pre(h, block.hc_attn, block.attn_norm)
         h = self.backend.hc_post(self.attention(block, x, step), h, post, comb)
@@ -227,7 +227,7 @@ class Model:
             h, mix.fn, mix.scale, mix.base, norm, norm_eps=c.rms_norm_eps, eps=c.hc_eps, iters=c.hc_sinkhorn_iters
         )
 
-    def attention(self, block: Block, x: Array, step: Step) -> Array:
+    def attention(self, block: Block, x: Array, step: Addresses) -> Array:
         """Window rows, compressed rows (all, or the indexer's picks), sink, grouped output projection."""
         be, c, w, p = self.backend, self.config, block.attn, self.parallel
         T, d, act = step.tokens, c.head_dim, be.activation_dtype
@@ -276,7 +276,7 @@ class Model:
         return be.act_qdq(x, format="e2m1", block=FP4_GROUP, channels=di)
 
     def _compress(
-        self, w: Compressor, x: Array, block: Block, cache: LayerCache, step: Step, where: Compression
+        self, w: Compressor, x: Array, block: Block, cache: LayerCache, step: Addresses, where: Compression
     ) -> None:
         """Add this step's tokens to the open windows and store the rows of those that close."""
         be, c = self.backend, self.config
@@ -290,7 +290,7 @@ class Model:
             )
 
     def _close_windows(
-        self, w: Compressor, x: Array, dim: int, state: Array | None, step: Step, where: Compression
+        self, w: Compressor, x: Array, dim: int, state: Array | None, step: Addresses, where: Compression
     ) -> Array | None:
         """Rows [n * closing, dim], normed, of the windows that close in this step; None where none does."""
         be, c = self.backend, self.config
@@ -304,7 +304,14 @@ class Model:
         return rows
 
     def _picked_rows(
-        self, w: Indexer | None, qr: Array, x: Array, block: Block, cache: LayerCache, step: Step, where: Compression
+        self,
+        w: Indexer | None,
+        qr: Array,
+        x: Array,
+        block: Block,
+        cache: LayerCache,
+        step: Addresses,
+        where: Compression,
     ) -> tuple[Array, Array] | None:
         """Which compressed rows are read and, counted among all rows, which each token attends to: ``row_index``,
         ``idxs`` [T, ...].
@@ -337,7 +344,7 @@ class Model:
             return picks.reshape((step.tokens * where.picks.topk,)), where.picks.idxs
         return where.row_read, picks.reshape((step.tokens, where.picks.topk))
 
-    def moe(self, w: Moe, x: Array, step: Step) -> Array:
+    def moe(self, w: Moe, x: Array, step: Addresses) -> Array:
         """Gate, routed experts, shared expert."""
         be, c, p = self.backend, self.config, self.parallel
         if w.tid2eid is not None:

@@ -18,7 +18,7 @@ import numpy as np
 from dsv4_core.checkpoint.create import create
 from dsv4_core.graph.cache import Cache
 from dsv4_core.graph.model import Model
-from dsv4_core.graph.step import Step
+from dsv4_core.graph.step import Addresses, Step
 from dsv4_core.planning.counting import total
 from dsv4_core.planning.plan import Graph
 
@@ -101,7 +101,7 @@ class Rehearsal(Model):
             files = resident("RssFile")
         self.files = files
 
-    def block(self, block: Block, h: Array, step: Step) -> Array:
+    def block(self, block: Block, h: Array, step: Addresses) -> Array:
         """One layer, then a note."""
         h = super().block(block, h, step)
         self.note()

@@ -23,7 +23,7 @@ from dsv4_core.contract.ops import OPS
 from dsv4_core.contract.spec import Array, Numerics, Operand, OpSpec
 from dsv4_core.graph.cache import Cache
 from dsv4_core.graph.model import Block, Model
-from dsv4_core.graph.step import Step
+from dsv4_core.graph.step import Addresses, Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -191,6 +191,10 @@ class ShapeBackend(Backend):
         """What a subclass's notes depend on beside operands: of a backend that counts memory, what is alive."""
         return None
 
+    def round_up(self, n: int) -> int:
+        """Give ``n``: what a step needs, not what a backend makes of it."""
+        return n
+
     def run(self, spec: OpSpec, values: dict[str, Any]) -> Any:
         """Carry out one op: check its operands, make its results."""
         self.check_dtypes(spec, values)
@@ -336,10 +340,10 @@ class LayeredModel(Model):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._kinds: dict[int, Hashable] = {}
-        self._step: Step | None = None
+        self._step: Addresses | None = None
         self._seen: dict[Hashable, list[Any]] = {}
 
-    def block(self, block: Block, h: Array, step: Step) -> Array:
+    def block(self, block: Block, h: Array, step: Addresses) -> Array:
         """Run one layer with ``backend.layer`` set to its index, or repeat the notes of one that is just like it."""
         be = self.backend
         if step is not self._step:

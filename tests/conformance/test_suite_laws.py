@@ -14,8 +14,14 @@ from dsv4_conformance.museum import hunt
 from dsv4_conformance.museum.fault import MUTANTS
 from dsv4_conformance.run import catalogue, runner
 
+from dsv4_core.graph.step import Step
+
 CHECKS = {c.law.name: c for c in laws.checks("native")}
-BITWISE = {"same_bits_in_chunks", "same_bits_in_a_batch"}  # another level, which the reference claims in another mode
+BITWISE = {
+    "same_bits_in_chunks",
+    "same_bits_in_a_batch",
+    "same_bits_rounded_up",
+}  # another level, which the reference claims in another mode
 
 
 def session(mutant=None, tier="smoke", numerics="native"):
@@ -59,6 +65,23 @@ def test_kills_what_no_single_call_shows(mutant):
     finding = runner.run_check(CHECKS[KILLS[mutant]], session(mutant))
     assert finding.status == "failed"
     assert finding.used == float("inf")
+
+
+PAST = {
+    "ring": ("_put", lambda name, values: np.maximum(values, 0) if name == "window_idxs" else values),
+    "rows": ("_put", lambda name, values: np.maximum(values, 0) if name == "128.row_idxs" else values),
+    "written": ("_put", lambda name, values: np.maximum(values, 0) if name == "4.row_write" else values),
+    "seen": ("_put", lambda name, values: np.maximum(values, 4) if name == "4.visible" else values),
+}
+
+
+@pytest.mark.parametrize("fault", PAST)
+def test_what_is_too_much_must_be_masked(fault, monkeypatch):
+    method, wrong = PAST[fault]
+    right = getattr(Step, method)
+    monkeypatch.setattr(Step, method, lambda self, name, values: right(self, name, wrong(name, values)))
+    finding = runner.run_check(CHECKS["extents_do_not_show"], session())
+    assert finding.status == "failed", fault
 
 
 @pytest.mark.parametrize("mutant", ["ring_wrap_wrong", "result_depends_on_the_batch", "visible_one_row_early"])

@@ -92,7 +92,7 @@ def test_tuning_walks_to_the_fastest_and_writes_the_table(monkeypatch, tmp_path)
         start,
         lambda c: float("inf") if c["num_stages"] > 3 else 10 / c["BLOCK_N"] - c["num_stages"] / 100,
     )
-    assert best.config == start | {"BLOCK_N": 256, "num_stages": 3}
+    assert best.config == start | {"BLOCK_N": 128, "num_stages": 3}
     table = tmp_path / "table.json"
     table.write_text(launch.TABLE.read_text())
     monkeypatch.setattr(launch, "TABLE", table)
@@ -101,3 +101,31 @@ def test_tuning_walks_to_the_fastest_and_writes_the_table(monkeypatch, tmp_path)
     changed = [(a, b) for a, b in zip(before, json.loads(table.read_text()), strict=True) if a != b]
     assert [(b["kernel"], b["arch"], b["config"]) for _, b in changed] == [("linear_decode", 90, best.config)]
     assert changed[0][1]["how"].startswith("measured on a part")
+
+
+def test_a_configuration_with_another_result_is_never_the_fastest(capsys):
+    """One that is twice as fast and wrong in one element, and one that does not launch."""
+    import torch
+
+    row = {"kernel": "linear_decode", "config": {"BLOCK_N": 64, "num_stages": 1}}
+
+    def call():
+        if row["config"]["num_stages"] == 3:
+            raise RuntimeError("out of resource: shared memory")
+        y = torch.arange(8.0)
+        y[7] += row["config"]["BLOCK_N"] == 128
+        return y
+
+    def milliseconds(_):
+        return 1.0 / row["config"]["BLOCK_N"] - row["config"]["num_stages"] / 1e3
+
+    reached = tune.best("linear_decode", row["config"], tune.measured(call, row, milliseconds))
+    assert reached.config == {"BLOCK_N": 64, "num_stages": 2}
+    assert "another result: linear_decode with {'BLOCK_N': 128" in capsys.readouterr().out
+    assert row["config"] == {"BLOCK_N": 64, "num_stages": 1}
+
+
+def test_no_candidate_is_wider_than_a_scale():
+    for (kernel, arch), row in launch.table().items():
+        for config in tune.candidates(kernel, row["config"]):
+            assert config.get("BLOCK_N", 0) <= 128, (kernel, arch)

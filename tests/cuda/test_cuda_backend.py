@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 import torch
-from dsv4_backend_cuda import CudaBackend, device, interpret, launch, rules
+from dsv4_backend_cuda import device, interpret, launch, rules
+from dsv4_backend_cuda.backend import CudaBackend
 from dsv4_conformance.model import golden
 
 from dsv4_core.checkpoint.weights import Checkpoint
@@ -103,6 +105,79 @@ def test_supports_names_kernels_and_reasons(backend):
         exact.supports("linear", x=x, weight=weight, out_dtype="float32").by
         == "torch: kernels compute native numerics, not float32"
     )
+
+
+def test_kernels_run_on_the_backends_own_device(monkeypatch):
+    """Triton launches on torch's current device: it is chosen at construction, and for a call where another one is current."""
+    chosen, entered = [], []
+
+    class Device:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            entered.append(self.index)
+
+        def __exit__(self, *_):
+            entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(device, "require_gpu", lambda _: 90)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: types.SimpleNamespace(device=torch.device("cuda:1")))
+    second = CudaBackend(device="cuda:1")
+    assert (second.index, chosen) == (1, [1])
+    second.kernels = {"hadamard": lambda _, x: entered.append("runs") or x}
+    x = torch.ones(1, 32, dtype=torch.bfloat16)
+    second.hadamard(x)
+    assert entered == [1, "runs", None]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    second.hadamard(x)
+    assert entered == [1, "runs", None, "runs"]
+
+
+def test_a_report_says_what_ran_and_on_what(backend):
+    backend.kernels_ran()
+    backend.hadamard(torch.ones(2, 32, dtype=torch.bfloat16))
+    backend.hadamard(torch.ones(2, 24, dtype=torch.bfloat16)[:, :8])  # torch's: no kernel ran
+    assert backend.kernels_ran() == ("hadamard",)
+    assert backend.kernels_ran() == ()
+    said = backend.environment()
+    assert said["triton"] == device.triton_version()
+    assert said["torch"] == torch.__version__
+    assert said["device"] == "none: kernels were interpreted"
+    assert backend.proof({"rope": True, "mix": False}) == {"mix": "failed here", "rope": "interpreted"}
+
+
+def test_a_report_names_the_gpu(monkeypatch):
+    gpu = types.SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(device, "driver", lambda: "NVRM version 580")
+    said = device.environment(0, 90)
+    assert said["device"] == "H100, compute capability 9.0, 132 multiprocessors, 80 GiB"
+    assert said["driver"] == "NVRM version 580"
+
+
+def test_nan_and_infinity_through_the_codecs(backend):
+    """A broken layer must look broken: NaN is NaN afterwards, infinity makes its group NaN, and other groups are as without them."""
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(3)).bfloat16()
+    bad = x.clone()
+    bad[0, 5], bad[1, 200] = float("nan"), float("inf")
+    codes, _ = backend.act_quant(bad, block=128)
+    plain, _ = backend.act_quant(x, block=128)
+    assert int(codes[0, 5]) & 0x7F == 0x7F
+    assert int(codes[1, 200]) & 0x7F == 0x7F
+    assert torch.equal(codes[2], plain[2])
+    for fmt, block in (("e4m3", 64), ("e2m1", 32)):
+        y, fine = (backend.act_qdq(t, format=fmt, block=block, channels=256) for t in (bad, x))
+        assert y[0, 5].isnan()
+        assert y[1, 200].isnan()
+        others = torch.ones(3, 256, dtype=torch.bool)
+        others[0, :block], others[1, 200 // block * block : 200 // block * block + block] = False, False
+        assert torch.equal(y[others], fine[others])
+    for make in (lambda t: backend.swiglu(t, x, None, limit=10.0), lambda t: backend.rms_norm(t, None, eps=1e-6)):
+        assert make(bad)[0, 5].isnan()
 
 
 def test_rules_name_kernels_of_the_launch_table():

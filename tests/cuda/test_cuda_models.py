@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from dsv4_backend_cuda import CudaBackend
+from dsv4_backend_cuda.backend import CudaBackend
 from dsv4_conformance.model import golden
 from recorded import RECORDED, feed, load_model, relative, vectors
 

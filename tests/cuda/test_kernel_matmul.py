@@ -84,3 +84,13 @@ def test_bits_do_not_depend_on_the_batch():
             codes[part].clone(), scales[part].clone(), weight, weight_scale, out_dtype=torch.float32
         )
         assert torch.equal(alone, whole[part])
+
+
+def test_a_program_wider_than_a_scale_is_refused():
+    """It would scale all but its first 128 outputs by a neighbour's scale."""
+    codes, scales, _ = activation(2, 128, 1)
+    weight, scale, _ = fp8_weight(256, 128, 2)
+    y = torch.empty(2, 256, dtype=torch.bfloat16)
+    config = {"BLOCK_N": 256, "BLOCK_T": 16, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+    with pytest.raises(Exception, match="one scale of 128 outputs"):
+        scaled_matmul._launch(codes, scales, weight, scale, y, scales, experts=0, tiles=1, fp4=False, options=config)

@@ -8,8 +8,9 @@ from dsv4_conformance.model import golden
 from recorded import RECORDED
 
 from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.checkpoint.identity import identity
 from dsv4_core.checkpoint.layout import tensor_specs
-from dsv4_core.checkpoint.rank_part import Place, ShardedSource, fingerprint, share
+from dsv4_core.checkpoint.rank_part import Place, ShardedSource, share
 from dsv4_core.checkpoint.weights import Checkpoint
 from dsv4_core.contract import registry
 from dsv4_core.contract.dtypes import ScaledArray
@@ -115,11 +116,11 @@ def test_a_backend_is_asked_about_the_shapes_of_its_place(place):
     assert ("act_quant" in seen) == (place.ep > 1)
 
 
-def test_fingerprints_tell_checkpoints_apart(tmp_path):
+def test_identities_tell_checkpoints_apart(tmp_path):
     from dsv4_core.checkpoint import create
 
     config = replace(PRESETS["tiny"], num_hidden_layers=1, compress_ratios=(0, 0))
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         create.create(tmp_path / name, config, seed=seed)
-    a, b, c = (fingerprint(Checkpoint(tmp_path / name)) for name in "abc")
+    a, b, c = (identity(Checkpoint(tmp_path / name)) for name in "abc")
     assert a == b != c

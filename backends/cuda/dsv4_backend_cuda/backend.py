@@ -7,6 +7,7 @@ from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from dsv4_backend_torch.backend import TorchBackend
 
 from dsv4_backend_cuda import device, launch
@@ -16,7 +17,7 @@ from dsv4_core.contract.ops import OPS, EveryOp
 from dsv4_core.contract.spec import Support
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from dsv4_core.contract.backend import Diagnosis
 
@@ -31,8 +32,13 @@ def _bound(op: str) -> Callable[..., Any]:
 
     @functools.wraps(inherited)
     def run(self: CudaBackend, *arrays: Any, **scalars: Any) -> Any:
-        if isinstance(self.answer(op, *arrays, **scalars), str):
+        answer = self.answer(op, *arrays, **scalars)
+        if isinstance(answer, str):
             return inherited(self, *arrays, **scalars)
+        self.ran.update(dict.fromkeys(answer))
+        if self.index is not None and torch.cuda.current_device() != self.index:
+            with torch.cuda.device(self.index):  # Triton launches on torch's current device, wherever the arrays are
+                return self.kernels[op](self, *arrays, **scalars)
         return self.kernels[op](self, *arrays, **scalars)
 
     return run
@@ -74,10 +80,16 @@ class CudaBackend(TorchBackend):
         device.require_triton()
         if chosen["interpret"]:
             device.require_interpreter()
-            self.arch = launch.architecture("cpu")
+            self.arch, where = launch.architecture("cpu"), "cpu"
+        elif launch.pretended is not None:
+            self.arch, where = launch.pretended, "meta"
         else:
-            self.arch = device.require_gpu(str(chosen["device"]))
-        super().__init__(**{**options, "device": "cpu" if chosen["interpret"] else chosen["device"]})
+            self.arch, where = device.require_gpu(str(chosen["device"])), chosen["device"]
+        super().__init__(**{**options, "device": where})
+        self.index: int | None = self.device.index if self.device.type == "cuda" else None
+        if self.index is not None:
+            torch.cuda.set_device(self.index)  # for torch's streams and for Triton's launches
+        self.ran: dict[str, None] = {}
         if self.numerics != "native":
             self.batch_invariant = False  # torch's products promise no order of sums
         bindings = import_module(
@@ -119,6 +131,21 @@ class CudaBackend(TorchBackend):
             by=f"torch: {answer}" if isinstance(answer, str) else f"triton: {', '.join(dict.fromkeys(answer))}"
         )
 
+    def kernels_ran(self) -> Sequence[str]:
+        """Kernels of the launch table that ran since this was last asked, as first met."""
+        ran = tuple(self.ran)
+        self.ran.clear()
+        return ran
+
+    def environment(self) -> Mapping[str, str]:
+        """Triton, torch, driver, and the GPU with its limits; or that kernels were interpreted."""
+        return device.environment(self.index, self.arch)
+
+    def proof(self, ran: Mapping[str, bool]) -> Mapping[str, str]:
+        """By kernel that ran: measured on a GPU, or interpreted, where every check passed."""
+        rung = "interpreted" if self.interpret else f"measured on sm_{self.arch}"
+        return {name: rung if passed else "failed here" for name, passed in sorted(ran.items())}
+
     @classmethod
     def diagnose(cls) -> tuple[Diagnosis, ...]:
         """Triton, driver and GPUs."""
@@ -140,6 +167,8 @@ class CudaBackend(TorchBackend):
     ffn = _bound("ffn")
     moe = _bound("moe")
     compress = _bound("compress")
+    cache_write = _bound("cache_write")
+    cache_read = _bound("cache_read")
     index_scores = _bound("index_scores")
     index_select = _bound("index_select")
     index_topk = _bound("index_topk")

@@ -6,14 +6,14 @@ Operands may be views, kernels take contiguous ones: ``contiguous`` is free in t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-import triton
 from torch import Tensor
 
 from dsv4_backend_cuda import launch
 from dsv4_backend_cuda.kernels import (
+    cache,
     compress,
     dense_matmul,
     index,
@@ -29,12 +29,17 @@ from dsv4_backend_cuda.kernels import (
 from dsv4_core.contract.dtypes import FP8_BLOCK, Experts, RowLayout, ScaledArray
 from dsv4_core.contract.ops.attention import SCORES_AT_ONCE
 
-if TYPE_CHECKING:
-    from dsv4_backend_cuda.backend import CudaBackend
-
 PARTIALS = 1 << 24  # elements of attention's pieces that exist at a time: 64 MB
-MODULES = (norm, rope, quant, scaled_matmul, dense_matmul, moe, compress, index, unpack, sparse_attn, mhc)
+MODULES = (cache, norm, rope, quant, scaled_matmul, dense_matmul, moe, compress, index, unpack, sparse_attn, mhc)
 """Every kernel module; their ``SPECS`` say what is compiled."""
+
+
+class Settings(Protocol):
+    """What launchers ask of the backend."""
+
+    batch_invariant: bool
+    few_tokens: int
+
 
 Quantised = tuple[Tensor, Tensor]
 Mixed = tuple[Tensor, Tensor, Tensor]
@@ -59,32 +64,32 @@ def _expert_product(x: Quantised, weight: Any, offsets: Tensor) -> Tensor:
     return scaled_matmul.expert_linear(*x, stack.data, stack.scale, offsets, fp4=_fp4(stack))
 
 
-def rms_norm(be: CudaBackend, x: Tensor, weight: Tensor | None, *, eps: float) -> Tensor:
+def rms_norm(be: Settings, x: Tensor, weight: Tensor | None, *, eps: float) -> Tensor:
     del be
     return norm.rms_norm(x.contiguous(), None if weight is None else weight.contiguous(), eps=eps)
 
 
-def apply_rope(be: CudaBackend, x: Tensor, positions: Tensor, freqs: Tensor, *, inverse: bool) -> Tensor:
+def apply_rope(be: Settings, x: Tensor, positions: Tensor, freqs: Tensor, *, inverse: bool) -> Tensor:
     del be
     return rope.apply_rope(x.contiguous(), positions.contiguous(), freqs.contiguous(), inverse=inverse)
 
 
-def act_quant(be: CudaBackend, x: Tensor, *, block: int) -> Quantised:
+def act_quant(be: Settings, x: Tensor, *, block: int) -> Quantised:
     del be
     return quant.act_quant(x.contiguous(), block=block)
 
 
-def act_qdq(be: CudaBackend, x: Tensor, *, format: str, block: int, channels: int) -> Tensor:
+def act_qdq(be: Settings, x: Tensor, *, format: str, block: int, channels: int) -> Tensor:
     del be
     return quant.act_qdq(x.contiguous(), format=format, block=block, channels=channels)
 
 
-def hadamard(be: CudaBackend, x: Tensor) -> Tensor:
+def hadamard(be: Settings, x: Tensor) -> Tensor:
     del be
     return quant.hadamard(x.contiguous())
 
 
-def linear(be: CudaBackend, x: Tensor, weight: Any, *, out_dtype: str) -> Tensor:
+def linear(be: Settings, x: Tensor, weight: Any, *, out_dtype: str) -> Tensor:
     del be
     dtype = getattr(torch, out_dtype)
     if isinstance(weight, ScaledArray):
@@ -92,26 +97,24 @@ def linear(be: CudaBackend, x: Tensor, weight: Any, *, out_dtype: str) -> Tensor
     return dense_matmul.linear(x.contiguous(), weight.contiguous(), out_dtype=dtype)
 
 
-def grouped_linear(be: CudaBackend, x: Tensor, weight: Any) -> Tensor:
+def grouped_linear(be: Settings, x: Tensor, weight: Any) -> Tensor:
     del be
     if isinstance(weight, ScaledArray):
         return dense_matmul.grouped_linear(x.contiguous(), weight.data.contiguous(), weight.scale.contiguous())
     return dense_matmul.grouped_linear(x.contiguous(), weight.contiguous(), None)
 
 
-def expert_linear(be: CudaBackend, x: Tensor, weight: Experts, offsets: Tensor) -> Tensor:
+def expert_linear(be: Settings, x: Tensor, weight: Experts, offsets: Tensor) -> Tensor:
     del be
     return _expert_product(_quantise(x), weight, offsets.contiguous())
 
 
-def gate(be: CudaBackend, x: Tensor, weight: Any, bias: Tensor, *, topk: int, route_scale: float) -> Quantised:
+def gate(be: Settings, x: Tensor, weight: Any, bias: Tensor, *, topk: int, route_scale: float) -> Quantised:
     scores = linear(be, x, weight, out_dtype="float32")
     return moe.route(scores, bias.contiguous(), topk=topk, route_scale=route_scale)
 
 
-def gate_hash(
-    be: CudaBackend, x: Tensor, weight: Any, tid2eid: Tensor, ids: Tensor, *, route_scale: float
-) -> Quantised:
+def gate_hash(be: Settings, x: Tensor, weight: Any, tid2eid: Tensor, ids: Tensor, *, route_scale: float) -> Quantised:
     scores = linear(be, x, weight, out_dtype="float32")
     return moe.route(
         scores, None, topk=tid2eid.shape[1], route_scale=route_scale, tid2eid=tid2eid.contiguous(), ids=ids.contiguous()
@@ -119,7 +122,7 @@ def gate_hash(
 
 
 def dispatch(
-    be: CudaBackend, x: Tensor, weights: Tensor, indices: Tensor, *, first_expert: int, n_experts: int
+    be: Settings, x: Tensor, weights: Tensor, indices: Tensor, *, first_expert: int, n_experts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     del be
     return moe.dispatch(
@@ -127,7 +130,7 @@ def dispatch(
     )
 
 
-def swiglu(be: CudaBackend, gate: Tensor, up: Tensor, weights: Tensor | None, *, limit: float) -> Tensor:
+def swiglu(be: Settings, gate: Tensor, up: Tensor, weights: Tensor | None, *, limit: float) -> Tensor:
     del be
     return moe.swiglu(
         gate.contiguous(), up.contiguous(), None if weights is None else weights.contiguous(), limit=limit
@@ -135,7 +138,7 @@ def swiglu(be: CudaBackend, gate: Tensor, up: Tensor, weights: Tensor | None, *,
 
 
 def combine(
-    be: CudaBackend, rows: Tensor, order: Tensor, offsets: Tensor, shared: Tensor | None, *, topk: int, out_dtype: str
+    be: Settings, rows: Tensor, order: Tensor, offsets: Tensor, shared: Tensor | None, *, topk: int, out_dtype: str
 ) -> Tensor:
     del be
     shared = None if shared is None else shared.contiguous()
@@ -149,7 +152,7 @@ def combine(
     )
 
 
-def ffn(be: CudaBackend, x: Tensor, w1: ScaledArray, w3: ScaledArray, w2: ScaledArray, *, limit: float) -> Tensor:
+def ffn(be: Settings, x: Tensor, w1: ScaledArray, w3: ScaledArray, w2: ScaledArray, *, limit: float) -> Tensor:
     del be
     codes = _quantise(x)
     hidden = moe.swiglu_quant(_product(codes, w1, x.dtype), _product(codes, w3, x.dtype), None, limit=limit)
@@ -157,7 +160,7 @@ def ffn(be: CudaBackend, x: Tensor, w1: ScaledArray, w3: ScaledArray, w2: Scaled
 
 
 def routed(
-    be: CudaBackend, x: Tensor, weights: Tensor, indices: Tensor, shared: Tensor | None, w1: Experts, w3: Experts, w2: Experts,
+    be: Settings, x: Tensor, weights: Tensor, indices: Tensor, shared: Tensor | None, w1: Experts, w3: Experts, w2: Experts,
     *, first_expert: int, limit: float, out_dtype: str,
 ) -> Tensor:  # fmt: skip
     """``moe``: rows are quantised once for w1 and w3, and SwiGLU hands w2 its codes."""
@@ -173,17 +176,27 @@ def routed(
     )
 
 
-def compressed(be: CudaBackend, kv_score: Tensor, ape: Tensor, window_idxs: Tensor, *, dim: int) -> Tensor:
+def cache_write(be: Settings, cache_: Tensor, rows: Tensor, index: Tensor, *, layout: RowLayout) -> None:
+    del be
+    cache.cache_write(cache_, rows.contiguous(), index.contiguous(), layout=layout)
+
+
+def cache_read(be: Settings, cache_: Tensor, index: Tensor, *, layout: RowLayout) -> Tensor:
+    del be, layout
+    return cache.cache_read(cache_.contiguous(), index.contiguous())
+
+
+def compressed(be: Settings, kv_score: Tensor, ape: Tensor, window_idxs: Tensor, *, dim: int) -> Tensor:
     del be
     return compress.compress(kv_score.contiguous(), ape.contiguous(), window_idxs.contiguous(), dim=dim)
 
 
-def index_scores(be: CudaBackend, q: Tensor, weights: Tensor, keys: Tensor, *, scale: float) -> Tensor:
+def index_scores(be: Settings, q: Tensor, weights: Tensor, keys: Tensor, *, scale: float) -> Tensor:
     del be
     return index.index_scores(q.contiguous(), weights.contiguous(), keys.contiguous(), scale=scale)
 
 
-def index_select(be: CudaBackend, scores: Tensor, visible: Tensor, offset: Tensor, *, topk: int) -> Tensor:
+def index_select(be: Settings, scores: Tensor, visible: Tensor, offset: Tensor, *, topk: int) -> Tensor:
     del be
     return index.index_select(scores.contiguous(), visible.contiguous(), offset.contiguous(), topk=topk)
 
@@ -209,7 +222,7 @@ def _topk(
 
 
 def index_topk(
-    be: CudaBackend,
+    be: Settings,
     q: Tensor,
     weights: Tensor,
     keys: Tensor,
@@ -227,7 +240,7 @@ def index_topk(
 
 
 def cached_index_topk(
-    be: CudaBackend,
+    be: Settings,
     q: Tensor,
     weights: Tensor,
     cache: Tensor,
@@ -248,14 +261,14 @@ def cached_index_topk(
 
 
 def _in_blocks(
-    be: CudaBackend, q: Tensor, picks: Tensor, kernel: str, attend: Callable[[Tensor, Tensor, bool], Tensor]
+    be: Settings, q: Tensor, picks: Tensor, kernel: str, attend: Callable[[Tensor, Tensor, bool], Tensor]
 ) -> Tensor:
     """Attention in pieces of every token's list, some tokens at a time; whole lists only where bits may depend on how many tokens there are."""
     q, picks = q.contiguous(), picks.contiguous()
     tokens, heads, dim = q.shape
     if not be.batch_invariant and tokens > be.few_tokens:
         return attend(q, picks, False)
-    pieces = triton.cdiv(picks.shape[1], launch.options(kernel, q)["SPLIT"])
+    pieces = launch.cdiv(picks.shape[1], launch.options(kernel, q)["SPLIT"])
     step = max(1, PARTIALS // (pieces * heads * dim))
     if tokens <= step:
         return attend(q, picks, True)
@@ -263,7 +276,7 @@ def _in_blocks(
 
 
 def selected(
-    be: CudaBackend, q: Tensor, kv: Tensor, attn_sink: Tensor, topk_idxs: Tensor, *, softmax_scale: float
+    be: Settings, q: Tensor, kv: Tensor, attn_sink: Tensor, topk_idxs: Tensor, *, softmax_scale: float
 ) -> Tensor:
     """``sparse_attn``."""
     kv, sink = kv.contiguous(), attn_sink.contiguous()
@@ -275,7 +288,7 @@ def selected(
 
 
 def cached_sparse_attn(
-    be: CudaBackend, q: Tensor, kv: Tensor, ring: Tensor, ring_index: Tensor, rows: Tensor | None, row_index: Tensor | None,
+    be: Settings, q: Tensor, kv: Tensor, ring: Tensor, ring_index: Tensor, rows: Tensor | None, row_index: Tensor | None,
     attn_sink: Tensor, topk_idxs: Tensor, *, layout: RowLayout, softmax_scale: float,
 ) -> Tensor:  # fmt: skip
     kv, ring, ring_index, sink = (t.contiguous() for t in (kv, ring, ring_index, attn_sink))
@@ -300,7 +313,7 @@ def cached_sparse_attn(
 
 
 def hc_pre(
-    be: CudaBackend, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float, iters: int
+    be: Settings, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float, iters: int
 ) -> Mixed:
     del be
     return mhc.hc_pre(
@@ -309,7 +322,7 @@ def hc_pre(
 
 
 def hc_pre_norm(
-    be: CudaBackend,
+    be: Settings,
     h: Tensor,
     fn: Tensor,
     scale: Tensor,
@@ -333,16 +346,14 @@ def hc_pre_norm(
     )
 
 
-def hc_head(
-    be: CudaBackend, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float
-) -> Tensor:
+def hc_head(be: Settings, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float) -> Tensor:
     del be
     return mhc.hc_head(
         h.contiguous(), fn.contiguous(), scale.contiguous(), base.contiguous(), norm_eps=norm_eps, eps=eps
     )
 
 
-def hc_post(be: CudaBackend, y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+def hc_post(be: Settings, y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     del be
     return mhc.hc_post(y.contiguous(), h.contiguous(), post.contiguous(), comb.contiguous())
 
@@ -350,7 +361,7 @@ def hc_post(be: CudaBackend, y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "rms_norm": rms_norm, "apply_rope": apply_rope, "act_quant": act_quant, "act_qdq": act_qdq, "hadamard": hadamard, "linear": linear,
     "grouped_linear": grouped_linear, "expert_linear": expert_linear, "gate": gate, "gate_hash": gate_hash, "dispatch": dispatch, "swiglu": swiglu,
-    "combine": combine, "ffn": ffn, "moe": routed, "compress": compressed, "index_scores": index_scores, "index_select": index_select,
-    "index_topk": index_topk, "cached_index_topk": cached_index_topk, "sparse_attn": selected, "cached_sparse_attn": cached_sparse_attn,
-    "hc_pre": hc_pre, "hc_pre_norm": hc_pre_norm, "hc_head": hc_head, "hc_post": hc_post,
+    "combine": combine, "ffn": ffn, "moe": routed, "compress": compressed, "cache_write": cache_write, "cache_read": cache_read,
+    "index_scores": index_scores, "index_select": index_select, "index_topk": index_topk, "cached_index_topk": cached_index_topk,
+    "sparse_attn": selected, "cached_sparse_attn": cached_sparse_attn, "hc_pre": hc_pre, "hc_pre_norm": hc_pre_norm, "hc_head": hc_head, "hc_post": hc_post,
 }  # fmt: skip

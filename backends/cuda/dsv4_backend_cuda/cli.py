@@ -95,11 +95,17 @@ def build_command(
 @command.command("tune")
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--kernel", default="", help="Only kernels whose name contains this.")
-def tune_command(device: str, kernel: str) -> None:
+@click.option("--untested-triton", is_flag=True, help="Go on with a Triton version that no baseline is from.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the table here; else into the package's own.",
+)
+def tune_command(device: str, kernel: str, out: Path | None, *, untested_triton: bool) -> None:
     """Time candidate configurations on this machine's GPU and write the fastest into the launch table."""
     from dsv4_backend_cuda import tune
 
-    require_triton(untested=False)
+    require_triton(untested=untested_triton)
     try:
         import torch
     except ImportError:
@@ -108,7 +114,7 @@ def tune_command(device: str, kernel: str) -> None:
         raise BackendError(
             "tuning needs a GPU and there is none that PyTorch can use here; the checked-in launch table stays as it is"
         )
-    for name, before, after in tune.tune(device, kernel):
+    for name, before, after in tune.tune(device, kernel, out):
         click.echo(
             f"{name}: {before.milliseconds:.4f} ms {before.config} -> {after.milliseconds:.4f} ms {after.config}"
         )

@@ -75,6 +75,20 @@ def driver() -> str:
     return DRIVER.read_text().splitlines()[0] if DRIVER.exists() else "not loaded"
 
 
+def environment(index: int | None, arch: int) -> dict[str, str]:
+    """What a report says of where kernels ran. ``index``: of the GPU; None where they were interpreted or ran dry."""
+    found = {"torch": torch.__version__, "triton": triton_version(), "configurations": f"sm_{arch}"}
+    if index is None:
+        return found | {"device": "none: kernels were interpreted" if interpret.active() else "none: a dry run"}
+    gpu = torch.cuda.get_device_properties(index)
+    return found | {
+        "CUDA": str(torch.version.cuda),
+        "driver": driver(),
+        "device": f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} multiprocessors, "
+        f"{gpu.total_memory / 2**30:.0f} GiB",
+    }
+
+
 def diagnose() -> tuple[Diagnosis, ...]:
     """Triton and whether the interpreter's repair knows it, driver, GPUs and their compute capability."""
     found = triton_version()

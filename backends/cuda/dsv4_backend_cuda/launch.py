@@ -14,6 +14,9 @@ from dsv4_backend_cuda import interpret
 ARCHITECTURES = (80, 89, 90, 100, 120)
 TABLE = Path(__file__).with_name("launch_table.json")
 
+pretended: int | None = None
+"""The architecture that a dry run is for (``dry.activate``); None in every other process."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -76,13 +79,27 @@ def config(kernel: str, arch: int) -> dict[str, int]:
 
 @cache
 def architecture(device: str) -> int:
-    """The table's architecture for a device: the newest one that is not newer. The interpreter runs sm_90's configurations."""
+    """The table's architecture for a device: the newest one that is not newer. The interpreter runs sm_90's configurations, a dry run
+    those of the architecture that it is for.
+    """
     if interpret.active():
         return 90
+    if pretended is not None:
+        return pretended
     import torch
 
     major, minor = torch.cuda.get_device_capability(device)
     return compatible(major * 10 + minor)
+
+
+def cdiv(n: int, size: int) -> int:
+    """Blocks of ``size`` that hold ``n``. Triton's own costs microseconds: it serves kernels too."""
+    return -(-n // size)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below ``n``; 1 for 0."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def compatible(capability: int) -> int:

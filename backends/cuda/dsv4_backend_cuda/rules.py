@@ -158,6 +158,28 @@ def compress(kv_score: Any, ape: Any, window_idxs: Any, *, dim: int) -> Answer:
     return ("compress",)
 
 
+def cache_write(cache: Any, rows: Any, index: Any, *, layout: Any) -> Answer:
+    del index
+    if not is_contiguous(cache):
+        return "the cache is a view whose rows do not follow each other"
+    if layout.kind == "plain":
+        same = dtype_name(cache) == dtype_name(rows)
+        return ("copy_rows",) if same else f"{dtype_name(rows)} rows change to {dtype_name(cache)} on the way"
+    if dtype_name(rows) != "bfloat16":
+        return f"kernels pack bfloat16 rows, not {dtype_name(rows)}"
+    return ("write_kv",) if layout.kind == "kv" else ("write_key",)
+
+
+def cache_read(cache: Any, index: Any, *, layout: Any) -> Answer:
+    del cache, index
+    return ("copy_rows",) if layout.kind == "plain" else "kernels read packed rows where they use them"
+
+
+def is_contiguous(array: Any) -> bool:
+    """Say whether an array's rows follow each other; a described operand is taken to be so."""
+    return bool(array.is_contiguous()) if hasattr(array, "is_contiguous") else True
+
+
 def _index_dim(dim: int) -> str:
     return "" if power_of_two(dim) and dim >= 32 else f"{dim} channels of a key are not a power of two from 32 on"
 
@@ -255,8 +277,9 @@ class Rows:
 RULES: dict[str, Callable[..., Answer]] = {
     rule.__name__: rule
     for rule in (
-        rms_norm, apply_rope, act_quant, act_qdq, hadamard, linear, grouped_linear, expert_linear, gate, gate_hash, dispatch, swiglu, combine,
-        ffn, moe, compress, index_scores, index_select, index_topk, cached_index_topk, sparse_attn, cached_sparse_attn, hc_pre, hc_pre_norm, hc_head, hc_post,
+        rms_norm, apply_rope, act_quant, act_qdq, hadamard, linear, grouped_linear, expert_linear, gate, gate_hash, dispatch, swiglu, combine, cache_write,
+        cache_read, ffn, moe, compress, index_scores, index_select, index_topk,
+        cached_index_topk, sparse_attn, cached_sparse_attn, hc_pre, hc_pre_norm, hc_head, hc_post,
     )
 }  # fmt: skip
 
@@ -266,8 +289,6 @@ WITHOUT_KERNEL = {
     "hc_expand": "rows are copied",
     "hc_add": "the MTP block's input alone",
     "hc_split_sinkhorn": "inside the kernel of hc_pre; the graph does not call it alone",
-    "cache_write": "rows are packed and scattered",
-    "cache_read": "open windows alone; attention and the indexer read the cache in their kernels",
     "concat": "rows are copied",
 }
 """Ops that torch runs, and why no kernel was written."""

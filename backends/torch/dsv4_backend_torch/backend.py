@@ -154,6 +154,10 @@ class TorchBackend(TorchFused, Backend):
             return host.view(torch.int16).numpy().view(BFLOAT16)
         return host.numpy()
 
+    def round_up(self, n: int) -> int:
+        """On a CPU ``n``; a device has a step of few shapes, which it can capture."""
+        return n if self.on_cpu else super().round_up(n)
+
     def process_group(self, where: Rendezvous) -> TorchProcessGroup:
         """Reach the ranks' store: gloo, NCCL or HCCL by the device."""
         from dsv4_backend_torch.process_group import TorchProcessGroup

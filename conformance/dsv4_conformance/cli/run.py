@@ -114,7 +114,8 @@ def run_command(
         return
     commands = Commands.running(name)
     seconds, megabytes = (time_limit, memory_limit) if isolate else (math.inf, math.inf)
-    workers = Workers(name, session.numerics, flags.options, session.tier, seconds, megabytes, jobs)
+    on_device = str(getattr(session.backend, "device", "cpu")) != "cpu"
+    workers = Workers(name, session.numerics, flags.options, session.tier, seconds, megabytes, jobs, sticky=on_device)
     result = runner.run(
         session,
         ops=ops,

@@ -59,6 +59,15 @@ _ragged = {
 }
 _cut = {"ratios": ALL_KINDS, "chunks": [1, 70, 33, 60], "seed": 0}
 _batch = {"ratios": ALL_KINDS, "lengths": [129, 0, 17, 5], "padding": 2, "more": 2, "seed": 0}
+_extents = {**_chunked, "least": st.sampled_from((0, 8, 128))}
+_extent = {"ratios": ALL_KINDS, "chunks": [1, 1, 1, 4, 120, 1, 1, 3], "least": 128, "seed": 0}
+_moved = {
+    "ratios": some.ratios,
+    "prompts": st.lists(some.lengths, min_size=2, max_size=2),
+    "moves": st.lists(st.integers(0, 3), min_size=1, max_size=12),
+    "seed": some.seeds,
+}
+_moves = {"ratios": ALL_KINDS, "prompts": [121, 3], "moves": [0, 0, 0, 1, 1, 2, 3, 2, 0, 3, 1, 2], "seed": 0}
 _few = st.integers(0, 40)
 
 LAWS = (
@@ -70,6 +79,8 @@ LAWS = (
         "smoke",
     ),
     Law(of_models.batch_and_padding, _ragged, (_batch,), "smoke"),
+    Law(of_models.extents_do_not_show, _extents, (_extent,), "smoke"),
+    Law(of_models.replay_is_forward, _moved, (_moves,), "smoke"),
     Law(
         of_models.reach,
         {
@@ -144,6 +155,8 @@ LAWS = (
     ),
     Law(of_models.same_bits_twice, _chunked, (_cut,), level=4, bits="determinism"),
     Law(of_models.same_bits_in_chunks, _chunked, (_cut,), level=4, bits="batch_invariance"),
+    Law(of_models.same_bits_replayed, _moved, (_moves,), level=4, bits="determinism"),
+    Law(of_models.same_bits_rounded_up, _extents, (_extent,), level=4, bits="batch_invariance"),
     Law(of_models.same_bits_in_a_batch, _ragged, (_batch,), level=4, bits="batch_invariance"),
 )
 

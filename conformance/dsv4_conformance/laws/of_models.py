@@ -9,11 +9,14 @@ the mode that is judged.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import numpy as np
 
 from dsv4_conformance.laws.small_model import ALL, VOCAB, Stage, apart, feed, full, new_cache, some_ids, weights
 from dsv4_core.graph.generate import generate, speculate
+from dsv4_core.graph.replay import Replay
+from dsv4_core.graph.step import Step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,6 +96,72 @@ def in_a_batch(
         mine = [together[0][b, :n], *(part[b] for part in together[1:])]
         pairs.append((np.concatenate(mine), np.concatenate([np.empty((0, VOCAB)), *alone]).astype(mine[0].dtype)))
     return pairs
+
+
+def rounded_up(
+    stage: Stage, ratios: Sequence[int], ids: Host, chunks: Sequence[int], least: int, *, exact: bool
+) -> tuple[Host, Host]:
+    """Logits fed in chunks, in steps of no more than they need, and of ``least`` or the next power of two."""
+    model = stage.model(weights(tuple(ratios)), stage.exact if exact else stage.own)
+    ends, logits = np.cumsum(chunks), []
+    for up in (lambda n: n, lambda n: max(least, 1 << max(0, n - 1).bit_length())):
+        with patch.object(model.backend, "round_up", up):
+            cache = new_cache(model, len(ids), ids.shape[1])
+            parts = [feed(model, cache, ids[:, end - n : end]) for n, end in zip(chunks, ends, strict=True)]
+        logits.append(np.concatenate(parts, axis=1))
+    return logits[0], logits[1]
+
+
+def extents_do_not_show(
+    stage: Stage, *, ratios: tuple[int, ...], chunks: list[int], least: int, seed: int
+) -> str | None:
+    """Steps whose extents are rounded up give what steps of no more than they need give."""
+    ratios = stage.layers(ratios)
+    got, want = rounded_up(stage, ratios, some_ids((2, sum(chunks)), seed), chunks, least, exact=True)
+    what = f"chunks {chunks}, as much as needed against at least {least}"
+    problems = (differ(got[b], want[b], stage.tolerance(ratios), f"{what}, sequence {b}") for b in range(2))
+    return next((p for p in problems if p), None)
+
+
+def replayed(
+    stage: Stage, ratios: Sequence[int], prompts: Sequence[int], moves: Sequence[int], seed: int, *, exact: bool
+) -> list[tuple[Host, Host]]:
+    """Logits of two sequences' decode steps, replayed and run: of both (move 0), of the first or the second alone (1, 2), of
+    both after the first has forgotten a token (3).
+    """
+    model = stage.model(weights(tuple(ratios)), stage.exact if exact else stage.own)
+    room = max(prompts) + len(moves)
+    ids, tokens = some_ids((2, max(prompts)), seed), some_ids((len(moves), 2, 1), seed + 1)
+    caches = [new_cache(model, 2, room) for _ in range(2)]
+    replay = Replay(model, caches[0])
+    for cache in caches:
+        feed(model, cache, ids, counts=list(prompts))
+    pairs = []
+    up = model.backend.round_up
+    with patch.object(model.backend, "round_up", lambda n: up(max(n, 128))):  # shapes that come back, on any backend
+        for move, fed in zip(moves, tokens, strict=True):
+            chosen = {1: [0], 2: [1]}.get(move, [0, 1])
+            logits = []
+            for cache in caches:
+                if move == 3:
+                    cache.rewind(0, max(int(cache.lengths[0]) - 1, 0))
+                step = Step(cache, fed[chosen], sequences=chosen)
+                made = replay.logits(step) if cache is replay.cache else model.logits(model.forward(step))
+                logits.append(np.array(model.backend.to_numpy(made)))
+                cache.advance(step.sequences, step.ends)
+            pairs.append((logits[0], logits[1]))
+    return pairs
+
+
+def replay_is_forward(
+    stage: Stage, *, ratios: tuple[int, ...], prompts: list[int], moves: list[int], seed: int
+) -> str | None:
+    """A decode step that is replayed gives what it gives when it is run, whatever was replayed before."""
+    ratios = stage.layers(ratios)
+    pairs = replayed(stage, ratios, prompts, moves, seed, exact=True)
+    what = f"after prompts of {prompts}, moves {moves}: move"
+    problems = (differ(a, b, stage.tolerance(ratios), f"{what} {i}, replayed") for i, (a, b) in enumerate(pairs))
+    return next((p for p in problems if p), None)
 
 
 def batch_and_padding(
@@ -212,6 +281,23 @@ def same_bits_in_chunks(stage: Stage, *, ratios: tuple[int, ...], chunks: list[i
     """A token's logits are the same bits however the prompt is cut."""
     got, want = in_chunks(stage, ratios, some_ids((1, sum(chunks)), seed), chunks, exact=False)
     return differing_bits(got, want, f"chunks {chunks} against one prefill")
+
+
+def same_bits_replayed(
+    stage: Stage, *, ratios: tuple[int, ...], prompts: list[int], moves: list[int], seed: int
+) -> str | None:
+    """A decode step that is replayed gives the bits that it gives when it is run."""
+    pairs = replayed(stage, ratios, prompts, moves, seed, exact=False)
+    problems = (differing_bits(a, b, f"move {i} of {moves}, replayed") for i, (a, b) in enumerate(pairs))
+    return next((p for p in problems if p), None)
+
+
+def same_bits_rounded_up(
+    stage: Stage, *, ratios: tuple[int, ...], chunks: list[int], least: int, seed: int
+) -> str | None:
+    """A token's logits are the same bits however far a step's extents are rounded up."""
+    got, want = rounded_up(stage, ratios, some_ids((2, sum(chunks)), seed), chunks, least, exact=False)
+    return differing_bits(got, want, f"chunks {chunks}, as much as needed against at least {least}")
 
 
 def same_bits_in_a_batch(

@@ -51,6 +51,8 @@ class Workers:
     seconds: float = math.inf
     megabytes: float = math.inf
     jobs: int = 1
+    sticky: bool = False
+    """An error may outlive its check (a device's context stays broken): its process is replaced."""
 
     def execute(self, checks: Sequence[Check]) -> Iterator[Finding]:
         """Run checks; a finding for each, in order where there is one process and as they come where there are more."""
@@ -133,7 +135,7 @@ class Process:
             finding = self.listen(child, check, time.monotonic() + seconds)
         except BrokenPipeError:  # it died before it could read
             finding = crashed(child, check)
-        if finding.status in {"crashed", "memory", "timeout"}:
+        if finding.status in {"crashed", "memory", "timeout"} or (finding.status == "error" and self.workers.sticky):
             self.close()
         return finding
 

@@ -81,6 +81,7 @@ class Run:
     date: str = field(default_factory=lambda: str(datetime.datetime.now(datetime.timezone.utc).date()))
     duration: float = 0.0
     proof: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=environment)
     departures: dict[str, str] = field(default_factory=dict)
 
     def failures(self) -> list[Finding]:
@@ -234,6 +235,7 @@ def run(
         version=version or "not stated",
         departures=dict(backend.departures),
         device=str(getattr(backend, "device", "cpu")),
+        environment={**environment(), **backend.environment()},
     )
     today = today or datetime.datetime.now(datetime.timezone.utc).date()
     result.stale = expected.stale(xfails, {c.id for c in every}, today)
@@ -273,6 +275,5 @@ def to_json(run: Run) -> dict[str, Any]:
         **{k: v for k, v in asdict(run).items() if k != "findings"},
         "level": run.level,
         "ok": run.ok,
-        "environment": environment(),
         "findings": [{k: v for k, v in asdict(f).items() if k != "ran" or v} for f in run.findings],
     }

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from dsv4_backend_cuda import launch
-from dsv4_backend_cuda.launch import KernelSpec, Work
+from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
 
 
 @triton.jit
@@ -37,8 +37,8 @@ def compress(kv_score: torch.Tensor, ape: torch.Tensor, window_idxs: torch.Tenso
     ratio, width = ape.shape
     y = torch.empty((rows, dim), dtype=torch.bfloat16, device=kv_score.device)
     options = launch.options("compress", kv_score)
-    compress_kernel[(rows, triton.cdiv(dim, options["BLOCK"]))](
-        kv_score, ape, window_idxs, y, DIM=dim, WIDTH=width, RATIO=ratio, SPAN=span, BLOCK_S=triton.next_power_of_2(span), **options
+    compress_kernel[(rows, cdiv(dim, options["BLOCK"]))](
+        kv_score, ape, window_idxs, y, DIM=dim, WIDTH=width, RATIO=ratio, SPAN=span, BLOCK_S=next_power_of_2(span), **options
     )
     return y
 

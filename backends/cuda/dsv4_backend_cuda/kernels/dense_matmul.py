@@ -9,12 +9,12 @@ import triton.language as tl
 
 from dsv4_backend_cuda import launch
 from dsv4_backend_cuda.kernels.formats import e4m3_half, e8m0_value
-from dsv4_backend_cuda.launch import KernelSpec, Work
+from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv
 
 DECODE_TOKENS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def dense_matmul_kernel(
     x, w, ws, y, rows, N, K, GROUPS: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr
 ):
@@ -49,7 +49,7 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, o
     y = torch.empty((rows, weight.shape[0]), dtype=out_dtype, device=x.device)
     phase = "decode" if rows <= DECODE_TOKENS else "prefill"
     options = launch.options(f"{'grouped_linear' if scale is not None else 'bf16_linear'}_{phase}", x)
-    dense_matmul_kernel[(triton.cdiv(n, options["BLOCK_N"]), triton.cdiv(rows, options["BLOCK_T"]), groups)](
+    dense_matmul_kernel[(cdiv(n, options["BLOCK_N"]), cdiv(rows, options["BLOCK_T"]), groups)](
         x, weight, weight if scale is None else scale, y, rows, n, k, GROUPS=groups, FP8=scale is not None, NATIVE=launch.native_fp8(x), **options
     )
     return y

@@ -20,14 +20,14 @@ def e8m0_value(exponent):
 
 @triton.jit
 def e8m0_reciprocal(exponent):
-    """2^(127 - exponent) as float32, exactly, for exponents 1 to 253."""
-    return ((254 - exponent.to(tl.int32)) << 23).to(tl.float32, bitcast=True)
+    """2^(127 - exponent) as float32, exactly, for exponents 1 to 253; 0 for 255, the scale beside an infinity, so that infinity becomes NaN."""
+    return tl.where(exponent == 255, 0, (254 - exponent.to(tl.int32)) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def e4m3_encode(x, NATIVE: tl.constexpr):
-    """float32 -> E4M3 code (uint8): clamped to 448, to nearest even."""
-    x = tl.clamp(x, -448.0, 448.0)
+    """float32 -> E4M3 code (uint8): clamped to 448, to nearest even; NaN stays NaN."""
+    x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     if NATIVE:
         return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     bits = x.to(tl.int32, bitcast=True)

@@ -24,7 +24,7 @@ def half_group_order(x):
     return tl.reshape(words, (x.shape[0], 32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def fp4_matmul_kernel(
     x, xs, w, ws, y, offsets, rows, N, K, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, FP8: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr
 ):  # fmt: skip
@@ -32,7 +32,7 @@ def fp4_matmul_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     expert, first, end = 0, tl.program_id(1) * BLOCK_T, rows
     if EXPERTS > 0:
-        expert, first, end = locate(tl.program_id(1), offsets, EXPERTS, SLOTS, BLOCK_T)
+        expert, first, end = locate(tl.program_id(1), offsets, rows, EXPERTS, SLOTS, BLOCK_T)
     t = first + tl.arange(0, BLOCK_T)
     live_t, live_n = t < end, n < N
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)

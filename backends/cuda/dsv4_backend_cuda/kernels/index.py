@@ -6,10 +6,10 @@ import triton.language as tl
 
 from dsv4_backend_cuda import launch
 from dsv4_backend_cuda.kernels.formats import bf16_of_e2m1
-from dsv4_backend_cuda.launch import KernelSpec, Work
+from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seq", "rows"])
 def index_scores_kernel(
     q, weights, keys, slots, scores, seq, heads, rows, scale,
     DIM: tl.constexpr, PACKED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
@@ -68,16 +68,16 @@ def radix_pass(scores, count, bound, left, SHIFT: tl.constexpr, BLOCK: tl.conste
     return bound | (chosen.to(tl.uint32) << SHIFT), left
 
 
-@triton.jit
-def index_select_kernel(scores, visible, offset, picks, rows, TOPK: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["rows", "topk"])
+def index_select_kernel(scores, visible, offset, picks, rows, topk, BLOCK: tl.constexpr):
     """A program picks one token's rows: the k-th key by radix, eight bits a pass, then all above it and the first of its equals, in order."""
     token = tl.program_id(0).to(tl.int64)
     count = tl.load(visible + token)
     count = tl.minimum(count, rows)
     base = tl.load(offset + token)
     scores += token * rows
-    picks += token * TOPK
-    wanted = tl.minimum(count, TOPK)
+    picks += token * topk
+    wanted = tl.minimum(count, topk)
     bound, left = radix_pass(scores, count, tl.zeros((), tl.uint32), wanted, 24, BLOCK)
     bound, left = radix_pass(scores, count, bound, left, 16, BLOCK)
     bound, left = radix_pass(scores, count, bound, left, 8, BLOCK)
@@ -93,18 +93,18 @@ def index_select_kernel(scores, visible, offset, picks, rows, TOPK: tl.constexpr
         tl.store(picks + at, n + base, mask=(take > 0) & (at < wanted))
         place += tl.sum(take, axis=0)
         equals += tl.sum(level, axis=0)
-    for start in range(0, TOPK, BLOCK):
+    for start in range(0, topk, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        tl.store(picks + k, tl.full((BLOCK,), -1, tl.int32), mask=(k >= wanted) & (k < TOPK))
+        tl.store(picks + k, tl.full((BLOCK,), -1, tl.int32), mask=(k >= wanted) & (k < topk))
 
 
 def _scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, slots: torch.Tensor | None, rows: int, scale: float) -> torch.Tensor:
     batch, seq, heads, dim = q.shape
     scores = torch.empty((batch, seq, rows), dtype=torch.float32, device=q.device)
     options = launch.options("index_scores", q)
-    index_scores_kernel[(batch * seq, triton.cdiv(rows, options["BLOCK"]))](
+    index_scores_kernel[(batch * seq, cdiv(rows, options["BLOCK"]))](
         q, weights, keys, weights if slots is None else slots, scores, seq, heads, rows, scale,
-        DIM=dim, PACKED=slots is not None, BLOCK_H=max(16, triton.next_power_of_2(heads)), **options,
+        DIM=dim, PACKED=slots is not None, BLOCK_H=max(16, next_power_of_2(heads)), **options,
     )  # fmt: skip
     return scores
 
@@ -123,7 +123,7 @@ def index_select(scores: torch.Tensor, visible: torch.Tensor, offset: torch.Tens
     """``ops/attention.py: index_select``; picks come in rising order."""
     batch, seq, rows = scores.shape
     picks = torch.empty((batch, seq, topk), dtype=torch.int32, device=scores.device)
-    index_select_kernel[(batch * seq,)](scores, visible, offset, picks, rows, TOPK=topk, **launch.options("index_select", scores))
+    index_select_kernel[(batch * seq,)](scores, visible, offset, picks, rows, topk, **launch.options("index_select", scores))
     return picks
 
 
@@ -143,8 +143,8 @@ SPECS = (
     KernelSpec(
         name="index_select",
         kernel=index_select_kernel,
-        signature={"scores": "*fp32", "visible": "*i32", "offset": "*i32", "picks": "*i32", "rows": "i32"},
-        variants={"flash": {"TOPK": 512}, "pro": {"TOPK": 1024}},
+        signature={"scores": "*fp32", "visible": "*i32", "offset": "*i32", "picks": "*i32", "rows": "i32", "topk": "i32"},
+        variants={"any": {}},
         work=lambda c: Work(bytes=4.0 * c["BLOCK"]),
     ),
 )

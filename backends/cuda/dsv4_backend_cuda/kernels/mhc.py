@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 
 from dsv4_backend_cuda import launch
-from dsv4_backend_cuda.launch import KernelSpec, Work
+from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def mix_kernel(h, fn, partial, tokens, K, MIXES: tl.constexpr, BLOCK_M: tl.constexpr, PIECE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
     """Products of one PIECE of the streams' channels with ``fn``, and their sum of squares in the last column: partial[piece, token, BLOCK_M]."""
     row = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
@@ -36,14 +36,14 @@ def gathered(partial, at, stride, pieces):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "pieces", "iters"])
 def reduce_kernel(
     h, partial, scale, base, weight, y, post, comb, tokens, pieces, norm_eps, eps, iters,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, HC: tl.constexpr, BLOCK_M: tl.constexpr, HEAD: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """A program finishes one token: ``pre`` and (unless HEAD) ``post`` and ``comb`` from the mixes, the weighted sum of streams, RMS norm if NORM."""
     token = tl.program_id(0).to(tl.int64)
-    stride = tokens.to(tl.int64) * BLOCK_M
+    stride = tl.cast(tokens, tl.int64) * BLOCK_M
     first = token * BLOCK_M
     j = tl.arange(0, HC)
     inverse = 1.0 / tl.sqrt_rn(gathered(partial, first + BLOCK_M - 1, stride, pieces) / (HC * DIM) + norm_eps)
@@ -93,17 +93,17 @@ def _reduce(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     tokens, hc, dim = h.shape
     mixes, k = fn.shape
-    block_m = max(16, triton.next_power_of_2(mixes + 1))
+    block_m = max(16, next_power_of_2(mixes + 1))
     options = launch.options("mix", h)
-    pieces = triton.cdiv(k, options["PIECE"])
+    pieces = cdiv(k, options["PIECE"])
     partial = torch.empty((pieces, tokens, block_m), dtype=torch.float32, device=h.device)
-    mix_kernel[(triton.cdiv(tokens, options["BLOCK_T"]), pieces)](h, fn, partial, tokens, k, MIXES=mixes, BLOCK_M=block_m, **options)
+    mix_kernel[(cdiv(tokens, options["BLOCK_T"]), pieces)](h, fn, partial, tokens, k, MIXES=mixes, BLOCK_M=block_m, **options)
     y = h.new_empty((tokens, dim))
     post = torch.empty((tokens, hc), dtype=torch.float32, device=h.device)
     comb = torch.empty((tokens, hc, hc), dtype=torch.float32, device=h.device)
     reduce_kernel[(tokens,)](
         h, partial, scale, base, h if weight is None else weight, y, post, comb, tokens, pieces, norm_eps, eps, iters,
-        DIM=dim, BLOCK_D=triton.next_power_of_2(dim), HC=hc, BLOCK_M=block_m, HEAD=head, NORM=weight is not None, **launch.options("hc_reduce", h),
+        DIM=dim, BLOCK_D=next_power_of_2(dim), HC=hc, BLOCK_M=block_m, HEAD=head, NORM=weight is not None, **launch.options("hc_reduce", h),
     )  # fmt: skip
     return y, post, comb
 
@@ -132,7 +132,7 @@ def hc_post(y: torch.Tensor, h: torch.Tensor, post: torch.Tensor, comb: torch.Te
     tokens, hc, dim = h.shape
     out = torch.empty_like(h)
     options = launch.options("hc_expand", h)
-    expand_kernel[(tokens, triton.cdiv(dim, options["BLOCK"]))](y, h, post, comb, out, DIM=dim, HC=hc, **options)
+    expand_kernel[(tokens, cdiv(dim, options["BLOCK"]))](y, h, post, comb, out, DIM=dim, HC=hc, **options)
     return out
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from dsv4_backend_cuda import launch
 from dsv4_backend_cuda.kernels.formats import quantise_e4m3
-from dsv4_backend_cuda.launch import KernelSpec, Work
+from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def sqrt_softplus(x):
     return tl.sqrt_rn(tl.maximum(x, 0.0) + tail)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def route_kernel(
     logits, bias, table, ids, weights, indices, tokens, experts, route_scale,
     TOPK: tl.constexpr, HASH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
@@ -51,7 +51,7 @@ def route_kernel(
     tl.store(indices + at, chosen, mask=live[:, None] & (k < TOPK)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["copies", "first_expert", "n_experts"])
 def sort_kernel(indices, order, offsets, copies, first_expert, n_experts, BLOCK: tl.constexpr):
     """Program e of n_experts + 1 places the copies for expert e (the last: for other ranks) behind those for lower ones, in order."""
     mine = tl.program_id(0)
@@ -83,7 +83,7 @@ def gather_kernel(x, weights, order, rows, row_weights, dim, TOPK: tl.constexpr,
         tl.store(rows + i * dim + column, tl.load(source + column, mask=column < dim), mask=column < dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["copies"])
 def invert_kernel(order, place, copies, BLOCK: tl.constexpr):
     """place[order[i]] = i."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -105,7 +105,7 @@ def combine_kernel(rows, place, local, shared, y, dim, TOPK: tl.constexpr, SHARE
     tl.store(y + token * dim + column, acc.to(y.dtype.element_ty), mask=column < dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def swiglu_kernel(
     gate, up, weights, y, codes, scales, rows, limit,
     DIM: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr, QUANTISE: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr,
@@ -140,10 +140,10 @@ def route(
     weights = torch.empty((tokens, topk), dtype=torch.float32, device=logits.device)
     indices = torch.empty((tokens, topk), dtype=torch.int32, device=logits.device)
     options = launch.options("route", logits)
-    route_kernel[(triton.cdiv(tokens, options["ROWS"]),)](
+    route_kernel[(cdiv(tokens, options["ROWS"]),)](
         logits, logits if bias is None else bias, indices if tid2eid is None else tid2eid, indices if ids is None else ids, weights, indices,
         tokens, experts, route_scale, TOPK=topk, HASH=tid2eid is not None,
-        BLOCK_E=triton.next_power_of_2(experts), BLOCK_K=triton.next_power_of_2(topk), **options,
+        BLOCK_E=next_power_of_2(experts), BLOCK_K=next_power_of_2(topk), **options,
     )  # fmt: skip
     return weights, indices
 
@@ -166,9 +166,9 @@ def combine(rows: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor, shar
     place = torch.empty_like(order)
     y = torch.empty((copies // topk, dim), dtype=out_dtype, device=rows.device)
     options = launch.options("invert", rows)
-    invert_kernel[(triton.cdiv(copies, options["BLOCK"]),)](order, place, copies, **options)
+    invert_kernel[(cdiv(copies, options["BLOCK"]),)](order, place, copies, **options)
     options = launch.options("combine", rows)
-    combine_kernel[(copies // topk, triton.cdiv(dim, options["BLOCK"]))](
+    combine_kernel[(copies // topk, cdiv(dim, options["BLOCK"]))](
         rows, place, offsets[-1:], rows if shared is None else shared, y, dim, TOPK=topk, SHARED=shared is not None, **options
     )
     return y
@@ -180,7 +180,7 @@ def _swiglu(gate: torch.Tensor, up: torch.Tensor, weights: torch.Tensor | None, 
     codes = torch.empty((rows, dim) if quantise else (0,), dtype=torch.uint8, device=gate.device)
     scales = torch.empty((rows, dim // 128) if quantise else (0,), dtype=torch.uint8, device=gate.device)
     options = launch.options("swiglu", gate)
-    swiglu_kernel[(triton.cdiv(rows, options["ROWS"]), triton.cdiv(dim, options["BLOCK"]))](
+    swiglu_kernel[(cdiv(rows, options["ROWS"]), cdiv(dim, options["BLOCK"]))](
         gate, up, gate if weights is None else weights, y, codes, scales, rows, limit,
         DIM=dim, WEIGHTED=weights is not None, QUANTISE=quantise, NATIVE=launch.native_fp8(gate), **options,
     )  # fmt: skip

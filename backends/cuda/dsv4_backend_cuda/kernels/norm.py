@@ -6,10 +6,10 @@ import triton.language as tl
 
 from dsv4_backend_cuda import launch
 from dsv4_backend_cuda.kernels.formats import quantise_e4m3
-from dsv4_backend_cuda.launch import KernelSpec, Work
+from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_kernel(
     x, weight, y, codes, scales, rows, eps,
     DIM: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr, QUANTISE: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr,
@@ -43,8 +43,8 @@ def _launch(x: torch.Tensor, weight: torch.Tensor | None, eps: float, *, quantis
     codes = torch.empty((rows, dim) if quantise else (0,), dtype=torch.uint8, device=x.device)
     scales = torch.empty((rows, dim // 128) if quantise else (0,), dtype=torch.uint8, device=x.device)
     options = launch.options("rms_norm", x)
-    rms_norm_kernel[(triton.cdiv(rows, options["ROWS"]),)](
-        x, x if weight is None else weight, y, codes, scales, rows, eps, DIM=dim, BLOCK=max(128, triton.next_power_of_2(dim)),
+    rms_norm_kernel[(cdiv(rows, options["ROWS"]),)](
+        x, x if weight is None else weight, y, codes, scales, rows, eps, DIM=dim, BLOCK=max(128, next_power_of_2(dim)),
         WEIGHTED=weight is not None, QUANTISE=quantise, NATIVE=launch.native_fp8(x), **options,
     )  # fmt: skip
     return y, codes, scales

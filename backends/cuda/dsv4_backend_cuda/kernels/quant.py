@@ -14,10 +14,10 @@ from dsv4_backend_cuda.kernels.formats import (
     e8m0_value,
     quantise_e4m3,
 )
-from dsv4_backend_cuda.launch import KernelSpec, Work
+from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def act_quant_kernel(x, codes, scales, groups, GROUP: tl.constexpr, NATIVE: tl.constexpr, GROUPS: tl.constexpr):
     """A program takes GROUPS groups of GROUP channels, wherever in the rows they lie: a row is a whole number of groups."""
     group = (tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)).to(tl.int64)
@@ -35,7 +35,8 @@ def qdq(wide, FP4: tl.constexpr, NATIVE: tl.constexpr):
     amax = tl.max(tl.abs(wide), axis=1)
     if FP4:
         exponent = e8m0_of(tl.maximum(amax, 6 * 2.0**-126), 1.0 / 6.0)
-        value = e2m1_value(e2m1_encode(wide * e8m0_reciprocal(exponent)[:, None]))
+        wide = wide * e8m0_reciprocal(exponent)[:, None]
+        value = tl.where(wide != wide, wide, e2m1_value(e2m1_encode(wide)))  # the format has no NaN, the result has
     else:
         code, exponents = quantise_e4m3(wide[:, None, :], NATIVE)
         exponent = tl.reshape(exponents, (wide.shape[0],))
@@ -43,7 +44,7 @@ def qdq(wide, FP4: tl.constexpr, NATIVE: tl.constexpr):
     return value * e8m0_value(exponent)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def act_qdq_kernel(
     x, y, groups, DIM: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, FP4: tl.constexpr, NATIVE: tl.constexpr, GROUPS: tl.constexpr
 ):
@@ -58,7 +59,7 @@ def act_qdq_kernel(
     tl.store(y + at, tl.where(column < CHANNELS, rounded, raw), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def hadamard_kernel(x, y, rows, DIM: tl.constexpr, QUANTISE: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr):
     """Rotation as a product with the +-1 matrix, whose entries are made in registers; then, if asked, the FP4 grid in groups of 32."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -84,7 +85,7 @@ def act_quant(x: torch.Tensor, *, block: int) -> tuple[torch.Tensor, torch.Tenso
     scales = torch.empty((x.shape[0], x.shape[1] // block), dtype=torch.uint8, device=x.device)
     options = launch.options("act_quant", x)
     groups = scales.numel()
-    act_quant_kernel[(triton.cdiv(groups, options["GROUPS"]),)](x, codes, scales, groups, GROUP=block, NATIVE=launch.native_fp8(x), **options)
+    act_quant_kernel[(cdiv(groups, options["GROUPS"]),)](x, codes, scales, groups, GROUP=block, NATIVE=launch.native_fp8(x), **options)
     return codes, scales
 
 
@@ -92,8 +93,8 @@ def act_qdq(x: torch.Tensor, *, format: str, block: int, channels: int) -> torch
     """``ops/quant.py: act_qdq`` for contiguous ``x`` [tokens, dim] and a power-of-two ``block``."""
     y = torch.empty_like(x)
     options = launch.options("act_qdq", x)
-    groups = x.shape[0] * triton.cdiv(x.shape[1], block)
-    act_qdq_kernel[(triton.cdiv(groups, options["GROUPS"]),)](
+    groups = x.shape[0] * cdiv(x.shape[1], block)
+    act_qdq_kernel[(cdiv(groups, options["GROUPS"]),)](
         x, y, groups, DIM=x.shape[1], CHANNELS=channels, GROUP=block, FP4=format == "e2m1", NATIVE=launch.native_fp8(x), **options
     )
     return y
@@ -103,7 +104,7 @@ def _rotate(x: torch.Tensor, *, quantise: bool) -> torch.Tensor:
     rows, dim = x.shape
     y = torch.empty_like(x)
     options = launch.options("hadamard", x)
-    hadamard_kernel[(triton.cdiv(rows, options["ROWS"]),)](x, y, rows, DIM=dim, QUANTISE=quantise, NORM=dim**-0.5, **options)
+    hadamard_kernel[(cdiv(rows, options["ROWS"]),)](x, y, rows, DIM=dim, QUANTISE=quantise, NORM=dim**-0.5, **options)
     return y
 
 

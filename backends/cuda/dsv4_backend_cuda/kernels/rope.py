@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 
 from dsv4_backend_cuda import launch
-from dsv4_backend_cuda.launch import KernelSpec, Work
+from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads"])
 def rope_kernel(
     x, positions, freqs, y, heads,
     DIM: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr, HEADS: tl.constexpr,
@@ -38,8 +38,8 @@ def apply_rope(x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, *,
     tokens, heads, dim = x.shape
     y = torch.empty_like(x)
     options = launch.options("rope", x)
-    rope_kernel[(tokens, triton.cdiv(heads, options["HEADS"]))](
-        x, positions, freqs, y, heads, DIM=dim, BLOCK=triton.next_power_of_2(dim), HALF=freqs.shape[0], INVERSE=inverse, **options
+    rope_kernel[(tokens, cdiv(heads, options["HEADS"]))](
+        x, positions, freqs, y, heads, DIM=dim, BLOCK=next_power_of_2(dim), HALF=freqs.shape[0], INVERSE=inverse, **options
     )
     return y
 

@@ -17,21 +17,23 @@ from dsv4_backend_cuda.kernels.formats import e8m0_value
 from dsv4_backend_cuda.kernels.fp4_matmul import fp4_matmul_kernel
 from dsv4_backend_cuda.kernels.tiles import locate
 from dsv4_backend_cuda.kernels.words import half_of_e4m3
-from dsv4_backend_cuda.launch import KernelSpec, Work
+from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
 
 DECODE_TOKENS = 16  # up to here one narrow tile holds all tokens (of an expert)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def scaled_matmul_kernel(
     x, xs, w, ws, y, offsets, rows, N, K,
     EXPERTS: tl.constexpr, SLOTS: tl.constexpr, FP4: tl.constexpr, MMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """A program computes BLOCK_N outputs of BLOCK_T rows. EXPERTS 0: one dense weight. MMA: "half", "fp8" or "scaled" (block-scaled)."""
+    # One weight scale a program: a block of 128 outputs must hold all of the program's, or all but the first 128 are scaled by a neighbour's scale.
+    tl.static_assert(FP4 or MMA == "scaled" or BLOCK_N <= 128, "BLOCK_N: a program reads one scale of 128 outputs")
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     expert, first, end = 0, tl.program_id(1) * BLOCK_T, rows
     if EXPERTS > 0:
-        expert, first, end = locate(tl.program_id(1), offsets, EXPERTS, SLOTS, BLOCK_T)
+        expert, first, end = locate(tl.program_id(1), offsets, rows, EXPERTS, SLOTS, BLOCK_T)
     t = first + tl.arange(0, BLOCK_T)
     live_t, live_n = t < end, n < N
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
@@ -82,8 +84,8 @@ def _launch(
 ) -> torch.Tensor:  # fmt: skip
     rows, k = codes.shape
     n = weight.shape[-2]
-    grid = (triton.cdiv(n, options["BLOCK_N"]), tiles)
-    slots = triton.next_power_of_2(experts + 2) if experts else 1
+    grid = (cdiv(n, options["BLOCK_N"]), tiles)
+    slots = next_power_of_2(experts + 2) if experts else 1
     mma = mma_of(launch.architecture(str(codes.device)), fp4=fp4)
     if fp4 and mma != "scaled":
         fp4_matmul_kernel[grid](codes, scales, weight, weight_scale, y, offsets, rows, n, k, EXPERTS=experts, SLOTS=slots, FP8=mma == "fp8", **options)
@@ -99,7 +101,7 @@ def linear(
     rows = codes.shape[0]
     y = torch.empty((rows, weight.shape[0]), dtype=out_dtype, device=codes.device)
     options = launch.options(f"{'fp4_' if fp4 else ''}linear_{'decode' if rows <= DECODE_TOKENS else 'prefill'}", codes)
-    return _launch(codes, scales, weight, weight_scale, y, scales, experts=0, tiles=triton.cdiv(rows, options["BLOCK_T"]), fp4=fp4, options=options)
+    return _launch(codes, scales, weight, weight_scale, y, scales, experts=0, tiles=cdiv(rows, options["BLOCK_T"]), fp4=fp4, options=options)
 
 
 def expert_linear(
@@ -111,10 +113,9 @@ def expert_linear(
     """
     rows, experts = codes.shape[0], weight.shape[0]
     y = torch.empty((rows, weight.shape[1]), dtype=torch.bfloat16, device=codes.device)
-    ends = torch.cat([offsets, offsets.new_full((1,), rows)])
     options = launch.options(f"{'fp4' if fp4 else 'fp8'}_experts_{'decode' if rows <= DECODE_TOKENS * experts else 'prefill'}", codes)
     tiles = min(rows, experts + 1 + rows // options["BLOCK_T"])
-    return _launch(codes, scales, weight, weight_scale, y, ends, experts=experts, tiles=tiles, fp4=fp4, options=options)
+    return _launch(codes, scales, weight, weight_scale, y, offsets, experts=experts, tiles=tiles, fp4=fp4, options=options)
 
 
 def _specs(base: str, phase: str) -> Iterator[KernelSpec]:

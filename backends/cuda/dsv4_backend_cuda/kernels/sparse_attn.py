@@ -10,12 +10,12 @@ import triton.language as tl
 
 from dsv4_backend_cuda import launch
 from dsv4_backend_cuda.kernels.unpack import unpack_rows
-from dsv4_backend_cuda.launch import KernelSpec, Work
+from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
 
 NOTHING = tl.constexpr(-1e30)  # below any score; finite, so that a difference of two stays a number
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def sparse_attn_kernel(
     q, kv, sink, picks, y, partial, partial_sum, heads, count, softmax_scale,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
@@ -60,7 +60,7 @@ def sparse_attn_kernel(
         tl.store(y + (token * heads + head)[:, None] * DIM + column[None, :], out.to(y.dtype.element_ty), mask=tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def sparse_attn_combine_kernel(
     partial, partial_sum, sink, y, heads, pieces, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr, HEADS: tl.constexpr
 ):
@@ -92,17 +92,17 @@ def sparse_attn(q: torch.Tensor, kv: torch.Tensor, attn_sink: torch.Tensor, topk
     y = torch.empty_like(q)
     options = dict(launch.options("sparse_attn", q))
     length = options.pop("SPLIT")
-    pieces = triton.cdiv(count, length) if split else 1
+    pieces = cdiv(count, length) if split else 1
     partial = torch.empty((tokens, pieces, heads, dim) if split else (1,), dtype=torch.float32, device=q.device)
     sums = torch.empty((tokens, pieces, heads, 2) if split else (1,), dtype=torch.float32, device=q.device)
-    block = triton.next_power_of_2(dim)
-    sparse_attn_kernel[(tokens, triton.cdiv(heads, options["HEADS"]), pieces)](
+    block = next_power_of_2(dim)
+    sparse_attn_kernel[(tokens, cdiv(heads, options["HEADS"]), pieces)](
         q, kv, attn_sink, topk_idxs, y, partial, sums, heads, count, softmax_scale, DIM=dim, BLOCK_D=block, SPLIT=length if split else 0, **options
     )
     if split:
         options = launch.options("sparse_attn_combine", q)
-        sparse_attn_combine_kernel[(tokens, triton.cdiv(heads, options["HEADS"]))](
-            partial, sums, attn_sink, y, heads, pieces, DIM=dim, BLOCK_D=block, PIECES=triton.next_power_of_2(pieces), **options
+        sparse_attn_combine_kernel[(tokens, cdiv(heads, options["HEADS"]))](
+            partial, sums, attn_sink, y, heads, pieces, DIM=dim, BLOCK_D=block, PIECES=next_power_of_2(pieces), **options
         )
     return y
 

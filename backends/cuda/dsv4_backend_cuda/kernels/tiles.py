@@ -5,11 +5,12 @@ import triton.language as tl
 
 
 @triton.jit
-def locate(pid, offsets, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Tile ``pid`` of rows sorted by expert -> (expert, first row, end row); rows of other ranks are one more group, expert EXPERTS."""
+def locate(pid, offsets, rows, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Tile ``pid`` of rows sorted by expert -> (expert, first row, end row); the ``rows`` end with other ranks', one more group, expert EXPERTS."""
     e = tl.arange(0, SLOTS)
     start = tl.load(offsets + e, mask=e <= EXPERTS, other=0)
-    stop = tl.load(offsets + e + 1, mask=e <= EXPERTS, other=0)
+    stop = tl.load(offsets + e + 1, mask=e < EXPERTS, other=0)
+    stop = tl.where(e == EXPERTS, rows, stop)
     tiles = tl.where(e <= EXPERTS, (stop - start + BLOCK_T - 1) // BLOCK_T, 0)
     after = tl.cumsum(tiles, axis=0)
     expert = tl.sum((after <= pid).to(tl.int32), axis=0)

@@ -6,12 +6,12 @@ import triton.language as tl
 
 from dsv4_backend_cuda import launch
 from dsv4_backend_cuda.kernels.words import bf16_of_e4m3
-from dsv4_backend_cuda.launch import KernelSpec, Work
+from dsv4_backend_cuda.launch import KernelSpec, Work, next_power_of_2
 
 KV_BLOCK = tl.constexpr(64)  # channels per scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["recent", "tokens"])
 def unpack_rows_kernel(
     kv, ring, ring_index, old, old_index, picks, rows, slots, recent, tokens,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -66,7 +66,7 @@ def unpack_rows(
     options = launch.options("unpack_rows", kv)
     unpack_rows_kernel[(total,)](
         kv, ring, ring_index, ring if old is None else old, ring_index if old_index is None else old_index, picks, rows, slots, recent, tokens,
-        DIM=dim, BLOCK_D=triton.next_power_of_2(dim), ROPE=rope_dim, BLOCK_R=triton.next_power_of_2(rope_dim),
+        DIM=dim, BLOCK_D=next_power_of_2(dim), ROPE=rope_dim, BLOCK_R=next_power_of_2(rope_dim),
         WIDTH=ring.shape[1], OLD=old is not None, PICKED=picked, **options,
     )  # fmt: skip
     return rows, slots

@@ -1,0 +1,118 @@
+"""Cache rows: quantised, packed and scattered in one launch, whatever their layout; plain rows gathered."""
+
+import torch
+import triton
+import triton.language as tl
+
+from dsv4_backend_cuda import launch
+from dsv4_backend_cuda.kernels.formats import e2m1_encode, e8m0_of, e8m0_reciprocal, quantise_e4m3
+from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
+from dsv4_core.contract.dtypes import FP4_GROUP, KV_BLOCK, RowLayout
+
+
+@triton.jit
+def write_kv_kernel(
+    rows, index, cache, DIM: tl.constexpr, ROPE: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_R: tl.constexpr, NATIVE: tl.constexpr
+):
+    """A program stores one row at slot index[row], -1 nowhere: E4M3 codes in groups of GROUP, a scale byte each, zeros up to the tail, BF16 channels."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(index + row).to(tl.int64)
+    PLAIN: tl.constexpr = DIM - ROPE
+    group, channel = tl.arange(0, GROUPS), tl.arange(0, GROUP)
+    at = group[:, None] * GROUP + channel[None, :]
+    kept = slot >= 0
+    live = kept & (at < PLAIN)
+    wide = tl.load(rows + row * DIM + at, mask=live, other=0.0).to(tl.float32)
+    code, exponent = quantise_e4m3(tl.reshape(wide, (1, GROUPS, GROUP)), NATIVE)
+    out = cache + slot * WIDTH
+    tl.store(out + at, tl.reshape(code, (GROUPS, GROUP)), mask=live)
+    byte = tl.where(group < PLAIN // GROUP, tl.reshape(exponent, (GROUPS,)), 0)
+    tl.store(out + PLAIN + group, byte.to(tl.uint8), mask=kept & (group < WIDTH - PLAIN - 2 * ROPE))
+    turned = tl.arange(0, BLOCK_R)
+    tail = tl.load(rows + row * DIM + PLAIN + turned, mask=kept & (turned < ROPE), other=0.0)
+    target = (out + (WIDTH - 2 * ROPE)).to(tl.pointer_type(tl.bfloat16), bitcast=True)
+    tl.store(target + turned, tail, mask=kept & (turned < ROPE))
+
+
+@triton.jit
+def write_key_kernel(rows, index, cache, DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """A program stores one row at slot index[row], -1 nowhere: pairs of E2M1 codes, the even channel in the low half, then a scale byte a group."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(index + row).to(tl.int64)
+    group, pair = tl.arange(0, GROUPS), tl.arange(0, GROUP // 2)
+    at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    kept = slot >= 0
+    wide = tl.load(rows + row * DIM + at, mask=kept & (at < DIM), other=0.0).to(tl.float32)
+    exponent = e8m0_of(tl.maximum(tl.max(tl.abs(wide), axis=1), 6 * 2.0**-126), 1.0 / 6.0)
+    code = e2m1_encode(wide * e8m0_reciprocal(exponent)[:, None])
+    even, odd = tl.split(tl.reshape(code, (GROUPS, GROUP // 2, 2)))
+    out = cache + slot * WIDTH
+    byte = group[:, None] * (GROUP // 2) + pair[None, :]
+    tl.store(out + byte, (even | (odd << 4)).to(tl.uint8), mask=kept & (byte < DIM // 2))
+    tl.store(out + DIM // 2 + group, exponent.to(tl.uint8), mask=kept & (group < DIM // GROUP))
+
+
+@triton.jit
+def copy_rows_kernel(source, index, target, DIM: tl.constexpr, SCATTER: tl.constexpr, BLOCK: tl.constexpr):
+    """A program copies BLOCK channels of one row. SCATTER: to target[index[row]], -1 nowhere; else from source[index[row]], zeros for -1."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(index + row).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    kept = (slot >= 0) & (column < DIM)
+    if SCATTER:
+        tl.store(target + slot * DIM + column, tl.load(source + row * DIM + column, mask=kept), mask=kept)
+    else:
+        tl.store(target + row * DIM + column, tl.load(source + slot * DIM + column, mask=kept, other=0.0), mask=column < DIM)
+
+
+def cache_write(cache: torch.Tensor, rows: torch.Tensor, index: torch.Tensor, *, layout: RowLayout) -> None:
+    """``ops/cache.py: cache_write`` into a contiguous cache of rows whose bytes are a multiple of 4."""
+    n, dim = rows.shape
+    if not n:
+        return
+    if layout.kind == "plain":
+        options = launch.options("copy_rows", rows)
+        copy_rows_kernel[(n, cdiv(dim, options["BLOCK"]))](rows, index, cache, DIM=dim, SCATTER=True, **options)
+    elif layout.kind == "kv":
+        groups = next_power_of_2(layout.width - dim - layout.rope_dim)  # the scales' bytes with their padding: at least one for each group
+        write_kv_kernel[(n,)](
+            rows, index, cache, DIM=dim, ROPE=layout.rope_dim, WIDTH=layout.width, GROUP=KV_BLOCK, GROUPS=groups,
+            BLOCK_R=next_power_of_2(layout.rope_dim), NATIVE=launch.native_fp8(rows), **launch.options("write_kv", rows),
+        )  # fmt: skip
+    else:
+        write_key_kernel[(n,)](
+            rows, index, cache, DIM=dim, WIDTH=layout.width, GROUP=FP4_GROUP, GROUPS=next_power_of_2(dim // FP4_GROUP), **launch.options("write_key", rows)
+        )
+
+
+def cache_read(cache: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``ops/cache.py: cache_read`` of plain rows."""
+    n, dim = index.shape[0], cache.shape[1]
+    rows = torch.empty((n, dim), dtype=cache.dtype, device=cache.device)
+    if n:
+        options = launch.options("copy_rows", cache)
+        copy_rows_kernel[(n, cdiv(dim, options["BLOCK"]))](cache, index, rows, DIM=dim, SCATTER=False, **options)
+    return rows
+
+
+SPECS = (
+    KernelSpec(
+        name="write_kv", kernel=write_kv_kernel, looped=False,
+        signature={"rows": "*bf16", "index": "*i32", "cache": "*u8"},
+        variants={"flash": {"DIM": 512, "ROPE": 64, "WIDTH": 584, "GROUP": 64, "GROUPS": 8, "BLOCK_R": 64}},
+        per_arch=lambda arch: {"NATIVE": arch >= 89},
+        work=lambda _: Work(bytes=1024.0 + 584.0),
+    ),
+    KernelSpec(
+        name="write_key", kernel=write_key_kernel, looped=False,
+        signature={"rows": "*bf16", "index": "*i32", "cache": "*u8"},
+        variants={"index": {"DIM": 128, "WIDTH": 68, "GROUP": 32, "GROUPS": 4}},
+        work=lambda _: Work(bytes=256.0 + 68.0),
+    ),
+    KernelSpec(
+        name="copy_rows", kernel=copy_rows_kernel, looped=False,
+        signature={"source": "*fp32", "index": "*i32", "target": "*fp32"},
+        variants={"write": {"DIM": 2048, "SCATTER": True}, "read": {"DIM": 2048, "SCATTER": False}},
+        work=lambda c: Work(bytes=8.0 * c["BLOCK"]),
+    ),
+)  # fmt: skip

@@ -1,0 +1,90 @@
+"""Writing files so that a half never looks whole: under a name of one's own, on the disk, then renamed; one writer at a time."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from dsv4_core.files.reading import FileError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file beside ``path``; once all is written and on the disk, it becomes ``path``.
+
+    After an error nothing is left, and what was at ``path`` stands as it was. Raises ``FileError`` where ``path`` is a
+    directory or something that cannot be replaced (a device, a pipe).
+    """
+    if path.exists() and not path.is_file():
+        raise FileError(f"{path}: not a regular file; it cannot be written over")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mask = os.umask(0)
+    os.umask(mask)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, 0o666 & ~mask)
+            yield file
+            file.flush()
+            os.fsync(descriptor)
+        Path(name).replace(path)
+    except BaseException:
+        with suppress(OSError):
+            Path(name).unlink()
+        raise
+    settle(path.parent)
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a whole file, or leave what was there."""
+    with whole(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def settle(directory: Path) -> None:
+    """Have the disk keep the names in a directory: what was renamed stays renamed after a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no such call for directories
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def writing_alone(directory: Path) -> Iterator[None]:
+    """Keep other processes from writing ``directory`` (which need not exist) meanwhile.
+
+    The lock is a file beside it, held by the system: it is free as soon as its process is gone, however that ended.
+    Raises ``FileError`` naming the process that holds it.
+    """
+    import fcntl
+
+    place = directory.absolute()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    lock = place.with_name(f".{place.name}.lock")
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "?"
+            os.close(descriptor)
+            raise FileError(f"{directory}: process {holder} is writing it; wait until it has ended") from None
+        if lock.exists() and os.fstat(descriptor).st_ino == lock.stat().st_ino:
+            break
+        os.close(descriptor)  # whoever held it has ended and taken the file away
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        with suppress(OSError):
+            lock.unlink()
+        os.close(descriptor)
