@@ -228,7 +228,7 @@ class Session:
         """
         if max_tokens < 1:
             raise ValueError(f"max_tokens = {max_tokens} must be 1 or more")
-        prompts = [self.encode(one, thinking=thinking) for one in prompts_of(prompt)]
+        prompts = self._encoded(prompts_of(prompt), thinking=thinking)
         sampling = Sampling(temperature, top_p, seed)
         for i, ids in enumerate(prompts):
             self._check_room(i if len(prompts) > 1 else None, len(ids), max_tokens)
@@ -266,6 +266,16 @@ class Session:
         if not ids:
             raise ValueError("the prompt is empty: give at least one token of text")
         return ids
+
+    def _encoded(self, prompts: list[Any], *, thinking: bool) -> list[list[int]]:
+        """Encode prompts; of several the error names the one."""
+        encoded: list[list[int]] = []
+        try:
+            for prompt in prompts:
+                encoded.append(self.encode(prompt, thinking=thinking))  # noqa: PERF401  the error says how many are done
+        except ValueError as error:
+            raise ValueError(f"prompt {len(encoded)}: {error}" if len(prompts) > 1 else f"{error}") from None
+        return encoded
 
     def logits(self, ids: Sequence[int] | Sequence[Sequence[int]] | Host, *, chunk: int = CHUNK) -> Host:
         """Give the logits after every token of ``ids`` [total] or [batch, total]: [..., total, vocab], float32 (float64).

@@ -149,7 +149,7 @@ def test_weights_load_when_they_are_needed(monkeypatch):
         ({"prompt": [[[1]]]}, "the prompt is empty"),
         ({"prompt": [1, 2048]}, r"token id 2048 at \[1\] is outside the vocabulary 0 .. 2047"),
         ({"prompt": [1.5]}, "must be an integer dtype"),
-        ({"prompt": [[1], [-1]]}, "token id -1"),
+        ({"prompt": [[1], [-1]]}, "prompt 1: token id -1"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens = 0 must be 1 or more"),
         ({"prompt": [1, 2, 3], "max_tokens": 5000}, "3 tokens and max_tokens = 5000; the model has 4096.*at most 4093"),
         ({"prompt": [[1], [1] * 5000]}, "prompt 1 has 5000 tokens.*shorten it"),

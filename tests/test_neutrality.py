@@ -121,7 +121,7 @@ def test_importing_pulls_in_no_device_library(module):
 
 
 def test_listing_backends_imports_none():
-    unwanted = LIBRARIES | BACKENDS | {"numpy"}
+    unwanted = LIBRARIES | {f"{name}.backend" for name in BACKENDS} | {"numpy"}
     run = "import sys; sys.argv = ['dsv4', 'backends']\nfrom dsv4_core.cli import main\ntry: main()\n"
     code = f"{run}finally: print(sorted({unwanted!r} & sys.modules.keys()))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -87,6 +87,7 @@ def root(traceback: bool) -> None:
         os.environ["DSV4_TRACEBACK"] = "1"
 
 
+COMPLETION = "_DSV4_COMPLETE"  # how a shell asks what may come next; `dsv4 completion` prints the script that does
 UNFORESEEN = 70  # status after an error that no command foresaw: EX_SOFTWARE
 
 
@@ -94,6 +95,8 @@ def main() -> None:
     """Run the command line. Errors that a user can act on are printed as one message and exit with 2; what nobody foresaw is
     one line, too, and exits with 70. Nothing exits with 0 that did not come to its end.
     """
+    if COMPLETION in os.environ:
+        root(prog_name="dsv4", complete_var=COMPLETION)  # answers the shell, and leaves
     no_silent_exit()
     try:
         status = root(standalone_mode=False)  # click gives back the status that a command exits with

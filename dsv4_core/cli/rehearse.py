@@ -9,11 +9,12 @@ import click
 
 from dsv4_core.checkpoint.config import PRESETS
 from dsv4_core.checkpoint.weights import INDEX, Checkpoint
+from dsv4_core.cli.commands import Command
 from dsv4_core.cli.options import BackendFlags, ByteSize, backend_options
 from dsv4_core.planning import rehearse
 
 
-@click.command("rehearse")
+@click.command("rehearse", cls=Command)
 @click.option("--preset", type=click.Choice(sorted(PRESETS)), required=True, help="Which model.")
 @click.option(
     "--out",

@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 from dsv4_core.contract import registry
-from dsv4_core.contract.backend import Diagnosis
+from dsv4_core.contract.diagnosis import Diagnosis, Look
 from dsv4_core.contract.spec import BackendError
-
-Status = Literal["runs", "simulates only", "cannot run"]
-
-
-@dataclass(frozen=True)
-class Look:
-    """Whether a backend can run here as far as files and metadata tell, why not, and what was looked at.
-
-    ``simulates only``: its device is not here, and it can stand in for it on a CPU. A backend says so by a function without
-    arguments that gives a ``Look``, under its own name in the entry points ``dsv4.looks``; that module loads no library.
-    """
-
-    status: Status
-    note: str = ""
-    lines: tuple[Diagnosis, ...] = ()
 
 
 def look(name: str) -> Look:

@@ -6,8 +6,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from dsv4_core.contract.backend import Diagnosis
-from dsv4_core.contract.look import Look
+from dsv4_core.contract.diagnosis import Diagnosis, Look
 
 SIMULATE = "without an NPU: --simulate 910B, 910C or 950 computes on a CPU, --soc plans"
 

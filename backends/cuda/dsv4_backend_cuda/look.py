@@ -6,8 +6,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from dsv4_core.contract.backend import Diagnosis
-from dsv4_core.contract.look import Look
+from dsv4_core.contract.diagnosis import Diagnosis, Look
 
 DRIVER = Path("/proc/driver/nvidia/version")
 INTERPRET = "on a CPU its kernels can be interpreted: --interpret (minutes, for proofs)"
