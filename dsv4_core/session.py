@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
@@ -23,15 +23,19 @@ import numpy as np
 from dsv4_core.checkpoint.locate import find_model
 from dsv4_core.contract import registry
 from dsv4_core.contract.backend import Backend
+from dsv4_core.graph.engine import CHUNK, Engine, Request
 from dsv4_core.graph.evaluate import every_logits
-from dsv4_core.graph.generate import CHUNK, Drafts, Sampling, generate, speculate
+from dsv4_core.graph.generate import Drafts
 from dsv4_core.graph.model import Model
+from dsv4_core.graph.sampling import Sampling
 from dsv4_core.graph.step import check_ids
 from dsv4_core.planning.support import check_support, expert_format
 from dsv4_core.ranks.team import Team, own_directory, team
 from dsv4_core.text.chat import encode
+from dsv4_core.text.fixed_texts import fixed_texts
+from dsv4_core.text.markers import Piece
 from dsv4_core.text.stopping import StopTexts
-from dsv4_core.text.tokenizer import TextStream, load_tokenizer
+from dsv4_core.text.tokenizer import PieceStream, Vocabulary, load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -207,6 +211,8 @@ class Session:
         max_tokens: int = 64,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
         seed: int = 0,
         stop: str | Sequence[str] = (),
         stop_tokens: Sequence[int] = (),
@@ -217,11 +223,12 @@ class Session:
     ) -> Generation:
         """Continue one prompt or several, which run as one batch; give the new tokens as they come.
 
-        ``prompt``: a text as it stands (control tokens included), token ids, turns of a conversation
+        ``prompt``: a text (a control token that it spells is words), token ids, turns of a conversation
         (``[{"role": "user", "content": ...}]``), or a list of such prompts. ``temperature`` 0 is greedy; else each sequence
-        draws by ``seed`` and its own number. ``stop``: texts that end a sequence, and are not given out. ``stop_tokens``: ids
-        that do, beside end-of-sentence (not with ``ignore_eos``). ``thinking``: of conversations, let the model think first.
-        ``speculative``: draft with the MTP block, greedily, one prompt after the other. ``chunk``: tokens of a prefill step.
+        draws by ``seed`` and its own number, among the tokens that ``top_k`` (0: off), ``top_p`` and ``min_p`` leave.
+        ``stop``: texts that end a sequence, and are not given out. ``stop_tokens``: ids that do, beside end-of-sentence
+        (not with ``ignore_eos``). ``thinking``: of conversations, let the model think first. ``speculative``: draft with
+        the MTP block; the tokens are the same. ``chunk``: tokens of a prefill step.
 
         Raises ``ValueError`` before anything runs: for an empty prompt, an id outside the vocabulary, more tokens than
         the model has positions, or a text where there is no tokenizer.
@@ -229,7 +236,7 @@ class Session:
         if max_tokens < 1:
             raise ValueError(f"max_tokens = {max_tokens} must be 1 or more")
         prompts = self._encoded(prompts_of(prompt), thinking=thinking)
-        sampling = Sampling(temperature, top_p, seed)
+        sampling = Sampling(temperature, top_p, seed, top_k, min_p)
         for i, ids in enumerate(prompts):
             self._check_room(i if len(prompts) > 1 else None, len(ids), max_tokens)
         texts = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -239,11 +246,10 @@ class Session:
                 "stop: this checkpoint has no tokenizer.json, so there is no text; use stop_tokens with ids"
             )
         check_ids(np.asarray(stop_tokens, np.int64).reshape(-1), self.config.vocab_size)
-        if speculative and temperature != 0:
-            raise ValueError(f"speculative decoding is greedy; temperature = {temperature} is not")
-        if speculative and not self.config.num_nextn_predict_layers:
+        if speculative and self.config.draft != "mtp":
             raise ValueError("speculative decoding drafts with the MTP block, and this checkpoint has none")
-        ends = {*stop_tokens} if ignore_eos else {self.config.eos_token_id, *stop_tokens}
+        end = self.config.eos_token_id
+        ends = {*stop_tokens} if ignore_eos else {*(end if isinstance(end, tuple) else (end,)), *stop_tokens}
         request = {"prompts": prompts, "max_tokens": max_tokens, "sampling": asdict(sampling), "chunk": chunk}
         request |= {"stop": list(texts), "ends": sorted(ends), "speculative": speculative}
         self.ranks.agree({"request": request})
@@ -261,8 +267,12 @@ class Session:
             raise ValueError(
                 f"{self.directory} has no tokenizer.json; give --tokens with ids, or copy the tokenizer beside config.json"
             )
-        text = prompt if isinstance(prompt, str) else encode(cast("Sequence[Message]", prompt), thinking=thinking)
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if isinstance(prompt, str):
+            pieces = [Piece(prompt)]
+        else:
+            turns = cast("Sequence[Message]", prompt)
+            pieces = encode(turns, thinking=thinking, texts=fixed_texts(self.directory))
+        ids = Vocabulary(self.tokenizer).ids(pieces)
         if not ids:
             raise ValueError("the prompt is empty: give at least one token of text")
         return ids
@@ -349,11 +359,10 @@ class Generation(Iterator[Event]):
         self.prefill_seconds = self.decode_seconds = 0.0
         self._session, self._sampling, self._ends, self._chunk = session, sampling, ends, chunk
         self._written = [_Written() for _ in prompts]
-        tokenizer = session.tokenizer
-        self._streams = [TextStream(tokenizer) if tokenizer else None for _ in prompts]
+        vocabulary = Vocabulary(session.tokenizer) if session.tokenizer else None
+        self._streams = [PieceStream(vocabulary) if vocabulary else None for _ in prompts]
         self._stops = [StopTexts(stop) for _ in prompts]
-        self._stopped: set[int] = set()
-        self._events = self._timed(self._speculated() if speculative else self._batched())
+        self._events = self._timed(self._stepped(speculative=speculative))
 
     @property
     def tokens(self) -> list[list[int]]:
@@ -403,49 +412,44 @@ class Generation(Iterator[Event]):
             self.decode_seconds = time.perf_counter() - first
             yield event
 
-    def _batched(self) -> Iterator[Event]:
-        steps = generate(
+    def _stepped(self, *, speculative: bool) -> Iterator[Event]:
+        """Run all sequences in one engine, in which they all begin in the first step."""
+        lengths = [len(prompt) for prompt in self.prompts]
+        most = self._session.config.max_position_embeddings
+        engine = Engine(
             self._session.model,
-            self.prompts,
-            max_tokens=self.max_tokens,
-            sampling=self._sampling,
-            stop=self._ends,
-            stopped=self._stopped,
+            slots=len(lengths),
+            capacity=min(max(lengths) + self.max_tokens + speculative, most),
             chunk=self._chunk,
+            budget=sum(lengths) + len(lengths),
+            drafts=speculative,
+            reuse=False,
             progress=self._session._reporter("prefill"),  # noqa: SLF001  one object in two classes
         )
-        for step in steps:
-            for sequence, token in enumerate(step):
-                if token is not None and sequence not in self._stopped:
-                    yield self._event(sequence, token)
-
-    def _speculated(self) -> Iterator[Event]:
+        numbers: dict[int, int] = {}
         for sequence, prompt in enumerate(self.prompts):
-            tokens = speculate(
-                self._session.model,
-                prompt,
-                max_tokens=self.max_tokens,
-                stop=self._ends,
-                chunk=self._chunk,
-                drafts=self.drafts,
-                progress=self._session._reporter("prefill"),  # noqa: SLF001
-            )
-            for token in tokens:
-                yield self._event(sequence, token)
-                if sequence in self._stopped:
-                    break
+            own = replace(self._sampling, seed=(cast("int", self._sampling.seed), sequence))
+            numbers[engine.submit(Request(tuple(prompt), self.max_tokens, own, frozenset(self._ends)))] = sequence
+        while not engine.idle:
+            for event in engine.step():
+                if event.error:
+                    raise event.error
+                sequence = numbers[event.id]
+                if event.chosen is None or self._written[sequence].finish:
+                    continue  # of a sequence that a stop text has ended
+                yield self._event(sequence, event.chosen.token, cast("Finish | None", event.finish))
+                if self._stops[sequence].found:
+                    engine.cancel(event.id)
+            self.drafts = Drafts(engine.stats.drafted, engine.stats.accepted)
 
-    def _event(self, sequence: int, token: int) -> Event:
+    def _event(self, sequence: int, token: int, finish: Finish | None) -> Event:
         """Note a token: its text, and whether it is the sequence's last."""
         written, stops, stream = self._written[sequence], self._stops[sequence], self._streams[sequence]
         written.tokens.append(token)
-        text = stops.push(stream.push(token)) if stream else ""
-        if token in self._ends or stops.found:
-            written.finish = "stop"
-        elif len(written.tokens) == self.max_tokens:
-            written.finish = "length"
+        pieces = [*stream.push(token), *(stream.finish() if finish else ())] if stream else []
+        text = stops.push("".join(piece.text for piece in pieces if not piece.control))
+        written.finish = "stop" if stops.found else finish
         if written.finish:
-            self._stopped.add(sequence)
             text += stops.finish()
         written.text += text
         return Event(sequence, token, text, written.finish)

@@ -60,13 +60,16 @@ def test_events_add_up_to_the_reply(model):
     assert "12 generated" in reply.summary()
 
 
-def test_text_ids_and_turns_are_the_same_prompt(model):
-    text = "<｜begin▁of▁sentence｜><｜User｜>What is kludge?<｜Assistant｜></think>"
+def test_ids_and_turns_are_the_same_prompt(model):
     ids = model.encode(CHAT)
-    assert model.encode(ids) == ids
-    assert model.encode(np.array(ids)) == ids
-    replies = [model.generate(prompt, max_tokens=4).run().tokens for prompt in (text, ids, CHAT, np.array(ids))]
-    assert replies == [replies[0]] * 4
+    assert model.encode(ids) == model.encode(np.array(ids)) == ids
+    replies = [model.generate(prompt, max_tokens=4).run().tokens for prompt in (ids, CHAT, np.array(ids))]
+    assert replies == [replies[0]] * 3
+
+
+def test_a_control_token_that_a_text_spells_is_words(model):
+    begin = model.encode(CHAT)[0]
+    assert begin not in model.encode("<｜begin▁of▁sentence｜>What is kludge?")
 
 
 def test_several_prompts_are_one_batch():
@@ -82,12 +85,13 @@ def test_several_prompts_are_one_batch():
 
 
 def test_a_stop_text_ends_its_sequence_alone(model):
-    plain = model.generate(["What is kludge?", CHAT], max_tokens=10).run()
+    prompts = [CHAT, [{"role": "user", "content": "What is a hacker?"}]]
+    plain = model.generate(prompts, max_tokens=24).run()
     first, second = plain.texts
-    stop = next(first[i : i + 3] for i in range(2, len(first) - 3) if first[i : i + 3] not in second)
-    events = list(model.generate(["What is kludge?", CHAT], max_tokens=10, stop=stop))
-    first = "".join(event.text for event in events if event.sequence == 0)
-    assert first == plain.texts[0].split(stop)[0]
+    stop = next(first[i : i + 4] for i in range(2, len(first) - 4) if first[i : i + 4] not in second)
+    events = list(model.generate(prompts, max_tokens=24, stop=stop))
+    assert "".join(event.text for event in events if event.sequence == 0) == first.split(stop)[0]
+    assert "".join(event.text for event in events if event.sequence == 1) == second
     assert [event.token for event in events if event.sequence == 1] == plain.tokens[1]
     ends = {event.sequence: event.finish for event in events if event.finish}
     assert ends == {0: "stop", 1: "length"}
@@ -156,7 +160,8 @@ def test_weights_load_when_they_are_needed(monkeypatch):
         ({"prompt": "x", "top_p": 0}, r"top_p = 0 must be in \(0, 1\]"),
         ({"prompt": "x", "stop": ["a", ""]}, "an empty text would end"),
         ({"prompt": "x", "stop_tokens": [9999]}, "token id 9999"),
-        ({"prompt": "x", "speculative": True, "temperature": 1.0}, "speculative decoding is greedy"),
+        ({"prompt": "x", "top_k": -1}, "top_k = -1 must be 0"),
+        ({"prompt": "x", "min_p": 1.0}, "min_p = 1.0 must be in"),
         ({"prompt": [{"role": "nobody", "content": "x"}]}, "role"),
     ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.checkpoint.foreign import path_problem
 from dsv4_core.checkpoint.weights import embedded
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ def find_model(model: str | Path | None) -> Path:
     if model is None:
         return embedded()
     path, name = Path(model), str(model)
+    if problem := path_problem(path):
+        raise ValueError(problem)
     if path.is_dir():
         return path
     if path.exists():

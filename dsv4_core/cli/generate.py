@@ -23,7 +23,11 @@ generation = functools.partial(option, heading="Generation")
 @click.command("generate", cls=Command)
 @click.argument("model", required=False)
 @prompt(
-    "--prompt", "-p", "texts", multiple=True, help="Text to continue, control tokens included; - reads it from stdin."
+    "--prompt",
+    "-p",
+    "texts",
+    multiple=True,
+    help="Text to continue; control tokens that it spells are words. - reads it from stdin.",
 )
 @prompt("--chat", "chats", multiple=True, help="A user's turn, in the published chat format; - reads it from stdin.")
 @prompt("--tokens", "ids", multiple=True, help="Token ids instead of text, e.g. 0,3,128; - reads them from stdin.")
@@ -40,11 +44,15 @@ generation = functools.partial(option, heading="Generation")
 @generation(
     "--top-p", type=float, default=1.0, show_default=True, help="Draw from the likeliest that make up this much."
 )
+@generation("--top-k", type=int, default=0, show_default=True, help="Draw from so many likeliest; 0: from all.")
+@generation(
+    "--min-p", type=float, default=0.0, show_default=True, help="Draw from those so likely beside the likeliest."
+)
 @generation("--seed", type=int, default=0, show_default=True, help="The same seed draws the same tokens.")
 @generation("--stop", multiple=True, metavar="TEXT", help="Text that ends a sequence, and is not printed.")
 @generation("--stop-token", "stop_tokens", type=int, multiple=True, metavar="ID", help="Token id that does.")
 @generation("--ignore-eos", is_flag=True, help="Go on after end-of-sentence.")
-@generation("--speculative", is_flag=True, help="Draft with the MTP block (greedy only).")
+@generation("--speculative", is_flag=True, help="Draft with the MTP block: the same tokens, sooner.")
 @generation("--chunk", type=click.IntRange(1), default=2048, show_default=True, help="Tokens of a prefill step.")
 @backend_options
 @rank_options
@@ -77,8 +85,6 @@ def command(
     if (system or thinking) and (texts or ids):
         raise click.UsageError("--system and --thinking are of a conversation; use --chat, or --prompts with turns")
     prompts = read_prompts(texts, chats, ids, file, system)
-    if request["speculative"] and request["temperature"] != 0:
-        raise click.UsageError(f"--speculative is greedy; --temperature {request['temperature']} is not")
     with open_model(model, flags, asked) as session:
         events = session.generate(prompts, thinking=thinking, **request)
         if session.speaks and not as_json:

@@ -47,7 +47,7 @@ def planned_calls(
             numerics=backend.numerics,
             seq=seq,
             start=start,
-            mtp=bool(config.num_nextn_predict_layers),
+            mtp=config.draft == "mtp",
             expert_format=expert_format,
         )
     return calls

@@ -144,7 +144,8 @@ class TorchAttention(Numeric, AttentionOps):
             listed[torch.where(idxs < 0, zero, idxs).reshape(-1)] = True
             listed[zero] = True
             union = torch.nonzero(listed)[:, 0]
-            if union.shape[0] <= 2 * idxs.shape[1]:
+            shared = union.shape[0] <= 2 * idxs.shape[1]
+            if shared and bool(torch.isfinite(q.sum() + padded.sum())):  # 0 times NaN would reach all tokens
                 return self.attend_union(q, padded, sink, idxs, union)
         idxs = torch.cat([torch.where(idxs < 0, zero, idxs), torch.full_like(idxs[:, :1], zero)], 1)
         rows = padded.index_select(0, idxs.reshape(-1)).reshape(tokens, -1, dim)
