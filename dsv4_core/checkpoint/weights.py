@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from dsv4_core.checkpoint import foreign, manifest
+from dsv4_core.checkpoint import foreign, identity, manifest
 from dsv4_core.checkpoint.config import Draft, ModelConfig
 from dsv4_core.checkpoint.layout import QUANTISED, TensorSpec, canonical_name, scale_shape, tensor_specs, unpacked
 from dsv4_core.checkpoint.readings import COLUMN, READINGS, Reading, ReadingError, exponents
@@ -206,6 +206,15 @@ class Checkpoint:
     def experts(self, prefix: str, projection: str) -> Experts:
         """Give ``prefix.experts.{e}.projection`` of every routed expert, each viewed when it is first used."""
         return Experts(_Lazy(self, [f"{prefix}.experts.{e}.{projection}" for e in range(self.config.n_routed_experts)]))
+
+    def identity(self, *, whole: bool = False) -> str:
+        """Hash the content (``whole``: every byte, which takes as long as reading it); see ``identity.py`` for what it covers."""
+        begins: dict[Path, list[int]] = {}
+        for name in self.names:
+            found = begins.setdefault(self.file(name), [])
+            if ".experts." not in name:
+                found.append(self.stored(name).begin)
+        return identity.of_checkpoint(self.path, begins, whole=whole)
 
     def _wrong(self, rule: str, tensor: str, file: str, text: str) -> None:
         self.findings.append(Finding(rule, tensor, file, text))

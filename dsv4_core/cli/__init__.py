@@ -16,6 +16,7 @@ import click
 
 from dsv4_core import __version__
 from dsv4_core.cli.commands import Group
+from dsv4_core.cli.verdict import UNFORESEEN, in_a_child, wanted
 from dsv4_core.contract import registry
 from dsv4_core.contract.spec import BackendError
 from dsv4_core.files.words import one_line, printable
@@ -88,7 +89,6 @@ def root(traceback: bool) -> None:
 
 
 COMPLETION = "_DSV4_COMPLETE"  # how a shell asks what may come next; `dsv4 completion` prints the script that does
-UNFORESEEN = 70  # status after an error that no command foresaw: EX_SOFTWARE
 
 
 def main() -> None:
@@ -97,6 +97,7 @@ def main() -> None:
     """
     if COMPLETION in os.environ:
         root(prog_name="dsv4", complete_var=COMPLETION)  # answers the shell, and leaves
+    say = in_a_child() if wanted() else None
     no_silent_exit()
     try:
         status = root(standalone_mode=False)  # click gives back the status that a command exits with
@@ -118,6 +119,8 @@ def main() -> None:
     except BaseException as error:  # noqa: BLE001  the last net: no input may end in a traceback
         said = one_line(f"{type(error).__name__}: {error}")
         status = told(f"dsv4: an error that was not foreseen: {said}; `dsv4 --traceback ...` shows where", UNFORESEEN)
+    if say:
+        say(status if isinstance(status, int) else 0)
     sys.exit(status)
 
 
