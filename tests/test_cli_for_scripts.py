@@ -268,6 +268,18 @@ def test_plan_and_inspect_as_json():
     assert document("inspect", "inspect", "--no-audit").parameters["total"] > 0
 
 
+def test_a_conformance_run_as_json_and_its_commands(tmp_path):
+    asked = ("-b", "reference", "--op", "rms_norm", "--tier", "smoke", "--weight-cache", "1MiB", "--report", tmp_path)
+    result = document("conformance run", "conformance", "run", *asked)
+    assert result.command == " ".join(map(str, ("dsv4 conformance run", *asked, "--json")))
+    assert set(result.statuses) == {"passed"}
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["command"] == result.command
+    assert report["rerun"] == f"dsv4 conformance run --backend reference --weight-cache {1 << 20}"
+    assert report["options"] == {"weight_cache": str(1 << 20)}
+    assert result.command in (tmp_path / "report.html").read_text()
+
+
 def test_backends_and_doctor_agree():
     """Both say the same of what can run, and a backend that can be constructed is said to run."""
     listed = {b.name: b for b in document("backends", "backends").backends}
