@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
+from dsv4_core.cli.commands import Command
+from dsv4_core.cli.options import BackendFlags, backend_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -170,7 +171,7 @@ def talk(session: Talk, read: Callable[[], str], write: Callable[[str, bool], An
             write(f"{error}\n", True)
 
 
-@click.command("chat")
+@click.command("chat", cls=Command)
 @click.argument("model", required=False)
 @click.option("--system", default="", help="The system turn.")
 @click.option("--thinking", is_flag=True, help="Let the model think first; what it thinks is dimmed.")
@@ -204,39 +205,35 @@ def command(
     flags: BackendFlags,
 ) -> None:
     """Talk to MODEL (a checkpoint's directory; the embedded one if left out). /help says what may be typed."""
-    from dsv4_core.cli.running import Session, report, stop_tokens
+    import numpy as np
+
+    from dsv4_core.cli.running import open_model, report
     from dsv4_core.graph.engine import Engine
     from dsv4_core.graph.sampling import Sampling
     from dsv4_core.text.fixed_texts import fixed_texts
-    from dsv4_core.text.tokenizer import Vocabulary, load_tokenizer
+    from dsv4_core.text.tokenizer import Vocabulary
 
-    directory = model_directory(model)
-    texts = fixed_texts(directory, encoding_profile)
     sampling = Sampling(temperature, top_p, seed)
-    if load_tokenizer(directory) is None:
-        raise ValueError(f"{directory} has no tokenizer.json; copy the tokenizer beside config.json")
-    session = Session.open(directory, flags)
-    assert session.tokenizer is not None
-    config = session.model.config
-    most = config.max_position_embeddings
-    if context is not None and context > most:
-        raise ValueError(f"--context {context}: the model has {most} positions (max_position_embeddings)")
-    engine = Engine(session.model, slots=1, capacity=context or min(8192, most), drafts=speculative)
-    talking = Talk(
-        engine,
-        Vocabulary(session.tokenizer),
-        texts,
-        frozenset(stop_tokens(config, ())),
-        sampling,
-        max_tokens,
-        thinking=thinking or effort is not None,
-    )
-    if effort is not None:
-        talking.command(f"/effort {effort}")
-    if system:
-        talking.command(f"/system {system}")
-    report(f"{directory.name}, {engine.capacity} tokens of context; /help says what may be typed, Ctrl-D ends")
-    talk(talking, _reader(), _write)
+    with open_model(model, flags) as session:
+        texts = fixed_texts(session.directory, encoding_profile)
+        if session.tokenizer is None:
+            raise ValueError(f"{session.directory} has no tokenizer.json; copy the tokenizer beside config.json")
+        most = session.config.max_position_embeddings
+        if context is not None and context > most:
+            raise ValueError(f"--context {context}: the model has {most} positions (max_position_embeddings)")
+        read = _reader()
+        engine = Engine(session.model, slots=1, capacity=context or min(8192, most), drafts=speculative)
+        ends = frozenset(np.atleast_1d(session.config.eos_token_id).tolist())
+        vocabulary = Vocabulary(session.tokenizer)
+        talking = Talk(engine, vocabulary, texts, ends, sampling, max_tokens, thinking=thinking or effort is not None)
+        if effort is not None:
+            talking.command(f"/effort {effort}")
+        if system:
+            talking.command(f"/system {system}")
+        report(
+            f"{session.directory.name}, {engine.capacity} tokens of context; /help says what may be typed, Ctrl-D ends"
+        )
+        talk(talking, read, _write)
 
 
 def _write(text: str, dim: bool) -> None:

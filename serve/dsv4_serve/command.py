@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
+from dsv4_core.cli.commands import Command
+from dsv4_core.cli.options import BackendFlags, backend_options
 
 if TYPE_CHECKING:
     from dsv4_core.text.fixed_texts import Profile
 
 
-@click.command("serve")
+@click.command("serve", cls=Command)
 @click.argument("model", required=False)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is everybody's.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
@@ -72,19 +73,20 @@ def command(
         raise click.ClickException(f"dsv4 serve needs its extra ({error}); pip install 'dsv4[serve]'") from None
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    directory = model_directory(model)
-    app = application(
-        directory,
-        flags.create(),
-        name=name,
-        slots=slots,
-        context=context,
-        queue=queue,
-        chunk=chunk,
-        drafts=speculative,
-        thinking=thinking,
-        profile=encoding_profile,
-        key=api_key,
-        largest=max_body,
-    )
-    listen(app, host, port, drain_seconds)
+    from dsv4_core.cli.running import open_model
+
+    with open_model(model, flags) as session:
+        app = application(
+            session,
+            name=name,
+            slots=slots,
+            context=context,
+            queue=queue,
+            chunk=chunk,
+            drafts=speculative,
+            thinking=thinking,
+            profile=encoding_profile,
+            key=api_key,
+            largest=max_body,
+        )
+        listen(app, host, port, drain_seconds)

@@ -10,26 +10,20 @@ import click
 import numpy as np
 import uvicorn
 
-from dsv4_core.checkpoint.weights import Checkpoint
-from dsv4_core.cli.running import bar, check_support, expert_format
 from dsv4_core.graph.engine import Engine
-from dsv4_core.graph.model import Model
 from dsv4_core.text.fixed_texts import Profile, fixed_texts
-from dsv4_core.text.tokenizer import Vocabulary, load_tokenizer
+from dsv4_core.text.tokenizer import Vocabulary
 from dsv4_serve.app import App
 from dsv4_serve.metrics import Metrics
 from dsv4_serve.served import Served
 from dsv4_serve.worker import Worker
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from dsv4_core.contract.backend import Backend
+    from dsv4_core.session import Session
 
 
 def application(
-    directory: Path,
-    backend: Backend,
+    session: Session,
     *,
     name: str | None = None,
     slots: int = 8,
@@ -41,29 +35,25 @@ def application(
     profile: Profile | None = None,
     **limits: Any,
 ) -> App:
-    """Load a model and make its server; ``limits``: see ``App``.
+    """Load a session's weights and make its server; ``limits``: see ``App``.
 
-    Raises ``ValueError`` for a checkpoint without a tokenizer, and what the engine and the encoder refuse, before weights
+    Raises ``ValueError`` for a checkpoint without a tokenizer and for what the engine and the encoder refuse, before weights
     load where it can be known.
     """
-    checkpoint = Checkpoint(directory)
-    config = checkpoint.config
-    tokenizer = load_tokenizer(directory)
-    if tokenizer is None:
+    directory, config = session.directory, session.config
+    if session.tokenizer is None:
         raise ValueError(f"{directory} has no tokenizer.json; a server needs it: copy it beside config.json")
     texts = fixed_texts(directory, profile)
     most = config.max_position_embeddings
     if context is not None and context > most:
         raise ValueError(f"--context {context}: the model has {most} positions (max_position_embeddings)")
-    check_support(config, backend, expert_format(checkpoint))
-    with bar("loading") as progress:
-        model = Model(checkpoint, backend, progress=progress)
+    model = session.model
     engine = Engine(model, slots=slots, capacity=context or min(8192, most), chunk=chunk, queue=queue, drafts=drafts)
     served = Served(
         name or directory.name,
         directory,
         engine,
-        Vocabulary(tokenizer),
+        Vocabulary(session.tokenizer),
         texts,
         frozenset(np.atleast_1d(config.eos_token_id).tolist()),
         thinking=thinking,

@@ -3,7 +3,6 @@
 import asyncio
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -16,17 +15,12 @@ import uvicorn
 from dsv4_serve.running import application
 
 import dsv4_core
-from dsv4_core.contract import registry
-
-TINY = Path(dsv4_core.__file__).parent / "data/tiny-jargon"
 
 
 def made(**options):
     """An application on the embedded model, greedy enough to compare: batch invariant."""
-    backend = registry.create("reference", numerics="native", batch_invariant=True)
-    return application(
-        TINY, backend, **{"slots": 4, "context": 1200, "thinking": False, "profile": "official", **options}
-    )
+    session = dsv4_core.load(backend="reference", batch_invariant=True, lazy=True)
+    return application(session, **{"slots": 4, "context": 1200, "thinking": False, "profile": "official", **options})
 
 
 class Running:
