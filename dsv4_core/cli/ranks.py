@@ -6,6 +6,7 @@ import os
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,7 +17,6 @@ from dsv4_core.contract.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from dsv4_core.checkpoint.rank_part import Place, ShardedSource
     from dsv4_core.checkpoint.weights import Checkpoint
@@ -32,17 +32,23 @@ class RankFlags:
     tp: int
     ep: int
     stats: bool
+    store_key_file: Path | None = None
 
 
 def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--tp``, ``--ep`` and ``--stats`` to a command, which receives them as one argument ``asked``."""
+    """Add ``--tp``, ``--ep``, ``--stats`` and ``--store-key-file`` to a command, which receives them as one argument ``asked``."""
 
-    def gathered(tp: int, ep: int, stats: bool, **rest: Any) -> Any:
-        return command(asked=RankFlags(tp, ep, stats), **rest)
+    def gathered(tp: int, ep: int, stats: bool, store_key_file: Path | None, **rest: Any) -> Any:
+        return command(asked=RankFlags(tp, ep, stats, store_key_file), **rest)
 
     gathered.__name__, gathered.__doc__ = command.__name__, command.__doc__
     gathered.__dict__.update(command.__dict__)
     for decorate in (
+        click.option(
+            "--store-key-file",
+            type=click.Path(path_type=Path),
+            help="A secret that all ranks share (else DSV4_STORE_KEY); needed between hosts.",
+        ),
         click.option("--stats", is_flag=True, help="Of each rank: bytes of weights read, bytes sent, time so."),
         click.option(
             "--ep", type=click.IntRange(1), default=1, show_default=True, help="Groups that share the experts."
@@ -153,12 +159,20 @@ def team(flags: BackendFlags, asked: RankFlags) -> Iterator[Team]:
         return
     from dsv4_core.checkpoint.rank_part import Place
     from dsv4_core.ranks.exchange import Ranks
+    from dsv4_core.ranks.signed import SignedStore, secret
     from dsv4_core.ranks.watch import Watch
 
+    key = secret(asked.store_key_file)
+    if not key and not where.on_one_host:
+        raise ValueError(
+            f"MASTER_ADDR = {where.host}: ranks of several hosts need a secret that they share; set DSV4_STORE_KEY to the same on all, "
+            "or give --store-key-file (SECURITY.md says what it is for)"
+        )
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is said once, by the watch, without C++ stacks
     backend = flags.create(local_rank=where.local_rank)
     world = backend.process_group(where)
-    watch = Watch(world.store, rank=where.rank, ranks=where.ranks, holder=where.holder, place=where.place)
+    store = SignedStore(world.store, key) if key else world.store
+    watch = Watch(store, rank=where.rank, ranks=where.ranks, holder=where.holder, place=where.place)
     with watch, Ranks(backend, Place(asked.tp, asked.ep, where.rank), world, watch) as ranks:
         mine = Team(ranks, stats=asked.stats)
         yield mine
