@@ -327,7 +327,7 @@ def test_two_processes_of_one_rank_are_told(monkeypatch):
     ]
     kept = [registry.create("reference").process_group(w) for w in where[:2]]
     monkeypatch.setattr("socket.gethostname", lambda: "another")
-    with pytest.raises(RankError, match="rank 1 of this run is .*, already; give every process a RANK of its own"):
+    with pytest.raises(RankError, match=r"rank 1 of this run is .*, already; give every process a RANK of its own"):
         registry.create("reference").process_group(where[2])
     assert kept
 
