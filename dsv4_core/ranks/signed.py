@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 
     from dsv4_core.contract.collectives import Store
 
-VARIABLE = "DSV4_STORE_KEY"
+VARIABLE, FILE_VARIABLE = "DSV4_STORE_KEY", "DSV4_STORE_KEY_FILE"
 SHORTEST, LONGEST = 16, 4096  # bytes of a secret
 _DIGITS = 32  # of the hash: 128 bits
 
 
-def secret(file: Path | None) -> bytes:
-    """Read the secret: from ``file``, else from DSV4_STORE_KEY; empty where there is none.
+def secret() -> bytes:
+    """Read the secret: from the file that DSV4_STORE_KEY_FILE names, else from DSV4_STORE_KEY; empty where there is none.
 
     Raises ``ValueError`` for one of under 16 bytes, and for a file that others may read.
     """
+    file = Path(os.environ[FILE_VARIABLE]) if os.environ.get(FILE_VARIABLE) else None
     if file is not None:
         if file.stat().st_mode & 0o077:
             raise FileError(f"{file}: others may read it, so it keeps no secret; chmod 600 {file}")

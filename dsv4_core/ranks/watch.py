@@ -51,6 +51,7 @@ class Watch:
         self.suspect = False
         self.state = "0"
         self.verdict: str | None = None
+        self.agreements = 0
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._looked = time.monotonic()
@@ -109,8 +110,10 @@ class Watch:
 
         Raises ``RankError`` naming the ranks that differ from rank 0, and in what.
         """
+        self.agreements += 1  # each under a name of its own: the store keeps what was said before
+        turn = f"agree {self.agreements}"
         try:
-            heard = enumerate(self.collect("agree", json.dumps(what)))
+            heard = enumerate(self.collect(turn, json.dumps(what)))
             said = [
                 json_text(value, dict[str, Any], f"what rank {r} said", "start all ranks alike") for r, value in heard
             ]
