@@ -134,6 +134,22 @@ LAWS = (
         ({"ratios": ALL_KINDS, "prompt": 20, "tokens": 40, "seed": 0},),
     ),
     Law(
+        of_models.drafts_in_decode,
+        {"ratios": some.ratios, "prompt": some.lengths, "steps": some.steps, "seed": some.seeds},
+        ({"ratios": ALL_KINDS, "prompt": 30, "steps": [1, 1, 2, 1], "seed": 0},),
+        "smoke",
+    ),
+    Law(
+        of_models.drafts_are_accepted,
+        {"ratios": some.ratios, "prompt": st.integers(1, 40), "tokens": st.integers(8, 30), "seed": some.seeds},
+        ({"ratios": ALL_KINDS, "prompt": 9, "tokens": 30, "seed": 0},),
+    ),
+    Law(
+        of_models.two_models_alive,
+        {"ratios": some.ratios, "prompt": st.integers(1, 40), "steps": st.integers(1, 3), "seed": some.seeds},
+        ({"ratios": (0, 4), "prompt": 20, "steps": 2, "seed": 0},),
+    ),
+    Law(
         of_ops.expert_permutation,
         {"tokens": _few, "topk": st.integers(1, 6), "seed": some.seeds},
         ({"tokens": 9, "topk": 2, "seed": 0},),
