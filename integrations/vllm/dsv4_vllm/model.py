@@ -49,7 +49,9 @@ class Rows(NamedTuple):
 class RowsBuilder(AttentionMetadataBuilder):
     """Makes ``Rows`` of what vLLM's scheduler chose."""
 
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Rows:
