@@ -23,6 +23,7 @@ from dsv4_core.files.words import one_line, printable
 
 COMMANDS = (
     "demo",
+    "chat",
     "generate",
     "logits",
     "inspect",
