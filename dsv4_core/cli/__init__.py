@@ -23,6 +23,7 @@ from dsv4_core.version import __version__
 
 COMMANDS = (
     "demo",
+    "chat",
     "generate",
     "logits",
     "inspect",
