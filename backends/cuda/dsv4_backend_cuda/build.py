@@ -162,7 +162,8 @@ def build_one(spec: KernelSpec, variant: str, arch: int) -> Result:
         kernel=spec.name, variant=variant, arch=arch, config=config, registers=code.registers, shared=meta.shared, tensor_memory=tensor_memory,
         blocks=blocks, occupancy=blocks * meta.num_warps / device.warps, mma=code.mma_shapes(), instructions=len(code.instructions),
         loop_instructions=len(code.loop), loop_kinds=code.kinds(), loop_bytes_issued=code.loop_bytes() * meta.num_warps, spills=code.spills(),
-        conversions=code.conversions(), stall_cycles=code.stall_cycles(), bytes=work.bytes, flops=work.flops, bound=model.bound, share=model.share, failures=list(_gates(spec, arch, code, meta.shared, tensor_memory, blocks)),
+        conversions=code.conversions(), stall_cycles=code.stall_cycles(), bytes=work.bytes, flops=work.flops, bound=model.bound,
+        share=model.share, failures=list(_gates(spec, arch, code, meta.shared, tensor_memory, blocks)),
     )  # fmt: skip
     stored.parent.mkdir(parents=True, exist_ok=True)
     stored.write_text(json.dumps(asdict(result)))
