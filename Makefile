@@ -51,7 +51,7 @@ benchmarks: $(VENV)
 	for dtype in bfloat16 float32; do python benchmarks/vs_transformers.py --dtype $$dtype --ops || exit 1; done | tee reports/benchmarks/vs_transformers.txt
 
 documents: $(VENV)
-	$(RUN) python -m dsv4_conformance.reference_pages > docs/ops.md
+	$(RUN) python -m dsv4_conformance.report.op_pages > docs/ops.md
 	$(RUN) dsv4 conformance matrix reports/conformance/* --out docs/matrix.md
 	$(RUN) dsv4 conformance matrix reports/conformance/* --brief --into README.md
 	$(RUN) python backends/ascend/tools/collect.py

@@ -38,10 +38,10 @@ def touched(checkpoint, model) -> int:
 
 def child(directory: Path, backend: str, tokens: int) -> None:
     """Generate and print one line of figures."""
-    from dsv4_core.generate import generate
-    from dsv4_core.model import Model
-    from dsv4_core.registry import create
-    from dsv4_core.weights import Checkpoint
+    from dsv4_core.checkpoint.weights import Checkpoint
+    from dsv4_core.contract.registry import create
+    from dsv4_core.graph.generate import generate
+    from dsv4_core.graph.model import Model
 
     checkpoint = Checkpoint(directory)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -34,15 +34,15 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_core import registry
-from dsv4_core.cache import Cache
-from dsv4_core.config import PRESETS, ModelConfig, RopeScaling
-from dsv4_core.create import create, tensor
-from dsv4_core.dtypes import Experts, RowLayout, numpy_dtype
-from dsv4_core.model import Block, Model
-from dsv4_core.shapes import STORED, ShapeSource
-from dsv4_core.step import Step
-from dsv4_core.weights import Checkpoint
+from dsv4_core.checkpoint.config import PRESETS, ModelConfig, RopeScaling
+from dsv4_core.checkpoint.create import create, tensor
+from dsv4_core.checkpoint.weights import Checkpoint
+from dsv4_core.contract import registry
+from dsv4_core.contract.dtypes import Experts, RowLayout, numpy_dtype
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.model import Block, Model
+from dsv4_core.graph.step import Step
+from dsv4_core.planning.shapes import STORED, ShapeSource
 
 MILLION = 1 << 20
 MILESTONES = (8 << 10, 64 << 10, 256 << 10, MILLION)

@@ -17,9 +17,9 @@ COMMANDS = {
     "python alone": ["-c", "pass"],
     "import numpy": ["-c", "import numpy"],
     "import dsv4_core": ["-c", "import dsv4_core"],
-    "import dsv4_core.model, registry, weights": [
+    "import dsv4_core.graph.model, registry, weights": [
         "-c",
-        "import dsv4_core.model, dsv4_core.registry, dsv4_core.weights",
+        "import dsv4_core.graph.model, dsv4_core.contract.registry, dsv4_core.checkpoint.weights",
     ],
     "dsv4 backends": ["-m", "dsv4_core", "backends"],
 }

@@ -47,13 +47,13 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"): 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from dsv4_core.cache import Cache  # noqa: E402
-from dsv4_core.config import ModelConfig  # noqa: E402
-from dsv4_core.dtypes import Experts, Host, numpy_dtype  # noqa: E402
-from dsv4_core.model import Model  # noqa: E402
-from dsv4_core.registry import create  # noqa: E402
-from dsv4_core.spec import OPS  # noqa: E402
-from dsv4_core.step import Step  # noqa: E402
+from dsv4_core.checkpoint.config import ModelConfig  # noqa: E402
+from dsv4_core.contract.dtypes import Experts, Host, numpy_dtype  # noqa: E402
+from dsv4_core.contract.registry import create  # noqa: E402
+from dsv4_core.contract.spec import OPS  # noqa: E402
+from dsv4_core.graph.cache import Cache  # noqa: E402
+from dsv4_core.graph.model import Model  # noqa: E402
+from dsv4_core.graph.step import Step  # noqa: E402
 
 CONFIG = ModelConfig(
     vocab_size=8192, hidden_size=1024, num_hidden_layers=6, num_attention_heads=16, head_dim=128, qk_rope_head_dim=64, q_lora_rank=256,

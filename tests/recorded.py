@@ -6,15 +6,15 @@ import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
-from dsv4_conformance import golden
+from dsv4_conformance.model import golden
 
-from dsv4_core import registry
-from dsv4_core.model import Model
-from dsv4_core.step import Step
-from dsv4_core.weights import Checkpoint
+from dsv4_core.checkpoint.weights import Checkpoint
+from dsv4_core.contract import registry
+from dsv4_core.graph.model import Model
+from dsv4_core.graph.step import Step
 
 if TYPE_CHECKING:
-    from dsv4_core.cache import Cache
+    from dsv4_core.graph.cache import Cache
 
 RECORDED = ("tiny-flash", "tiny-pro", "tiny-jargon")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, NamedTuple
 
-from dsv4_core.config import PRESETS
-from dsv4_core.create import create, preset
-from dsv4_core.shards import Shard
+from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.checkpoint.create import create, preset
+from dsv4_core.checkpoint.shards import Shard
 
 if TYPE_CHECKING:
     from pathlib import Path

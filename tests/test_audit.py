@@ -5,13 +5,13 @@ import sys
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from dsv4_conformance import golden
+from dsv4_conformance.model import golden
 from rewriting import Tensor, change, poke, read, shard_names, small, weight_map
 
-from dsv4_core.audit import BUFFER, audit
+from dsv4_core.checkpoint.audit import BUFFER, audit
+from dsv4_core.checkpoint.shards import Shard
+from dsv4_core.checkpoint.weights import Checkpoint
 from dsv4_core.cli.inspect import command
-from dsv4_core.shards import Shard
-from dsv4_core.weights import Checkpoint
 
 SCALE = "layers.1.attn.wq_b.scale"  # [4, 1] of FP8 [512, 128]
 GROUPS = "layers.2.ffn.experts.1.w1.scale"  # [128, 8] of FP4 [128, 256]
@@ -142,7 +142,7 @@ def test_memory_is_bounded_by_the_buffer(tmp_path):
         change(model, name, Tensor("BF16", (rows, 256), b"\x01\x00" * (rows * 256)))
     change(model, "layers.0.ffn.gate.tid2eid", Tensor("I64", (rows, 2), bytes(16 * rows)))
     script = (
-        "import resource, sys; from dsv4_core.audit import audit; from dsv4_core.weights import Checkpoint\n"
+        "import resource, sys; from dsv4_core.checkpoint.audit import audit; from dsv4_core.checkpoint.weights import Checkpoint\n"
         "checkpoint = Checkpoint(sys.argv[1]); peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak(); assert audit(checkpoint) == []; print(peak() - before)"
     )

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from recorded import feed, load_model
 
-from dsv4_core.cache import Cache, CacheError
-from dsv4_core.config import PRESETS
-from dsv4_core.dtypes import RowLayout, numpy_dtype
-from dsv4_core.registry import create
-from dsv4_core.shapes import ShapeBackend
+from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.contract.dtypes import RowLayout, numpy_dtype
+from dsv4_core.contract.registry import create
+from dsv4_core.graph.cache import Cache, CacheError
+from dsv4_core.planning.shapes import ShapeBackend
 
 
 def formula(config, numerics, capacity, R):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsv4_core.chat import encode
+from dsv4_core.text.chat import encode
 
 B, E = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 U, A = "<｜User｜>", "<｜Assistant｜>"

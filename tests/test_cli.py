@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from dsv4_conformance import golden
+from dsv4_conformance.model import golden
 from recorded import relative, vectors
 
 from dsv4_core import cli

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dsv4_core.config import PRESETS, ConfigError, ModelConfig
+from dsv4_core.checkpoint.config import PRESETS, ConfigError, ModelConfig
 
 
 def as_dict(**changes):

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from dsv4_core.backend import Backend, BackendError, missing_ops
-from dsv4_core.config import PRESETS
-from dsv4_core.ops import OPS
-from dsv4_core.registry import create
-from dsv4_core.shapes import trace_calls
-from dsv4_core.spec import Operand, UnsupportedOpError
+from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.contract.backend import Backend, BackendError, missing_ops
+from dsv4_core.contract.ops import OPS
+from dsv4_core.contract.registry import create
+from dsv4_core.contract.spec import Operand, UnsupportedOpError
+from dsv4_core.planning.shapes import trace_calls
 
 
 @pytest.mark.parametrize("spec", OPS.values(), ids=OPS)
@@ -75,7 +75,7 @@ def test_supports_says_why_not_and_the_run_stops():
         name = "picky"
 
         def supports(self, op, **operands):
-            from dsv4_core.spec import Support
+            from dsv4_core.contract.spec import Support
 
             if op == "linear" and operands["x"].shape[1] % 512:
                 return Support(reason=f"linear: in_features={operands['x'].shape[1]} is not a multiple of 512")

@@ -8,14 +8,14 @@ import pytest
 from click.testing import CliRunner
 from rewriting import INDEX, read, shard_names, small, weight_map
 
-from dsv4_core import create as creating
-from dsv4_core.audit import audit
+from dsv4_core.checkpoint import create as creating
+from dsv4_core.checkpoint.audit import audit
+from dsv4_core.checkpoint.config import PRESETS, ConfigError
+from dsv4_core.checkpoint.create import create, preset
+from dsv4_core.checkpoint.layout import tensor_specs
+from dsv4_core.checkpoint.weights import Checkpoint
 from dsv4_core.cli.init import command
-from dsv4_core.config import PRESETS, ConfigError
-from dsv4_core.create import create, preset
-from dsv4_core.dtypes import ScaledArray
-from dsv4_core.layout import tensor_specs
-from dsv4_core.weights import Checkpoint
+from dsv4_core.contract.dtypes import ScaledArray
 
 CUT = {"layers": None, "experts": None, "ratios": None, "max_position": None, "expert_dtype": "fp4"}
 

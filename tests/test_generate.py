@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from recorded import load_model
 
-from dsv4_core.cache import CacheError
-from dsv4_core.generate import Sampling, generate, speculate
-from dsv4_core.registry import create
+from dsv4_core.contract.registry import create
+from dsv4_core.graph.cache import CacheError
+from dsv4_core.graph.generate import Sampling, generate, speculate
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dsv4_conformance import golden
+from dsv4_conformance.model import golden
 
-from dsv4_core.config import ModelConfig
+from dsv4_core.checkpoint.config import ModelConfig
 
 if sys.version_info >= (3, 11):
     import tomllib

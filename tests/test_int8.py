@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from dsv4_core import registry
+from dsv4_core.checkpoint.convert import ConvertError, Options, convert
+from dsv4_core.checkpoint.weights import Checkpoint, embedded
 from dsv4_core.cli.convert import command
-from dsv4_core.convert import ConvertError, Options, convert
-from dsv4_core.dtypes import BFLOAT16, quantise_int8, quantise_tokens
-from dsv4_core.spec import Operand
-from dsv4_core.weights import Checkpoint, embedded
+from dsv4_core.contract import registry
+from dsv4_core.contract.dtypes import BFLOAT16, quantise_int8, quantise_tokens
+from dsv4_core.contract.spec import Operand
 
 
 def test_codes_are_within_half_a_step_and_scales_are_bf16():

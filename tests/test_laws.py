@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recorded import feed, load_model, relative, vectors
 
-from dsv4_core.cache import Cache, CacheError
-from dsv4_core.evaluate import teacher_forced
-from dsv4_core.generate import Drafts, generate, speculate
-from dsv4_core.step import Step
+from dsv4_core.graph.cache import Cache, CacheError
+from dsv4_core.graph.evaluate import teacher_forced
+from dsv4_core.graph.generate import Drafts, generate, speculate
+from dsv4_core.graph.step import Step
 
 TIGHT = 1e-11  # float64 noise: 2^-53 grown over six layers
 

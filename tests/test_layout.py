@@ -1,7 +1,7 @@
 import pytest
 
-from dsv4_core.config import PRESETS
-from dsv4_core.layout import canonical_name, parameters, tensor_specs, unpacked
+from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.checkpoint.layout import canonical_name, parameters, tensor_specs, unpacked
 
 
 def test_parameter_counts_are_the_published_ones():

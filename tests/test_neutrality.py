@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dsv4_conformance import golden
+from dsv4_conformance.model import golden
 from recorded import relative, vectors
 
-from dsv4_core.backend import Backend
-from dsv4_core.dtypes import ScaledArray
-from dsv4_core.evaluate import teacher_forced
-from dsv4_core.model import Model
-from dsv4_core.ops import OPS
-from dsv4_core.registry import create
-from dsv4_core.weights import Checkpoint
+from dsv4_core.checkpoint.weights import Checkpoint
+from dsv4_core.contract.backend import Backend
+from dsv4_core.contract.dtypes import ScaledArray
+from dsv4_core.contract.ops import OPS
+from dsv4_core.contract.registry import create
+from dsv4_core.graph.evaluate import teacher_forced
+from dsv4_core.graph.model import Model
 
 ROOT = Path(__file__).parent.parent
 LIBRARIES = {"torch", "triton", "torch_npu"}
@@ -98,7 +98,7 @@ def test_backends_do_not_import_each_other(path):
 
 
 def test_model_imports_no_array_library():
-    assert not {"numpy", "ml_dtypes"} & {name.partition(".")[0] for name in imports(ROOT / "dsv4_core/model.py")}
+    assert not {"numpy", "ml_dtypes"} & {name.partition(".")[0] for name in imports(ROOT / "dsv4_core/graph/model.py")}
 
 
 def test_every_package_is_in_the_distribution():
@@ -111,7 +111,7 @@ def test_every_package_is_in_the_distribution():
 
 
 @pytest.mark.parametrize(
-    "module", ["dsv4_core", "dsv4_core.cli", "dsv4_core.model", "dsv4_backend_reference", "dsv4_conformance"]
+    "module", ["dsv4_core", "dsv4_core.cli", "dsv4_core.graph.model", "dsv4_backend_reference", "dsv4_conformance"]
 )
 def test_importing_pulls_in_no_device_library(module):
     code = f"import sys, {module}; print(sorted({LIBRARIES!r} & sys.modules.keys()))"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from recorded import feed, load_model, relative, vectors
 
-from dsv4_core.cache import Cache
-from dsv4_core.evaluate import teacher_forced
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.evaluate import teacher_forced
 
 LIMIT = {"float64": 3e-6, "float32": 1e-5}  # the vectors are float32 and were made with another frequency table: 5e-7
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from recorded import load_model, relative, vectors
 
-from dsv4_core.cache import Cache
-from dsv4_core.dtypes import BFLOAT16, E8M0_VALUES, decode, encode, power_of_two_scale
-from dsv4_core.step import Step
+from dsv4_core.contract.dtypes import BFLOAT16, E8M0_VALUES, decode, encode, power_of_two_scale
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.step import Step
 
 MODELS = ("tiny-flash", "tiny-pro")
 LAYERS = {"tiny-flash": (0, 2, 3), "tiny-pro": (0, 2)}

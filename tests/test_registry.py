@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from dsv4_core import registry
-from dsv4_core.backend import BackendError
+from dsv4_core.contract import registry
+from dsv4_core.contract.backend import BackendError
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,7 @@ def vendor(site):
 
 def test_a_vendors_plug_in(vendor):
     vendor(
-        "from dsv4_core.backend import Backend\nfrom dsv4_core.registry import hookimpl\n"
+        "from dsv4_core.contract.backend import Backend\nfrom dsv4_core.contract.registry import hookimpl\n"
         "class V(Backend):\n    name = 'vendor'\n@hookimpl\ndef dsv4_backend():\n    return V\n"
     )
     assert registry.create("vendor").name == "vendor"
@@ -116,12 +116,12 @@ def test_a_plug_in_without_the_hook(vendor):
 
 def test_choosing_the_reference_imports_no_other_backend():
     found = "[m for m in sys.modules if m.startswith('dsv4_backend') and '.' not in m]"
-    code = f"import sys; from dsv4_core import registry; registry.create('reference'); print({found})"
+    code = f"import sys; from dsv4_core.contract import registry; registry.create('reference'); print({found})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "['dsv4_backend_reference']"
 
 
-GOOD = "from dsv4_core.backend import Backend\nfrom dsv4_core.registry import hookimpl\nclass V(Backend):\n    name = 'vendor'\n"
+GOOD = "from dsv4_core.contract.backend import Backend\nfrom dsv4_core.contract.registry import hookimpl\nclass V(Backend):\n    name = 'vendor'\n"
 HOOK = "@hookimpl\ndef dsv4_backend():\n    "
 
 

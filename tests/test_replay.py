@@ -4,14 +4,15 @@ import dataclasses
 
 import numpy as np
 import pytest
-from dsv4_conformance import laws, runner
-from dsv4_conformance.checks import Session
-from dsv4_conformance.lawmodel import feed, new_cache, some_ids, weights
+from dsv4_conformance.check import Session
+from dsv4_conformance.laws import checks as laws
+from dsv4_conformance.laws.small_model import feed, new_cache, some_ids, weights
+from dsv4_conformance.run import runner
 
-from dsv4_core import registry
-from dsv4_core.model import Model
-from dsv4_core.replay import KEPT, Replay
-from dsv4_core.step import Step
+from dsv4_core.contract import registry
+from dsv4_core.graph.model import Model
+from dsv4_core.graph.replay import KEPT, Replay
+from dsv4_core.graph.step import Step
 
 LAWS = {c.law.name: c for c in laws.checks("native")}
 Reference = registry.reference()

@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from dsv4_core import registry
-from dsv4_core.backend import Backend
-from dsv4_core.cache import Cache
-from dsv4_core.config import PRESETS
-from dsv4_core.step import ALIGNED, Addresses, Step
+from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.contract import registry
+from dsv4_core.contract.backend import Backend
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.step import ALIGNED, Addresses, Step
 
 FLASH = PRESETS["flash"]
 

@@ -3,14 +3,14 @@ import re
 
 import numpy as np
 import pytest
-from dsv4_conformance import golden
+from dsv4_conformance.model import golden
 from rewriting import INDEX, Tensor, change, read, rename, shard_names, small, weight_map, write
 
-from dsv4_core.config import ConfigError
-from dsv4_core.dtypes import BFLOAT16, ScaledArray
-from dsv4_core.layout import tensor_specs
-from dsv4_core.shards import Shard
-from dsv4_core.weights import Checkpoint, CheckpointError, embedded
+from dsv4_core.checkpoint.config import ConfigError
+from dsv4_core.checkpoint.layout import tensor_specs
+from dsv4_core.checkpoint.shards import Shard
+from dsv4_core.checkpoint.weights import Checkpoint, CheckpointError, embedded
+from dsv4_core.contract.dtypes import BFLOAT16, ScaledArray
 
 WQ_A = "layers.1.attn.wq_a.weight"  # FP8 [128, 256]
 EXPERT = "layers.2.ffn.experts.3.w2.weight"  # FP4 [256, 128]

@@ -14,9 +14,10 @@ from typing import NoReturn, cast
 
 import click
 
-from dsv4_core import __version__, registry
+from dsv4_core import __version__
+from dsv4_core.contract import registry
+from dsv4_core.contract.spec import BackendError
 from dsv4_core.files.words import one_line, printable
-from dsv4_core.spec import BackendError
 
 COMMANDS = (
     "demo",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from dsv4_core.registry import faults, installed
+from dsv4_core.contract.registry import faults, installed
 
 
 @click.command("backends")

@@ -12,8 +12,8 @@ import click
 from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
 
 if TYPE_CHECKING:
-    from dsv4_core.model import Model
-    from dsv4_core.plan import Ceiling
+    from dsv4_core.graph.model import Model
+    from dsv4_core.planning.plan import Ceiling
 
 
 @click.command("bench")
@@ -43,8 +43,8 @@ def command(
 
     Prompts are random ids. A decode step ends when its token is on the host, as in generation.
     """
+    from dsv4_core.checkpoint.weights import Checkpoint
     from dsv4_core.cli.running import Session, expert_format
-    from dsv4_core.weights import Checkpoint
 
     directory = Path(model_directory(model))
     loaded = Session.open(directory, flags).model
@@ -82,10 +82,10 @@ def measure(model: Model, prompt: int, tokens: int, batch: int, chunk: int) -> t
     """Seconds of a prefill up to its first token on the host, and of the ``tokens`` decode steps after it."""
     import numpy as np
 
-    from dsv4_core.cache import Cache
-    from dsv4_core.generate import prefill
-    from dsv4_core.replay import Replay
-    from dsv4_core.step import Step
+    from dsv4_core.graph.cache import Cache
+    from dsv4_core.graph.generate import prefill
+    from dsv4_core.graph.replay import Replay
+    from dsv4_core.graph.step import Step
 
     be, vocab = model.backend, model.config.vocab_size
     ids = np.random.default_rng(0).integers(0, vocab, (batch, prompt))
@@ -110,9 +110,9 @@ def roofline(
     """The best that one such device could do, from operations and bytes counted on the graph; nothing here is measured."""
     from typing import cast
 
-    from dsv4_core.dtypes import Format
-    from dsv4_core.plan import Ceiling, Graph, Hardware
-    from dsv4_core.planner import Count, total
+    from dsv4_core.contract.dtypes import Format
+    from dsv4_core.planning.counting import Count, total
+    from dsv4_core.planning.plan import Ceiling, Graph, Hardware
 
     device = Hardware.parse(hardware)
     graph = Graph(model.config, numerics=model.backend.numerics, expert_format=cast("Format", fmt))

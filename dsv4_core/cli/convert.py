@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dsv4_core.convert import Options, Tally, convert
+from dsv4_core.checkpoint.convert import Options, Tally, convert
 
 
 @click.command("convert")

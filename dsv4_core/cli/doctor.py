@@ -13,7 +13,7 @@ from dataclasses import asdict
 import click
 
 from dsv4_core.cli.options import BackendFlags, backend_options
-from dsv4_core.registry import installed
+from dsv4_core.contract.registry import installed
 
 PATIENCE = 120  # seconds for one backend's imports and its look at a device: a broken driver may hang
 
@@ -89,8 +89,8 @@ def _elsewhere(name: str, flags: BackendFlags | None) -> dict:  # type: ignore[t
 
 
 def _diagnose(name: str, flags: BackendFlags) -> dict:  # type: ignore[type-arg]  # JSON
-    from dsv4_core import registry
-    from dsv4_core.spec import BackendError
+    from dsv4_core.contract import registry
+    from dsv4_core.contract.spec import BackendError
 
     lines = []
     for module in ("torch", "triton", "torch_npu"):  # found by metadata: importing is the backend's business

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dsv4_core.checkpoint.config import PRESETS
 from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
-from dsv4_core.config import PRESETS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dsv4_core.backend import Backend
-    from dsv4_core.config import ModelConfig
-    from dsv4_core.dtypes import Format
-    from dsv4_core.shapes import Call
-    from dsv4_core.spec import Support
+    from dsv4_core.checkpoint.config import ModelConfig
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.dtypes import Format
+    from dsv4_core.contract.spec import Support
+    from dsv4_core.planning.shapes import Call
 
 
 @click.command("explain")
@@ -45,8 +45,8 @@ def command(model: str | None, layer: int | None, flags: BackendFlags) -> None:
 def _model(model: str | None) -> tuple[ModelConfig, Format]:
     if model in PRESETS and not Path(model).is_dir():
         return PRESETS[model], "e2m1"
+    from dsv4_core.checkpoint.weights import Checkpoint
     from dsv4_core.cli.running import expert_format
-    from dsv4_core.weights import Checkpoint
 
     checkpoint = Checkpoint(model_directory(model))
     return checkpoint.config, expert_format(checkpoint)

@@ -51,8 +51,8 @@ def command(
 ) -> None:
     """Generate from MODEL (a checkpoint's directory; the embedded one if left out)."""
     from dsv4_core.cli.running import Session, report, stop_tokens
-    from dsv4_core.generate import Sampling
-    from dsv4_core.text import load_tokenizer
+    from dsv4_core.graph.generate import Sampling
+    from dsv4_core.text.tokenizer import load_tokenizer
 
     if sum(given is not None for given in (prompt, chat, tokens)) != 1:
         raise click.UsageError("give one of --prompt, --chat and --tokens")
@@ -80,7 +80,7 @@ def encode_prompt(
     tokenizer: Tokenizer | None, prompt: str | None, chat: str | None, system: str, *, thinking: bool
 ) -> list[int]:
     """Text to ids; raise ``ValueError`` where the checkpoint has no tokenizer or the prompt no token."""
-    from dsv4_core.chat import Message, encode
+    from dsv4_core.text.chat import Message, encode
 
     if tokenizer is None:
         raise ValueError(

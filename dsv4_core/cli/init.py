@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
+from dsv4_core.checkpoint.config import PRESETS
 from dsv4_core.cli.options import ByteSize
-from dsv4_core.config import PRESETS
 
 
 def _ratios(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -43,7 +43,7 @@ def command(
     seed: int,
 ) -> None:
     """Write a random checkpoint in the published layout to MODEL_DIR, which must be new or empty."""
-    from dsv4_core import create
+    from dsv4_core.checkpoint import create
     from dsv4_core.cli.running import bar
 
     config = create.preset(

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from dsv4_core.config import ModelConfig
-    from dsv4_core.weights import Checkpoint, Finding
+    from dsv4_core.checkpoint.config import ModelConfig
+    from dsv4_core.checkpoint.weights import Checkpoint, Finding
 
 
 @click.command("inspect")
@@ -29,10 +29,10 @@ def command(model: str | None, no_audit: bool, as_json: bool) -> None:
 
     Exits with 1 if something is wrong with the checkpoint, with 2 if there is none.
     """
-    from dsv4_core.audit import audit
+    from dsv4_core.checkpoint.audit import audit
+    from dsv4_core.checkpoint.rank_copy import cut_for, faults
+    from dsv4_core.checkpoint.weights import Checkpoint
     from dsv4_core.cli.running import bar
-    from dsv4_core.rank_copy import cut_for, faults
-    from dsv4_core.weights import Checkpoint
 
     directory = model_directory(model)
     with bar("reading headers") as progress:
@@ -65,7 +65,7 @@ def _groups(checkpoint: Checkpoint) -> list[tuple[str, str, int, int]]:
 
 
 def _document(checkpoint: Checkpoint, findings: Iterable[Finding], *, audited: bool) -> dict[str, Any]:
-    from dsv4_core.layout import parameters
+    from dsv4_core.checkpoint.layout import parameters
 
     return {
         "path": str(checkpoint.path),
@@ -83,8 +83,8 @@ def _document(checkpoint: Checkpoint, findings: Iterable[Finding], *, audited: b
 def _print(checkpoint: Checkpoint, findings: list[Finding], *, audited: bool) -> None:
     from rich.console import Console
 
-    from dsv4_core.layout import parameters
-    from dsv4_core.weights import summary
+    from dsv4_core.checkpoint.layout import parameters
+    from dsv4_core.checkpoint.weights import summary
 
     console = Console(soft_wrap=True, highlight=False)
     counts = parameters(checkpoint.config)

@@ -40,7 +40,7 @@ def command(
     import numpy as np
 
     from dsv4_core.cli.running import Session, bar
-    from dsv4_core.evaluate import teacher_forced
+    from dsv4_core.graph.evaluate import teacher_forced
 
     try:
         tokens = np.load(tokens_file)

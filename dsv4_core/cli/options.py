@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsv4_core import registry
+from dsv4_core.contract import registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dsv4_core.backend import Backend
+    from dsv4_core.contract.backend import Backend
 
 NUMERICS = click.Choice(["native", "float32", "float64"])
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?", re.IGNORECASE)
@@ -167,7 +167,7 @@ def model_directory(model: str | None) -> Path:
     """Give the model's directory: the one named, or the embedded checkpoint; raise ``ValueError`` where it does not
     exist.
     """
-    from dsv4_core.weights import embedded
+    from dsv4_core.checkpoint.weights import embedded
 
     if model is None:
         return embedded()

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
+from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.checkpoint.rank_part import Place
 from dsv4_core.cli.console import wide_console
-from dsv4_core.config import PRESETS
-from dsv4_core.parallel import Place
-from dsv4_core.plan import Ceiling, Hardware, Plan, per_token
-from dsv4_core.plan_claims import claims
+from dsv4_core.planning.claims import claims
+from dsv4_core.planning.plan import Ceiling, Hardware, Plan, per_token
 
 if TYPE_CHECKING:
-    from dsv4_core.config import ModelConfig
-    from dsv4_core.dtypes import Format
+    from dsv4_core.checkpoint.config import ModelConfig
+    from dsv4_core.contract.dtypes import Format
 
 GROWTH = tuple(1 << i for i in range(12, 21))  # 4K to 1M
 
@@ -86,7 +86,7 @@ def command(
         print_claims(as_json=as_json)
         return
     if picture:
-        from dsv4_core.plan_picture import draw
+        from dsv4_core.planning.picture import draw
 
         draw(picture)
         click.echo(f"wrote {picture}")
@@ -109,9 +109,9 @@ def model_config(model: str) -> tuple[ModelConfig, Format]:
     """Give a preset's configuration, or a checkpoint's with the format of its experts."""
     if model in PRESETS and not Path(model).is_dir():
         return PRESETS[model], "e2m1"
+    from dsv4_core.checkpoint.weights import Checkpoint
     from dsv4_core.cli.options import model_directory
     from dsv4_core.cli.running import expert_format
-    from dsv4_core.weights import Checkpoint
 
     checkpoint = Checkpoint(model_directory(model))
     return checkpoint.config, expert_format(checkpoint)

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsv4_core import __version__
-from dsv4_core.layout import QUANTISED
-from dsv4_core.rendezvous import Rendezvous
+from dsv4_core.checkpoint.layout import QUANTISED
+from dsv4_core.contract.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from dsv4_core.checkpoint.rank_part import Place, ShardedSource
+    from dsv4_core.checkpoint.weights import Checkpoint
     from dsv4_core.cli.options import BackendFlags
-    from dsv4_core.exchange import Ranks
-    from dsv4_core.model import Parallel
-    from dsv4_core.parallel import Place, ShardedSource
-    from dsv4_core.weights import Checkpoint
+    from dsv4_core.graph.model import Parallel
+    from dsv4_core.ranks.exchange import Ranks
 
 
 @dataclass(frozen=True)
@@ -71,24 +71,24 @@ class Team:
     @property
     def place(self) -> Place:
         """This rank's."""
-        from dsv4_core.parallel import Place
+        from dsv4_core.checkpoint.rank_part import Place
 
         return self.ranks.place if self.ranks else Place()
 
     def open(self, directory: Path) -> Checkpoint:
         """Open a checkpoint, or this rank's copy of its parts."""
-        from dsv4_core.rank_copy import cut_for, open_copy
-        from dsv4_core.weights import Checkpoint
+        from dsv4_core.checkpoint.rank_copy import cut_for, open_copy
+        from dsv4_core.checkpoint.weights import Checkpoint
 
         self.is_cut = cut_for(directory) is not None
         return open_copy(directory, self.place) if self.is_cut else Checkpoint(directory)
 
     def share(self, checkpoint: Checkpoint, request: dict[str, Any]) -> tuple[ShardedSource, Parallel]:
         """Give the source and the reduction points of this rank, once all ranks are known to run the same."""
-        from dsv4_core.identity import identity
-        from dsv4_core.model import ALONE
-        from dsv4_core.parallel import ShardedSource, share
-        from dsv4_core.rank_copy import origin
+        from dsv4_core.checkpoint.identity import identity
+        from dsv4_core.checkpoint.rank_copy import origin
+        from dsv4_core.checkpoint.rank_part import ShardedSource, share
+        from dsv4_core.graph.model import ALONE
 
         place = self.place
         if self.ranks:
@@ -115,7 +115,7 @@ class Team:
         """With ``--stats``: print every rank's lines to standard error, from the first rank."""
         if not self.stats or self.source is None:
             return
-        from dsv4_core.exchange import report
+        from dsv4_core.ranks.exchange import report
 
         read, place = sum(self.source.read.values()), self.source.place
         lines = [f"weights: {read} bytes read; its part of the checkpoint's {self.stored} has {self.part}"]
@@ -130,7 +130,7 @@ class Team:
 
 def own_directory(directory: Path) -> Path:
     """Give the directory that this process reads: its rank's, where the model was cut for ranks."""
-    from dsv4_core import rank_copy
+    from dsv4_core.checkpoint import rank_copy
 
     where = Rendezvous.from_environment()
     return rank_copy.own_directory(directory, where.rank if where else 0, where.ranks if where else 1)
@@ -152,9 +152,9 @@ def team(flags: BackendFlags, asked: RankFlags) -> Iterator[Team]:
         yield alone
         alone.report()
         return
-    from dsv4_core.exchange import Ranks
-    from dsv4_core.liveness import Watch
-    from dsv4_core.parallel import Place
+    from dsv4_core.checkpoint.rank_part import Place
+    from dsv4_core.ranks.exchange import Ranks
+    from dsv4_core.ranks.watch import Watch
 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is said once, by the watch, without C++ stacks
     backend = flags.create(local_rank=where.local_rank)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from dsv4_core import rehearse
+from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.checkpoint.weights import INDEX, Checkpoint
 from dsv4_core.cli.options import BackendFlags, ByteSize, backend_options
-from dsv4_core.config import PRESETS
-from dsv4_core.weights import INDEX, Checkpoint
+from dsv4_core.planning import rehearse
 
 
 @click.command("rehearse")

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsv4_core.backend import BackendError, missing_ops
-from dsv4_core.generate import Drafts, Sampling, generate, speculate
-from dsv4_core.layout import QUANTISED
-from dsv4_core.model import ALONE, Model
-from dsv4_core.rank_shapes import trace_rank
-from dsv4_core.shapes import trace_calls
-from dsv4_core.text import TextStream, load_tokenizer
-from dsv4_core.weights import Checkpoint
+from dsv4_core.checkpoint.layout import QUANTISED
+from dsv4_core.checkpoint.weights import Checkpoint
+from dsv4_core.contract.backend import BackendError, missing_ops
+from dsv4_core.graph.generate import Drafts, Sampling, generate, speculate
+from dsv4_core.graph.model import ALONE, Model
+from dsv4_core.planning.rank_trace import trace_rank
+from dsv4_core.planning.shapes import trace_calls
+from dsv4_core.text.tokenizer import TextStream, load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
     from tokenizers import Tokenizer
 
-    from dsv4_core.backend import Backend
+    from dsv4_core.checkpoint.config import ModelConfig
+    from dsv4_core.checkpoint.rank_part import Place
     from dsv4_core.cli.options import BackendFlags
     from dsv4_core.cli.ranks import Team
-    from dsv4_core.config import ModelConfig
-    from dsv4_core.dtypes import Format
-    from dsv4_core.parallel import Place
-    from dsv4_core.shapes import Call
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.dtypes import Format
+    from dsv4_core.planning.shapes import Call
 
 
 @contextmanager

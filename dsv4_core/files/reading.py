@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from dsv4_core.dtypes import Host
+    from dsv4_core.contract.dtypes import Host
 
 T = TypeVar("T")
 MOST = 64 << 20  # bytes of a JSON or TOML file; the published index has 10 MB

@@ -13,14 +13,14 @@ from dsv4_backend_ascend import probe
 from dsv4_backend_ascend.backend import AscendBackend
 from dsv4_backend_ascend.capability import GENERATIONS, cann_version
 from dsv4_backend_torch.backend import TorchBackend
-from dsv4_conformance.cli import run_command
+from dsv4_conformance.cli.run import run_command
 
-from dsv4_core.backend import BackendError
-from dsv4_core.cache import Cache
-from dsv4_core.model import Model
-from dsv4_core.spec import Operand
-from dsv4_core.step import Step
-from dsv4_core.weights import Checkpoint, embedded
+from dsv4_core.checkpoint.weights import Checkpoint, embedded
+from dsv4_core.contract.backend import BackendError
+from dsv4_core.contract.spec import Operand
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.model import Model
+from dsv4_core.graph.step import Step
 
 
 def run(model, ids, steps):

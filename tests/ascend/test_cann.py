@@ -8,8 +8,8 @@ from dsv4_backend_ascend import simulate
 from dsv4_backend_ascend.cann import attention, matmul, mhc, moe, norm
 from dsv4_backend_ascend.weights import from_mx, to_mx
 
-from dsv4_core import dtypes, registry
-from dsv4_core.dtypes import Experts, ScaledArray
+from dsv4_core.contract import dtypes, registry
+from dsv4_core.contract.dtypes import Experts, ScaledArray
 
 BF16_ULP = 2.0**-7  # relative, at the low end of a binade
 

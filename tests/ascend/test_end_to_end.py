@@ -9,17 +9,17 @@ import pytest
 from dsv4_backend_ascend.backend import AscendBackend
 from dsv4_backend_ascend.capability import GENERATIONS, table
 from dsv4_backend_ascend.plan import IMPLEMENTATIONS
-from dsv4_conformance import golden
-from dsv4_conformance.models import LIMIT
+from dsv4_conformance.model import golden
+from dsv4_conformance.model.checks import LIMIT
 from recorded import relative, vectors
 
-from dsv4_core.config import PRESETS
-from dsv4_core.convert import Options, convert
-from dsv4_core.create import create
-from dsv4_core.evaluate import teacher_forced
-from dsv4_core.generate import Drafts, generate, speculate
-from dsv4_core.model import Model
-from dsv4_core.weights import Checkpoint, embedded
+from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.checkpoint.convert import Options, convert
+from dsv4_core.checkpoint.create import create
+from dsv4_core.checkpoint.weights import Checkpoint, embedded
+from dsv4_core.graph.evaluate import teacher_forced
+from dsv4_core.graph.generate import Drafts, generate, speculate
+from dsv4_core.graph.model import Model
 
 NATIVE = 1.5  # times the recorded native logits' own distance from exact: two native implementations of random weights
 SMALL_HEADS = {"sparse_attn", "index_topk"}  # the recorded models' heads are too small for CANN's attention and indexer

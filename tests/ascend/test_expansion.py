@@ -3,7 +3,7 @@
 import pytest
 from dsv4_backend_ascend.expansion import measure
 
-from dsv4_core.config import PRESETS
+from dsv4_core.checkpoint.config import PRESETS
 
 
 @pytest.mark.parametrize("model", ["flash", "pro"])
@@ -24,7 +24,7 @@ def test_what_is_counted_is_what_the_contract_computes():
     import torch
     from dsv4_backend_ascend.backend import AscendBackend
 
-    from dsv4_core.dtypes import Experts, quantise_weight
+    from dsv4_core.contract.dtypes import Experts, quantise_weight
 
     rng = np.random.default_rng(0)
     made = [quantise_weight(rng.standard_normal((32, 128)), "e2m1") for _ in range(6)]

@@ -10,7 +10,7 @@ import sys
 import pytest
 from dsv4_backend_ascend.schema import schemas
 
-from dsv4_core.weights import embedded
+from dsv4_core.checkpoint.weights import embedded
 
 BROKEN = """
 import os

@@ -11,11 +11,11 @@ from dsv4_backend_ascend.capability import GENERATIONS, table
 from dsv4_backend_ascend.cli import command
 from dsv4_backend_ascend.selftest_cases import CASES
 from dsv4_backend_torch.backend import TorchBackend
-from dsv4_conformance.cli import run_command
+from dsv4_conformance.cli.run import run_command
 from vendor_bugs import BUGS
 
-from dsv4_core import registry
-from dsv4_core.ops import OPS
+from dsv4_core.contract import registry
+from dsv4_core.contract.ops import OPS
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)

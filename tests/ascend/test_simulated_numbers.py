@@ -7,7 +7,7 @@ import torch
 from dsv4_backend_ascend import simulate
 from dsv4_backend_ascend.constraints import BFLOAT16, E2M1, E4M3_NPU, E8M0
 
-from dsv4_core import dtypes
+from dsv4_core.contract import dtypes
 
 OPS = torch.ops.npu
 

@@ -1,10 +1,11 @@
 """Checks that a backend brings for its own device, and what it says of its proof."""
 
 import pytest
-from dsv4_conformance import checks, device, runner
+from dsv4_conformance import check as checks
 from dsv4_conformance.museum.hunt import right_backend
+from dsv4_conformance.run import device, runner
 
-from dsv4_core.backend import DeviceCheck
+from dsv4_core.contract.backend import DeviceCheck
 
 
 def broken():

@@ -7,11 +7,12 @@ import sys
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from dsv4_conformance import export, tensorfile
-from dsv4_conformance.calls import execute
+from dsv4_conformance.exchange import export
+from dsv4_conformance.files import tensorfile
+from dsv4_conformance.verdict.calls import execute
 
-from dsv4_core import registry
 from dsv4_core.cli import root
+from dsv4_core.contract import registry
 
 FOREIGN = """
 import json, pathlib, struct, sys
@@ -76,7 +77,7 @@ def results(exported, tmp_path):
 def test_every_op_is_exported_and_right_results_pass(exported, results):
     findings = list(export.judge(exported, results))
     assert [f.id for f in findings if f.status != "passed"] == []
-    from dsv4_core.spec import OPS
+    from dsv4_core.contract.spec import OPS
 
     assert {f.op for f in findings} == set(OPS)
     assert "manifest.json" in (exported / "README.md").read_text()
@@ -144,10 +145,10 @@ def test_nothing_is_overwritten(exported):
 
 
 def test_int8_weights_survive_a_file():
-    from dsv4_conformance.calls import Call
-    from dsv4_conformance.stored_calls import Packer, unpack
+    from dsv4_conformance.files.stored_calls import Packer, unpack
+    from dsv4_conformance.verdict.calls import Call
 
-    from dsv4_core.dtypes import quantise_int8
+    from dsv4_core.contract.dtypes import quantise_int8
 
     weight = quantise_int8(np.random.default_rng(0).standard_normal((4, 128)))
     packer = Packer()

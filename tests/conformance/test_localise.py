@@ -6,14 +6,15 @@ import re
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from dsv4_conformance import golden, localise, replay, runner, trace_file
-from dsv4_conformance.checks import Session
+from dsv4_conformance.check import Session
+from dsv4_conformance.model import golden, localise, trace_file
+from dsv4_conformance.model.record import Recorder, record
 from dsv4_conformance.museum import hunt
 from dsv4_conformance.museum.fault import MUTANTS
-from dsv4_conformance.record import Recorder, record
+from dsv4_conformance.run import catalogue, runner
 from recorded import vectors
 
-from dsv4_core.weights import Checkpoint
+from dsv4_core.checkpoint.weights import Checkpoint
 
 CHECKPOINT = Checkpoint(golden.checkpoint_path("tiny-jargon"))
 TOKENS, DECODE = 68, 2  # past a window of 64, so that the ring wraps
@@ -103,7 +104,7 @@ def test_what_is_over_budget_is_named_and_saved_as_a_case_that_replays(tmp_path)
         result = runner.run(Session(cls(numerics="native")), cases=[str(path)])
         assert [f.status for f in result.findings] == [status]
     with pytest.raises(ValueError, match="recorded in native; run it with --numerics native"):
-        replay.find(str(path)).run(Session(right(numerics="float32")))
+        catalogue.find(str(path)).run(Session(right(numerics="float32")))
 
 
 def test_a_trace_is_judged_elsewhere(tmp_path):
@@ -138,7 +139,7 @@ def test_dumped_traces_name_tensors_as_the_recorded_ones_do(tmp_path):
     ]
     done = CliRunner().invoke(localise.command, options)
     assert re.match(r"\d+ calls, \d+ tensors, \d+\.\d MB -> ", done.output)
-    from dsv4_core.shards import Shard
+    from dsv4_core.checkpoint.shards import Shard
 
     names = set(Shard(tmp_path / trace_file.TENSORS).entries)
     assert {

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
-from dsv4_conformance import golden, models, runner, stored_logits
-from dsv4_conformance.checks import Session
+from dsv4_conformance.check import Session
+from dsv4_conformance.model import checks as models
+from dsv4_conformance.model import golden, stored_logits
 from dsv4_conformance.museum import hunt
 from dsv4_conformance.museum.fault import MUTANTS
+from dsv4_conformance.run import runner
 from recorded import load_model
 
 

@@ -8,27 +8,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dsv4_conformance import checks, opcases, runner
-from dsv4_conformance.budget import Expected, allowance, expect, roundoff, unit
-from dsv4_conformance.calls import execute
-from dsv4_conformance.discrete import Scores, judge_picks
-from dsv4_conformance.guard import Guarded
-from dsv4_conformance.isolate import Workers
-from dsv4_conformance.judge import judge_exact, judge_rounded
+from dsv4_conformance import check as checks
+from dsv4_conformance.cases import checks as opcases
+from dsv4_conformance.cli.mutants import load
 from dsv4_conformance.museum import pages
 from dsv4_conformance.museum.catalogue import MUTANTS, VARIANTS
-from dsv4_conformance.museum.cli import load
 from dsv4_conformance.museum.hunt import hunt, right_backend
-from dsv4_conformance.reference_pages import op_reference
-from dsv4_conformance.report import finite, junit, page
+from dsv4_conformance.report.html import page
+from dsv4_conformance.report.junit import junit
 from dsv4_conformance.report.matrix import between, matrix, summary
 from dsv4_conformance.report.matrix import load as load_report
-from dsv4_conformance.xfails import Xfail, stale
-from dsv4_conformance.xfails import load as load_xfails
+from dsv4_conformance.report.op_pages import op_reference
+from dsv4_conformance.report.write import finite
+from dsv4_conformance.run import runner
+from dsv4_conformance.run.isolate import Workers
+from dsv4_conformance.run.xfails import Xfail, stale
+from dsv4_conformance.run.xfails import load as load_xfails
+from dsv4_conformance.verdict.budget import Expected, allowance, expect, roundoff, unit
+from dsv4_conformance.verdict.calls import execute
+from dsv4_conformance.verdict.discrete import Scores, judge_picks
+from dsv4_conformance.verdict.guard import Guarded
+from dsv4_conformance.verdict.judge import judge_exact, judge_rounded
 
-from dsv4_core import registry
-from dsv4_core.dtypes import BFLOAT16
-from dsv4_core.spec import OPS, Support
+from dsv4_core.contract import registry
+from dsv4_core.contract.dtypes import BFLOAT16
+from dsv4_core.contract.spec import OPS, Support
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -233,7 +237,7 @@ def test_xfails(tmp_path):
 
 def test_isolation_reports_what_died_and_goes_on(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(
-        "import os\nimport dsv4_conformance.opcases as o\nright = o.OpCase.run\n"
+        "import os\nimport dsv4_conformance.cases.checks as o\nright = o.OpCase.run\n"
         "def run(self, session):\n"
         "    if self.id == 'hc_add/small': os.abort()\n"
         "    if self.id == 'hc_add/tokens=1':\n        import time; time.sleep(60)\n"
@@ -241,7 +245,7 @@ def test_isolation_reports_what_died_and_goes_on(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     chosen = [case(i) for i in ("hc_expand/small", "hc_add/small", "hc_add/tokens=1", "hc_post/small")]
-    monkeypatch.setattr("dsv4_conformance.isolate.START_UP", 20.0)
+    monkeypatch.setattr("dsv4_conformance.run.isolate.START_UP", 20.0)
     begin = time.monotonic()
     found = list(Workers(right_backend().name, "native", {}, "smoke", 2.0, 4096).execute(chosen))
     assert [f.status for f in found] == ["passed", "crashed", "timeout", "passed"]
@@ -294,7 +298,7 @@ def test_the_museums_documents_are_fresh():
 
 def test_the_op_reference_is_fresh():
     text = op_reference()
-    assert (DOCS / "ops.md").read_text() == text, "python -m dsv4_conformance.reference_pages > docs/ops.md"
+    assert (DOCS / "ops.md").read_text() == text, "python -m dsv4_conformance.report.op_pages > docs/ops.md"
     assert all(f"### `{name}`" in text for name in OPS)
 
 

@@ -4,12 +4,17 @@ import re
 
 import numpy as np
 import pytest
-from dsv4_conformance import law_list, lawmodel, laws, op_laws, replay, runner, strategies
-from dsv4_conformance.checks import Session
+from dsv4_conformance.check import Session
+from dsv4_conformance.laws import checks as laws
+from dsv4_conformance.laws import of_models as law_list
+from dsv4_conformance.laws import of_ops as op_laws
+from dsv4_conformance.laws import small_model as lawmodel
+from dsv4_conformance.laws import strategies
 from dsv4_conformance.museum import hunt
 from dsv4_conformance.museum.fault import MUTANTS
+from dsv4_conformance.run import catalogue, runner
 
-from dsv4_core.step import Step
+from dsv4_core.graph.step import Step
 
 CHECKS = {c.law.name: c for c in laws.checks("native")}
 BITWISE = {
@@ -113,7 +118,7 @@ def test_examples_are_written_and_read():
     with pytest.raises(ValueError, match="lacks chunks, seed"):
         strategies.read("ratios=0", laws.LAWS[0].always[0])
     with pytest.raises(ValueError, match="no law 'nope'; laws: chunked_is_full"):
-        replay.find("law/nope:a=1")
+        catalogue.find("law/nope:a=1")
 
 
 def test_tolerances_follow_the_precision():

@@ -20,8 +20,8 @@ MILLION = [(1, 1, (1 << 20) - 2)]
 
 def cases(backend: dry.DryBackend) -> int:
     """Launch every op case of the standard tier; give how many ran on kernels."""
-    from dsv4_conformance.checks import collect
-    from dsv4_conformance.opcases import OpCase
+    from dsv4_conformance.cases.checks import OpCase
+    from dsv4_conformance.run.catalogue import collect
 
     ran = 0
     for check in collect("standard", "native", backend):
@@ -40,7 +40,7 @@ def loaded(backend, value):
     """An operand as the backend holds it."""
     from dsv4_backend_torch.weights import StackedExperts
 
-    from dsv4_core.dtypes import Experts, ScaledArray
+    from dsv4_core.contract.dtypes import Experts, ScaledArray
 
     def scaled(weight):
         return ScaledArray(backend.from_numpy(weight.data), backend.from_numpy(weight.scale), weight.format)
@@ -61,8 +61,8 @@ def loaded(backend, value):
 
 def conversation(backend: dry.DryBackend) -> int:
     """Short prompts of every length, then steps of one token while the context grows to 2400; one sequence, and two."""
-    from dsv4_core.model import Model
-    from dsv4_core.shapes import run_step
+    from dsv4_core.graph.model import Model
+    from dsv4_core.planning.shapes import run_step
 
     config = backend_config("tiny-jargon")
     model = Model(dry.VirtualSource(config), backend)
@@ -77,9 +77,9 @@ def conversation(backend: dry.DryBackend) -> int:
 
 
 def backend_config(name):
-    from dsv4_conformance import golden
+    from dsv4_conformance.model import golden
 
-    from dsv4_core.weights import Checkpoint
+    from dsv4_core.checkpoint.weights import Checkpoint
 
     return Checkpoint(golden.checkpoint_path(name)).config
 
@@ -90,10 +90,10 @@ def layers(backend: dry.DryBackend) -> dict[str, dict]:
 
     import numpy as np
 
-    from dsv4_core.cache import Cache
-    from dsv4_core.config import PRESETS
-    from dsv4_core.model import Model
-    from dsv4_core.step import Step
+    from dsv4_core.checkpoint.config import PRESETS
+    from dsv4_core.graph.cache import Cache
+    from dsv4_core.graph.model import Model
+    from dsv4_core.graph.step import Step
 
     record, found = dry.activate(launch.pretended), {}
     for name in ("flash", "pro"):

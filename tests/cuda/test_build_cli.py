@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from dsv4_backend_cuda import build, cli, decode, launch, roofline, tune
 
-from dsv4_core.spec import BackendError
+from dsv4_core.contract.spec import BackendError
 
 
 def run(*args):

@@ -11,14 +11,14 @@ import pytest
 import torch
 from dsv4_backend_cuda import device, interpret, launch, rules
 from dsv4_backend_cuda.backend import CudaBackend
-from dsv4_conformance import golden
+from dsv4_conformance.model import golden
 
-from dsv4_core.cache import Cache
-from dsv4_core.model import Model
-from dsv4_core.ops import OPS
-from dsv4_core.spec import BackendError, Operand
-from dsv4_core.step import Step
-from dsv4_core.weights import Checkpoint
+from dsv4_core.checkpoint.weights import Checkpoint
+from dsv4_core.contract.ops import OPS
+from dsv4_core.contract.spec import BackendError, Operand
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.model import Model
+from dsv4_core.graph.step import Step
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,9 @@ def backend():
 
 
 def test_importing_it_or_another_backend_imports_no_triton():
-    code = "import sys, dsv4_backend_cuda, dsv4_backend_torch, dsv4_core.model; assert 'triton' not in sys.modules"
+    code = (
+        "import sys, dsv4_backend_cuda, dsv4_backend_torch, dsv4_core.graph.model; assert 'triton' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -8,14 +8,14 @@ from collections import Counter
 import numpy as np
 import pytest
 from dsv4_backend_cuda.backend import CudaBackend
-from dsv4_conformance import golden
+from dsv4_conformance.model import golden
 from recorded import RECORDED, feed, load_model, relative, vectors
 
-from dsv4_core.cache import Cache
-from dsv4_core.evaluate import teacher_forced
-from dsv4_core.generate import generate
-from dsv4_core.model import Model
-from dsv4_core.weights import Checkpoint
+from dsv4_core.checkpoint.weights import Checkpoint
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.evaluate import teacher_forced
+from dsv4_core.graph.generate import generate
+from dsv4_core.graph.model import Model
 
 NATIVE = 1.5  # of the recorded or PyTorch's own distance from exact logits, as for the torch and ascend backends
 LIMIT = {"float64": 3e-6, "float32": 1e-5}

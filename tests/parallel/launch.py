@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dsv4_conformance import golden
+from dsv4_conformance.model import golden
 
-from dsv4_core import create
-from dsv4_core.config import PRESETS
+from dsv4_core.checkpoint import create
+from dsv4_core.checkpoint.config import PRESETS
 
 dist = pytest.importorskip("torch.distributed")
 HERE = Path(__file__).parent

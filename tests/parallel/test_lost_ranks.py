@@ -14,12 +14,12 @@ import pytest
 
 pytest.importorskip("torch.distributed")
 
-from dsv4_conformance import golden
+from dsv4_conformance.model import golden
 from launch import environment, free_port
 
-from dsv4_core import liveness
-from dsv4_core.liveness import RankError, Watch
-from dsv4_core.rendezvous import Rendezvous
+from dsv4_core.contract.rendezvous import Rendezvous
+from dsv4_core.ranks import watch as liveness
+from dsv4_core.ranks.watch import RankError, Watch
 
 ENDLESS = ["generate", "--tokens", "5,6,7,8", "--ignore-eos", "-n", "4000", "-b", "reference"]
 LIMIT = 30  # seconds, from the moment that something goes wrong
@@ -228,11 +228,10 @@ def test_ranks_that_never_start_are_named():
 
 
 def test_no_store_is_said(monkeypatch):
-    from dsv4_backend_reference import process_group
+    from dsv4_core.contract import registry
+    from dsv4_core.ranks import store
 
-    from dsv4_core import registry
-
-    monkeypatch.setattr(process_group, "JOIN", 1.0)
+    monkeypatch.setattr(store, "JOIN", 1.0)
     where = Rendezvous(rank=1, ranks=2, local_rank=1, host="127.0.0.1", port=free_port(), hosted=False, attempt="0")
     with pytest.raises(RankError, match=r"rank 1 found no store of rank 0 at 127\.0\.0\.1"):
         registry.create("reference").process_group(where)

@@ -10,14 +10,14 @@ from recorded import relative
 pytest.importorskip("torch.distributed")
 
 from dsv4_backend_reference.process_group import ReferenceProcessGroup
-from dsv4_conformance.models import judge_distance
+from dsv4_conformance.model.checks import judge_distance
 from launch import jobs_of, run_ranks, wide_checkpoint
 from worker import run
 
-from dsv4_core import registry
-from dsv4_core.config import ModelConfig
-from dsv4_core.dtypes import FP8_BLOCK
-from dsv4_core.parallel import Place
+from dsv4_core.checkpoint.config import ModelConfig
+from dsv4_core.checkpoint.rank_part import Place
+from dsv4_core.contract import registry
+from dsv4_core.contract.dtypes import FP8_BLOCK
 
 EXACT = 1e-5  # what float32 sums in another order differ by, with room; float64 is far inside
 

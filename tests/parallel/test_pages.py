@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dsv4_core.config import PRESETS
-from dsv4_core.convert import Options, convert
-from dsv4_core.create import create
+from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.checkpoint.convert import Options, convert
+from dsv4_core.checkpoint.create import create
 
 CUT_EVERYWHERE = replace(
     PRESETS["flash"],
@@ -27,10 +27,10 @@ CUT_EVERYWHERE = replace(
 CHILD = """
 import json, sys
 from pathlib import Path
-from dsv4_core.dtypes import ScaledArray
-from dsv4_core.parallel import Place, ShardedSource, share
-from dsv4_core.rank_copy import cut_for, open_copy
-from dsv4_core.weights import Checkpoint
+from dsv4_core.contract.dtypes import ScaledArray
+from dsv4_core.checkpoint.rank_part import Place, ShardedSource, share
+from dsv4_core.checkpoint.rank_copy import cut_for, open_copy
+from dsv4_core.checkpoint.weights import Checkpoint
 
 model, path, place = Checkpoint(sys.argv[1]), Path(sys.argv[2]), Place(*map(int, sys.argv[3:]))
 config, is_cut = model.config, cut_for(path) is not None

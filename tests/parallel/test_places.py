@@ -4,17 +4,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from dsv4_conformance import golden
+from dsv4_conformance.model import golden
 from recorded import RECORDED
 
-from dsv4_core import registry
-from dsv4_core.config import PRESETS
-from dsv4_core.dtypes import ScaledArray
-from dsv4_core.identity import identity
-from dsv4_core.layout import tensor_specs
-from dsv4_core.parallel import Place, ShardedSource, share
-from dsv4_core.rank_shapes import trace_rank
-from dsv4_core.weights import Checkpoint
+from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.checkpoint.identity import identity
+from dsv4_core.checkpoint.layout import tensor_specs
+from dsv4_core.checkpoint.rank_part import Place, ShardedSource, share
+from dsv4_core.checkpoint.weights import Checkpoint
+from dsv4_core.contract import registry
+from dsv4_core.contract.dtypes import ScaledArray
+from dsv4_core.planning.rank_trace import trace_rank
 
 SPLITS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (4, 1)]
 
@@ -117,7 +117,7 @@ def test_a_backend_is_asked_about_the_shapes_of_its_place(place):
 
 
 def test_identities_tell_checkpoints_apart(tmp_path):
-    from dsv4_core import create
+    from dsv4_core.checkpoint import create
 
     config = replace(PRESETS["tiny"], num_hidden_layers=1, compress_ratios=(0, 0))
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):

@@ -7,20 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from dsv4_conformance import golden, stored_logits
+from dsv4_conformance.model import golden, stored_logits
 
-from dsv4_core import registry
-from dsv4_core.cache import Cache
-from dsv4_core.dtypes import ScaledArray
-from dsv4_core.evaluate import teacher_forced
-from dsv4_core.exchange import Ranks, report
-from dsv4_core.generate import generate, speculate
-from dsv4_core.liveness import Watch
-from dsv4_core.model import ALONE, Model
-from dsv4_core.parallel import Place, ShardedSource, share
-from dsv4_core.rendezvous import Rendezvous
-from dsv4_core.step import Step
-from dsv4_core.weights import Checkpoint
+from dsv4_core.checkpoint.rank_part import Place, ShardedSource, share
+from dsv4_core.checkpoint.weights import Checkpoint
+from dsv4_core.contract import registry
+from dsv4_core.contract.dtypes import ScaledArray
+from dsv4_core.contract.rendezvous import Rendezvous
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.evaluate import teacher_forced
+from dsv4_core.graph.generate import generate, speculate
+from dsv4_core.graph.model import ALONE, Model
+from dsv4_core.graph.step import Step
+from dsv4_core.ranks.exchange import Ranks, report
+from dsv4_core.ranks.watch import Watch
 
 VOCABULARY = 251  # a prime: no tp divides it
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dsv4_core.config import PRESETS, RopeScaling
-from dsv4_core.convert import MANIFEST, ConvertError, Options, convert, fp4_to_fp8
-from dsv4_core.create import create
-from dsv4_core.dtypes import ScaledArray
-from dsv4_core.parallel import Place
-from dsv4_core.shards import Shard
-from dsv4_core.weights import INDEX, Checkpoint
+from dsv4_core.checkpoint.config import PRESETS, RopeScaling
+from dsv4_core.checkpoint.convert import MANIFEST, ConvertError, Options, convert, fp4_to_fp8
+from dsv4_core.checkpoint.create import create
+from dsv4_core.checkpoint.rank_part import Place
+from dsv4_core.checkpoint.shards import Shard
+from dsv4_core.checkpoint.weights import INDEX, Checkpoint
+from dsv4_core.contract.dtypes import ScaledArray
 
 SMALL = replace(
     PRESETS["tiny"],

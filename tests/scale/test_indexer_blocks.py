@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from dsv4_core.dtypes import BFLOAT16, RowLayout
-from dsv4_core.registry import create, installed
+from dsv4_core.contract.dtypes import BFLOAT16, RowLayout
+from dsv4_core.contract.registry import create, installed
 
 HEADS, DIM, LAYOUT = 4, 64, RowLayout("key", 64)
 
@@ -66,7 +66,7 @@ def test_of_equal_scores_in_different_blocks_the_lowest_rows_win(backend, monkey
 
 
 def test_tokens_beyond_one_block_of_scores_each_see_every_key(backend, monkeypatch):
-    monkeypatch.setattr("dsv4_core.ops.fused.SCORES_AT_ONCE", 700)  # three tokens at a time
+    monkeypatch.setattr("dsv4_core.contract.ops.SCORES_AT_ONCE", 700)  # three tokens at a time
     visible = [[200 + i for i in range(11)]]
     whole = picks(backend, None, 220, visible, 16, monkeypatch=monkeypatch)
     read = []

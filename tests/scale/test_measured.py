@@ -8,16 +8,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dsv4_core.cache import Cache
-from dsv4_core.config import PRESETS
-from dsv4_core.create import create
-from dsv4_core.generate import generate
-from dsv4_core.model import Model
-from dsv4_core.plan import Graph
-from dsv4_core.planner import total
-from dsv4_core.registry import create as create_backend
-from dsv4_core.step import Step
-from dsv4_core.weights import Checkpoint, embedded
+from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.checkpoint.create import create
+from dsv4_core.checkpoint.weights import Checkpoint, embedded
+from dsv4_core.contract.registry import create as create_backend
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.generate import generate
+from dsv4_core.graph.model import Model
+from dsv4_core.graph.step import Step
+from dsv4_core.planning.counting import total
+from dsv4_core.planning.plan import Graph
 
 MIDDLE = replace(  # layer sizes at which weights and cache outweigh what an interpreter needs
     PRESETS["flash"],
@@ -82,12 +82,12 @@ CHILD = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from dsv4_core.cache import Cache
-from dsv4_core.model import Model
-from dsv4_core.registry import create
-from dsv4_core.rehearse import resident
-from dsv4_core.step import Step
-from dsv4_core.weights import Checkpoint
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.model import Model
+from dsv4_core.contract.registry import create
+from dsv4_core.planning.rehearse import resident
+from dsv4_core.graph.step import Step
+from dsv4_core.checkpoint.weights import Checkpoint
 
 def run(path, prompt, tokens, capacity):
     checkpoint = Checkpoint(path)

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dsv4_core.cache import Cache
-from dsv4_core.config import PRESETS, RopeScaling
-from dsv4_core.dtypes import BFLOAT16, RowLayout
-from dsv4_core.model import Model
-from dsv4_core.registry import create, installed
-from dsv4_core.step import Step
+from dsv4_core.checkpoint.config import PRESETS, RopeScaling
+from dsv4_core.contract.dtypes import BFLOAT16, RowLayout
+from dsv4_core.contract.registry import create, installed
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.model import Model
+from dsv4_core.graph.step import Step
 
 from .test_shapes import RandomSource
 

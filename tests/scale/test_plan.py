@@ -5,16 +5,16 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
-from dsv4_core.cache import Cache
+from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.checkpoint.layout import parameters
+from dsv4_core.checkpoint.rank_part import Place
 from dsv4_core.cli import root
-from dsv4_core.config import PRESETS
-from dsv4_core.layout import parameters
-from dsv4_core.parallel import Place
-from dsv4_core.plan import Graph, Hardware, Plan
-from dsv4_core.plan_claims import MILLION, Predecessor, claims
-from dsv4_core.planner import Planner, total
-from dsv4_core.registry import backend_class
-from dsv4_core.shapes import LayeredModel, Recorder, ShapeArray, ShapeSource, run_step
+from dsv4_core.contract.registry import backend_class
+from dsv4_core.graph.cache import Cache
+from dsv4_core.planning.claims import MILLION, Predecessor, claims
+from dsv4_core.planning.counting import Planner, total
+from dsv4_core.planning.plan import Graph, Hardware, Plan
+from dsv4_core.planning.shapes import LayeredModel, Recorder, ShapeArray, ShapeSource, run_step
 
 FLASH, PRO, TINY = PRESETS["flash"], PRESETS["pro"], PRESETS["tiny"]
 H100X8 = Hardware.parse("h100x8")

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from dsv4_core import rehearse
-from dsv4_core.audit import audit
+from dsv4_core.checkpoint.audit import audit
+from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.checkpoint.layout import tensor_specs
+from dsv4_core.checkpoint.weights import Checkpoint
 from dsv4_core.cli import root
-from dsv4_core.config import PRESETS
-from dsv4_core.layout import tensor_specs
-from dsv4_core.registry import create
-from dsv4_core.weights import Checkpoint
+from dsv4_core.contract.registry import create
+from dsv4_core.planning import rehearse
 
 WIDE = replace(  # many experts, few filled tensors
     PRESETS["flash"],

@@ -3,14 +3,14 @@ import inspect
 import numpy as np
 import pytest
 
-from dsv4_core.cache import Cache
-from dsv4_core.config import PRESETS
-from dsv4_core.dtypes import ScaledArray, dtype_name, numpy_dtype
-from dsv4_core.model import Model
-from dsv4_core.ops import OPS
-from dsv4_core.registry import backend_class
-from dsv4_core.shapes import STORED, Recorder, ShapeArray, ShapeBackend, ShapeError, ShapeSource, trace_calls
-from dsv4_core.step import Step
+from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.contract.dtypes import ScaledArray, dtype_name, numpy_dtype
+from dsv4_core.contract.ops import OPS
+from dsv4_core.contract.registry import backend_class
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.model import Model
+from dsv4_core.graph.step import Step
+from dsv4_core.planning.shapes import STORED, Recorder, ShapeArray, ShapeBackend, ShapeError, ShapeSource, trace_calls
 
 Reference = backend_class("reference")
 
@@ -113,7 +113,7 @@ def test_a_wrong_dtype_names_the_contract_s_word():
 def test_products_and_sums_with_one_unknown_are_solved_or_refused():
     be, q = ShapeBackend(), ShapeArray([2, 1, 4, 64], "bfloat16")
     small = {n: ShapeArray([2, 1], "int32") for n in ("visible", "offset")}
-    from dsv4_core.dtypes import RowLayout
+    from dsv4_core.contract.dtypes import RowLayout
 
     def pick(rows):
         return be.cached_index_topk(

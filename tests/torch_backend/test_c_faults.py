@@ -9,7 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from dsv4_backend_torch import TorchBackend, compiled  # noqa: E402
-from dsv4_conformance import checks, runner  # noqa: E402
+from dsv4_conformance import check as checks  # noqa: E402
+from dsv4_conformance.run import runner  # noqa: E402
 
 
 class Fault(NamedTuple):

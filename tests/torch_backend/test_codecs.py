@@ -7,8 +7,8 @@ torch = pytest.importorskip("torch")
 
 from dsv4_backend_torch.quant import round_to_grid, signed_like, to_e4m3  # noqa: E402
 
-from dsv4_core import registry  # noqa: E402
-from dsv4_core.dtypes import BFLOAT16, E4M3_VALUES, RowLayout, ScaledArray, quantise_weight  # noqa: E402
+from dsv4_core.contract import registry  # noqa: E402
+from dsv4_core.contract.dtypes import BFLOAT16, E4M3_VALUES, RowLayout, ScaledArray, quantise_weight  # noqa: E402
 
 REFERENCE = registry.create("reference")
 TORCH = registry.create("torch", weight_cache=0)

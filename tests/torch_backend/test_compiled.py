@@ -11,8 +11,8 @@ torch = pytest.importorskip("torch")
 
 from dsv4_backend_torch import TorchBackend, compiled  # noqa: E402
 
-from dsv4_core.backend import BackendError  # noqa: E402
-from dsv4_core.dtypes import Experts, RowLayout, ScaledArray, quantise_weight  # noqa: E402
+from dsv4_core.contract.backend import BackendError  # noqa: E402
+from dsv4_core.contract.dtypes import Experts, RowLayout, ScaledArray, quantise_weight  # noqa: E402
 
 SOURCES = sorted(compiled.SOURCES.glob("*.c"))
 DTYPES = [torch.float32, torch.bfloat16]

@@ -6,13 +6,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from dsv4_backend_torch import TorchBackend  # noqa: E402
-from dsv4_conformance import golden  # noqa: E402
+from dsv4_conformance.model import golden  # noqa: E402
 from recorded import relative, vectors  # noqa: E402
 
-from dsv4_core.dtypes import Experts, RowLayout, quantise_weight  # noqa: E402
-from dsv4_core.evaluate import teacher_forced  # noqa: E402
-from dsv4_core.model import Model  # noqa: E402
-from dsv4_core.weights import Checkpoint  # noqa: E402
+from dsv4_core.checkpoint.weights import Checkpoint  # noqa: E402
+from dsv4_core.contract.dtypes import Experts, RowLayout, quantise_weight  # noqa: E402
+from dsv4_core.graph.evaluate import teacher_forced  # noqa: E402
+from dsv4_core.graph.model import Model  # noqa: E402
 
 
 class Device(TorchBackend):
@@ -55,8 +55,8 @@ def test_gathered_experts(fmt):
 def test_a_decode_step_reads_nothing_back(monkeypatch):
     """No ``item``, ``tolist``, ``nonzero`` or truth value of a tensor between a step's addresses and its logits."""
     model = Model(Checkpoint(golden.checkpoint_path("tiny-flash")), Device())
-    from dsv4_core.cache import Cache
-    from dsv4_core.step import Step
+    from dsv4_core.graph.cache import Cache
+    from dsv4_core.graph.step import Step
 
     cache = Cache(model.backend, model.config, 1, 320)
     ids = vectors("tiny-flash", "golden")["prompt"][:1]

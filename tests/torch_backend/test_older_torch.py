@@ -9,14 +9,14 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from dsv4_backend_torch import matmul  # noqa: E402
-from dsv4_conformance import golden  # noqa: E402
+from dsv4_conformance.model import golden  # noqa: E402
 from recorded import relative, vectors  # noqa: E402
 
-from dsv4_core import registry  # noqa: E402
-from dsv4_core.dtypes import BFLOAT16, Experts, quantise_weight  # noqa: E402
-from dsv4_core.evaluate import teacher_forced  # noqa: E402
-from dsv4_core.model import Model  # noqa: E402
-from dsv4_core.weights import Checkpoint  # noqa: E402
+from dsv4_core.checkpoint.weights import Checkpoint  # noqa: E402
+from dsv4_core.contract import registry  # noqa: E402
+from dsv4_core.contract.dtypes import BFLOAT16, Experts, quantise_weight  # noqa: E402
+from dsv4_core.graph.evaluate import teacher_forced  # noqa: E402
+from dsv4_core.graph.model import Model  # noqa: E402
 
 WITHOUT_SMALL_DTYPES = """
 import torch
@@ -26,7 +26,7 @@ for name in gone:
     delattr(torch, name)  # before the backend is imported
 import numpy as np
 from dsv4_core import registry
-from dsv4_core.dtypes import BFLOAT16, RowLayout, quantise_weight
+from dsv4_core.contract.dtypes import BFLOAT16, RowLayout, quantise_weight
 
 reference, backend = registry.create("reference"), registry.create("torch")
 x = np.random.default_rng(0).standard_normal((1, 512)).astype(BFLOAT16)

@@ -10,17 +10,21 @@ pytest.importorskip("torch")
 import torch
 from click.testing import CliRunner
 from dsv4_backend_torch import TorchBackend
-from dsv4_conformance import checks, golden, invariance, runner
+from dsv4_conformance import check as checks
+from dsv4_conformance.laws import invariance
+from dsv4_conformance.model import golden
+from dsv4_conformance.run import runner
 from recorded import feed, load_model, relative, vectors
 
-from dsv4_core import cli, registry
-from dsv4_core.backend import BackendError
-from dsv4_core.cache import Cache
-from dsv4_core.evaluate import teacher_forced
-from dsv4_core.generate import generate
-from dsv4_core.model import Model
-from dsv4_core.text import load_tokenizer
-from dsv4_core.weights import Checkpoint
+from dsv4_core import cli
+from dsv4_core.checkpoint.weights import Checkpoint
+from dsv4_core.contract import registry
+from dsv4_core.contract.backend import BackendError
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.evaluate import teacher_forced
+from dsv4_core.graph.generate import generate
+from dsv4_core.graph.model import Model
+from dsv4_core.text.tokenizer import load_tokenizer
 
 LIMIT = {"float64": 3e-6, "float32": 1e-5}
 

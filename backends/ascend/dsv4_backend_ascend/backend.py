@@ -13,10 +13,10 @@ from dsv4_backend_ascend.capability import GENERATIONS, Answer, Generation
 from dsv4_backend_ascend.capability import cann_version as parse_cann
 from dsv4_backend_ascend.plan import IMPLEMENTATIONS, plan
 from dsv4_backend_ascend.weights import MxArray, MxExperts
-from dsv4_core.backend import BackendError, DeviceCheck, Diagnosis, Option
-from dsv4_core.dtypes import Experts, Format, Host, ScaledArray, dtype_name
-from dsv4_core.ops import OPS, FusedOps
-from dsv4_core.spec import Support
+from dsv4_core.contract.backend import BackendError, DeviceCheck, Diagnosis, Option
+from dsv4_core.contract.dtypes import Experts, Format, Host, ScaledArray, dtype_name
+from dsv4_core.contract.ops import OPS, EveryOp
+from dsv4_core.contract.spec import Support
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -226,8 +226,8 @@ class AscendBackend(TorchBackend):
         del self._well_scaled[id(weight)]
         return repacked
 
-    ffn = FusedOps.ffn  # type: ignore[assignment]  # PyTorch's own fused ones would pass by the ops below
-    moe = FusedOps.moe  # type: ignore[assignment]
+    ffn = EveryOp.ffn  # type: ignore[assignment]  # PyTorch's own fused ones would pass by the ops below
+    moe = EveryOp.moe  # type: ignore[assignment]
     rms_norm = _tiered("rms_norm")
     apply_rope = _tiered("apply_rope")
     linear = _tiered("linear")

@@ -9,7 +9,7 @@ from typing import Any
 
 from dsv4_backend_ascend.capability import GENERATIONS, table
 from dsv4_backend_ascend.proof import RUNGS
-from dsv4_core.config import PRESETS
+from dsv4_core.checkpoint.config import PRESETS
 
 BEGIN, END = "<!-- generated: tools/collect.py -->", "<!-- end of generated part -->"
 

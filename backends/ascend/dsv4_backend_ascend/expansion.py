@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsv4_backend_ascend.backend import AscendBackend
 from dsv4_backend_ascend.cann.call import dry_run
 from dsv4_backend_ascend.plan import IMPLEMENTATIONS, without_data
-from dsv4_core.config import ModelConfig
-from dsv4_core.dtypes import FP4_GROUP, WEIGHT_DTYPES
-from dsv4_core.spec import Operand
+from dsv4_core.checkpoint.config import ModelConfig
+from dsv4_core.contract.dtypes import FP4_GROUP, WEIGHT_DTYPES
+from dsv4_core.contract.spec import Operand
 
 
 class Expansion(NamedTuple):

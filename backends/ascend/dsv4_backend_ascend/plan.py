@@ -17,8 +17,8 @@ from dsv4_backend_ascend.cann import attention, expand, matmul, mhc, moe, norm
 from dsv4_backend_ascend.cann.call import RefusedError, dry_run
 from dsv4_backend_ascend.capability import Answer, table
 from dsv4_backend_ascend.weights import MxArray, MxExperts
-from dsv4_core.dtypes import FP4_GROUP, FP8_BLOCK, WEIGHT_DTYPES, ScaledArray, dtype_name
-from dsv4_core.ops import OPS
+from dsv4_core.contract.dtypes import FP4_GROUP, FP8_BLOCK, WEIGHT_DTYPES, ScaledArray, dtype_name
+from dsv4_core.contract.ops import OPS
 
 if TYPE_CHECKING:
     from dsv4_backend_ascend.backend import AscendBackend

@@ -1,7 +1,7 @@
 """What the entry point names: a module with the hook."""
 
 from dsv4_backend_ascend.backend import AscendBackend
-from dsv4_core.registry import hookimpl
+from dsv4_core.contract.registry import hookimpl
 
 
 @hookimpl

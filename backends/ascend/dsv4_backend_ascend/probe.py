@@ -17,7 +17,7 @@ import torch
 from dsv4_backend_ascend import proof
 from dsv4_backend_ascend.capability import GENERATIONS, Generation, table
 from dsv4_backend_ascend.schema import schemas
-from dsv4_core.backend import BackendError, Diagnosis
+from dsv4_core.contract.backend import BackendError, Diagnosis
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

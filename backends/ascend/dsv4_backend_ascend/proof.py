@@ -10,7 +10,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from dsv4_backend_ascend.capability import table
-from dsv4_core.ops import OPS
+from dsv4_core.contract.ops import OPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -16,8 +16,8 @@ import numpy as np
 from dsv4_backend_torch.backend import TorchBackend
 
 from dsv4_backend_ascend.selftest_cases import CASES, Call, Case
-from dsv4_core.dtypes import Experts, Host, ScaledArray
-from dsv4_core.ops import FusedOps
+from dsv4_core.contract.dtypes import Experts, Host, ScaledArray
+from dsv4_core.contract.ops import EveryOp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -96,7 +96,7 @@ def compare(backend: AscendBackend, case: Case, *, seed: int = 0) -> Outcome:
     cann = answer.tier == "cann"
     ops = tuple(dict.fromkeys(c.op for c in answer.calls)) if cann else ()
     skipped = "" if cann else answer.reason
-    composed = getattr(TorchBackend if TorchBackend.implements(case.contract) else FusedOps, case.contract)
+    composed = getattr(TorchBackend if TorchBackend.implements(case.contract) else EveryOp, case.contract)
     low = arrays if call.low is None else tuple(_loaded(backend, array) for array in call.low)
     runs: dict[str, Callable[[], Any]] = {}
     if cann:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_core.dtypes import BFLOAT16, Experts, Host, ScaledArray, quantise_int8, quantise_weight
+from dsv4_core.contract.dtypes import BFLOAT16, Experts, Host, ScaledArray, quantise_int8, quantise_weight
 
 if TYPE_CHECKING:
-    from dsv4_core.dtypes import Format
+    from dsv4_core.contract.dtypes import Format
 
 HEADS, DIM, INDEX_HEADS, INDEX_DIM = 64, 512, 64, 128
 CONTEXT = 1 << 18  # indexer keys of a context of a million tokens

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from dsv4_backend_torch.weights import StackedExperts
 
-from dsv4_core.dtypes import FP4_GROUP, FP8_BLOCK, WEIGHT_DTYPES, Format, ScaledArray
+from dsv4_core.contract.dtypes import FP4_GROUP, FP8_BLOCK, WEIGHT_DTYPES, Format, ScaledArray
 
 MX_PAIR = 64  # channels under one pair of E8M0 scales
 

@@ -16,8 +16,8 @@ from dsv4_backend_ascend import document
 from dsv4_backend_ascend.capability import GENERATIONS, Generation, table
 from dsv4_backend_ascend.schema import schemas
 
-from dsv4_core.convert import Options, Tally, convert
-from dsv4_core.weights import embedded
+from dsv4_core.checkpoint.convert import Options, Tally, convert
+from dsv4_core.checkpoint.weights import embedded
 
 ROOT = Path(__file__).resolve().parents[3]
 REPORTS = ROOT / "reports" / "ascend"

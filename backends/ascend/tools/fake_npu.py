@@ -38,15 +38,15 @@ from dsv4_backend_ascend.capability import GENERATIONS, Generation  # noqa: E402
 from dsv4_backend_torch import numeric  # noqa: E402
 from dsv4_backend_torch.numeric import torch_dtype  # noqa: E402
 
-from dsv4_core import dtypes  # noqa: E402
-from dsv4_core.cache import Cache  # noqa: E402
-from dsv4_core.config import PRESETS, ModelConfig  # noqa: E402
-from dsv4_core.convert import Options, convert  # noqa: E402
-from dsv4_core.create import create  # noqa: E402
-from dsv4_core.dtypes import dtype_name  # noqa: E402
-from dsv4_core.model import Model  # noqa: E402
-from dsv4_core.step import Step  # noqa: E402
-from dsv4_core.weights import Checkpoint, embedded  # noqa: E402
+from dsv4_core.checkpoint.config import PRESETS, ModelConfig  # noqa: E402
+from dsv4_core.checkpoint.convert import Options, convert  # noqa: E402
+from dsv4_core.checkpoint.create import create  # noqa: E402
+from dsv4_core.checkpoint.weights import Checkpoint, embedded  # noqa: E402
+from dsv4_core.contract import dtypes  # noqa: E402
+from dsv4_core.contract.dtypes import dtype_name  # noqa: E402
+from dsv4_core.graph.cache import Cache  # noqa: E402
+from dsv4_core.graph.model import Model  # noqa: E402
+from dsv4_core.graph.step import Step  # noqa: E402
 
 TRANSFERS = {
     "aten::_to_copy",

@@ -11,7 +11,7 @@ import numpy as np
 from dsv4_backend_ascend.selftest import expectation
 from dsv4_backend_ascend.selftest_cases import CASES
 
-from dsv4_core import registry
+from dsv4_core.contract import registry
 
 DATA = Path(__file__).resolve().parents[1] / "dsv4_backend_ascend" / "data" / "selftest.npz"
 

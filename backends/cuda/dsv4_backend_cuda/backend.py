@@ -12,14 +12,14 @@ from dsv4_backend_torch.backend import TorchBackend
 
 from dsv4_backend_cuda import device, launch
 from dsv4_backend_cuda.rules import RULES, WITHOUT_KERNEL, Answer
-from dsv4_core.backend import Option
-from dsv4_core.ops import OPS, FusedOps
-from dsv4_core.spec import Support
+from dsv4_core.contract.backend import Option
+from dsv4_core.contract.ops import OPS, EveryOp
+from dsv4_core.contract.spec import Support
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from dsv4_core.backend import Diagnosis
+    from dsv4_core.contract.backend import Diagnosis
 
 _FP8_SUMS = ("fp8 products summed in less than float32 within 128 channels, promoted to float32 after each",)
 
@@ -27,7 +27,7 @@ _FP8_SUMS = ("fp8 products summed in less than float32 within 128 channels, prom
 def _bound(op: str) -> Callable[..., Any]:
     """One contract: its kernels where the rule says so, else what PyTorch composes."""
     inherited = getattr(
-        FusedOps if op == "ffn" else TorchBackend, op
+        EveryOp if op == "ffn" else TorchBackend, op
     )  # PyTorch's own fused ffn would pass by the kernels of linear
 
     @functools.wraps(inherited)

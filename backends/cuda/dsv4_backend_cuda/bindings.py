@@ -26,8 +26,8 @@ from dsv4_backend_cuda.kernels import (
     sparse_attn,
     unpack,
 )
-from dsv4_core.dtypes import FP8_BLOCK, Experts, RowLayout, ScaledArray
-from dsv4_core.ops.fused import SCORES_AT_ONCE
+from dsv4_core.contract.dtypes import FP8_BLOCK, Experts, RowLayout, ScaledArray
+from dsv4_core.contract.ops.attention import SCORES_AT_ONCE
 
 PARTIALS = 1 << 24  # elements of attention's pieces that exist at a time: 64 MB
 MODULES = (cache, norm, rope, quant, scaled_matmul, dense_matmul, moe, compress, index, unpack, sparse_attn, mhc)

@@ -11,7 +11,7 @@ import click
 
 from dsv4_backend_cuda import build, interpret, prove
 from dsv4_backend_cuda.launch import ARCHITECTURES, compatible
-from dsv4_core.spec import BackendError
+from dsv4_core.contract.spec import BackendError
 
 
 @click.group("kernels")
@@ -133,8 +133,8 @@ def tune_command(device_name: str, kernel: str, out: Path | None, *, untested_tr
 def warm_command(model: Path | None, presets: tuple[str, ...], arch: int | None, jobs: int, depth: str) -> None:
     """Compile what MODEL's steps launch into Triton's cache, before the first request waits for it."""
     from dsv4_backend_cuda import warm
-    from dsv4_core.config import PRESETS
-    from dsv4_core.weights import Checkpoint
+    from dsv4_core.checkpoint.config import PRESETS
+    from dsv4_core.checkpoint.weights import Checkpoint
 
     require_triton(untested=True)
     if not model and not presets:

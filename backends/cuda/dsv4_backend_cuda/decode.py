@@ -8,7 +8,7 @@ from typing import Any
 
 from dsv4_backend_cuda import roofline
 from dsv4_backend_cuda.launch import Work
-from dsv4_core.config import PRESETS, ModelConfig
+from dsv4_core.checkpoint.config import PRESETS, ModelConfig
 
 
 @dataclass(frozen=True)

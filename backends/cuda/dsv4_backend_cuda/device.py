@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from dsv4_backend_cuda import interpret, launch
-from dsv4_core.backend import BackendError, Diagnosis
+from dsv4_core.contract.backend import BackendError, Diagnosis
 
 DRIVER = Path("/proc/driver/nvidia/version")
 ELSEWHERE = "or run on the CPU: --interpret (minutes, for proofs), --backend torch"

@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv4_backend_cuda import interpret, launch
 from dsv4_backend_cuda.backend import CudaBackend
-from dsv4_core.backend import BackendError
-from dsv4_core.dtypes import Experts, ScaledArray
-from dsv4_core.shapes import ShapeSource
+from dsv4_core.contract.backend import BackendError
+from dsv4_core.contract.dtypes import Experts, ScaledArray
+from dsv4_core.planning.shapes import ShapeSource
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dsv4_core.dtypes import FP8_BLOCK, dtype_name
+from dsv4_core.contract.dtypes import FP8_BLOCK, dtype_name
 
 Answer = str | tuple[str, ...]
 DECODE_TOKENS = 16  # rows up to which the matrix products take their narrow tile

@@ -8,10 +8,10 @@ import numpy as np
 
 from dsv4_backend_reference import tiles
 from dsv4_backend_reference.numeric import Numeric
-from dsv4_core.ops.attention import AttentionOps
+from dsv4_core.contract.ops.attention import AttentionOps
 
 if TYPE_CHECKING:
-    from dsv4_core.dtypes import Host
+    from dsv4_core.contract.dtypes import Host
 
 AT_ONCE = 1 << 22  # elements of a block's intermediate scores: 16 MB in float32
 IN_CACHE = 1 << 18  # elements of products that are read at once after they were made: 1 MB, in a core's own cache

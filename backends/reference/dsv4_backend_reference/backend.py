@@ -13,12 +13,12 @@ from dsv4_backend_reference.mhc import ReferenceMhc
 from dsv4_backend_reference.moe import ReferenceMoe
 from dsv4_backend_reference.norm import ReferenceNorm
 from dsv4_backend_reference.weight_cache import WeightCache
-from dsv4_core.backend import Backend, BackendError, Option
-from dsv4_core.dtypes import Host, numpy_dtype
+from dsv4_core.contract.backend import Backend, BackendError, Option
+from dsv4_core.contract.dtypes import Host, numpy_dtype
 
 if TYPE_CHECKING:
     from dsv4_backend_reference.process_group import ReferenceProcessGroup
-    from dsv4_core.rendezvous import Rendezvous
+    from dsv4_core.contract.rendezvous import Rendezvous
 
 
 class ReferenceBackend(

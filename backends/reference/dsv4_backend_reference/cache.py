@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsv4_backend_reference.quant import ReferenceQuant, scale_bytes
-from dsv4_core.dtypes import (
+from dsv4_core.contract.dtypes import (
     BFLOAT16,
     E8M0_VALUES,
     FP4_GROUP,
@@ -19,7 +19,7 @@ from dsv4_core.dtypes import (
     pack_fp4,
     unpack,
 )
-from dsv4_core.ops.cache import CacheOps
+from dsv4_core.contract.ops.cache import CacheOps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

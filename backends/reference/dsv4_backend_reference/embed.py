@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsv4_backend_reference.numeric import Numeric
-from dsv4_core.ops.embed import EmbedOps
+from dsv4_core.contract.ops.embed import EmbedOps
 
 if TYPE_CHECKING:
-    from dsv4_core.dtypes import Host
+    from dsv4_core.contract.dtypes import Host
 
 
 class ReferenceEmbed(Numeric, EmbedOps):

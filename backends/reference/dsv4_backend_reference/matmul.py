@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from dsv4_backend_reference.quant import ReferenceQuant
-from dsv4_core.dtypes import FP8_BLOCK, Experts, Host, ScaledArray, format_of
-from dsv4_core.ops.matmul import MatmulOps
+from dsv4_core.contract.dtypes import FP8_BLOCK, Experts, Host, ScaledArray, format_of
+from dsv4_core.contract.ops.matmul import MatmulOps
 
 TILE = (
     1 << 18

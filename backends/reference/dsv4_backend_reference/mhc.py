@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsv4_backend_reference.matmul import ReferenceMatmul
-from dsv4_core.ops.mhc import MhcOps
+from dsv4_core.contract.ops.mhc import MhcOps
 
 if TYPE_CHECKING:
-    from dsv4_core.dtypes import Host
+    from dsv4_core.contract.dtypes import Host
 
 
 def sigmoid(x: Host) -> Host:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsv4_backend_reference.matmul import ReferenceMatmul
-from dsv4_core.ops.moe import MoeOps
+from dsv4_core.contract.ops.moe import MoeOps
 
 if TYPE_CHECKING:
-    from dsv4_core.dtypes import Host
+    from dsv4_core.contract.dtypes import Host
 
 
 class ReferenceMoe(ReferenceMatmul, MoeOps):

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsv4_backend_reference import tiles
-from dsv4_core.dtypes import BFLOAT16, Host, numpy_dtype
-from dsv4_core.spec import Ops
+from dsv4_core.contract.dtypes import BFLOAT16, Host, numpy_dtype
+from dsv4_core.contract.spec import Ops
 
 if TYPE_CHECKING:
     from dsv4_backend_reference.weight_cache import WeightCache

@@ -23,12 +23,21 @@ import numpy as np
 
 from dsv4_backend_reference.backend import ReferenceBackend
 from dsv4_backend_reference.quant import scale_bytes
-from dsv4_core.dtypes import E8M0_VALUES, FP8_BLOCK, Experts, Format, Host, ScaledArray, numpy_dtype, round_to_grid
+from dsv4_core.contract.dtypes import (
+    E8M0_VALUES,
+    FP8_BLOCK,
+    Experts,
+    Format,
+    Host,
+    ScaledArray,
+    numpy_dtype,
+    round_to_grid,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from dsv4_core.spec import Numerics
+    from dsv4_core.contract.spec import Numerics
 
 FP8_PARTIAL_UNIT = 2.0**-14  # tensor cores that align FP8 products keep about 14 bits until they are promoted
 ELEMENTWISE = 2.0  # units: see above

@@ -3,88 +3,45 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed
 
-from dsv4_core.dtypes import E8M0_VALUES, Host, decode, numpy_dtype
-from dsv4_core.liveness import JOIN, RankError
+from dsv4_core.contract.dtypes import E8M0_VALUES, Host, decode, numpy_dtype
+from dsv4_core.ranks.store import StoredRanks, reaching
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-    from dsv4_backend_reference.backend import ReferenceBackend
-    from dsv4_core.rendezvous import Rendezvous
+    from dsv4_backend_reference.numeric import Numeric
+    from dsv4_core.contract.rendezvous import Rendezvous
 
 dist: Any = torch.distributed  # its stubs leave out what it documents
-SLOWEST = timedelta(minutes=30)  # a collective waits so long for a rank that still shows signs of life
-ANSWER = timedelta(seconds=10)  # of the store
 
 
-@contextmanager
-def reaching() -> Iterator[None]:
-    """Tell a connection that broke, or that was never made, from other errors: torch.distributed has no class for it."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise ConnectionError(str(error).splitlines()[0]) from error
+class ReferenceProcessGroup(StoredRanks):
+    """All ranks of a run, over gloo."""
 
-
-class ReferenceProcessGroup:
-    """All ranks of a run. Constructing it reaches the store, ``connect`` the other ranks."""
-
-    def __init__(self, backend: ReferenceBackend, where: Rendezvous) -> None:
-        """Raise ``RankError`` where the store cannot be reached."""
-        self.backend, self.where = backend, where
-        self.rank, self.ranks, self.holder = where.rank, where.ranks, where.holder
-
-        def store(*, is_master: bool, seconds: timedelta) -> Any:
-            return dist.TCPStore(
-                where.host, where.port, where.ranks, is_master, timeout=seconds, wait_for_workers=False
-            )
-
-        try:
-            self._own = store(is_master=where.rank == where.holder, seconds=timedelta(seconds=JOIN))
-            self.store = dist.PrefixStore(where.attempt, store(is_master=False, seconds=ANSWER))
-        except RuntimeError as error:
-            holder = "the launcher" if where.holder is None else f"rank {where.holder}"
-            at = f"{where.host}:{where.port} within {JOIN:.0f} s"
-            raise RankError(
-                f"rank {where.rank} found no store of {holder} at {at}: {str(error).splitlines()[0]}"
-            ) from error
-
-    def connect(self) -> None:
-        """Connect with all other ranks, which do the same."""
-        store = dist.PrefixStore(f"{self.where.attempt}/torch", self._own)
-        if not dist.is_initialized():
-            with reaching():
-                dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.ranks, timeout=SLOWEST)
+    def __init__(self, backend: Numeric, where: Rendezvous) -> None:
+        super().__init__(dist, where, "gloo")
+        self.backend = backend
 
     def groups(self, members: Sequence[Sequence[int]]) -> ReferenceGroup:
         """Make groups that together hold every rank once; give this rank's."""
-        with reaching():
-            made = [dist.new_group(list(ranks), timeout=SLOWEST) for ranks in members]
-        mine = next(group for group, ranks in zip(made, members, strict=True) if self.rank in ranks)
-        return ReferenceGroup(self.backend, mine, len(members[0]))
+        return ReferenceGroup(self.backend, self.own_group(members), len(members[0]))
 
     def dequantise(self, codes: Host, scale: Host, *, block: int) -> Host:
         """Codes [n, dim] times scales [n, dim / block], in the activation dtype."""
         values = decode(codes, "e4m3").reshape(*scale.shape, block) * E8M0_VALUES[scale][..., None]
         return self.backend.rounded(values.reshape(codes.shape))
 
-    def close(self) -> None:
-        """Leave."""
-        dist.destroy_process_group()
-
 
 class ReferenceGroup:
     """Collectives among some of the ranks. What is only moved travels as bytes: torch has no ml_dtypes."""
 
-    def __init__(self, backend: ReferenceBackend, group: Any, size: int) -> None:
+    def __init__(self, backend: Numeric, group: Any, size: int) -> None:
         self.backend, self.group, self.size = backend, group, size
 
     def all_reduce(self, x: Host, *, out_dtype: str) -> Host:

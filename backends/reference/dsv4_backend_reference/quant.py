@@ -7,7 +7,7 @@ import functools
 import numpy as np
 
 from dsv4_backend_reference.numeric import Numeric
-from dsv4_core.dtypes import (
+from dsv4_core.contract.dtypes import (
     E8M0_VALUES,
     FP8_BLOCK,
     Format,
@@ -17,7 +17,7 @@ from dsv4_core.dtypes import (
     quantise_tokens,
     round_to_grid,
 )
-from dsv4_core.ops.quant import QuantOps
+from dsv4_core.contract.ops.quant import QuantOps
 
 
 def scale_bytes(blocks: Host, fmt: Format) -> Host:

@@ -11,7 +11,7 @@ import functools
 
 import numpy as np
 
-from dsv4_core.dtypes import Host
+from dsv4_core.contract.dtypes import Host
 
 TERMS = 128
 COLUMNS = 16  # a multiple of the columns that BLAS microkernels hold in registers

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dsv4_core.dtypes import Host
+    from dsv4_core.contract.dtypes import Host
 
 
 class WeightCache:

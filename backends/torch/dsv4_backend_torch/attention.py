@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv4_backend_torch.numeric import Numeric
-from dsv4_core.ops.attention import AttentionOps
+from dsv4_core.contract.ops.attention import AttentionOps
 
 AT_ONCE = 1 << 22  # elements of a block's intermediate scores: 16 MB in float32
 SORTED = 4096  # rows up to which one call that sorts them all beats several that make them distinct and choose

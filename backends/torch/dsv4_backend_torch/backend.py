@@ -15,14 +15,14 @@ from dsv4_backend_torch.fused import TorchFused
 from dsv4_backend_torch.matmul import cpu_multiplies_bf16
 from dsv4_backend_torch.numeric import torch_dtype
 from dsv4_backend_torch.weights import StackedExperts, WeightCache
-from dsv4_core.backend import Backend, BackendError, Diagnosis, Option
-from dsv4_core.dtypes import BFLOAT16, Experts, Host, ScaledArray
+from dsv4_core.contract.backend import Backend, BackendError, Diagnosis, Option
+from dsv4_core.contract.dtypes import BFLOAT16, Experts, Host, ScaledArray
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from dsv4_backend_torch.process_group import TorchProcessGroup
-    from dsv4_core.rendezvous import Rendezvous
+    from dsv4_core.contract.rendezvous import Rendezvous
 
 
 BUILT_IN = {"cpu", "cuda", "meta", "mps", "xpu"}  # devices that torch knows without an extension

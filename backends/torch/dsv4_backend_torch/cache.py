@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dsv4_backend_torch.quant import TorchQuant
-from dsv4_core.dtypes import FP4_GROUP, KV_BLOCK, Format, RowLayout
-from dsv4_core.ops.cache import CacheOps
+from dsv4_core.contract.dtypes import FP4_GROUP, KV_BLOCK, Format, RowLayout
+from dsv4_core.contract.ops.cache import CacheOps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dsv4_core.dtypes import FP4_GROUP, KV_BLOCK, ScaledArray
+from dsv4_core.contract.dtypes import FP4_GROUP, KV_BLOCK, ScaledArray
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from dsv4_core.dtypes import Format, RowLayout
+    from dsv4_core.contract.dtypes import Format, RowLayout
 
     Weight = Tensor | ScaledArray
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsv4_backend_torch.compiled import FEW
 from dsv4_backend_torch.numeric import Numeric
-from dsv4_core.ops.embed import EmbedOps
+from dsv4_core.contract.ops.embed import EmbedOps
 
 
 class TorchEmbed(Numeric, EmbedOps):

@@ -12,15 +12,15 @@ from dsv4_backend_torch.cache import TorchCache
 from dsv4_backend_torch.embed import TorchEmbed
 from dsv4_backend_torch.mhc import TorchMhc
 from dsv4_backend_torch.moe import TorchMoe, swiglu_
-from dsv4_core.dtypes import Experts, ScaledArray, format_of
-from dsv4_core.ops.fused import FusedOps
+from dsv4_core.contract.dtypes import Experts, ScaledArray, format_of
+from dsv4_core.contract.ops import EveryOp
 
 if TYPE_CHECKING:
     from dsv4_backend_torch.matmul import Weight
-    from dsv4_core.dtypes import RowLayout
+    from dsv4_core.contract.dtypes import RowLayout
 
 
-class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, FusedOps):
+class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, EveryOp):
     """Contracts of ``ops/fused.py``, where fusing pays."""
 
     def ffn(self, x: Tensor, w1: Weight, w3: Weight, w2: Weight, *, limit: float) -> Tensor:

@@ -19,8 +19,8 @@ from torch.nn import functional
 from dsv4_backend_torch.compiled import FEW
 from dsv4_backend_torch.quant import TorchQuant
 from dsv4_backend_torch.weights import StackedExperts, WeightCache
-from dsv4_core.dtypes import FP8_BLOCK, Experts, ScaledArray, format_of
-from dsv4_core.ops.matmul import MatmulOps
+from dsv4_core.contract.dtypes import FP8_BLOCK, Experts, ScaledArray, format_of
+from dsv4_core.contract.ops.matmul import MatmulOps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

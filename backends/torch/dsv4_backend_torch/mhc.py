@@ -12,10 +12,10 @@ from torch.nn import functional
 from dsv4_backend_torch.compiled import FEW
 from dsv4_backend_torch.matmul import TorchMatmul
 from dsv4_backend_torch.norm import TorchNorm
-from dsv4_core.ops.mhc import MhcOps
+from dsv4_core.contract.ops.mhc import MhcOps
 
 if TYPE_CHECKING:
-    from dsv4_core.dtypes import Host
+    from dsv4_core.contract.dtypes import Host
 
 Mixed = tuple[Tensor, Tensor, Tensor]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dsv4_backend_torch.matmul import TorchMatmul, Weight
-from dsv4_core.ops.moe import MoeOps
+from dsv4_core.contract.ops.moe import MoeOps
 
 SHORT = 64  # rows that are not worth cutting into blocks
 

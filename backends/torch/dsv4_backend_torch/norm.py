@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dsv4_backend_torch.numeric import BLOCK, Numeric
-from dsv4_core.ops.norm import NormOps
+from dsv4_core.contract.ops.norm import NormOps
 
 SMALL = 1 << 13  # elements up to which a few plain calls cost less than the library's norm
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dsv4_backend_torch.compiled import Kernels, NotCompiledError, build
-from dsv4_core import dtypes
-from dsv4_core.spec import Ops
+from dsv4_core.contract import dtypes
+from dsv4_core.contract.spec import Ops
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +38,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 @functools.cache
 def table(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One of the format tables of ``dsv4_core.dtypes`` in ``dtype`` on ``device``. Pairs of values are one element of twice the width."""
+    """One of the format tables of ``dsv4_core.contract.dtypes`` in ``dtype`` on ``device``. Pairs of values are one element of twice the width."""
     values = torch.from_numpy(getattr(dtypes, name).copy()).to(device=device, dtype=dtype)
     return values if values.ndim == 1 else values.view(_DOUBLE[dtype.itemsize])[:, 0]
 
@@ -93,7 +93,7 @@ class Numeric(Ops):
         return (slice(i, i + step) for i in range(0, rows, step))
 
     def lookup(self, name: str, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """Values of codes by one of the tables of ``dsv4_core.dtypes``: several times faster on a CPU than torch's
+        """Values of codes by one of the tables of ``dsv4_core.contract.dtypes``: several times faster on a CPU than torch's
         own casts from float8.
         """
         return table(name, dtype, codes.device).index_select(0, codes.to(torch.int32).reshape(-1)).reshape(codes.shape)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,68 +10,28 @@ import torch.distributed
 from torch import Tensor
 
 from dsv4_backend_torch.numeric import torch_dtype
-from dsv4_core.liveness import JOIN, RankError
+from dsv4_core.ranks.store import StoredRanks, reaching
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-    from dsv4_backend_torch.backend import TorchBackend
-    from dsv4_core.rendezvous import Rendezvous
+    from dsv4_backend_torch.quant import TorchQuant
+    from dsv4_core.contract.rendezvous import Rendezvous
 
 dist: Any = torch.distributed  # its stubs leave out what it documents
 LIBRARY = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl", "xpu": "xccl"}
-SLOWEST = timedelta(minutes=30)  # a collective waits so long for a rank that still shows signs of life
-ANSWER = timedelta(seconds=10)  # of the store
 
 
-@contextmanager
-def reaching() -> Iterator[None]:
-    """Tell a connection that broke, or that was never made, from other errors: torch.distributed has no class for it."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise ConnectionError(str(error).splitlines()[0]) from error
+class TorchProcessGroup(StoredRanks):
+    """All ranks of a run, over the device's own library."""
 
-
-class TorchProcessGroup:
-    """All ranks of a run. Constructing it reaches the store, ``connect`` the other ranks."""
-
-    def __init__(self, backend: TorchBackend, where: Rendezvous) -> None:
-        """Raise ``RankError`` where the store cannot be reached."""
-        self.backend, self.rank, self.ranks, self.holder = backend, where.rank, where.ranks, where.holder
-        self.library = LIBRARY.get(backend.device.type, "gloo")
-        self.attempt = where.attempt
-
-        def store(*, is_master: bool, seconds: timedelta) -> Any:
-            return dist.TCPStore(
-                where.host, where.port, where.ranks, is_master, timeout=seconds, wait_for_workers=False
-            )
-
-        try:
-            self._own = store(is_master=where.rank == where.holder, seconds=timedelta(seconds=JOIN))
-            self.store = dist.PrefixStore(where.attempt, store(is_master=False, seconds=ANSWER))
-        except RuntimeError as error:
-            holder = "the launcher" if where.holder is None else f"rank {where.holder}"
-            at = f"{where.host}:{where.port} within {JOIN:.0f} s"
-            raise RankError(
-                f"rank {where.rank} found no store of {holder} at {at}: {str(error).splitlines()[0]}"
-            ) from error
-
-    def connect(self) -> None:
-        """Connect with all other ranks, which do the same."""
-        store = dist.PrefixStore(f"{self.attempt}/torch", self._own)
-        if not dist.is_initialized():
-            with reaching():
-                dist.init_process_group(
-                    self.library, store=store, rank=self.rank, world_size=self.ranks, timeout=SLOWEST
-                )
+    def __init__(self, backend: TorchQuant, where: Rendezvous) -> None:
+        super().__init__(dist, where, LIBRARY.get(backend.device.type, "gloo"))
+        self.backend = backend
 
     def groups(self, members: Sequence[Sequence[int]]) -> TorchGroup:
         """Make groups that together hold every rank once; give this rank's."""
-        with reaching():
-            made = [dist.new_group(list(ranks), timeout=SLOWEST) for ranks in members]
-        mine = next(group for group, ranks in zip(made, members, strict=True) if self.rank in ranks)
-        return TorchGroup(self.backend, mine, len(members[0]))
+        return TorchGroup(self.backend, self.own_group(members), len(members[0]))
 
     def dequantise(self, codes: Tensor, scale: Tensor, *, block: int) -> Tensor:
         """Codes [n, dim] times scales [n, dim / block], in the activation dtype."""
@@ -84,15 +42,11 @@ class TorchProcessGroup:
         )  # exponents as float32's; act_quant makes none of 0 or 255
         return (values * scales.to(be.act_type)[..., None]).reshape(codes.shape)
 
-    def close(self) -> None:
-        """Leave."""
-        dist.destroy_process_group()
-
 
 class TorchGroup:
     """Collectives among some of the ranks. What is only moved travels as bytes, whatever dtypes the library knows."""
 
-    def __init__(self, backend: TorchBackend, group: Any, size: int) -> None:
+    def __init__(self, backend: TorchQuant, group: Any, size: int) -> None:
         self.backend, self.group, self.size = backend, group, size
 
     def all_reduce(self, x: Tensor, *, out_dtype: str) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dsv4_backend_torch.numeric import Numeric
-from dsv4_core.dtypes import AMAX_FLOOR, FORMAT_MAX, FP4_GROUP, FP8_BLOCK, INT8_MAX, Format, ScaledArray
-from dsv4_core.ops.quant import QuantOps
+from dsv4_core.contract.dtypes import AMAX_FLOOR, FORMAT_MAX, FP4_GROUP, FP8_BLOCK, INT8_MAX, Format, ScaledArray
+from dsv4_core.contract.ops.quant import QuantOps
 
 
 class _Bits(NamedTuple):

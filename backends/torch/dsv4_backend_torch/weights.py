@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from dsv4_core.dtypes import Experts, ScaledArray
+from dsv4_core.contract.dtypes import Experts, ScaledArray
 
 if TYPE_CHECKING:
     from collections.abc import Callable

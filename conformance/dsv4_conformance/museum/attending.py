@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from dsv4_conformance.museum.fault import Op, mutant
-from dsv4_core.config import PRESETS
-from dsv4_core.dtypes import Host
+from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.contract.dtypes import Host
 
 
 @mutant("sparse_attn", seen="attn_sink loaded but not used: the only new term of this softmax")
@@ -49,7 +49,7 @@ def softmax_overflows(be: Any, right: Op, q: Host, kv: Host, sink: Host, idxs: H
 def undeclared_bf16_probabilities(
     be: Any, right: Op, q: Host, kv: Host, sink: Host, idxs: Host, *, softmax_scale: float
 ) -> Any:
-    from dsv4_core.dtypes import BFLOAT16
+    from dsv4_core.contract.dtypes import BFLOAT16
 
     rows, valid = kv[np.maximum(idxs, 0)].astype(np.float32), (idxs >= 0)[:, None]
     scores = np.where(valid, np.einsum("thd,tjd->thj", q.astype(np.float32) * np.float32(softmax_scale), rows), -np.inf)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsv4_core.backend import Backend
-from dsv4_core.spec import OPS
+from dsv4_core.contract.backend import Backend
+from dsv4_core.contract.spec import OPS
 
 Op = Callable[..., Any]
 Fault = Callable[..., Any]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from dsv4_conformance.museum.fault import Fault, Op, altered
-from dsv4_core.backend import Backend
-from dsv4_core.dtypes import BFLOAT16, Experts, Host, ScaledArray
+from dsv4_core.contract.backend import Backend
+from dsv4_core.contract.dtypes import BFLOAT16, Experts, Host, ScaledArray
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dsv4_conformance import opcases
-from dsv4_conformance.budget import expect
-from dsv4_conformance.checks import BAD, Check, Finding, Session, collect
+from dsv4_conformance.cases import checks as opcases
+from dsv4_conformance.cases.checks import OpCase, judge_call
+from dsv4_conformance.check import BAD, Check, Finding, Session
 from dsv4_conformance.museum.catalogue import VARIANTS
 from dsv4_conformance.museum.fault import Mutant
 from dsv4_conformance.museum.honest import Variant
-from dsv4_conformance.opcases import OpCase, judge_call
-from dsv4_conformance.runner import run_check
-from dsv4_core import registry
+from dsv4_conformance.run.catalogue import collect
+from dsv4_conformance.run.runner import run_check
+from dsv4_conformance.verdict.budget import expect
+from dsv4_core.contract import registry
 
 if TYPE_CHECKING:
-    from dsv4_core.backend import Backend
-    from dsv4_core.spec import Numerics
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.spec import Numerics
 
 DEADLY = BAD - {"xpassed"}
 

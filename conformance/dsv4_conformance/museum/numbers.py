@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dsv4_conformance.museum.fault import Op, mutant
-from dsv4_core.dtypes import (
+from dsv4_core.contract.dtypes import (
     AMAX_FLOOR,
     BFLOAT16,
     E8M0_VALUES,

@@ -7,8 +7,8 @@ import math
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from dsv4_conformance.budget import SAFETY, SAMPLES
 from dsv4_conformance.museum.catalogue import MUTANTS, VARIANTS
+from dsv4_conformance.verdict.budget import SAFETY, SAMPLES
 
 if TYPE_CHECKING:
     from pathlib import Path

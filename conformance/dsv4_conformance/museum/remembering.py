@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dsv4_conformance.museum.fault import Op, mutant
-from dsv4_core.dtypes import Host
+from dsv4_core.contract.dtypes import Host
 
 
 @mutant(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dsv4_conformance.museum.fault import Op, mutant
-from dsv4_core.dtypes import BFLOAT16, Host
+from dsv4_core.contract.dtypes import BFLOAT16, Host
 
 
 def scores_of(x: Host, weight: Host) -> Host:

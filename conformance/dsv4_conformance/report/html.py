@@ -6,11 +6,11 @@ import math
 from html import escape
 from typing import Any
 
-from dsv4_conformance.budget import SAFETY
-from dsv4_conformance.checks import BAD
+from dsv4_conformance.check import BAD
 from dsv4_conformance.report.matrix import name
-from dsv4_conformance.runner import LEVELS
-from dsv4_core.spec import OPS
+from dsv4_conformance.run.runner import LEVELS
+from dsv4_conformance.verdict.budget import SAFETY
+from dsv4_core.contract.spec import OPS
 
 STYLE = """
 :root{--bg:#fbfbfd;--fg:#1c1e26;--dim:#6b7080;--card:#fff;--line:#e3e5ec;--good:#15803d;--bad:#b91c1c;--code:#f1f2f6}

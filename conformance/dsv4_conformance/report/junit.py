@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 if TYPE_CHECKING:
-    from dsv4_conformance.runner import Run
+    from dsv4_conformance.run.runner import Run
 
 
 def junit(run: Run, rerun: str) -> str:

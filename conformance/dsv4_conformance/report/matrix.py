@@ -8,36 +8,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import click
-
-from dsv4_conformance.runner import said_once
-from dsv4_core.spec import OPS
+from dsv4_conformance.run.runner import said_once
+from dsv4_core.contract.spec import OPS
 
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
 HEAD = """# Support matrix
 
 Made by `dsv4 conformance matrix REPORT...` from reports alone: a column a run, its command below; the number beside a result names the run that it is from.
 """
-
-
-@click.command("matrix")
-@click.argument("reports", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--brief", is_flag=True, help="A line a report, without the ops.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write it here instead of printing it.")
-@click.option(
-    "--into",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help=f"Put it into this document, between the lines {BEGIN} and {END}.",
-)
-def command(reports: tuple[Path, ...], brief: bool, out: Path | None, into: Path | None) -> None:
-    """Build the support matrix from report.json files (or directories that hold one)."""
-    text = (summary if brief else matrix)([load(path) for path in reports])
-    if out:
-        out.write_text(text)
-    if into:
-        into.write_text(between(into.read_text(), text, str(into)))
-    if not out and not into:
-        click.echo(text, nl=False)
 
 
 def between(document: str, text: str, name: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dsv4_backend_ascend.cann.matmul import expert_linear_bf16
-from dsv4_core.dtypes import ScaledArray
+from dsv4_core.contract.dtypes import ScaledArray
 
 if TYPE_CHECKING:
     from dsv4_backend_torch.backend import TorchBackend

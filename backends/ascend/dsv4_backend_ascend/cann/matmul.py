@@ -12,11 +12,11 @@ import torch
 
 from dsv4_backend_ascend.cann.call import call
 from dsv4_backend_ascend.constraints import BFLOAT16, E2M1, E4M3_NPU, E8M0, FLOAT32
-from dsv4_core.dtypes import FP4_GROUP, FP8_BLOCK
+from dsv4_core.contract.dtypes import FP4_GROUP, FP8_BLOCK
 
 if TYPE_CHECKING:
     from dsv4_backend_ascend.weights import MxWeight
-    from dsv4_core.dtypes import ScaledArray
+    from dsv4_core.contract.dtypes import ScaledArray
 
 _NUMBERS = {"bfloat16": BFLOAT16, "float32": FLOAT32}
 _GROUPED = {"split_item": 3, "group_type": 0, "group_list_type": 0, "output_dtype": BFLOAT16}

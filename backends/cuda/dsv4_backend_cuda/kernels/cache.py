@@ -7,7 +7,7 @@ import triton.language as tl
 from dsv4_backend_cuda import launch
 from dsv4_backend_cuda.kernels.formats import e2m1_encode, e8m0_of, e8m0_reciprocal, quantise_e4m3
 from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
-from dsv4_core.dtypes import FP4_GROUP, KV_BLOCK, RowLayout
+from dsv4_core.contract.dtypes import FP4_GROUP, KV_BLOCK, RowLayout
 
 
 @triton.jit

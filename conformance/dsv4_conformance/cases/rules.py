@@ -1,0 +1,395 @@
+"""The operands of every op, in the order of its signature."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dsv4_conformance.cases.operands import FAR, Maker, builds, quantiser_input
+from dsv4_core.contract.dtypes import FP4_GROUP, KV_BLOCK, Host, RowLayout
+
+
+@builds("embedding")
+def _embedding(m: Maker) -> list[Any]:
+    ids = m.ints(0, m["vocab"], m["tokens"])
+    if m.data == "ids_outside":
+        ids[:4] = -1, m["vocab"], -m["vocab"] - 1, 2**31 - 1
+    return [ids, m.weight("weight", m["vocab"], m["dim"])]
+
+
+@builds("sample")
+def _sample(m: Maker) -> list[Any]:
+    logits = m.floats(m["tokens"], m["vocab"], dtype=m.wide, data="integers" if m.data == "ties" else m.data, scale=3.0)
+    return [logits, m.rng.random(m["tokens"]).astype(np.float32)]
+
+
+@builds("rms_norm")
+def _rms_norm(m: Maker) -> list[Any]:
+    weight = None if m.case.dtypes.get("weight") == "none" else m.plain(m["dim"], dtype="bfloat16")
+    return [m.floats(m["tokens"], m["dim"]), weight]
+
+
+@builds("apply_rope")
+def _apply_rope(m: Maker) -> list[Any]:
+    positions = m.ints(FAR - 4096, FAR, m["tokens"]) if m.data == "far" else m.ints(0, 4096, m["tokens"])
+    return [m.floats(m["tokens"], m["heads"], m["dim"]), positions, m.freqs(m["half"])]
+
+
+@builds("act_quant")
+def _act_quant(m: Maker) -> list[Any]:
+    return [quantiser_input(m, "e4m3", m.case.scalars["block"], m["dim"])]
+
+
+@builds("act_qdq")
+def _act_qdq(m: Maker) -> list[Any]:
+    s = m.case.scalars
+    return [quantiser_input(m, s["format"], s["block"], s["channels"])]
+
+
+@builds("hadamard")
+def _hadamard(m: Maker) -> list[Any]:
+    return [m.floats(m["tokens"], m["dim"])]
+
+
+def _linear_input(m: Maker, *shape: int) -> Host:
+    if m.data == "one_hot":
+        x = m.floats(*shape, data="normal") * 0
+        step = max(1, shape[-1] // shape[0])  # from one end of a row to the other
+        x[np.arange(shape[0]), ..., step * np.arange(shape[0]) % shape[-1]] = 2.0**13  # both scales' product is normal
+        return x
+    return m.floats(*shape)
+
+
+@builds("linear")
+def _linear(m: Maker) -> list[Any]:
+    return [_linear_input(m, m["tokens"], m["in"]), m.weight("weight", m["out"], m["in"])]
+
+
+@builds("logits")
+def _logits(m: Maker) -> list[Any]:
+    return [m.floats(m["tokens"], m["dim"]), m.weight("weight", m["vocab"], m["dim"])]
+
+
+@builds("grouped_linear")
+def _grouped_linear(m: Maker) -> list[Any]:
+    return [_linear_input(m, m["tokens"], m["groups"], m["in"]), m.weight("weight", m["out"], m["in"])]
+
+
+@builds("expert_linear")
+def _expert_linear(m: Maker) -> list[Any]:
+    rows, experts = m["rows"], m["experts"]
+    last = {"nothing_here": 0, "other_ranks": rows - rows // 3}.get(m.data, rows)
+    if m.data == "one_expert":
+        offsets = np.where(np.arange(experts + 1) > 1, rows, 0)
+    else:
+        inner = np.sort(m.rng.integers(0, last + 1, experts - 1))
+        offsets = np.concatenate([[0], inner, [last]])
+    return [_linear_input(m, rows, m["in"]), m.experts("weight", experts, m["out"], m["in"]), offsets.astype(np.int32)]
+
+
+def _gate_input(m: Maker) -> tuple[Host, Host]:
+    data = "integers" if m.data == "ties" else m.data
+    x = m.floats(m["tokens"], m["dim"], data=data)
+    if m.data == "ties":  # experts in equal pairs, logits exact: the lower id of a pair comes first
+        half = m.floats(m["experts"] // 2, m["dim"], dtype="bfloat16", data="integers", scale=1 / 8)
+        return x, np.repeat(half, 2, axis=0)
+    return x, m.plain(m["experts"], m["dim"], dtype="bfloat16", scale=m["dim"] ** -0.5)
+
+
+@builds("gate")
+def _gate(m: Maker) -> list[Any]:
+    x, weight = _gate_input(m)
+    if m.data == "ties":
+        bias = np.repeat(m.plain(m["experts"] // 2, scale=0.25), 2)
+    elif m.data == "near_ties" and m["tokens"]:  # the first token's biased scores all within a few units of each other
+        logits = x[0].astype(np.float64) @ weight.astype(np.float64).T
+        bias = (4.0 - np.sqrt(np.logaddexp(0, logits)) + m.rng.integers(-3, 4, logits.shape) * 2.0**-22).astype(
+            np.float32
+        )
+    else:
+        bias = m.plain(m["experts"], scale=4.0 if m.data == "strong_bias" else 0.1)
+    return [x, weight, bias]
+
+
+@builds("gate_hash")
+def _gate_hash(m: Maker) -> list[Any]:
+    x, weight = _gate_input(m)
+    table = np.argsort(m.rng.random((m["vocab"], m["experts"])), axis=1)[:, : m["topk"]].astype(np.int64)
+    return [x, weight, table, m.ints(0, m["vocab"], m["tokens"])]
+
+
+@builds("dispatch")
+def _dispatch(m: Maker) -> list[Any]:
+    s = m.case.scalars
+    indices = m.routes(m["tokens"], m["topk"], s["first_expert"] + s["n_experts"] + (2 if s["first_expert"] else 0))
+    return [m.floats(m["tokens"], m["dim"]), m.rng.random((m["tokens"], m["topk"])).astype(m.wide), indices]
+
+
+@builds("swiglu")
+def _swiglu(m: Maker) -> list[Any]:
+    weights = None if m.case.dtypes.get("weights") == "none" else m.rng.random(m["rows"]).astype(m.wide)
+    scale = 1.0 if m.data == "clamp" else 3.0
+    return [m.floats(m["rows"], m["inter"], scale=scale), m.floats(m["rows"], m["inter"], scale=scale), weights]
+
+
+@builds("combine")
+def _combine(m: Maker) -> list[Any]:
+    topk, experts = m.case.scalars["topk"], m["experts"]
+    routes = m.routes(m["tokens"], topk, experts).reshape(-1)
+    local = np.minimum(routes, experts)
+    order = np.argsort(local, kind="stable").astype(np.int32)
+    offsets = np.searchsorted(local[order], np.arange(experts + 1)).astype(np.int32)
+    rows = m.floats(m["tokens"] * topk, m["dim"])
+    if m.data == "cancel":  # a token's first two copies nearly cancel
+        copies = rows[np.argsort(order)].reshape(m["tokens"], topk, m["dim"])
+        copies[:, 1] = -copies[:, 0]
+        rows = np.ascontiguousarray(copies.reshape(rows.shape)[order])
+    shared = None if m.case.dtypes.get("shared") == "none" else m.floats(m["tokens"], m["dim"])
+    return [rows, order, offsets, shared]
+
+
+@builds("compress")
+def _compress(m: Maker) -> list[Any]:
+    rows, ratio, dim = m["rows"], m["ratio"], m.case.scalars["dim"]
+    overlap = 2 if ratio == 4 else 1
+    width, tokens = overlap * dim, (rows + 1) * ratio
+    pool = np.concatenate(
+        [
+            m.floats(tokens, width, dtype=m.wide, data="outliers" if m.data == "outliers" else "normal"),
+            m.floats(tokens, width, dtype=m.wide),
+        ],
+        1,
+    )
+    idxs = (np.arange(rows)[:, None] + (2 if overlap == 2 else 1)) * ratio + np.arange(-overlap * ratio, 0)
+    if m.data == "first_row" and rows:
+        idxs[0, :ratio] = -1
+    if m.data == "padding":
+        idxs[::2] = -1
+    return [pool, m.plain(ratio, width), idxs.astype(np.int32)]
+
+
+def _index_operands(m: Maker) -> tuple[Host, Host, Host]:
+    """Queries, head weights (of either sign) and keys, the latter as the graph gives them: on the FP4 grid."""
+    b, s, h, d, n = m["batch"], m["seq"], m["heads"], m["dim"], m["rows"]
+    data = "integers" if m.data == "ties" else m.data
+    q, keys = m.floats(b * s * h, d, data=data), m.floats(b * n, d, data=data)
+    if m.data not in {"ties", "outliers"}:
+        q, keys = m.on_grid(q, "e2m1", FP4_GROUP, d), m.on_grid(keys, "e2m1", FP4_GROUP, d)
+    weights = m.floats(b, s, h, dtype=m.wide, data="integers" if m.data == "ties" else "normal")
+    return q.reshape(b, s, h, d), weights, keys.reshape(b, n, d)
+
+
+@builds("index_scores")
+def _index_scores(m: Maker) -> list[Any]:
+    return list(_index_operands(m))
+
+
+def _visible(m: Maker) -> list[Any]:
+    rows, topk, shape = m["rows"], m.case.scalars["topk"], (m["batch"], m["seq"])
+    visible = m.ints(0, topk, *shape) if m.data == "few_visible" else m.ints(rows // 2, rows + 1, *shape)
+    return [visible, np.broadcast_to(100 + np.arange(m["batch"], dtype=np.int32)[:, None] * rows, shape).copy()]
+
+
+@builds("index_select")
+def _index_select(m: Maker) -> list[Any]:
+    shape = (m["batch"], m["seq"], m["rows"])
+    scores = m.floats(*shape, dtype=m.wide, data="integers" if m.data == "ties" else m.data)
+    if m.data == "equal":
+        scores[:] = 0
+    elif m.data == "near_ties":
+        scores = (1 + m.rng.integers(0, 4, shape) * 2.0**-23).astype(scores.dtype)
+    elif m.data == "negative":
+        scores = -np.abs(scores) - 1
+    return [scores, *_visible(m)]
+
+
+@builds("index_topk")
+def _index_topk(m: Maker) -> list[Any]:
+    return [*_index_operands(m), *_visible(m)]
+
+
+@builds("cached_index_topk")
+def _cached_index_topk(m: Maker) -> list[Any]:
+    q, weights, _ = _index_operands(m)
+    layout: RowLayout = m.scalars()["layout"]
+    filled = 2 * m["rows"] if m.data == "sparse" else m["slots"]
+    if m.data == "sparse":
+        cache = m.far_cache(m["slots"], filled, layout)
+    else:
+        cache = _cache_of(m.floats(m["slots"], m["dim"], data="integers" if m.data == "ties" else "normal"), layout)
+    picks = [m.rng.permutation(filled)[: m["rows"]] for _ in range(m["batch"])]
+    index = (len(cache) - filled + np.concatenate(picks)).astype(np.int32)
+    return [q, weights, cache, index, *_visible(m)]
+
+
+def _cache_of(rows: Host, layout: RowLayout) -> Host:
+    if layout.kind == "plain":
+        return rows
+    from dsv4_core.contract.dtypes import E8M0_VALUES, encode, pack_fp4, power_of_two_scale
+
+    blocks = rows.astype(np.float32).reshape(len(rows), layout.dim // FP4_GROUP, FP4_GROUP)
+    scale = power_of_two_scale(np.abs(blocks).max(-1), "e2m1")
+    codes = encode(blocks / E8M0_VALUES[scale][..., None], "e2m1").reshape(rows.shape)
+    return np.concatenate([pack_fp4(codes), scale], axis=1)
+
+
+@builds("sparse_attn")
+def _sparse_attn(m: Maker) -> list[Any]:
+    t, h, d, rows, picks = m["tokens"], m["heads"], m["dim"], m["rows"], m["picks"]
+    if m.data == "shared_rows":
+        idxs = np.minimum(np.arange(t)[:, None] + np.arange(picks), rows - 1).astype(np.int32)
+    elif m.data == "repeated":
+        idxs = m.ints(0, max(1, picks // 3), t, picks)
+    else:
+        idxs = np.argsort(m.rng.random((t, rows)), axis=1)[:, :picks].astype(np.int32)
+    idxs = m.some_missing(idxs)
+    if m.data == "padding" and t:
+        idxs[0] = -1  # a token with no row
+    scale = 4.0 if m.data == "peaked" else 1.0
+    return [
+        m.floats(t, h, d, scale=scale),
+        m.floats(rows, d),
+        m.plain(h) + (30 if m.data == "strong_sink" else 0),
+        idxs,
+    ]
+
+
+@builds("cached_sparse_attn")
+def _cached_sparse_attn(m: Maker) -> list[Any]:
+    layout: RowLayout = m.scalars()["layout"]
+    t, h, d = m["tokens"], m["heads"], m["dim"]
+    windowed = m.case.dtypes.get("rows") == "none"
+    old = 0 if windowed else m["old"]
+    ring, ring_index = m.packed(m["ring_slots"], layout), m.ints(0, m["ring_slots"], m["recent"])
+    if m["recent"]:
+        ring_index[: m["recent"] // 4] = -1  # before the sequence's beginning
+    kv = m.on_grid(m.floats(t, d), "e4m3", KV_BLOCK, d - m["rope_dim"])
+    rows = row_index = None
+    if not windowed:
+        rows = m.far_cache(m["row_slots"], 2 * old, layout) if m.data == "sparse" else m.packed(m["row_slots"], layout)
+        row_index = m.ints(len(rows) - 2 * old if m.data == "sparse" else 0, len(rows), old)
+    total = m["recent"] + t + old
+    idxs = (
+        m.some_missing(m.ints(m["recent"] // 4, max(total, 1), t, m["picks"]))
+        if total > m["recent"] // 4
+        else np.full((t, m["picks"]), -1, np.int32)
+    )
+    sink = m.plain(h) + (30 if m.data == "strong_sink" else 0)
+    return [m.floats(t, h, d), kv, ring, ring_index, rows, row_index, sink, idxs]
+
+
+@builds("hc_expand")
+def _hc_expand(m: Maker) -> list[Any]:
+    return [m.floats(m["tokens"], m["dim"])]
+
+
+@builds("hc_add")
+def _hc_add(m: Maker) -> list[Any]:
+    return [m.floats(m["tokens"], m["hc"], m["dim"]), m.floats(m["tokens"], m["dim"])]
+
+
+def _mix_scale(m: Maker) -> tuple[Host, Host]:
+    """``scale`` and ``base`` of the mixes: near one for ordinary data, far apart where Sinkhorn shall converge slowly."""
+    hc = m.case.sizes.get("hc") or m.case.scalars["hc"]
+    scale, base = np.abs(m.plain(3)) + 0.5, m.plain(hc * (hc + 2))
+    if m.data == "slow":
+        scale[2] = 2.0
+        near_permutation = 8.0 * np.eye(hc)  # a dominant entry a row, two rows sharing a column
+        near_permutation[1] = near_permutation[0]
+        base[2 * hc :] = near_permutation.reshape(-1)
+    return scale, base
+
+
+@builds("hc_split_sinkhorn")
+def _hc_split_sinkhorn(m: Maker) -> list[Any]:
+    hc = m.case.scalars["hc"]
+    scale, base = _mix_scale(m)
+    return [m.floats(m["tokens"], hc * (hc + 2), dtype=m.wide), scale, base]
+
+
+def _streams(m: Maker) -> Host:
+    return m.floats(m["tokens"], m["hc"], m["dim"])
+
+
+def _fn(m: Maker, rows: int) -> Host:
+    wide = m["hc"] * m["dim"]
+    return m.plain(rows, wide, scale=wide**-0.5)
+
+
+@builds("hc_pre")
+def _hc_pre(m: Maker) -> list[Any]:
+    hc = m["hc"]
+    return [_streams(m), _fn(m, hc * (hc + 2)), *_mix_scale(m)]
+
+
+@builds("hc_pre_norm")
+def _hc_pre_norm(m: Maker) -> list[Any]:
+    return [*_hc_pre(m), m.plain(m["dim"], dtype="bfloat16")]
+
+
+@builds("hc_post")
+def _hc_post(m: Maker) -> list[Any]:
+    t, hc = m["tokens"], m["hc"]
+    comb = m.rng.random((t, hc, hc)) ** 4
+    comb = comb / comb.sum(-1, keepdims=True)
+    h = _streams(m)
+    if m.data == "cancel":
+        h[:, 1::2] = -h[:, 0::2]
+        comb[:, 1::2] = comb[:, 0::2]
+    return [m.floats(t, m["dim"]), h, (2 * m.rng.random((t, hc))).astype(m.wide), comb.astype(m.wide)]
+
+
+@builds("hc_head")
+def _hc_head(m: Maker) -> list[Any]:
+    return [_streams(m), _fn(m, m["hc"]), np.abs(m.plain(1)) + 0.5, m.plain(m["hc"])]
+
+
+@builds("ffn")
+def _ffn(m: Maker) -> list[Any]:
+    d, i = m["dim"], m["inter"]
+    return [m.floats(m["tokens"], d), m.weight("w1", i, d), m.weight("w3", i, d), m.weight("w2", d, i)]
+
+
+@builds("moe")
+def _moe(m: Maker) -> list[Any]:
+    t, d, i, e, k = (m[a] for a in ("tokens", "dim", "inter", "experts", "topk"))
+    shared = None if m.case.dtypes.get("shared") == "none" else m.floats(t, d)
+    indices = m.routes(t, k, e + m.case.scalars["first_expert"])
+    weights = [m.experts("w1", e, i, d), m.experts("w3", e, i, d), m.experts("w2", e, d, i)]
+    return [m.floats(t, d), m.rng.random((t, k)).astype(m.wide), indices, shared, *weights]
+
+
+@builds("cache_write")
+def _cache_write(m: Maker) -> list[Any]:
+    layout: RowLayout = m.scalars()["layout"]
+    rows = m.floats(m["n"], layout.dim)
+    if layout.kind != "plain":
+        fmt, block = ("e4m3", KV_BLOCK) if layout.kind == "kv" else ("e2m1", FP4_GROUP)
+        rows = m.on_grid(rows, fmt, block, layout.dim - layout.rope_dim)  # type: ignore[arg-type]
+    if m.data == "sparse":  # a cache of more than 2^31 bytes, its last rows written
+        cache = m.far_cache(m["slots"], m["n"], layout)
+        return [cache, rows, np.arange(len(cache) - m["n"], len(cache), dtype=np.int32)]
+    index = m.rng.permutation(m["slots"])[: m["n"]].astype(np.int32)
+    return [m.packed(m["slots"], layout), rows, m.some_missing(index)]
+
+
+@builds("cache_read")
+def _cache_read(m: Maker) -> list[Any]:
+    layout: RowLayout = m.scalars()["layout"]
+    if m.data == "sparse":
+        cache = m.far_cache(m["slots"], m["n"], layout)
+        return [cache, np.arange(len(cache) - m["n"], len(cache), dtype=np.int32)]
+    index = np.arange(m["n"], dtype=np.int32) if m.data == "every_code" else m.ints(0, m["slots"], m["n"])
+    return [m.packed(m["slots"], layout), m.some_missing(index)]
+
+
+@builds("concat")
+def _concat(m: Maker) -> list[Any]:
+    def part(i: int) -> Host:
+        size = [m["n"], m["dim"]]
+        axis = m.case.scalars["axis"]
+        size[axis] = 0 if m.data == "an_empty_part" and i == 1 else size[axis] + i
+        return m.ints(-1, 1000, *size) if m.data == "int32" else m.floats(*size)
+
+    return [[part(i) for i in range(m["parts"])]]

@@ -1,0 +1,153 @@
+"""``dsv4 conformance mutants``: what kills each wrong backend, and that no honest one is failed."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import click
+
+SLICES = 4  # of the seeds: parts that processes take
+
+
+@click.command("mutants")
+@click.option("--name", "names", multiple=True, help="Only this mutant or variant; may be repeated.")
+@click.option(
+    "--tier",
+    type=click.Choice(["smoke", "standard"]),
+    default="standard",
+    show_default=True,
+    help="Give up on a mutant after it.",
+)
+@click.option(
+    "--seeds",
+    default=20,
+    show_default=True,
+    help="Seeds of the numeric op cases for the honest variants; 0 leaves them out.",
+)
+@click.option("--whole", is_flag=True, help="Also the whole standard tier once on each honest variant.")
+@click.option("--jobs", default=2, show_default=True, help="Processes.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write museum.json, mutants.md and safety-factor.md with its picture here.",
+)
+def command(names: tuple[str, ...], tier: str, seeds: int, whole: bool, jobs: int, out: Path | None) -> None:
+    """Prove that the suite bites: run it on backends with one fault each, until something fails; and on honest ones, which must pass."""
+    from dsv4_conformance.museum.catalogue import MUTANTS, VARIANTS
+
+    if unknown := set(names) - set(MUTANTS) - set(VARIANTS):
+        raise ValueError(
+            f"--name {min(unknown)!r}: neither a mutant nor an honest variant; names: {', '.join([*MUTANTS, *VARIANTS])}"
+        )
+    hunted = [n for n in MUTANTS if not names or n in names]
+    honest = [n for n in VARIANTS if not names or n in names]
+    record: dict[str, Any] = {
+        "date": str(datetime.datetime.now(datetime.timezone.utc).date()),
+        "seeds": seeds,
+        "whole": whole,
+        "mutants": {},
+        "honest": {},
+    }
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        for kill in pool.map(hunted_one, hunted, [tier] * len(hunted)):
+            record["mutants"][kill["name"]] = kill
+            verdict = f"{kill['tier']:8} {kill['id']}" if kill["id"] else click.style("SURVIVES", fg="red")
+            click.echo(f"{kill['name']:46} {verdict}  {kill['seconds']:.1f} s")
+        if seeds and honest:
+            parts = [range(i, seeds, SLICES) for i in range(min(SLICES, seeds))]
+            for part in pool.map(tried, parts, [honest] * len(parts)):
+                for result in part:
+                    merge(record["honest"], result)
+        if whole and honest:
+            for result in pool.map(whole_one, honest):
+                merge(record["honest"], result)
+    for name, h in record["honest"].items():
+        alarm = click.style(f"FAILED {h['alarms'][0]}", fg="red") if h["alarms"] else "passes"
+        click.echo(
+            f"honest {name:39} {alarm}; {h['cases']} cases, at most {h['used']:.1%} of a budget, factor {h['factor']:.2f} ({h['at']})"
+        )
+    if out:
+        from dsv4_conformance.museum.pages import write
+
+        write(record, out)
+    raise click.exceptions.Exit(closing(record))
+
+
+def closing(record: dict[str, Any]) -> int:
+    """Print the last line; give the exit status."""
+    kills = record["mutants"].values()
+    alive = [k["name"] for k in kills if not k["id"]]
+    smoke = sum(k["tier"] == "smoke" for k in kills)
+    alarms = sum(len(h["alarms"]) for h in record["honest"].values())
+    ok = not alive and not alarms
+    survivors = f"; alive: {', '.join(alive)}" if alive else ""
+    click.echo(
+        f"{'PASSED' if ok else 'FAILED'}. {len(kills) - len(alive)} of {len(kills)} mutants killed, {smoke} of them at smoke{survivors}; "
+        f"{len(record['honest'])} honest variants, {alarms} false alarms."
+    )
+    return 0 if ok else 1
+
+
+def hunted_one(name: str, tier: str) -> dict[str, Any]:
+    """Hunt one mutant, in a process of its own."""
+    from dsv4_conformance.museum.catalogue import MUTANTS
+    from dsv4_conformance.museum.hunt import hunt
+    from dsv4_conformance.report.write import finite
+
+    kill = hunt(MUTANTS[name], tier=tier)
+    f = kill.finding
+    plain: dict[str, Any] = finite(
+        {
+            "name": name,
+            "tier": kill.tier,
+            "id": f.id if f else "",
+            "used": f.used if f else 0.0,
+            "factor": f.metrics.get("factor", 0.0) if f else 0.0,
+            "message": f.message if f else "",
+            "numeric": kill.mutant.numeric,
+            "seconds": round(kill.seconds, 2),
+        }
+    )
+    return plain
+
+
+def tried(seeds: range, names: list[str]) -> list[dict[str, Any]]:
+    """Honest variants over some seeds."""
+    from dataclasses import asdict
+
+    from dsv4_conformance.museum.hunt import trials
+
+    return [asdict(h) for h in trials(seeds, names=names)]
+
+
+def whole_one(name: str) -> dict[str, Any]:
+    """The whole standard tier on one honest variant."""
+    from dataclasses import asdict
+
+    from dsv4_conformance.museum.hunt import whole_tier
+
+    return asdict(whole_tier(name))
+
+
+def merge(into: dict[str, Any], part: dict[str, Any]) -> None:
+    """Add one part's counts to a variant's."""
+    known = into.setdefault(
+        part["name"], {"name": part["name"], "cases": 0, "alarms": [], "used": 0.0, "factor": 0.0, "at": ""}
+    )
+    known["cases"] += part["cases"]
+    known["alarms"] += part["alarms"]
+    known["used"] = max(known["used"], part["used"])
+    if part["factor"] > known["factor"]:
+        known["factor"], known["at"] = part["factor"], part["at"]
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a record that ``--out`` wrote."""
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record

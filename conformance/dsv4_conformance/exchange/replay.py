@@ -1,0 +1,126 @@
+"""Verdicts on results that somebody else computed, and cases that are not in the catalogue: saved calls, single
+examples of laws.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsv4_conformance.cases.checks import judge_call, level_of
+from dsv4_conformance.check import Finding, Group, Session
+from dsv4_conformance.files import tensorfile
+from dsv4_conformance.files.stored_calls import Packer, unpack
+from dsv4_conformance.verdict.budget import Expected, expect
+from dsv4_conformance.verdict.calls import Call, result_dtype
+from dsv4_conformance.verdict.discrete import judge_discrete
+from dsv4_conformance.verdict.judge import Verdict, judge_exact, judge_rounded
+from dsv4_core.checkpoint.shards import Shard
+from dsv4_core.contract.dtypes import dtype_name
+from dsv4_core.contract.spec import OPS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.dtypes import Host
+    from dsv4_core.contract.registry import Oracle
+    from dsv4_core.contract.spec import Tier
+
+SUFFIX = ".case.safetensors"
+SECOND_OPINIONS = (
+    7  # times the samples of a budget, beside its own: the largest is then below its own scale once in 10^10 elements
+)
+BEYOND_CHANCE = 100.0  # times the budget: no number of samples would explain it
+
+
+def judge_results(
+    call: Call, results: Sequence[Host], expected: Sequence[Expected], oracle: Oracle, backend: Backend
+) -> Verdict:
+    """Judge results of a call (mutated operands last): number, dtype and shape, then every element."""
+    verdict = Verdict()
+    if len(results) != len(expected):
+        return Verdict([f"{len(results)} results; the contract has {len(expected)}"], float("inf"))
+    returned = len(expected) - len(call.spec.mutates)
+    for i, (got, want) in enumerate(zip(results, expected, strict=True)):
+        wanted = result_dtype(call, i, backend) if i < returned else want.dtype
+        if dtype_name(got) != wanted:
+            verdict.problems.append(f"result {i} has dtype {dtype_name(got)}; the contract says {wanted}")
+        if got.shape != want.value.shape:
+            verdict.problems.append(
+                f"result {i} has shape {list(got.shape)}; the contract says {list(want.value.shape)}"
+            )
+    if verdict.problems:
+        verdict.used = float("inf")
+        return verdict
+    if "discrete" in call.spec.judged:
+        verdict.add(judge_discrete(call, list(results), oracle, backend), "")
+        return verdict
+    for i, (got, want) in enumerate(zip(results, expected, strict=True)):
+        one = judge_exact(got, want) if want.budget is None else judge_rounded(got, want)
+        verdict.add(one, f"result {i}: " if len(expected) > 1 else "")
+    return verdict
+
+
+def judge_recorded(call: Call, results: Sequence[Host], session: Session) -> Verdict:
+    """Judge recorded results by the session's oracle.
+
+    A run has millions of elements, and of a budget's random deviations the largest is now and then far below its scale:
+    what is over budget is judged again by more of them before it counts.
+    """
+    with np.errstate(all="ignore"):
+        expected = expect(call, session.oracle, session.backend)
+        verdict = judge_results(call, results, expected, session.oracle, session.backend)
+        if 1 < verdict.used < BEYOND_CHANCE:
+            for i in range(SECOND_OPINIONS):
+                more = expect(replace(call, seed=call.seed + i + 1), session.oracle, session.backend)
+                expected = [_wider(a, b) for a, b in zip(expected, more, strict=True)]
+            verdict = judge_results(call, results, expected, session.oracle, session.backend)
+    return verdict
+
+
+def _wider(a: Expected, b: Expected) -> Expected:
+    """The larger of two budgets for the same result."""
+    if a.budget is None or b.budget is None or a.spread is None or b.spread is None:
+        return a
+    return replace(a, budget=np.maximum(a.budget, b.budget), spread=np.maximum(a.spread, b.spread))
+
+
+def save(path: Path, call: Call, numerics: str, note: str) -> None:
+    """Write a call as a case that ``run --case PATH`` replays."""
+    packer = Packer()
+    description = packer.call("", call, share=False)
+    metadata = {"call": json.dumps(description), "numerics": numerics, "seed": str(call.seed), "note": note}
+    tensorfile.write(path, packer.tensors, metadata)
+
+
+@dataclass(frozen=True)
+class SavedCase:
+    """A call in a file, as a check."""
+
+    path: str
+    op: str
+    group: Group = "trace"
+    tier: Tier = "smoke"
+
+    @property
+    def id(self) -> str:
+        """The file's path."""
+        return self.path
+
+    @property
+    def level(self) -> int:
+        """As the op's other cases."""
+        return level_of(OPS[self.op])
+
+    def run(self, session: Session) -> Finding:
+        """Run the call on the session's backend and judge it."""
+        shard = Shard(Path(self.path))
+        if (numerics := shard.metadata["numerics"]) != session.numerics:
+            raise ValueError(f"{self.path}: recorded in {numerics}; run it with --numerics {numerics}")
+        call = unpack(json.loads(shard.metadata["call"]), shard.array, int(shard.metadata["seed"]))
+        return Finding.of(self, judge_call(call, session), seed=call.seed)

@@ -1,0 +1,1 @@
+"""Arrays and calls as files. What they mean is decided by who writes them."""

@@ -1,0 +1,171 @@
+"""Bits: the same call twice, a row alone or among others, and a result that the next call leaves alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dsv4_conformance.cases.case import cases_of
+from dsv4_conformance.cases.checks import OpCase, describe, level_of
+from dsv4_conformance.check import Check, Finding, Group, Session
+from dsv4_conformance.verdict.calls import Call, Outcome, as_tuple, copied, place
+from dsv4_conformance.verdict.judge import Verdict
+from dsv4_conformance.verdict.judge import place as first_of
+from dsv4_core.contract.dtypes import Host
+from dsv4_core.contract.spec import OPS
+
+if TYPE_CHECKING:
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.spec import Numerics, Tier
+
+WHOLE = frozenset({"dispatch", "combine", "expert_linear", "cached_sparse_attn", "cached_index_topk", "compress"})
+"""Ops whose operands refer to each other's rows, so that no part of them stands alone; the model's laws cover them."""
+
+
+class FormError(TypeError):
+    """A result has not the form that the contract gives it."""
+
+
+def plain_run(call: Call, backend: Backend) -> tuple[Any, list[Host]]:
+    """Run a call without guards; give what was returned, and its results as copies on the host. Raise ``FormError`` where it has not
+    the contract's form.
+    """
+    placed = [place(backend, n, o, lambda _, x: backend.from_numpy(copied(x))) for n, o in call.named().items()]
+    with np.errstate(all="ignore"):
+        returned = getattr(backend, call.op)(*placed, **call.scalars)
+    mutated = [placed[call.spec.arrays.index(n)] for n in call.spec.mutates]
+    outcome = Outcome()
+    results = [*as_tuple(call, returned, outcome), *mutated]
+    if outcome.problems:
+        raise FormError("; ".join(outcome.problems))
+    return results, [np.array(backend.to_numpy(r)) for r in results]
+
+
+def bits_differ(a: Host, b: Host) -> Host:
+    """Where two arrays of one dtype differ in any bit."""
+    if not a.size:
+        return np.zeros(a.shape, bool)
+    one, two = (np.ascontiguousarray(x).reshape(*x.shape, 1).view(np.uint8) for x in (a, b))
+    return (one != two).any(-1)
+
+
+@dataclass(frozen=True)
+class Bitwise:
+    """A law on the bits of one op case: ``determinism``, ``batch_invariance`` or ``buffer_reuse``."""
+
+    case: OpCase
+    law: str
+    tier: Tier = "standard"
+
+    @property
+    def id(self) -> str:
+        """``LAW/OP/CASE``."""
+        return f"{self.law}/{self.case.id}"
+
+    @property
+    def op(self) -> str:
+        """The law; for buffers the op, which is simply wrong where it fails."""
+        return self.case.op if self.law == "buffer_reuse" else self.law
+
+    @property
+    def group(self) -> Group:
+        """Whose claim it is."""
+        return "op" if self.law == "buffer_reuse" else "invariance"
+
+    @property
+    def level(self) -> int:
+        """The op's, or 4."""
+        return level_of(self.case.spec) if self.law == "buffer_reuse" else 4
+
+    def run(self, session: Session) -> Finding:
+        """Run the op on the case more than once."""
+        call = self.case.call(session.numerics, session.repeat)
+        if not (support := session.backend.supports(self.case.op, **describe(call))):
+            return Finding(self.id, self.op, self.group, self.level, "unsupported", support.reason)
+        verdict = getattr(self, self.law)(call, session)
+        return Finding.of(self, verdict, seed=call.seed, dtypes=self.case.dtypes(session.numerics))
+
+    def determinism(self, call: Call, session: Session) -> Verdict:
+        """Same call, same bits."""
+        first, second = (plain_run(call, session.backend)[1] for _ in range(2))
+        return _compare(first, second, "a second call with the same operands")
+
+    def buffer_reuse(self, call: Call, session: Session) -> Verdict:
+        """Another call leaves an earlier result as it is."""
+        returned, first = plain_run(call, session.backend)
+        plain_run(self.case.call(session.numerics, session.repeat + 1), session.backend)
+        return _compare(first, [np.array(session.backend.to_numpy(r)) for r in returned], "the next call overwrote it:")
+
+    def batch_invariance(self, call: Call, session: Session) -> Verdict:
+        """One row alone, and half of the rows, as they are among all."""
+        axis = call.spec.returns[0].split()[0]
+        rows = self.case.case.sizes[axis]
+        _, everything = plain_run(call, session.backend)
+        verdict = Verdict()
+        for start, stop in ((0, 1), (rows // 2, rows // 2 + 1), (rows // 3, rows // 3 + max(1, rows // 2))):
+            part = tuple(
+                o[start:stop] if isinstance(o, np.ndarray) and call.spec.axes[n].split()[0] == axis else o
+                for n, o in call.named().items()
+            )
+            _, alone = plain_run(Call(call.op, part, call.scalars, seed=call.seed), session.backend)
+            what = f"rows {start} to {stop - 1} of {rows} on their own"
+            verdict = _compare([e[start:stop] for e in everything], alone, what)
+            if not verdict.ok:
+                break
+        return verdict
+
+
+def _compare(want: list[Host], got: list[Host], what: str) -> Verdict:
+    verdict = Verdict()
+    for i, (a, b) in enumerate(zip(want, got, strict=True)):
+        differ = bits_differ(a, b)
+        if differ.any():
+            at = first_of(differ)
+            verdict.problems.append(
+                f"result {i}: {what} differs in {int(differ.sum())} of {differ.size} elements, first {list(at)}: {a[at]} and {b[at]}; "
+                "tiles and splits of fixed size make the order of summation independent of the batch"
+                if "rows" in what
+                else f"result {i}: {what} differs in {int(differ.sum())} of {differ.size} elements, first {list(at)}: {a[at]} and {b[at]}"
+            )
+            verdict.used, verdict.worst = (
+                float("inf"),
+                {"element": list(at), "got": float(b[at]), "want": float(a[at]), "budget": 0.0},
+            )
+    return verdict
+
+
+def checks(numerics: Numerics) -> list[Check]:
+    """Determinism of every op's first case and of its largest standard one; invariance of cases with rows enough; buffers of every op."""
+    del numerics
+    found: list[Check] = []
+    for spec in OPS.values():
+        cases = [c for c in cases_of(spec) if c.tier != "full" and not c.views]
+        axis = (spec.returns[0].split() or [""])[0]
+        first = OpCase(spec, cases[0])
+        found.append(Bitwise(first, "buffer_reuse", "smoke"))
+        found += [Bitwise(OpCase(spec, c), "determinism") for c in (cases[0], cases[-1])]
+        if spec.name not in WHOLE and axis in {"tokens", "rows", "batch"}:
+            many = [c for c in cases if c.sizes.get(axis, 0) >= (2 if axis == "batch" else 17) or c is cases[0]]
+            found += [Bitwise(OpCase(spec, c), "batch_invariance") for c in many]
+    return found
+
+
+def cost(backend: Backend) -> str:
+    """What a batch-invariant mode costs: CPU time of the real-size cases against the same backend without it."""
+    options = {o.name: getattr(backend, o.name) for o in backend.options}
+    other = type(backend)(numerics=backend.numerics, **{**options, "batch_invariant": False})
+    parts = []
+    for op in ("linear", "expert_linear", "sparse_attn", "index_scores", "logits"):
+        case = next(c for c in cases_of(OPS[op]) if c.name.startswith("flash"))
+        call = OpCase(OPS[op], case).call(backend.numerics)
+        seconds = []
+        for judged in (backend, other):
+            plain_run(call, judged)  # weights are dequantised once
+            begin = time.process_time()
+            plain_run(call, judged)
+            seconds.append(time.process_time() - begin)
+        parts.append(f"{op} {seconds[0] / max(seconds[1], 1e-6):.2f}x")
+    return "cost of batch invariance, CPU time at the Flash model's sizes and few tokens: " + ", ".join(parts)

@@ -1,0 +1,150 @@
+"""What a sequence remembers: window ring, compressed rows, indexer keys, open windows; and how far it can be rewound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsv4_core.contract.dtypes import Host, RowLayout
+
+if TYPE_CHECKING:
+    from dsv4_core.checkpoint.config import ModelConfig
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.spec import Array
+
+
+class CacheError(ValueError):
+    """A request that the cache cannot hold: context too long, or a rewind too far."""
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's arrays; rows of sequence s begin at ``s * rows per sequence``.
+
+    None where the layer's ratio has no such thing.
+    """
+
+    ratio: int
+    ring: Array
+    rows: Array | None = None
+    keys: Array | None = None
+    state: Array | None = None
+    key_state: Array | None = None
+
+
+@dataclass
+class Cache:
+    """Room for ``sequences`` sequences of up to ``capacity`` tokens, each rewindable by ``rewindable`` tokens.
+
+    ``lengths[s]``: tokens that sequence s holds. ``furthest[s]``: the most it ever held, which limits how far back its
+    rings reach.
+    """
+
+    backend: Backend
+    config: ModelConfig
+    sequences: int
+    capacity: int
+    rewindable: int = 8
+    lengths: Host = field(init=False)
+    furthest: Host = field(init=False)
+    layers: list[LayerCache] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Allocate; raise ``CacheError`` where the capacity is more than the model's positions."""
+        if not 0 < self.capacity <= self.config.max_position_embeddings:
+            limit = self.config.max_position_embeddings
+            raise CacheError(
+                f"cache: capacity of {self.capacity} tokens; the model has positions 0 .. {limit - 1} (max_position_embeddings)"
+            )
+        self.lengths = np.zeros(self.sequences, np.int64)
+        self.furthest = np.zeros(self.sequences, np.int64)
+        self.layers = [self._layer(ratio) for ratio in self.config.compress_ratios]
+
+    @cached_property
+    def kv_layout(self) -> RowLayout:
+        """Key/value rows: packed in native mode, plain in the exact ones."""
+        c = self.config
+        return (
+            RowLayout("kv", c.head_dim, c.qk_rope_head_dim)
+            if self.backend.numerics == "native"
+            else RowLayout("plain", c.head_dim)
+        )
+
+    @cached_property
+    def key_layout(self) -> RowLayout:
+        """Indexer keys: packed in native mode, plain in the exact ones."""
+        return RowLayout("key" if self.backend.numerics == "native" else "plain", self.config.index_head_dim)
+
+    def state_layout(self, ratio: int, dim: int) -> RowLayout:
+        """The compressor's open windows: a token's kv and score, [2 * width]."""
+        return RowLayout("plain", 2 * (2 if ratio == 4 else 1) * dim)
+
+    @property
+    def ring_rows(self) -> int:
+        """Window rows of a sequence."""
+        return self.config.sliding_window + self.rewindable
+
+    def compressed_rows(self, ratio: int) -> int:
+        """Compressed rows of a sequence."""
+        return -(-self.capacity // ratio)
+
+    def state_rows(self, ratio: int) -> int:
+        """Tokens of a sequence's open windows; where windows overlap, the one before counts too."""
+        return (2 * ratio if ratio == 4 else ratio) + self.rewindable
+
+    def _layer(self, ratio: int) -> LayerCache:
+        def rows(count: int, layout: RowLayout) -> Array:
+            dtype = "uint8" if layout.kind != "plain" else self.backend.activation_dtype
+            return self.backend.zeros((self.sequences * count, layout.width), dtype)
+
+        def state(dim: int) -> Array:
+            width = self.state_layout(ratio, dim).width
+            return self.backend.zeros((self.sequences * self.state_rows(ratio), width), self.backend.wide_dtype)
+
+        ring = rows(self.ring_rows, self.kv_layout)
+        if ratio == 0:
+            return LayerCache(0, ring)
+        compressed, open_window = rows(self.compressed_rows(ratio), self.kv_layout), state(self.config.head_dim)
+        if ratio != 4:
+            return LayerCache(ratio, ring, compressed, state=open_window)
+        keys = rows(self.compressed_rows(4), self.key_layout)
+        return LayerCache(4, ring, compressed, keys, open_window, state(self.config.index_head_dim))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays: the formulas of model.md section 5, times sequences."""
+        arrays = (
+            a
+            for layer in self.layers
+            for a in (layer.ring, layer.rows, layer.keys, layer.state, layer.key_state)
+            if a is not None
+        )
+        return sum(int(np.prod(a.shape)) * _ITEMSIZE[str(a.dtype).removeprefix("torch.")] for a in arrays)
+
+    def advance(self, sequences: Host, ends: Host) -> None:
+        """Note that sequences now hold ``ends`` tokens."""
+        self.lengths[sequences] = ends
+        self.furthest[sequences] = np.maximum(self.furthest[sequences], ends)
+
+    def rewind(self, sequence: int, length: int) -> None:
+        """Forget all but the first ``length`` tokens of a sequence; raise ``CacheError`` where its rings no longer
+        reach back so far.
+        """
+        have, floor = int(self.lengths[sequence]), max(0, int(self.furthest[sequence]) - self.rewindable)
+        if not 0 <= length <= have:
+            raise CacheError(f"rewind: sequence {sequence} holds {have} tokens, not {length}")
+        if length == 0:
+            self.furthest[sequence] = 0
+        elif length < floor:
+            reached = int(self.furthest[sequence])
+            raise CacheError(
+                f"rewind: sequence {sequence} to {length} tokens; it has reached {reached} and the cache keeps "
+                f"{self.rewindable} to rewind: the least is {floor}. Make the cache with rewindable={reached - length} or more, or prefill again"
+            )
+        self.lengths[sequence] = length
+
+
+_ITEMSIZE = {"uint8": 1, "bfloat16": 2, "float32": 4, "float64": 8}

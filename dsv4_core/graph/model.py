@@ -1,0 +1,453 @@
+"""The graph. Reads like the paper, calls only contracts, imports no array library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dsv4_core.contract.dtypes import FP4_GROUP, KV_BLOCK, Experts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dsv4_core.checkpoint.source import WeightSource
+    from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.dtypes import Host
+    from dsv4_core.contract.spec import Array
+    from dsv4_core.graph.cache import LayerCache
+    from dsv4_core.graph.step import Addresses, Compression
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """What one rank of several computes, and where partial results are put together.
+
+    Alone: everything, and nothing to reduce. ``reduce_*`` get partial sums, wide where the contract gives them so, and round
+    the whole once. ``local_ids``: token ids counted from this rank's part of the vocabulary. ``gather_low_rank``: joins the
+    inputs of an output projection that is held whole. ``experts``: what stands in for ``moe`` where token copies travel.
+    ``sequences``: which of a batch are this rank's, and ``gather_sequences`` joins host rows over all of the batch.
+    """
+
+    first_expert: int = 0
+    holds_shared: bool = True
+    local_ids: Callable[[Array], Array] | None = None
+    reduce_embedding: Callable[[Array], Array] | None = None
+    gather_low_rank: Callable[[Array], Array] | None = None
+    reduce_attention: Callable[[Array], Array] | None = None
+    experts: Callable[..., Array] | None = None
+    reduce_moe: Callable[[Array], Array] | None = None
+    gather_logits: Callable[[Array], Array] | None = None
+    sequences: Callable[[int], slice] | None = None
+    gather_sequences: Callable[[Host], Host] | None = None
+
+    def mine(self, rows: Host) -> Host:
+        """Give this rank's of the host rows of a whole batch."""
+        return rows[self.sequences(len(rows))] if self.sequences else rows
+
+    def joined(self, rows: Host) -> Host:
+        """Give the whole batch's host rows, of which these are this rank's."""
+        return self.gather_sequences(rows) if self.gather_sequences else rows
+
+
+ALONE = Parallel()
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """Weights that turn a window of tokens into one row."""
+
+    wkv: Any
+    wgate: Any
+    ape: Any
+    norm: Any
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """Weights that choose compressed rows."""
+
+    wq_b: Any
+    weights_proj: Any
+    compressor: Compressor
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Weights of one layer's attention."""
+
+    wq_a: Any
+    q_norm: Any
+    wq_b: Any
+    wkv: Any
+    kv_norm: Any
+    attn_sink: Any
+    wo_a: Any
+    wo_b: Any
+    compressor: Compressor | None
+    indexer: Indexer | None
+
+
+@dataclass(frozen=True)
+class Moe:
+    """Weights of one layer's experts; a hash-routed gate has ``tid2eid``, a score-routed one ``bias``.
+
+    ``shared`` is None on a rank that leaves the shared expert to another.
+    """
+
+    gate: Any
+    bias: Any
+    tid2eid: Any
+    shared: tuple[Any, Any, Any] | None
+    experts: tuple[Experts, Experts, Experts]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Hyper-connection weights of one sub-layer."""
+
+    fn: Any
+    scale: Any
+    base: Any
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer."""
+
+    index: int
+    ratio: int
+    freqs: Any
+    hc_attn: Mix
+    attn_norm: Any
+    attn: Attention
+    hc_ffn: Mix
+    ffn_norm: Any
+    ffn: Moe
+
+
+@dataclass(frozen=True)
+class Head:
+    """From streams to the final norm's output."""
+
+    hc: Mix
+    norm: Any
+
+
+@dataclass(frozen=True)
+class Mtp:
+    """The multi-token-prediction block and what it adds to a layer."""
+
+    block: Block
+    e_proj: Any
+    h_proj: Any
+    enorm: Any
+    hnorm: Any
+    head: Head
+
+
+class Model:
+    """DeepSeek-V4: ``forward`` gives streams, ``logits`` reduces them, ``mtp`` looks one token further."""
+
+    def __init__(
+        self,
+        source: WeightSource,
+        backend: Backend,
+        *,
+        parallel: Parallel = ALONE,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Load every weight through ``backend.load``; ``progress(done, of)`` is called after each layer."""
+        self.config, self.backend, self.parallel = source.config, backend, parallel
+        load = _Loader(source, backend, parallel)
+        c = self.config
+        self.embed, self.lm_head = load.weight("embed"), load.weight("head")
+        self.head = load.head("")
+        freqs = {ratio: backend.from_numpy(c.rope_frequencies(ratio)) for ratio in set(c.compress_ratios)}
+        self.blocks: list[Block] = []
+        for i in range(c.num_hidden_layers):
+            self.blocks.append(load.block(f"layers.{i}", i, freqs))
+            if progress:
+                progress(i + 1, c.layers)
+        self.mtp_block: Mtp | None = None
+        if c.num_nextn_predict_layers:
+            self.mtp_block = load.mtp(freqs)
+            if progress:
+                progress(c.layers, c.layers)
+
+    def forward(self, step: Addresses) -> Array:
+        """Run the main stack on a step's tokens; give the streams [T, hc, D].
+
+        The cache's rows are written, its lengths are not.
+        """
+        be = self.backend
+        with be.computing():
+            h = be.hc_expand(self._embedding(step.ids), hc=self.config.hc_mult)
+            for block in self.blocks:
+                h = self.block(block, h, step)
+        return h
+
+    def mtp(self, h: Array, next_ids: Array, step: Addresses) -> Array:
+        """Run the MTP block on the main stack's streams and the *next* tokens' ids, at the same positions; give its
+        streams.
+        """
+        be, c, mtp = self.backend, self.config, self.mtp_block
+        if mtp is None:
+            raise ValueError("this checkpoint has no MTP block (num_nextn_predict_layers = 0)")
+        with be.computing():
+            e = be.rms_norm(self._embedding(next_ids), mtp.enorm, eps=c.rms_norm_eps)
+            e = be.linear(e, mtp.e_proj, out_dtype=be.activation_dtype)
+            streams = be.rms_norm(h.reshape((step.tokens * c.hc_mult, c.hidden_size)), mtp.hnorm, eps=c.rms_norm_eps)
+            streams = be.linear(streams, mtp.h_proj, out_dtype=be.activation_dtype).reshape(h.shape)
+            return self.block(mtp.block, be.hc_add(streams, e), step)
+
+    def logits(self, h: Array, *, mtp: bool = False) -> Array:
+        """Reduce streams [T, hc, D] to logits [T, vocab], wide."""
+        be, c = self.backend, self.config
+        head = self.mtp_block.head if mtp and self.mtp_block else self.head
+        with be.computing():
+            x = be.hc_head(h, head.hc.fn, head.hc.scale, head.hc.base, norm_eps=c.rms_norm_eps, eps=c.hc_eps)
+            logits = be.logits(be.rms_norm(x, head.norm, eps=c.rms_norm_eps), self.lm_head)
+            return self.parallel.gather_logits(logits) if self.parallel.gather_logits else logits
+
+    def _embedding(self, ids: Array) -> Array:
+        p = self.parallel
+        x = self.backend.embedding(p.local_ids(ids) if p.local_ids else ids, self.embed)
+        return p.reduce_embedding(x) if p.reduce_embedding else x
+
+    def block(self, block: Block, h: Array, step: Addresses) -> Array:
+        """One layer: attention, then experts, each between its hyper-connections."""
+        x, post, comb = self._hc_pre(h, block.hc_attn, block.attn_norm)
+        h = self.backend.hc_post(self.attention(block, x, step), h, post, comb)
+        x, post, comb = self._hc_pre(h, block.hc_ffn, block.ffn_norm)
+        return self.backend.hc_post(self.moe(block.ffn, x, step), h, post, comb)
+
+    def _hc_pre(self, h: Array, mix: Mix, norm: Any) -> tuple[Array, Array, Array]:
+        c = self.config
+        return self.backend.hc_pre_norm(
+            h, mix.fn, mix.scale, mix.base, norm, norm_eps=c.rms_norm_eps, eps=c.hc_eps, iters=c.hc_sinkhorn_iters
+        )
+
+    def attention(self, block: Block, x: Array, step: Addresses) -> Array:
+        """Window rows, compressed rows (all, or the indexer's picks), sink, grouped output projection."""
+        be, c, w, p = self.backend, self.config, block.attn, self.parallel
+        T, d, act = step.tokens, c.head_dim, be.activation_dtype
+        if T == 0:  # a rank that takes part in the experts' exchange alone
+            return x
+        qr = be.rms_norm(be.linear(x, w.wq_a, out_dtype=act), w.q_norm, eps=c.rms_norm_eps)
+        q = be.linear(qr, w.wq_b, out_dtype=act)
+        heads = q.shape[1] // d
+        q = be.rms_norm(q.reshape((T * heads, d)), None, eps=c.rms_norm_eps).reshape((T, heads, d))
+        q = be.apply_rope(q, step.positions, block.freqs, inverse=False)
+        kv = be.rms_norm(be.linear(x, w.wkv, out_dtype=act), w.kv_norm, eps=c.rms_norm_eps)
+        kv = self._kv_row(kv, step.positions, block.freqs)
+
+        cache, layout = step.cache.layers[block.index], step.cache.kv_layout
+        idxs, rows, row_index = step.window_idxs, None, None
+        if block.ratio and w.compressor:
+            where = step.compression(block.ratio)
+            self._compress(w.compressor, x, block, cache, step, where)
+            picked = self._picked_rows(w.indexer, qr, x, block, cache, step, where)
+            if picked:
+                rows, (row_index, row_idxs) = cache.rows, picked
+                idxs = be.concat((idxs, row_idxs), axis=1)
+        o = be.cached_sparse_attn(
+            q, kv, cache.ring, step.ring_read, rows, row_index, w.attn_sink, idxs, layout=layout, softmax_scale=d**-0.5
+        )
+        be.cache_write(cache.ring, kv, step.ring_write, layout=layout)
+
+        o = be.apply_rope(o, step.positions, block.freqs, inverse=True)
+        groups = heads * c.o_groups // c.num_attention_heads
+        o = be.grouped_linear(o.reshape((T, groups, heads * d // groups)), w.wo_a)
+        o = p.gather_low_rank(o) if p.gather_low_rank else o
+        o = be.linear(o, w.wo_b, out_dtype=be.wide_dtype if p.reduce_attention else act)
+        return p.reduce_attention(o) if p.reduce_attention else o
+
+    def _kv_row(self, kv: Array, positions: Array, freqs: Array) -> Array:
+        """RoPE on the last channels of key/value rows [n, d], FP8 quantise-dequantise on the others."""
+        be, (n, d) = self.backend, kv.shape
+        kv = be.apply_rope(kv.reshape((n, 1, d)), positions, freqs, inverse=False).reshape((n, d))
+        return be.act_qdq(kv, format="e4m3", block=KV_BLOCK, channels=d - self.config.qk_rope_head_dim)
+
+    def _index_row(self, x: Array, positions: Array, freqs: Array) -> Array:
+        """RoPE, Hadamard and FP4 quantise-dequantise of indexer queries or keys [n, heads, di]."""
+        be, (n, heads, di) = self.backend, x.shape
+        x = be.apply_rope(x, positions, freqs, inverse=False)
+        x = be.hadamard(x.reshape((n * heads, di)))
+        return be.act_qdq(x, format="e2m1", block=FP4_GROUP, channels=di)
+
+    def _compress(
+        self, w: Compressor, x: Array, block: Block, cache: LayerCache, step: Addresses, where: Compression
+    ) -> None:
+        """Add this step's tokens to the open windows and store the rows of those that close."""
+        be, c = self.backend, self.config
+        rows = self._close_windows(w, x, c.head_dim, cache.state, step, where)
+        if rows is not None:
+            be.cache_write(
+                _held(cache.rows),
+                self._kv_row(rows, where.row_positions, block.freqs),
+                where.row_write,
+                layout=step.cache.kv_layout,
+            )
+
+    def _close_windows(
+        self, w: Compressor, x: Array, dim: int, state: Array | None, step: Addresses, where: Compression
+    ) -> Array | None:
+        """Rows [n * closing, dim], normed, of the windows that close in this step; None where none does."""
+        be, c = self.backend, self.config
+        layout = step.cache.state_layout(where.ratio, dim)
+        kv_score = be.concat([be.linear(x, weight, out_dtype=be.wide_dtype) for weight in (w.wkv, w.wgate)], axis=1)
+        rows = None
+        if where.closing:
+            pool = be.concat((be.cache_read(_held(state), where.state_read, layout=layout), kv_score), axis=0)
+            rows = be.rms_norm(be.compress(pool, w.ape, where.window_idxs, dim=dim), w.norm, eps=c.rms_norm_eps)
+        be.cache_write(_held(state), kv_score, where.state_write, layout=layout)
+        return rows
+
+    def _picked_rows(
+        self,
+        w: Indexer | None,
+        qr: Array,
+        x: Array,
+        block: Block,
+        cache: LayerCache,
+        step: Addresses,
+        where: Compression,
+    ) -> tuple[Array, Array] | None:
+        """Which compressed rows are read and, counted among all rows, which each token attends to: ``row_index``,
+        ``idxs`` [T, ...].
+        """
+        if w is None:
+            return (where.row_read, where.row_idxs) if where.bound and where.row_idxs is not None else None
+        be, c = self.backend, self.config
+        Hi, di, layout = c.index_n_heads, c.index_head_dim, step.cache.key_layout
+        rows = self._close_windows(w.compressor, x, di, cache.key_state, step, where)
+        if rows is not None:
+            keys = self._index_row(rows.reshape((rows.shape[0], 1, di)), where.row_positions, block.freqs)
+            be.cache_write(_held(cache.keys), keys, where.row_write, layout=layout)
+        if where.picks is None:
+            return None
+        q = be.linear(qr, w.wq_b, out_dtype=be.activation_dtype).reshape((step.tokens, Hi, di))
+        q = self._index_row(q, step.positions, block.freqs)
+        weights = be.linear(x, w.weights_proj, out_dtype=be.wide_dtype)
+        picks = be.cached_index_topk(
+            q.reshape((step.batch, step.seq, Hi, di)),
+            weights.reshape((step.batch, step.seq, Hi)),
+            _held(cache.keys),
+            where.row_read,
+            where.visible,
+            where.picks.offset,
+            layout=layout,
+            scale=di**-0.5 * Hi**-0.5,
+            topk=where.picks.topk,
+        )
+        if where.picks.idxs is not None:
+            return picks.reshape((step.tokens * where.picks.topk,)), where.picks.idxs
+        return where.row_read, picks.reshape((step.tokens, where.picks.topk))
+
+    def moe(self, w: Moe, x: Array, step: Addresses) -> Array:
+        """Gate, routed experts, shared expert."""
+        be, c, p = self.backend, self.config, self.parallel
+        if w.tid2eid is not None:
+            weights, indices = be.gate_hash(x, w.gate, w.tid2eid, step.ids, route_scale=c.routed_scaling_factor)
+        else:
+            weights, indices = be.gate(
+                x, w.gate, w.bias, topk=c.num_experts_per_tok, route_scale=c.routed_scaling_factor
+            )
+        shared = be.ffn(x, *w.shared, limit=c.swiglu_limit) if w.shared else None
+        out_dtype = be.wide_dtype if p.reduce_moe else be.activation_dtype
+        experts = p.experts or be.moe
+        y = experts(
+            x,
+            weights,
+            indices,
+            shared,
+            *w.experts,
+            first_expert=p.first_expert,
+            limit=c.swiglu_limit,
+            out_dtype=out_dtype,
+        )
+        return p.reduce_moe(y) if p.reduce_moe else y
+
+
+def _held(array: Array | None) -> Array:
+    """Give a cache array that this layer's ratio is known to have."""
+    assert array is not None
+    return array
+
+
+class _Loader:
+    """Names of the published layout to weights on the backend."""
+
+    def __init__(self, source: WeightSource, backend: Backend, parallel: Parallel) -> None:
+        self.source, self.backend, self.config, self.parallel = source, backend, source.config, parallel
+
+    def array(self, name: str) -> Any:
+        return self.backend.load(self.source.array(name))
+
+    def weight(self, name: str) -> Any:
+        return self.backend.load(self.source.weight(name))
+
+    def mix(self, prefix: str) -> Mix:
+        return Mix(*(self.array(f"{prefix}_{part}") for part in ("fn", "scale", "base")))
+
+    def head(self, prefix: str) -> Head:
+        return Head(self.mix(f"{prefix}hc_head"), self.weight(f"{prefix}norm"))
+
+    def compressor(self, prefix: str) -> Compressor:
+        return Compressor(
+            self.weight(f"{prefix}.wkv"),
+            self.weight(f"{prefix}.wgate"),
+            self.array(f"{prefix}.ape"),
+            self.weight(f"{prefix}.norm"),
+        )
+
+    def attention(self, prefix: str, ratio: int) -> Attention:
+        indexer = None
+        if ratio == 4:
+            at = f"{prefix}.indexer"
+            indexer = Indexer(
+                self.weight(f"{at}.wq_b"), self.weight(f"{at}.weights_proj"), self.compressor(f"{at}.compressor")
+            )
+        return Attention(
+            **{
+                name: self.weight(f"{prefix}.{name}")
+                for name in ("wq_a", "q_norm", "wq_b", "wkv", "kv_norm", "wo_a", "wo_b")
+            },
+            attn_sink=self.array(f"{prefix}.attn_sink"),
+            compressor=self.compressor(f"{prefix}.compressor") if ratio else None,
+            indexer=indexer,
+        )
+
+    def moe(self, prefix: str, *, hashed: bool) -> Moe:
+        held = ("w1", "w3", "w2") if self.parallel.holds_shared else ()
+        shared = [self.weight(f"{prefix}.shared_experts.{name}") for name in held]
+        experts = [self.backend.load_experts(self.source.experts(prefix, name)) for name in ("w1", "w3", "w2")]
+        return Moe(
+            gate=self.weight(f"{prefix}.gate"),
+            bias=None if hashed else self.array(f"{prefix}.gate.bias"),
+            tid2eid=self.array(f"{prefix}.gate.tid2eid") if hashed else None,
+            shared=(shared[0], shared[1], shared[2]) if shared else None,
+            experts=(experts[0], experts[1], experts[2]),
+        )
+
+    def block(self, prefix: str, index: int, freqs: dict[int, Array]) -> Block:
+        ratio = self.config.compress_ratios[index]
+        return Block(
+            index=index,
+            ratio=ratio,
+            freqs=freqs[ratio],
+            hc_attn=self.mix(f"{prefix}.hc_attn"),
+            attn_norm=self.weight(f"{prefix}.attn_norm"),
+            attn=self.attention(f"{prefix}.attn", ratio),
+            hc_ffn=self.mix(f"{prefix}.hc_ffn"),
+            ffn_norm=self.weight(f"{prefix}.ffn_norm"),
+            ffn=self.moe(f"{prefix}.ffn", hashed=index < self.config.num_hash_layers),
+        )
+
+    def mtp(self, freqs: dict[int, Array]) -> Mtp:
+        at = "mtp.0"
+        return Mtp(
+            block=self.block(at, self.config.num_hidden_layers, freqs),
+            **{name: self.weight(f"{at}.{name}") for name in ("e_proj", "h_proj", "enorm", "hnorm")},
+            head=self.head(f"{at}."),
+        )

@@ -1,0 +1,73 @@
+"""Ranks over torch.distributed, as far as they do not depend on whose arrays they send: the store, connecting, parting.
+
+Core imports no torch: a backend hands over the module that it imported.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from dsv4_core.ranks.watch import JOIN, RankError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from dsv4_core.contract.rendezvous import Rendezvous
+
+SLOWEST = timedelta(minutes=30)  # a collective waits so long for a rank that still shows signs of life
+ANSWER = timedelta(seconds=10)  # of the store
+
+
+@contextmanager
+def reaching() -> Iterator[None]:
+    """Tell a connection that broke, or that was never made, from other errors: torch.distributed has no class for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(str(error).splitlines()[0]) from error
+
+
+class StoredRanks:
+    """All ranks of a run. Constructing it reaches the store, ``connect`` the other ranks through ``library`` (gloo, nccl ...)."""
+
+    def __init__(self, distributed: Any, where: Rendezvous, library: str) -> None:
+        """``distributed``: the module torch.distributed. Raise ``RankError`` where the store cannot be reached."""
+        self.distributed, self.library, self.attempt = distributed, library, where.attempt
+        self.rank, self.ranks, self.holder = where.rank, where.ranks, where.holder
+
+        def store(*, is_master: bool, seconds: timedelta) -> Any:
+            return distributed.TCPStore(
+                where.host, where.port, where.ranks, is_master, timeout=seconds, wait_for_workers=False
+            )
+
+        try:
+            self._own = store(is_master=where.rank == where.holder, seconds=timedelta(seconds=JOIN))
+            self.store = distributed.PrefixStore(where.attempt, store(is_master=False, seconds=ANSWER))
+        except RuntimeError as error:
+            holder = "the launcher" if where.holder is None else f"rank {where.holder}"
+            at = f"{where.host}:{where.port} within {JOIN:.0f} s"
+            raise RankError(
+                f"rank {where.rank} found no store of {holder} at {at}: {str(error).splitlines()[0]}"
+            ) from error
+
+    def connect(self) -> None:
+        """Connect with all other ranks, which do the same."""
+        dist = self.distributed
+        store = dist.PrefixStore(f"{self.attempt}/torch", self._own)
+        if not dist.is_initialized():
+            with reaching():
+                dist.init_process_group(
+                    self.library, store=store, rank=self.rank, world_size=self.ranks, timeout=SLOWEST
+                )
+
+    def own_group(self, members: Sequence[Sequence[int]]) -> Any:
+        """Make the library's groups that together hold every rank once; give this rank's."""
+        with reaching():
+            made = [self.distributed.new_group(list(ranks), timeout=SLOWEST) for ranks in members]
+        return next(group for group, ranks in zip(made, members, strict=True) if self.rank in ranks)
+
+    def close(self) -> None:
+        """Leave."""
+        self.distributed.destroy_process_group()

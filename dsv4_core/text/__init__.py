@@ -1,0 +1,1 @@
+"""Text and tokens: tokenizer and chat encoding. Nothing here knows the model."""
