@@ -19,14 +19,14 @@ from dsv4_backend_torch.weights import StackedExperts
 
 from dsv4_backend_cuda import launch, roofline
 from dsv4_backend_cuda.backend import CudaBackend
-from dsv4_core.cache import Cache
-from dsv4_core.config import PRESETS, ModelConfig
-from dsv4_core.dtypes import Experts, ScaledArray
-from dsv4_core.model import Model
-from dsv4_core.ops import OPS
-from dsv4_core.planner import Count, Planner
-from dsv4_core.shapes import LayeredModel, ShapeSource
-from dsv4_core.step import Step
+from dsv4_core.checkpoint.config import PRESETS, ModelConfig
+from dsv4_core.contract.dtypes import Experts, ScaledArray
+from dsv4_core.contract.ops import OPS
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.model import Model
+from dsv4_core.graph.step import Step
+from dsv4_core.planning.counting import Count, Planner
+from dsv4_core.planning.shapes import LayeredModel, ShapeSource
 
 STEPS = ((1, 1, 8191), (8, 1, 8191), (64, 1, 8191), (1, 4096, 0))  # sequences, tokens of each, tokens before
 TURNED_OVER = 256 << 20  # bytes of operands that a timing walks through: several times the largest second-level cache

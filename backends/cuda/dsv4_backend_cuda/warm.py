@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
-from dsv4_core.config import ModelConfig
+from dsv4_core.checkpoint.config import ModelConfig
 
 BATCHES = (1, 4, 64)  # few enough tokens for the narrow tile; few experts' rows; many
 PROMPT = 2048  # tokens of a prefill step, as `generate` cuts prompts
@@ -49,8 +49,8 @@ def warm(models: dict[str, ModelConfig], capability: int, depth: str, *, jobs: i
 def _part(task: tuple[str, ModelConfig, int, Any]) -> Warmed:
     what, config, capability, depth = task
     from dsv4_backend_cuda import dry
-    from dsv4_core.model import Model
-    from dsv4_core.shapes import run_step
+    from dsv4_core.graph.model import Model
+    from dsv4_core.planning.shapes import run_step
 
     record = dry.activate(capability, depth)
     model = Model(dry.VirtualSource(config), dry.DryBackend())
