@@ -10,6 +10,7 @@ from dsv4_conformance.model import golden
 from recorded import relative, vectors
 
 from dsv4_core import cli
+from dsv4_core.text.tokenizer import Vocabulary, load_tokenizer
 
 
 def dsv4(*args, ok=True, **environment):
@@ -38,15 +39,14 @@ def test_demo():
 
 def test_generate_text_and_ids():
     text = dsv4("generate", "--chat", "What is kludge?", "-n", 8, "-b", "reference").stdout
-    again = dsv4(
-        "generate",
-        "-p",
-        "<｜begin▁of▁sentence｜><｜User｜>What is kludge?<｜Assistant｜></think>",
-        "-n",
-        8,
-        "-b",
-        "reference",
-    ).stdout
+    vocabulary = Vocabulary(load_tokenizer(golden.checkpoint_path("tiny-jargon")))
+    prompt = "<｜begin▁of▁sentence｜><｜User｜>What is kludge?<｜Assistant｜></think>"
+    ids = ",".join(map(str, vocabulary.marked(prompt)))
+    again = dsv4("generate", "--tokens", ids, "-n", 8, "-b", "reference").stdout
+    words = dsv4(
+        "generate", "-p", prompt, "-n", 8, "-b", "reference"
+    ).stdout  # control tokens that a text spells are words
+    assert text != words
     assert text == again
     assert text.strip()
     ids = dsv4("generate", golden.checkpoint_path("tiny-flash"), "--tokens", "1,2,3", "-n", 5, "-b", "reference").stdout

@@ -6,7 +6,8 @@ from recorded import load_model
 
 from dsv4_core.contract.registry import create
 from dsv4_core.graph.cache import CacheError
-from dsv4_core.graph.generate import Sampling, generate, speculate
+from dsv4_core.graph.generate import generate, speculate
+from dsv4_core.graph.sampling import Sampling
 
 
 @pytest.fixture(scope="module")

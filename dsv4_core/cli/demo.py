@@ -20,7 +20,7 @@ def command(chat: str, max_tokens: int) -> None:
     from dsv4_core.cli.generate import encode_prompt
     from dsv4_core.cli.options import BackendFlags
     from dsv4_core.cli.running import Session, report, stop_tokens
-    from dsv4_core.graph.generate import Sampling
+    from dsv4_core.graph.sampling import Sampling
 
     report(
         "embedded model: a small trained DeepSeek-V4; fluent, usually wrong. Backend: reference (NumPy), native numerics\n"

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 @click.command("generate")
 @click.argument("model", required=False)
-@click.option("--prompt", "-p", help="Text to continue, exactly as it stands (special tokens included).")
+@click.option(
+    "--prompt",
+    "-p",
+    help="Text to continue, as it stands; a control token that it spells is words (--tokens takes ids).",
+)
 @click.option("--chat", help="A user's turn: encoded in the published chat format.")
 @click.option("--system", default="", help="With --chat: the system turn.")
 @click.option("--thinking", is_flag=True, help="With --chat: let the model think first.")
@@ -51,7 +55,7 @@ def command(
 ) -> None:
     """Generate from MODEL (a checkpoint's directory; the embedded one if left out)."""
     from dsv4_core.cli.running import Session, report, stop_tokens
-    from dsv4_core.graph.generate import Sampling
+    from dsv4_core.graph.sampling import Sampling
     from dsv4_core.text.tokenizer import load_tokenizer
 
     if sum(given is not None for given in (prompt, chat, tokens)) != 1:
@@ -81,6 +85,8 @@ def encode_prompt(
 ) -> list[int]:
     """Text to ids; raise ``ValueError`` where the checkpoint has no tokenizer or the prompt no token."""
     from dsv4_core.text.chat import Message, encode
+    from dsv4_core.text.markers import Piece
+    from dsv4_core.text.tokenizer import Vocabulary
 
     if tokenizer is None:
         raise ValueError(
@@ -88,9 +94,10 @@ def encode_prompt(
         )
     if chat is not None:
         turns: list[Message] = [{"role": "system", "content": system}] if system else []
-        prompt = encode([*turns, {"role": "user", "content": chat}], thinking=thinking)
-    assert prompt is not None
-    ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids
+        pieces = encode([*turns, {"role": "user", "content": chat}], thinking=thinking)
+    else:
+        pieces = [Piece(prompt or "")]
+    ids = Vocabulary(tokenizer).ids(pieces)
     if not ids:
         raise ValueError("the prompt is empty: give at least one token of text")
     return ids

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -69,7 +68,7 @@ def _document(checkpoint: Checkpoint, findings: Iterable[Finding], *, audited: b
 
     return {
         "path": str(checkpoint.path),
-        "config": asdict(checkpoint.config),
+        "config": checkpoint.config.to_dict(),
         "parameters": parameters(checkpoint.config)._asdict(),
         "bytes": checkpoint.nbytes,
         "tensors": [
@@ -94,8 +93,8 @@ def _print(checkpoint: Checkpoint, findings: list[Finding], *, audited: bool) ->
         f"{files} file{'s' * (files != 1)}"
     )
     console.print(
-        f"parameters: {_count(counts.total)} total, {_count(counts.active)} active per token (the MTP block, "
-        f"{_count(counts.mtp)} more, is in neither; the embedding, of which a token reads one row, is not in active)\n"
+        f"parameters: {_count(counts.total)} total, {_count(counts.active)} active per token (MTP or DSpark, "
+        f"{_count(counts.draft)} more, is in neither; the embedding, of which a token reads one row, is not in active)\n"
     )
     console.print(_configuration(checkpoint.config))
     table = _table("tensors", "kind", "dtype", "count>", "bytes>", "share>")
@@ -115,7 +114,7 @@ def _print(checkpoint: Checkpoint, findings: list[Finding], *, audited: bool) ->
 
 def _configuration(config: ModelConfig) -> Table:
     table = _table("configuration", "key", "value", "key", "value")
-    rows = [(key, str(value)) for key, value in asdict(config).items() if key != "compress_ratios"]
+    rows = [(key, str(value)) for key, value in config.to_dict().items() if key != "compress_ratios"]
     short = [row for row in rows if len(row[1]) <= 24]
     half = -(-len(short) // 2)
     for left, right in zip(short[:half], [*short[half:], ("", "")], strict=False):
@@ -123,6 +122,8 @@ def _configuration(config: ModelConfig) -> Table:
     ratios = Counter(config.compress_ratios[: config.num_hidden_layers])
     kinds = {0: "window", 4: "CSA", 128: "HCA"}
     table.caption = "layers: " + ", ".join(f"{n} {kinds[m]} (ratio {m})" for m, n in sorted(ratios.items()))
+    drafts = {"": "none", "mtp": "an MTP block", "dspark": f"DSpark, {config.stages} stages"}
+    table.caption += f"\nspeculation: {drafts[config.draft]}"
     yarn = config.rope_scaling
     table.caption += f"\nYaRN from {yarn.original_max_position_embeddings} by {yarn.factor:g} on layers with a ratio"
     table.caption_justify = "left"

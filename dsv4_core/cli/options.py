@@ -167,11 +167,14 @@ def model_directory(model: str | None) -> Path:
     """Give the model's directory: the one named, or the embedded checkpoint; raise ``ValueError`` where it does not
     exist.
     """
+    from dsv4_core.checkpoint.foreign import path_problem
     from dsv4_core.checkpoint.weights import embedded
 
     if model is None:
         return embedded()
     path = Path(model)
+    if problem := path_problem(path):
+        raise ValueError(problem)
     if not path.is_dir():
         raise ValueError(
             f"{model}: no such directory; name one that holds config.json and *.safetensors, or leave it out for the embedded model"

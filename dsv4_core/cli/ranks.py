@@ -85,7 +85,6 @@ class Team:
 
     def share(self, checkpoint: Checkpoint, request: dict[str, Any]) -> tuple[ShardedSource, Parallel]:
         """Give the source and the reduction points of this rank, once all ranks are known to run the same."""
-        from dsv4_core.checkpoint.identity import identity
         from dsv4_core.checkpoint.rank_copy import origin
         from dsv4_core.checkpoint.rank_part import ShardedSource, share
         from dsv4_core.graph.model import ALONE
@@ -99,7 +98,7 @@ class Team:
                     "backend": f"{backend.name}, {backend.numerics}",
                     "split": f"--tp {place.tp} --ep {place.ep}",
                     "configuration": asdict(checkpoint.config),
-                    "checkpoint": origin(checkpoint.path) if self.is_cut else identity(checkpoint),
+                    "checkpoint": origin(checkpoint.path) if self.is_cut else checkpoint.identity(),
                     "request": request,
                 }
             )

@@ -16,8 +16,9 @@ import click
 from dsv4_core.checkpoint.layout import QUANTISED
 from dsv4_core.checkpoint.weights import Checkpoint
 from dsv4_core.contract.backend import BackendError, missing_ops
-from dsv4_core.graph.generate import Drafts, Sampling, generate, speculate
+from dsv4_core.graph.generate import Drafts, generate, speculate
 from dsv4_core.graph.model import ALONE, Model
+from dsv4_core.graph.sampling import Sampling
 from dsv4_core.planning.rank_trace import trace_rank
 from dsv4_core.planning.shapes import trace_calls
 from dsv4_core.text.tokenizer import TextStream, load_tokenizer
@@ -80,7 +81,7 @@ def planned_calls(
             numerics=backend.numerics,
             seq=seq,
             start=start,
-            mtp=bool(config.num_nextn_predict_layers),
+            mtp=config.draft == "mtp",
             expert_format=expert_format,
         )
     return calls
@@ -182,7 +183,8 @@ class Finished:
 
 def stop_tokens(config: ModelConfig, extra: Sequence[int]) -> set[int]:
     """End-of-sentence, and what the user adds."""
-    return {config.eos_token_id, *extra}
+    end = config.eos_token_id
+    return {*(end if isinstance(end, tuple) else (end,)), *extra}
 
 
 def report(line: Any) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from dsv4_core.contract.dtypes import Host
+    import numpy.typing as npt
 
 T = TypeVar("T")
 MOST = 64 << 20  # bytes of a JSON or TOML file; the published index has 10 MB
@@ -138,7 +138,7 @@ def toml_file(path: Path, form: type[T], advice: str) -> T:
     return checked(values, form, f"{path}", advice)
 
 
-def integers(path: Path, advice: str) -> Host:
+def integers(path: Path, advice: str) -> npt.NDArray[Any]:
     """Read a .npy file of integers, of at least one element; its header is held against the file's size first.
 
     No pickle is ever read.

@@ -35,6 +35,24 @@ class LayerCache:
     key_state: Array | None = None
 
 
+SHARED = 128  # a prefix can be taken over at multiples of it: windows of every ratio are closed there
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a sequence of ``length`` tokens remembers beside its compressed rows: [rows, dim] a layer, None where there
+    is none.
+    """
+
+    length: int
+    rings: tuple[Array, ...]
+    states: tuple[Array | None, ...]
+    key_states: tuple[Array | None, ...]
+
+
+_COPIED = 1 << 16  # compressed rows that are copied at a time
+
+
 @dataclass
 class Cache:
     """Room for ``sequences`` sequences of up to ``capacity`` tokens, each rewindable by ``rewindable`` tokens.
@@ -112,6 +130,72 @@ class Cache:
             return LayerCache(ratio, ring, compressed, state=open_window)
         keys = rows(self.compressed_rows(4), self.key_layout)
         return LayerCache(4, ring, compressed, keys, open_window, state(self.config.index_head_dim))
+
+    def snapshot(self, sequence: int) -> Snapshot:
+        """Copy what another sequence needs, beside the compressed rows, to go on from here.
+
+        Raises ``CacheError`` at a length that is not a multiple of 128, where windows are open.
+        """
+        length = int(self.lengths[sequence])
+        if length == 0 or length % SHARED:
+            raise CacheError(f"snapshot: sequence {sequence} holds {length} tokens; it must be a multiple of {SHARED}")
+        be, c = self.backend, self.config
+
+        def read(array: Array | None, count: int, rows: int, layout: RowLayout) -> Array | None:
+            return (
+                None
+                if array is None
+                else be.cache_read(array, self._last(sequence, length, count, rows), layout=layout)
+            )
+
+        rings = [
+            be.cache_read(x.ring, self._last(sequence, length, c.sliding_window, self.ring_rows), layout=self.kv_layout)
+            for x in self.layers
+        ]
+        states, key_states = [], []
+        for layer in self.layers:
+            overlaps = layer.ratio == 4  # elsewhere no window is open at this length
+            shape = (2 * layer.ratio, self.state_rows(layer.ratio))
+            states.append(read(layer.state, *shape, self.state_layout(4, c.head_dim)) if overlaps else None)
+            key_states.append(
+                read(layer.key_state, *shape, self.state_layout(4, c.index_head_dim)) if overlaps else None
+            )
+        return Snapshot(length, tuple(rings), tuple(states), tuple(key_states))
+
+    def restore(self, sequence: int, snapshot: Snapshot, *, donor: int) -> None:
+        """Make a sequence what one of the snapshot's length was; ``donor``, which may have gone on, has its compressed
+        rows.
+        """
+        be, c, length = self.backend, self.config, snapshot.length
+        if self.lengths[donor] < length:
+            raise CacheError(f"restore: sequence {donor} holds {self.lengths[donor]} tokens; {length} are needed of it")
+
+        def write(array: Array | None, rows: Array | None, count: int, each: int, layout: RowLayout) -> None:
+            if array is not None and rows is not None:
+                be.cache_write(array, rows, self._last(sequence, length, count, each), layout=layout)
+
+        for i, layer in enumerate(self.layers):
+            write(layer.ring, snapshot.rings[i], c.sliding_window, self.ring_rows, self.kv_layout)
+            if not layer.ratio:
+                continue
+            shape = (2 * layer.ratio, self.state_rows(layer.ratio))
+            write(layer.state, snapshot.states[i], *shape, self.state_layout(4, c.head_dim))
+            write(layer.key_state, snapshot.key_states[i], *shape, self.state_layout(4, c.index_head_dim))
+            for array, layout in ((layer.rows, self.kv_layout), (layer.keys, self.key_layout)):
+                if array is not None and donor != sequence:
+                    self._copy(array, layout, self.compressed_rows(layer.ratio), donor, sequence, length // layer.ratio)
+        self.lengths[sequence] = self.furthest[sequence] = length
+
+    def _copy(self, array: Array, layout: RowLayout, each: int, source: int, target: int, count: int) -> None:
+        for begin in range(0, count, _COPIED):
+            rows = np.arange(begin, min(begin + _COPIED, count), dtype=np.int32)
+            read = self.backend.cache_read(array, self.backend.from_numpy(source * each + rows), layout=layout)
+            self.backend.cache_write(array, read, self.backend.from_numpy(target * each + rows), layout=layout)
+
+    def _last(self, sequence: int, length: int, count: int, rows: int) -> Array:
+        """Rows of a sequence's last ``count`` tokens in rings of ``rows`` rows."""
+        position = np.arange(max(0, length - count), length)
+        return self.backend.from_numpy((sequence * rows + position % rows).astype(np.int32))
 
     @property
     def nbytes(self) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 
 from dsv4_core.graph import generate
 from dsv4_core.graph.cache import Cache
-from dsv4_core.graph.generate import CHUNK
+from dsv4_core.graph.engine import CHUNK
 from dsv4_core.graph.replay import Replay
 from dsv4_core.graph.step import Step, check_ids
 

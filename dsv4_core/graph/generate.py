@@ -1,14 +1,15 @@
-"""Prefill, decode, sampling, and speculative decoding with the MTP block."""
+"""Prefill; generation and speculative decoding of some prompts: users of the engine."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv4_core.graph.cache import Cache
-from dsv4_core.graph.replay import Replay
+from dsv4_core.graph.engine import CHUNK, Engine, Request
+from dsv4_core.graph.sampling import GREEDY, Sampling
 from dsv4_core.graph.step import Step
 
 if TYPE_CHECKING:
@@ -16,28 +17,8 @@ if TYPE_CHECKING:
 
     from dsv4_core.contract.dtypes import Host
     from dsv4_core.contract.spec import Array
+    from dsv4_core.graph.cache import Cache
     from dsv4_core.graph.model import Model
-
-CHUNK = 2048  # tokens of a prefill step: activations and scores of one chunk are alive at a time
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """``temperature = 0`` is greedy.
-
-    Each sequence draws from a stream of its own, so that its text does not depend on the batch.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raise ``ValueError`` for a temperature below 0 or a top-p outside (0, 1]."""
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature = {self.temperature} must be 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p = {self.top_p} must be in (0, 1]")
 
 
 @dataclass
@@ -103,41 +84,43 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     stop: Collection[int] = (),
     chunk: int = CHUNK,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield one token per sequence and step, None for a sequence that has stopped; a stop token is yielded, then its
-    sequence stops. Of several ranks each yields the tokens of all sequences.
+    sequence stops. Of several ranks each yields the tokens of all sequences. Sequence b draws by seed (seed, b).
 
     Raises ``CacheError`` where prompt and ``max_tokens`` exceed the model's positions, ``ValueError`` for ids outside
     the vocabulary.
     """
-    batch, mine = len(prompts), model.parallel.mine
-    lengths = np.array([len(p) for p in prompts])
-    ids = np.zeros((batch, max(lengths)), np.int64)
-    cache = Cache(model.backend, model.config, len(mine(lengths)), int(max(lengths)) + max_tokens, rewindable=0)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    counts = mine(lengths).tolist()
-    streams = prefill(model, cache, mine(ids), chunk=chunk, counts=counts, progress=progress).streams
-    draws = [np.random.default_rng((sampling.seed, b)) for b in range(batch)]
-    alive = np.ones(batch, bool)
-    logits, replay = model.logits(streams), Replay(model, cache)
-    for _ in range(max_tokens):
-        uniform = np.array([d.random() for d in draws], np.float32)
-        tokens = _sample(model, logits, sampling, mine(uniform))
-        yield [int(t) if a else None for t, a in zip(tokens, alive, strict=True)]
-        alive &= ~np.isin(tokens, list(stop))
-        if not alive.any():
-            return
-        if (lengths[alive] >= cache.capacity).any():
-            return
-        step = Step(cache, mine(tokens[:, None]), counts=mine(alive).astype(int).tolist())
-        lengths += alive
-        logits = replay.logits(step)
-        cache.advance(step.sequences, step.ends)
+    lengths = [len(p) for p in prompts]
+    engine = Engine(
+        model,
+        slots=len(prompts),
+        capacity=max(lengths) + max_tokens,
+        chunk=chunk,
+        budget=sum(lengths) + len(prompts),  # all begin in the first step
+        reuse=False,
+        progress=progress,
+    )
+    numbers = {}
+    for b, prompt in enumerate(prompts):
+        own = replace(sampling, seed=(*np.atleast_1d(sampling.seed).tolist(), b))
+        numbers[engine.submit(Request(tuple(prompt), max_tokens, own, frozenset(stop)))] = b
+    lines: list[deque[int]] = [deque() for _ in prompts]
+    alive = set(numbers)
+    while not engine.idle:
+        for event in engine.step():
+            if event.error:
+                raise event.error
+            if event.chosen:
+                lines[numbers[event.id]].append(event.chosen.token)
+            if event.finish:
+                alive.remove(event.id)
+        while any(lines) and all(lines[numbers[i]] for i in alive):
+            yield [line.popleft() if line else None for line in lines]
 
 
 @dataclass
@@ -153,55 +136,28 @@ def speculate(
     prompt: Sequence[int],
     *,
     max_tokens: int,
+    sampling: Sampling = GREEDY,
     stop: Collection[int] = (),
     chunk: int = CHUNK,
     drafts: Drafts | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[int]:
-    """Greedy decoding of one sequence, two tokens a step where the MTP block guesses the second one right: yields the
-    same tokens as ``generate``.
+    """Decode one sequence, two tokens a step where the MTP block guesses the second one right: yields the same tokens
+    as ``generate``, sampled ones too, as far as the model's positions go.
 
-    The same bits too where the backend is batch invariant; elsewhere a step of two tokens may round differently from
-    two of one.
+    The same bits where the backend is batch invariant; elsewhere a step of two tokens may round differently from two of
+    one. Raises ``ValueError`` where the model has no MTP block.
     """
-    be, mine, drafts = model.backend, model.parallel.mine, drafts or Drafts()
-    here = len(mine(np.zeros(1)))  # 0 on a rank whose group does not have the sequence
     capacity = min(len(prompt) + max_tokens + 1, model.config.max_position_embeddings)
-    cache = Cache(be, model.config, here, capacity, rewindable=1)
-    *head, last = prompt
-    length = len(head)
-    if head:
-        following = mine(np.array([prompt[1:]]))
-        prefill(model, cache, mine(np.array([head])), chunk=chunk, mtp_next=following, progress=progress)
-    pending = [last]  # tokens whose keys are not cached yet: the newest certain one, then perhaps a draft
-    produced = 0
-    while True:
-        step = Step(cache, mine(np.array([pending])))
-        h = model.forward(step)
-        certain = _sample(model, model.logits(h), Sampling(), np.zeros(step.tokens, np.float32))
-        accepted = 1 if len(pending) == 1 or certain[0] != pending[1] else 2
-        drafts.proposed += len(pending) - 1
-        drafts.accepted += accepted - 1
-        for token in certain[:accepted].tolist():
-            yield token
-            produced += 1
-            if produced == max_tokens or token in stop:
-                return
-        m = model.mtp(h, be.from_numpy(certain[: step.tokens]), step)
-        cache.advance(step.sequences, step.ends)
-        length += accepted
-        if here and accepted < len(pending):
-            cache.rewind(0, length)
-        room = cache.capacity - length
-        if room == 0:
-            return
-        m = m[accepted - 1 : accepted] if here else m
-        draft = _sample(model, model.logits(m, mtp=True), Sampling(), np.zeros(here, np.float32))
-        pending = [int(certain[accepted - 1]), int(draft[0])][:room]
-
-
-def _sample(model: Model, logits: Array, sampling: Sampling, uniform: Host) -> Host:
-    """Sampled ids int32 on the host, of all ranks' sequences: the one thing that the graph reads back."""
-    be = model.backend
-    ids = be.sample(logits, be.from_numpy(uniform), temperature=sampling.temperature, top_p=sampling.top_p)
-    return model.parallel.joined(be.to_numpy(ids))
+    engine = Engine(model, slots=1, capacity=capacity, chunk=chunk, drafts=True, reuse=False, progress=progress)
+    room = max(1, capacity - len(prompt) + 1)
+    own = replace(sampling, seed=(*np.atleast_1d(sampling.seed).tolist(), 0))
+    engine.submit(Request(tuple(prompt), min(max_tokens, room), own, frozenset(stop)))
+    while not engine.idle:
+        for event in engine.step():
+            if drafts:
+                drafts.proposed, drafts.accepted = engine.stats.drafted, engine.stats.accepted
+            if event.error:
+                raise event.error
+            if event.chosen:
+                yield event.chosen.token

@@ -19,7 +19,7 @@ from dsv4_core.checkpoint.rank_part import Place
 from dsv4_core.checkpoint.shards import BITS
 from dsv4_core.contract.dtypes import FP8_BLOCK, dtype_name, numpy_dtype
 from dsv4_core.graph.cache import Cache
-from dsv4_core.graph.generate import CHUNK
+from dsv4_core.graph.engine import CHUNK
 from dsv4_core.graph.model import Parallel
 from dsv4_core.planning.counting import Count, Entry, Planner, nbytes, total
 from dsv4_core.planning.shapes import LayeredModel, ShapeSource, run_step

@@ -1,10 +1,13 @@
-"""Text in and out, where the checkpoint has a tokenizer.json."""
+"""Text and control tokens to ids and back, where the checkpoint has a tokenizer.json."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dsv4_core.text.markers import Piece, joined
+
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from tokenizers import Tokenizer
@@ -25,17 +28,101 @@ def load_tokenizer(model_dir: Path) -> Tokenizer | None:
         ) from None
 
 
+class Vocabulary:
+    """A checkpoint's tokenizer. Words and control tokens are told apart: text that spells a control token is words.
+
+    ``control``: the added tokens by id. ``full`` is the tokenizer as it was read; only trusted text is given to it.
+    """
+
+    def __init__(self, full: Tokenizer) -> None:
+        from tokenizers import Tokenizer
+
+        self.full = full
+        self.control = {token: added.content for token, added in full.get_added_tokens_decoder().items()}
+        self._plain = Tokenizer(full.model)  # the same model, without the added tokens
+        if full.normalizer is not None:
+            self._plain.normalizer = full.normalizer
+        if full.pre_tokenizer is not None:
+            self._plain.pre_tokenizer = full.pre_tokenizer
+
+    def words(self, text: str) -> list[int]:
+        """Encode text, none of which is a control token.
+
+        Raises ``ValueError`` where the tokenizer has no token for it, or gives a control token after all.
+        """
+        try:
+            ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # noqa: BLE001  the library raises bare Exception
+            raise ValueError(f"text that the tokenizer cannot encode: {text[:40]!r} ({error})") from None
+        if found := next((token for token in ids if token in self.control), None):
+            raise ValueError(
+                f"{self.control[found]!r} in a text would become a control token with this tokenizer; leave it out"
+            )
+        return ids
+
+    def ids(self, pieces: Iterable[Piece]) -> list[int]:
+        """Encode words and control tokens; raise ``ValueError`` for a control token that the tokenizer lacks."""
+        ids: list[int] = []
+        for piece in joined(pieces):
+            if not piece.control:
+                ids += self.words(piece.text)
+                continue
+            token = self.full.token_to_id(piece.text)
+            if token is None or token not in self.control:
+                raise ValueError(
+                    f"the tokenizer has no control token {piece.text!r}; the chat format needs it: copy the checkpoint's tokenizer.json again"
+                )
+            ids.append(token)
+        return ids
+
+    def marked(self, text: str) -> list[int]:
+        """Encode trusted text, in which a control token that is spelt is one."""
+        ids: list[int] = self.full.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Decode ids; control tokens are spelt out."""
+        return self.full.decode(ids, skip_special_tokens=False)
+
+
+class PieceStream:
+    """Ids to pieces, as they come: words are given out once their bytes are whole characters."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self.vocabulary = vocabulary
+        self._new = DecodeStream
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._held: list[int] = []
+
+    def push(self, token: int) -> list[Piece]:
+        """Add a token; give the pieces that are complete now."""
+        if token in self.vocabulary.control:
+            return [*self.finish(), Piece(self.vocabulary.control[token], control=True)]
+        self._held.append(token)
+        text = self._stream.step(self.vocabulary.full, token)
+        if not text:
+            return []
+        self._held.clear()
+        return [Piece(text)]
+
+    def finish(self) -> list[Piece]:
+        """Give what was held back: bytes that are no whole character become U+FFFD."""
+        held, self._held = self._held, []
+        self._stream = self._new(skip_special_tokens=False)
+        return joined([Piece(self.vocabulary.text(held))]) if held else []
+
+
 class TextStream:
     """Ids to text, as they come: a piece is given out once its bytes are whole characters.
 
-    Special tokens are not shown.
+    Control tokens are not shown.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        from tokenizers.decoders import DecodeStream
-
-        self.tokenizer, self.stream = tokenizer, DecodeStream(skip_special_tokens=True)
+        self._pieces = PieceStream(Vocabulary(tokenizer))
 
     def push(self, token: int) -> str:
         """Add a token; give the text that is complete now."""
-        return self.stream.step(self.tokenizer, token) or ""
+        return "".join(piece.text for piece in self._pieces.push(token) if not piece.control)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -92,10 +93,45 @@ def test_an_old_cann_is_named_with_what_is_needed():
 
 
 def test_cann_versions_have_an_order():
-    versions = ["8.2.RC1", "8.3.RC1", "8.3.RC2", "8.5.0", "9.0.0", "9.1.0_beta.1", "9.1.0", "9.2.0"]
+    versions = ["8.2.RC1", "8.3.RC1", "8.3.RC2", "8.5.0", "9.0.0", "9.1.0_beta.1", "9.1.0", "9.1.1", "9.2.0"]
     assert sorted(versions, key=cann_version) == versions
-    with pytest.raises(BackendError, match=r"CANN version 'newest' is not of the form"):
+    with pytest.raises(BackendError, match=r"CANN version 'newest' does not begin like 8.2.RC1"):
         AscendBackend(soc="910B", cann="newest")
+
+
+@pytest.mark.parametrize(
+    ("text", "like"),
+    [
+        ("8.2.RC1.1", "8.2.RC1"), ("8.3.RC1.2", "8.3.RC1"), ("9.0.0.SPC001", "9.0.0"), ("9.1.0.B080", "9.1.0"), ("9.1.0.1", "9.1.0"),
+        ("V9.1.0", "9.1.0"), ("9.1.0-post1+g1234", "9.1.0"), ("9.1", "9.1.0"), ("9.1.0.alpha003", "9.1.0_beta.1"),
+    ],
+)  # fmt: skip
+def test_patch_and_build_numbers_of_cann_do_not_matter(text, like):
+    assert cann_version(text) == cann_version(like)
+    assert AscendBackend(soc="910B", cann=text).cann_version == text
+
+
+def test_a_cann_of_unreadable_version_is_warned_of_and_used(monkeypatch):
+    monkeypatch.setattr(AscendBackend, "_find_chip", lambda self, _: setattr(self, "generation", "910B") or "found")
+    monkeypatch.setattr(probe, "cann_version", lambda: "nightly")
+    monkeypatch.setattr(probe, "drift", dict)
+    with pytest.warns(
+        UserWarning, match="CANN version 'nightly' does not begin like 8.2.RC1.*as if it were new enough"
+    ):
+        backend = AscendBackend(device="cpu")
+    assert backend.cann_version is None
+    assert (
+        backend.supports("rms_norm", x=Operand("bfloat16", (4, 32)), weight=None, eps=1e-6).by == "cann: npu_rms_norm"
+    )
+
+
+def test_torch_npu_itself_says_which_cann_it_is(monkeypatch):
+    told = types.SimpleNamespace(
+        npu=types.SimpleNamespace(utils=types.SimpleNamespace(get_cann_version=lambda _: "9.1.0"))
+    )
+    monkeypatch.setitem(sys.modules, "torch_npu", told)
+    monkeypatch.delenv("ASCEND_HOME_PATH", raising=False)
+    assert probe.cann_version() == "9.1.0"
 
 
 def test_without_torch_npu():
@@ -142,7 +178,7 @@ def test_unknown_soc_is_named():
 
 
 def test_a_missing_op_is_named_before_anything_runs(monkeypatch):
-    monkeypatch.setattr(probe, "drift", lambda: {"npu_rms_norm": "is missing in the installed torch-npu"})
+    monkeypatch.setattr(probe, "drift", lambda: {"rms_norm": "npu::npu_rms_norm is missing in the installed torch-npu"})
     with pytest.warns(UserWarning, match="npu::npu_rms_norm is missing in the installed torch-npu"):
         backend = AscendBackend(simulate="910B")
     answer = backend.supports("rms_norm", x=Operand("bfloat16", (4, 32)), weight=None, eps=1e-6)

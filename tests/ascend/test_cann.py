@@ -61,7 +61,7 @@ def test_rms_norm(reference, weight):
 def test_apply_rope(reference, inverse):
     simulate.install("910C")
     x, positions, freqs = _bf16(5, 3, 48), torch.tensor([0, 1, 77, 4096, 1 << 20], dtype=torch.int32), torch.rand(8)
-    got = norm.apply_rope(x, positions, freqs, inverse=inverse)
+    got = norm.apply_rope(x, norm.angles(positions, freqs), inverse=inverse)
     close(got, reference.apply_rope(host(x), positions.numpy(), freqs.numpy(), inverse=inverse))
     assert torch.equal(got[..., :32], x[..., :32])
 
@@ -108,11 +108,37 @@ def test_expert_linear_bf16(reference):
 @pytest.mark.parametrize("fmt", ["e4m3", "e2m1"])
 def test_expert_linear_mx(reference, fmt):
     simulate.install("950")
-    packed = [dtypes.quantise_weight(np.random.default_rng(e).standard_normal((48, 256)), fmt) for e in range(3)]
+    packed = [dtypes.quantise_weight(np.random.default_rng(e).standard_normal((64, 256)), fmt) for e in range(3)]
     stack = [torch.from_numpy(np.stack([getattr(w, part) for w in packed])) for part in ("data", "scale")]
     x = _bf16(7, 256)
     want = reference.expert_linear(host(x), Experts(packed), OFFSETS.numpy())
-    close(matmul.expert_linear_mx(x, to_mx(*stack, fmt), OFFSETS), want)
+    mx = to_mx(*stack, fmt)
+    close(matmul.expert_linear_mx(x, matmul.tiled(mx) if fmt == "e2m1" else mx, OFFSETS), want)
+
+
+@pytest.mark.parametrize("experts", [256, 384])
+def test_gate(reference, experts):
+    simulate.install("950")
+    logits, bias = torch.randn(7, experts), torch.randn(experts) * 0.1
+    one = torch.eye(experts)  # the product's part is not asked here
+    weights, picks = moe.gate(logits, bias, topk=6, route_scale=1.5)
+    theirs = reference.gate(host(logits), host(one), host(bias), topk=6, route_scale=1.5)
+    assert np.array_equal(picks.numpy(), theirs[1])
+    np.testing.assert_allclose(weights.numpy(), theirs[0], rtol=1e-5)
+    table, ids = (
+        torch.stack([torch.randperm(experts)[:6] for _ in range(20)]),
+        torch.tensor([0, 19, 3, 3, 7, 1, 2], dtype=torch.int32),
+    )
+    weights, picks = moe.gate_hash(logits, table, ids, route_scale=1.5)
+    theirs = reference.gate_hash(host(logits), host(one), table.numpy(), ids.numpy(), route_scale=1.5)
+    assert np.array_equal(picks.numpy(), theirs[1])
+    np.testing.assert_allclose(weights.numpy(), theirs[0], rtol=1e-5)
+
+
+def test_of_equal_scores_the_lower_expert_is_picked():
+    simulate.install("950")
+    _, picks = moe.gate(torch.zeros(2, 8), torch.zeros(8), topk=3, route_scale=1.0)
+    assert picks.tolist() == [[0, 1, 2]] * 2
 
 
 def test_int8_is_as_lossy_as_its_scales_say():

@@ -24,7 +24,7 @@ def test_a_sane_chip_shows_no_difference(generation):
     assert [o for o in outcomes if o.found] == []
     asked = {o.contract for o in outcomes if not o.skipped}
     composed = {o.contract for o in outcomes} - asked
-    assert composed == ({"apply_rope", "index_topk"} if generation == "950" else {"hc_pre", "hc_post"})
+    assert composed == ({"apply_rope", "index_topk"} if generation == "950" else {"hc_pre", "gate", "gate_hash"})
     reached = {op for outcome in outcomes for op in outcome.ops}
     assert reached == {call.op for call in table().calls if any(generation in cell.generations for cell in call.cells)}
 

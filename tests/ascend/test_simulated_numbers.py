@@ -91,8 +91,8 @@ def test_mx_quantisation_by_exponent_saturates():
 @pytest.mark.parametrize("pairs", [False, True], ids=["fp8", "fp4"])
 def test_mx_products_equal_the_dequantised_ones(pairs):
     simulate.install("950")
-    x, xs, ws = _codes(5, 128), _scales(5, 2, 2), _scales(3, 16, 2, 2)
-    weight = torch.randint(0, 256, (3, 16, 64), dtype=torch.uint8) if pairs else _codes(3, 16, 128)
+    x, xs, ws = _codes(5, 128), _scales(5, 2, 2), _scales(3, 64, 2, 2)
+    weight = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8) if pairs else _codes(3, 64, 128)
     wide = dtypes.unpack(weight.numpy(), "e2m1").astype(np.float64) if pairs else _values(weight)
     want = np.einsum("tk,enk->etn", _values(x) * _mx(xs, 128), wide * _mx(ws, 128))
     form = {"x2_dtype": E2M1, "group_sizes": [0, 0, 32]} if pairs else {"group_sizes": [1, 1, 32]}
@@ -111,12 +111,13 @@ def test_mx_products_equal_the_dequantised_ones(pairs):
     )
     assert np.all(np.abs(got.double().numpy() - want[0]) <= tolerance)
     scales = (
-        {"antiquant_scale": [ws], "weight_dtype": E2M1}
+        {"antiquant_scale": [ws.transpose(1, 2)], "weight_dtype": E2M1}
         if pairs
         else {"scale": [ws.transpose(1, 2)], "scale_dtype": E8M0}
     )
+    tiles = OPS.npu_format_cast(weight, 29, customize_dtype=24, input_dtype=E2M1) if pairs else weight
     (grouped,) = OPS.npu_grouped_matmul(
-        [x], [weight.transpose(1, 2)], per_token_scale=[xs], per_token_scale_dtype=E8M0, group_list=torch.tensor([2, 2, 5]),
+        [x], [tiles.transpose(1, 2)], per_token_scale=[xs], per_token_scale_dtype=E8M0, group_list=torch.tensor([2, 2, 5]),
         split_item=3, group_type=0, output_dtype=BFLOAT16, **scales,
     )  # fmt: skip
     assert torch.equal(grouped[:2], got[:2])

@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dsv4_backend_torch.backend import TorchBackend
 
-from dsv4_backend_ascend import probe, proof, simulate
-from dsv4_backend_ascend.capability import GENERATIONS, Answer, Generation
+from dsv4_backend_ascend import probe, proof, selftest, simulate
+from dsv4_backend_ascend.cann import matmul
+from dsv4_backend_ascend.capability import GENERATIONS, Answer, table
 from dsv4_backend_ascend.capability import cann_version as parse_cann
+from dsv4_backend_ascend.composed import ComposedBackend
 from dsv4_backend_ascend.plan import IMPLEMENTATIONS, plan
-from dsv4_backend_ascend.weights import MxArray, MxExperts
+from dsv4_backend_ascend.selftest_cases import CASES
+from dsv4_backend_ascend.weights import MxArray, MxExperts, TiledExperts
 from dsv4_core.contract.backend import BackendError, DeviceCheck, Diagnosis, Option
-from dsv4_core.contract.dtypes import Experts, Format, Host, ScaledArray, dtype_name
+from dsv4_core.contract.dtypes import Experts, Host, ScaledArray, dtype_name
 from dsv4_core.contract.ops import OPS, EveryOp
-from dsv4_core.contract.spec import Support
+from dsv4_core.contract.spec import Operand, Support
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-
-    import torch
 
 
 UNQUANTISED = "activations of linear layers with FP8 or FP4 weights are not quantised"
@@ -42,7 +43,7 @@ def _tiered(op: str) -> Callable[..., Any]:
     return run
 
 
-class AscendBackend(TorchBackend):
+class AscendBackend(ComposedBackend):
     """Ascend NPUs.
 
     ``tier``: ``cann`` (CANN's ops where they serve) or ``composed`` (plain PyTorch, the yardstick). ``simulate``: a
@@ -56,7 +57,8 @@ class AscendBackend(TorchBackend):
 
     name = "ascend"
     options: ClassVar[tuple[Option, ...]] = (
-        *(o for o in TorchBackend.options if o.name not in {"device", "few_tokens_by"}),
+        *(o for o in TorchBackend.options if o.name not in {"device", "few_tokens_by", "weight_cache"}),
+        Option("weight_cache", "bytes of FP8 weights kept expanded to BF16 on 910B and 910C", 16 << 30),
         Option("device", "torch device of the NPU", "npu"),
         Option("tier", "cann, or composed: plain PyTorch ops only", "cann"),
         Option("simulate", "run on simulated CANN, on the CPU: 910B, 910C or 950"),
@@ -67,11 +69,6 @@ class AscendBackend(TorchBackend):
     )
     weight_formats = ("e4m3", "e2m1", "int8")
     on_cpu = False  # on simulated CANN too: the paths are those of a device
-    tier: str
-    activations: str
-    expand_bytes: int
-    generation: Generation
-    cann_version: str | None
 
     def __init__(self, **options: Any) -> None:
         """Raise ``BackendError`` where torch-npu or CANN is missing, or the SoC is unknown; each says what to do."""
@@ -99,12 +96,20 @@ class AscendBackend(TorchBackend):
             try:
                 parse_cann(self.cann_version)
             except ValueError as error:
-                raise BackendError(f"backend 'ascend': {error}") from None
-        self.drift: dict[str, str] = {} if self.standing == "planned" else probe.drift()
-        for op, problem in self.drift.items():
-            warnings.warn(f"backend 'ascend': npu::{op} {problem}; what it serves is composed", stacklevel=2)
+                if chosen["cann"]:
+                    raise BackendError(f"backend 'ascend': {error}") from None
+                warnings.warn(
+                    f"backend 'ascend': {error}; ops are used as if it were new enough (--cann VERSION says otherwise)",
+                    stacklevel=2,
+                )
+                self.cann_version = None
+        self.drift = {} if self.standing == "planned" else probe.drift()
+        claimed = {c.name for c in table().calls if any(self.generation in cell.generations for cell in c.cells)}
+        for problem in dict.fromkeys(said for name, said in self.drift.items() if name in claimed):
+            warnings.warn(f"backend 'ascend': {problem}; what it serves is composed", stacklevel=2)
         self.plans: dict[tuple[Any, ...], Answer] = {}
         self.ran: dict[str, None] = {}
+        self._once = []
 
     def _find_chip(self, chosen: dict[str, Any]) -> str:
         """Set the generation; say whether the chip is simulated, planned for, or found."""
@@ -163,9 +168,6 @@ class AscendBackend(TorchBackend):
         """The self-test: on a chip all of it; on simulated CANN what needs gigabytes at tier full."""
         if self.standing == "planned" or self.numerics != "native":
             return ()
-        from dsv4_backend_ascend import selftest
-        from dsv4_backend_ascend.selftest_cases import CASES
-
         simulated = self.standing == "simulated"
         return [
             DeviceCheck(
@@ -203,10 +205,6 @@ class AscendBackend(TorchBackend):
         )
         return not expanded or self.well_scaled(weight)
 
-    def quantised_activation(self, x: torch.Tensor, weight: Format = "e4m3") -> torch.Tensor:
-        """As published, or (``activations=bf16``) as it is beside FP8 and FP4 weights."""
-        return x if self.activations == "bf16" and weight != "int8" else super().quantised_activation(x, weight)
-
     def load(self, weight: Host | ScaledArray) -> Any:
         """On 950 a quantised weight gets its scales in MX layout too."""
         loaded = super().load(weight)
@@ -214,11 +212,20 @@ class AscendBackend(TorchBackend):
         return self._as_mx(loaded) if published and self.generation == "950" else loaded
 
     def load_experts(self, experts: Experts) -> Experts:
-        """One stack; on 950 with MX scales."""
+        """One stack; on 950 with MX scales, FP4 codes in tiles where the grouped product will read them."""
         loaded = self.stacked_experts(experts)
-        if isinstance(loaded.stack, ScaledArray) and loaded.stack.format != "int8" and self.generation == "950":
-            return MxExperts(self._as_mx(loaded.stack))
-        return loaded
+        if not (isinstance(loaded.stack, ScaledArray) and loaded.stack.format != "int8" and self.generation == "950"):
+            return loaded
+        mx = self._as_mx(loaded.stack)
+        if mx.format == "e2m1" and self._multiplies(loaded):
+            return TiledExperts(matmul.tiled(mx.mx))
+        return MxExperts(mx)
+
+    def _multiplies(self, experts: Experts) -> bool:
+        """Whether the cann tier will multiply by these experts, whatever the number of rows."""
+        rows = Operand("bfloat16", (1, experts.shape[2]))
+        ends = Operand("int32", (experts.shape[0] + 1,))
+        return plan(self, "expert_linear", {"x": rows, "weight": experts, "offsets": ends}).tier == "cann"
 
     def _as_mx(self, weight: ScaledArray) -> MxArray:
         repacked = MxArray.of(weight)
@@ -233,6 +240,8 @@ class AscendBackend(TorchBackend):
     linear = _tiered("linear")
     grouped_linear = _tiered("grouped_linear")
     expert_linear = _tiered("expert_linear")
+    gate = _tiered("gate")
+    gate_hash = _tiered("gate_hash")
     swiglu = _tiered("swiglu")
     dispatch = _tiered("dispatch")
     combine = _tiered("combine")

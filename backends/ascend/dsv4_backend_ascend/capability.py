@@ -21,19 +21,25 @@ Standing = Literal["documented", "source", "assumed"]
 Dtypes = Mapping[str, str]
 """Dtype name of each operand of a contract."""
 
-_VERSION = re.compile(r"(\d+)\.(\d+)\.(?:RC(\d+)|(\d+))(?:[._-]?(?:beta|alpha|rc)\.?(\d+)?)?", re.IGNORECASE)
+_VERSION = re.compile(r"(\d+)\.(\d+)(?:\.(?:RC(\d+)|(\d+)))?(.*)", re.IGNORECASE)
+_EARLY = re.compile(r"alpha|beta|rc", re.IGNORECASE)
 
 
 def cann_version(text: str) -> tuple[int, ...]:
-    """Order CANN versions: ``8.2.RC1 < 8.5.0 < 9.1.0_beta.1 < 9.1.0``. Raises ``ValueError`` for anything else."""
-    match = _VERSION.fullmatch(text.strip())
+    """Order CANN versions: ``8.2.RC1 < 8.5.0 < 9.1.0_beta.1 < 9.1.0``.
+
+    What follows the leading numbers does not count, but for words that say "before the release": patch, build and
+    service numbers (``8.2.RC1.1``, ``9.0.0.SPC001``, ``9.1.0.B080``) are of the version that they follow. Raises
+    ``ValueError`` where no version is at the front.
+    """
+    match = _VERSION.match(text.strip().removeprefix("V").removeprefix("v"))
     if match is None:
         raise ValueError(
-            f"CANN version {text!r} is not of the form 8.2.RC1 or 9.1.0; see the `version` line of CANN's install.info"
+            f"CANN version {text!r} does not begin like 8.2.RC1 or 9.1.0; see the `version` line of CANN's install.info"
         )
-    major, minor, candidate, patch, _ = match.groups()
-    released = text.strip().count("beta") + text.strip().count("alpha") == 0
-    return (int(major), int(minor), 0 if patch is None else 1 + int(patch), int(candidate or 0), int(released))
+    major, minor, candidate, patch, rest = match.groups()
+    released = candidate is not None or not _EARLY.search(rest)
+    return (int(major), int(minor), 0 if candidate else 1 + int(patch or 0), int(candidate or 0), int(released))
 
 
 class Cell(NamedTuple):
@@ -48,10 +54,11 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """One npu op in one way of calling it, and the contracts that it serves."""
+    """One npu op in one way of calling it, the arguments that are passed by name, and the contracts that it serves."""
 
     name: str
     op: str
+    passes: tuple[str, ...]
     serves: tuple[str, ...]
     rounding: str
     cells: tuple[Cell, ...]
@@ -136,7 +143,14 @@ def table() -> Table:
     return Table(
         wheel=raw["wheel"],
         calls=tuple(
-            Call(call["name"], call["op"], tuple(call["serves"]), call["rounding"], tuple(map(_cell, call["cell"])))
+            Call(
+                call["name"],
+                call["op"],
+                tuple(call["passes"]),
+                tuple(call["serves"]),
+                call["rounding"],
+                tuple(map(_cell, call["cell"])),
+            )
             for call in raw["call"]
         ),
         absent=tuple(

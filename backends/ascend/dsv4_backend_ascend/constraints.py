@@ -12,9 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from dsv4_backend_ascend.capability import Generation
+from dsv4_backend_ascend.formats import NZ, TILE_ROWS, format_of
 
 Rule = Callable[[Generation, SimpleNamespace], Iterator[str]]
 
+FP4_ALIGNED = 64  # elements of 32 bytes: what aclnnGroupedMatmulWeightNz aligns both axes of an E2M1 weight to
+HEADS_IN_BATCH = 1000  # npu_rotary_mul in interleave mode: exclusive bound of batch times heads
 LAST_AXIS_LIMIT = 65536  # matrix products: exclusive bound of an inner axis
 TOKENS_ALL = (1 << 63) - 1  # pre_tokens and next_tokens: the only value supported
 INT8, FLOAT16, FLOAT32, BFLOAT16, E4M3, E4M3_NPU, E8M0, E2M1 = 1, 5, 6, 15, 24, 292, 293, 296
@@ -70,8 +73,8 @@ def rotary_mul(generation: Generation, a: SimpleNamespace) -> Iterator[str]:
         return
     if not (shape[2] < 896 and shape[2] % 2 == 0):
         yield f"{shape[2]} channels; fewer than 896 and even"
-    if shape[1] >= 1000:
-        yield f"{shape[1]} heads; fewer than 1000"
+    if shape[1] >= HEADS_IN_BATCH:
+        yield f"{shape[1]} heads; fewer than {HEADS_IN_BATCH}"
     for name in ("r1", "r2"):
         table = getattr(a, name)
         if tuple(table.shape) != (shape[0], 1, shape[2]):
@@ -260,13 +263,14 @@ def _grouped_matmul_mx(
             f"weight is {dtype_of(weight)} with {weight.shape[1]} rows for k={k}; "
             f"float8_e4m3fn, or uint8 pairs where weight_dtype is E2M1 ({E2M1})"
         )
-    if fp4 and (k % 64 or (hasattr(weight, "stride") and not transposed(weight) and min(weight.shape[1:]) > 1)):
-        yield f"E2M1 weight with k={k}; transposed, an even number of groups of 32"
-    scales, name, shape = (
-        (a.antiquant_scale, "antiquant_scale", (experts, n, groups, 2))
-        if fp4
-        else (a.scale, "scale", (experts, groups, n, 2))
-    )
+    if fp4 and (k % FP4_ALIGNED or n % FP4_ALIGNED):
+        yield f"E2M1 weight with k={k}, n={n}; both multiples of {FP4_ALIGNED}, 32 bytes"
+    if fp4 and not transposed(weight):
+        yield "E2M1 weight is not transposed; it is a transposed view of [experts, n, k / 2]"
+    if fp4 and format_of(weight) != NZ:
+        yield f"E2M1 weight is in format {format_of(weight)}; NZ ({NZ}): of grouped products only that of NZ weights takes FP8 x FP4"
+    scales, name = (a.antiquant_scale, "antiquant_scale") if fp4 else (a.scale, "scale")
+    shape = (experts, groups, n, 2)
     if not scales or tuple(scales[0].shape) != shape or dtype_of(scales[0]) not in {"uint8", "int8", "float8_e8m0fnu"}:
         yield f"{name} is missing or not bytes of shape {shape}"
     if not a.per_token_scale or tuple(a.per_token_scale[0].shape) != (m, groups, 2):
@@ -275,6 +279,45 @@ def _grouped_matmul_mx(
         yield f"scale_dtype={a.scale_dtype}, per_token_scale_dtype={a.per_token_scale_dtype}; E8M0 ({E8M0})"
     if a.output_dtype not in {BFLOAT16, FLOAT16}:
         yield f"output_dtype={a.output_dtype}; bfloat16 ({BFLOAT16}) or float16"
+
+
+def format_cast(generation: Generation, a: SimpleNamespace) -> Iterator[str]:
+    """E2M1 pairs to NZ, 950 only."""
+    if generation != "950":
+        yield f"this backend casts FP4 weights on Ascend 950 only, not {generation}"
+    if a.acl_format != NZ or a.customize_dtype != E4M3 or a.input_dtype != E2M1 or dtype_of(a.input) != "uint8":
+        yield (
+            f"{dtype_of(a.input)} to format {a.acl_format}, customize_dtype={a.customize_dtype}, input_dtype={a.input_dtype}; "
+            f"uint8 to {NZ}, E4M3 ({E4M3}), E2M1 ({E2M1})"
+        )
+    rows, width = a.input.shape[-2:]
+    if rows % FP4_ALIGNED or rows % TILE_ROWS or 2 * width % FP4_ALIGNED:
+        yield f"{rows} x {2 * width}; both multiples of {FP4_ALIGNED}, 32 bytes"
+    if not contiguous(a.input):
+        yield "input is not contiguous"
+
+
+def moe_gating_top_k(generation: Generation, a: SimpleNamespace) -> Iterator[str]:
+    """sqrt(softplus), 950 only, one group."""
+    if generation != "950" or a.norm_type != 2:
+        yield f"norm_type={a.norm_type} on {generation}; this backend calls 2, sqrt(softplus), which is for 950 only"
+    if dtype_of(a.x) not in {"float32", "bfloat16", "float16"} or len(a.x.shape) != 2:
+        yield f"x is {dtype_of(a.x)} with {len(a.x.shape)} axes; a floating dtype, [tokens, experts]"
+        return
+    experts = a.x.shape[1]
+    if experts > 2048 or not 1 <= a.k <= experts:
+        yield f"{a.k} of {experts} experts; at most 2048 experts, and no more picks"
+    if a.bias is not None and (dtype_of(a.bias) != dtype_of(a.x) or tuple(a.bias.shape) != (experts,)):
+        yield f"bias is {dtype_of(a.bias)}{tuple(a.bias.shape)}; {dtype_of(a.x)} ({experts},)"
+    if (a.k_group, a.group_count) != (1, 1) or a.out_flag:
+        yield f"k_group={a.k_group}, group_count={a.group_count}, out_flag={a.out_flag}; this backend has one group"
+    if (a.input_ids is None) != (a.tid2eid is None):
+        yield "input_ids and tid2eid come together"
+    elif a.tid2eid is not None:
+        if a.k > 64 or tuple(a.tid2eid.shape[1:]) != (a.k,) or tuple(a.input_ids.shape) != (a.x.shape[0],):
+            yield f"tid2eid{tuple(a.tid2eid.shape)}, input_ids{tuple(a.input_ids.shape)}; [ids, {a.k}], at most 64 picks, [tokens]"
+        if {dtype_of(a.tid2eid), dtype_of(a.input_ids)} - {"int32", "int64"}:
+            yield f"tid2eid is {dtype_of(a.tid2eid)}, input_ids {dtype_of(a.input_ids)}; int32 or int64"
 
 
 def clipped_swiglu(_generation: Generation, a: SimpleNamespace) -> Iterator[str]:
@@ -452,9 +495,7 @@ def mhc_sinkhorn(generation: Generation, a: SimpleNamespace) -> Iterator[str]:
 
 
 def mhc_post(generation: Generation, a: SimpleNamespace) -> Iterator[str]:
-    """950 only."""
-    if generation != "950":
-        yield f"documented for Ascend 950 only, not {generation}"
+    """Four streams on A2 and A3."""
     if dtype_of(a.x) not in {"bfloat16", "float16"} or dtype_of(a.h_out) != dtype_of(a.x) or len(a.x.shape) != 3:
         yield (
             f"x is {dtype_of(a.x)}{tuple(a.x.shape)}, h_out {dtype_of(a.h_out)}; "
@@ -462,6 +503,8 @@ def mhc_post(generation: Generation, a: SimpleNamespace) -> Iterator[str]:
         )
         return
     tokens, streams, dim = a.x.shape
+    if generation != "950" and (streams != 4 or dim % 128 or not 0 < dim <= 100000):
+        yield f"{streams} streams of {dim} channels on {generation}; 4, and a multiple of 128 up to 100000"
     for name, shape in (("h_res", (tokens, streams, streams)), ("h_post", (tokens, streams))):
         tensor = getattr(a, name)
         if tensor is None or dtype_of(tensor) != "float32" or tuple(tensor.shape) != shape:
@@ -479,7 +522,7 @@ RULES: dict[str, Rule] = {
     f"npu_{rule.__name__}": rule
     for rule in (
         rms_norm, rotary_mul, transpose_batchmatmul, dynamic_quant, dynamic_mx_quant, quant_matmul, grouped_matmul, clipped_swiglu,
-        moe_init_routing_v2, moe_token_unpermute, lightning_indexer, sparse_flash_attention, mhc_pre, mhc_sinkhorn, mhc_post,
+        format_cast, moe_gating_top_k, moe_init_routing_v2, moe_token_unpermute, lightning_indexer, sparse_flash_attention, mhc_pre, mhc_sinkhorn, mhc_post,
     )
 }  # fmt: skip
 

@@ -16,33 +16,42 @@ from dsv4_backend_torch.weights import StackedExperts
 from dsv4_backend_ascend.cann import attention, expand, matmul, mhc, moe, norm
 from dsv4_backend_ascend.cann.call import RefusedError, dry_run
 from dsv4_backend_ascend.capability import Answer, table
-from dsv4_backend_ascend.weights import MxArray, MxExperts
+from dsv4_backend_ascend.weights import MxArray, MxExperts, TiledExperts
 from dsv4_core.contract.dtypes import FP4_GROUP, FP8_BLOCK, WEIGHT_DTYPES, ScaledArray, dtype_name
 from dsv4_core.contract.ops import OPS
 
 if TYPE_CHECKING:
-    from dsv4_backend_ascend.backend import AscendBackend
+    from dsv4_backend_ascend.chip import ChipBackend
 
 Implementation = Callable[..., Any]
 """A contract in npu ops; the backend comes first."""
 
 
-def _linear(_backend: AscendBackend, x: torch.Tensor, weight: Any, *, out_dtype: str) -> torch.Tensor:
+def _apply_rope(
+    backend: ChipBackend, x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, *, inverse: bool
+) -> torch.Tensor:
+    turn = backend.once((positions, freqs, "channels"), lambda: norm.angles(positions, freqs))
+    return norm.apply_rope(x, turn, inverse=inverse)
+
+
+def _linear(_backend: ChipBackend, x: torch.Tensor, weight: Any, *, out_dtype: str) -> torch.Tensor:
     if weight.format == "int8":
         return matmul.linear_int8(x, weight, out_dtype=out_dtype)
     return matmul.linear_mx(x, weight.mx, out_dtype=out_dtype)
 
 
-def _grouped_linear(backend: AscendBackend, x: torch.Tensor, weight: Any) -> torch.Tensor:
+def _grouped_linear(backend: ChipBackend, x: torch.Tensor, weight: Any) -> torch.Tensor:
     if isinstance(weight, ScaledArray):
         kept = None if x.is_meta else backend.matrix((weight,), torch.bfloat16)
         weight = backend.dequantise(weight, torch.bfloat16) if kept is None else kept
     return matmul.grouped_linear(x, weight)
 
 
-def _expert_linear(backend: AscendBackend, x: torch.Tensor, weight: Any, offsets: torch.Tensor) -> torch.Tensor:
+def _expert_linear(backend: ChipBackend, x: torch.Tensor, weight: Any, offsets: torch.Tensor) -> torch.Tensor:
     if isinstance(weight, MxExperts):
         return matmul.expert_linear_mx(x, weight.stack.mx, offsets)
+    if isinstance(weight, TiledExperts):
+        return matmul.expert_linear_mx(x, weight.mx, offsets)
     if isinstance(weight.stack, ScaledArray) and weight.stack.format == "int8":
         return matmul.expert_linear_int8(x, weight.stack, offsets)
     if isinstance(weight.stack, ScaledArray):
@@ -50,11 +59,31 @@ def _expert_linear(backend: AscendBackend, x: torch.Tensor, weight: Any, offsets
     return matmul.expert_linear_bf16(x, weight.stack, offsets)
 
 
-def _combine(_backend: AscendBackend, *arrays: Any, topk: int, out_dtype: str) -> torch.Tensor:
+def _logits(backend: ChipBackend, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The router's product, float32 [tokens, experts]; without data its shape alone, for nothing may be kept of it."""
+    if x.is_meta:
+        return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
+    return backend.product(x, (weight,), wide=True)
+
+
+def _gate(
+    backend: ChipBackend, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, topk: int, route_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return moe.gate(_logits(backend, x, weight), bias.float(), topk=topk, route_scale=route_scale)
+
+
+def _gate_hash(
+    backend: ChipBackend, x: torch.Tensor, weight: torch.Tensor, tid2eid: torch.Tensor, ids: torch.Tensor,
+    *, route_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    return moe.gate_hash(_logits(backend, x, weight), tid2eid, ids, route_scale=route_scale)
+
+
+def _combine(_backend: ChipBackend, *arrays: Any, topk: int, out_dtype: str) -> torch.Tensor:
     return moe.combine(*arrays, topk=topk, out_dtype=torch_dtype(out_dtype))
 
 
-def _index_topk(_backend: AscendBackend, *arrays: Any, scale: float, topk: int) -> torch.Tensor:
+def _index_topk(_backend: ChipBackend, *arrays: Any, scale: float, topk: int) -> torch.Tensor:
     del scale  # positive: it does not change the order
     return attention.index_topk(*arrays, topk=topk)
 
@@ -65,11 +94,13 @@ def _as_is(function: Implementation) -> Implementation:
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "rms_norm": _as_is(norm.rms_norm),
-    "apply_rope": _as_is(norm.apply_rope),
+    "apply_rope": _apply_rope,
     "linear": _linear,
     "grouped_linear": _grouped_linear,
     "expert_linear": _expert_linear,
     "swiglu": _as_is(moe.swiglu),
+    "gate": _gate,
+    "gate_hash": _gate_hash,
     "dispatch": _as_is(moe.dispatch),
     "combine": _combine,
     "index_topk": _index_topk,
@@ -100,7 +131,7 @@ def without_data(value: Any, *, mx: bool) -> Any:
     return MxArray.of(weight) if mx else weight
 
 
-def plan(backend: AscendBackend, op: str, operands: Mapping[str, Any]) -> Answer:
+def plan(backend: ChipBackend, op: str, operands: Mapping[str, Any]) -> Answer:
     """Answer for one call: operands as arrays or placeholders, scalars by value. Raises nothing."""
     if backend.tier == "composed":
         return Answer("composed", reason="tier=composed was asked for")
@@ -110,17 +141,18 @@ def plan(backend: AscendBackend, op: str, operands: Mapping[str, Any]) -> Answer
     answer = table().answer(op, backend.generation, dtypes, cann=backend.cann_version)
     if answer.tier == "composed" or op not in IMPLEMENTATIONS:
         return answer._replace(tier="composed")
-    if missing := [f"npu::{call.op} {backend.drift[call.op]}" for call in answer.calls if call.op in backend.drift]:
+    if missing := [backend.drift[call.name] for call in answer.calls if call.name in backend.drift]:
         return Answer("composed", reason="; ".join(missing))
     if any(0 in v.shape for v in operands.values() if hasattr(v, "shape")):
         return Answer("composed", reason="an operand is empty")
     mx = backend.generation == "950"
-    arrays = [
-        _placeholder(operands[name], mx=mx, name=name if op == "expert_linear" else "") for name in OPS[op].arrays
-    ]
     scalars = {name: operands[name] for name in OPS[op].scalars}
     try:
         with dry_run(backend.generation):
+            arrays = [
+                _placeholder(operands[name], mx=mx, name=name if op == "expert_linear" else "")
+                for name in OPS[op].arrays
+            ]
             IMPLEMENTATIONS[op](backend, *arrays, **scalars)
     except RefusedError as refusal:
         return Answer("composed", reason=str(refusal))
@@ -131,4 +163,6 @@ def _placeholder(value: Any, *, mx: bool, name: str) -> Any:
     meta = without_data(value, mx=mx)
     if name != "weight":
         return meta
+    if isinstance(meta, MxArray) and meta.format == "e2m1":
+        return TiledExperts(matmul.tiled(meta.mx))
     return MxExperts(meta) if isinstance(meta, MxArray) else StackedExperts(meta)

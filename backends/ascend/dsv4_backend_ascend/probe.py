@@ -8,20 +8,22 @@ import importlib
 import importlib.util
 import os
 import re
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dsv4_backend_ascend import proof
+from dsv4_backend_ascend import capability, proof
 from dsv4_backend_ascend.capability import GENERATIONS, Generation, table
-from dsv4_backend_ascend.schema import schemas
+from dsv4_backend_ascend.schema import incompatible, overload, schemas, snapshots
 from dsv4_core.contract.backend import BackendError, Diagnosis
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+SET_ENV = "source CANN's set_env.sh (cann/set_env.sh from 8.5 on, ascend-toolkit/set_env.sh before)"
 PLAN = "plan without an NPU: --soc 910B, 910C or 950; compute on a CPU: --simulate CHIP"
 
 _SOCS: tuple[tuple[str, Generation], ...] = (
@@ -53,7 +55,7 @@ def import_torch_npu() -> Any:
         reason = str(error).strip().splitlines()[0]
         raise BackendError(
             f"backend 'ascend': torch-npu is installed and does not import: {reason}. Its libraries come with CANN: "
-            f"source CANN's set_env.sh, or {PLAN}"
+            f"{SET_ENV}, or {PLAN}"
         ) from error
 
 
@@ -71,23 +73,37 @@ def npus() -> list[str]:
 
 
 def cann_version() -> str | None:
-    """CANN's version from its install.info under ASCEND_HOME_PATH; None where there is none."""
+    """CANN's version as torch-npu tells it, else from an install.info under ASCEND_HOME_PATH; None where neither says."""
+    told = getattr(getattr(sys.modules.get("torch_npu"), "npu", None), "utils", None)
+    if told is not None and hasattr(told, "get_cann_version"):
+        try:
+            if version := str(told.get_cann_version("CANN") or ""):
+                return version
+        except (
+            RuntimeError,
+            ValueError,
+            OSError,
+        ):  # it reads the same files, and fails where they are not as it expects
+            pass
     home = os.environ.get("ASCEND_HOME_PATH")
-    for info in sorted(Path(home).glob("**/ascend_*_install.info")) if home else ():
+    toolkit_first = sorted(
+        Path(home).glob("**/ascend_*_install.info") if home else (), key=lambda p: ("toolkit" not in p.name, str(p))
+    )
+    for info in toolkit_first:
         if found := re.search(r"^version=(\S+)", info.read_text(encoding="utf-8"), re.MULTILINE):
             return found[1]
     return None
 
 
 def drift() -> dict[str, str]:
-    """Ops that the installed torch-npu (or the simulator) lacks, or has under another schema than the table's."""
+    """Calls of the table that the installed torch-npu (or the simulator) cannot take: its op, and what is wrong with it."""
     found = {}
-    for op, committed in schemas().items():
-        packet = getattr(torch.ops.npu, op, None)
-        if packet is None:
-            found[op] = "is missing in the installed torch-npu"
-        elif str(packet.default._schema) != committed:  # noqa: SLF001
-            found[op] = f"has another schema than the table's: {packet.default._schema}"  # noqa: SLF001
+    for call in table().calls:
+        op = overload(call.op)
+        if op is None:
+            found[call.name] = f"npu::{call.op} is missing in the installed torch-npu"
+        elif problem := incompatible(str(op._schema), schemas()[call.op], call.passes):  # noqa: SLF001
+            found[call.name] = f"npu::{call.op} {problem}"
     return found
 
 
@@ -114,7 +130,7 @@ def _installation() -> Iterator[Diagnosis]:
     yield Diagnosis(
         "CANN",
         version or (f"no install.info under {home}" if home else "not found (ASCEND_HOME_PATH is not set)"),
-        "" if version else f"source CANN's set_env.sh; {PLAN}",
+        _doubt(version) if version else f"{SET_ENV}; {PLAN}",
     )
     if importlib.util.find_spec("torch_npu") is None:
         yield Diagnosis("torch-npu", "not installed", f"pip install 'dsv4[ascend]' on a machine with CANN; {PLAN}")
@@ -125,23 +141,21 @@ def _installation() -> Iterator[Diagnosis]:
         yield Diagnosis(
             "torch-npu",
             f"{_installed_version()}, does not import: {error.__cause__}".splitlines()[0],
-            f"source CANN's set_env.sh; {PLAN}",
+            f"{SET_ENV}; {PLAN}",
         )
         return
+    wheels = [snapshot.wheel.rpartition(" ")[2] for snapshot in snapshots()]
     yield Diagnosis(
         "torch-npu",
         f"{_installed_version()}, imports",
-        "" if _installed_version() in table().wheel else f"the table was written for {table().wheel}",
+        "" if _installed_version() in wheels else f"compared with {', '.join(wheels)}, not with this one",
     )
     missing = drift()
-    for op, problem in missing.items():
-        yield Diagnosis(
-            "op",
-            f"npu::{op} {problem}",
-            "what it serves is composed; install the torch-npu that the table was written for",
-        )
+    served = {call.name: ", ".join(call.serves) for call in table().calls}
+    for name, problem in missing.items():
+        yield Diagnosis("op", problem, f"{served[name]}: composed where it would be called ({name})")
     if not missing:
-        yield Diagnosis("ops", f"all {len(table().ops)} that are called are there, under the table's schemas")
+        yield Diagnosis("ops", f"all {len(table().ops)} that are called are there, and take the calls")
     try:
         found = npus()
     except BackendError as error:
@@ -155,6 +169,15 @@ def _installation() -> Iterator[Diagnosis]:
         yield Diagnosis("NPU", f"{counted}: {generation_of(found[0])}")
     except BackendError as error:
         yield Diagnosis("NPU", counted, str(error))
+
+
+def _doubt(version: str) -> str:
+    """What to say of a CANN version that cannot be read; nothing of one that can."""
+    try:
+        capability.cann_version(version)
+    except ValueError as error:
+        return f"{error}; ops are used as if it were new enough, or say with --cann which one it is like"
+    return ""
 
 
 def _installed_version() -> str:

@@ -22,7 +22,7 @@ from dsv4_core.contract.ops import EveryOp
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from dsv4_backend_ascend.backend import AscendBackend
+    from dsv4_backend_ascend.chip import ChipBackend
 
 ULPS = 4 * 2.0**-8  # two BF16 units each way at the low end of a binade: both tiers round, and sum in their own order
 SAMPLES = 256  # elements of a result that are recorded
@@ -80,7 +80,7 @@ def allowance(want: Host, *, exact: bool) -> Host:
 
 
 def run(
-    backend: AscendBackend, cases: Sequence[Case] = CASES, *, seed: int = 0, small: bool = False
+    backend: ChipBackend, cases: Sequence[Case] = CASES, *, seed: int = 0, small: bool = False
 ) -> Iterator[Outcome]:
     """Run case after case. ``small``: without those at high addresses, which need gigabytes."""
     for case in cases:
@@ -88,7 +88,7 @@ def run(
             yield compare(backend, case, seed=seed)
 
 
-def compare(backend: AscendBackend, case: Case, *, seed: int = 0) -> Outcome:
+def compare(backend: ChipBackend, case: Case, *, seed: int = 0) -> Outcome:
     """Run a case in both tiers."""
     call = case.call(seed)
     arrays = tuple(_loaded(backend, array) for array in call.arrays)
@@ -97,7 +97,10 @@ def compare(backend: AscendBackend, case: Case, *, seed: int = 0) -> Outcome:
     ops = tuple(dict.fromkeys(c.op for c in answer.calls)) if cann else ()
     skipped = "" if cann else answer.reason
     composed = getattr(TorchBackend if TorchBackend.implements(case.contract) else EveryOp, case.contract)
-    low = arrays if call.low is None else tuple(_loaded(backend, array) for array in call.low)
+    low = tuple(
+        held if call.low is None and not isinstance(array, Experts) else _loaded(backend, array, in_rows=True)
+        for held, array in zip(arrays, call.yardstick, strict=True)
+    )
     runs: dict[str, Callable[[], Any]] = {}
     if cann:
         runs["cann"] = lambda: getattr(backend, case.contract)(*arrays, **call.scalars)
@@ -109,21 +112,22 @@ def compare(backend: AscendBackend, case: Case, *, seed: int = 0) -> Outcome:
     return Outcome(case.contract, case.name, ops, _verdict(results, recorded(case, seed), exact=case.exact), skipped)
 
 
-def problem(backend: AscendBackend, case: Case) -> str:
+def problem(backend: ChipBackend, case: Case) -> str:
     """What is wrong with a case, with the npu ops that it went through."""
     outcome = compare(backend, case)
     return f"{', '.join(outcome.ops) or 'composed'}: {outcome.found}" if outcome.found else ""
 
 
-def _loaded(backend: AscendBackend, array: Any) -> Any:
+def _loaded(backend: ChipBackend, array: Any, *, in_rows: bool = False) -> Any:
+    """An operand on the device. ``in_rows``: experts as plain PyTorch ops read them, in no order of an npu op's."""
     if array is None:
         return None
     if isinstance(array, Experts):
-        return backend.load_experts(array)
+        return backend.stacked_experts(array) if in_rows else backend.load_experts(array)
     return backend.load(array) if isinstance(array, ScaledArray) else backend.from_numpy(array)
 
 
-def _comparable(backend: AscendBackend, case: Case, call: Call, result: Any, *, whole: bool) -> list[Host]:
+def _comparable(backend: ChipBackend, case: Case, call: Call, result: Any, *, whole: bool) -> list[Host]:
     """Results on the host in float64; of picks their exact scores, so that near-ties may be picked either way."""
     flat = result if isinstance(result, tuple) else (result,)
     host = [backend.to_numpy(r) for r in flat]

@@ -111,6 +111,23 @@ def _rope(d: Draws, inverse: bool) -> Call:
     return Call((d.act(5, HEADS, DIM), positions, freqs), {"inverse": inverse})
 
 
+def _many_tokens(d: Draws, tokens: int) -> Call:
+    """Rotated channels alone: npu_rotary_mul's page has a bound of 1000 on batch times heads, and no word on tokens."""
+    freqs = (10000.0 ** (-np.arange(32) / 32)).astype(np.float32)
+    return Call((d.act(tokens, HEADS, 64), np.arange(tokens, dtype=np.int32), freqs), {"inverse": False})
+
+
+def _gate(d: Draws, experts: int, topk: int) -> Call:
+    arrays = (d.act(9, 256), d.act(experts, 256, scale=0.1), d.normal(experts) * np.float32(0.1))
+    return Call(arrays, {"topk": topk, "route_scale": 1.5})
+
+
+def _gate_hash(d: Draws) -> Call:
+    table = d.order(50, 256)[:, :6].astype(np.int64)
+    arrays = (d.act(9, 256), d.act(256, 256, scale=0.1), np.ascontiguousarray(table), d.ids(50, 9))
+    return Call(arrays, {"route_scale": 1.5})
+
+
 def _uneven(d: Draws, tokens: int, cols: int) -> Host:
     """One token far larger than the others and one far smaller: a scale taken over several tokens shows."""
     x = d.act(tokens, cols)
@@ -200,6 +217,7 @@ CASES: tuple[Case, ...] = (
     Case("rms_norm", "no_weight", lambda d: _norm(d, 7, 1.0, weighted=False)),
     Case("apply_rope", "position=2^20", lambda d: _rope(d, inverse=False)),
     Case("apply_rope", "position=2^20,inverse", lambda d: _rope(d, inverse=True)),
+    Case("apply_rope", "tokens=1100", lambda d: _many_tokens(d, 1100)),
     Case("linear", "e4m3,uneven_tokens", lambda d: _linear(d, "e4m3", 512)),
     Case("linear", "e2m1,uneven_tokens", lambda d: _linear(d, "e2m1", 512)),
     Case("linear", "int8,uneven_tokens", lambda d: _linear(d, "int8", 512)),
@@ -210,6 +228,9 @@ CASES: tuple[Case, ...] = (
     Case("expert_linear", "e4m3,empty_expert,other_ranks_rows", lambda d: _experts(d, "e4m3")),
     Case("expert_linear", "int8,empty_expert,other_ranks_rows", lambda d: _experts(d, "int8")),
     Case("expert_linear", "bfloat16,empty_expert,other_ranks_rows", lambda d: _experts(d, None)),
+    Case("gate", "flash,experts=256", lambda d: _gate(d, 256, 6)),
+    Case("gate", "pro,experts=384", lambda d: _gate(d, 384, 6)),
+    Case("gate_hash", "experts=256", _gate_hash),
     Case("swiglu", "limit_reached", lambda d: _swiglu(d, 12.0)),
     Case("swiglu", "small", lambda d: _swiglu(d, 1.0)),
     Case("dispatch", "ties_keep_their_order", lambda d: _dispatch(d, 0, 8), exact=True),

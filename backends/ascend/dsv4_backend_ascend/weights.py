@@ -8,11 +8,12 @@ repacking is exact and reversible.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from dsv4_backend_torch.weights import StackedExperts
 
-from dsv4_core.contract.dtypes import FP4_GROUP, FP8_BLOCK, WEIGHT_DTYPES, Format, ScaledArray
+from dsv4_core.contract.dtypes import FP4_GROUP, FP8_BLOCK, WEIGHT_DTYPES, Experts, Format, ScaledArray
 
 MX_PAIR = 64  # channels under one pair of E8M0 scales
 
@@ -57,12 +58,38 @@ class MxExperts(StackedExperts):
     stack: MxArray
 
 
+class TiledExperts(Experts):
+    """A stack of experts whose E2M1 codes lie in NZ tiles: only the grouped product reads it."""
+
+    def __init__(self, mx: MxWeight) -> None:
+        self.mx = mx
+
+    @property
+    def shape(self) -> tuple[int, int, int]:  # type: ignore[override]  # of the packed stack, not of a list
+        """[experts, out, in]."""
+        experts, out, cols = self.mx.shape
+        return experts, out, cols
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        """The checkpoint's format."""
+        return self.mx.dtype
+
+    def __getitem__(self, index: int) -> NoReturn:
+        raise TypeError(f"expert {index} lies in NZ tiles with the others; -O tier=composed keeps rows")
+
+
+def spread(x: torch.Tensor, times: int) -> torch.Tensor:
+    """Repeat each element along the last axis; as ``repeat_interleave``, which on an NPU ends at 2^22 results."""
+    return x.unsqueeze(-1).expand(*x.shape, times).reshape(*x.shape[:-1], -1)
+
+
 def to_mx(data: torch.Tensor, scale: torch.Tensor, fmt: Format) -> MxWeight:
     """Repack the checkpoint's codes and scales, uint8 [..., out, in] and their grid; ``in`` is a multiple of 32."""
     if fmt == "e4m3":
         out, cols = data.shape[-2:]
-        per_row = scale.repeat_interleave(FP8_BLOCK, -2)[..., :out, :]
-        per_group = per_row.repeat_interleave(FP8_BLOCK // FP4_GROUP, -1)[..., : cols // FP4_GROUP]
+        per_row = spread(scale.transpose(-1, -2), FP8_BLOCK).transpose(-1, -2)[..., :out, :]
+        per_group = spread(per_row, FP8_BLOCK // FP4_GROUP)[..., : cols // FP4_GROUP]
         return MxWeight(data.view(torch.float8_e4m3fn), _paired(per_group), fmt)
     return MxWeight(data, _paired(scale), fmt)
 

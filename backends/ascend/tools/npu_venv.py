@@ -4,8 +4,10 @@
 function that returns 0 for each C symbol that CANN would provide. ``run`` executes a script there. What that gives is
 schemas, shape functions and fake ``npu`` tensors; nothing can be computed.
 
-    python backends/ascend/tools/npu_venv.py --venv .venv-npu build
-    python backends/ascend/tools/npu_venv.py --venv .venv-npu run backends/ascend/tools/snapshot_schemas.py
+    python backends/ascend/tools/npu_venv.py --venv DIR build --wheel 2.10.0.post4
+    python backends/ascend/tools/npu_venv.py --venv DIR run backends/ascend/tools/snapshot_schemas.py
+
+``DIR`` lies outside the repository: each wheel has an environment of its own, with the torch that it pins.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ import sys
 import venv
 from pathlib import Path
 
-TORCH = "torch==2.13.0"  # torch-npu's own pin: 2.13.0 needs torch 2.13.0
-TORCH_NPU = "torch-npu==2.13.0"
-REQUIREMENTS = (TORCH, TORCH_NPU, "numpy", "pyyaml", "ml-dtypes", "safetensors", "pluggy", "pytest")
+WHEELS = {"2.9.0.post2": "2.9.0", "2.10.0.post4": "2.10.0", "2.13.0": "2.13.0"}
+"""torch-npu's versions that are compared with, each with the torch that it pins."""
+REQUIREMENTS = ("numpy", "pyyaml", "ml-dtypes", "safetensors", "pluggy", "click")
 CANN_PREFIXES = ("acl", "rt", "Msprof")  # families of C symbols that only CANN defines
 
 
@@ -54,11 +56,14 @@ def package(root: Path) -> Path:
     return found[0]
 
 
-def build(root: Path) -> None:
-    """Install the wheel if it is missing, then compile the stand-ins."""
+def build(root: Path, wheel: str) -> None:
+    """Install a wheel if it is missing, then compile the stand-ins."""
     if not (root / "bin" / "python").exists():
         venv.create(root, with_pip=True)
-    subprocess.run([str(root / "bin" / "python"), "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
+        pip = [str(root / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, f"torch=={WHEELS[wheel]}", *REQUIREMENTS], check=True)
+        # some wheels pin torch's "+cpu" build, which PyPI does not have; any build of that version serves here
+        subprocess.run([*pip, "--no-deps", f"torch-npu=={wheel}"], check=True)
     torch_npu = package(root)
     libraries = [
         *torch_npu.glob("*.so"),
@@ -93,14 +98,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, default=Path(".venv-npu"))
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("build")
+    wanted = commands.add_parser("build")
+    wanted.add_argument("--wheel", choices=WHEELS, default=list(WHEELS)[-1], help="version of torch-npu")
     run = commands.add_parser("run")
     run.add_argument("script")
     run.add_argument("arguments", nargs=argparse.REMAINDER)
     args = parser.parse_args()
     root = args.venv.resolve()
     if args.command == "build":
-        build(root)
+        build(root, args.wheel)
         return 0
     return subprocess.run(
         [str(root / "bin" / "python"), args.script, *args.arguments], env=environment(root), check=False

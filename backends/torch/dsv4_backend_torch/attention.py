@@ -85,10 +85,8 @@ class TorchAttention(Numeric, AttentionOps):
     def selection_keys(scores: Tensor, row: Tensor) -> Tensor:
         """Float32 scores as integers of the same order, NaN largest, made distinct by their rows: of equals the lower is the larger."""
         bits = scores.nan_to_num(torch.inf, torch.inf, -torch.inf).add_(0.0).view(torch.int32)  # -0 + 0.0 is 0
-        ordered = (
-            (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).to(torch.int64)
-        )  # negative: magnitude inverted
-        return ordered.bitwise_left_shift_(32).sub_(row)
+        ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)  # negative: magnitude inverted
+        return ordered.mul_(1 << 32).sub_(row)
 
     def sparse_attn(
         self, q: Tensor, kv: Tensor, attn_sink: Tensor, topk_idxs: Tensor, *, softmax_scale: float
@@ -144,7 +142,8 @@ class TorchAttention(Numeric, AttentionOps):
             listed[torch.where(idxs < 0, zero, idxs).reshape(-1)] = True
             listed[zero] = True
             union = torch.nonzero(listed)[:, 0]
-            if union.shape[0] <= 2 * idxs.shape[1]:
+            shared = union.shape[0] <= 2 * idxs.shape[1]
+            if shared and bool(torch.isfinite(q.sum() + padded.sum())):  # 0 times NaN would reach all tokens
                 return self.attend_union(q, padded, sink, idxs, union)
         idxs = torch.cat([torch.where(idxs < 0, zero, idxs), torch.full_like(idxs[:, :1], zero)], 1)
         rows = padded.index_select(0, idxs.reshape(-1)).reshape(tokens, -1, dim)

@@ -33,11 +33,18 @@ class TorchCache(TorchQuant, CacheOps):
         # No shape may depend on values here: a row that is not stored repeats what the slot of a row that is stored gets.
         target = index.to(torch.int64)
         kept = target >= 0
-        first = kept.to(torch.uint8).argmax(
+        if stored.dtype == torch.uint8 and stored.shape[1] % 4 == 0:  # fewer, wider elements, which every device copies
+            stored, cache = stored.view(torch.int32), cache.view(torch.int32)
+        if index.shape[0] == 1:  # no other row's slot to spare
+            target = target.clamp(min=0)
+            cache.index_copy_(0, target, torch.where(kept[:, None], stored, cache.index_select(0, target)))
+            return
+        first = kept.to(torch.int32).argmax(
             0, keepdim=True
         )  # one axis: an index without axes would be read on the host
-        stored = torch.where(kept[:, None], stored, torch.where(kept[first, None], stored[first], cache[:1]))
-        cache.index_copy_(0, torch.where(kept, target, target[first].clamp(min=0)), stored)
+        some = kept.index_select(0, first)[:, None]
+        stored = torch.where(kept[:, None], stored, torch.where(some, stored.index_select(0, first), cache[:1]))
+        cache.index_copy_(0, torch.where(kept, target, target.index_select(0, first).clamp(min=0)), stored)
 
     def cache_read(self, cache: Tensor, index: Tensor, *, layout: RowLayout) -> Tensor:
         if self.compiled:
@@ -62,7 +69,12 @@ class TorchCache(TorchQuant, CacheOps):
         codes, scale = self.encode(rows[:, :quantised], fmt, block)
         codes = codes.reshape(n, quantised)
         if layout.kind == "key":
-            return torch.cat([codes[:, 0::2] | (codes[:, 1::2] << 4), scale], 1)
+            pairs = (
+                codes[:, 0::2] | (codes[:, 1::2] << 4)
+                if codes.device.type == "cpu"
+                else codes[:, 0::2] + 16 * codes[:, 1::2]
+            )
+            return torch.cat([pairs, scale], 1)
         rope = rows[:, quantised:]
         if n != 1:
             rope = rows.new_empty((n, layout.rope_dim)).copy_(rope)  # contiguous, with no rows too

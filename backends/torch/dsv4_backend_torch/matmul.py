@@ -85,12 +85,13 @@ class TorchMatmul(TorchQuant, MatmulOps):
         """Each row's expert is gathered, so that no offset is read on the host: decode on a device."""
         experts = stack.shape[0]
         row = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
-        expert = torch.searchsorted(offsets, row, right=True).sub_(1).clamp_(0, experts - 1)
+        expert = expert_of_rows(row, offsets, experts)
         if isinstance(stack, ScaledArray):
             x = x.to(self.operand_type(x, stack))
-            picked = self.dequantise(ScaledArray(stack.data[expert], stack.scale[expert], stack.format), x.dtype)
+            codes, scale = stack.data.index_select(0, expert), stack.scale.index_select(0, expert)
+            picked = self.dequantise(ScaledArray(codes, scale, stack.format), x.dtype)
         else:
-            picked = stack[expert].to(x.dtype)
+            picked = stack.index_select(0, expert).to(x.dtype)
         y = torch.bmm(picked, x[:, :, None])[:, :, 0]
         return self.rounded(
             torch.where((row < offsets[-1])[:, None], y, torch.zeros((), dtype=y.dtype, device=y.device))
@@ -208,6 +209,14 @@ class TorchMatmul(TorchQuant, MatmulOps):
         than it multiplies float32: there operands are widened, and results rounded to BF16 all the same.
         """
         return not self.on_cpu or cpu_multiplies_bf16()
+
+
+def expert_of_rows(row: Tensor, offsets: Tensor, experts: int) -> Tensor:
+    """Expert whose rows ``offsets[e] .. offsets[e + 1] - 1`` hold each row, int32; the last for rows of none.
+
+    As ``searchsorted``, by comparing and adding: searching runs on a scalar core of some devices.
+    """
+    return (row[:, None] >= offsets[1:]).sum(1, dtype=torch.int32).clamp_(max=experts - 1)
 
 
 def cpu_multiplies_bf16() -> bool:

@@ -56,9 +56,13 @@ class TorchMoe(TorchMatmul, MoeOps):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         local = indices.reshape(-1) - first_expert
         local = torch.where((local >= 0) & (local < n_experts), local, n_experts)
-        expert, order = local.sort(stable=True)
-        bounds = torch.arange(n_experts + 1, dtype=expert.dtype, device=expert.device)
-        offsets = torch.searchsorted(expert, bounds, out_int32=True)
+        bounds = torch.arange(n_experts + 1, dtype=local.dtype, device=local.device)
+        if self.on_cpu:
+            expert, order = local.sort(stable=True)
+            offsets = torch.searchsorted(expert, bounds, out_int32=True)
+        else:  # in float32, exact to 2^24: whole numbers are sorted, and searched, on a scalar core of some devices
+            order = local.to(torch.float32).sort(stable=True).indices.to(torch.int32)
+            offsets = (local[:, None] < bounds).sum(0, dtype=torch.int32)
         rows = x.index_select(0, order.div(indices.shape[1], rounding_mode="floor"))
         return rows, weights.reshape(-1).index_select(0, order), order.to(torch.int32), offsets
 

@@ -50,12 +50,29 @@ class TorchNorm(Numeric, NormOps):
 
     def apply_rope(self, x: Tensor, positions: Tensor, freqs: Tensor, *, inverse: bool) -> Tensor:
         rotated = 2 * freqs.shape[0]
+        if not self.on_cpu:
+            return self.turned(x, positions, freqs, inverse=inverse)
         turn, back = self.rotation(positions, freqs)
         if self.compiled and (few := self.compiled.apply_rope(x, turn, inverse=inverse)) is not None:
             return few
         pairs = torch.view_as_complex(self.widen(x[..., -rotated:]).reshape(*x.shape[:-1], freqs.shape[0], 2))
         y = torch.view_as_real(pairs * (back if inverse else turn)).reshape(*x.shape[:-1], rotated)
         return torch.cat([x[..., :-rotated], self.rounded(y)], -1)
+
+    def turned(self, x: Tensor, positions: Tensor, freqs: Tensor, *, inverse: bool) -> Tensor:
+        """``apply_rope`` in real numbers: complex ones have no kernels on some devices."""
+        rotated = 2 * freqs.shape[0]
+        cos, sin = self.turning(positions, freqs)
+        if inverse:
+            sin = sin.neg()
+        real, imaginary = self.widen(x[..., -rotated:]).reshape(*x.shape[:-1], freqs.shape[0], 2).unbind(-1)
+        y = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2)
+        return torch.cat([x[..., :-rotated], self.rounded(y)], -1)
+
+    def turning(self, positions: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of each pair's angle, [tokens, 1, half]; the angle is a float32 product in every mode."""
+        angle = self.widen(positions.to(torch.float32)[:, None] * freqs)[:, None]
+        return angle.cos(), angle.sin()
 
     def rotation(self, positions: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
         """``cos + i sin`` of each pair's angle, [tokens, 1, half], and its inverse; the angle is a float32 product in every mode.

@@ -49,7 +49,14 @@ def scale_bits(blocks: Tensor, fmt: Format) -> Tensor:
 
 def scale_bytes(bits: Tensor) -> Tensor:
     """E8M0 bytes of scales' bits."""
-    return (bits >> 23).to(torch.uint8)
+    return whole_part(bits, 23).to(torch.uint8)
+
+
+def whole_part(x: Tensor, bits: int) -> Tensor:
+    """``x >> bits``. On a device it is a division, which is exact and has kernels everywhere: shifts run on the host's or a
+    chip's scalar cores in some (aclnnRightShift).
+    """
+    return x >> bits if x.device.type == "cpu" else x.div(1 << bits, rounding_mode="floor")
 
 
 def grid_scale(bits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,12 +111,12 @@ def grid_codes(y: Tensor, fmt: Format) -> Tensor:
     bits = y.to(torch.float32).view(torch.int32)
     magnitude, mantissa = bits & 0x7FFFFFFF, _MANTISSA[fmt]
     least = (127 + _LEAST_EXPONENT[fmt]) << 23
-    normal = ((magnitude - least) >> (23 - mantissa)) + (1 << mantissa)
+    normal = whole_part(magnitude - least, 23 - mantissa) + (1 << mantissa)
     small = (y.abs() * 2.0 ** (mantissa - _LEAST_EXPONENT[fmt])).to(torch.int32)
     code = torch.where(magnitude < least, small, normal)
     if fmt == "e4m3":
-        return (code.clamp(max=0x7F) | ((bits >> 24) & 0x80)).to(torch.uint8)  # NaN is 0x7F
-    return (code | ((bits >> 28) & 8)).to(torch.uint8)
+        code = code.clamp(max=0x7F)  # NaN is 0x7F
+    return torch.where(bits < 0, code + (0x80 if fmt == "e4m3" else 8), code).to(torch.uint8)
 
 
 class TorchQuant(Numeric, QuantOps):

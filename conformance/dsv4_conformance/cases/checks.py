@@ -11,6 +11,8 @@ import dsv4_conformance.cases.rules  # noqa: F401  registers how operands are ma
 import dsv4_core.contract.ops  # noqa: F401  declares the ops
 from dsv4_conformance.cases import operands
 from dsv4_conformance.cases.case import Case, cases_of
+from dsv4_conformance.cases.extents import extended
+from dsv4_conformance.cases.pairs import paired
 from dsv4_conformance.check import Check, Finding, Group, Session
 from dsv4_conformance.verdict.budget import Expected, expect
 from dsv4_conformance.verdict.calls import Call, execute, seed_of
@@ -128,9 +130,15 @@ class OpCase:
 def checks(numerics: Numerics) -> list[Check]:
     """Every declared case of every op, but for weight formats that a backend need not have; in the full tier smoke's with more seeds."""
     del numerics
-    cases = [(spec, case) for spec in OPS.values() for case in cases_of(spec) if not optional(case)]
+    cases = [(spec, case) for spec in OPS.values() for case in every_case(spec) if not optional(case)]
     again = [OpCase(s, c, again=i) for s, c in cases if c.tier == "smoke" for i in range(1, SEEDS)]
     return [*(OpCase(s, c) for s, c in cases), *again]
+
+
+def every_case(spec: OpSpec) -> list[Case]:
+    """An op's declared cases, those at published extents, and those in which data and sizes meet."""
+    declared = cases_of(spec)
+    return [*declared, *extended(spec.name, declared), *paired(spec.name, declared)]
 
 
 def optional(case: Case) -> set[str]:
@@ -143,6 +151,6 @@ def declared(formats: Iterable[str]) -> list[Check]:
     return [
         OpCase(spec, case)
         for spec in OPS.values()
-        for case in cases_of(spec)
+        for case in every_case(spec)
         if optional(case) and optional(case) <= set(formats)
     ]

@@ -15,7 +15,7 @@ from dsv4_conformance.cases.checks import judge_call, level_of
 from dsv4_conformance.check import Finding, Group, Session
 from dsv4_conformance.files import tensorfile
 from dsv4_conformance.files.stored_calls import Packer, unpack
-from dsv4_conformance.verdict.budget import Expected, expect
+from dsv4_conformance.verdict.budget import SAMPLES, Expected, expect
 from dsv4_conformance.verdict.calls import Call, result_dtype
 from dsv4_conformance.verdict.discrete import judge_discrete
 from dsv4_conformance.verdict.judge import Verdict, judge_exact, judge_rounded
@@ -66,14 +66,14 @@ def judge_results(
     return verdict
 
 
-def judge_recorded(call: Call, results: Sequence[Host], session: Session) -> Verdict:
-    """Judge recorded results by the session's oracle.
+def judge_recorded(call: Call, results: Sequence[Host], session: Session, samples: int = SAMPLES) -> Verdict:
+    """Judge recorded results by the session's oracle; ``samples``: of the first opinion.
 
     A run has millions of elements, and of a budget's random deviations the largest is now and then far below its scale:
     what is over budget is judged again by more of them before it counts.
     """
     with np.errstate(all="ignore"):
-        expected = expect(call, session.oracle, session.backend)
+        expected = expect(call, session.oracle, session.backend, samples)
         verdict = judge_results(call, results, expected, session.oracle, session.backend)
         if 1 < verdict.used < BEYOND_CHANCE:
             for i in range(SECOND_OPINIONS):

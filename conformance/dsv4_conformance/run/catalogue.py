@@ -10,9 +10,9 @@ from dsv4_conformance.cases import checks as cases
 from dsv4_conformance.check import TIERS, Check
 from dsv4_conformance.exchange.replay import SUFFIX, SavedCase
 from dsv4_conformance.laws import checks as laws
-from dsv4_conformance.laws import invariance
+from dsv4_conformance.laws import invariance, nonfinite
 from dsv4_conformance.model import checks as models
-from dsv4_conformance.model import traces
+from dsv4_conformance.model import shadowed, traces
 from dsv4_conformance.run import device
 from dsv4_core.checkpoint.shards import Shard, ShardError
 
@@ -28,7 +28,7 @@ def collect(tier: Tier, numerics: Numerics, backend: Backend | None = None) -> l
     """
     formats = backend.weight_formats if backend else ()
     found: list[Check] = [*cases.declared(formats), *models.declared(formats, numerics)]
-    for room in (cases, invariance, traces, laws, models):
+    for room in (cases, nonfinite, invariance, traces, laws, shadowed, models):
         found += room.checks(numerics)
     found += device.checks(backend) if backend else []
     return [c for c in found if TIERS.index(c.tier) <= TIERS.index(tier)]

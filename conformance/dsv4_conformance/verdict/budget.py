@@ -73,14 +73,14 @@ def deviations(exact: Host, perturbed: list[Host]) -> Host:
     return spread
 
 
-def expect(call: Call, oracle: Oracle, backend: Backend) -> list[Expected]:
+def expect(call: Call, oracle: Oracle, backend: Backend, samples: int = SAMPLES) -> list[Expected]:
     """Evaluate a call by the oracle: one ``Expected`` per result, mutated operands last."""
     spec = call.spec
     rounded = "rounded" in spec.judged
     operands = [copied(o) if n in spec.mutates else o for n, o in call.named().items()]
     with np.errstate(all="ignore"):
         exact, perturbed = oracle.evaluate(
-            call.op, operands, call.scalars, samples=SAMPLES if rounded else 0, seed=call.seed % 2**32
+            call.op, operands, call.scalars, samples=samples if rounded else 0, seed=call.seed % 2**32
         )
     values = exact if isinstance(exact, tuple) else () if exact is None else (exact,)
     found = []
@@ -89,8 +89,7 @@ def expect(call: Call, oracle: Oracle, backend: Backend) -> list[Expected]:
         if spec.judged[i] != "rounded":
             found.append(Expected(np.asarray(value).astype(numpy_dtype(dtype)), dtype))
             continue
-        samples = [p[i] if isinstance(p, tuple) else p for p in perturbed]
-        spread = deviations(value, samples)
+        spread = deviations(value, [p[i] if isinstance(p, tuple) else p for p in perturbed])
         budget, noise = allowance(value, spread, dtype, backend.wide_dtype)
         found.append(Expected(value, dtype, budget, spread, noise))
     for name, operand in zip(spec.arrays, operands, strict=True):

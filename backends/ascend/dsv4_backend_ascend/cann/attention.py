@@ -8,6 +8,7 @@ from dsv4_backend_ascend.cann.call import call
 
 ROPE_CHANNELS = 64  # npu_sparse_flash_attention takes this many beside the 512; they carry the sink
 KEYS_A_BLOCK = 128  # npu_lightning_indexer: a multiple of 16 up to 1024
+EXACT_IN_FLOAT32 = (1 << 24) - 1  # rows that float32 numbers; one more stands for none
 SINK_LIMIT = 1e30  # beyond it a BF16 part would be infinite, and infinity minus itself is not a number
 
 
@@ -30,14 +31,17 @@ def sparse_attn(
         query_rope[..., part] = rest.to(q.dtype)
         rest = rest - rest.to(q.dtype).float()
     key_rope[rows, :, :3] = 1
-    picks = topk_idxs.where(topk_idxs >= 0, rows + 1).sort(dim=-1).values  # valid ones first
-    picks = torch.nn.functional.pad(picks.where(picks <= rows, -1), (1, 0), value=rows)
+    picks = topk_idxs.where(topk_idxs >= 0, rows + 1)
+    if rows < EXACT_IN_FLOAT32:  # whole numbers are sorted on a scalar core of A2 and A3
+        picks = picks.float()
+    picks = picks.sort(dim=-1).values  # valid ones first
+    picks = torch.nn.functional.pad(picks.where(picks <= rows, -1).to(torch.int32), (1, 0), value=rows)
     return call(  # type: ignore[no-any-return]
         "npu_sparse_flash_attention",
         query=q.contiguous(),
         key=keys,
         value=keys,
-        sparse_indices=picks.to(torch.int32).unsqueeze(1).contiguous(),
+        sparse_indices=picks.unsqueeze(1).contiguous(),
         scale_value=softmax_scale,
         actual_seq_lengths_query=q.new_full((1,), tokens, dtype=torch.int32),
         actual_seq_lengths_kv=q.new_full((1,), rows + 1, dtype=torch.int32),

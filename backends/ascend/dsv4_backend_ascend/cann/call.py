@@ -7,13 +7,15 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from dsv4_backend_ascend.constraints import violation
 from dsv4_backend_ascend.schema import bind
 from dsv4_backend_ascend.simulate import SHAPES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from dsv4_backend_ascend.capability import Generation
 
@@ -23,6 +25,7 @@ class RefusedError(Exception):
 
 
 _planned: ContextVar[Generation | None] = ContextVar("planned", default=None)
+_watching: ContextVar[Callable[[str, str], None] | None] = ContextVar("watching", default=None)
 
 
 def call(op: str, **arguments: Any) -> Any:
@@ -33,7 +36,23 @@ def call(op: str, **arguments: Any) -> Any:
     bound = bind(op, (), arguments)
     if broken := violation(op, generation, bound):
         raise RefusedError(broken)
+    if watch := _watching.get():
+        with _disable_current_modes():  # what makes its results' shapes is not launched
+            results = SHAPES[op](bound)
+        first = next(t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor))
+        watch(f"npu::{op}", str(first.dtype).removeprefix("torch."))
+        return results
     return SHAPES[op](bound)
+
+
+@contextmanager
+def watched(watch: Callable[[str, str], None]) -> Iterator[None]:
+    """Tell ``watch`` of the calls of a dry run: the op, and the dtype of its first operand."""
+    token = _watching.set(watch)
+    try:
+        yield
+    finally:
+        _watching.reset(token)
 
 
 @contextmanager

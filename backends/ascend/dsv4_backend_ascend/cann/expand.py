@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from dsv4_backend_torch.matmul import expert_of_rows
 
 from dsv4_backend_ascend.cann.matmul import expert_linear_bf16
 from dsv4_core.contract.dtypes import ScaledArray
@@ -15,16 +16,21 @@ if TYPE_CHECKING:
     from dsv4_backend_torch.backend import TorchBackend
 
 GROUPS = 1024  # npu_grouped_matmul takes no more
-PIECES = 8  # in which a group is expanded: what dequantising needs beside its result is an eighth of it
+PIECE = (
+    1 << 26
+)  # bytes of BF16 that are made at a time, an expert's at least: dequantising needs twice as many beside them
 
 
 def expand(
     backend: TorchBackend, stack: ScaledArray, experts: torch.Tensor | slice, into: torch.Tensor
 ) -> torch.Tensor:
     """Dequantise some experts of a stack into the front of ``into`` [groups, out, in], BF16; give that part."""
-    data, scale = stack.data[experts], stack.scale[experts]
+    data, scale = (
+        part[experts] if isinstance(experts, slice) else part.index_select(0, experts)
+        for part in (stack.data, stack.scale)
+    )
     count = data.shape[0]
-    step = -(-count // PIECES)
+    step = max(1, PIECE // (2 * into[0].numel()))
     for first in range(0, count, step):
         part = slice(first, first + step)
         into[part] = backend.dequantise(ScaledArray(data[part], scale[part], stack.format), torch.bfloat16)
@@ -48,7 +54,7 @@ def expert_linear(
     block = rows if gathered else max(1, min(GROUPS, experts, expand_bytes // size))
     held = x.new_empty((block, out, cols), dtype=torch.bfloat16)
     if gathered:
-        own = torch.searchsorted(offsets, row, right=True).sub(1).clamp(0, experts - 1)
+        own = expert_of_rows(row, offsets, experts)
         each = torch.arange(rows + 1, dtype=offsets.dtype, device=x.device)
         y = expert_linear_bf16(x, expand(backend, stack, own, held), each)
         return y.masked_fill((row >= offsets[-1]).unsqueeze(-1), 0)

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from dsv4_backend_ascend.cann.call import call
-from dsv4_backend_ascend.constraints import BFLOAT16, E2M1, E4M3_NPU, E8M0, FLOAT32
+from dsv4_backend_ascend.constraints import BFLOAT16, E2M1, E4M3, E4M3_NPU, E8M0, FLOAT32
+from dsv4_backend_ascend.formats import NZ
+from dsv4_backend_ascend.weights import MxWeight, spread
 from dsv4_core.contract.dtypes import FP4_GROUP, FP8_BLOCK
 
 if TYPE_CHECKING:
-    from dsv4_backend_ascend.weights import MxWeight
     from dsv4_core.contract.dtypes import ScaledArray
 
 _NUMBERS = {"bfloat16": BFLOAT16, "float32": FLOAT32}
@@ -28,7 +29,7 @@ def mx_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     64, 2].
     """
     codes, scale = call("npu_dynamic_mx_quant", input=x, dst_type=E4M3_NPU, block_size=FP8_BLOCK, scale_alg=1)
-    groups = scale.flatten(-2).repeat_interleave(FP8_BLOCK // FP4_GROUP, -1)[..., : -(-x.shape[-1] // 64) * 2]
+    groups = spread(scale.flatten(-2), FP8_BLOCK // FP4_GROUP)[..., : -(-x.shape[-1] // 64) * 2]
     return codes, groups.unflatten(-1, (-1, 2)).contiguous()
 
 
@@ -89,13 +90,20 @@ def expert_linear_bf16(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Ten
     return _own_rows(y, offsets[-1])
 
 
+def tiled(weight: MxWeight) -> MxWeight:
+    """An E2M1 stack with its bytes in NZ order, made once at loading: the grouped product takes FP8 x FP4 from it alone."""
+    data = call("npu_format_cast", input=weight.data, acl_format=NZ, customize_dtype=E4M3, input_dtype=E2M1)
+    return MxWeight(data, weight.scale, weight.format)
+
+
 def expert_linear_mx(x: torch.Tensor, weight: MxWeight, offsets: torch.Tensor) -> torch.Tensor:
-    """Contract ``expert_linear`` on 950."""
+    """Contract ``expert_linear`` on 950; E2M1 weights come in tiles, see ``tiled``."""
     codes, scale = mx_activation(x)
+    scale_of_weight = [weight.scale.transpose(1, 2)]
     scales = (
-        {"antiquant_scale": [weight.scale], "weight_dtype": E2M1}
+        {"antiquant_scale": scale_of_weight, "weight_dtype": E2M1}
         if weight.format == "e2m1"
-        else {"scale": [weight.scale.transpose(1, 2)], "scale_dtype": E8M0}
+        else {"scale": scale_of_weight, "scale_dtype": E8M0}
     )
     (y,) = call(
         "npu_grouped_matmul",

@@ -1,10 +1,38 @@
-"""swiglu, dispatch and combine in npu ops."""
+"""The gate, swiglu, dispatch and combine in npu ops."""
 
 from __future__ import annotations
 
 import torch
 
 from dsv4_backend_ascend.cann.call import call
+
+SQRT_SOFTPLUS = 2  # norm_type of npu_moe_gating_top_k
+
+
+def gate(
+    logits: torch.Tensor, bias: torch.Tensor, *, topk: int, route_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Contract ``gate`` after the router's product, float32 [tokens, experts]."""
+    weights, picks, _ = call(
+        "npu_moe_gating_top_k", x=logits, k=topk, bias=bias, norm_type=SQRT_SOFTPLUS, routed_scaling_factor=route_scale
+    )
+    return weights, picks
+
+
+def gate_hash(
+    logits: torch.Tensor, tid2eid: torch.Tensor, ids: torch.Tensor, *, route_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Contract ``gate_hash`` after the router's product."""
+    weights, picks, _ = call(
+        "npu_moe_gating_top_k",
+        x=logits,
+        k=tid2eid.shape[1],
+        input_ids=ids,
+        tid2eid=tid2eid,
+        norm_type=SQRT_SOFTPLUS,
+        routed_scaling_factor=route_scale,
+    )
+    return weights, picks
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, weights: torch.Tensor | None, *, limit: float) -> torch.Tensor:

@@ -6,6 +6,8 @@ documented; it cannot prove that a vendor's kernel does what its document says.
 """
 
 from dsv4_backend_ascend.simulate import (
+    format_cast,
+    gating,
     grouped_matmul,
     indexer,
     mhc,
@@ -21,6 +23,6 @@ from dsv4_backend_ascend.simulate import (
 from dsv4_backend_ascend.simulate.library import KERNELS, SHAPES, CannError, Chip, Kernel, install
 
 __all__ = [
-    "KERNELS", "SHAPES", "CannError", "Chip", "Kernel", "grouped_matmul", "indexer", "install", "mhc", "norm", "quant_matmul",
+    "KERNELS", "SHAPES", "CannError", "Chip", "Kernel", "format_cast", "gating", "grouped_matmul", "indexer", "install", "mhc", "norm", "quant_matmul",
     "quantise", "rotary", "routing", "sparse_attention", "swiglu", "transpose_matmul",
 ]  # fmt: skip

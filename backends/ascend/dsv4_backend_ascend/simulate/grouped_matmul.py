@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dsv4_backend_ascend.constraints import E2M1
+from dsv4_backend_ascend.simulate.format_cast import from_tiles
 from dsv4_backend_ascend.simulate.library import CannError, simulated, undefined
 from dsv4_backend_ascend.simulate.numerics import OUTPUT_DTYPES, expand
 from dsv4_backend_ascend.simulate.quant_matmul import int8_product, mx_weight
@@ -53,6 +54,8 @@ def _product(a: SimpleNamespace, e: int, rows: slice) -> torch.Tensor:
         return int8_product(x, weight) * a.scale[0][e].float() * a.per_token_scale[0][rows].unsqueeze(-1)
     if x.dtype == torch.float8_e4m3fn:
         fp4 = a.weight_dtype == E2M1
-        scale = a.antiquant_scale[0][e] if fp4 else a.scale[0][e].transpose(0, 1)
+        scale = (a.antiquant_scale if fp4 else a.scale)[0][e].transpose(0, 1)
+        if fp4:  # read as the op reads it: tiles of the transposed weight
+            weight = from_tiles(weight.t()).t()
         return expand(x.float(), a.per_token_scale[0][rows]) @ mx_weight(weight, scale, pairs=fp4)
     return x.float() @ weight.float()

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from dsv4_backend_ascend.constraints import BFLOAT16, E2M1, E4M3_NPU, E8M0
+from dsv4_backend_ascend.constraints import BFLOAT16, E2M1, E4M3, E4M3_NPU, E8M0
+from dsv4_backend_ascend.formats import ND, NZ, mark
+from dsv4_backend_ascend.simulate.format_cast import to_tiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -123,6 +125,11 @@ def _common() -> Iterator[Sample]:
             "sorted_indices": torch.randperm(12).to(torch.int32),
             "probs": torch.ones(6, 2),
         },
+    )
+    yield Sample(
+        "mhc_post",
+        "npu_mhc_post",
+        {"x": _bf16(5, 4, 128), "h_res": torch.rand(5, 4, 4), "h_out": _bf16(5, 128), "h_post": torch.rand(5, 4)},
     )
     rows = _bf16(9, 1, 512)
     yield Sample(
@@ -243,14 +250,31 @@ def _a5() -> Iterator[Sample]:
             "scale_dtype": E8M0,
         },
     )
+    packed = _bytes(3, 64, 64)
     yield Sample(
-        "experts_mx",
+        "weights_nz",
+        "npu_format_cast",
+        {"input": packed, "acl_format": NZ, "customize_dtype": E4M3, "input_dtype": E2M1},
+    )
+    yield Sample(
+        "experts_mxfp4",
         "npu_grouped_matmul",
         {
             **grouped,
-            "weight": [_bytes(3, 16, 64).transpose(1, 2)],
-            "antiquant_scale": [_scales(3, 16, 2, 2)],
+            "weight": [mark(to_tiles(packed), NZ).transpose(1, 2)],
+            "antiquant_scale": [_scales(3, 64, 2, 2).transpose(1, 2)],
             "weight_dtype": E2M1,
+        },
+    )
+    scores = {"x": torch.randn(5, 16), "k": 3, "norm_type": 2, "routed_scaling_factor": 1.5}
+    yield Sample("gating", "npu_moe_gating_top_k", {**scores, "bias": torch.randn(16)})
+    yield Sample(
+        "gating_hash",
+        "npu_moe_gating_top_k",
+        {
+            **scores,
+            "input_ids": torch.randint(0, 7, (5,), dtype=torch.int32),
+            "tid2eid": torch.stack([torch.randperm(16)[:3] for _ in range(7)]),
         },
     )
     yield Sample(
@@ -266,11 +290,6 @@ def _a5() -> Iterator[Sample]:
         },
     )
     yield Sample("mhc_sinkhorn", "npu_mhc_sinkhorn", {"x": torch.randn(5, 4, 4), "eps": 1e-6, "num_iters": 20})
-    yield Sample(
-        "mhc_post",
-        "npu_mhc_post",
-        {"x": _bf16(5, 4, 32), "h_res": torch.rand(5, 4, 4), "h_out": _bf16(5, 32), "h_post": torch.rand(5, 4)},
-    )
 
 
 def samples(generation: Generation) -> list[Sample]:
@@ -312,6 +331,19 @@ VIOLATIONS: tuple[Violation, ...] = (
     Violation("matmul_mx", _with(group_sizes=[1, 1, 128]), "group_sizes"),
     Violation("matmul_mx", lambda a: {**a, "scale": a["scale"].transpose(0, 1)}, "scale has shape"),
     Violation("experts_mx", _with(per_token_scale_dtype=None), "E8M0"),
+    Violation("weights_nz", _with(customize_dtype=None), "customize_dtype"),
+    Violation("weights_nz", lambda a: {**a, "input": _bytes(3, 32, 64)}, "multiples of 64"),
+    Violation(
+        "experts_mxfp4", lambda a: {**a, "weight": [mark(_bytes(3, 64, 64), ND).transpose(1, 2)]}, "format 2; NZ"
+    ),
+    Violation(
+        "experts_mxfp4",
+        lambda a: {**a, "antiquant_scale": [a["antiquant_scale"][0].transpose(1, 2)]},
+        "antiquant_scale is missing or not bytes of shape",
+    ),
+    Violation("gating", _with(norm_type=1), "sqrt"),
+    Violation("gating", _cast("bias", torch.bfloat16), "bias is bfloat16"),
+    Violation("gating_hash", _with(tid2eid=None), "come together"),
     Violation("swiglu", _with(interleaved=True), "interleaved"),
     Violation("init_routing", _with(active_expert_range=[1, 4]), "undefined"),
     Violation("init_routing", lambda a: {**a, "expert_idx": a["expert_idx"].long()}, "int32"),

@@ -1,0 +1,145 @@
+"""One step of some slots: rows of tokens in; what follows each, and drafts, out. Knows ranks and padding, not requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsv4_core.graph.replay import Replay
+from dsv4_core.graph.step import Step
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dsv4_core.contract.dtypes import Host
+    from dsv4_core.contract.spec import Array
+    from dsv4_core.graph.cache import Cache
+    from dsv4_core.graph.model import Model
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens that a slot is fed; what follows its last ``wanted`` ones is asked for.
+
+    ``plain``: temperature and top-p by which the backend chooses, with one ``uniform`` a wanted token; None: the logits
+    are given instead. ``following``: the ids that come after the tokens, as far as they are known.
+    """
+
+    slot: int
+    tokens: tuple[int, ...]
+    wanted: int
+    plain: tuple[float, float] | None
+    uniform: Sequence[float]
+    following: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``ids`` int32 [n] that the backend chose after the wanted tokens; ``logits`` [n, vocab] for rows that are not plain."""
+
+    ids: Host
+    logits: Host | None
+    starts: tuple[int, ...] = ()
+    step: Step | None = None
+    streams: Array | None = None
+
+    def of(self, row: int) -> Outcome:
+        """One row's part."""
+        cut = slice(self.starts[row], self.starts[row + 1])
+        return Outcome(self.ids[cut], None if self.logits is None else self.logits[cut])
+
+
+class Batch:
+    """Runs rows on a model and its cache, whose sequences are the slots from ``first`` on."""
+
+    def __init__(self, model: Model, cache: Cache, *, first: int, drafts: bool) -> None:
+        self.model, self.cache, self.first, self.drafting = model, cache, first, drafts
+        self._replay = Replay(model, cache)
+
+    def forward(self, rows: Sequence[Row]) -> Outcome:
+        """Feed rows, sorted by slot, and choose. The cache's rows are written, its lengths are not.
+
+        On a rank that has none of the slots it takes part in the exchanges alone.
+        """
+        model, be = self.model, self.model.backend
+        here = [row for row in rows if self._has(row.slot)]
+        width = max(len(row.tokens) for row in rows)
+        ids = np.zeros((len(here), width), np.int64)
+        for line, row in zip(ids, here, strict=True):
+            line[: len(row.tokens)] = row.tokens
+        counts = [len(row.tokens) for row in here]
+        step = Step(self.cache, ids, sequences=[row.slot - self.first for row in here], counts=counts)
+        starts = (0, *np.cumsum([row.wanted for row in rows]).tolist())
+        h = None
+        if width == 1 and not self.drafting and starts[-1] == len(rows):
+            logits = self._replay.logits(step)
+        else:
+            h = model.forward(step)
+            if starts[-1] == 0:
+                return Outcome(np.zeros(0, np.int32), None, starts, step, h)
+            ends = [i * width + len(row.tokens) for i, row in enumerate(here)]
+            at = [np.arange(end - row.wanted, end) for end, row in zip(ends, here, strict=True)]
+            logits = model.logits(self._picked(h, np.concatenate([np.zeros(0, int), *at])))
+        wishes = [row.plain for row in here for _ in range(row.wanted)]
+        uniform = np.array([u for row in here for u in row.uniform], np.float32)
+        chosen = np.zeros(len(wishes), np.int32)
+        for wish in {w for w in wishes if w is not None}:
+            own = np.array([i for i, w in enumerate(wishes) if w == wish])
+            part = be.sample(self._picked(logits, own), be.from_numpy(uniform[own]), temperature=wish[0], top_p=wish[1])
+            chosen[own] = be.to_numpy(part)
+        host = None
+        if any(row.plain is None and row.wanted for row in rows):
+            host = model.parallel.joined(be.to_numpy(logits))
+        return Outcome(model.parallel.joined(chosen), host, starts, step, h)
+
+    def drafts(self, rows: Sequence[Row], outcome: Outcome, chosen: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Run the MTP block on the same tokens; give what it proposes after each row's ``chosen`` tokens, if there are any."""
+        if not self.drafting:
+            return [[] for _ in rows]
+        assert outcome.step is not None
+        assert outcome.streams is not None
+        model, be, step = self.model, self.model.backend, outcome.step
+        here = [(row, line) for row, line in zip(rows, chosen, strict=True) if self._has(row.slot)]
+        following = np.zeros((step.batch, step.seq), np.int32)
+        ends = []
+        for i, (row, line) in enumerate(here):
+            known = (*row.following, *line)[: len(row.tokens)]
+            following[i, : len(known)] = known
+            if line:
+                ends.append(i * step.seq + len(known) - 1)
+        m = model.mtp(outcome.streams, be.from_numpy(following.reshape(-1)), step)
+        if not any(chosen):
+            return [[] for _ in rows]
+        logits = model.logits(self._picked(m, np.array(ends, int)), mtp=True)
+        greedy = be.sample(logits, be.from_numpy(np.zeros(len(ends), np.float32)), temperature=0.0, top_p=1.0)
+        proposed = iter(model.parallel.joined(be.to_numpy(greedy)).tolist())
+        return [[next(proposed)] if line else [] for line in chosen]
+
+    def advance(self, rows: Sequence[Row], outcome: Outcome, stands: Sequence[int]) -> None:
+        """Note that of each row's tokens the first ``stands`` ones stand; the others were drafts that are forgotten."""
+        step = outcome.step
+        assert step is not None
+        self.cache.advance(step.sequences, step.ends)
+        for row, count in zip(rows, stands, strict=True):
+            if count < len(row.tokens) and self._has(row.slot):
+                here = row.slot - self.first
+                self.cache.rewind(here, int(self.cache.lengths[here]) - len(row.tokens) + count)
+
+    def clear(self, slot: int) -> None:
+        """Forget what a slot holds."""
+        if self._has(slot):
+            self.cache.rewind(slot - self.first, 0)
+
+    def _has(self, slot: int) -> bool:
+        return 0 <= slot - self.first < self.cache.sequences
+
+    def _picked(self, rows: Array, at: Host) -> Array:
+        """Rows ``at``, ascending; neighbours in one slice."""
+        if len(at) == rows.shape[0]:
+            return rows
+        if not len(at):
+            return rows[0:0]
+        parts = np.split(at, np.flatnonzero(np.diff(at) != 1) + 1)
+        return self.model.backend.concat([rows[int(p[0]) : int(p[-1]) + 1] for p in parts], axis=0)

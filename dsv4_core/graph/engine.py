@@ -1,0 +1,441 @@
+"""Many requests on one model: continuous batching, chunked prefill beside decodes, prefix reuse, drafts.
+
+No threads, no clock, no HTTP: ``submit``, ``cancel``, ``step``, ``stats``. Everything is decided by the calls and their
+order alone, so laws can drive it, and ranks that are called alike do alike.
+
+In batch-invariant mode a request's tokens do not depend on its company, on slots, chunks or budgets.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsv4_core.graph.batch import Batch, Outcome, Row
+from dsv4_core.graph.cache import SHARED, Cache, CacheError, Snapshot
+from dsv4_core.graph.sampling import GREEDY, Chosen, Constraint, Sampling, choose, log_softmax, top_ids
+from dsv4_core.graph.step import check_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    from dsv4_core.graph.model import Model
+
+CHUNK = 2048  # tokens of a prefill step: activations and scores of one chunk are alive at a time
+FAR = 4096  # a long prompt leaves a snapshot at each multiple of it, beside the one near its end
+
+Likely = tuple[tuple[int, float], ...]
+
+
+class BusyError(RuntimeError):
+    """The queue is full: try again later."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to continue, and how.
+
+    ``stop``: ids that end it; the stop id is given out. ``draft``: take drafts, where the engine makes them: they change
+    its speed, not its tokens. ``prompt_logprobs``: report the prompt's own log-probabilities, with so many likely ids.
+    """
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling = GREEDY
+    stop: Collection[int] = frozenset()
+    constraint: Constraint | None = field(default=None, compare=False)
+    draft: bool = True
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """A token of request ``id`` was chosen, or it is over, or both.
+
+    ``finish``: "stop", "length", "cancelled" or "error" (``error`` is what was raised). With the first token come ``prompt``, the
+    prompt's tokens' log-probabilities where asked for (the first token has none), and ``hit``, how many of the prompt's
+    tokens were not computed again.
+    """
+
+    id: int
+    chosen: Chosen | None = None
+    finish: str | None = None
+    error: Exception | None = None
+    prompt: tuple[tuple[float | None, Likely], ...] | None = None
+    hit: int = 0
+
+
+@dataclass
+class Stats:
+    """Counts since the engine was made; ``waiting``, ``running`` and ``free`` (slots) are of now."""
+
+    waiting: int = 0
+    running: int = 0
+    free: int = 0
+    steps: int = 0
+    rows: int = 0
+    prompt_tokens: int = 0
+    hit_tokens: int = 0
+    generated: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(eq=False)
+class _Run:
+    """A request under way. ``rows``: its tokens whose rows are cached. ``draft``: what may follow its newest token."""
+
+    id: int
+    request: Request
+    draws: np.random.Generator
+    slot: int = -1
+    rows: int = 0
+    hit: int = 0
+    out: list[int] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)
+    counts: Counter[int] = field(default_factory=Counter)
+    uniforms: deque[float] = field(default_factory=deque)
+    told: list[tuple[float | None, Likely]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Prompt and what was generated."""
+        return (*self.request.prompt, *self.out)
+
+    @property
+    def plain(self) -> tuple[float, float] | None:
+        """Temperature and top-p, where the backend's ``sample`` is all that it needs."""
+        r = self.request
+        alone = r.sampling.by_backend and r.constraint is None and r.prompt_logprobs is None
+        return (r.sampling.temperature, r.sampling.top_p) if alone else None
+
+    def uniform(self, ahead: int) -> float:
+        """The draw for the ``ahead``-th token from now: one for each token, whatever is drafted and rejected."""
+        while len(self.uniforms) <= ahead:
+            self.uniforms.append(self.draws.random())
+        return self.uniforms[ahead]
+
+
+@dataclass(eq=False)
+class _Kept:
+    """A prefix that can be taken up again. ``slot`` holds its compressed rows, ``snapshot`` the rest."""
+
+    tokens: tuple[int, ...]
+    slot: int
+    snapshot: Snapshot
+
+
+class Engine:
+    """Runs requests in ``slots`` sequences of up to ``capacity`` tokens each."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        slots: int,
+        capacity: int,
+        chunk: int = CHUNK,
+        budget: int | None = None,
+        queue: int | None = None,
+        drafts: bool = False,
+        reuse: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """``budget``: tokens in one step, decodes first (default: one chunk). ``queue``: how many may wait (default: any).
+
+        ``drafts``: let the MTP block propose a token a step. ``reuse``: take up prefixes that slots still hold (alone, or
+        where ranks share every sequence). ``progress(done, of)`` is called after each chunk of a prompt.
+
+        Raises ``CacheError`` where the capacity exceeds the model's positions, ``ValueError`` for numbers below 1 and
+        for drafts without an MTP block.
+        """
+        for name, value in (("slots", slots), ("chunk", chunk), ("budget", budget), ("queue", queue)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} = {value} must be 1 or more")
+        if drafts and model.mtp_block is None:
+            raise ValueError("this checkpoint has no MTP block (num_nextn_predict_layers = 0)")
+        self.model, self.slots, self.capacity = model, slots, capacity
+        self.chunk, self.queue, self.progress = chunk, queue, progress
+        self.budget = chunk if budget is None else budget
+        self.drafts = drafts
+        self.reuse = reuse and model.parallel.sequences is None
+        mine = model.parallel.mine(np.arange(slots))
+        self.cache = Cache(model.backend, model.config, len(mine), capacity, rewindable=int(drafts))
+        self._batch = Batch(model, self.cache, first=int(mine[0]) if len(mine) else 0, drafts=drafts)
+        self._free = list(range(slots))
+        self._held: dict[int, tuple[int, ...]] = {}  # what free slots still hold
+        self._kept: list[_Kept] = []  # the one taken up last is the last
+        self._waiting: deque[_Run] = deque()
+        self._running: list[_Run] = []
+        self._events: list[Event] = []
+        self._ids = 0
+        self._stats = Stats()
+
+    @property
+    def stats(self) -> Stats:
+        """Counts so far."""
+        now = self._stats
+        now.waiting, now.running, now.free = len(self._waiting), len(self._running), len(self._free)
+        return now
+
+    @property
+    def idle(self) -> bool:
+        """Whether ``step`` has nothing to do."""
+        return not (self._waiting or self._running or self._events)
+
+    def submit(self, request: Request) -> int:
+        """Queue a request and give its id; nothing is computed yet.
+
+        Raises ``CacheError`` where prompt and ``max_tokens`` do not fit, ``ValueError`` for an empty prompt or ids
+        outside the vocabulary, ``BusyError`` where the queue is full.
+        """
+        prompt, vocab = request.prompt, self.model.config.vocab_size
+        if not prompt:
+            raise ValueError("a prompt needs at least one token (the tokenizer's begin-of-sentence token)")
+        check_ids(np.array([prompt]), vocab)
+        if request.max_tokens < 1:
+            raise ValueError(f"max_tokens = {request.max_tokens} must be 1 or more")
+        if outside := [i for i in request.sampling.bias if not 0 <= i < vocab]:
+            raise ValueError(f"bias: token id {outside[0]} is outside the vocabulary 0 .. {vocab - 1}")
+        if len(prompt) + request.max_tokens - 1 > self.capacity:
+            raise CacheError(
+                f"context too long: {len(prompt)} prompt tokens and {request.max_tokens} to generate; a sequence has room for "
+                f"{self.capacity} (the last token needs none); shorten the prompt or ask for fewer tokens"
+            )
+        if self.queue is not None and len(self._waiting) - len(self._free) >= self.queue:
+            raise BusyError(f"{len(self._waiting)} requests wait, and {self.queue} may; try again later")
+        self._ids += 1
+        self._waiting.append(_Run(self._ids, request, np.random.default_rng(request.sampling.seed)))
+        return self._ids
+
+    def cancel(self, id: int) -> None:
+        """End a request, waiting or running; its slot is free at once. One that is over or unknown is no error."""
+        for run in (*self._waiting, *self._running):
+            if run.id == id:
+                self._end(run, "cancelled")
+                return
+
+    def step(self) -> list[Event]:
+        """Admit what waits, decode a token for each running request, prefill within the budget; give what happened."""
+        while self._waiting and self._free:
+            self._admit(self._waiting.popleft())
+        decoding = sorted((run for run in self._running if run.out), key=lambda run: run.slot)
+        rows = [self._decode_row(run) for run in decoding]
+        if rows:
+            self._forward(decoding, rows)
+        left = max(1, self.budget - sum(len(row.tokens) for row in rows))
+        for run in [run for run in self._running if not run.out]:
+            while left > 0 and not run.out and run in self._running:
+                row = self._prefill_row(run, left)
+                left -= len(row.tokens)
+                self._forward([run], [row])
+                if self.progress:
+                    self.progress(run.rows, len(run.request.prompt))
+        events, self._events = self._events, []
+        return events
+
+    # rows of a step
+
+    def _decode_row(self, run: _Run) -> Row:
+        tokens = (run.out[-1], *run.draft)
+        uniform = [run.uniform(i) for i in range(len(tokens))]
+        return Row(run.slot, tokens, len(tokens), run.plain, uniform)
+
+    def _prefill_row(self, run: _Run, left: int) -> Row:
+        """The next tokens of a prompt: a chunk or what the budget leaves, and no further than the next snapshot."""
+        prompt, start = run.request.prompt, run.rows
+        end = min(start + min(self.chunk, left), len(prompt))
+        if self.reuse:
+            marks = (_near_end(prompt), (start // FAR + 1) * FAR)
+            known = {len(k.tokens) for k in self._kept if k.tokens == prompt[: len(k.tokens)]}
+            end = min((m for m in marks if start < m < end and m not in known), default=end)
+        last = end == len(prompt)
+        wanted = end - start if run.request.prompt_logprobs is not None else int(last)
+        following = (*prompt[start + 1 : end + 1],)
+        return Row(run.slot, prompt[start:end], wanted, run.plain, [run.uniform(0)] * wanted, following)
+
+    def _forward(self, runs: list[_Run], rows: list[Row]) -> None:
+        """One step. Where it fails, each row is tried alone: a request that cannot be served harms no other."""
+        try:
+            outcome = self._batch.forward(rows)
+            chosen = [
+                self._choose(run, row, outcome.of(i)) for i, (run, row) in enumerate(zip(runs, rows, strict=True))
+            ]
+            drafts = self._batch.drafts(rows, outcome, [[c.token for c in line] for line in chosen])
+        except Exception as error:
+            if self.model.parallel.sequences is not None or self.model.parallel.gather_logits is not None:
+                raise  # the other ranks wait in an exchange
+            if len(rows) > 1:
+                for run, row in zip(runs, rows, strict=True):
+                    self._forward([run], [row])
+                return
+            self._end(runs[0], "error", error=error)
+            return
+        stands = [len(line if run.out else row.tokens) for run, row, line in zip(runs, rows, chosen, strict=True)]
+        self._batch.advance(rows, outcome, stands)
+        self._stats.steps += 1
+        self._stats.rows += sum(len(row.tokens) for row in rows)
+        for i, (run, row) in enumerate(zip(runs, rows, strict=True)):
+            self._tell(run, row, outcome.of(i))
+            self._commit(run, row, chosen[i], drafts[i])
+
+    def _choose(self, run: _Run, row: Row, seen: Outcome) -> list[Chosen]:
+        """The tokens that follow: one, and one more for each draft that was right. Changes nothing."""
+        request, line = run.request, list[Chosen]()
+        if not run.out and run.rows + len(row.tokens) < len(request.prompt):
+            return line
+        drafted = row.tokens[1:] if run.out else ()
+        counts = Counter(run.counts)
+        room = request.max_tokens - len(run.out)
+        for j in range(len(drafted) + 1):
+            at = j if run.out else row.wanted - 1
+            if row.plain or seen.logits is None:
+                chosen = Chosen(int(seen.ids[at]))
+            else:
+                allowed = request.constraint.allowed() if request.constraint else None
+                chosen = choose(seen.logits[at], request.sampling, run.uniform(j), counts, allowed)
+            line.append(chosen)
+            counts[chosen.token] += 1
+            right = j < len(drafted) and drafted[j] == chosen.token
+            if not right or len(line) == room or chosen.token in request.stop:
+                break
+        return line
+
+    def _tell(self, run: _Run, row: Row, seen: Outcome) -> None:
+        """Note the log-probabilities of the prompt's tokens after those that were fed, where they are asked for."""
+        count = run.request.prompt_logprobs
+        if count is None or seen.logits is None or run.out:
+            return
+        if not run.told:
+            run.told.append((None, ()))
+        for line, token in zip(log_softmax(seen.logits), row.following, strict=False):
+            run.told.append((float(line[token]), top_ids(line, count)))
+
+    def _commit(self, run: _Run, row: Row, line: list[Chosen], draft: list[int]) -> None:
+        request = run.request
+        if run.out:
+            self._stats.drafted += len(row.tokens) - 1
+            self._stats.accepted += len(line) - 1
+            run.rows += len(line)
+        else:
+            run.rows += len(row.tokens)
+            self._keep(run)
+        for chosen in line:
+            if run.uniforms:
+                run.uniforms.popleft()
+            first = not run.out
+            run.out.append(chosen.token)
+            run.counts[chosen.token] += 1
+            if request.constraint:
+                request.constraint.accept(chosen.token)
+            self._stats.generated += 1
+            finish = (
+                "stop" if chosen.token in request.stop else "length" if len(run.out) == request.max_tokens else None
+            )
+            if finish:
+                self._end(run, finish, chosen=chosen, first=first)
+                return
+            self._events.append(self._event(run, chosen, first=first))
+        room = min(request.max_tokens - len(run.out) - 1, self.capacity - run.rows - 1)
+        run.draft = draft[: max(0, room)] if request.draft and request.constraint is None else []
+
+    def _event(
+        self,
+        run: _Run,
+        chosen: Chosen | None,
+        finish: str | None = None,
+        error: Exception | None = None,
+        *,
+        first: bool,
+    ) -> Event:
+        told = tuple(run.told) if first and run.request.prompt_logprobs is not None else None
+        return Event(run.id, chosen, finish, error, told, run.hit if first else 0)
+
+    def _end(
+        self,
+        run: _Run,
+        finish: str,
+        *,
+        error: Exception | None = None,
+        chosen: Chosen | None = None,
+        first: bool = False,
+    ) -> None:
+        if run in self._running:
+            self._running.remove(run)
+            self._free.append(run.slot)
+            self._held[run.slot] = run.tokens[: run.rows]
+        else:
+            self._waiting.remove(run)
+        self._stats.finished[finish] += 1
+        self._events.append(self._event(run, chosen, finish, error, first=first))
+
+    # slots and prefixes
+
+    def _admit(self, run: _Run) -> None:
+        prompt = run.request.prompt
+        reuse = self.reuse and run.request.prompt_logprobs is None
+        kept = max(
+            (k for k in self._kept if reuse and _begins(prompt, k.tokens)), key=lambda k: len(k.tokens), default=None
+        )
+        whole = [s for s in self._free if reuse and _begins(prompt, self._held.get(s, ()))]
+        slot = max(whole, key=lambda s: len(self._held[s]), default=None)
+        if slot is not None and (kept is None or len(self._held[slot]) >= len(kept.tokens)):
+            run.rows = len(self._held[slot])
+            self._take(slot, run.rows)
+        elif kept is not None:
+            slot = kept.slot if kept.slot in self._free else self._any_free()
+            run.rows = len(kept.tokens)
+            self._take(slot, run.rows if slot == kept.slot else 0)
+            self.cache.restore(slot, kept.snapshot, donor=kept.slot)
+            self._kept.remove(kept)
+            self._kept.append(kept)
+        else:
+            slot = self._any_free()
+            self._take(slot, 0)
+            self._batch.clear(slot)
+        run.slot, run.hit = slot, run.rows
+        self._running.append(run)
+        self._stats.prompt_tokens += len(prompt)
+        self._stats.hit_tokens += run.hit
+
+    def _any_free(self) -> int:
+        """The free slot that holds least; where groups of ranks have slots of their own, one far from those in use."""
+        used = [s for s in range(self.slots) if s not in self._free]
+        if self.model.parallel.sequences is not None and used:
+            return max(self._free, key=lambda s: (min(abs(s - u) for u in used), -s))
+        return min(self._free, key=lambda s: (len(self._held.get(s, ())), s))
+
+    def _take(self, slot: int, stays: int) -> None:
+        """Take a free slot, of which the first ``stays`` tokens stay. Prefixes that lay there move or are forgotten."""
+        self._free.remove(slot)
+        self._held.pop(slot, None)
+        for kept in [k for k in self._kept if k.slot == slot and len(k.tokens) > stays]:
+            others = {**self._held, **{run.slot: run.tokens[: run.rows] for run in self._running}}
+            other = next((s for s, tokens in others.items() if tokens[: len(kept.tokens)] == kept.tokens), None)
+            if other is None:
+                self._kept.remove(kept)
+            else:
+                kept.slot = other
+
+    def _keep(self, run: _Run) -> None:
+        """Keep a prefix where a prompt stands now, near its end or far from the last one."""
+        tokens = run.request.prompt[: run.rows]
+        if not self.reuse or not (run.rows == _near_end(run.request.prompt) or run.rows % FAR == 0) or not run.rows:
+            return
+        if any(k.tokens == tokens for k in self._kept):
+            return
+        self._kept.append(_Kept(tokens, run.slot, self.cache.snapshot(run.slot)))
+        del self._kept[: len(self._kept) - 4 * self.slots]
+
+
+def _near_end(prompt: tuple[int, ...]) -> int:
+    """The last point before a prompt's last token at which a prefix can be shared."""
+    return (len(prompt) - 1) // SHARED * SHARED
+
+
+def _begins(prompt: tuple[int, ...], tokens: tuple[int, ...]) -> bool:
+    return 0 < len(tokens) < len(prompt) and prompt[: len(tokens)] == tokens
