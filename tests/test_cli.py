@@ -25,6 +25,7 @@ def failure(*args):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["dsv4", *map(str, args)])
+        patch.setenv("DSV4_ONE_PROCESS", "1")
         with pytest.raises(SystemExit) as stop:
             cli.main()
     return stop.value.code

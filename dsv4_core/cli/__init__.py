@@ -15,6 +15,7 @@ from typing import NoReturn, cast
 import click
 
 from dsv4_core import __version__
+from dsv4_core.cli.verdict import UNFORESEEN, in_a_child, wanted
 from dsv4_core.contract import registry
 from dsv4_core.contract.spec import BackendError
 from dsv4_core.files.words import one_line, printable
@@ -85,13 +86,11 @@ def root(traceback: bool) -> None:
         os.environ["DSV4_TRACEBACK"] = "1"
 
 
-UNFORESEEN = 70  # status after an error that no command foresaw: EX_SOFTWARE
-
-
 def main() -> None:
     """Run the command line. Errors that a user can act on are printed as one message and exit with 2; what nobody foresaw is
     one line, too, and exits with 70. Nothing exits with 0 that did not come to its end.
     """
+    say = in_a_child() if wanted() else None
     no_silent_exit()
     try:
         status = root(standalone_mode=False)  # click gives back the status that a command exits with
@@ -113,6 +112,8 @@ def main() -> None:
     except BaseException as error:  # noqa: BLE001  the last net: no input may end in a traceback
         said = one_line(f"{type(error).__name__}: {error}")
         status = told(f"dsv4: an error that was not foreseen: {said}; `dsv4 --traceback ...` shows where", UNFORESEEN)
+    if say:
+        say(status if isinstance(status, int) else 0)
     sys.exit(status)
 
 

@@ -40,12 +40,11 @@ def command(
     import numpy as np
 
     from dsv4_core.cli.running import Session, bar
+    from dsv4_core.files.reading import integers
+    from dsv4_core.files.writing import whole
     from dsv4_core.graph.evaluate import teacher_forced
 
-    try:
-        tokens = np.load(tokens_file)
-    except ValueError as error:
-        raise ValueError(f"{tokens_file}: not a .npy file of token ids ({error}); write it with numpy.save") from None
+    tokens = integers(tokens_file, "write ids [batch, total] with numpy.save")
     total = tokens.shape[1] if tokens.ndim == 2 else -1
     if total < prefill + mtp:
         need = "more than" if mtp else "at least"
@@ -59,6 +58,7 @@ def command(
         results = teacher_forced(session.model, tokens, prefill=prefill, chunk=chunk, mtp=mtp, progress=progress)
     if not ranks.speaks:
         return
-    np.savez(out, **results)  # type: ignore[arg-type]  # its stub takes allow_pickle for an array
+    with whole(out) as file:  # under the very name that was asked for
+        np.savez(file, **results)  # type: ignore[arg-type]  # its stub takes allow_pickle for an array
     for name, values in results.items():
         click.echo(f"{out}: {name} {list(values.shape)} {values.dtype}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -10,10 +9,11 @@ import click
 
 from dsv4_conformance.check import TIERS
 from dsv4_conformance.cli.run import Progress, finish
-from dsv4_conformance.exchange.export import MANIFEST, export, judge
+from dsv4_conformance.exchange.export import MANIFEST, export, judge, read_manifest
 from dsv4_conformance.run.runner import Run
 from dsv4_core.cli.options import NUMERICS
 from dsv4_core.contract.spec import OPS
+from dsv4_core.files.writing import writing_alone
 
 if TYPE_CHECKING:
     from dsv4_core.contract.spec import Numerics, Tier
@@ -38,7 +38,8 @@ def command(directory: Path, tier: str, ops: tuple[str, ...], narrower: tuple[st
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory}: not an empty directory; give a new one, nothing is overwritten")
     declared = {op: OPS[op].narrower for op in narrower}
-    count = sum(1 for _ in export(directory, cast("Tier", tier), cast("Numerics", numerics), ops, declared))
+    with writing_alone(directory):
+        count = sum(1 for _ in export(directory, cast("Tier", tier), cast("Numerics", numerics), ops, declared))
     size = sum(f.stat().st_size for f in directory.rglob("*") if f.is_file())
     click.echo(
         f"{count} cases, {size / 1e6:.1f} MB -> {directory}; judge results with: dsv4 conformance judge {directory} RESULTS"
@@ -61,7 +62,7 @@ def judge_command(
     directory: Path, results: Path, ops: tuple[str, ...], cases: tuple[str, ...], report: Path | None
 ) -> None:
     """Judge tensors that another program wrote to RESULTS for the cases in DIRECTORY; a case without results fails."""
-    manifest = json.loads((directory / MANIFEST).read_text())
+    manifest = read_manifest(directory)
     rerun = f"dsv4 conformance judge {directory} {results}"
     run = Run(
         f"results in {results}", tier=manifest["tier"], numerics=manifest["numerics"], partial=True, device="not stated"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from dsv4_conformance.files.forms import Report, plain
 from dsv4_conformance.run.runner import said_once
 from dsv4_core.contract.spec import OPS
+from dsv4_core.files.reading import FileError, json_file
 
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
 HEAD = """# Support matrix
@@ -30,14 +31,11 @@ def between(document: str, text: str, name: str) -> str:
 def load(path: Path) -> dict[str, Any]:
     """Read a report; raise ``ValueError`` where it is none."""
     file = path / "report.json" if path.is_dir() else path
+    advice = "write a report with dsv4 conformance run --report DIR"
     try:
-        report: dict[str, Any] = json.loads(file.read_text())
-        report["findings"], report["environment"]["suite"], report["version"], report["rerun"]
-    except (json.JSONDecodeError, KeyError, TypeError, FileNotFoundError) as error:
-        raise ValueError(
-            f"{file}: not a conformance report ({error!r}); write one with dsv4 conformance run --report DIR"
-        ) from None
-    return report
+        return dict(plain(json_file(file, Report, advice)))
+    except FileNotFoundError:
+        raise FileError(f"{file}: no such file, so no conformance report; {advice}") from None
 
 
 def matrix(reports: list[dict[str, Any]]) -> str:

@@ -9,19 +9,25 @@ from typing import TYPE_CHECKING, Any
 from dsv4_conformance.report.html import page
 from dsv4_conformance.report.junit import junit
 from dsv4_conformance.run.runner import Run, to_json
+from dsv4_core.files import writing as files
+from dsv4_core.files.writing import writing_alone
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 def write(run: Run, directory: Path, rerun: str) -> None:
-    """Write ``report.json``, ``junit.xml`` and ``report.html``. ``rerun``: the command that one more ``--case`` can be added to."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Write ``junit.xml``, ``report.html`` and, last, ``report.json``: a directory without it was not finished.
+
+    ``rerun``: the command that one more ``--case`` can be added to.
+    """
     data = finite(to_json(run))
     data["rerun"] = rerun
-    (directory / "report.json").write_text(json.dumps(data, indent=1, default=str) + "\n")
-    (directory / "junit.xml").write_text(junit(run, rerun))
-    (directory / "report.html").write_text(page(data))
+    with writing_alone(directory):
+        (directory / "report.json").unlink(missing_ok=True)  # an earlier run's must not stand beside the new pages
+        files.write(directory / "junit.xml", junit(run, rerun))
+        files.write(directory / "report.html", page(data))
+        files.write(directory / "report.json", json.dumps(data, indent=1, default=str) + "\n")
 
 
 def finite(value: Any) -> Any:
