@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,6 +12,7 @@ from dsv4_backend_cuda.backend import CudaBackend
 from dsv4_backend_cuda.graphs import WARM_UPS, Recorded
 from dsv4_conformance.model import golden
 
+from dsv4_core.backend import Backend
 from dsv4_core.checkpoint.weights import Checkpoint
 from dsv4_core.graph.cache import Cache
 from dsv4_core.graph.model import Model
@@ -114,6 +116,7 @@ def test_what_cannot_be_captured_runs_each_time():
 def test_a_models_steps_replayed_are_its_steps(monkeypatch):
     """Logits of replayed steps are those of eager ones, bit for bit, through a rewind too."""
     backend = CudaBackend(interpret=True, numerics="float32")  # torch's ops: what is tried is the replay
+    monkeypatch.setattr(backend, "round_up", functools.partial(Backend.round_up, backend))  # as on a GPU: one shape
     made = []
 
     def record(function):
@@ -144,6 +147,6 @@ def test_a_models_steps_replayed_are_its_steps(monkeypatch):
             feed(token)
         logits[way] = torch.cat(found)
     assert torch.equal(logits["eager"], logits["replayed"])
-    assert made
-    assert all(cuda.runs.count("capture") == 1 for cuda in made)
-    assert sum(cuda.runs.count("replay") for cuda in made) >= 4
+    assert len(made) == 1
+    assert made[0].runs.count("capture") == 1
+    assert made[0].runs.count("replay") == len(ids) + 2 - 1
