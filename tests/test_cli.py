@@ -35,6 +35,7 @@ def test_demo():
     result = dsv4("demo", "-n", 12)
     assert "> What is kludge?" in result.output
     assert "12 generated" in result.output
+    assert "dsv4 chat" in result.output
     assert "reference" in result.output
 
 

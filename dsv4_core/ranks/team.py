@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from dsv4_core import __version__
 from dsv4_core.checkpoint.layout import QUANTISED
 from dsv4_core.contract.rendezvous import Rendezvous
+from dsv4_core.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
