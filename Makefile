@@ -17,6 +17,7 @@ reference: $(VENV)
 	$(CONFORMANCE) --backend reference --require 3 --report reports/conformance/reference
 	$(CONFORMANCE) --backend reference --batch-invariant --require 4 --report reports/conformance/reference-batch-invariant
 	$(RUN) pytest -m proof tests/conformance
+	$(RUN) pytest -m "proof or not proof" tests/serve
 	$(CONFORMANCE) --backend reference --numerics float32 --report reports/conformance/reference-float32
 
 torch: $(VENV)
