@@ -29,6 +29,6 @@ def command(chat: str, max_tokens: int) -> None:
     click.echo(f"> {chat}")
     prompt = encode_prompt(session.tokenizer, None, chat, "", thinking=False)
     stop = stop_tokens(session.model.config, ())
-    done = session.run(prompt, max_tokens=max_tokens, sampling=Sampling(), speculative=False, stop=stop, chunk=2048)
+    done = session.run(prompt, max_tokens=max_tokens, sampling=Sampling(), speculative=None, stop=stop, chunk=2048)
     report(done.summary() + "\n")
     table()

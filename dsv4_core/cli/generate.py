@@ -31,7 +31,20 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--stop", type=int, multiple=True, help="Token id that ends the text, beside end-of-sentence.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after end-of-sentence.")
-@click.option("--speculative", is_flag=True, help="Draft with the MTP block (greedy only).")
+@click.option(
+    "--speculative",
+    is_flag=False,
+    flag_value=0,
+    type=click.IntRange(0),
+    metavar="[K]",
+    help="Draft K tokens a step (as many as there can be where K is left out) with the checkpoint's MTP block or DSpark; same text.",
+)
+@click.option(
+    "--draft-confidence",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    help="With DSpark: drafts end where the chance that all of them are kept falls below this.",
+)
 @click.option("--chunk", type=click.IntRange(1), default=2048, show_default=True, help="Tokens of a prefill step.")
 @rank_options
 @backend_options
@@ -48,7 +61,8 @@ def command(
     seed: int,
     stop: tuple[int, ...],
     ignore_eos: bool,
-    speculative: bool,
+    speculative: int | None,
+    draft_confidence: float,
     chunk: int,
     flags: BackendFlags,
     asked: RankFlags,
@@ -61,20 +75,31 @@ def command(
     if sum(given is not None for given in (prompt, chat, tokens)) != 1:
         raise click.UsageError("give one of --prompt, --chat and --tokens")
     sampling = Sampling(temperature, top_p, seed)
-    if speculative and temperature != 0:
-        raise click.UsageError(f"--speculative is greedy; --temperature {temperature} is not")
+    if draft_confidence and speculative is None:
+        raise click.UsageError("--draft-confidence shortens drafts; give --speculative, too")
     directory = own_directory(model_directory(model))
     if tokens is not None:
         ids = [int(t) for t in tokens.replace(",", " ").split()]
     else:
         ids = encode_prompt(load_tokenizer(directory), prompt, chat, system, thinking=thinking)
     request = {"tokens": ids, "max_tokens": max_tokens, "sampling": asdict(sampling), "chunk": chunk}
-    request |= {"stop": sorted(stop), "ignore_eos": ignore_eos, "speculative": speculative}
+    request |= {
+        "stop": sorted(stop),
+        "ignore_eos": ignore_eos,
+        "speculative": speculative,
+        "confidence": draft_confidence,
+    }
     with team(flags, asked) as ranks:
-        session = Session.open(directory, flags, ranks, request)
+        session = Session.open(directory, flags, ranks, request, draft=speculative is not None)
         stops = set(stop) if ignore_eos else stop_tokens(session.model.config, stop)
         done = session.run(
-            ids, max_tokens=max_tokens, sampling=sampling, speculative=speculative, stop=stops, chunk=chunk
+            ids,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            speculative=speculative,
+            confidence=draft_confidence,
+            stop=stops,
+            chunk=chunk,
         )
         if ranks.speaks:
             report(done.summary())

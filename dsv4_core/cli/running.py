@@ -102,16 +102,25 @@ class Session:
 
     @classmethod
     def open(
-        cls, directory: Path, flags: BackendFlags, team: Team | None = None, request: dict[str, Any] | None = None
+        cls,
+        directory: Path,
+        flags: BackendFlags,
+        team: Team | None = None,
+        request: dict[str, Any] | None = None,
+        *,
+        draft: bool = True,
     ) -> Session:
-        """Check, then load. ``team``: this process is one of several ranks, which were all given the same ``request``."""
+        """Check, then load. ``team``: this process is one of several ranks, which were all given the same ``request``.
+
+        ``draft``: what drafts is wanted, too; without, it is not loaded.
+        """
         backend = team.ranks.backend if team and team.ranks else flags.create()
         checkpoint = team.open(directory) if team else Checkpoint(directory)
         source, parallel = team.share(checkpoint, request or {}) if team else (checkpoint, ALONE)
         place = team.source.place if team and team.source else None
         check_support(checkpoint.config, backend, expert_format(checkpoint), place)
         with bar("loading") as progress:
-            model = Model(source, backend, parallel=parallel, progress=progress)
+            model = Model(source, backend, parallel=parallel, draft=draft, progress=progress)
         return cls(model, load_tokenizer(directory), team is None or team.speaks)
 
     def run(
@@ -120,11 +129,12 @@ class Session:
         *,
         max_tokens: int,
         sampling: Sampling,
-        speculative: bool,
+        speculative: int | None,
         stop: set[int],
         chunk: int,
+        confidence: float = 0.0,
     ) -> Finished:
-        """Generate from one prompt, printing text (or ids) as it comes."""
+        """Generate from one prompt, printing text (or ids) as it comes. ``speculative``: drafts a step, 0 for all that can be."""
         text = TextStream(self.tokenizer) if self.tokenizer else None
         drafts = Drafts()
         began = time.perf_counter()
@@ -132,9 +142,18 @@ class Session:
         produced: list[int] = []
         with bar("prefill") as progress:
             tokens: Iterator[int | None]
-            if speculative:
+            if speculative is not None:
                 tokens = speculate(
-                    self.model, prompt, max_tokens=max_tokens, stop=stop, chunk=chunk, drafts=drafts, progress=progress
+                    self.model,
+                    prompt,
+                    max_tokens=max_tokens,
+                    sampling=sampling,
+                    stop=stop,
+                    chunk=chunk,
+                    count=speculative or None,
+                    confidence=confidence,
+                    drafts=drafts,
+                    progress=progress,
                 )
             else:
                 steps = generate(
@@ -177,7 +196,8 @@ class Finished:
         if n > 1:
             line += f", {n} generated, {1000 * self.decode_seconds / (n - 1):.0f} ms per token after the first"
         if self.drafts.proposed:
-            line += f"; {self.drafts.accepted} of {self.drafts.proposed} drafts accepted"
+            rate = self.drafts.tokens / self.drafts.steps
+            line += f"; {self.drafts.accepted} of {self.drafts.proposed} drafts accepted, {rate:.2f} tokens a step"
         return line
 
 

@@ -12,7 +12,6 @@ from dsv4_conformance.cli.run import rerun_command
 from dsv4_conformance.model import trace_file
 from dsv4_conformance.model.localise import chosen, judge_all, ranges, report, save_findings, text_of
 from dsv4_conformance.model.record import Recorded, Recorder, record
-from dsv4_core.checkpoint.identity import identity
 from dsv4_core.checkpoint.weights import Checkpoint
 from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
 
@@ -66,14 +65,14 @@ def command(
     if traced:
         calls = trace_file.read(traced, session.numerics)
         recorded = trace_file.stated(traced).checkpoint
-        if model is not None and (here := identity(Checkpoint(model_directory(model)))) != recorded:
+        if model is not None and (here := Checkpoint(model_directory(model)).identity()) != recorded:
             raise ValueError(f"{traced}: recorded on checkpoint {recorded}; {model} is {here}")
         click.echo(f"{traced}: {len(calls)} calls of checkpoint {recorded}")
         judged, names = judge_all(calls, session, again=True), (name, "trace")
     else:
         calls, ended = _run(model_directory(model), session, tokens, decode, layers, positions)
         if dump:
-            _dump(calls, dump, session, identity(Checkpoint(model_directory(model))))
+            _dump(calls, dump, session, Checkpoint(model_directory(model)).identity())
             return
         other = Session(_second(flags, against)) if against else None
         judged, names = judge_all(calls, session, other), (name, against or "")
