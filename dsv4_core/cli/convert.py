@@ -21,7 +21,7 @@ from dsv4_core.checkpoint.convert import Options, Tally, convert
     "--to",
     "form",
     type=click.Choice(["bf16", "transformers", "w8a8-int8"]),
-    help="bf16: every quantised weight to BF16, lossless; transformers: the same, for its loader. w8a8-int8: int8 per output channel, lossy: the error is printed.",
+    help="bf16: every quantised weight to BF16, lossless; transformers: the same, for its loader. w8a8-int8: int8 per channel, lossy: the error is printed.",
 )
 @click.option("--allow-lossy", is_flag=True, help="Round values that FP8 cannot hold; the blocks are counted.")
 @click.option("--verify", is_flag=True, help="Read every byte of SOURCE to tell it from others, not samples.")

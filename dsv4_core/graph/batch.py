@@ -89,7 +89,7 @@ class Batch:
         if width == 1 and not self.drafting and starts[-1] == len(rows):
             logits = self._replay.logits(step)
         else:
-            h = model.forward(step, taps if self.drafting else None)
+            h = model.forward(step, taps) if self.drafting and model.dspark else model.forward(step)
             if starts[-1] == 0:
                 return Outcome(np.zeros(0, np.int32), None, starts, step, h, taps)
             ends = [i * width + len(row.tokens) for i, row in enumerate(here)]
