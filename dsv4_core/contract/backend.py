@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dsv4_core.contract.dtypes import Experts, Format, Host, ScaledArray, format_of
 from dsv4_core.contract.ops import OPS, EveryOp
@@ -62,7 +62,10 @@ class Backend(EveryOp):
     law of one op as ``batch_invariance/act_qdq``.
     ``batch_invariant``, ``deterministic``: bitwise claims. ``narrower``: op -> the narrower intermediates it declares,
     from the contract's own list. ``departures``: op -> what an option of the user's makes it compute instead of its
-    contract; nothing is claimed of it, and reports say so. ``weight_formats``: of quantised weights that it multiplies; the published two are required.
+    contract; nothing is claimed of it, and reports say so. ``ties``: which of equal scores is picked, the lower index or any;
+    with ``any`` a text may differ from the published model's where scores tie. ``flushes_subnormals``: numbers below the least
+    normal one of float32 may count as zero, as operands and as results.
+    ``weight_formats``: of quantised weights that it multiplies; the published two are required.
     """
 
     name = "?"
@@ -75,6 +78,8 @@ class Backend(EveryOp):
     departures: Mapping[str, str] = {}
     batch_invariant: bool = False
     deterministic: bool = False
+    ties: ClassVar[Literal["lower", "any"]] = "lower"
+    flushes_subnormals: bool = False
 
     def __init__(self, *, numerics: Numerics = "native", **options: Any) -> None:
         """Raise ``BackendError`` for a numerics mode or an option that this backend does not have."""

@@ -122,7 +122,7 @@ class Progress:
         if finding.status in {"passed", "unsupported", "xfailed"} and not self.detailed:
             return
         clear = "\r\x1b[2K" if self.moving else ""
-        if not finding.claimed and finding.status != "passed" and not self.detailed:
+        if not finding.counts and finding.status != "passed" and not self.detailed:
             click.echo(f"{clear}not claimed, and {finding.status}: {finding.id}")
             return
         colour = "green" if finding.status == "passed" else "red"
@@ -133,7 +133,7 @@ class Progress:
             figures = ", ".join(f"{k} {v:.3g}" for k, v in finding.metrics.items())
             click.echo(f"    {finding.used:.3g} of the budget used, worst {finding.worst}; {figures}")
         else:
-            claim = "" if finding.claimed else " (not claimed)"
+            claim = "" if finding.counts else " (not claimed)"
             click.echo(f"    op {finding.op}, level {finding.level}{claim}; re-run: {self.rerun} --case {finding.id}")
 
 

@@ -5,6 +5,7 @@ that can be re-run.
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from dsv4_conformance.laws import of_models, of_ops
 from dsv4_conformance.laws import strategies as some
 from dsv4_conformance.laws.small_model import Stage
 from dsv4_conformance.verdict.calls import seed_of
+from dsv4_conformance.verdict.ties import to_the_lower
 from dsv4_core.contract.spec import UnsupportedOpError
 
 if TYPE_CHECKING:
@@ -255,6 +257,13 @@ class LawCheck:
         if "stage" not in session.shared:
             session.shared["stage"] = Stage.of(session.backend)
         stage: Stage = session.shared["stage"]
+        with ExitStack() as stack:
+            for backend in {stage.own, stage.exact} if session.backend.ties == "any" else ():
+                stack.enter_context(to_the_lower(backend))
+            return self.tried(session, stage)
+
+    def tried(self, session: Session, stage: Stage) -> Finding:
+        """The finding, on a stage."""
         seed = seed_of(self.id, session.repeat)
         examples = [dict(self.example)] if self.example is not None else self.law.always
         found = next(((e, p) for e in examples if (p := trial(self.law, stage, e))), None)

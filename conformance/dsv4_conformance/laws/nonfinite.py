@@ -205,11 +205,8 @@ def elsewhere(got: Host, want: Expected, rest: Host) -> Verdict:
         )
     if not rest.any():
         return Verdict()
-    part = Expected(
-        want.value[rest],
-        want.dtype,
-        *(None if f is None else f[rest] for f in (want.budget, want.spread, want.noise)),
-    )
+    budget, spread, noise = (None if f is None else f[rest] for f in (want.budget, want.spread, want.noise))
+    part = Expected(want.value[rest], want.dtype, budget, spread, noise)
     return judge_exact(got[rest], part) if part.budget is None else judge_rounded(got[rest], part)
 
 

@@ -128,7 +128,11 @@ for _name, _spec in OPS.items():
 
 
 def sibling(backend: Backend) -> Backend:
-    """The same backend in its most precise mode, where rounding cannot hide an error; itself if it has no other."""
+    """The same backend in its most precise mode, where rounding cannot hide an error; itself where it is judged in an exact mode, or
+    has no other.
+    """
+    if backend.numerics != "native":
+        return backend
     best: Numerics = next(n for n in ("float64", "float32", "native") if n in backend.numerics_modes)
     if best == backend.numerics:
         return backend

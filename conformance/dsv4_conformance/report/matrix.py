@@ -73,6 +73,15 @@ def stamp(report: dict[str, Any], number: int) -> str:
     """What a column rests on."""
     suite = report["environment"]["suite"]
     proven = f" Proof: {said_once(report['proof'])}." if report.get("proof") else ""
+    declared = [
+        text
+        for text, said in (
+            ("subnormal numbers count as zero", report.get("flushes_subnormals")),
+            ("ties are broken in any way", report.get("ties") == "any"),
+        )
+        if said
+    ]
+    proven += f" Declared: {', '.join(declared)}." if declared else ""
     return (
         f"[{number}] suite {suite}, {report['backend']} {report['version']}, device {report['device']}, {report['date']}, tier {report['tier']}: "
         f"`{report['rerun']}`.{proven}  "
@@ -96,13 +105,18 @@ def tally(report: dict[str, Any], group: str, number: int) -> str:
     return f"{outcome([f for f in report['findings'] if f['group'] == group])} [{number}]"
 
 
+def fails_the_run(finding: dict[str, Any]) -> bool:
+    """Whether a failure would have failed the run."""
+    return bool(finding.get("counts", finding["claimed"]))  # reports from before 2027 have the one word for both
+
+
 def outcome(findings: list[dict[str, Any]]) -> str:
     """How many passed, and what became of the others."""
     tested = [f for f in findings if f["status"] != "unsupported"]
     if not tested:
         return str(findings[0]["message"]) if findings else "not tested"
     counts = Counter(
-        f["status"] if f["claimed"] or f["status"] == "passed" else f"{f['status']}, not claimed" for f in tested
+        f["status"] if fails_the_run(f) or f["status"] == "passed" else f"{f['status']}, not claimed" for f in tested
     )
     passed = counts.pop("passed", 0)
     return (

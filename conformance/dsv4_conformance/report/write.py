@@ -31,9 +31,10 @@ def write(run: Run, directory: Path, rerun: str) -> None:
 
 
 def finite(value: Any) -> Any:
-    """Spell infinities and NaN as strings: JSON has no words for them."""
+    """Spell infinities and NaN as strings, which JSON has no words for; a ``used`` that is no number is null."""
     if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
+        spelt = {k: finite(v) for k, v in value.items()}
+        return {k: None if k == "used" and isinstance(v, str) else v for k, v in spelt.items()}
     if isinstance(value, list):
         return [finite(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):

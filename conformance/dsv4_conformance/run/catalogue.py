@@ -27,8 +27,9 @@ def collect(tier: Tier, numerics: Numerics, backend: Backend | None = None) -> l
     """
     formats = backend.weight_formats if backend else ()
     found: list[Check] = [*cases.declared(formats), *models.declared(formats, numerics)]
-    for room in (cases, nonfinite, invariance, traces, laws, shadowed, models):
+    for room in (cases, nonfinite, invariance, traces, laws, shadowed):
         found += room.checks(numerics)
+    found += models.checks(numerics, backend)
     found += device.checks(backend) if backend else []
     return [c for c in found if TIERS.index(c.tier) <= TIERS.index(tier)]
 

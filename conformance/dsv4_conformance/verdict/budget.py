@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dsv4_core.contract.registry import Oracle
 
 SAFETY = 4.0
+ORACLES_OWN = 1.0  # unit: in float64 the oracle's own arithmetic is no wider than the backend's
 SAMPLES = 16  # the largest of 16 normal deviations is under a third of its scale in one element of 12 million
 
 
@@ -37,6 +38,10 @@ class Expected:
     spread: Host | None = None
     noise: Host | None = None
     """What the safety factor multiplies."""
+    flushed: Host | None = None
+    """Of an exact result: what comes of flushed operands, which a backend that declares so may return."""
+    least: float = 0.0
+    """How far an exact number may be off where subnormals are flushed."""
 
 
 def unit(magnitude: Host, dtype: str) -> Host:
@@ -59,7 +64,8 @@ def smallest(dtype: str) -> float:
 def allowance(value: Host, spread: Host, dtype: str, wide: str) -> tuple[Host, Host]:
     """The budget formula of the module docstring, and the part of it that the safety factor multiplies."""
     with np.errstate(invalid="ignore", over="ignore"):
-        noise = spread + roundoff(wide) * np.abs(value)
+        own = ORACLES_OWN if wide == "float64" else 0.0
+        noise = spread + (1 + own) * roundoff(wide) * np.abs(value)
         outer = unit(np.where(np.isfinite(value), np.abs(value) + SAFETY * noise, 0), dtype) / 2
         return np.asarray(SAFETY * noise + outer + smallest(dtype)), np.asarray(noise)
 
