@@ -183,7 +183,7 @@ def test_inspect_json_lists_every_finding(model):
             change(model, f"layers.{layer}.{norm}.weight", None)
     result = CliRunner().invoke(command, [str(model), "--json"])
     assert result.exit_code == 1
-    document = json.loads(result.output)
+    document = json.loads(result.output)["result"]
     assert len(document["findings"]) == 6
     assert document["findings"][0]["rule"] == "missing tensor"
     assert document["config"]["compress_ratios"] == [0, 4, 128, 0]

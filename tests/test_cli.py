@@ -35,6 +35,7 @@ def test_demo():
     result = dsv4("demo", "-n", 12)
     assert "> What is kludge?" in result.output
     assert "12 generated" in result.output
+    assert "dsv4 chat" in result.output
     assert "reference" in result.output
 
 
@@ -117,8 +118,8 @@ def test_explain():
 def test_init_inspect_generate(tmp_path):
     made = tmp_path / "model"
     dsv4("init", made, "--preset", "tiny", "--layers", 4, "--seed", 7)
-    report = json.loads(dsv4("inspect", made, "--json").output)
-    assert report
+    report = json.loads(dsv4("inspect", made, "--json").output)["result"]
+    assert not report["findings"]
     assert len(dsv4("generate", made, "--tokens", "1,2,3", "-n", 4, "-b", "reference").stdout.split()) == 4
     assert failure("init", made, "--preset", "tiny") == 2
 
@@ -126,7 +127,7 @@ def test_init_inspect_generate(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("generate",), "give one of --prompt, --chat and --tokens"),
+        (("generate",), "give one of --prompt, --chat, --tokens and --prompts"),
         (("generate", "--chat", "x", "--tokens", "1"), "give one of"),
         (("generate", "--chat", "x", "--draft-confidence", "0.5"), "give --speculative, too"),
         (("generate", "--chat", "x", "-b", "reference", "--speculative", "2"), "proposes 1 to 1 tokens a step"),
@@ -134,7 +135,7 @@ def test_init_inspect_generate(tmp_path):
         (("generate", "nowhere", "--tokens", "1"), "nowhere: no such directory"),
         (
             ("generate", "--tokens", "2048", "-b", "reference"),
-            "token id 2048 at [0, 0] is outside the vocabulary 0 .. 2047",
+            "token id 2048 at [0] is outside the vocabulary 0 .. 2047",
         ),
         (("generate", "--tokens", "1", "-b", "reference", "-n", "5000"), "max_position_embeddings"),
         (("generate", "--tokens", "1", "-b", "reference", "-O", "soc=9"), "'reference' has no option 'soc'"),

@@ -26,7 +26,18 @@ FAMILY = {"dsv4_backend_cuda": {"dsv4_backend_torch"}, "dsv4_backend_ascend": {"
 CORE, SUITE = ROOT / "dsv4_core", ROOT / "conformance/dsv4_conformance"
 BACKEND_ROOTS = sorted(ROOT.glob("backends/*/dsv4_backend_*"))
 ROOMS = {
-    "dsv4_core": ["files", "contract", "checkpoint", "graph", "ranks", "planning", "text", "cli", "__main__"],
+    "dsv4_core": [
+        "files",
+        "contract",
+        "checkpoint",
+        "graph",
+        "ranks",
+        "planning",
+        "text",
+        "session",
+        "cli",
+        "__main__",
+    ],
     "dsv4_conformance": [
         *("verdict", "check", "files", "cases", "laws", "exchange", "model", "run", "report", "museum", "cli"),
     ],
@@ -161,7 +172,7 @@ def test_importing_pulls_in_no_device_library(module):
 
 
 def test_listing_backends_imports_none():
-    unwanted = LIBRARIES | BACKENDS | {"numpy"}
+    unwanted = LIBRARIES | {f"{name}.backend" for name in BACKENDS} | {"numpy"}
     run = "import sys; sys.argv = ['dsv4', 'backends']\nfrom dsv4_core.cli import main\ntry: main()\n"
     code = f"{run}finally: print(sorted({unwanted!r} & sys.modules.keys()))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -15,6 +15,7 @@ from typing import NoReturn, cast
 import click
 
 from dsv4_core import __version__
+from dsv4_core.cli.commands import Group
 from dsv4_core.cli.verdict import UNFORESEEN, in_a_child, wanted
 from dsv4_core.contract import registry
 from dsv4_core.contract.spec import BackendError
@@ -22,6 +23,7 @@ from dsv4_core.files.words import one_line, printable
 
 COMMANDS = (
     "demo",
+    "chat",
     "generate",
     "logits",
     "inspect",
@@ -33,10 +35,11 @@ COMMANDS = (
     "rehearse",
     "convert",
     "bench",
+    "completion",
 )
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Group):
     """A group whose commands are imported only when they are named (or all of them for ``--help``)."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -86,10 +89,15 @@ def root(traceback: bool) -> None:
         os.environ["DSV4_TRACEBACK"] = "1"
 
 
+COMPLETION = "_DSV4_COMPLETE"  # how a shell asks what may come next; `dsv4 completion` prints the script that does
+
+
 def main() -> None:
     """Run the command line. Errors that a user can act on are printed as one message and exit with 2; what nobody foresaw is
     one line, too, and exits with 70. Nothing exits with 0 that did not come to its end.
     """
+    if COMPLETION in os.environ:
+        root(prog_name="dsv4", complete_var=COMPLETION)  # answers the shell, and leaves
     say = in_a_child() if wanted() else None
     no_silent_exit()
     try:

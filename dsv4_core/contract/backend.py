@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from dsv4_core.contract.diagnosis import Diagnosis
 from dsv4_core.contract.dtypes import Experts, Format, Host, ScaledArray, format_of
 from dsv4_core.contract.ops import OPS, EveryOp
 from dsv4_core.contract.spec import Array, BackendError, Numerics, Operand, Support, Tier
@@ -31,15 +32,6 @@ class Option:
     name: str
     help: str
     default: Any = None
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """One line of `dsv4 doctor`: what was looked at, what was found, and (where something is wrong) what to do."""
-
-    what: str
-    found: str
-    advice: str = ""
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def test_command_line_prints_tables_and_json():
     asked = "plan -m flash --context 8K --hardware h100x8 --tp 8 --price 16 --json"
     run = CliRunner().invoke(root, asked.split())
     assert run.exit_code == 0, run.output
-    report = json.loads(run.output)
+    report = json.loads(run.output)["result"]
     assert report["fits"]
     assert (report["tp"], report["ep"]) == (8, 1)
     assert report["ceilings"]["decode"]["limit"] == "memory bandwidth"

@@ -154,6 +154,16 @@ def feed(model: Model, cache: Cache, ids: Host, counts: Sequence[int] | None = N
     return np.asarray(model.backend.to_numpy(model.logits(h))).reshape(*ids.shape, -1)
 
 
+def feed_drafts(model: Model, cache: Cache, ids: Host, following: Host) -> Host:
+    """Run one step and the MTP block on the tokens that follow; draft logits [n, S, vocab] on the host."""
+    step = Step(cache, ids)
+    h = model.forward(step)
+    model.logits(h)  # as in decoding, so that what the heads keep is kept
+    drafts = model.mtp(h, model.backend.from_numpy(np.ascontiguousarray(following.reshape(-1), np.int32)), step)
+    cache.advance(step.sequences, step.ends)
+    return np.asarray(model.backend.to_numpy(model.logits(drafts, mtp=True))).reshape(*ids.shape, -1)
+
+
 def full(model: Model, ids: Host) -> Host:
     """Logits of one prefill."""
     return feed(model, new_cache(model, len(ids), max(ids.shape[1], 1)), ids)

@@ -68,11 +68,13 @@ def in_order(tier: str, numerics: Numerics, faults: set[str]) -> list[Check]:
     every = [
         c
         for c in collect("standard", numerics)
-        if c.group != "invariance" and (c.tier == tier or (drawn and c.group == "law"))
+        if c.op != "batch_invariance" and (c.tier == tier or (drawn and c.group == "law"))
     ]
     if faults <= OPS.keys():
         every = [c for c in every if c.op in faults or c.op not in OPS or OPS[c.op].fused or c.op in MADE_OF_OTHERS]
-    return sorted(every, key=lambda c: (c.op not in faults, ("op", "trace", "law", "model").index(c.group)))
+    return sorted(
+        every, key=lambda c: (c.op not in faults, ("op", "invariance", "trace", "law", "model").index(c.group))
+    )
 
 
 @dataclass

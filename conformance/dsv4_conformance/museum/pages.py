@@ -49,6 +49,7 @@ def mutants(record: dict[str, Any]) -> str:
             f"| `{name}` | {MUTANTS[name].seen} | {'`' + k['id'] + '`' if k['id'] else '**nothing**'} | {k['tier']} |"
             for name, k in kills.items()
         ),
+        *waiting(kills),
         "",
         "## Honest variants",
         "",
@@ -62,6 +63,12 @@ def mutants(record: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def waiting(kills: dict[str, Any]) -> list[str]:
+    """Mutants that were added since and have not been hunted: nothing is said of them."""
+    names = [f"`{name}`" for name in MUTANTS if name not in kills]
+    return ["", f"Added since, and not hunted in this run: {len(names)} ({', '.join(names)})."] if names else []
 
 
 def whole(record: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from dsv4_conformance.check import BAD
-from dsv4_conformance.report.matrix import fails_the_run, name
+from dsv4_conformance.report.matrix import command, fails_the_run, name
 from dsv4_conformance.run.runner import LEVELS
 from dsv4_conformance.verdict.budget import SAFETY
 from dsv4_core.contract.spec import OPS
@@ -68,7 +68,7 @@ def page(report: dict[str, Any]) -> str:
 <h1>{escape(name(report))}</h1><p class=dim>DeepSeek-V4 conformance, {escape(report["date"])}.
 Suite {escape(env["suite"])}, device {escape(report["device"])},
 Python {escape(env["python"])}, NumPy {escape(env["numpy"])}, {escape(env["system"])} {escape(env["machine"])}. Claims {claim}.
-<code>{escape(report["rerun"])}</code></p>
+<code>{escape(command(report))}</code></p>
 <div class=top>{"".join(f"<div class=card><b>{big}</b><span>{escape(small)}</span></div>" for big, small in cards)}</div>
 <div class=ladder>{ladder(findings, report["partial"])}</div>
 <p><b>Not tested:</b> {escape(missing)}.</p><p class=dim>Not passed: {escape(others)}.</p>

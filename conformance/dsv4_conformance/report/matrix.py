@@ -64,8 +64,13 @@ def summary(reports: list[dict[str, Any]]) -> str:
 
 def name(report: dict[str, Any]) -> str:
     """The backend with the options that it was run with, and the mode."""
-    words = report["rerun"].split()
-    options = [value for option, value in pairwise(words) if option == "--option"]
+    if "options" in report:
+        options = [
+            f"{name}={value.lower() if value in {'True', 'False'} else value}"
+            for name, value in report["options"].items()
+        ]
+    else:  # a report of before November 28
+        options = [value for option, value in pairwise(report["rerun"].split()) if option == "--option"]
     return ", ".join([report["backend"], *options, report["numerics"]])
 
 
@@ -84,8 +89,13 @@ def stamp(report: dict[str, Any], number: int) -> str:
     proven += f" Declared: {', '.join(declared)}." if declared else ""
     return (
         f"[{number}] suite {suite}, {report['backend']} {report['version']}, device {report['device']}, {report['date']}, tier {report['tier']}: "
-        f"`{report['rerun']}`.{proven}  "
+        f"`{command(report)}`.{proven}  "
     )
+
+
+def command(report: dict[str, Any]) -> str:
+    """The command that made a report; of one from before November 28 the one that its cases are run again with."""
+    return str(report.get("command", report["rerun"]))
 
 
 def level(report: dict[str, Any]) -> str:

@@ -13,16 +13,17 @@ from dsv4_core.files import writing as files
 from dsv4_core.files.writing import writing_alone
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 
-def write(run: Run, directory: Path, rerun: str) -> None:
+def write(run: Run, directory: Path, command: str, rerun: str, options: Mapping[str, Any]) -> None:
     """Write ``junit.xml``, ``report.html`` and, last, ``report.json``: a directory without it was not finished.
 
-    ``rerun``: the command that one more ``--case`` can be added to.
+    ``command``: what was run, with the backend's ``options``; ``rerun``: what one more ``--case`` can be added to.
     """
     data = finite(to_json(run))
-    data["rerun"] = rerun
+    data |= {"command": command, "rerun": rerun, "options": {name: str(value) for name, value in options.items()}}
     with writing_alone(directory):
         (directory / "report.json").unlink(missing_ok=True)  # an earlier run's must not stand beside the new pages
         files.write(directory / "junit.xml", junit(run, rerun))
