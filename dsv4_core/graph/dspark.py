@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -17,20 +17,40 @@ from dsv4_core.graph.step import Addresses, StepShape
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dsv4_core.checkpoint.config import ModelConfig
+    from dsv4_core.contract.backend import Backend
     from dsv4_core.contract.dtypes import Host
     from dsv4_core.contract.spec import Array
     from dsv4_core.graph.cache import Cache
-    from dsv4_core.graph.model import Block, Head, Mix, Model
+
+
+class Graph(Protocol):
+    """What DSpark shares with the main model."""
+
+    config: ModelConfig
+    backend: Backend
+
+    def embedding(self, ids: Array) -> Array:
+        """Look up rows."""
+
+    def block(self, block: Any, h: Array, step: Addresses) -> Array:
+        """One layer."""
+
+    def kv_row(self, kv: Array, positions: Array, freqs: Array) -> Array:
+        """RoPE and quantise-dequantise key/value rows."""
+
+    def vocabulary_logits(self, x: Array) -> Array:
+        """Logits of normed rows."""
 
 
 @dataclass(frozen=True)
 class DsparkWeights:
-    """Its stages, what the first reads the taps with, and the last one's heads."""
+    """Its stages (blocks of the graph), what the first reads the taps with, and the last one's heads."""
 
-    stages: tuple[Block, ...]
+    stages: tuple[Any, ...]
     main_proj: Any
     main_norm: Any
-    head: Head
+    head: Any
     markov_w1: Any
     markov_w2: Any
     confidence: Any
@@ -48,7 +68,7 @@ def mean_of_streams(hc: int, dim: int) -> tuple[Host, Host, Host]:
 class Dspark:
     """The drafter of one model."""
 
-    def __init__(self, model: Model, weights: DsparkWeights, mean: Mix) -> None:
+    def __init__(self, model: Graph, weights: DsparkWeights, mean: Any) -> None:
         """Raise ``ValueError`` where a stage has a compress ratio, which DSpark has not; ``mean``: ``mean_of_streams``, loaded."""
         c = model.config
         if any(ratios := c.compress_ratios[c.num_hidden_layers :]):
