@@ -443,13 +443,14 @@ def test_other_modelslim_schemes_are_named(model, description, said):
 
 def test_unused_keys_survive_convert_and_several_ends_stop(model, tmp_path):
     from dsv4_core.checkpoint.convert import Options, convert
-    from dsv4_core.cli.running import stop_tokens
+    from dsv4_core.session import load
 
     config(model, use_cache=True, num_key_value_heads=1, custom={"a": [1]}, eos_token_id=[1, 7])
     convert(model, tmp_path / "bf16", Options(bf16=True))
     written = json.loads((tmp_path / "bf16" / "config.json").read_text())
     assert (written["custom"], written["num_key_value_heads"], written["eos_token_id"]) == ({"a": [1]}, 1, [1, 7])
-    assert stop_tokens(Checkpoint(tmp_path / "bf16").config, [9]) == {1, 7, 9}
+    session = load(tmp_path / "bf16", backend="reference", lazy=True)
+    assert session.generate([0, 3], stop_tokens=[9])._ends == {1, 7, 9}
 
 
 def test_the_document_is_fresh():
