@@ -11,6 +11,7 @@ WRITTEN = [
     *(p for p in sorted((ROOT / "docs").glob("*.md")) if "generated" not in p.read_text()[:400]),
 ]
 FROM_REPORTS = {
+    "checkpoints.md",
     "json.md",
     "matrix.md",
     "mutants.md",

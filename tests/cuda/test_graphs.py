@@ -12,8 +12,8 @@ from dsv4_backend_cuda.backend import CudaBackend
 from dsv4_backend_cuda.graphs import WARM_UPS, Recorded
 from dsv4_conformance.model import golden
 
-from dsv4_core.backend import Backend
 from dsv4_core.checkpoint.weights import Checkpoint
+from dsv4_core.contract.backend import Backend
 from dsv4_core.graph.cache import Cache
 from dsv4_core.graph.model import Model
 from dsv4_core.graph.replay import Replay

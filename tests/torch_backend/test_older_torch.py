@@ -25,7 +25,7 @@ assert "float4_e2m1fn_x2" in gone and "float8_e8m0fnu" in gone, gone
 for name in gone:
     delattr(torch, name)  # before the backend is imported
 import numpy as np
-from dsv4_core import registry
+from dsv4_core.contract import registry
 from dsv4_core.contract.dtypes import BFLOAT16, RowLayout, quantise_weight
 
 reference, backend = registry.create("reference"), registry.create("torch")
