@@ -18,7 +18,7 @@ from dsv4_backend_ascend.selftest_cases import CASES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tests" / "ascend"))
 
-from vendor_bugs import BUGS
+from vendor_bugs import BUGS, tier_of
 
 
 def main() -> int:
@@ -28,7 +28,7 @@ def main() -> int:
     args = parser.parse_args()
     bugs: dict[str, Any] = {}
     for name, (generation, op, _, fault) in BUGS.items():
-        backend = AscendBackend(simulate=generation)
+        backend = AscendBackend(simulate=generation, tier=tier_of(op))
         with backend.chip.planted(op, fault):
             outcomes = list(selftest.run(backend, CASES, small=True))
         differ = [o for o in outcomes if o.found]
@@ -37,7 +37,7 @@ def main() -> int:
             "op": op,
             "cases that differ": [f"{o.contract}/{o.case}" for o in differ],
             "first": differ[0].found if differ else "",
-            "named": bool(differ) and all(op in o.ops and o.found.startswith("cann tier") for o in differ),
+            "named": bool(differ) and all(op in o.ops and o.found.startswith(f"{backend.tier} tier") for o in differ),
         }
         print(f"{name}: {bugs[name]['first'] or 'NOT FOUND'}")
     report = {
