@@ -1,3 +1,45 @@
-"""dsv4: the device-neutral half: configuration, contracts, checkpoints, cache, graph, command line. No device code."""
+"""DeepSeek-V4 on any hardware.
+
+``load`` opens a model on a backend and gives a ``Session``, which generates and gives logits:
+
+>>> import dsv4_core as dsv4
+>>> with dsv4.load(backend="reference") as model:
+...     reply = model.generate("What is kludge?", max_tokens=8).run()
+>>> reply.tokens
+[[...]]
+
+Names are imported when they are first used: ``import dsv4_core`` itself reads this file alone. The rooms below hold
+contracts, checkpoints, the graph, ranks, planning, text and the command line; none of them has device code.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsv4_core.checkpoint.weights import CheckpointError
+    from dsv4_core.contract.backend import BackendError
+    from dsv4_core.session import Event, Generation, Sampling, Session, load
 
 __version__ = "0.1.0"
+__all__ = ["BackendError", "CheckpointError", "Event", "Generation", "Sampling", "Session", "__version__", "load"]
+
+_HOMES = {
+    "BackendError": "dsv4_core.contract.backend",
+    "CheckpointError": "dsv4_core.checkpoint.weights",
+    **dict.fromkeys(("Event", "Generation", "Sampling", "Session", "load"), "dsv4_core.session"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dsv4_core' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted(__all__)

@@ -5,6 +5,7 @@ has it too). CONTRIBUTING.md lists what is stable.
 """
 
 from dsv4_core.contract.backend import Backend, BackendError, DeviceCheck, Diagnosis, Option
+from dsv4_core.contract.diagnosis import Look
 from dsv4_core.contract.dtypes import Experts, RowLayout, ScaledArray
 from dsv4_core.contract.registry import hookimpl
 from dsv4_core.contract.spec import Array, Operand, Support, UnsupportedOpError
@@ -16,6 +17,7 @@ __all__ = [
     "DeviceCheck",
     "Diagnosis",
     "Experts",
+    "Look",
     "Operand",
     "Option",
     "RowLayout",

@@ -87,8 +87,10 @@ def test_largest_finite_values_are_no_nan(model):
 def test_expert_ids_out_of_range(model, expert):
     name = "layers.0.ffn.gate.tid2eid"
     poke(model, name, 7, np.array([expert], "<i8"))
-    text = "1 of 1024 expert ids (first at [3, 1]) is outside 0 .. 3 (n_routed_experts = 4); correct either"
-    assert found(model) == [("expert id out of range", name, text, "error")]
+    text = "1 of 1024 expert ids (first at [3, 1]) is outside 0 .. 3 (n_routed_experts = 4): the table is of"
+    ((rule, tensor, said, severity),) = found(model)
+    assert (rule, tensor, severity) == ("expert id out of range", name, "error")
+    assert said.startswith(text)
 
 
 def test_values_beyond_the_first_buffer_are_read(tmp_path):
@@ -181,12 +183,12 @@ def test_inspect_json_lists_every_finding(model):
             change(model, f"layers.{layer}.{norm}.weight", None)
     result = CliRunner().invoke(command, [str(model), "--json"])
     assert result.exit_code == 1
-    document = json.loads(result.output)
+    document = json.loads(result.output)["result"]
     assert len(document["findings"]) == 6
     assert document["findings"][0]["rule"] == "missing tensor"
     assert document["config"]["compress_ratios"] == [0, 4, 128, 0]
     assert sum(group["bytes"] for group in document["tensors"]) == document["bytes"]
-    assert set(document["parameters"]) == {"total", "active", "mtp"}
+    assert set(document["parameters"]) == {"total", "active", "draft"}
 
 
 def test_inspect_of_a_checkpoint_without_any_readable_shard(model):

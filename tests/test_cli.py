@@ -10,6 +10,7 @@ from dsv4_conformance.model import golden
 from recorded import relative, vectors
 
 from dsv4_core import cli
+from dsv4_core.text.tokenizer import Vocabulary, load_tokenizer
 
 
 def dsv4(*args, ok=True, **environment):
@@ -24,6 +25,7 @@ def failure(*args):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["dsv4", *map(str, args)])
+        patch.setenv("DSV4_ONE_PROCESS", "1")
         with pytest.raises(SystemExit) as stop:
             cli.main()
     return stop.value.code
@@ -38,15 +40,14 @@ def test_demo():
 
 def test_generate_text_and_ids():
     text = dsv4("generate", "--chat", "What is kludge?", "-n", 8, "-b", "reference").stdout
-    again = dsv4(
-        "generate",
-        "-p",
-        "<｜begin▁of▁sentence｜><｜User｜>What is kludge?<｜Assistant｜></think>",
-        "-n",
-        8,
-        "-b",
-        "reference",
-    ).stdout
+    vocabulary = Vocabulary(load_tokenizer(golden.checkpoint_path("tiny-jargon")))
+    prompt = "<｜begin▁of▁sentence｜><｜User｜>What is kludge?<｜Assistant｜></think>"
+    ids = ",".join(map(str, vocabulary.marked(prompt)))
+    again = dsv4("generate", "--tokens", ids, "-n", 8, "-b", "reference").stdout
+    words = dsv4(
+        "generate", "-p", prompt, "-n", 8, "-b", "reference"
+    ).stdout  # control tokens that a text spells are words
+    assert text != words
     assert text == again
     assert text.strip()
     ids = dsv4("generate", golden.checkpoint_path("tiny-flash"), "--tokens", "1,2,3", "-n", 5, "-b", "reference").stdout
@@ -116,8 +117,8 @@ def test_explain():
 def test_init_inspect_generate(tmp_path):
     made = tmp_path / "model"
     dsv4("init", made, "--preset", "tiny", "--layers", 4, "--seed", 7)
-    report = json.loads(dsv4("inspect", made, "--json").output)
-    assert report
+    report = json.loads(dsv4("inspect", made, "--json").output)["result"]
+    assert not report["findings"]
     assert len(dsv4("generate", made, "--tokens", "1,2,3", "-n", 4, "-b", "reference").stdout.split()) == 4
     assert failure("init", made, "--preset", "tiny") == 2
 
@@ -125,14 +126,13 @@ def test_init_inspect_generate(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("generate",), "give one of --prompt, --chat and --tokens"),
+        (("generate",), "give one of --prompt, --chat, --tokens and --prompts"),
         (("generate", "--chat", "x", "--tokens", "1"), "give one of"),
-        (("generate", "--chat", "x", "--speculative", "--temperature", "1"), "--speculative is greedy"),
         (("generate", "--tokens", "1", "-b", "gpu"), "unknown backend 'gpu'; installed:"),
         (("generate", "nowhere", "--tokens", "1"), "nowhere: no such directory"),
         (
             ("generate", "--tokens", "2048", "-b", "reference"),
-            "token id 2048 at [0, 0] is outside the vocabulary 0 .. 2047",
+            "token id 2048 at [0] is outside the vocabulary 0 .. 2047",
         ),
         (("generate", "--tokens", "1", "-b", "reference", "-n", "5000"), "max_position_embeddings"),
         (("generate", "--tokens", "1", "-b", "reference", "-O", "soc=9"), "'reference' has no option 'soc'"),

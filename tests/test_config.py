@@ -25,7 +25,7 @@ def test_round_trip(preset):
             {"scoring_func": "sigmoid"},
             "scoring_func = 'sigmoid' is not implemented; the published models have 'sqrtsoftplus'",
         ),
-        ({"compress_ratios": [0, 4]}, r"compress_ratios = \(0, 4\) must have 7 entries"),
+        ({"compress_ratios": [0, 4]}, r"compress_ratios = \(0, 4\) must have 6 entries: one per layer"),
         ({"compress_ratios": [0, 0, 8, 128, 4, 128, 0]}, "may hold 0 .window only., 4 .CSA. and 128"),
         ({"compress_ratios": 4}, "compress_ratios = 4 must be a list"),
         ({"head_dim": 100}, "head_dim = 100 less qk_rope_head_dim must be a multiple of 64"),
@@ -43,7 +43,7 @@ def test_refused(changes, message):
 def test_missing_keys_are_named():
     values = as_dict()
     del values["o_groups"], values["head_dim"]
-    with pytest.raises(ConfigError, match="missing head_dim, o_groups; is this a DeepSeek-V4 checkpoint"):
+    with pytest.raises(ConfigError, match="missing head_dim, o_groups, which DeepSeek-V4 needs"):
         ModelConfig.from_dict(values)
 
 

@@ -240,7 +240,10 @@ def test_init_writes_what_its_flags_say(tmp_path):
         (["--seed", "1", "--ratios", "a,4"], "'a,4' is not a list of ratios; write one of 0, 4, 128 per layer"),
         (["--seed", "-1"], "-1 is not in the range x>=0"),
         ([], "Missing option '--seed'"),
-        (["--seed", "1", "--preset", "huge"], "'huge' is not one of 'flash', 'pro', 'tiny'"),
+        (
+            ["--seed", "1", "--preset", "huge"],
+            "'huge' is not one of 'flash', 'flash-0731', 'pro', 'pro-0813', 'tiny', 'tiny-dspark'",
+        ),
         (["--seed", "1", "--shard-size", "big"], "'big' is not a size"),
     ],
 )

@@ -61,7 +61,10 @@ def test_too_long_and_empty(model, run):
 
 
 def test_sampling_parameters():
-    with pytest.raises(ValueError, match=r"temperature = -1 must be 0 \(greedy\) or more"):
-        Sampling(temperature=-1)
+    for temperature in (-1, 1e-38, 1e-45, 1e-320, 9e-5, 1e5, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=rf"temperature = {temperature} must be 0 \(greedy\), or from 0.0001 to 1"):
+            Sampling(temperature=temperature)
+    with pytest.raises(ValueError, match="seed = -1 must be from 0"):
+        Sampling(seed=-1)
     with pytest.raises(ValueError, match=r"top_p = 0 must be in \(0, 1\]"):
         Sampling(top_p=0)

@@ -26,13 +26,19 @@ def test_tensor_counts_of_the_published_models():
         ("layers.3.ffn.gate.e_score_correction_bias", "layers.3.ffn.gate.bias"),
         ("model.layers.3.mlp.gate.e_score_correction_bias", "layers.3.ffn.gate.bias"),
         ("model.mtp.0.self_attn.wo_a.weight_scale_inv", "mtp.0.attn.wo_a.scale"),
+        ("model.embed_tokens.weight", "embed.weight"),
+        ("lm_head.weight", "head.weight"),
+        ("model.hc_head.hc_base", "hc_head_base"),
+        ("model.layers.2.attn.norm.weight", "layers.2.attn.kv_norm.weight"),
+        ("model.layers.2.attn.compressor.norm.weight", "layers.2.attn.compressor.norm.weight"),
+        ("layers.2.attn.wq_a.weight_scale", "layers.2.attn.wq_a.scale"),
     ],
 )
-def test_five_older_spellings(older, published):
+def test_other_spellings(older, published):
     assert canonical_name(older) == published
 
 
-@pytest.mark.parametrize("name", ["lm_head.weight", "layers.0.attention.wq_a.weight", "layers.0.attn.wq_a.qweight"])
+@pytest.mark.parametrize("name", ["out.weight", "layers.0.attention.wq_a.weight", "layers.0.attn.wq_a.qweight"])
 def test_other_spellings_stay_and_are_not_in_the_layout(name):
     assert canonical_name(name) == name
     assert name not in tensor_specs(PRESETS["tiny"])

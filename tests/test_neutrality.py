@@ -23,23 +23,25 @@ ROOT = Path(__file__).parent.parent
 LIBRARIES = {"torch", "triton", "torch_npu"}
 BACKENDS = {p.name for p in ROOT.glob("backends/*/dsv4_backend_*")}
 FAMILY = {"dsv4_backend_cuda": {"dsv4_backend_torch"}, "dsv4_backend_ascend": {"dsv4_backend_torch"}}
-ORDER = [
-    "dtypes",
-    "config",
-    "spec",
-    "ops",
-    "backend",
-    "registry",
-    "layout",
-    "shards",
-    "weights",
-    "cache",
-    "step",
-    "model",
-    "generate",
-    "evaluate",
-    "cli",
-]
+CORE, SUITE = ROOT / "dsv4_core", ROOT / "conformance/dsv4_conformance"
+BACKEND_ROOTS = sorted(ROOT.glob("backends/*/dsv4_backend_*"))
+ROOMS = {
+    "dsv4_core": [
+        "files",
+        "contract",
+        "checkpoint",
+        "graph",
+        "ranks",
+        "planning",
+        "text",
+        "session",
+        "cli",
+        "__main__",
+    ],
+    "dsv4_conformance": [
+        *("verdict", "check", "files", "cases", "laws", "exchange", "model", "run", "report", "museum", "cli"),
+    ],
+}
 
 
 def imports(path, *, lazy=True):
@@ -74,15 +76,6 @@ def test_core_imports_no_backend_no_suite_no_device_library(path):
     assert "pluggy" not in tops(path) or path.name == "registry.py"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("dsv4_core/*.py")), ids=lambda p: p.name)
-def test_core_imports_downwards_only(path):
-    if path.stem not in ORDER:
-        pytest.skip("not in the ladder")
-    for name in imports(path, lazy=False):
-        if name.startswith("dsv4_core.") and (above := name.split(".")[1]) in ORDER:
-            assert ORDER.index(above) <= ORDER.index(path.stem), f"{path.name} imports {name}"
-
-
 @pytest.mark.parametrize("path", sorted(ROOT.glob("conformance/**/*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_conformance_names_no_backend(path):
     assert not tops(path) & (BACKENDS | LIBRARIES)
@@ -95,6 +88,64 @@ def test_backends_do_not_import_each_other(path):
     mine = next(part for part in path.parts if part.startswith("dsv4_backend_"))
     assert not tops(path) & (BACKENDS - {mine} - FAMILY.get(mine, set())), path
     assert "dsv4_conformance" not in tops(path)
+
+
+def modules(root):
+    """Every module of a package by its dotted name."""
+    return {
+        ".".join((root.name, *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__"): path
+        for path in root.rglob("*.py")
+    }
+
+
+MODULES = {name: path for root in (CORE, SUITE, *BACKEND_ROOTS) for name, path in modules(root).items()}
+
+
+def imported(name):
+    """Modules of ours that a module imports anywhere in its file, for types too."""
+    found = imports(MODULES[name]) & MODULES.keys()
+    return {n for n in found if n != name and not any(m.startswith(f"{n}.") for m in found)}
+
+
+def circles(edges):
+    """Groups of nodes that reach each other."""
+    reach = {node: set(targets) for node, targets in edges.items()}
+    for middle in edges:
+        for targets in reach.values():
+            if middle in targets:
+                targets.update(reach[middle])
+    return {
+        frozenset(n for n in edges if n in reach[node] and node in reach[n]) for node in edges if node in reach[node]
+    }
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    assert not circles({name: imported(name) for name in MODULES})
+
+
+def room(name):
+    """The package below the root that a module lives in; a file in the root is a room of its own."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+@pytest.mark.parametrize(("package", "order"), ROOMS.items())
+def test_rooms_import_in_one_order(package, order):
+    stable = {f"{package}.{name}" for name in ("backend", "registry", "dtypes")}
+    for name in MODULES:
+        if name.partition(".")[0] != package or room(name) == "" or name in stable:
+            continue
+        assert room(name) in order, f"{name}: say in ROOMS where its room stands"
+        for other in imported(name):
+            if other.partition(".")[0] == package and room(other):
+                assert other not in stable, f"{name} imports {other}, which is there for plug-ins alone"
+                assert order.index(room(other)) <= order.index(room(name)), f"{name} imports {other}, upwards"
+
+
+def test_every_room_says_what_belongs_there():
+    for name, path in MODULES.items():
+        if path.name == "__init__.py" and name.count(".") == 1:
+            assert (ast.get_docstring(ast.parse(path.read_text())) or "").count(".") >= 1, f"{name} has no sentence"
 
 
 def test_model_imports_no_array_library():
@@ -121,7 +172,7 @@ def test_importing_pulls_in_no_device_library(module):
 
 
 def test_listing_backends_imports_none():
-    unwanted = LIBRARIES | BACKENDS | {"numpy"}
+    unwanted = LIBRARIES | {f"{name}.backend" for name in BACKENDS} | {"numpy"}
     run = "import sys; sys.argv = ['dsv4', 'backends']\nfrom dsv4_core.cli import main\ntry: main()\n"
     code = f"{run}finally: print(sorted({unwanted!r} & sys.modules.keys()))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -349,7 +349,7 @@ def test_missing_tensors_are_counted_and_all_listed(model):
     error = refused(
         model,
         "6 problems; `dsv4 inspect",
-        "layers.0.attn_norm.weight: missing: BF16 [256] by config.json; fetch the shard that holds it",
+        "layers.0.attn_norm.weight: missing: BF16 [256] by config.json; no file here holds it: get a complete copy",
         "... and 3 more of: missing tensor",
     )
     assert [finding.tensor for finding in error.findings] == names
@@ -365,15 +365,15 @@ def test_missing_weight_with_its_scale(model):
 
 def test_unexpected_tensor_is_refused_by_the_name_in_the_file(model):
     def renamed(name):
-        return {"head.weight": "model.lm_head.weight"}.get(name, name)
+        return {"head.weight": "model.other_head.weight"}.get(name, name)
 
     rename(model, renamed)
-    file = weight_map(model)["model.lm_head.weight"]
+    file = weight_map(model)["model.other_head.weight"]
     refused(
         model,
         "head.weight: missing: BF16 [512, 256]",
-        f"{file}: model.lm_head.weight: unexpected: no name of this layout in any accepted spelling",
-        "remove it, or correct config.json",
+        f"{file}: model.other_head.weight: unexpected: the model of config.json has no tensor of this name",
+        "is it the config.json that came with the weights?",
     )
 
 
@@ -383,10 +383,22 @@ def test_unexpected_tensor_is_refused_by_the_name_in_the_file(model):
         ("norm.weight", Tensor("BF16", (255,), bytes(510)), "shape [255] must be [256] by config.json; correct either"),
         (WQ_A, Tensor("F8_E4M3", (256, 128), bytes(32768)), "shape [256, 128] must be [128, 256]"),
         (EXPERT, Tensor("I8", (64, 256), bytes(16384)), "shape [64, 512] must be [256, 128]"),
-        ("norm.weight", Tensor("F32", (256,), bytes(1024)), "dtype F32 must be BF16; convert it"),
-        (WQ_A, Tensor("I8", (128, 128), bytes(16384)), "dtype I8 must be F8_E4M3 or BF16 or F32; convert it"),
-        (EXPERT, Tensor("BF16", (256, 128), bytes(65536)), "dtype BF16 must be I8, as most experts are; convert it"),
-        ("layers.0.ffn.gate.tid2eid", Tensor("I32", (512, 2), bytes(4096)), "dtype I32 must be I64; convert it"),
+        ("norm.weight", Tensor("I64", (256,), bytes(2048)), "dtype I64 must be BF16; use the published checkpoint"),
+        (
+            WQ_A,
+            Tensor("I8", (128, 128), bytes(16384)),
+            "dtype I8 must be F8_E4M3 or BF16 or F32; use the published checkpoint",
+        ),
+        (
+            EXPERT,
+            Tensor("BF16", (256, 128), bytes(65536)),
+            "dtype BF16 must be I8, as most experts are; use the published checkpoint",
+        ),
+        (
+            "layers.0.ffn.gate.tid2eid",
+            Tensor("U8", (512, 2), bytes(1024)),
+            "dtype U8 must be I64; use the published checkpoint",
+        ),
     ],
 )
 def test_wrong_shape_or_dtype(model, name, tensor, said):
@@ -397,9 +409,7 @@ def test_wrong_shape_or_dtype(model, name, tensor, said):
 
 def test_missing_scale(model):
     change(model, "layers.1.attn.wq_a.scale", None)
-    refused(
-        model, f"layers.1.attn.wq_a.scale: missing scale: {WQ_A} is e4m3 and cannot be read without; fetch the shard"
-    )
+    refused(model, f"layers.1.attn.wq_a.scale: missing scale: {WQ_A} is e4m3 and cannot be read without, and no file")
 
 
 @pytest.mark.parametrize(
@@ -424,19 +434,22 @@ def test_scale_grid_that_does_not_match_its_weight(model, name, shape, said):
 
 def test_scale_that_is_not_an_exponent(model):
     name = "layers.1.attn.wq_a.scale"
-    file = change(model, name, Tensor("F32", (1, 2), bytes(8)))
-    refused(model, f"{file}: {name}: dtype F32 must be F8_E8M0, an exponent a byte; convert it")
+    file = change(model, name, Tensor("I64", (1, 2), bytes(16)))
+    refused(model, f"{file}: {name}: dtype I64 must be F8_E8M0, an exponent a byte; use the published checkpoint")
 
 
 def test_scale_of_a_weight_that_is_not_quantised(model):
     change(model, WQ_A, Tensor("BF16", (128, 256), bytes(65536)))
     file = weight_map(model)["layers.1.attn.wq_a.scale"]
-    refused(model, f"{file}: layers.1.attn.wq_a.scale: unexpected scale: {WQ_A} is BF16, which has none; remove it")
+    refused(
+        model,
+        f"{file}: layers.1.attn.wq_a.scale: unexpected scale: {WQ_A} is BF16, which has none; use a complete copy",
+    )
 
 
 def test_unchecked_opening_collects_and_reads_what_is_sound(model):
     (model / shard_names(model)[1]).unlink()
-    change(model, "embed.weight", Tensor("F32", (512, 256), bytes(512 * 1024)))
+    change(model, "embed.weight", Tensor("I32", (512, 256), bytes(512 * 1024)))
     checkpoint = Checkpoint(model, check=False)
     assert {finding.rule for finding in checkpoint.errors} == {"shard missing", "wrong dtype"}
     assert checkpoint.weight("layers.0.attn.wq_a").shape == (128, 256)

@@ -39,7 +39,10 @@ class Finding:
     worst: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     duration: float = 0.0
-    claimed: bool = True
+    claimed: bool = False
+    """The backend's own file claims what was checked: by a level, or by name."""
+    counts: bool = True
+    """A failure fails the run: it was claimed, or the backend brings an implementation of its own."""
     ran: str = ""
     """The vendor's kernels that ran in it, as the backend names them."""
 

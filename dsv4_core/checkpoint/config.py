@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from dsv4_core.checkpoint import foreign, spellings
+from dsv4_core.checkpoint.spellings import ConfigError
 from dsv4_core.contract.dtypes import FP4_GROUP, FP8_BLOCK, KV_BLOCK
 from dsv4_core.files import forms
 from dsv4_core.files.reading import FileError, checked, json_file
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
 ADVICE = "copy it again from the published checkpoint"
 
 
-class ConfigError(ValueError):
-    """A configuration that this model definition cannot run: the message names the key, its value and the rule."""
+Draft = Literal["", "mtp", "dspark"]
+"""What predicts tokens ahead: nothing, the block that sees one token further, or DSpark, which drafts a block of them."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,11 @@ def _quantization() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Hyperparameters under config.json's names; ``compress_ratios`` has one entry per layer and then one per MTP
-    block.
+    """Hyperparameters under config.json's names.
+
+    ``compress_ratios`` has one entry per layer, then one per block under ``mtp.``: one of MTP, or the stages of DSpark.
+    ``dspark_target_layer_ids`` say that it is DSpark, whatever ``num_nextn_predict_layers`` says: official releases keep
+    that key from the preview. ``other``: keys of the file that change nothing here. ``notes``: spellings that were read.
     """
 
     vocab_size: int
@@ -87,11 +92,17 @@ class ModelConfig:
     norm_topk_prob: bool = True
     hidden_act: str = "silu"
     bos_token_id: int = 0
-    eos_token_id: int = 1
+    eos_token_id: int | tuple[int, ...] = 1
+    dspark_block_size: int = 0
+    dspark_noise_token_id: int = 0
+    dspark_target_layer_ids: tuple[int, ...] = ()
+    dspark_markov_rank: int = 0
     expert_dtype: str = "fp4"
     quantization_config: dict[str, Any] = field(default_factory=_quantization)
     model_type: str = "deepseek_v4"
     architectures: tuple[str, ...] = ("DeepseekV4ForCausalLM",)
+    other: dict[str, Any] = field(default_factory=dict, compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         """Refuse what the graph has no meaning for; raise ``ConfigError``."""
@@ -105,21 +116,25 @@ class ModelConfig:
                 ("n_shared_experts", 1),
             )
         ]
-        ratios = self.num_hidden_layers + self.num_nextn_predict_layers
+        layers = self.num_hidden_layers
         nope = self.head_dim - self.qk_rope_head_dim
         rules += [
-            (
-                "compress_ratios",
-                len(self.compress_ratios) == ratios,
-                f"must have {ratios} entries: one per layer, then one per MTP block",
-            ),
+            ("compress_ratios", len(self.compress_ratios) >= layers, f"must have {layers} entries: one per layer"),
             (
                 "compress_ratios",
                 set(self.compress_ratios) <= {0, 4, 128},
                 "may hold 0 (window only), 4 (CSA) and 128 (HCA)",
             ),
-            ("compress_ratios", not any(self.compress_ratios[self.num_hidden_layers :]), "must be 0 for the MTP block"),
-            ("num_nextn_predict_layers", self.num_nextn_predict_layers in {0, 1}, "may be 0 or 1"),
+            (
+                "compress_ratios",
+                self.draft != "mtp" or self.stages == 1,
+                f"must have {layers + 1} entries: one per layer, then one for the MTP block",
+            ),
+            (
+                "compress_ratios",
+                self.draft != "" or self.stages == 0,
+                f"must have {layers} entries: one per layer, there is no MTP block",
+            ),
             ("head_dim", nope > 0 and nope % KV_BLOCK == 0, f"less qk_rope_head_dim must be a multiple of {KV_BLOCK}"),
             (
                 "index_head_dim",
@@ -147,6 +162,21 @@ class ModelConfig:
             )
             for key in ("hidden_size", "q_lora_rank", "moe_intermediate_size")
         ]
+        if self.draft == "dspark":
+            rules += [
+                ("dspark_block_size", self.dspark_block_size > 0, "must be 1 or more"),
+                ("dspark_markov_rank", self.dspark_markov_rank > 0, "must be 1 or more"),
+                (
+                    "dspark_noise_token_id",
+                    0 <= self.dspark_noise_token_id < self.vocab_size,
+                    f"must be in the vocabulary 0 .. {self.vocab_size - 1}",
+                ),
+                (
+                    "dspark_target_layer_ids",
+                    all(0 <= i < layers for i in self.dspark_target_layer_ids),
+                    f"must be layers 0 .. {layers - 1}",
+                ),
+            ]
         wo_b_in = self.o_groups * self.o_lora_rank
         rules.append(("o_lora_rank", wo_b_in % FP8_BLOCK == 0, f"times o_groups must be a multiple of {FP8_BLOCK}"))
         for key, holds, rule in rules:
@@ -154,32 +184,64 @@ class ModelConfig:
                 raise ConfigError(f"config.json: {key} = {getattr(self, key)!r} {rule}")
 
     @property
+    def stages(self) -> int:
+        """Blocks under ``mtp.``."""
+        return len(self.compress_ratios) - self.num_hidden_layers
+
+    @property
+    def draft(self) -> Draft:
+        """What these blocks are."""
+        if self.dspark_target_layer_ids and self.stages:
+            return "dspark"
+        return "mtp" if self.num_nextn_predict_layers and not self.dspark_target_layer_ids else ""
+
+    @property
     def layers(self) -> int:
-        """Blocks with a cache: the main stack's and the MTP block, which comes last."""
-        return self.num_hidden_layers + self.num_nextn_predict_layers
+        """Blocks with a cache: the main stack's, then those under ``mtp.``."""
+        return self.num_hidden_layers + self.stages
+
+    def drafting(self, draft: Draft, stages: int = 0) -> ModelConfig:
+        """Give the configuration of the same model with another draft module, of ``stages`` blocks: DSpark's are window only."""
+        main, have = self.compress_ratios[: self.num_hidden_layers], self.compress_ratios[self.num_hidden_layers :]
+        ratios = (*main, *(have[:stages] + (0,) * max(0, stages - len(have))))
+        if draft == "dspark":
+            return replace(self, compress_ratios=ratios)
+        return replace(
+            self,
+            compress_ratios=ratios,
+            num_nextn_predict_layers=int(draft == "mtp"),
+            dspark_block_size=0,
+            dspark_noise_token_id=0,
+            dspark_target_layer_ids=(),
+            dspark_markov_rank=0,
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Read config.json's dictionary; keys that do not change the computation are ignored; raise ``ConfigError``."""
+        """Read config.json's dictionary in any spelling; raise ``ConfigError``."""
+        if problem := foreign.config_problem(values):
+            raise ConfigError(problem)
+        values, notes = spellings.published(values)
         try:
             checked(values, forms.Config, "config.json", ADVICE)
         except FileError as error:
             raise ConfigError(str(error)) from None
-        known = {f.name for f in fields(cls)}
+        known = {f.name for f in fields(cls)} - {"other", "notes"}
         kept = {k: v for k, v in values.items() if k in known}
-        required = {f.name for f in fields(cls) if f.name in _REQUIRED}
-        if missing := sorted(required - kept.keys()):
+        if missing := sorted(_REQUIRED - kept.keys()):
             raise ConfigError(
-                f"config.json: missing {', '.join(missing)}; is this a DeepSeek-V4 checkpoint (model_type {values.get('model_type')!r})?"
+                f"config.json: missing {', '.join(missing)}, which DeepSeek-V4 needs; copy it again from the published checkpoint"
             )
-        scaling = kept.get("rope_scaling")
-        if isinstance(scaling, dict):
-            names = {f.name for f in fields(RopeScaling)}
-            scaling = {"type": scaling.get("rope_type", "yarn"), **scaling}
-            kept["rope_scaling"] = RopeScaling(**{k: v for k, v in scaling.items() if k in names})
-        kept["compress_ratios"] = tuple(kept["compress_ratios"])
-        kept["architectures"] = tuple(kept.get("architectures") or ())
-        return cls(**kept)
+        if isinstance(scaling := kept.get("rope_scaling"), dict):
+            kept["rope_scaling"] = RopeScaling(**scaling)
+        for key in ("compress_ratios", "architectures", "dspark_target_layer_ids"):
+            kept[key] = tuple(kept.get(key) or ())
+        if isinstance(kept.get("eos_token_id"), list):
+            kept["eos_token_id"] = tuple(kept["eos_token_id"])
+        if kept.get("quantization_config") is None:
+            kept["quantization_config"] = {}
+        kept["compress_ratios"] = _stages(kept, notes)
+        return cls(**kept, other={k: v for k, v in values.items() if k not in known}, notes=tuple(notes))
 
     @classmethod
     def load(cls, model_dir: Path) -> ModelConfig:
@@ -197,9 +259,18 @@ class ModelConfig:
         except FileError as error:
             raise ConfigError(str(error)) from None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Give config.json's values: the published keys, without DSpark's where there is none, then the others."""
+        values = asdict(self)
+        del values["notes"]
+        other = values.pop("other")
+        if not self.dspark_target_layer_ids:
+            values = {key: value for key, value in values.items() if not key.startswith("dspark_")}
+        return values | other
+
     def to_json(self) -> str:
         """Write config.json's text."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def cut(self, *, layers: int | None = None, experts: int | None = None) -> ModelConfig:
         """Keep the first ``layers`` layers (their compress ratios, and the MTP block) and ``experts`` routed experts."""
@@ -207,8 +278,10 @@ class ModelConfig:
         if not 1 <= kept <= self.num_hidden_layers:
             raise ConfigError(f"layers = {layers}: the preset has 1 to {self.num_hidden_layers}")
         mtp = self.compress_ratios[self.num_hidden_layers :]
+        removed = self.num_hidden_layers - kept  # DSpark taps the last layers: of a cut model, too
         return replace(
             self,
+            dspark_target_layer_ids=tuple(max(0, i - removed) for i in self.dspark_target_layer_ids),
             num_hidden_layers=kept,
             num_hash_layers=min(self.num_hash_layers, kept),
             compress_ratios=self.compress_ratios[:kept] + mtp,
@@ -259,6 +332,27 @@ _REQUIRED = frozenset(
         "routed_scaling_factor",
     )
 )  # the fields above that have no default
+
+
+def _stages(kept: dict[str, Any], notes: list[str]) -> tuple[int, ...]:
+    """Give ``compress_ratios`` as dsv4 keeps them: as many past the layers as there are draft blocks, by the configuration.
+
+    Ratio 1 is what some exports write for 0, a layer whose rows are not compressed. Entries past the layers may be missing.
+    """
+    ratios, layers = kept["compress_ratios"], kept["num_hidden_layers"]
+    if 1 in ratios:
+        ratios = tuple(0 if ratio == 1 else ratio for ratio in ratios)
+        notes.append("config.json: ratio 1 in compress_ratios is read as 0: rows are not compressed")
+    if kept["dspark_target_layer_ids"] or len(ratios) < layers:
+        return ratios
+    stages = int(kept.get("num_nextn_predict_layers", 1) > 0)
+    if len(ratios) > layers + stages:
+        dropped = list(ratios[layers + stages :])
+        notes.append(f"config.json: {dropped} at the end of compress_ratios belong to no layer and are ignored")
+    elif len(ratios) < layers + stages:
+        notes.append("config.json: compress_ratios has no entry for the MTP block, which is read as 0")
+        return (*ratios, 0)
+    return ratios[: layers + stages]
 
 
 def _csa_hca(layers: int) -> tuple[int, ...]:
@@ -330,4 +424,23 @@ PRESETS: dict[str, ModelConfig] = {
         rope_scaling=RopeScaling(original_max_position_embeddings=1024),
     ),
 }
-"""flash and pro: the published models; tiny: every kind of layer at the size of a test."""
+_DSPARK: dict[str, Any] = {"dspark_block_size": 5, "dspark_noise_token_id": 128799}
+for _name, _of, _dspark in (
+    ("flash-0731", "flash", _DSPARK | {"dspark_target_layer_ids": (40, 41, 42), "dspark_markov_rank": 256}),
+    ("pro-0813", "pro", _DSPARK | {"dspark_target_layer_ids": (58, 59, 60), "dspark_markov_rank": 512}),
+    (
+        "tiny-dspark",
+        "tiny",
+        {
+            "dspark_block_size": 5,
+            "dspark_noise_token_id": 511,
+            "dspark_target_layer_ids": (3, 4, 5),
+            "dspark_markov_rank": 32,
+        },
+    ),
+):
+    PRESETS[_name] = replace(PRESETS[_of], compress_ratios=(*PRESETS[_of].compress_ratios, 0, 0), **_dspark)
+"""flash and pro: the preview of April; flash-0731 and pro-0813: the official releases, which differ by DSpark.
+
+tiny: every kind of layer at the size of a test, with MTP or DSpark.
+"""

@@ -18,7 +18,7 @@ import numpy as np
 
 from dsv4_core.checkpoint import manifest as manifest_file
 from dsv4_core.checkpoint.create import header, stored_bytes
-from dsv4_core.checkpoint.identity import identity, of_file
+from dsv4_core.checkpoint.identity import of_file
 from dsv4_core.checkpoint.layout import QUANTISED, TensorSpec, becomes_int8, scale_shape
 from dsv4_core.checkpoint.manifest import MANIFEST
 from dsv4_core.checkpoint.rank_part import Place, ShardedSource
@@ -132,7 +132,7 @@ def convert(
         raise ConvertError(f"{found} have values that FP8 under one scale cannot hold; --allow-lossy rounds them")
     partial = out.with_name(f"{out.name}.partial")
     counts = {"written": 0, "kept": 0, "tensors": 0, "lossy_blocks": sum(lossy.values())}
-    made_of = Source(path=str(source.resolve()), identity=identity(checkpoint, whole=verify))
+    made_of = Source(path=str(source.resolve()), identity=checkpoint.identity(whole=verify))
     with writing_alone(out):
         refuse_existing(out)  # another process may have finished it meanwhile
         for rank in range(world.ranks):

@@ -14,26 +14,19 @@ from typing import TYPE_CHECKING
 from dsv4_core.files.reading import contents, opened, pread, regular
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
-
-    from dsv4_core.checkpoint.weights import Checkpoint
 
 WHOLE = 16 << 20  # bytes of a shard that are hashed without choosing: a hundredth of a second
 BLOCKS, BLOCK = 256, 4096  # of a larger shard: with the usual 4 GB, a block every 16 MB
 LENGTH = 32  # hexadecimal digits that are kept: 128 bits
 
 
-def identity(checkpoint: Checkpoint, *, whole: bool = False) -> str:
-    """Hash a checkpoint's content (``whole``: every byte, which takes as long as reading it)."""
-    digest = hashlib.sha256(contents(checkpoint.path / "config.json"))
-    starts: dict[Path, list[int]] = {}
-    for name in checkpoint.names:
-        found = starts.setdefault(checkpoint.file(name), [])
-        if ".experts." not in name:
-            found.append(checkpoint.stored(name).begin)
-    for path, begins in sorted(starts.items()):
-        digest.update(f"{path.name} {of_file(path, begins, whole=whole)}".encode())
+def of_checkpoint(directory: Path, begins: Mapping[Path, Iterable[int]], *, whole: bool = False) -> str:
+    """Hash ``config.json`` and every shard of a directory; ``begins``: of each where its samples begin beside the even ones."""
+    digest = hashlib.sha256(contents(directory / "config.json"))
+    for path, starts in sorted(begins.items()):
+        digest.update(f"{path.name} {of_file(path, starts, whole=whole)}".encode())
     return digest.hexdigest()[:LENGTH]
 
 

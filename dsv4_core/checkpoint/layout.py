@@ -25,18 +25,23 @@ Kind = Literal[
     "norm",
     "head",
     "mtp",
+    "dspark",
 ]
 PROJECTIONS = ("w1", "w2", "w3")
 QUANTISED: dict[str, Format] = {"F8_E4M3": "e4m3", "I8": "e2m1", "F4": "e2m1"}
 """Formats of quantised weights. ``I8`` states the packed shape (two FP4 a byte), ``F4`` the unpacked one; ``I8`` with scales in
 F32 is int8."""
 
-_OLDER_SPELLINGS = (
+NAMES = (
     (".self_attn.", ".attn."),
     (".mlp.", ".ffn."),
     (".weight_scale_inv", ".scale"),
     (".gate.e_score_correction_bias", ".gate.bias"),
-)  # the fifth is the prefix "model."
+    (".attn.norm.", ".attn.kv_norm."),
+    ("hc_head.hc_", "hc_head_"),
+)
+"""Parts of names in other spellings, and the published ones. So do ``model.`` before and ``.weight_scale`` after a name."""
+_WHOLE = {"embed_tokens.weight": "embed.weight", "lm_head.weight": "head.weight"}
 
 
 class TensorSpec(NamedTuple):
@@ -51,23 +56,25 @@ class TensorSpec(NamedTuple):
 class Parameters(NamedTuple):
     """Parameter counts, FP4 unpacked, scales and the hash layers' ``tid2eid`` tables not counted.
 
-    ``total``: layers, embedding, head; without the MTP block, as the published figures are. ``active``: what one token
-    multiplies with: num_experts_per_tok of the routed experts, and no embedding, of which it reads one row. ``mtp``
-    is the MTP block alone, with all its experts.
+    ``total``: layers, embedding, head; without MTP or DSpark, as the published figures are. ``active``: what one token
+    multiplies with: num_experts_per_tok of the routed experts, and no embedding, of which it reads one row. ``draft``
+    is the MTP block or DSpark alone, with all its experts.
     """
 
     total: int
     active: int
-    mtp: int
+    draft: int
 
 
 def canonical_name(name: str) -> str:
-    """Give the published spelling of a name: five older ones are rewritten, anything else comes back as it is."""
+    """Give the published spelling of a name, of whichever tool that is known here; anything else comes back as it is."""
     name = name.removeprefix("model.")
-    for older, published in _OLDER_SPELLINGS:
-        if older in name:
-            name = name.replace(older, published)
-    return name
+    for other, published in NAMES:
+        if other in name:
+            name = name.replace(other, published)
+    if name.endswith(".weight_scale"):
+        return f"{name[:-13]}.scale"
+    return _WHOLE.get(name, name)
 
 
 def scale_shape(shape: Shape, fmt: Format) -> Shape:
@@ -109,20 +116,20 @@ def unpacked(spec: TensorSpec) -> Shape:
 
 def parameters(config: ModelConfig) -> Parameters:
     """Count parameters from the configuration: 284.3B total and 13.27B active for flash, 1573B and 48.85B for pro."""
-    total = active = mtp = 0
+    total = active = draft = 0
     for spec in _specs(config, "e2m1", config.n_routed_experts):
         if spec.dtype in {"F8_E8M0", "I64"}:
             continue
         count = math.prod(unpacked(spec))
-        if spec.kind == "mtp":
-            mtp += count
+        if spec.kind in {"mtp", "dspark"}:
+            draft += count
             continue
         total += count
         if spec.kind == "experts":
             active += count * config.num_experts_per_tok  # over n_routed_experts, below
         elif spec.kind != "embedding":
             active += count * config.n_routed_experts
-    return Parameters(total, active // config.n_routed_experts, mtp)
+    return Parameters(total, active // config.n_routed_experts, draft)
 
 
 def _specs(config: ModelConfig, expert_format: Format, experts: int) -> Iterator[TensorSpec]:
@@ -134,14 +141,34 @@ def _specs(config: ModelConfig, expert_format: Format, experts: int) -> Iterator
     yield from _mhc_head(config, "")
     yield TensorSpec("norm.weight", (D,), "BF16", "norm")
     yield TensorSpec("head.weight", (config.vocab_size, D), "BF16", "head")
-    if config.num_nextn_predict_layers:
-        block = _block(config, "mtp.0", 0, expert_format, experts, hashed=False)
-        yield from (spec._replace(kind="mtp") for spec in block)
-        for name in ("e_proj", "h_proj"):
-            yield from _fp8(f"mtp.0.{name}", D, D, "mtp")
-        for name in ("enorm", "hnorm", "norm"):
-            yield TensorSpec(f"mtp.0.{name}.weight", (D,), "BF16", "mtp")
-        yield from (spec._replace(kind="mtp") for spec in _mhc_head(config, "mtp.0."))
+    for s in range(config.stages):
+        ratio = config.compress_ratios[config.num_hidden_layers + s] if config.draft == "mtp" else 0
+        block = _block(config, f"mtp.{s}", ratio, expert_format, experts, hashed=False)
+        parts = _dspark_stage(config, s) if config.draft == "dspark" else _mtp(config)
+        yield from (spec._replace(kind=config.draft or "mtp") for spec in (*block, *parts))
+
+
+def _mtp(c: ModelConfig) -> Iterator[TensorSpec]:
+    for name in ("e_proj", "h_proj"):
+        yield from _fp8(f"mtp.0.{name}", c.hidden_size, c.hidden_size, "mtp")
+    for name in ("enorm", "hnorm", "norm"):
+        yield TensorSpec(f"mtp.0.{name}.weight", (c.hidden_size,), "BF16", "mtp")
+    yield from _mhc_head(c, "mtp.0.")
+
+
+def _dspark_stage(c: ModelConfig, s: int) -> Iterator[TensorSpec]:
+    """What a stage has beside its block: the first reads the taps, the last has the heads."""
+    D, at = c.hidden_size, f"mtp.{s}"
+    if s == 0:
+        yield from _fp8(f"{at}.main_proj", D, len(c.dspark_target_layer_ids) * D, "dspark")
+        yield TensorSpec(f"{at}.main_norm.weight", (D,), "BF16", "dspark")
+    if s == c.stages - 1:
+        yield TensorSpec(f"{at}.norm.weight", (D,), "BF16", "dspark")
+        yield from _mhc_head(c, f"{at}.")
+        for name in ("markov_w1", "markov_w2"):
+            shape = (c.vocab_size, c.dspark_markov_rank)
+            yield TensorSpec(f"{at}.markov_head.{name}.weight", shape, "BF16", "dspark")
+        yield TensorSpec(f"{at}.confidence_head.proj.weight", (1, D + c.dspark_markov_rank), "BF16", "dspark")
 
 
 def _block(

@@ -66,7 +66,10 @@ class Shard:
 
     def array(self, name: str) -> Host:
         """View a tensor, read-only: BF16 as ml_dtypes' bfloat16; E4M3, E8M0, FP4 as uint8, FP4 in its packed shape."""
-        stored = self.entries[name]
+        stored = self.entries.get(name)
+        if stored is None or stored.dtype not in VIEWS:
+            has = f"is {stored.dtype}, which nothing here reads" if stored else "is not there"
+            raise ShardError(f"{self.path}: tensor {one_line(name, 120)} {has}; is this the right file?")
         shape = (*stored.shape[:-1], stored.shape[-1] // 2) if stored.dtype == "F4" else stored.shape
         if self._map is None:
             self._map = Mapped(self.path, self.stamp)

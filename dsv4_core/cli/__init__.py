@@ -15,6 +15,8 @@ from typing import NoReturn, cast
 import click
 
 from dsv4_core import __version__
+from dsv4_core.cli.commands import Group
+from dsv4_core.cli.verdict import UNFORESEEN, in_a_child, wanted
 from dsv4_core.contract import registry
 from dsv4_core.contract.spec import BackendError
 from dsv4_core.files.words import one_line, printable
@@ -32,10 +34,11 @@ COMMANDS = (
     "rehearse",
     "convert",
     "bench",
+    "completion",
 )
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Group):
     """A group whose commands are imported only when they are named (or all of them for ``--help``)."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -85,13 +88,16 @@ def root(traceback: bool) -> None:
         os.environ["DSV4_TRACEBACK"] = "1"
 
 
-UNFORESEEN = 70  # status after an error that no command foresaw: EX_SOFTWARE
+COMPLETION = "_DSV4_COMPLETE"  # how a shell asks what may come next; `dsv4 completion` prints the script that does
 
 
 def main() -> None:
     """Run the command line. Errors that a user can act on are printed as one message and exit with 2; what nobody foresaw is
     one line, too, and exits with 70. Nothing exits with 0 that did not come to its end.
     """
+    if COMPLETION in os.environ:
+        root(prog_name="dsv4", complete_var=COMPLETION)  # answers the shell, and leaves
+    say = in_a_child() if wanted() else None
     no_silent_exit()
     try:
         status = root(standalone_mode=False)  # click gives back the status that a command exits with
@@ -113,6 +119,8 @@ def main() -> None:
     except BaseException as error:  # noqa: BLE001  the last net: no input may end in a traceback
         said = one_line(f"{type(error).__name__}: {error}")
         status = told(f"dsv4: an error that was not foreseen: {said}; `dsv4 --traceback ...` shows where", UNFORESEEN)
+    if say:
+        say(status if isinstance(status, int) else 0)
     sys.exit(status)
 
 

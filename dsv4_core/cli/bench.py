@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import statistics
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
+from dsv4_core.cli.commands import Command
+from dsv4_core.cli.options import BackendFlags, backend_options, json_option
 
 if TYPE_CHECKING:
+    from dsv4_core.cli.schema import Rate
     from dsv4_core.graph.model import Model
     from dsv4_core.planning.plan import Ceiling
 
 
-@click.command("bench")
+@click.command("bench", cls=Command)
 @click.argument("model", required=False)
 @click.option("--prompt", default=512, show_default=True, type=click.IntRange(1), help="Tokens of each prompt.")
 @click.option("--tokens", default=32, show_default=True, type=click.IntRange(1), help="Tokens decoded after it.")
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     help="Also the share of this device's roofline, as `dsv4 plan` counts it: h100x1, h200x1 ...",
 )
 @backend_options
+@json_option
 def command(
     model: str | None,
     prompt: int,
@@ -38,44 +40,65 @@ def command(
     chunk: int,
     hardware: str | None,
     flags: BackendFlags,
+    as_json: bool,
 ) -> None:
     """Measure prefill and decode of MODEL (the embedded one if left out): tokens per second, median of the runs.
 
     Prompts are random ids. A decode step ends when its token is on the host, as in generation.
     """
-    from dsv4_core.checkpoint.weights import Checkpoint
-    from dsv4_core.cli.running import Session, expert_format
+    from dsv4_core.cli import schema
+    from dsv4_core.cli.running import open_model
+    from dsv4_core.planning.plan import Hardware
+    from dsv4_core.planning.support import expert_format
 
-    directory = Path(model_directory(model))
-    loaded = Session.open(directory, flags).model
-    positions = loaded.config.max_position_embeddings
-    if prompt + tokens > positions:
-        raise click.UsageError(
-            f"--prompt {prompt} and --tokens {tokens} together exceed the model's {positions} positions; choose fewer"
-        )
-    measure(loaded, prompt, tokens, batch, chunk)
-    times = [measure(loaded, prompt, tokens, batch, chunk) for _ in range(runs)]
-    ceilings = (
-        roofline(loaded, prompt, tokens, batch, chunk, hardware, expert_format(Checkpoint(directory)))
-        if hardware
-        else {}
-    )
-    be = loaded.backend
+    if hardware:
+        Hardware.parse(hardware)  # before weights load
+    with open_model(model, flags) as session:
+        positions, be = session.config.max_position_embeddings, session.backend
+        if prompt + tokens > positions:
+            raise click.UsageError(
+                f"--prompt {prompt} and --tokens {tokens} together exceed the model's {positions} positions; choose fewer"
+            )
+        loaded = session.model
+        measure(loaded, prompt, tokens, batch, chunk)
+        times = [measure(loaded, prompt, tokens, batch, chunk) for _ in range(runs)]
+        fmt = expert_format(session.checkpoint)
+        ceilings = roofline(loaded, prompt, tokens, batch, chunk, hardware, fmt) if hardware else {}
+    counts = {"prefill": batch * prompt, "decode": batch * tokens}
+    rates = {
+        phase: rate(counts[phase], [run[i] for run in times], hardware, ceilings.get(phase))
+        for i, phase in enumerate(("prefill", "decode"))
+    }
+    run = schema.Run(model=model, backend=be.describe().splitlines()[0], numerics=be.numerics)
+    if as_json:
+        result = schema.Benched(run=run, prompt=prompt, tokens=tokens, batch=batch, runs=runs, **rates)
+        schema.emit("bench", result)
+        return
     click.echo(
-        f"{be.describe().splitlines()[0]}, numerics {be.numerics}; model {model or 'embedded'}, "
+        f"{run.backend}, numerics {run.numerics}; model {model or 'embedded'}, "
         f"{prompt} tokens and {tokens} after them, batch {batch}; median of {runs} (slowest to fastest)"
     )
-    counts = {"prefill": batch * prompt, "decode": batch * tokens}
-    for i, phase in enumerate(("prefill", "decode")):
-        seconds = sorted(run[i] for run in times)
-        rate = counts[phase] / statistics.median(seconds)
-        line = (
-            f"{phase:8} {rate:10.1f} tokens/s ({counts[phase] / seconds[-1]:.1f} to {counts[phase] / seconds[0]:.1f})"
-        )
-        if phase in ceilings:
-            best = ceilings[phase]
-            line += f"; {rate / best.tokens_per_second:.1%} of {hardware}'s roofline, {best.tokens_per_second:.0f} tokens/s bound by {best.limit} (counted)"
+    for phase, r in rates.items():
+        line = f"{phase:8} {r.tokens_per_second:10.1f} tokens/s ({r.slowest:.1f} to {r.fastest:.1f})"
+        if best := r.roofline:
+            line += f"; {best.share:.1%} of {hardware}'s roofline, {best.tokens_per_second:.0f} tokens/s bound by {best.limit} (counted)"
         click.echo(line)
+
+
+def rate(tokens: int, seconds: list[float], hardware: str | None, best: Ceiling | None) -> Rate:
+    """Tokens per second of several runs, and beside the best that a machine could do."""
+    from dsv4_core.cli.schema import Rate, Roofline
+
+    middle = tokens / statistics.median(seconds)
+    share = None
+    if hardware and best:
+        share = Roofline(
+            hardware=hardware,
+            tokens_per_second=best.tokens_per_second,
+            limit=best.limit,
+            share=middle / best.tokens_per_second,
+        )
+    return Rate(tokens_per_second=middle, slowest=tokens / max(seconds), fastest=tokens / min(seconds), roofline=share)
 
 
 def measure(model: Model, prompt: int, tokens: int, batch: int, chunk: int) -> tuple[float, float]:

@@ -7,9 +7,10 @@ from pathlib import Path
 import click
 
 from dsv4_core.checkpoint.convert import Options, Tally, convert
+from dsv4_core.cli.commands import Command
 
 
-@click.command("convert")
+@click.command("convert", cls=Command)
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--tp", type=click.IntRange(1), help="Ranks that share heads, shared expert and vocabulary.")

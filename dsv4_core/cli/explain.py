@@ -3,73 +3,79 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from dsv4_core.checkpoint.config import PRESETS
-from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
+from dsv4_core.cli.commands import Command, option
+from dsv4_core.cli.options import BackendFlags, backend_options, json_option
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from dsv4_core.checkpoint.config import ModelConfig
+    from dsv4_core.cli.schema import Explained, Run
     from dsv4_core.contract.backend import Backend
-    from dsv4_core.contract.dtypes import Format
     from dsv4_core.contract.spec import Support
     from dsv4_core.planning.shapes import Call
 
 
-@click.command("explain")
-@click.option(
-    "--model", "-m", help="A preset (tiny, flash, pro) or a checkpoint's directory; the embedded one if left out."
-)
-@click.option("--layer", type=int, help="Only the ops of one layer.")
+@click.command("explain", cls=Command)
+@option("--model", "-m", help="A preset (tiny, flash, pro) or a checkpoint's directory; the embedded one if left out.")
+@option("--layer", type=int, help="Only the ops of one layer.")
 @backend_options
-def command(model: str | None, layer: int | None, flags: BackendFlags) -> None:
+@json_option
+def command(model: str | None, layer: int | None, flags: BackendFlags, as_json: bool) -> None:
     """Say op by op who would run MODEL's prefill and decode, and where nobody can, why.
 
     Reads no weight; exits with 1 if an op is missing.
     """
-    from dsv4_core.cli.running import planned_calls
+    from dsv4_core.cli import schema
+    from dsv4_core.cli.running import model_config
+    from dsv4_core.planning.support import planned_calls
 
-    config, fmt = _model(model)
+    config, fmt = model_config(model)
+    if layer is not None and not 0 <= layer < config.layers:
+        raise click.UsageError(
+            f"--layer {layer}: the model has layers 0 .. {config.layers - 1}, the MTP block's among them"
+        )
     backend = flags.create()
     calls = [call for call in planned_calls(config, backend, fmt) if layer is None or call.layer == layer]
     name, *notes = backend.describe().split("\n")
-    title = f"{name}, numerics {backend.numerics}, model {model or 'embedded'}"
-    raise click.exceptions.Exit(print_table(backend, calls, title, notes))
+    result = explained(backend, calls, schema.Run(model=model, backend=name, numerics=backend.numerics))
+    if as_json:
+        schema.emit("explain", result, ok=not result.missing)
+    else:
+        print_table(result, notes)
+    raise click.exceptions.Exit(1 if result.missing else 0)
 
 
-def _model(model: str | None) -> tuple[ModelConfig, Format]:
-    if model in PRESETS and not Path(model).is_dir():
-        return PRESETS[model], "e2m1"
-    from dsv4_core.checkpoint.weights import Checkpoint
-    from dsv4_core.cli.running import expert_format
+def explained(backend: Backend, calls: list[Call], run: Run) -> Explained:
+    """One entry for each op and weight's dtype: who runs it, and (of backends that keep account) how far that was proven."""
+    from dsv4_core.cli.schema import Explained, ExplainedOp
 
-    checkpoint = Checkpoint(model_directory(model))
-    return checkpoint.config, expert_format(checkpoint)
-
-
-def print_table(backend: Backend, calls: list[Call], title: str, notes: Sequence[str] = ()) -> int:
-    """One row for each op, who runs it, and (of backends that keep account) how far that was proven; give the exit status."""
     rows: Counter[tuple[str, str, Support]] = Counter()
     for call in calls:
         weight = next((v.dtype for name, v in call.operands.items() if name in _WEIGHTS and hasattr(v, "dtype")), "")
         rows[call.op, weight, backend.supports(call.op, **call.operands)] += 1
+    ops = [
+        ExplainedOp(op=op, weight=weight, calls=n, by=answer.by or None, reason=answer.reason, proof=answer.proof)
+        for (op, weight, answer), n in rows.items()
+    ]
+    return Explained(run=run, ops=ops, missing=sum(1 for op in ops if op.by is None))
+
+
+def print_table(result: Explained, notes: list[str]) -> None:
+    """Write a row for each entry."""
+    run = result.run
+    title = f"{run.backend}, numerics {run.numerics}, model {run.model or 'embedded'}"
     click.echo(f"{title}: calls of a 512-token prefill and a decode step together")
     click.echo("".join(f"{note}\n" for note in notes))
     table = [
-        ("op", "weight", "calls", "run by", "proof" if any(answer.proof for _, _, answer in rows) else ""),
-        *((op, w, str(n), a.by or f"NOBODY: {a.reason}", a.proof) for (op, w, a), n in rows.items()),
+        ("op", "weight", "calls", "run by", "proof" if any(op.proof for op in result.ops) else ""),
+        *((op.op, op.weight, str(op.calls), op.by or f"NOBODY: {op.reason}", op.proof) for op in result.ops),
     ]
     widths = [max(len(row[i]) for row in table) for i in range(5)]
     for row in table:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    missing = sum(1 for _, _, answer in rows if not answer)
-    click.echo(f"\n{len({op for op, *_ in rows})} ops, {missing} that nobody runs")
-    return 1 if missing else 0
+    click.echo(f"\n{len({op.op for op in result.ops})} ops, {result.missing} that nobody runs")
 
 
 _WEIGHTS = ("weight", "w1", "fn")

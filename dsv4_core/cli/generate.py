@@ -2,102 +2,208 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
-from dsv4_core.cli.ranks import RankFlags, own_directory, rank_options, team
+from dsv4_core.cli.commands import Command, option
+from dsv4_core.cli.options import BackendFlags, RankFlags, backend_options, json_option, rank_options
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from dsv4_core.session import Generation, Session
+
+prompt = functools.partial(option, heading="Prompt (one kind; several run as one batch)")
+generation = functools.partial(option, heading="Generation")
 
 
-@click.command("generate")
+@click.command("generate", cls=Command)
 @click.argument("model", required=False)
-@click.option(
+@prompt(
     "--prompt",
     "-p",
-    help="Text to continue, as it stands; a control token that it spells is words (--tokens takes ids).",
+    "texts",
+    multiple=True,
+    help="Text to continue; control tokens that it spells are words. - reads it from stdin.",
 )
-@click.option("--chat", help="A user's turn: encoded in the published chat format.")
-@click.option("--system", default="", help="With --chat: the system turn.")
-@click.option("--thinking", is_flag=True, help="With --chat: let the model think first.")
-@click.option("--tokens", help="Token ids instead of text, e.g. 0,3,128.")
-@click.option("--max-tokens", "-n", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-p", type=float, default=1.0, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--stop", type=int, multiple=True, help="Token id that ends the text, beside end-of-sentence.")
-@click.option("--ignore-eos", is_flag=True, help="Go on after end-of-sentence.")
-@click.option("--speculative", is_flag=True, help="Draft with the MTP block (greedy only).")
-@click.option("--chunk", type=click.IntRange(1), default=2048, show_default=True, help="Tokens of a prefill step.")
-@rank_options
+@prompt("--chat", "chats", multiple=True, help="A user's turn, in the published chat format; - reads it from stdin.")
+@prompt("--tokens", "ids", multiple=True, help="Token ids instead of text, e.g. 0,3,128; - reads them from stdin.")
+@prompt(
+    "--prompts",
+    "file",
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    help="A file (- for stdin) with a text a line; *.jsonl: a text, a list of ids or a conversation's turns a line.",
+)
+@prompt("--system", default="", help="With --chat: the system turn.")
+@prompt("--thinking", is_flag=True, help="With --chat: let the model think first.")
+@generation("--max-tokens", "-n", type=click.IntRange(1), default=64, show_default=True, help="New tokens at most.")
+@generation("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@generation(
+    "--top-p", type=float, default=1.0, show_default=True, help="Draw from the likeliest that make up this much."
+)
+@generation("--top-k", type=int, default=0, show_default=True, help="Draw from so many likeliest; 0: from all.")
+@generation(
+    "--min-p", type=float, default=0.0, show_default=True, help="Draw from those so likely beside the likeliest."
+)
+@generation("--seed", type=int, default=0, show_default=True, help="The same seed draws the same tokens.")
+@generation("--stop", multiple=True, metavar="TEXT", help="Text that ends a sequence, and is not printed.")
+@generation("--stop-token", "stop_tokens", type=int, multiple=True, metavar="ID", help="Token id that does.")
+@generation("--ignore-eos", is_flag=True, help="Go on after end-of-sentence.")
+@generation("--speculative", is_flag=True, help="Draft with the MTP block: the same tokens, sooner.")
+@generation("--chunk", type=click.IntRange(1), default=2048, show_default=True, help="Tokens of a prefill step.")
 @backend_options
+@rank_options
+@json_option
 def command(
     model: str | None,
-    prompt: str | None,
-    chat: str | None,
+    texts: tuple[str, ...],
+    chats: tuple[str, ...],
+    ids: tuple[str, ...],
+    file: Path | None,
     system: str,
     thinking: bool,
-    tokens: str | None,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    stop: tuple[int, ...],
-    ignore_eos: bool,
-    speculative: bool,
-    chunk: int,
     flags: BackendFlags,
     asked: RankFlags,
+    as_json: bool,
+    **request: Any,
 ) -> None:
-    """Generate from MODEL (a checkpoint's directory; the embedded one if left out)."""
-    from dsv4_core.cli.running import Session, report, stop_tokens
-    from dsv4_core.graph.sampling import Sampling
-    from dsv4_core.text.tokenizer import load_tokenizer
+    """Generate from MODEL: a checkpoint's directory, OWNER/NAME of one in the hub's local cache, or the embedded one.
 
-    if sum(given is not None for given in (prompt, chat, tokens)) != 1:
-        raise click.UsageError("give one of --prompt, --chat and --tokens")
-    sampling = Sampling(temperature, top_p, seed)
-    if speculative and temperature != 0:
-        raise click.UsageError(f"--speculative is greedy; --temperature {temperature} is not")
-    directory = own_directory(model_directory(model))
-    if tokens is not None:
-        ids = [int(t) for t in tokens.replace(",", " ").split()]
-    else:
-        ids = encode_prompt(load_tokenizer(directory), prompt, chat, system, thinking=thinking)
-    request = {"tokens": ids, "max_tokens": max_tokens, "sampling": asdict(sampling), "chunk": chunk}
-    request |= {"stop": sorted(stop), "ignore_eos": ignore_eos, "speculative": speculative}
-    with team(flags, asked) as ranks:
-        session = Session.open(directory, flags, ranks, request)
-        stops = set(stop) if ignore_eos else stop_tokens(session.model.config, stop)
-        done = session.run(
-            ids, max_tokens=max_tokens, sampling=sampling, speculative=speculative, stop=stops, chunk=chunk
+    \b
+    dsv4 generate --chat "What is kludge?"
+    dsv4 generate MODEL_DIR -p "Once upon a time" -n 200 --temperature 0.7
+    """  # noqa: D301  click keeps the lines after a backspace as they are
+    from dsv4_core.cli.running import open_model, report
+
+    if sum(map(bool, (texts, chats, ids, file))) != 1:
+        raise click.UsageError(
+            "give one of --prompt, --chat, --tokens and --prompts; each but --prompts may be repeated"
         )
-        if ranks.speaks:
-            report(done.summary())
+    if (system or thinking) and (texts or ids):
+        raise click.UsageError("--system and --thinking are of a conversation; use --chat, or --prompts with turns")
+    prompts = read_prompts(texts, chats, ids, file, system)
+    with open_model(model, flags, asked) as session:
+        events = session.generate(prompts, thinking=thinking, **request)
+        if session.speaks and not as_json:
+            show(session, events, prompts)
+        events.run()
+        stats = session.ranks.report() if asked.stats else ""
+        if session.speaks:
+            if as_json:
+                print_json(session, events, model)
+            report(f"{events.summary()}\n{stats}".rstrip())
 
 
-def encode_prompt(
-    tokenizer: Tokenizer | None, prompt: str | None, chat: str | None, system: str, *, thinking: bool
-) -> list[int]:
-    """Text to ids; raise ``ValueError`` where the checkpoint has no tokenizer or the prompt no token."""
-    from dsv4_core.text.chat import Message, encode
-    from dsv4_core.text.markers import Piece
-    from dsv4_core.text.tokenizer import Vocabulary
+def read_prompts(
+    texts: tuple[str, ...], chats: tuple[str, ...], ids: tuple[str, ...], file: Path | None, system: str
+) -> list[Any]:
+    """Give what was asked for as prompts of ``Session.generate``; raise ``ValueError`` for what is none."""
+    if sum(given == "-" for given in (*texts, *chats, *ids)) > 1:
+        raise click.UsageError("standard input can be read once: give - once")
+    if file is not None:
+        return [_turns(line, system) if _are_turns(line) else line for line in _lines(file)]
+    if ids:
+        return [_ids(_given(text)) for text in ids]
+    if chats:
+        return [_turns([{"role": "user", "content": _given(text)}], system) for text in chats]
+    return [_given(text) for text in texts]
 
-    if tokenizer is None:
-        raise ValueError(
-            "this checkpoint has no tokenizer.json; give --tokens with ids, or copy the tokenizer beside config.json"
+
+def _given(text: str) -> str:
+    return sys.stdin.read().rstrip("\n") if text == "-" else text
+
+
+def _ids(text: str) -> list[int]:
+    words = text.replace(",", " ").split()
+    if wrong := [word for word in words if not word.removeprefix("-").isdecimal()]:
+        raise click.UsageError(f"--tokens: {wrong[0]!r} is no token id; write numbers, e.g. 0,3,128")
+    return [int(word) for word in words]
+
+
+def _are_turns(line: Any) -> bool:
+    return isinstance(line, list) and bool(line) and isinstance(line[0], dict)
+
+
+def _turns(turns: list[Any], system: str) -> list[Any]:
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+def _lines(file: Path) -> list[Any]:
+    """Read a prompts file; raise ``ValueError`` naming the line that is no prompt."""
+    name = "standard input" if str(file) == "-" else str(file)
+    try:
+        lines = (sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")).splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: not UTF-8 text ({error})") from None
+    if not lines:
+        raise ValueError(f"{name}: no prompt; write one a line")
+    prompts: list[Any] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise ValueError(f"{name}, line {number}: empty; write one prompt a line")
+        if file.suffix != ".jsonl":
+            prompts.append(line)
+            continue
+        try:
+            value = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{name}, line {number}: not JSON ({error})") from None
+        is_ids = isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in value)
+        is_turns = isinstance(value, list) and all(isinstance(turn, dict) for turn in value)
+        if not value or not (isinstance(value, str) or is_ids or is_turns):
+            raise ValueError(
+                f'{name}, line {number}: must be a text "...", ids [1, 2] or turns [{{"role": "user", "content": "..."}}]'
+            )
+        prompts.append(value)
+    return prompts
+
+
+def show(session: Session, events: Generation, prompts: list[Any]) -> None:
+    """Print one sequence as it comes; several one after the other, each once it is whole and those before it are."""
+    if len(prompts) == 1:
+        for event in events:
+            click.echo(event.text if session.tokenizer else f"{event.token} ", nl=False)
+            sys.stdout.flush()
+        click.echo()
+        return
+    printed = 0
+    for event in events:
+        while event.finish and printed < len(prompts) and events.finish[printed]:
+            if session.tokenizer is None:
+                click.echo(" ".join(map(str, events.tokens[printed])))
+            else:
+                click.echo(f"> {_heading(prompts[printed])}\n{events.texts[printed]}\n")
+            printed += 1
+
+
+def _heading(given: Any) -> str:
+    """Give a prompt's first line, to tell sequences apart."""
+    if _are_turns(given):
+        given = next((turn.get("content") for turn in reversed(given) if turn.get("role") == "user"), given)
+    line = " ".join(map(str, given)) if isinstance(given, list) else str(given)
+    return line.splitlines()[0][:100] if line.strip() else repr(line)
+
+
+def print_json(session: Session, events: Generation, model: str | None) -> None:
+    """Print the document."""
+    from dsv4_core.cli import schema
+
+    be, drafts = session.backend, events.drafts
+    written = zip(events.prompts, events.tokens, events.texts, events.finish, strict=True)
+    sequences = [
+        schema.Sequence(
+            prompt_tokens=len(ids), tokens=tokens, text=text if session.tokenizer else None, finish=finish or "length"
         )
-    if chat is not None:
-        turns: list[Message] = [{"role": "system", "content": system}] if system else []
-        pieces = encode([*turns, {"role": "user", "content": chat}], thinking=thinking)
-    else:
-        pieces = [Piece(prompt or "")]
-    ids = Vocabulary(tokenizer).ids(pieces)
-    if not ids:
-        raise ValueError("the prompt is empty: give at least one token of text")
-    return ids
+        for ids, tokens, text, finish in written
+    ]
+    result = schema.Generated(
+        run=schema.Run(model=model, backend=be.describe().splitlines()[0], numerics=be.numerics),
+        sequences=sequences,
+        prefill_seconds=events.prefill_seconds,
+        decode_seconds=events.decode_seconds,
+        drafts=schema.Drafts(proposed=drafts.proposed, accepted=drafts.accepted) if drafts.proposed else None,
+    )
+    schema.emit("generate", result)

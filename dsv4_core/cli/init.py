@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.cli.commands import Command
 from dsv4_core.cli.options import ByteSize
 
 
@@ -19,7 +20,7 @@ def _ratios(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
         raise click.BadParameter(text, ctx, param) from None
 
 
-@click.command("init")
+@click.command("init", cls=Command)
 @click.argument("model_dir", type=click.Path(path_type=Path))
 @click.option("--preset", type=click.Choice(sorted(PRESETS)), default="tiny", show_default=True, help="Which model.")
 @click.option("--layers", type=int, help="Keep the first N layers and the MTP block.")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from dsv4_core.cli.options import model_directory
+from dsv4_core.checkpoint.locate import find_model
+from dsv4_core.cli.commands import Command
+from dsv4_core.cli.options import json_option
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
     from dsv4_core.checkpoint.config import ModelConfig
     from dsv4_core.checkpoint.weights import Checkpoint, Finding
+    from dsv4_core.cli.schema import Inspected
 
 
-@click.command("inspect")
+@click.command("inspect", cls=Command)
 @click.argument("model", required=False)
 @click.option("--no-audit", is_flag=True, help="Read headers only, no values.")
-@click.option("--json", "as_json", is_flag=True, help="Everything as JSON, every finding included.")
+@json_option
 def command(model: str | None, no_audit: bool, as_json: bool) -> None:
     """Show MODEL's configuration, tensors and parameters, and audit its values (the embedded checkpoint if left out).
 
@@ -34,7 +35,7 @@ def command(model: str | None, no_audit: bool, as_json: bool) -> None:
     from dsv4_core.checkpoint.weights import Checkpoint
     from dsv4_core.cli.running import bar
 
-    directory = model_directory(model)
+    directory = find_model(model)
     with bar("reading headers") as progress:
         checkpoint = Checkpoint(directory, check=False, progress=progress)
     findings = checkpoint.findings
@@ -45,7 +46,10 @@ def command(model: str | None, no_audit: bool, as_json: bool) -> None:
         findings = [*faults(checkpoint, place), *findings[len(checkpoint.findings) :]]
         click.echo(f"rank {place.rank} of {place.ranks} (tp {place.tp}, ep {place.ep}): a part of a model", err=as_json)
     if as_json:
-        click.echo(json.dumps(_document(checkpoint, findings, audited=not no_audit), indent=2))
+        from dsv4_core.cli.schema import emit
+
+        sound = not any(f.severity == "error" for f in findings)
+        emit("inspect", _document(checkpoint, findings, audited=not no_audit), ok=sound)
     else:
         _print(checkpoint, findings, audited=not no_audit)
     raise click.exceptions.Exit(int(any(f.severity == "error" for f in findings)))
@@ -64,20 +68,23 @@ def _groups(checkpoint: Checkpoint) -> list[tuple[str, str, int, int]]:
     return [(*key, tensors[key], size[key]) for key in keys]
 
 
-def _document(checkpoint: Checkpoint, findings: Iterable[Finding], *, audited: bool) -> dict[str, Any]:
+def _document(checkpoint: Checkpoint, findings: Iterable[Finding], *, audited: bool) -> Inspected:
     from dsv4_core.checkpoint.layout import parameters
+    from dsv4_core.cli import schema
 
-    return {
-        "path": str(checkpoint.path),
-        "config": asdict(checkpoint.config),
-        "parameters": parameters(checkpoint.config)._asdict(),
-        "bytes": checkpoint.nbytes,
-        "tensors": [
-            dict(zip(("kind", "dtype", "count", "bytes"), group, strict=True)) for group in _groups(checkpoint)
-        ],
-        "audited": audited,
-        "findings": [finding._asdict() for finding in findings],
-    }
+    tensors = [
+        schema.Tensors(kind=kind, dtype=dtype, count=count, bytes=size)
+        for kind, dtype, count, size in _groups(checkpoint)
+    ]
+    return schema.Inspected(
+        path=str(checkpoint.path),
+        config=checkpoint.config.to_dict(),
+        parameters=parameters(checkpoint.config)._asdict(),
+        bytes=checkpoint.nbytes,
+        tensors=tensors,
+        audited=audited,
+        findings=[schema.Finding(**finding._asdict()) for finding in findings],
+    )
 
 
 def _print(checkpoint: Checkpoint, findings: list[Finding], *, audited: bool) -> None:
@@ -94,8 +101,8 @@ def _print(checkpoint: Checkpoint, findings: list[Finding], *, audited: bool) ->
         f"{files} file{'s' * (files != 1)}"
     )
     console.print(
-        f"parameters: {_count(counts.total)} total, {_count(counts.active)} active per token (the MTP block, "
-        f"{_count(counts.mtp)} more, is in neither; the embedding, of which a token reads one row, is not in active)\n"
+        f"parameters: {_count(counts.total)} total, {_count(counts.active)} active per token (MTP or DSpark, "
+        f"{_count(counts.draft)} more, is in neither; the embedding, of which a token reads one row, is not in active)\n"
     )
     console.print(_configuration(checkpoint.config))
     table = _table("tensors", "kind", "dtype", "count>", "bytes>", "share>")
@@ -115,7 +122,7 @@ def _print(checkpoint: Checkpoint, findings: list[Finding], *, audited: bool) ->
 
 def _configuration(config: ModelConfig) -> Table:
     table = _table("configuration", "key", "value", "key", "value")
-    rows = [(key, str(value)) for key, value in asdict(config).items() if key != "compress_ratios"]
+    rows = [(key, str(value)) for key, value in config.to_dict().items() if key != "compress_ratios"]
     short = [row for row in rows if len(row[1]) <= 24]
     half = -(-len(short) // 2)
     for left, right in zip(short[:half], [*short[half:], ("", "")], strict=False):
@@ -123,6 +130,8 @@ def _configuration(config: ModelConfig) -> Table:
     ratios = Counter(config.compress_ratios[: config.num_hidden_layers])
     kinds = {0: "window", 4: "CSA", 128: "HCA"}
     table.caption = "layers: " + ", ".join(f"{n} {kinds[m]} (ratio {m})" for m, n in sorted(ratios.items()))
+    drafts = {"": "none", "mtp": "an MTP block", "dspark": f"DSpark, {config.stages} stages"}
+    table.caption += f"\nspeculation: {drafts[config.draft]}"
     yarn = config.rope_scaling
     table.caption += f"\nYaRN from {yarn.original_max_position_embeddings} by {yarn.factor:g} on layers with a ratio"
     table.caption_justify = "left"

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
-from dsv4_core.cli.ranks import RankFlags, own_directory, rank_options, team
+from dsv4_core.cli.commands import Command
+from dsv4_core.cli.options import BackendFlags, RankFlags, backend_options, rank_options
 
 
-@click.command("logits")
+@click.command("logits", cls=Command)
 @click.argument("model", required=False)
 @click.option(
     "--tokens", "tokens_file", required=True, type=click.Path(path_type=Path), help="Token ids, .npy [batch, total]."
@@ -39,13 +39,13 @@ def command(
     """Teacher-forced logits: of the last prompt token and of each token after it, [batch, 1 + total - prefill, vocab]."""
     import numpy as np
 
-    from dsv4_core.cli.running import Session, bar
+    from dsv4_core.cli.running import bar, open_model, report
+    from dsv4_core.files.reading import integers
+    from dsv4_core.files.writing import whole
     from dsv4_core.graph.evaluate import teacher_forced
+    from dsv4_core.graph.step import check_ids
 
-    try:
-        tokens = np.load(tokens_file)
-    except ValueError as error:
-        raise ValueError(f"{tokens_file}: not a .npy file of token ids ({error}); write it with numpy.save") from None
+    tokens = integers(tokens_file, "write ids [batch, total] with numpy.save")
     total = tokens.shape[1] if tokens.ndim == 2 else -1
     if total < prefill + mtp:
         need = "more than" if mtp else "at least"
@@ -54,11 +54,18 @@ def command(
         )
     digest = hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
     request = {"tokens": digest, "shape": tokens.shape, "prefill": prefill, "chunk": chunk, "mtp": mtp}
-    with team(flags, asked) as ranks, bar("tokens") as progress:
-        session = Session.open(own_directory(model_directory(model)), flags, ranks, request)
-        results = teacher_forced(session.model, tokens, prefill=prefill, chunk=chunk, mtp=mtp, progress=progress)
-    if not ranks.speaks:
+    with open_model(model, flags, asked) as session:
+        check_ids(tokens, session.config.vocab_size)
+        session.ranks.agree({"request": request})
+        graph = session.model
+        with bar("tokens") as progress:
+            results = teacher_forced(graph, tokens, prefill=prefill, chunk=chunk, mtp=mtp, progress=progress)
+        stats = session.ranks.report() if asked.stats else ""
+    if not session.speaks:
         return
-    np.savez(out, **results)  # type: ignore[arg-type]  # its stub takes allow_pickle for an array
+    if stats:
+        report(stats.rstrip())
+    with whole(out) as file:  # under the very name that was asked for
+        np.savez(file, **results)  # type: ignore[arg-type]  # its stub takes allow_pickle for an array
     for name, values in results.items():
         click.echo(f"{out}: {name} {list(values.shape)} {values.dtype}")

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from dsv4_core.cli.commands import option
 from dsv4_core.contract import registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dsv4_core.contract.backend import Backend
+    from dsv4_core.contract.spec import Numerics
 
 NUMERICS = click.Choice(["native", "float32", "float64"])
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?", re.IGNORECASE)
@@ -68,20 +70,41 @@ class BackendFlags:
         return choice
 
     def arguments(self) -> list[str]:
-        """Say the options again, for another process."""
-        return [part for name, value in self.options.items() for part in ("-O", f"{name}={value}")]
+        """Say numerics and options again, for another command."""
+        words = ["--numerics", self.numerics] if self.numerics != "native" else []
+        for name, value in self.options.items():
+            words += ["--option", f"{name}={str(value).lower() if isinstance(value, bool) else value}"]
+        return words
 
-    def create(self, *, local_rank: int | None = None) -> Backend:
-        """Construct the chosen backend; as one of several ranks of a machine on the device of that number, where the backend
-        has devices and none is named in full.
-        """
-        name, options = self.choose().name, dict(self.options)
-        if local_rank is not None:
-            defaults = {option.name: option.default for option in registry.backend_class(name).options}
-            device = options.get("device", defaults.get("device"))
-            if device in {"cuda", "npu", "xpu"}:
-                options["device"] = f"{device}:{local_rank}"
-        return registry.create(name, numerics=self.numerics, **options)
+    def create(self, local_rank: int | None = None) -> Backend:
+        """Construct the chosen backend; as the ``local_rank``-th of several ranks on the device of that number."""
+        from dsv4_core.session import create_backend
+
+        return create_backend(self.choose().name, cast("Numerics", self.numerics), self.options, local_rank)
+
+
+@dataclass(frozen=True)
+class RankFlags:
+    """What the user said about ranks."""
+
+    tp: int
+    ep: int
+    stats: bool
+
+
+def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--tp``, ``--ep`` and ``--stats`` to a command, which receives them as one argument ``asked``."""
+
+    def gathered(tp: int, ep: int, stats: bool, **rest: Any) -> Any:
+        return command(asked=RankFlags(tp, ep, stats), **rest)
+
+    return _decorated(
+        gathered,
+        command,
+        ranks("--tp", type=click.IntRange(1), default=1, show_default=True, help="Ranks that share each token."),
+        ranks("--ep", type=click.IntRange(1), default=1, show_default=True, help="Groups that share the experts."),
+        ranks("--stats", is_flag=True, help="Of each rank: bytes of weights read, bytes sent, time so."),
+    )
 
 
 def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,53 +123,67 @@ def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
         flags = BackendFlags(backend, numerics, {k: v for k, v in named.items() if v is not None})
         return command(flags=flags, **rest)
 
+    return _decorated(
+        gathered,
+        command,
+        backend_group(
+            "--backend",
+            "-b",
+            help="Which backend (else DSV4_BACKEND, dsv4.toml, or auto); `dsv4 backends` lists them.",
+            shell_complete=lambda _ctx, _param, given: [n for n in sorted(registry.installed()) if n.startswith(given)],
+        ),
+        backend_group(
+            "--numerics",
+            type=NUMERICS,
+            default="native",
+            show_default=True,
+            help="native: as published. float32, float64: exact.",
+        ),
+        backend_group("--device", help="Device of the torch family, e.g. cpu, cuda:0, npu:0."),
+        backend_group(
+            "--weight-cache", type=ByteSize(), help="Dequantised weights to keep in memory, e.g. 2GiB; 0 keeps none."
+        ),
+        backend_group(
+            "--batch-invariant",
+            is_flag=True,
+            help="A token's bits do not depend on what else is in the batch; slower.",
+        ),
+        vendor(
+            "--interpret",
+            is_flag=True,
+            help="Run the cuda backend's kernels in Triton's (repaired) interpreter, on the CPU.",
+        ),
+        vendor("--simulate", metavar="CHIP", help="Run the ascend backend on simulated CANN: 910B, 910C or 950."),
+        vendor("--soc", metavar="CHIP", help="Plan the ascend backend for this chip: 910B, 910C or 950."),
+        vendor("--cann", metavar="VERSION", help="Plan the ascend backend for this CANN version."),
+        vendor(
+            "--option",
+            "-O",
+            multiple=True,
+            type=_Pair(),
+            metavar="NAME=VALUE",
+            help="Any other option of the chosen backend.",
+        ),
+    )
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--json`` to a command, which receives it as ``as_json``; what it prints then is in docs/json.md."""
+    return option("--json", "as_json", is_flag=True, help="Print one JSON document (docs/json.md) instead of text.")(
+        command
+    )
+
+
+backend_group = functools.partial(option, heading="Backend")
+vendor = functools.partial(option, heading="One vendor's")
+ranks = functools.partial(option, heading="Several ranks (each started by torchrun)")
+
+
+def _decorated(gathered: Callable[..., Any], command: Callable[..., Any], *options: Callable[..., Any]) -> Any:
+    """Give ``gathered`` the name, text and options of the command that it calls, and ``options`` before them."""
     gathered.__name__, gathered.__doc__ = command.__name__, command.__doc__
     gathered.__dict__.update(command.__dict__)
-    for decorate in reversed(
-        (
-            click.option(
-                "--backend",
-                "-b",
-                help="Which backend (else DSV4_BACKEND, dsv4.toml, or auto); `dsv4 backends` lists them.",
-            ),
-            click.option(
-                "--numerics",
-                type=NUMERICS,
-                default="native",
-                show_default=True,
-                help="native: as published. float32, float64: exact.",
-            ),
-            click.option("--device", help="Device of the torch family, e.g. cpu, cuda:0, npu:0."),
-            click.option(
-                "--weight-cache",
-                type=ByteSize(),
-                help="Dequantised weights to keep in memory, e.g. 2GiB; 0 keeps none.",
-            ),
-            click.option(
-                "--batch-invariant",
-                is_flag=True,
-                help="A token's bits do not depend on what else is in the batch; slower.",
-            ),
-            click.option(
-                "--interpret",
-                is_flag=True,
-                help="Run the cuda backend's kernels in Triton's (repaired) interpreter, on the CPU.",
-            ),
-            click.option(
-                "--simulate", metavar="CHIP", help="Run the ascend backend on simulated CANN: 910B, 910C or 950."
-            ),
-            click.option("--soc", metavar="CHIP", help="Plan the ascend backend for this chip: 910B, 910C or 950."),
-            click.option("--cann", metavar="VERSION", help="Plan the ascend backend for this CANN version."),
-            click.option(
-                "--option",
-                "-O",
-                multiple=True,
-                type=_Pair(),
-                metavar="NAME=VALUE",
-                help="Any other option of the chosen backend.",
-            ),
-        )
-    ):
+    for decorate in reversed(options):
         gathered = decorate(gathered)
     return gathered
 
@@ -161,19 +198,3 @@ class _Pair(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
         return name.replace("-", "_"), {"true": True, "false": False}.get(
             text.lower(), int(text) if text.isdigit() else text
         )
-
-
-def model_directory(model: str | None) -> Path:
-    """Give the model's directory: the one named, or the embedded checkpoint; raise ``ValueError`` where it does not
-    exist.
-    """
-    from dsv4_core.checkpoint.weights import embedded
-
-    if model is None:
-        return embedded()
-    path = Path(model)
-    if not path.is_dir():
-        raise ValueError(
-            f"{model}: no such directory; name one that holds config.json and *.safetensors, or leave it out for the embedded model"
-        )
-    return path

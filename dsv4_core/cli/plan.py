@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 from rich.table import Table
 
-from dsv4_core.checkpoint.config import PRESETS
 from dsv4_core.checkpoint.rank_part import Place
+from dsv4_core.cli.commands import Command
 from dsv4_core.cli.console import wide_console
+from dsv4_core.cli.options import json_option
 from dsv4_core.planning.claims import claims
 from dsv4_core.planning.plan import Ceiling, Hardware, Plan, per_token
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dsv4_core.checkpoint.config import ModelConfig
     from dsv4_core.contract.dtypes import Format
 
@@ -36,7 +39,7 @@ class Tokens(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
         return int(number) * unit
 
 
-@click.command("plan")
+@click.command("plan", cls=Command)
 @click.option("--model", "-m", help="flash, pro, or a checkpoint's directory (only its headers are read).")
 @click.option(
     "--context",
@@ -65,7 +68,7 @@ class Tokens(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
     type=click.Path(path_type=Path),
     help="Draw FLOPs and cache against context (V3.2, Pro, Flash) to a file.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
+@json_option
 def command(
     model: str | None,
     context: int | None,
@@ -94,31 +97,32 @@ def command(
             return
     if model is None:
         raise click.UsageError("--model is needed: flash, pro, or a checkpoint's directory")
-    config, fmt = model_config(model)
+    from dsv4_core.cli.running import bar, model_config
+
     machine = Hardware.parse(hardware)
+    config, fmt = model_config(model)
     context = context or config.max_position_embeddings
-    plan = choose(config, context, machine, batch=batch, tp=tp, ep=ep, fmt=fmt)
-    report = describe(plan, model, price)
+    with bar("counting") as progress:
+        plan = choose(config, context, machine, batch=batch, tp=tp, ep=ep, fmt=fmt, progress=progress)
+        report = describe(plan, model, price, progress=progress)
     if as_json:
-        click.echo(json.dumps(report, indent=2))
+        from dsv4_core.cli import schema
+
+        schema.emit("plan", msgspec.convert(report, schema.Planned))
     else:
         print_report(report)
 
 
-def model_config(model: str) -> tuple[ModelConfig, Format]:
-    """Give a preset's configuration, or a checkpoint's with the format of its experts."""
-    if model in PRESETS and not Path(model).is_dir():
-        return PRESETS[model], "e2m1"
-    from dsv4_core.checkpoint.weights import Checkpoint
-    from dsv4_core.cli.options import model_directory
-    from dsv4_core.cli.running import expert_format
-
-    checkpoint = Checkpoint(model_directory(model))
-    return checkpoint.config, expert_format(checkpoint)
-
-
 def choose(
-    config: ModelConfig, context: int, machine: Hardware, *, batch: int, tp: int | None, ep: int | None, fmt: Format
+    config: ModelConfig,
+    context: int,
+    machine: Hardware,
+    *,
+    batch: int,
+    tp: int | None,
+    ep: int | None,
+    fmt: Format,
+    progress: Callable[[int, int], None],
 ) -> Plan:
     """Plan with the split that was asked for, else with the one that fits and decodes fastest."""
     devices = machine.devices
@@ -131,7 +135,11 @@ def choose(
         raise ValueError(
             f"no split of {devices} devices suits {config.n_routed_experts} experts and {config.o_groups} o_groups"
         )
-    return max(plans, key=lambda p: (p.verdict[0], p.ceiling("decode").tokens_per_second))
+    reached = []
+    for i, plan in enumerate(plans):
+        reached.append((plan.verdict[0], plan.ceiling("decode").tokens_per_second))
+        progress(i + 1, len(plans) + 1 + len(GROWTH))
+    return plans[reached.index(max(reached))]
 
 
 def suits(place: Place, config: ModelConfig) -> bool:
@@ -143,8 +151,8 @@ def suits(place: Place, config: ModelConfig) -> bool:
     return True
 
 
-def describe(plan: Plan, model: str, price: float | None) -> dict[str, Any]:
-    """Put everything in one dictionary."""
+def describe(plan: Plan, model: str, price: float | None, *, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """Put everything in one dictionary, as ``schema.Planned`` has it."""
     fits, why = plan.verdict
     machine = plan.hardware
     ceilings = {}
@@ -157,6 +165,11 @@ def describe(plan: Plan, model: str, price: float | None) -> dict[str, Any]:
             "seconds": ceiling.seconds,
             **({"dollars_per_million_tokens": price / 3600 / rate * 1e6} if price is not None else {}),
         }
+    growth = []
+    contexts = [context for context in GROWTH if context <= plan.config.max_position_embeddings]
+    for i, context in enumerate(contexts):
+        progress(i + 1, len(contexts))
+        growth.append(grown(plan, context))
     return {
         "model": model,
         "context": plan.context,
@@ -177,7 +190,7 @@ def describe(plan: Plan, model: str, price: float | None) -> dict[str, Any]:
         "decode_per_token_and_rank": per_token(plan.decode, plan.batch_per_group),
         "prefill_per_token_and_rank": per_token(plan.prefill, plan.context),
         "ceilings": ceilings,
-        "growth": [grown(plan, context) for context in GROWTH if context <= plan.config.max_position_embeddings],
+        "growth": growth,
     }
 
 
@@ -265,7 +278,10 @@ def print_claims(*, as_json: bool) -> None:
     """Published against ours."""
     found = claims()
     if as_json:
-        click.echo(json.dumps([{**vars(c), "holds": c.holds} for c in found], indent=2))
+        from dsv4_core.cli import schema
+
+        rows = [schema.PublishedClaim(**vars(c), holds=c.holds) for c in found]
+        schema.emit("plan --claims", schema.Claimed(claims=rows), ok=all(c.holds for c in found))
     else:
         shown = table("published figures against the graph's own", "", "published", "ours", "allowed", "")
         for c in found:
@@ -282,7 +298,7 @@ def print_claims(*, as_json: bool) -> None:
             "float32 4, elementwise work nothing. V3.2's side is counted from its published figures, ours by the graph and its cache."
         )
     if not all(c.holds for c in found):
-        raise SystemExit(1)
+        raise click.exceptions.Exit(1)
 
 
 def table(title: str, *columns: str) -> Table:

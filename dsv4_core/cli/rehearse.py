@@ -9,11 +9,12 @@ import click
 
 from dsv4_core.checkpoint.config import PRESETS
 from dsv4_core.checkpoint.weights import INDEX, Checkpoint
+from dsv4_core.cli.commands import Command
 from dsv4_core.cli.options import BackendFlags, ByteSize, backend_options
 from dsv4_core.planning import rehearse
 
 
-@click.command("rehearse")
+@click.command("rehearse", cls=Command)
 @click.option("--preset", type=click.Choice(sorted(PRESETS)), required=True, help="Which model.")
 @click.option(
     "--out",
@@ -37,7 +38,8 @@ def command(preset: str, out: Path, tokens: int, prompt: int, memory: int, flags
     Big weights are holes that read as zero, so the text means nothing; time, memory and bytes touched are real, and printed next to what
     the planner says.
     """
-    from dsv4_core.cli.running import bar, check_support, expert_format
+    from dsv4_core.cli.running import bar
+    from dsv4_core.planning.support import check_support, expert_format
 
     if not (out / INDEX).exists():
         began = time.perf_counter()

@@ -9,8 +9,9 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from dsv4_core.contract.diagnosis import Diagnosis
 from dsv4_core.contract.dtypes import Experts, Format, Host, ScaledArray, format_of
 from dsv4_core.contract.ops import OPS, EveryOp
 from dsv4_core.contract.spec import Array, BackendError, Numerics, Operand, Support, Tier
@@ -34,15 +35,6 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
-    """One line of `dsv4 doctor`: what was looked at, what was found, and (where something is wrong) what to do."""
-
-    what: str
-    found: str
-    advice: str = ""
-
-
-@dataclass(frozen=True)
 class DeviceCheck:
     """A check that a backend brings for its own device, run by the suite beside its own; ``case`` names it among those of
     ``op``. ``run`` says in words what is wrong: nothing where all is well.
@@ -62,7 +54,10 @@ class Backend(EveryOp):
     law of one op as ``batch_invariance/act_qdq``.
     ``batch_invariant``, ``deterministic``: bitwise claims. ``narrower``: op -> the narrower intermediates it declares,
     from the contract's own list. ``departures``: op -> what an option of the user's makes it compute instead of its
-    contract; nothing is claimed of it, and reports say so. ``weight_formats``: of quantised weights that it multiplies; the published two are required.
+    contract; nothing is claimed of it, and reports say so. ``ties``: which of equal scores is picked, the lower index or any;
+    with ``any`` a text may differ from the published model's where scores tie. ``flushes_subnormals``: numbers below the least
+    normal one of float32 may count as zero, as operands and as results.
+    ``weight_formats``: of quantised weights that it multiplies; the published two are required.
     """
 
     name = "?"
@@ -75,6 +70,8 @@ class Backend(EveryOp):
     departures: Mapping[str, str] = {}
     batch_invariant: bool = False
     deterministic: bool = False
+    ties: ClassVar[Literal["lower", "any"]] = "lower"
+    flushes_subnormals: bool = False
 
     def __init__(self, *, numerics: Numerics = "native", **options: Any) -> None:
         """Raise ``BackendError`` for a numerics mode or an option that this backend does not have."""

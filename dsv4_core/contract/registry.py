@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 GROUP = "dsv4.backends"
 ORACLES = "dsv4.oracles"
 COMMANDS = "dsv4.commands"
+LOOKS = "dsv4.looks"
 hookspec = pluggy.HookspecMarker("dsv4")
 hookimpl = pluggy.HookimplMarker("dsv4")
 
@@ -71,7 +72,7 @@ class Installed:
 
 
 OWN = "dsv4"  # the distribution whose names no other may take
-_GROUPS = (GROUP, ORACLES, COMMANDS)
+_GROUPS = (GROUP, ORACLES, COMMANDS, LOOKS)
 
 
 class Entry(NamedTuple):

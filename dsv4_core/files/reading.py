@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from dsv4_core.contract.dtypes import Host
+    import numpy.typing as npt
 
 T = TypeVar("T")
 MOST = 64 << 20  # bytes of a JSON or TOML file; the published index has 10 MB
@@ -138,7 +138,7 @@ def toml_file(path: Path, form: type[T], advice: str) -> T:
     return checked(values, form, f"{path}", advice)
 
 
-def integers(path: Path, advice: str) -> Host:
+def integers(path: Path, advice: str) -> npt.NDArray[Any]:
     """Read a .npy file of integers, of at least one element; its header is held against the file's size first.
 
     No pickle is ever read.
@@ -219,3 +219,25 @@ _KINDS = {
     "object": "an object",
     "bool": "true or false",
 }
+
+
+def inside(directory: Path, name: str, who: str) -> Path:
+    """Give the path of a file that ``who`` names, which must lie in ``directory``, links followed."""
+    path = directory / name
+    if name.startswith("/") or ".." in name.split("/") or not path.resolve().is_relative_to(directory.resolve()):
+        raise FileError(f"{who}: {name!r} leads out of {directory}; it may name files in it alone")
+    return path
+
+
+@contextmanager
+def fitting(name: str, advice: str) -> Iterator[None]:
+    """Compute with what a file holds: where its parts have the right forms and do not fit each other, that is the file's
+    fault, whatever is raised. For code of dsv4's own: a backend's errors are findings.
+    """
+    try:
+        yield
+    except FileError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, AssertionError, MemoryError) as error:
+        said = one_line(f"{type(error).__name__}: {error}", 200)
+        raise FileError(f"{name}: what it holds does not fit together ({said}); {advice}") from error

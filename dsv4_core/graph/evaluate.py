@@ -19,6 +19,27 @@ if TYPE_CHECKING:
     from dsv4_core.graph.model import Model
 
 
+def every_logits(
+    model: Model, tokens: Host, *, chunk: int = CHUNK, progress: Callable[[int, int], None] | None = None
+) -> Host:
+    """Logits after every one of ``tokens`` [batch, total], fed in chunks: [batch, total, vocab], float32 (float64 in float64
+    mode).
+    """
+    check_ids(tokens, model.config.vocab_size)
+    tokens = model.parallel.mine(tokens)
+    batch, total = tokens.shape
+    cache = Cache(model.backend, model.config, batch, total, rewindable=0)
+    found: list[Host] = []
+    for start in range(0, total, chunk):
+        step = Step(cache, tokens[:, start : start + chunk])
+        logits = model.backend.to_numpy(model.logits(model.forward(step)))
+        found.append(logits.reshape(batch, step.seq, -1))
+        cache.advance(step.sequences, step.ends)
+        if progress:
+            progress(min(start + chunk, total), total)
+    return model.parallel.joined(np.concatenate(found, axis=1))
+
+
 def teacher_forced(
     model: Model,
     tokens: Host,

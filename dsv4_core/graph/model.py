@@ -169,7 +169,7 @@ class Model:
             if progress:
                 progress(i + 1, c.layers)
         self.mtp_block: Mtp | None = None
-        if c.num_nextn_predict_layers:
+        if c.draft == "mtp":
             self.mtp_block = load.mtp(freqs)
             if progress:
                 progress(c.layers, c.layers)
@@ -192,7 +192,7 @@ class Model:
         """
         be, c, mtp = self.backend, self.config, self.mtp_block
         if mtp is None:
-            raise ValueError("this checkpoint has no MTP block (num_nextn_predict_layers = 0)")
+            raise ValueError("this checkpoint has no MTP block")
         with be.computing():
             e = be.rms_norm(self._embedding(next_ids), mtp.enorm, eps=c.rms_norm_eps)
             e = be.linear(e, mtp.e_proj, out_dtype=be.activation_dtype)

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 MOST_LOGPROBS = 20  # likely ids that may be asked for beside the chosen one, as in OpenAI's protocol
 
 
+COLDEST, HOTTEST = 1e-4, 1e4
+"""Temperatures that sampling takes beside 0. Logits are divided by them in float32: 1e-4 leaves a logit of 10^34 finite, and
+differs from greedy only where two logits agree to a thousandth. Above 1e4 no model's logits matter any more.
+"""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """``temperature = 0`` is greedy. A request's draws depend on its ``seed`` alone, never on its company.
@@ -37,8 +43,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` naming a value outside its range."""
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature = {self.temperature} must be 0 (greedy) or more")
+        if self.temperature != 0 and not COLDEST <= self.temperature <= HOTTEST:
+            raise ValueError(f"temperature = {self.temperature} must be 0 (greedy), or from {COLDEST} to {HOTTEST:g}")
+        if isinstance(self.seed, int) and not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed = {self.seed} must be from 0 to 2^64 - 1")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p} must be in (0, 1]")
         if self.top_k < 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.files.writing import whole
 from dsv4_core.planning.claims import Predecessor
 from dsv4_core.planning.plan import Graph
 
@@ -34,6 +35,8 @@ def curves() -> dict[str, tuple[list[float], list[float]]]:
 
 def draw(path: Path) -> None:
     """Write the picture, SVG or PNG by its suffix; raise ``ValueError`` where matplotlib is not installed."""
+    if path.suffix not in {".svg", ".png"}:
+        raise ValueError(f"--picture {path}: its name must end in .svg or .png")
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -51,4 +54,5 @@ def draw(path: Path) -> None:
         axes.set(xlabel="context, K tokens", xlim=(0, 1024), ylim=(0, None))
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    with whole(path) as file:
+        figure.savefig(file, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -6,7 +6,6 @@ the graph does not know: which rank holds what, what ranks send each other, and 
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from dsv4_core.checkpoint.rank_part import Place
 from dsv4_core.checkpoint.shards import BITS
 from dsv4_core.contract.dtypes import FP8_BLOCK, dtype_name, numpy_dtype
+from dsv4_core.files import forms
+from dsv4_core.files.reading import json_file, json_text
 from dsv4_core.graph.cache import Cache
 from dsv4_core.graph.engine import CHUNK
 from dsv4_core.graph.model import Parallel
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from dsv4_core.contract.dtypes import Format
     from dsv4_core.contract.spec import Array, Numerics
 
+MOST_DEVICES = 4096  # beyond any split that the published models have
 USABLE = (
     0.92  # of a device's memory: the rest goes to the driver's context, communication buffers and the allocator's slack
 )
@@ -60,25 +62,28 @@ class Hardware:
 
         Raises ``ValueError`` for an unknown name or a file without one of the figures.
         """
-        known = json.loads(resources.files("dsv4_core").joinpath("data/hardware.json").read_text())
-        if Path(text).is_file():
-            entry = json.loads(Path(text).read_text())
-            name, devices = Path(text).stem, entry.get("devices", 1)
-            keys = ("memory_gb", "bandwidth_gbs", "link_gbs", "tflops")
-            if missing := [k for k in keys if k not in entry]:
-                raise ValueError(
-                    f"{text}: missing {', '.join(missing)}; an entry has {', '.join(keys)}, devices and source"
-                )
+        advice = "an entry has memory_gb, bandwidth_gbs, link_gbs, tflops, devices and source"
+        data = resources.files("dsv4_core").joinpath("data/hardware.json").read_bytes()
+        known = json_text(data, dict[str, forms.Hardware], "data/hardware.json", advice)
+        if Path(text).exists():
+            entry = json_file(Path(text), forms.Hardware, advice)
+            name, devices = Path(text).stem, entry.devices
         else:
             name, _, count = text.rpartition("x")
-            if name not in known or not count.isdigit() or int(count) < 1:
+            if name not in known or not (count.isascii() and count.isdecimal()):
                 raise ValueError(
                     f"hardware {text!r}: write a file, or one of {', '.join(known)} with a number of devices, e.g. h100x8"
                 )
-            entry, devices = known[name], int(count)
-        peak = {precision: 1e12 * value for precision, value in entry["tflops"].items()}
-        memory, bandwidth, link = (1e9 * float(entry[key]) for key in ("memory_gb", "bandwidth_gbs", "link_gbs"))
-        return cls(name, int(devices), memory, bandwidth, link, peak, entry.get("source", "the file"))
+            entry, devices = known[name], int(count[:9])
+        if not 1 <= devices <= MOST_DEVICES:
+            raise ValueError(f"hardware {text!r}: {devices} devices; a plan takes 1 to {MOST_DEVICES}")
+        for precision in ("bfloat16", "vector"):  # what every other precision falls back to
+            if precision not in entry.tflops:
+                raise ValueError(f"hardware {text!r}: tflops has no {precision!r}, which every model needs; {advice}")
+        peak = {precision: 1e12 * value for precision, value in entry.tflops.items()}
+        return cls(
+            name, devices, 1e9 * entry.memory_gb, 1e9 * entry.bandwidth_gbs, 1e9 * entry.link_gbs, peak, entry.source
+        )
 
     def speed(self, precision: str) -> float:
         """Peak of a precision; where the device lacks it, of the next wider one that it has."""

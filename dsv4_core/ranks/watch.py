@@ -49,6 +49,7 @@ class Watch:
         self.suspect = False
         self.state = "0"
         self.verdict: str | None = None
+        self.agreements = 0
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._looked = time.monotonic()
@@ -71,7 +72,9 @@ class Watch:
 
         Raises ``RankError`` naming the ranks that differ from rank 0, and in what.
         """
-        said = [json.loads(value) for value in self.collect("agree", json.dumps(what, sort_keys=True))]
+        self.agreements += 1  # each under a name of its own: the store keeps what was said before
+        turn = f"agree {self.agreements}"
+        said = [json.loads(value) for value in self.collect(turn, json.dumps(what, sort_keys=True))]
         for name, first in said[0].items():
             others = [r for r in range(self.ranks) if said[r].get(name) != first]
             if not others:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dsv4_core.files import tokenizers
+from dsv4_core.files.words import one_line
 from dsv4_core.text.markers import Piece, joined
 
 if TYPE_CHECKING:
@@ -20,11 +22,15 @@ def load_tokenizer(model_dir: Path) -> Tokenizer | None:
     path = model_dir / "tokenizer.json"
     if not path.exists():
         return None
+    safe = tokenizers.safe(path)
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001  the library raises bare Exception
+        return Tokenizer.from_str(safe)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  the library raises bare Exception, and panics beside it
+        said = one_line(str(error))
         raise ValueError(
-            f"{path}: not a tokenizer that the tokenizers library reads ({error}); copy it again or use token ids"
+            f"{path}: not a tokenizer that the tokenizers library reads ({said}); copy it again or use token ids"
         ) from None
 
 

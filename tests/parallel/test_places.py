@@ -8,7 +8,6 @@ from dsv4_conformance.model import golden
 from recorded import RECORDED
 
 from dsv4_core.checkpoint.config import PRESETS
-from dsv4_core.checkpoint.identity import identity
 from dsv4_core.checkpoint.layout import tensor_specs
 from dsv4_core.checkpoint.rank_part import Place, ShardedSource, share
 from dsv4_core.checkpoint.weights import Checkpoint
@@ -122,5 +121,5 @@ def test_identities_tell_checkpoints_apart(tmp_path):
     config = replace(PRESETS["tiny"], num_hidden_layers=1, compress_ratios=(0, 0))
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         create.create(tmp_path / name, config, seed=seed)
-    a, b, c = (identity(Checkpoint(tmp_path / name)) for name in "abc")
+    a, b, c = (Checkpoint(tmp_path / name).identity() for name in "abc")
     assert a == b != c

@@ -9,12 +9,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from dsv4_backend_torch import TorchBackend, compiled  # noqa: E402
+from dsv4_backend_torch import TorchBackend, compiled, kept  # noqa: E402
 
 from dsv4_core.contract.backend import BackendError  # noqa: E402
 from dsv4_core.contract.dtypes import Experts, RowLayout, ScaledArray, quantise_weight  # noqa: E402
 
-SOURCES = sorted(compiled.SOURCES.glob("*.c"))
+SOURCES = sorted(kept.SOURCES.glob("*.c"))
 DTYPES = [torch.float32, torch.bfloat16]
 KINDS = [*DTYPES, "e4m3", "e2m1"]
 UNIT = 2.0**-24  # of float32: half of what separates neighbours, relative
@@ -24,10 +24,10 @@ UNIT = 2.0**-24  # of float32: half of what separates neighbours, relative
 def kernels(request, tmp_path_factory):
     """Built as for registers of so many bytes, which the compiler makes of what this CPU has."""
     made = tmp_path_factory.mktemp("c") / "kernels.so"
-    flags = [*compiled.FLAGS, f"-DBYTES={request.param}", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    flags = [*kept.FLAGS, f"-DBYTES={request.param}", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
     try:
-        compiled.run([os.environ.get("CC", "cc"), *flags, *map(str, SOURCES), "-lm", "-o", str(made)])
-    except compiled.NotCompiledError as error:
+        kept.run([os.environ.get("CC", "cc"), *flags, *map(str, SOURCES), "-lm", "-o", str(made)])
+    except kept.NotCompiledError as error:
         if "no C compiler" not in str(error):
             raise
         pytest.skip(str(error))
@@ -132,12 +132,12 @@ def test_experts(kernels, numerics, kind, shared):
 
 
 def test_limits_of_swiglu_and_nan(kernels):
-    w1, w2 = torch.eye(32), torch.eye(32)
+    experts, one = tuple(Experts([torch.eye(32)]) for _ in range(3)), torch.zeros((1, 1), dtype=torch.int32)
     x = torch.tensor([[100.0, -100.0, 3.0, torch.nan, torch.inf, -0.5, *[0.0] * 26]])
-    got = kernels.experts(x, (w1, w1, w2), None, None, 10.0, torch.float32, quantise=False)
+    got = kernels.moe(x, one, None, None, experts, 0, 10.0, torch.float32, quantise=False)
     assert got.isnan().all()  # zeros of the weight times NaN and infinity
     x = torch.tensor([[100.0, -100.0, 3.0, -0.5, *[0.0] * 28]])
-    got = kernels.experts(x, (w1, w1, w2), None, None, 10.0, torch.float32, quantise=False)
+    got = kernels.moe(x, one, None, None, experts, 0, 10.0, torch.float32, quantise=False)
     gate, up = x.clamp(max=10), x.clamp(-10, 10)
     torch.testing.assert_close(got, gate * gate.sigmoid() * up, rtol=1e-6, atol=1e-6)
 
@@ -146,14 +146,17 @@ def test_gate_takes_the_lower_of_equals_and_leaves_nan(kernels):
     w = torch.eye(16).repeat(1, 1)
     x = torch.zeros(1, 16)
     x[0, [3, 7, 11]] = 2.0
-    shares, indices = kernels.gate(x, w, torch.zeros(16), None, 2, 1.5)
+    shares, indices = kernels.gate(x, w, torch.zeros(16), None, None, 2, 1.5)
     assert indices.tolist() == [[3, 7]]
     torch.testing.assert_close(shares, torch.full((1, 2), 0.75))
-    shares, indices = kernels.gate(x, w, None, torch.tensor([[11, 0]]), 2, 1.5)
+    table, ids = torch.tensor([[5, 5], [11, 0], [16, 1]]), torch.tensor([1], dtype=torch.int32)
+    shares, indices = kernels.gate(x, w, None, table, ids, 2, 1.5)
     assert indices.tolist() == [[11, 0]]
     assert shares[0, 0] > shares[0, 1]
     x[0, 5] = torch.nan
-    assert kernels.gate(x, w, torch.zeros(16), None, 2, 1.5) is None
+    assert kernels.gate(x, w, torch.zeros(16), None, None, 2, 1.5) is None
+    for outside in (2, 3, -1):  # an expert that there is not, an id without a line
+        assert kernels.gate(x * 0, w, None, table, torch.tensor([outside], dtype=torch.int32), 2, 1.5) is None
 
 
 @pytest.mark.parametrize(
@@ -191,7 +194,8 @@ def test_what_is_not_for_them_is_left_to_pytorch(kernels):
     assert kernels.products([(random(2, 63), [w])], torch.float32) is None  # another width
     assert kernels.products([(random(9, 64), [w])], torch.float32) is None  # too many
     assert kernels.rms_norm(x, random(63), 1e-6) is None
-    assert kernels.experts(x[:1], (w, w, w), None, None, 1.0, torch.float32, quantise=False) is None
+    uneven, one = (Experts([w]),) * 3, torch.zeros((1, 1), dtype=torch.int32)
+    assert kernels.moe(x[:1], one, None, None, uneven, 0, 1.0, torch.float32, quantise=False) is None
     with pytest.raises((IndexError, RuntimeError)):
         TorchBackend().cache_write(cache, row, outside, layout=layout)
 
@@ -206,7 +210,7 @@ BROKEN = {
 }
 RUN = """
 import numpy as np
-from dsv4_core import registry
+from dsv4_core.contract import registry
 backend = registry.create("torch", few_tokens_by={by!r})
 x, w = np.ones((1, 64), np.float32), np.full((3, 64), 0.5, np.float32)
 backend = registry.create("torch", numerics="float32", few_tokens_by={by!r})

@@ -133,6 +133,8 @@ class ReferenceAttention(Numeric, AttentionOps):
             )  # how often a token lists a row
             count = listings[:, None, :-1].astype(self.wide_type)
             rows = self.widen(kv[union])
+            if not np.isfinite(rows).all():  # 0 times NaN: a row would reach tokens that do not list it
+                return self.attend_gathered(q, kv, sink, idxs)
             scores = self.dot(q.reshape(-1, dim), rows.T).reshape(tokens, heads, len(union))
             weight = self.softmax_with_sink(scores, count, sink)
             return self.dot(weight.reshape(tokens * heads, len(union)), rows).reshape(q.shape)
@@ -146,6 +148,8 @@ class ReferenceAttention(Numeric, AttentionOps):
         for i in range(0, tokens, step):
             part = slice(i, i + step)
             rows = self.widen(kv[np.maximum(idxs[part], 0)])
+            if not np.isfinite(kv[:1].astype(self.wide_type)).all():
+                rows[idxs[part] < 0] = 0  # what stands for -1 is row 0
             count = (idxs[part] >= 0).astype(self.wide_type)[:, None]
             weight = self.softmax_with_sink(self.dot(q[part], rows.transpose(0, 2, 1)), count, sink)
             out[part] = tiles.long_product(weight, rows) if self.batch_invariant else self.dot(weight, rows)

@@ -28,7 +28,9 @@ class ReferenceEmbed(Numeric, EmbedOps):
         scaled = logits / temperature
         p = np.exp(scaled - scaled.max(-1, keepdims=True))
         order = np.argsort(-p, axis=-1, kind="stable")
-        running = np.cumsum(np.take_along_axis(p, order, -1), axis=-1)
+        running = np.cumsum(
+            np.take_along_axis(p, order, -1), axis=-1, dtype=np.float64
+        )  # a vocabulary of equal terms drifts
         running /= running[:, -1:]
         kept = np.minimum(
             (running < top_p).sum(-1), running.shape[1] - 1

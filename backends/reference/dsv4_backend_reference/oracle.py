@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 FP8_PARTIAL_UNIT = 2.0**-14  # tensor cores that align FP8 products keep about 14 bits until they are promoted
 ELEMENTWISE = 2.0  # units: see above
+LEAST_NORMAL = 2.0**-126  # of float32
+LARGEST_EXPONENT = 88.0  # exp of more leaves float32's range, give or take its rounding
 LEAN = 3 * 2.0**-8  # how far three roundings to bfloat16 (gate, up and their product) can move a block's largest value
 PRECISION = {"bfloat16": 8, "float32": 24, "float64": 53}  # significant bits
 
@@ -238,6 +240,18 @@ class Oracle(ReferenceBackend):
         return both[0] + self.unit * self.rng.standard_normal(angle.shape), both[
             1
         ] + self.unit * self.rng.standard_normal(angle.shape)
+
+    def router_scores(self, x: Host, weight: Host) -> Host:
+        """Scores whose exponential is no normal number of float32 may be 0."""
+        scores = super().router_scores(x, weight)
+        flushed = self.rng is not None and self.numerics != "float64"
+        return np.where(scores * scores < LEAST_NORMAL, 0, scores) if flushed else scores
+
+    def swiglu(self, gate: Host, up: Host, weights: Host | None, *, limit: float) -> Host:
+        """Where ``exp(-gate)`` leaves float32's range the result may be 0."""
+        y = super().swiglu(gate, up, weights, limit=limit)
+        flushed = self.rng is not None and self.numerics != "float64"
+        return np.where(gate.astype(np.float64) < -LARGEST_EXPONENT, 0, y) if flushed else y
 
     def softmax_with_sink(self, scores: Host, count: Host, sink: Host) -> Host:
         """Probabilities, rounded to bfloat16 where a backend declares that: for the op itself, or for the part that it calls."""

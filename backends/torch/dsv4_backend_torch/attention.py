@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -15,17 +13,8 @@ SORTED = 4096  # rows up to which one call that sorts them all beats several tha
 TOKENS = 64  # of a block of attention on a CPU: neighbours share most of their rows
 
 
-@functools.cache
-def zero_row(dim: int, dtype: torch.dtype) -> Tensor:
-    """Zeros [1, dim] on the CPU."""
-    return torch.zeros((1, dim), dtype=dtype)
-
-
 class TorchAttention(Numeric, AttentionOps):
     """Contracts of ``ops/attention.py``."""
-
-    _counted: Tensor | None = None
-    _sinks: dict[int, tuple[Tensor, Tensor]]  # sinks are held too, so that their ids stay theirs
 
     @property
     def keys_at_once(self) -> int | None:
@@ -33,6 +22,11 @@ class TorchAttention(Numeric, AttentionOps):
         return 4096 if self.on_cpu else None
 
     def compress(self, kv_score: Tensor, ape: Tensor, window_idxs: Tensor, *, dim: int) -> Tensor:
+        if (
+            self.compiled
+            and (few := self.compiled.compress(kv_score, ape, window_idxs, dim, self.act_type)) is not None
+        ):
+            return few
         ratio, width = ape.shape
         rows, span = window_idxs.shape
         entries = kv_score.index_select(0, window_idxs.reshape(-1).clamp(min=0)).reshape(rows, span, 2 * width)
@@ -91,11 +85,11 @@ class TorchAttention(Numeric, AttentionOps):
     def sparse_attn(
         self, q: Tensor, kv: Tensor, attn_sink: Tensor, topk_idxs: Tensor, *, softmax_scale: float
     ) -> Tensor:
-        if self.on_cpu and q.shape[0] == 1 and topk_idxs.shape[1] and int(topk_idxs.min()) >= 0:
-            rows = self.widen(kv.index_select(0, topk_idxs[0]))
-            return self.attend_all(
-                q, torch.cat([rows, zero_row(kv.shape[1], self.wide_type)]), attn_sink, softmax_scale
-            )
+        if self.compiled:
+            none = (None,) * 4
+            few = self.compiled.sparse_attn(q, kv, *none, attn_sink, topk_idxs, None, softmax_scale)
+            if few is not None:
+                return few
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         padded = torch.cat([self.widen(kv), torch.zeros((1, kv.shape[1]), dtype=self.wide_type, device=kv.device)])
         sink = self.widen(attn_sink)
@@ -104,26 +98,6 @@ class TorchAttention(Numeric, AttentionOps):
             block = slice(i, i + step)
             out[block] = self.attend(self.widen(q[block]) * softmax_scale, padded, sink, topk_idxs[block])
         return out
-
-    def attend_all(self, q: Tensor, rows: Tensor, sink: Tensor, softmax_scale: float) -> Tensor:
-        """A decode step's attention to all ``rows`` [n + 1, dim], wide. The last one is zero: its score is the sink's, and it adds nothing."""
-        scores = torch.addmm(self.sink_scores(sink, rows.shape[0]), self.widen(q)[0], rows.t(), alpha=softmax_scale)
-        return self.rounded(torch.mm(scores.softmax(-1), rows))[None]
-
-    def counted(self, count: int) -> Tensor:
-        """``0 .. count - 1`` as the only row of a matrix, from one that is kept."""
-        if self._counted is None or self._counted.shape[1] < count:
-            self._counted = torch.arange(2 * count, dtype=torch.int32)[None]
-        return self._counted[:, :count]
-
-    def sink_scores(self, sink: Tensor, rows: int) -> Tensor:
-        """Zeros [heads, rows], and the sink in the last column; kept for a layer's next step."""
-        kept = self._sinks.get(id(sink))
-        if kept is None or kept[1].shape[1] != rows:
-            scores = torch.zeros((sink.shape[0], rows), dtype=self.wide_type)
-            scores[:, -1] = sink
-            kept = self._sinks[id(sink)] = (sink, scores)
-        return kept[1]
 
     def attention_tokens(self, q: Tensor, idxs: Tensor) -> int:
         """How many tokens attend at a time."""
@@ -142,7 +116,8 @@ class TorchAttention(Numeric, AttentionOps):
             listed[torch.where(idxs < 0, zero, idxs).reshape(-1)] = True
             listed[zero] = True
             union = torch.nonzero(listed)[:, 0]
-            if union.shape[0] <= 2 * idxs.shape[1]:
+            shared = union.shape[0] <= 2 * idxs.shape[1]
+            if shared and bool(torch.isfinite(q.sum() + padded.sum())):  # 0 times NaN would reach all tokens
                 return self.attend_union(q, padded, sink, idxs, union)
         idxs = torch.cat([torch.where(idxs < 0, zero, idxs), torch.full_like(idxs[:, :1], zero)], 1)
         rows = padded.index_select(0, idxs.reshape(-1)).reshape(tokens, -1, dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,15 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv4_backend_torch.compiled import NotCompiledError, build
+from dsv4_backend_torch.compiled import build
 from dsv4_backend_torch.fused import TorchFused
+from dsv4_backend_torch.kept import NotCompiledError
 from dsv4_backend_torch.matmul import cpu_multiplies_bf16
 from dsv4_backend_torch.numeric import torch_dtype
+from dsv4_backend_torch.tape import Recorded
+from dsv4_backend_torch.threads import cores
 from dsv4_backend_torch.weights import StackedExperts, WeightCache
 from dsv4_core.contract.backend import Backend, BackendError, Diagnosis, Option
 from dsv4_core.contract.dtypes import BFLOAT16, Experts, Host, ScaledArray
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from dsv4_backend_torch.process_group import TorchProcessGroup
@@ -81,6 +86,8 @@ class TorchBackend(TorchFused, Backend):
                     f"backend {self.name!r}: threads {self.threads!r} must be a whole number of 1 or more"
                 )
             torch.set_num_threads(int(self.threads))
+        elif self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and cores() < torch.get_num_threads():
+            torch.set_num_threads(cores())  # OpenMP counts the machine's, not those of the process's control group
         if self.few_tokens_by not in {"auto", "c", "torch"}:
             raise BackendError(
                 f"backend {self.name!r}: few_tokens_by {self.few_tokens_by!r} is not one of auto, c, torch"
@@ -88,7 +95,7 @@ class TorchBackend(TorchFused, Backend):
         if self.few_tokens_by == "c":
             self.require_c()
         self.weights = WeightCache(self.weight_cache)
-        self._well_scaled, self._sinks = {}, {}
+        self._well_scaled = {}
 
     def require_c(self) -> None:
         """Raise ``BackendError`` where the C kernels cannot run, with the reason."""
@@ -155,8 +162,12 @@ class TorchBackend(TorchFused, Backend):
         return host.numpy()
 
     def round_up(self, n: int) -> int:
-        """On a CPU ``n``; a device has a step of few shapes, which it can capture."""
-        return n if self.on_cpu else super().round_up(n)
+        """On a CPU without C kernels ``n``: there no step is recorded."""
+        return n if self.on_cpu and not self.compiled else super().round_up(n)
+
+    def record(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """On a CPU as a tape of C kernels."""
+        return Recorded(self, function) if self.compiled else super().record(function)
 
     def process_group(self, where: Rendezvous) -> TorchProcessGroup:
         """Reach the ranks' store: gloo, NCCL or HCCL by the device."""

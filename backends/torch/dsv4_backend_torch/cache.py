@@ -57,7 +57,11 @@ class TorchCache(TorchQuant, CacheOps):
         return rows.masked_fill_((index < 0)[:, None], 0)
 
     def concat(self, parts: Sequence[Tensor], *, axis: int) -> Tensor:
-        return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), axis)
+        if len(parts) == 1:
+            return parts[0]
+        if self.compiled and (few := self.compiled.concat(parts, axis)) is not None:
+            return few
+        return torch.cat(tuple(parts), axis)
 
     def pack(self, rows: Tensor, layout: RowLayout) -> Tensor:
         """Rows [n, dim] as stored [n, width]."""

@@ -1,4 +1,4 @@
-"""The C kernels of ``c/``, for a decode step on a CPU: built with the compiler that is there, kept, and called.
+"""The C kernels of ``c/`` for a decode step on a CPU, called one by one, or recorded as a tape that one call runs.
 
 PyTorch's calls cost more than what they compute there, and its products of one row in BF16 read half of what memory gives.
 """
@@ -7,52 +7,72 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import shlex
-import subprocess
-import tempfile
+import math
+import struct
+import threading
+import weakref
 from array import array
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dsv4_core.contract.dtypes import FP4_GROUP, KV_BLOCK, ScaledArray
+from dsv4_backend_torch.kept import library
+from dsv4_backend_torch.tape import Tape
+from dsv4_core.contract.dtypes import FP4_GROUP, KV_BLOCK, Experts, ScaledArray
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
+    from pathlib import Path
 
     from dsv4_core.contract.dtypes import Format, RowLayout
 
     Weight = Tensor | ScaledArray
 
-SOURCES = Path(__file__).parent / "c"
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in values.h
 _DONE, _NO_MEMORY = 0, 2  # what kernels give; 1: not for them
 FEW = 8  # tokens of a decode step: up to here the number of calls counts, not their size
 FEW_VALUES = 1 << 16  # elements up to which one thread is done before others have woken up
+MOVED = 1 << 22  # bytes that are copied at a time: the second cache level of a core
 STREAMS = 4  # of hyper-connections: the published models'
-_POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
-_FLOAT, _DOUBLE = ctypes.c_float, ctypes.c_double
-_SIGNATURES = {
-    "gemv": (_POINTER, _INT),
-    "experts": (*[_POINTER] * 5, *[_INT] * 6, _FLOAT),
-    "gate": (_POINTER, _INT, *[_POINTER] * 4, *[_INT] * 3, _FLOAT),
-    "rms_norm": (_POINTER, _POINTER, _INT, _POINTER, _INT, _INT, _INT, _DOUBLE),
-    "hc_pre": (_POINTER, _INT, *[_POINTER] * 4, _INT, *[_POINTER] * 3, _INT, _INT, _DOUBLE, _DOUBLE, _INT),
-    "apply_rope": (_POINTER, _POINTER, _INT, _POINTER, *[_INT] * 5),
-    "act_qdq": (_POINTER, _POINTER, *[_INT] * 6),
-    "cache_write": (_POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER),
-    "cache_read": (_POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER),
-    "hc_post": (_POINTER, _POINTER, _INT, *[_POINTER] * 3, _INT, _INT),
+TILE = 16  # channels that attention takes at a time
+_ARGUMENTS = {  # q: an integer or an address, d: a number
+    "gemv": "qq",
+    "moe": "q" * 15 + "d",
+    "gate": "q" * 13 + "d",
+    "rms_norm": "qqqqqqqd",
+    "hc_pre": "q" * 12 + "ddq",
+    "hc_head": "q" * 8 + "dd",
+    "hc_post": "q" * 8,
+    "rotation": "q" * 5,
+    "apply_rope": "q" * 9,
+    "act_qdq": "q" * 8,
+    "hadamard": "q" * 5,
+    "embedding": "q" * 8,
+    "cache_write": "q" * 7,
+    "cache_read": "q" * 8,
+    "copy": "q" * 6,
+    "sparse_attn": "q" * 21 + "d",
+    "compress": "q" * 10,
+    "index_topk": "q" * 17 + "d",
 }
 
 
-class NotCompiledError(Exception):
-    """Why the kernels cannot be built or loaded here, and what to do."""
+class ExpertTable:
+    """Where experts' weights are: w1, w3, w2 of one expert after another. ``dim``, ``inter``: channels; 0 where they are not for kernels."""
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        self.weights, self.count = weights, len(weights) // 3
+        self.inter, self.dim = weights[0].shape
+        fit = _weights(weights) and all(
+            weight.shape == ((self.dim, self.inter) if i % 3 == 2 else (self.inter, self.dim))
+            for i, weight in enumerate(weights)
+        )
+        fields = [_fields(weight) for weight in weights] if fit else []
+        if len({kind for _, _, kind in fields}) != 1:
+            self.inter = self.dim = 0
+        self._fields = array("q", [number for each in fields for number in each])
+        self.address = self._fields.buffer_info()[0]
 
 
 class Kernels:
@@ -65,19 +85,37 @@ class Kernels:
 
     def __init__(self, path: Path, compiler: str) -> None:
         self.compiler = compiler
-        library = ctypes.CDLL(str(path))
-        self._call: dict[str, Callable[..., int]] = {}
-        for name, arguments in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.argtypes = arguments
-            self._call[name] = function
+        self.library = ctypes.CDLL(str(path))
+        self.library.find_kernel.restype = ctypes.c_void_p
+        self.library.find_kernel.argtypes = (ctypes.c_char_p,)
+        self._kernel = self.library.run_kernel
+        self._kernel.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64)
+        self._entries = {
+            name: (self.library.find_kernel(name.encode()), struct.Struct(f"={kinds}"))
+            for name, kinds in _ARGUMENTS.items()
+        }
+        self._recording = threading.local()
+        self._tables: dict[int, tuple[tuple[weakref.ref[Experts], ...], ExpertTable]] = {}
 
-    def _run(self, name: str, *arguments: float | None) -> bool:
-        """Call; say whether the kernel did it."""
-        status = self._call[name](*arguments)
+    @property
+    def tape(self) -> Tape | None:
+        """What this thread records its calls on, beside running them."""
+        return getattr(self._recording, "tape", None)
+
+    @tape.setter
+    def tape(self, tape: Tape | None) -> None:
+        self._recording.tape = tape
+
+    def _run(self, name: str, *arguments: float, keep: object = None) -> bool:
+        """Call; say whether the kernel did it. ``keep``: what the arguments are addresses in."""
+        entry, packer = self._entries[name]
+        packed = packer.pack(*arguments)
+        status = self._kernel(entry, packed, torch.get_num_threads())
         if status == _NO_MEMORY:
             raise MemoryError(f"{name} of the torch backend's C kernels got no memory for a few rows in float32")
-        return status == _DONE
+        if status == _DONE and (tape := self.tape) is not None:
+            tape.add(entry, packed, keep)
+        return bool(status == _DONE)
 
     def products(self, products: Sequence[tuple[Tensor, Sequence[Weight]]], dtype: torch.dtype) -> Tensor | None:
         """``x @ concat(weights).T`` of each pair, one below the other, in ``dtype``; all pairs are of the same widths."""
@@ -96,117 +134,185 @@ class Kernels:
                 out, cols = weight.shape
                 if cols != x.shape[1]:
                     return None
-                fields.extend((*_fields(weight), start, at, x_type, y_type, out, cols, tokens, width))
+                fields.extend((*_fields(weight), start, at, 0, x_type, y_type, out, cols, tokens, cols, width))
                 at += out * size
             to += tokens * width * size
-        return y if self._run("gemv", fields.buffer_info()[0], len(fields) // 11) else None
+        return y if self._run("gemv", fields.buffer_info()[0], len(fields) // 13, keep=(fields, products)) else None
 
-    def experts(
-        self, x: Tensor, weights: Sequence[Weight], share: Tensor | None, shared: Tensor | None, limit: float, dtype: torch.dtype,
-        *, quantise: bool,
+    def grouped(self, x: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor | None:
+        """Contract of ``grouped_linear``, in ``dtype``: channels of ``x`` [tokens, groups, cols] times their own rows of ``weight``."""
+        tokens, groups, cols = x.shape
+        if tokens > FEW or not (_taken(x) and _weights((weight,))):
+            return None
+        out = weight.shape[0] // groups
+        y = torch.empty((tokens, groups * out), dtype=dtype)
+        fields = array("q")
+        for g in range(groups):
+            fields.extend(
+                (*_fields(weight), x.data_ptr() + g * cols * x.itemsize, y.data_ptr() + g * out * y.itemsize, g * out, _TYPES[x.dtype],
+                 _TYPES[dtype], out, cols, tokens, groups * cols, groups * out)
+            )  # fmt: skip
+        return y if self._run("gemv", fields.buffer_info()[0], groups, keep=(fields, x, weight)) else None
+
+    def moe(
+        self, x: Tensor, chosen: Tensor, share: Tensor | None, shared: Tensor | None, experts: tuple[Experts, Experts, Experts] | ExpertTable,
+        first_expert: int, limit: float, dtype: torch.dtype, *, quantise: bool,
     ) -> Tensor | None:  # fmt: skip
-        """One row ``x`` [1, dim] through experts, given as w1, w3, w2 one after another, summed onto ``shared``, in ``dtype``.
+        """Rows ``x`` [rows, dim] through the experts ``chosen`` [rows, topk], weighted by ``share``, summed onto ``shared``, in ``dtype``.
 
-        ``quantise``: what w2 multiplies, as ``act_qdq`` in blocks of 128.
+        ``experts``: w1, w3, w2, or all of them in a table. ``quantise``: what w2 multiplies, as ``act_qdq`` in blocks of 128.
         """
-        if x.shape[0] != 1 or not (_taken(x) and _weights(weights) and _wide(share)):
+        rows, dim = x.shape
+        if rows > FEW or not rows or not (_taken(x) and _wide(share) and _indices(chosen)):
             return None
-        if shared is not None and not (shared.dtype == x.dtype and shared.is_contiguous()):
+        if shared is not None and not (shared.dtype == x.dtype and shared.is_contiguous() and shared.shape == x.shape):
             return None
-        fields = [_fields(weight) for weight in weights]
-        if len({fields[0][2], *(kind for _, _, kind in fields)}) > 1:
+        table = experts if isinstance(experts, ExpertTable) else self._table(experts)
+        if table.dim != dim or (share is not None and share.shape != chosen.shape):
             return None
-        inter, dim = weights[0].shape
-        if any(weight.shape != ((dim, inter) if i % 3 == 2 else (inter, dim)) for i, weight in enumerate(weights)):
-            return None
-        if (
-            x.shape[1] != dim
-            or (share is not None and share.numel() != len(weights) // 3)
-            or (shared is not None and shared.numel() != dim)
-        ):
-            return None
-        y = torch.empty((1, dim), dtype=dtype)
-        described = array("q", [number for each in fields for number in each])
+        y = torch.empty((rows, dim), dtype=dtype)
         done = self._run(
-            "experts", described.buffer_info()[0], x.data_ptr(), _address(share), _address(shared), y.data_ptr(),
-            _TYPES[x.dtype], _TYPES[dtype], len(weights) // 3, dim, inter, quantise, limit,
+            "moe", table.address, x.data_ptr(), chosen.data_ptr(), _address(share), _address(shared), y.data_ptr(),
+            _TYPES[x.dtype], _TYPES[dtype], rows, chosen.shape[1], table.count, first_expert, dim, table.inter, quantise, limit,
+            keep=(table, x, chosen, share, shared),
         )  # fmt: skip
         return y if done else None
 
+    def _table(self, experts: tuple[Experts, Experts, Experts]) -> ExpertTable:
+        """Where all experts' weights are, kept for as long as w1's experts live."""
+        found = self._tables.get(id(experts[0]))
+        if found is None or not all(was() is now for was, now in zip(found[0], experts, strict=True)):
+            key, tables = id(experts[0]), self._tables
+            first = weakref.ref(experts[0], lambda _: tables.pop(key, None))
+            weights = [projection[e] for e in range(experts[0].shape[0]) for projection in experts]
+            found = tables[key] = (first, weakref.ref(experts[1]), weakref.ref(experts[2])), ExpertTable(weights)
+        return found[1]
+
     def gate(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor | None, topk: int, route_scale: float
-    ) -> tuple[Tensor, Tensor] | None:
-        """Contract of ``gate``, or without ``bias`` and with ``indices`` of ``gate_hash``, for one token."""
-        if x.shape[0] != 1 or not (_taken(x, weight) and _wide(bias)):
+        self, x: Tensor, weight: Weight, bias: Tensor | None, table: Tensor | None, ids: Tensor | None, topk: int, route_scale: float
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+        """Contract of ``gate``, or without ``bias`` and with ``table`` and ``ids`` of ``gate_hash``, for a few tokens."""
+        rows, dim = x.shape
+        if rows > FEW or not (_taken(x) and _weights((weight,)) and _wide(bias)) or dim != weight.shape[1]:
             return None
-        experts, dim = weight.shape
-        if x.shape[1] != dim or (bias is not None and bias.shape != (experts,)):
+        experts = weight.shape[0]
+        if bias is not None and bias.shape != (experts,):
+            return None
+        if table is not None and not (
+            table.dtype == torch.int64 and table.is_contiguous() and ids is not None and _indices(ids)
+        ):
             return None
         described = array("q", _fields(weight))
-        chosen = torch.empty((1, topk), dtype=torch.int32) if indices is None else indices.to(torch.int32, copy=True)
-        shares = torch.empty((1, topk))
+        chosen, shares = torch.empty((rows, topk), dtype=torch.int32), torch.empty((rows, topk))
         done = self._run(
-            "gate", x.data_ptr(), _TYPES[x.dtype], described.buffer_info()[0], _address(bias), chosen.data_ptr(),
-            shares.data_ptr(), experts, dim, topk, route_scale,
+            "gate", x.data_ptr(), _TYPES[x.dtype], described.buffer_info()[0], _address(bias), _address(table), _address(ids),
+            chosen.data_ptr(), shares.data_ptr(), rows, experts, dim, topk, 0 if table is None else table.shape[0], route_scale,
+            keep=(x, described, weight, bias, table, ids),
         )  # fmt: skip
         return (shares, chosen) if done else None
 
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor | None:
         """Contract of ``rms_norm``."""
         rows, dim = x.shape
-        if rows * dim > FEW_VALUES or not _taken(x):
+        if rows * dim > 4 * FEW_VALUES or not _taken(x):
             return None
         if weight is not None and not (_taken(weight) and weight.shape == (dim,)):
             return None
         y = torch.empty_like(x)
         weight_type = 0 if weight is None else _TYPES[weight.dtype]
         done = self._run(
-            "rms_norm", x.data_ptr(), y.data_ptr(), _TYPES[x.dtype], _address(weight), weight_type, rows, dim, eps
-        )
+            "rms_norm", x.data_ptr(), y.data_ptr(), _TYPES[x.dtype], _address(weight), weight_type, rows, dim, eps, keep=(x, weight)
+        )  # fmt: skip
         return y if done else None
 
+    def rotation(self, positions: Tensor, freqs: Tensor) -> Tensor | None:
+        """Cosine and sine of positions times frequencies, float32 [tokens, half, 2]."""
+        tokens, half = positions.shape[0], freqs.shape[0]
+        if tokens > FEW or not (_indices(positions) and _wide(freqs)):
+            return None
+        turn = torch.empty((tokens, half, 2))
+        done = self._run(
+            "rotation", positions.data_ptr(), freqs.data_ptr(), turn.data_ptr(), tokens, half, keep=(positions, freqs)
+        )
+        return turn if done else None
+
     def apply_rope(self, x: Tensor, turn: Tensor, *, inverse: bool) -> Tensor | None:
-        """``turn`` [tokens, 1, half]: cosines and sines as complex64."""
+        """``turn``: what ``rotation`` gives."""
         tokens, heads, dim = x.shape
-        if tokens > FEW or not _taken(x) or turn.shape[0] != tokens or 2 * turn.shape[2] > dim:
+        if not _taken(x) or turn.shape[0] != tokens or 2 * turn.shape[1] > dim:
             return None
         y = torch.empty_like(x)
         done = self._run(
-            "apply_rope",
-            x.data_ptr(),
-            y.data_ptr(),
-            _TYPES[x.dtype],
-            turn.data_ptr(),
-            tokens,
-            heads,
-            dim,
-            turn.shape[2],
-            inverse,
-        )
+            "apply_rope", x.data_ptr(), y.data_ptr(), _TYPES[x.dtype], turn.data_ptr(), tokens, heads, dim, turn.shape[1], inverse,
+            keep=(x, turn),
+        )  # fmt: skip
         return y if done else None
 
     def act_qdq(self, x: Tensor, fmt: Format, block: int, channels: int) -> Tensor | None:
         """Contract of ``act_qdq``, in native numerics."""
         rows, dim = x.shape
-        if rows * dim > FEW_VALUES or channels > dim or channels % block or not _taken(x):
+        if rows * dim > 4 * FEW_VALUES or channels > dim or channels % block or not _taken(x):
             return None
         y = torch.empty_like(x)
         done = self._run(
-            "act_qdq", x.data_ptr(), y.data_ptr(), _TYPES[x.dtype], rows, dim, channels, block, fmt == "e4m3"
+            "act_qdq", x.data_ptr(), y.data_ptr(), _TYPES[x.dtype], rows, dim, channels, block, fmt == "e4m3", keep=x
         )
         return y if done else None
 
+    def hadamard(self, x: Tensor) -> Tensor | None:
+        """Contract of ``hadamard``."""
+        rows, dim = x.shape
+        if rows * dim > 4 * FEW_VALUES or dim & (dim - 1) or not _taken(x):
+            return None
+        y = torch.empty_like(x)
+        return y if self._run("hadamard", x.data_ptr(), y.data_ptr(), _TYPES[x.dtype], rows, dim, keep=x) else None
+
+    def embedding(self, ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Contract of ``embedding``, in ``dtype``."""
+        tokens = ids.shape[0]
+        if tokens > FEW or not (_taken(weight) and _indices(ids)):
+            return None
+        y = torch.empty((tokens, weight.shape[1]), dtype=dtype)
+        done = self._run(
+            "embedding", ids.data_ptr(), weight.data_ptr(), _TYPES[weight.dtype], weight.shape[0], weight.shape[1], y.data_ptr(),
+            _TYPES[dtype], tokens, keep=(ids, weight),
+        )  # fmt: skip
+        return y if done else None
+
+    def hc_expand(self, x: Tensor, hc: int) -> Tensor | None:
+        """Contract of ``hc_expand``."""
+        tokens, dim = x.shape
+        if tokens > FEW or not _taken(x):
+            return None
+        y = torch.empty((tokens, hc, dim), dtype=x.dtype)
+        row = dim * x.itemsize
+        for n in range(hc):
+            self._run("copy", x.data_ptr(), y.data_ptr() + n * row, tokens, row, row, hc * row, keep=x)
+        return y
+
+    def concat(self, parts: Sequence[Tensor], axis: int) -> Tensor | None:
+        """Contract of ``concat``, for contiguous parts that are alike but in ``axis``."""
+        first = parts[0]
+        shape = list(first.shape)
+        shape[axis] = sum(part.shape[axis] for part in parts)
+        if math.prod(shape) * first.itemsize > MOVED:
+            return None
+        for part in parts:
+            alike = part.dtype == first.dtype and part.shape[:axis] == first.shape[:axis]
+            if not (alike and part.shape[axis + 1 :] == first.shape[axis + 1 :] and part.is_contiguous()):
+                return None
+        y = torch.empty(shape, dtype=first.dtype)
+        rows, stride, at = math.prod(shape[:axis]), math.prod(shape[axis:]) * first.itemsize, y.data_ptr()
+        for part in parts:
+            size = math.prod(part.shape[axis:]) * part.itemsize
+            if size and rows:
+                self._run("copy", part.data_ptr(), at, rows, size, size, stride, keep=part)
+            at += size
+        return y
+
     def hc_pre(
-        self,
-        h: Tensor,
-        fn: Tensor,
-        scale: Tensor,
-        base: Tensor,
-        norm: Tensor | None,
-        norm_eps: float,
-        eps: float,
-        iters: int,
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        self, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm: Tensor | None, norm_eps: float, eps: float, iters: int
+    ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
         """Contract of ``hc_pre``, or with ``norm`` of ``hc_pre_norm``, for four streams."""
         tokens, streams, dim = h.shape
         if streams != STREAMS or tokens > FEW or not (_taken(h) and _wide(fn, scale, base)):
@@ -221,8 +327,23 @@ class Kernels:
         done = self._run(
             "hc_pre", h.data_ptr(), _TYPES[h.dtype], fn.data_ptr(), scale.data_ptr(), base.data_ptr(), _address(norm),
             0 if norm is None else _TYPES[norm.dtype], y.data_ptr(), post.data_ptr(), comb.data_ptr(), tokens, dim, norm_eps, eps, iters,
+            keep=(h, fn, scale, base, norm),
         )  # fmt: skip
         return (y, post, comb) if done else None
+
+    def hc_head(self, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, eps: float) -> Tensor | None:
+        """Contract of ``hc_head``, for four streams."""
+        tokens, streams, dim = h.shape
+        if streams != STREAMS or tokens > FEW or not (_taken(h) and _wide(fn, scale, base)):
+            return None
+        if fn.shape != (STREAMS, STREAMS * dim) or scale.shape != (1,) or base.shape != (STREAMS,):
+            return None
+        y = torch.empty((tokens, dim), dtype=h.dtype)
+        done = self._run(
+            "hc_head", h.data_ptr(), _TYPES[h.dtype], fn.data_ptr(), scale.data_ptr(), base.data_ptr(), y.data_ptr(), tokens, dim,
+            norm_eps, eps, keep=(h, fn, scale, base),
+        )  # fmt: skip
+        return y if done else None
 
     def hc_post(self, y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> Tensor | None:
         """Contract of ``hc_post``, for four streams."""
@@ -233,16 +354,9 @@ class Kernels:
             return None
         out = torch.empty_like(h)
         done = self._run(
-            "hc_post",
-            y.data_ptr(),
-            h.data_ptr(),
-            _TYPES[h.dtype],
-            post.data_ptr(),
-            comb.data_ptr(),
-            out.data_ptr(),
-            tokens,
-            dim,
-        )
+            "hc_post", y.data_ptr(), h.data_ptr(), _TYPES[h.dtype], post.data_ptr(), comb.data_ptr(), out.data_ptr(), tokens, dim,
+            keep=(y, h, post, comb),
+        )  # fmt: skip
         return out if done else None
 
     def cache_write(self, cache: Tensor, rows: Tensor, index: Tensor, layout: RowLayout) -> bool:
@@ -258,26 +372,72 @@ class Kernels:
             and _indices(index)
             and self._run(
                 "cache_write", cache.data_ptr(), cache.shape[0], rows.data_ptr(), _TYPES[rows.dtype], index.data_ptr(),
-                index.shape[0], _layout(layout),
+                index.shape[0], _layout(layout), keep=(cache, rows, index),
             )
         )  # fmt: skip
 
-    def cache_read(
-        self, cache: Tensor, index: Tensor, layout: RowLayout, dtype: torch.dtype, out: Tensor | None = None
-    ) -> Tensor | None:
-        """Contract of ``cache_read``, in ``dtype``, or into ``out``."""
-        if dtype not in _TYPES or not (cache.is_contiguous() and _indices(index)):
+    def cache_read(self, cache: Tensor, index: Tensor, layout: RowLayout, dtype: torch.dtype) -> Tensor | None:
+        """Contract of ``cache_read``, in ``dtype``."""
+        if dtype not in _TYPES or not (_indices(index) and _cached(cache, layout)):
             return None
-        if cache.shape[1] != layout.width or not _whole_blocks(layout):
-            return None
-        if layout.kind == "plain" and cache.dtype not in _TYPES:
-            return None
-        rows = torch.empty((index.shape[0], layout.dim), dtype=dtype) if out is None else out
+        rows = torch.empty((index.shape[0], layout.dim), dtype=dtype)
         done = self._run(
             "cache_read", cache.data_ptr(), cache.shape[0], _TYPES.get(cache.dtype, 0), index.data_ptr(), index.shape[0],
-            rows.data_ptr(), _TYPES[dtype], _layout(layout),
+            rows.data_ptr(), _TYPES[dtype], _layout(layout), keep=(cache, index),
         )  # fmt: skip
         return rows if done else None
+
+    def sparse_attn(
+        self, q: Tensor, kv: Tensor, ring: Tensor | None, ring_index: Tensor | None, rows: Tensor | None, row_index: Tensor | None,
+        sink: Tensor, idxs: Tensor, layout: RowLayout | None, softmax_scale: float,
+    ) -> Tensor | None:  # fmt: skip
+        """Contract of ``cached_sparse_attn``; without ``ring`` and ``layout`` of ``sparse_attn``."""
+        tokens, heads, dim = q.shape
+        if tokens > FEW or dim % TILE or q.dtype != kv.dtype or not (_taken(q, kv) and _wide(sink) and _indices(idxs)):
+            return None
+        for cache, index in ((ring, ring_index), (rows, row_index)):
+            if cache is not None and not (layout and index is not None and _indices(index) and _cached(cache, layout)):
+                return None
+        y = torch.empty_like(q)
+        done = self._run(
+            "sparse_attn", q.data_ptr(), kv.data_ptr(), _address(ring), _address(rows), _address(ring_index), _address(row_index),
+            idxs.data_ptr(), sink.data_ptr(), y.data_ptr(), _layout(layout) if layout else 0, _TYPES[q.dtype],
+            0 if ring is None else _TYPES.get(ring.dtype, 0), 0 if ring is None else ring.shape[0], 0 if rows is None else rows.shape[0],
+            0 if ring_index is None else ring_index.shape[0], kv.shape[0], 0 if row_index is None else row_index.shape[0],
+            tokens, heads, dim, idxs.shape[1], softmax_scale, keep=(q, kv, ring, rows, ring_index, row_index, idxs, sink),
+        )  # fmt: skip
+        return y if done else None
+
+    def compress(self, kv_score: Tensor, ape: Tensor, idxs: Tensor, dim: int, dtype: torch.dtype) -> Tensor | None:
+        """Contract of ``compress``, in ``dtype``, for a few windows."""
+        (rows, span), (ratio, width), pool = idxs.shape, ape.shape, kv_score.shape[0]
+        if rows > FEW or dim % TILE or width != span // ratio * dim or not (_wide(kv_score, ape) and _indices(idxs)):
+            return None
+        y = torch.empty((rows, dim), dtype=dtype)
+        done = self._run(
+            "compress", kv_score.data_ptr(), ape.data_ptr(), idxs.data_ptr(), rows, span, ratio, dim, pool, y.data_ptr(),
+            _TYPES[dtype], keep=(kv_score, ape, idxs),
+        )  # fmt: skip
+        return y if done else None
+
+    def index_topk(
+        self, q: Tensor, weights: Tensor, cache: Tensor, index: Tensor, visible: Tensor, offset: Tensor, layout: RowLayout,
+        scale: float, topk: int,
+    ) -> Tensor | None:  # fmt: skip
+        """Contract of ``cached_index_topk``, for a few tokens."""
+        batch, seq, heads, dim = q.shape
+        if batch * seq > FEW or not batch * seq or not (_taken(q) and _wide(weights) and _indices(index)):
+            return None
+        if not (_indices(visible) and _indices(offset) and _cached(cache, layout)):
+            return None
+        rows = index.shape[0] // batch
+        picks = torch.empty((batch, seq, topk), dtype=torch.int32)
+        done = self._run(
+            "index_topk", q.data_ptr(), weights.data_ptr(), cache.data_ptr(), index.data_ptr(), visible.data_ptr(), offset.data_ptr(),
+            picks.data_ptr(), _layout(layout), _TYPES[q.dtype], _TYPES.get(cache.dtype, 0), cache.shape[0], batch, seq, heads, dim, rows,
+            topk, scale, keep=(q, weights, cache, index, visible, offset),
+        )  # fmt: skip
+        return picks if done else None
 
 
 def _taken(*tensors: object) -> bool:
@@ -315,8 +475,15 @@ def _indices(tensor: Tensor) -> bool:
     return tensor.dtype == torch.int32 and tensor.is_contiguous()
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _cached(cache: Tensor, layout: RowLayout) -> bool:
+    """Say whether rows of such a cache can be unpacked."""
+    if not cache.is_contiguous() or cache.shape[1] != layout.width or not _whole_blocks(layout):
+        return False
+    return layout.kind != "plain" or cache.dtype in _TYPES
 
 
 def _whole_blocks(layout: RowLayout) -> bool:
@@ -336,33 +503,6 @@ def _layout(layout: RowLayout) -> int:
 
 @functools.cache
 def build() -> Kernels:
-    """Compile for this CPU, or find what was compiled with these sources, compiler and CPU; raise ``NotCompiledError``."""
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    target = run([*compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull])  # its version, every instruction set
-    key = hashlib.sha256(target.encode() + b"".join(source.read_bytes() for source in sorted(SOURCES.iterdir())))
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv4"
-        path = folder / f"torch-backend-{key.hexdigest()[:16]}.so"
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as own:  # several processes may build at once
-                made = Path(own) / path.name
-                run([*compiler, *FLAGS, *map(str, sorted(SOURCES.glob("*.c"))), "-lm", "-o", str(made)])
-                made.replace(path)
-        version = next(line for line in target.splitlines() if " __VERSION__ " in line).split('"')[1]
-        return Kernels(path, f"{compiler[0]} {version}")
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home
-        raise NotCompiledError(
-            f"C kernels cannot be kept or loaded: {error}; set XDG_CACHE_HOME to a folder that can be written"
-        ) from error
-
-
-def run(command: list[str]) -> str:
-    """Run a compiler; give what it prints."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603  the user's own compiler
-    except FileNotFoundError:
-        raise NotCompiledError(f"no C compiler {command[0]!r}: install one (gcc), or name it in CC") from None
-    except subprocess.CalledProcessError as error:
-        said = (error.stderr.strip().splitlines() or ["nothing"])[0]
-        raise NotCompiledError(f"{command[0]} does not build c/*.c: {said}; name another compiler in CC") from None
+    """The kernels for this CPU, one object a process; raise ``NotCompiledError`` where they cannot be had."""
+    path, compiler = library()
+    return Kernels(path, compiler)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4_backend_torch.compiled import FEW
 from dsv4_backend_torch.numeric import Numeric
 from dsv4_core.contract.ops.embed import EmbedOps
 
@@ -14,8 +13,8 @@ class TorchEmbed(Numeric, EmbedOps):
     """Contracts of ``ops/embed.py``."""
 
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
-        if self.on_cpu and ids.shape[0] <= FEW and all(0 <= i < weight.shape[0] for i in ids.tolist()):
-            return self.rounded(weight.index_select(0, ids))
+        if self.compiled and (few := self.compiled.embedding(ids, weight, self.act_type)) is not None:
+            return few
         inside = (ids >= 0) & (ids < weight.shape[0])
         rows = weight.index_select(0, torch.where(inside, ids, 0))
         return self.rounded(torch.where(inside[:, None], rows, torch.zeros((), dtype=rows.dtype, device=rows.device)))

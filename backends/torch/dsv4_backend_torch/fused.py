@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from dsv4_backend_torch.attention import TorchAttention
 from dsv4_backend_torch.cache import TorchCache
+from dsv4_backend_torch.compiled import FEW, ExpertTable
 from dsv4_backend_torch.embed import TorchEmbed
 from dsv4_backend_torch.mhc import TorchMhc
 from dsv4_backend_torch.moe import TorchMoe, swiglu_
@@ -20,13 +22,22 @@ if TYPE_CHECKING:
     from dsv4_core.contract.dtypes import RowLayout
 
 
+@functools.cache
+def first_experts(rows: int) -> Tensor:
+    """The first expert for each row [rows, 1]."""
+    return torch.zeros((rows, 1), dtype=torch.int32)
+
+
 class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, EveryOp):
     """Contracts of ``ops/fused.py``, where fusing pays."""
 
     def ffn(self, x: Tensor, w1: Weight, w3: Weight, w2: Weight, *, limit: float) -> Tensor:
         x = self.quantised_activation(x, w1.format) if isinstance(w1, ScaledArray) else x
-        if self.compiled:
-            few = self.compiled.experts(x, (w1, w3, w2), None, None, limit, self.act_type, quantise=self.quantises(w2))
+        if self.compiled and 0 < x.shape[0] <= FEW:
+            alone = ExpertTable((w1, w3, w2))
+            few = self.compiled.moe(
+                x, first_experts(x.shape[0]), None, None, alone, 0, limit, self.act_type, quantise=self.quantises(w2)
+            )
             if few is not None:
                 return few
         return self.expert(x, (w1, w3), w2, None, limit)
@@ -44,6 +55,21 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Eve
             )
         tokens, topk = indices.shape
         x = self.quantised_activation(x, fmt) if (fmt := format_of(w1.dtype)) else x
+        if self.compiled and 0 < tokens <= FEW:
+            quantise = self.numerics == "native" and format_of(w2.dtype) in {"e4m3", "e2m1"}
+            few = self.compiled.moe(
+                x,
+                indices,
+                weights,
+                shared,
+                (w1, w3, w2),
+                first_expert,
+                limit,
+                getattr(torch, out_dtype),
+                quantise=quantise,
+            )
+            if few is not None:
+                return few
         if tokens == 1:
             return self._one_token(
                 x, weights, indices, shared, w1, w3, w2, first_expert, limit, getattr(torch, out_dtype)
@@ -71,15 +97,29 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Eve
                 y.index_add_(0, token, self.widen(rows))
         return y.to(getattr(torch, out_dtype))
 
+    def cached_index_topk(
+        self, q: Tensor, weights: Tensor, cache: Tensor, index: Tensor, visible: Tensor, offset: Tensor,
+        *, layout: RowLayout, scale: float, topk: int,
+    ) -> Tensor:  # fmt: skip
+        if self.compiled:
+            few = self.compiled.index_topk(q, weights, cache, index, visible, offset, layout, scale, topk)
+            if few is not None:
+                return few
+        return cast(
+            "Tensor",
+            super().cached_index_topk(q, weights, cache, index, visible, offset, layout=layout, scale=scale, topk=topk),
+        )
+
     def cached_sparse_attn(
         self, q: Tensor, kv: Tensor, ring: Tensor, ring_index: Tensor, rows: Tensor | None, row_index: Tensor | None,
         attn_sink: Tensor, topk_idxs: Tensor, *, layout: RowLayout, softmax_scale: float,
     ) -> Tensor:  # fmt: skip
-        if self.on_cpu and q.shape[0] == 1:
-            count = ring_index.shape[0] + kv.shape[0] + (0 if row_index is None else row_index.shape[0])
-            if torch.equal(topk_idxs, self.counted(count)):
-                every = self._all_rows(kv, ring, ring_index, rows, row_index, layout)
-                return self.attend_all(q, every, attn_sink, softmax_scale)
+        if self.compiled:
+            few = self.compiled.sparse_attn(
+                q, kv, ring, ring_index, rows, row_index, attn_sink, topk_idxs, layout, softmax_scale
+            )
+            if few is not None:
+                return few
         return cast(
             "Tensor",
             super().cached_sparse_attn(
@@ -95,31 +135,6 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Eve
                 softmax_scale=softmax_scale,
             ),
         )
-
-    def _all_rows(
-        self,
-        kv: Tensor,
-        ring: Tensor,
-        ring_index: Tensor,
-        rows: Tensor | None,
-        row_index: Tensor | None,
-        layout: RowLayout,
-    ) -> Tensor:
-        """``[ring[ring_index] | kv | rows[row_index] | zeros]``, wide."""
-        own, old = ring_index.shape[0], ring_index.shape[0] + kv.shape[0]
-        count = old + (0 if row_index is None else row_index.shape[0])
-        every = torch.empty((count + 1, kv.shape[1]), dtype=self.wide_type)
-        self._read_into(every[:own], ring, ring_index, layout)
-        every[own:old] = kv
-        if rows is not None and row_index is not None:
-            self._read_into(every[old:count], rows, row_index, layout)
-        every[count:] = 0
-        return every
-
-    def _read_into(self, out: Tensor, cache: Tensor, index: Tensor, layout: RowLayout) -> None:
-        """``cache_read`` into wide rows."""
-        if not self.compiled or self.compiled.cache_read(cache, index, layout, self.wide_type, out) is None:
-            out.copy_(self.cache_read(cache, index, layout=layout))
 
     def _one_token(
         self,
@@ -139,11 +154,6 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Eve
             (j, e - first_expert) for j, e in enumerate(indices[0].tolist()) if 0 <= e - first_expert < w1.shape[0]
         ]
         chosen = weights if len(local) == weights.shape[1] else weights[:, [j for j, _ in local]]
-        if local and self.compiled:
-            used = [projection[e] for _, e in local for projection in (w1, w3, w2)]
-            few = self.compiled.experts(x, used, chosen, shared, limit, out_type, quantise=self.quantises(used[2]))
-            if few is not None:
-                return few
         rows = [] if shared is None else [shared]
         if local:
             gate, up = self.widen(torch.cat([self.product(x, (w1[e], w3[e]), wide=False) for _, e in local])).chunk(

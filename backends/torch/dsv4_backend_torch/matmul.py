@@ -50,11 +50,8 @@ class TorchMatmul(TorchQuant, MatmulOps):
     def grouped_linear(self, x: Tensor, weight: Weight) -> Tensor:
         tokens, groups, cols = x.shape
         out = weight.shape[0]
-        if tokens == 1 and isinstance(weight, Tensor) and weight.is_contiguous():
-            blocks = weight.view(groups, out // groups, cols).unbind()
-            few = self.few_rows([(row, (block,)) for row, block in zip(x.unbind(1), blocks, strict=True)])
-            if few is not None:
-                return few.view(1, out)
+        if self.compiled and (few := self.compiled.grouped(x, weight, self.act_type)) is not None:
+            return few
         dtype = self.operand_type(x, weight)
         matrix = self.matrix((weight,), dtype)
         if matrix is None:

@@ -24,6 +24,8 @@ class TorchMhc(TorchNorm, TorchMatmul, MhcOps):
     """Contracts of ``ops/mhc.py``, and the fused ``hc_pre_norm``."""
 
     def hc_expand(self, x: Tensor, *, hc: int) -> Tensor:
+        if self.compiled and (few := self.compiled.hc_expand(x, hc)) is not None:
+            return few
         return x[:, None].expand(-1, hc, -1).contiguous()
 
     def hc_add(self, h: Tensor, x: Tensor) -> Tensor:
@@ -101,6 +103,8 @@ class TorchMhc(TorchNorm, TorchMatmul, MhcOps):
         return out
 
     def hc_head(self, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float) -> Tensor:
+        if self.compiled and (few := self.compiled.hc_head(h, fn, scale, base, norm_eps, eps)) is not None:
+            return few
         wide, mixes = self.mixes(h, fn, norm_eps)
         return self.rounded(self.reduce(wide, self.pre(mixes, scale, base, h.shape[1], eps)))
 

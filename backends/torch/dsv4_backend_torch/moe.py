@@ -26,7 +26,7 @@ class TorchMoe(TorchMatmul, MoeOps):
     """Contracts of ``ops/moe.py``."""
 
     def gate(self, x: Tensor, weight: Tensor, bias: Tensor, *, topk: int, route_scale: float) -> tuple[Tensor, Tensor]:
-        if self.compiled and (few := self.compiled.gate(x, weight, bias, None, topk, route_scale)):
+        if self.compiled and (few := self.compiled.gate(x, weight, bias, None, None, topk, route_scale)):
             return few
         scores = self.router_scores(x, weight)
         indices = (
@@ -37,9 +37,9 @@ class TorchMoe(TorchMatmul, MoeOps):
     def gate_hash(
         self, x: Tensor, weight: Tensor, tid2eid: Tensor, ids: Tensor, *, route_scale: float
     ) -> tuple[Tensor, Tensor]:
-        indices = tid2eid.index_select(0, ids)
-        if self.compiled and (few := self.compiled.gate(x, weight, None, indices, indices.shape[1], route_scale)):
+        if self.compiled and (few := self.compiled.gate(x, weight, None, tid2eid, ids, tid2eid.shape[1], route_scale)):
             return few
+        indices = tid2eid.index_select(0, ids)
         return self.route_weights(self.router_scores(x, weight), indices, route_scale), indices.to(torch.int32)
 
     def router_scores(self, x: Tensor, weight: Weight) -> Tensor:

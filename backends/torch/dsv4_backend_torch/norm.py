@@ -49,15 +49,30 @@ class TorchNorm(Numeric, NormOps):
         return out
 
     def apply_rope(self, x: Tensor, positions: Tensor, freqs: Tensor, *, inverse: bool) -> Tensor:
+        if self.compiled and (turn := self._few_rotations(positions, freqs)) is not None:
+            few = self.compiled.apply_rope(x, turn, inverse=inverse)
+            if few is not None:
+                return few
         rotated = 2 * freqs.shape[0]
         if not self.on_cpu:
             return self.turned(x, positions, freqs, inverse=inverse)
         turn, back = self.rotation(positions, freqs)
-        if self.compiled and (few := self.compiled.apply_rope(x, turn, inverse=inverse)) is not None:
-            return few
         pairs = torch.view_as_complex(self.widen(x[..., -rotated:]).reshape(*x.shape[:-1], freqs.shape[0], 2))
         y = torch.view_as_real(pairs * (back if inverse else turn)).reshape(*x.shape[:-1], rotated)
         return torch.cat([x[..., :-rotated], self.rounded(y)], -1)
+
+    def _few_rotations(self, positions: Tensor, freqs: Tensor) -> Tensor | None:
+        """Cosines and sines of a few positions, kept for the layer's other arrays; None where they are not few."""
+        assert self.compiled
+        kept = self._rotation
+        if kept is None or kept[0] is not positions:
+            kept = self._rotation = (positions, {})
+        if (found := kept[1].get(id(freqs))) is not None and found[0] is freqs:
+            few: Tensor | None = found[1] if len(found) == 2 else None
+            return few
+        if (turn := self.compiled.rotation(positions, freqs)) is not None:
+            kept[1][id(freqs)] = (freqs, turn)
+        return turn
 
     def turned(self, x: Tensor, positions: Tensor, freqs: Tensor, *, inverse: bool) -> Tensor:
         """``apply_rope`` in real numbers: complex ones have no kernels on some devices."""
@@ -83,7 +98,7 @@ class TorchNorm(Numeric, NormOps):
         kept = self._rotation
         if kept is None or kept[0] is not positions:
             kept = (positions, {})
-        if (found := kept[1].get(id(freqs))) is not None and found[0] is freqs:
+        if (found := kept[1].get(id(freqs))) is not None and found[0] is freqs and len(found) == 3:
             return found[1], found[2]
         angle = self.widen(positions.to(torch.float32)[:, None] * freqs)
         turn = torch.polar(torch.ones_like(angle), angle)[:, None]

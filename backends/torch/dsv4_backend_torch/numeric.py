@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dsv4_backend_torch.compiled import Kernels, NotCompiledError, build
+from dsv4_backend_torch.compiled import Kernels, build
+from dsv4_backend_torch.kept import NotCompiledError
 from dsv4_core.contract import dtypes
 from dsv4_core.contract.spec import Ops
 

@@ -11,11 +11,14 @@ import dsv4_conformance.cases.rules  # noqa: F401  registers how operands are ma
 import dsv4_core.contract.ops  # noqa: F401  declares the ops
 from dsv4_conformance.cases import operands
 from dsv4_conformance.cases.case import Case, cases_of
+from dsv4_conformance.cases.extents import extended
+from dsv4_conformance.cases.pairs import paired
 from dsv4_conformance.check import Check, Finding, Group, Session
+from dsv4_conformance.verdict import subnormals
 from dsv4_conformance.verdict.budget import Expected, expect
 from dsv4_conformance.verdict.calls import Call, execute, seed_of
 from dsv4_conformance.verdict.discrete import judge_discrete
-from dsv4_conformance.verdict.judge import Verdict, judge_exact, judge_rounded
+from dsv4_conformance.verdict.judge import Verdict, flushed, judge_exact, judge_rounded
 from dsv4_core.contract.backend import Backend
 from dsv4_core.contract.dtypes import WEIGHT_DTYPES, dtype_name
 from dsv4_core.contract.spec import OPS, Operand, OpSpec
@@ -23,6 +26,7 @@ from dsv4_core.contract.spec import OPS, Operand, OpSpec
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from dsv4_core.contract.dtypes import Host
     from dsv4_core.contract.spec import Numerics, Tier
 
 SEEDS = 8  # of a smoke case in the full tier
@@ -48,7 +52,26 @@ def judge_call(call: Call, session: Session, expected: list[Expected] | None = N
     if "discrete" in spec.judged:
         verdict.add(judge_discrete(call, outcome.results, session.oracle, backend), "")
         return verdict
-    for i, (got, want) in enumerate(zip(outcome.results, expected, strict=True)):
+    verdict.add(compared(outcome.results, expected), "")
+    if verdict.ok or session.numerics == "float64":
+        return verdict
+    others = expect(subnormals.flushed(call), session.oracle, backend)
+    forgiving = compared(outcome.results, [flushed(e, o) for e, o in zip(expected, others, strict=True)])
+    if not forgiving.ok:
+        return verdict
+    if backend.flushes_subnormals:
+        return forgiving
+    verdict.problems.append(
+        "it passes where numbers below the least normal one count as zero (subnormal numbers flushed): a backend that does so "
+        "declares flushes_subnormals = True"
+    )
+    return verdict
+
+
+def compared(results: list[Host], expected: list[Expected]) -> Verdict:
+    """Judge results against what is expected of them."""
+    verdict = Verdict()
+    for i, (got, want) in enumerate(zip(results, expected, strict=True)):
         where = f"result {i}: " if len(expected) > 1 else ""
         verdict.add(judge_exact(got, want) if want.budget is None else judge_rounded(got, want), where)
     return verdict
@@ -128,9 +151,15 @@ class OpCase:
 def checks(numerics: Numerics) -> list[Check]:
     """Every declared case of every op, but for weight formats that a backend need not have; in the full tier smoke's with more seeds."""
     del numerics
-    cases = [(spec, case) for spec in OPS.values() for case in cases_of(spec) if not optional(case)]
+    cases = [(spec, case) for spec in OPS.values() for case in every_case(spec) if not optional(case)]
     again = [OpCase(s, c, again=i) for s, c in cases if c.tier == "smoke" for i in range(1, SEEDS)]
     return [*(OpCase(s, c) for s, c in cases), *again]
+
+
+def every_case(spec: OpSpec) -> list[Case]:
+    """An op's declared cases, those at published extents, and those in which data and sizes meet."""
+    declared = cases_of(spec)
+    return [*declared, *extended(spec.name, declared), *paired(spec.name, declared)]
 
 
 def optional(case: Case) -> set[str]:
@@ -143,6 +172,6 @@ def declared(formats: Iterable[str]) -> list[Check]:
     return [
         OpCase(spec, case)
         for spec in OPS.values()
-        for case in cases_of(spec)
+        for case in every_case(spec)
         if optional(case) and optional(case) <= set(formats)
     ]

@@ -85,6 +85,22 @@ def peaked(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
     return normal(rng, shape) * 20
 
 
+def late(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
+    """Rows that grow towards their end, so that a running maximum moves again and again, and last of all in the last column."""
+    x = normal(rng, shape)
+    return np.asarray(x * np.linspace(0.1, 3, max(shape[-1], 1))[: shape[-1]] + np.linspace(0, 4, shape[-1]))
+
+
+def early(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
+    """The same the other way round: the first column holds the largest."""
+    return late(rng, shape)[..., ::-1]
+
+
+def very_negative(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
+    """Numbers whose exponential is far below one, almost to where it leaves float32: -3 to -80."""
+    return np.asarray(-np.exp(rng.uniform(np.log(3), np.log(80), shape)))
+
+
 def clamp(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
     """Values at, just inside, just outside and far outside +-10 and +-2."""
     edge = rng.choice([2.0, 10.0], shape) * rng.choice([-1.0, 1.0], shape)
@@ -118,6 +134,9 @@ FLAVOURS: dict[str, Fill] = {
         positive,
         cancel,
         peaked,
+        late,
+        early,
+        very_negative,
         clamp,
         fp4,
         nan,

@@ -29,6 +29,7 @@ from dsv4_core.contract.dtypes import (
 from dsv4_core.contract.spec import OPS, Numerics
 
 FAR = 1 << 20  # the published models' max_position_embeddings
+SMALL = 1 << 16  # rows of a cache beyond which the last ones are addressed, not any
 SCALES = (1, 232)  # bytes of a weight's scales: 2^-126 and 2^105, so that products stay inside bfloat16
 
 
@@ -127,6 +128,14 @@ class Maker:
     def ints(self, low: int, high: int, *shape: int) -> Host:
         """Integers in ``low .. high - 1``."""
         return self.rng.integers(low, max(high, low + 1), shape).astype(np.int32)
+
+    def slots(self, rows: int, count: int) -> Host:
+        """Distinct rows in any order: of a large array the last ones, whose addresses need the most bits, and one of the first."""
+        if rows <= SMALL:
+            return self.rng.permutation(rows)[:count].astype(np.int32)
+        index = rows - 1 - self.rng.permutation(count)
+        index[count // 2 :][:1] = 0 if count < rows else index[count // 2]
+        return index.astype(np.int32)
 
     def some_missing(self, index: Host, share: float = 0.3) -> Host:
         """The indices with ``share`` of them -1; all of them for the flavours that say so."""

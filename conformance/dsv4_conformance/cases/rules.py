@@ -6,15 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_conformance.cases.operands import FAR, Maker, builds, quantiser_input
-from dsv4_core.contract.dtypes import FP4_GROUP, KV_BLOCK, Host, RowLayout
+from dsv4_conformance.cases.flavours import fill
+from dsv4_conformance.cases.operands import FAR, SMALL, Maker, builds, quantiser_input
+from dsv4_core.contract.dtypes import E2M1_VALUES, FP4_GROUP, KV_BLOCK, Host, RowLayout, numpy_dtype
 
 
 @builds("embedding")
 def _embedding(m: Maker) -> list[Any]:
     ids = m.ints(0, m["vocab"], m["tokens"])
     if m.data == "ids_outside":
-        ids[:4] = -1, m["vocab"], -m["vocab"] - 1, 2**31 - 1
+        outside = (-1, m["vocab"], -m["vocab"] - 1, 2**31 - 1)[: len(ids)]
+        ids[: len(outside)] = outside
     return [ids, m.weight("weight", m["vocab"], m["dim"])]
 
 
@@ -91,6 +93,10 @@ def _expert_linear(m: Maker) -> list[Any]:
 def _gate_input(m: Maker) -> tuple[Host, Host]:
     data = "integers" if m.data == "ties" else m.data
     x = m.floats(m["tokens"], m["dim"], data=data)
+    if m.data == "very_negative":  # logits of -3 to -90: positive tokens, negative experts
+        level = fill("very_negative", m.rng, (m["experts"], 1)) / m["dim"]
+        x = (1 + 0.1 * m.rng.standard_normal((m["tokens"], m["dim"]))).astype(x.dtype)
+        return x, (level * (1 + 0.1 * m.rng.standard_normal((m["experts"], m["dim"])))).astype(numpy_dtype("bfloat16"))
     if m.data == "ties":  # experts in equal pairs, logits exact: the lower id of a pair comes first
         half = m.floats(m["experts"] // 2, m["dim"], dtype="bfloat16", data="integers", scale=1 / 8)
         return x, np.repeat(half, 2, axis=0)
@@ -129,7 +135,7 @@ def _dispatch(m: Maker) -> list[Any]:
 @builds("swiglu")
 def _swiglu(m: Maker) -> list[Any]:
     weights = None if m.case.dtypes.get("weights") == "none" else m.rng.random(m["rows"]).astype(m.wide)
-    scale = 1.0 if m.data == "clamp" else 3.0
+    scale = 1.0 if m.data in {"clamp", "very_negative"} else 3.0
     return [m.floats(m["rows"], m["inter"], scale=scale), m.floats(m["rows"], m["inter"], scale=scale), weights]
 
 
@@ -166,18 +172,38 @@ def _compress(m: Maker) -> list[Any]:
         idxs[0, :ratio] = -1
     if m.data == "padding":
         idxs[::2] = -1
+    if m.data == "late":
+        pool[:, width:] += np.linspace(0, 30, tokens)[:, None].astype(pool.dtype)
     return [pool, m.plain(ratio, width), idxs.astype(np.int32)]
 
 
 def _index_operands(m: Maker) -> tuple[Host, Host, Host]:
     """Queries, head weights (of either sign) and keys, the latter as the graph gives them: on the FP4 grid."""
     b, s, h, d, n = m["batch"], m["seq"], m["heads"], m["dim"], m["rows"]
+    if m.data == "close":
+        return _close(m)
     data = "integers" if m.data == "ties" else m.data
     q, keys = m.floats(b * s * h, d, data=data), m.floats(b * n, d, data=data)
     if m.data not in {"ties", "outliers"}:
         q, keys = m.on_grid(q, "e2m1", FP4_GROUP, d), m.on_grid(keys, "e2m1", FP4_GROUP, d)
     weights = m.floats(b, s, h, dtype=m.wide, data="integers" if m.data == "ties" else "normal")
     return q.reshape(b, s, h, d), weights, keys.reshape(b, n, d)
+
+
+def _close(m: Maker) -> tuple[Host, Host, Host]:
+    """Scores that are whole numbers next to each other, far from zero: exact in float32 whatever the order, equal in bfloat16.
+
+    A key's channels are 6 but for the first two, which spell its place; the first head alone has a weight.
+    """
+    b, s, h, d, n = m["batch"], m["seq"], m["heads"], m["dim"], m["rows"]
+    place = np.stack([m.rng.permutation(n) for _ in range(b)]) % 64
+    keys = np.full((b, n, d), 6.0)
+    keys[..., 0], keys[..., 1] = E2M1_VALUES[place % 8], E2M1_VALUES[place // 8]
+    q = np.full((b, s, h, d), 4.0)
+    q[..., :2] = 0.5, 6.0
+    weights = np.zeros((b, s, h))
+    weights[..., 0] = 1
+    return q.astype(numpy_dtype(m.act)), weights.astype(m.wide), keys.astype(numpy_dtype(m.act))
 
 
 @builds("index_scores")
@@ -187,7 +213,8 @@ def _index_scores(m: Maker) -> list[Any]:
 
 def _visible(m: Maker) -> list[Any]:
     rows, topk, shape = m["rows"], m.case.scalars["topk"], (m["batch"], m["seq"])
-    visible = m.ints(0, topk, *shape) if m.data == "few_visible" else m.ints(rows // 2, rows + 1, *shape)
+    low, high = {"few_visible": (0, topk), "all_visible": (rows, rows + 1)}.get(m.data, (rows // 2, rows + 1))
+    visible = m.ints(low, high, *shape)
     return [visible, np.broadcast_to(100 + np.arange(m["batch"], dtype=np.int32)[:, None] * rows, shape).copy()]
 
 
@@ -211,14 +238,17 @@ def _index_topk(m: Maker) -> list[Any]:
 
 @builds("cached_index_topk")
 def _cached_index_topk(m: Maker) -> list[Any]:
-    q, weights, _ = _index_operands(m)
+    q, weights, keys = _index_operands(m)
     layout: RowLayout = m.scalars()["layout"]
     filled = 2 * m["rows"] if m.data == "sparse" else m["slots"]
     if m.data == "sparse":
         cache = m.far_cache(m["slots"], filled, layout)
     else:
-        cache = _cache_of(m.floats(m["slots"], m["dim"], data="integers" if m.data == "ties" else "normal"), layout)
-    picks = [m.rng.permutation(filled)[: m["rows"]] for _ in range(m["batch"])]
+        rows = m.floats(m["slots"], m["dim"], data="integers" if m.data == "ties" else "normal")
+        if m.data == "close":
+            rows = np.resize(keys.reshape(-1, m["dim"]), rows.shape)
+        cache = _cache_of(rows, layout)
+    picks = [m.slots(filled, m["rows"]) for _ in range(m["batch"])]
     index = (len(cache) - filled + np.concatenate(picks)).astype(np.int32)
     return [q, weights, cache, index, *_visible(m)]
 
@@ -234,6 +264,13 @@ def _cache_of(rows: Host, layout: RowLayout) -> Host:
     return np.concatenate([pack_fp4(codes), scale], axis=1)
 
 
+def _rising(m: Maker, tokens: int, heads: int, rows: int) -> tuple[Host, Host]:
+    """Queries and keys whose scores grow with the row (``early``: fall), by some thirty from end to end: each tile has a new maximum."""
+    q, kv = m.floats(tokens, heads, m["dim"], data="normal"), m.floats(rows, m["dim"], data="normal")
+    q[..., 0], kv[:, 0] = m["dim"] ** 0.5, np.linspace(0, 30, rows)[:: -1 if m.data == "early" else 1]
+    return q, kv
+
+
 @builds("sparse_attn")
 def _sparse_attn(m: Maker) -> list[Any]:
     t, h, d, rows, picks = m["tokens"], m["heads"], m["dim"], m["rows"], m["picks"]
@@ -242,11 +279,13 @@ def _sparse_attn(m: Maker) -> list[Any]:
     elif m.data == "repeated":
         idxs = m.ints(0, max(1, picks // 3), t, picks)
     else:
-        idxs = np.argsort(m.rng.random((t, rows)), axis=1)[:, :picks].astype(np.int32)
+        idxs = np.stack([m.slots(rows, picks) for _ in range(t)]) if t else np.zeros((0, picks), np.int32)
     idxs = m.some_missing(idxs)
     if m.data == "padding" and t:
         idxs[0] = -1  # a token with no row
     scale = 4.0 if m.data == "peaked" else 1.0
+    if m.data in {"late", "early"}:
+        return [*_rising(m, t, h, rows), m.plain(h), np.sort(idxs, axis=1)]
     return [
         m.floats(t, h, d, scale=scale),
         m.floats(rows, d),
@@ -268,7 +307,9 @@ def _cached_sparse_attn(m: Maker) -> list[Any]:
     rows = row_index = None
     if not windowed:
         rows = m.far_cache(m["row_slots"], 2 * old, layout) if m.data == "sparse" else m.packed(m["row_slots"], layout)
-        row_index = m.ints(len(rows) - 2 * old if m.data == "sparse" else 0, len(rows), old)
+        first = len(rows) - 2 * old if m.data == "sparse" or len(rows) > SMALL else 0
+        row_index = m.ints(first, len(rows), old)
+        row_index[-1:] = len(rows) - 1
     total = m["recent"] + t + old
     idxs = (
         m.some_missing(m.ints(m["recent"] // 4, max(total, 1), t, m["picks"]))
@@ -370,7 +411,7 @@ def _cache_write(m: Maker) -> list[Any]:
     if m.data == "sparse":  # a cache of more than 2^31 bytes, its last rows written
         cache = m.far_cache(m["slots"], m["n"], layout)
         return [cache, rows, np.arange(len(cache) - m["n"], len(cache), dtype=np.int32)]
-    index = m.rng.permutation(m["slots"])[: m["n"]].astype(np.int32)
+    index = m.slots(m["slots"], m["n"])
     return [m.packed(m["slots"], layout), rows, m.some_missing(index)]
 
 
@@ -380,7 +421,10 @@ def _cache_read(m: Maker) -> list[Any]:
     if m.data == "sparse":
         cache = m.far_cache(m["slots"], m["n"], layout)
         return [cache, np.arange(len(cache) - m["n"], len(cache), dtype=np.int32)]
-    index = np.arange(m["n"], dtype=np.int32) if m.data == "every_code" else m.ints(0, m["slots"], m["n"])
+    many = m["slots"] > SMALL and m["n"] <= m["slots"]
+    index = m.slots(m["slots"], m["n"]) if many else m.ints(0, m["slots"], m["n"])
+    if m.data == "every_code":
+        index = np.arange(m["n"], dtype=np.int32)
     return [m.packed(m["slots"], layout), m.some_missing(index)]
 
 

@@ -7,6 +7,8 @@ from typing import cast
 
 import click
 
+from dsv4_core.cli.commands import Group
+
 COMMANDS = {
     "run": "dsv4_conformance.cli.run:run_command",
     "mutants": "dsv4_conformance.cli.mutants:command",
@@ -17,7 +19,7 @@ COMMANDS = {
 }
 
 
-class Commands(click.Group):
+class Commands(Group):
     """Subcommands, imported when they are named."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

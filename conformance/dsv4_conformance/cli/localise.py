@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsv4_conformance.check import Session
-from dsv4_conformance.cli.run import rerun_command
 from dsv4_conformance.model import trace_file
 from dsv4_conformance.model.localise import chosen, judge_all, ranges, report, save_findings, text_of
 from dsv4_conformance.model.record import Recorded, Recorder, record
-from dsv4_core.cli.options import BackendFlags, backend_options, model_directory
+from dsv4_core.checkpoint.locate import find_model
+from dsv4_core.checkpoint.weights import Checkpoint
+from dsv4_core.cli.commands import Command, command_line
+from dsv4_core.cli.options import BackendFlags, backend_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-@click.command("localise")
+@click.command("localise", cls=Command)
 @click.argument("model", required=False)
 @click.option("--against", metavar="NAME", help="Another backend, judged on the same inputs.")
 @click.option("--tokens", default="160", show_default=True, help="How many random ones, or a .npy file [batch, total].")
@@ -63,12 +65,15 @@ def command(
     session, ended = Session(flags.create()), ""
     if traced:
         calls = trace_file.read(traced, session.numerics)
-        click.echo(f"{traced}: {len(calls)} calls")
+        recorded = trace_file.stated(traced).checkpoint
+        if model is not None and (here := Checkpoint(find_model(model)).identity()) != recorded:
+            raise ValueError(f"{traced}: recorded on checkpoint {recorded}; {model} is {here}")
+        click.echo(f"{traced}: {len(calls)} calls of checkpoint {recorded}")
         judged, names = judge_all(calls, session, again=True), (name, "trace")
     else:
-        calls, ended = _run(model_directory(model), session, tokens, decode, layers, positions)
+        calls, ended = _run(find_model(model), session, tokens, decode, layers, positions)
         if dump:
-            _dump(calls, dump, session)
+            _dump(calls, dump, session, Checkpoint(find_model(model)).identity())
             return
         other = Session(_second(flags, against)) if against else None
         judged, names = judge_all(calls, session, other), (name, against or "")
@@ -76,16 +81,15 @@ def command(
         click.echo(line)
     if ended:
         click.echo(f"the run ended there: {ended}")
+    replay = ["conformance", "run", "--backend", name, *flags.arguments(), "--case"]
     for path in save_findings(judged, cases, session.numerics):
-        click.echo(f"saved; replay: {rerun_command(flags, name)} --case {path}")
+        click.echo(f"saved; replay: {command_line([*replay, str(path)])}")
     raise click.exceptions.Exit(0 if all(j.ok for j in judged) and not ended else 1)
 
 
 def _run(
     directory: Path, session: Session, tokens: str, decode: int, layers: str | None, positions: str | None
 ) -> tuple[list[Recorded], str]:
-    from dsv4_core.checkpoint.weights import Checkpoint
-
     checkpoint = Checkpoint(directory)
     ids = text_of(tokens, checkpoint.config)
     decode = min(decode, ids.shape[1] - 1)
@@ -104,8 +108,8 @@ def _second(flags: BackendFlags, against: str) -> Any:
     return registry.create(against, numerics=flags.numerics)
 
 
-def _dump(calls: Sequence[Recorded], directory: Path, session: Session) -> None:
-    packed = trace_file.pack(calls, session.numerics)
+def _dump(calls: Sequence[Recorded], directory: Path, session: Session, checkpoint: str) -> None:
+    packed = trace_file.pack(calls, session.numerics, checkpoint)
     click.echo(f"{len(calls)} calls, {len(packed.tensors)} tensors, {packed.nbytes / 1e6:.1f} MB -> {directory}")
     trace_file.write(packed, directory)
     click.echo(f"judge it elsewhere: dsv4 conformance localise --trace {directory} --backend NAME")

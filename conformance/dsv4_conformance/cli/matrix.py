@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 
 from dsv4_conformance.report.matrix import BEGIN, END, between, load, matrix, summary
+from dsv4_core.files.reading import text as read_text
+from dsv4_core.files.writing import write
 
 
 @click.command("matrix")
@@ -22,8 +24,8 @@ def command(reports: tuple[Path, ...], brief: bool, out: Path | None, into: Path
     """Build the support matrix from report.json files (or directories that hold one)."""
     text = (summary if brief else matrix)([load(path) for path in reports])
     if out:
-        out.write_text(text)
+        write(out, text)
     if into:
-        into.write_text(between(into.read_text(), text, str(into)))
+        write(into, between(read_text(into), text, str(into)))
     if not out and not into:
         click.echo(text, nl=False)

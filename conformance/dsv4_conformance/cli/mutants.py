@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import click
+
+from dsv4_core.files.reading import json_file
 
 SLICES = 4  # of the seeds: parts that processes take
 
@@ -149,5 +150,4 @@ def merge(into: dict[str, Any], part: dict[str, Any]) -> None:
 
 def load(path: Path) -> dict[str, Any]:
     """Read a record that ``--out`` wrote."""
-    record: dict[str, Any] = json.loads(path.read_text())
-    return record
+    return json_file(path, dict[str, Any], "write it again: dsv4 conformance mutants --out DIR")

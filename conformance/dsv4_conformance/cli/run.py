@@ -3,59 +3,84 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import sys
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
+from click.core import ParameterSource
 
-from dsv4_core.cli.options import BackendFlags, backend_options
+from dsv4_core.cli.commands import Command, command_line, option, typed, words_of
+from dsv4_core.cli.options import BackendFlags, backend_options, json_option
+from dsv4_core.cli.schema import Failure, Judged, emit
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from dsv4_conformance.check import Finding
     from dsv4_conformance.run.runner import Run
     from dsv4_core.contract.spec import Tier
 
 
-def rerun_command(flags: BackendFlags, backend: str) -> str:
-    """The command line that repeats a run of this backend; ``--case ID`` completes it."""
-    words = ["dsv4", "conformance", "run", "--backend", backend]
-    if flags.numerics != "native":
-        words += ["--numerics", flags.numerics]
-    for name, value in flags.options.items():
-        words += ["--option", f"{name}={str(value).lower() if isinstance(value, bool) else value}"]
-    return shlex.join(words)
+SELECTS = ("tier", "ops", "cases", "require", "xfails", "report", "jobs", "listed", "quiet", "as_json", "backend")
+"""Parameters of a run that say what is run and printed, not how."""
 
 
-@click.command("run")
-@click.option(
+@dataclass(frozen=True)
+class Commands:
+    """The command that was run, with the backend that it chose; and the one that ``--case ID`` completes."""
+
+    whole: str
+    rerun: str
+
+    @classmethod
+    def running(cls, backend: str) -> Commands:
+        """Of the command that is being run."""
+        named = ["--backend", backend]
+        ctx = click.get_current_context()
+        written = typed()
+        chosen = [] if ctx.get_parameter_source("backend") is ParameterSource.COMMANDLINE else named
+        run = ["conformance", "run"]
+        return cls(
+            whole=command_line([*run, *chosen, *written]),
+            rerun=command_line([*run, *named, *words_of(ctx, without=SELECTS)]),
+        )
+
+
+@click.command("run", cls=Command)
+@option(
     "--tier",
     type=click.Choice(["smoke", "standard", "full"]),
     default="standard",
     show_default=True,
     help="How much is run.",
 )
-@click.option("--op", "ops", multiple=True, metavar="NAME", help="Only this op or law; may be repeated.")
-@click.option("--case", "cases", multiple=True, metavar="ID", help="Only this case, of whatever tier; may be repeated.")
-@click.option("--require", type=click.IntRange(0, 4), help="Fail unless this level is reached, claimed or not.")
-@click.option(
+@option("--op", "ops", multiple=True, metavar="NAME", help="Only this op or law; may be repeated.")
+@option("--case", "cases", multiple=True, metavar="ID", help="Only this case, of whatever tier; may be repeated.")
+@option("--require", type=click.IntRange(0, 4), help="Fail unless this level is reached, claimed or not.")
+@option(
     "--xfails", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="TOML file of expected failures."
 )
-@click.option(
+@option(
     "--report",
     type=click.Path(path_type=Path, file_okay=False),
     help="Write report.json, junit.xml and report.html here.",
 )
-@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Run checks in this many processes.")
-@click.option("--isolate", is_flag=True, help="Run checks in another process, which may crash, hang or eat memory.")
-@click.option("--time-limit", default=120.0, show_default=True, help="Seconds a check may take with --isolate.")
-@click.option("--memory-limit", default=8192, show_default=True, help="Megabytes a process may use with --isolate.")
-@click.option("--list", "listed", is_flag=True, help="Print the ids that would run, and stop.")
-@click.option("--quiet", "-q", is_flag=True, help="Failures and the closing lines only.")
+@option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Run checks in this many processes.")
+@option("--isolate", is_flag=True, help="Run checks in another process, which may crash, hang or eat memory.")
+@option("--time-limit", default=120.0, show_default=True, help="Seconds a check may take with --isolate.")
+@option("--memory-limit", default=8192, show_default=True, help="Megabytes a process may use with --isolate.")
+@option("--list", "listed", is_flag=True, help="Print the ids that would run, and stop.")
+@option("--quiet", "-q", is_flag=True, help="Failures and the closing lines only.")
 @backend_options
+@json_option
 def run_command(
     flags: BackendFlags,
+    as_json: bool,
     tier: str,
     ops: tuple[str, ...],
     cases: tuple[str, ...],
@@ -73,6 +98,10 @@ def run_command(
 
     Exit status: 0 all that was claimed or required passed, 1 something failed, 2 could not run.
     """
+    from dsv4_conformance.run.isolate import THREADS
+
+    for variable in THREADS:  # before a library reads them: cases are small, and threads that wait for work spin
+        os.environ.setdefault(variable, "1")
     from dsv4_conformance.check import Session
     from dsv4_conformance.laws.invariance import cost
     from dsv4_conformance.run import runner
@@ -88,7 +117,7 @@ def run_command(
         for check in runner.select(collect(session.tier, session.numerics, backend), ops, cases):
             click.echo(check.id)
         return
-    rerun = rerun_command(flags, name)
+    commands = Commands.running(name)
     seconds, megabytes = (time_limit, memory_limit) if isolate else (math.inf, math.inf)
     on_device = str(getattr(session.backend, "device", "cpu")) != "cpu"
     workers = Workers(name, session.numerics, flags.options, session.tier, seconds, megabytes, jobs, sticky=on_device)
@@ -99,20 +128,21 @@ def run_command(
         require=require,
         xfails=expected.load(xfails) if xfails else (),
         execute=workers.execute if isolate or jobs > 1 else None,
-        progress=Progress(rerun, quiet=quiet, detailed=bool(cases)),
+        progress=Progress(commands.rerun, quiet=quiet, detailed=bool(cases), aside=as_json),
         version=registry.installed()[name].version,
     )
     result.backend = name
     if flags.options.get("batch_invariant") and not result.partial:
-        click.echo(cost(backend))
-    finish(result, report, rerun)
+        click.echo(cost(backend), err=as_json)
+    finish(result, report, commands, flags.options, as_json=as_json)
 
 
 class Progress:
     """One line that moves, a block for each failure, a line for each that was not claimed."""
 
-    def __init__(self, rerun: str, *, quiet: bool, detailed: bool) -> None:
-        self.rerun, self.detailed = rerun, detailed
+    def __init__(self, rerun: str, *, quiet: bool, detailed: bool, aside: bool = False) -> None:
+        """``aside``: print to standard error, since standard output is for a document."""
+        self.rerun, self.detailed, self.aside = rerun, detailed, aside
         self.moving = not quiet and sys.stderr.isatty()
 
     def __call__(self, finding: Finding, done: int, of: int) -> None:
@@ -122,28 +152,65 @@ class Progress:
         if finding.status in {"passed", "unsupported", "xfailed"} and not self.detailed:
             return
         clear = "\r\x1b[2K" if self.moving else ""
-        if not finding.claimed and finding.status != "passed" and not self.detailed:
-            click.echo(f"{clear}not claimed, and {finding.status}: {finding.id}")
+        if not finding.counts and finding.status != "passed" and not self.detailed:
+            click.echo(f"{clear}not claimed, and {finding.status}: {finding.id}", err=self.aside)
             return
         colour = "green" if finding.status == "passed" else "red"
-        click.echo(f"{clear}{click.style(finding.status.upper(), fg=colour)} {finding.id}")
+        click.echo(f"{clear}{click.style(finding.status.upper(), fg=colour)} {finding.id}", err=self.aside)
         if finding.message:
-            click.echo(f"    {finding.message}")
+            click.echo(f"    {finding.message}", err=self.aside)
         if finding.status == "passed":
             figures = ", ".join(f"{k} {v:.3g}" for k, v in finding.metrics.items())
-            click.echo(f"    {finding.used:.3g} of the budget used, worst {finding.worst}; {figures}")
+            click.echo(f"    {finding.used:.3g} of the budget used, worst {finding.worst}; {figures}", err=self.aside)
         else:
-            claim = "" if finding.claimed else " (not claimed)"
-            click.echo(f"    op {finding.op}, level {finding.level}{claim}; re-run: {self.rerun} --case {finding.id}")
+            claim = "" if finding.counts else " (not claimed)"
+            click.echo(
+                f"    op {finding.op}, level {finding.level}{claim}; re-run: {self.rerun} --case {finding.id}",
+                err=self.aside,
+            )
 
 
-def finish(result: Run, report: Path | None, rerun: str) -> None:
-    """Print the closing lines, write the reports, leave with the run's exit status."""
+def finish(
+    result: Run, report: Path | None, commands: Commands, options: Mapping[str, Any], *, as_json: bool = False
+) -> None:
+    """Print the closing lines or the document, write the reports, leave with the run's exit status."""
     from dsv4_conformance.report.write import write
 
     if report:
-        write(result, report, rerun)
+        write(result, report, commands.whole, commands.rerun, options)
+    if as_json:
+        emit("conformance run", judged(result, report, commands), ok=result.ok)
+        raise click.exceptions.Exit(0 if result.ok else 1)
+    if report:
         click.echo(f"report: {report / 'report.html'}")
     for line in result.summary():
         click.echo(line)
     raise click.exceptions.Exit(0 if result.ok else 1)
+
+
+def judged(result: Run, report: Path | None, commands: Commands) -> Judged:
+    """What a run comes to, for scripts; every figure of it is in report.json."""
+    failures = [
+        Failure(
+            id=f.id,
+            status=f.status,
+            claimed=f.claimed,
+            message=f.message,
+            rerun=f"{commands.rerun} --case {shlex.quote(f.id)}",
+        )
+        for f in result.failures()
+    ]
+    return Judged(
+        backend=result.backend,
+        version=result.version,
+        numerics=result.numerics,
+        tier=result.tier,
+        command=commands.whole,
+        level=result.level,
+        claimed=result.claims_level,
+        required=result.require,
+        statuses=dict(Counter(f.status for f in result.findings)),
+        failures=failures,
+        stale=result.stale,
+        report=str(report / "report.json") if report else None,
+    )

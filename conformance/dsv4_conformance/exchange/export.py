@@ -18,6 +18,7 @@ from dsv4_conformance.check import Finding
 from dsv4_conformance.exchange import replay
 from dsv4_conformance.exchange.export_readme import README
 from dsv4_conformance.files import tensorfile
+from dsv4_conformance.files.forms import ExportedCase, Manifest, hold_call, plain
 from dsv4_conformance.files.stored_calls import Packer, unpack
 from dsv4_conformance.laws.small_model import OracleBackend
 from dsv4_conformance.verdict.budget import Expected, expect
@@ -26,6 +27,8 @@ from dsv4_conformance.verdict.judge import Verdict
 from dsv4_core.checkpoint.shards import Shard, ShardError
 from dsv4_core.contract import registry
 from dsv4_core.contract.spec import OPS
+from dsv4_core.files import writing as files
+from dsv4_core.files.reading import FileError, checked, fitting, inside, json_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -127,16 +130,38 @@ def export(
         **catalogue.environment(),
         "left_out": left_out,
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / MANIFEST).write_text(
-        json.dumps({**manifest, "contracts": contracts, "cases": entries}, indent=1) + "\n"
+    files.write(directory / "README.md", README)
+    files.write(  # last: a directory without it was not finished
+        directory / MANIFEST, json.dumps({**manifest, "contracts": contracts, "cases": entries}, indent=1) + "\n"
     )
-    (directory / "README.md").write_text(README)
+
+
+ADVICE = "export it again: dsv4 conformance export DIRECTORY"
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Read an exported directory's manifest and hold it to its form; raise ``FileError``."""
+    try:
+        manifest = json_file(directory / MANIFEST, Manifest, ADVICE)
+    except FileNotFoundError:
+        raise FileError(f"{directory}: holds no {MANIFEST}, so it is no export that was finished; {ADVICE}") from None
+    for op, formats in manifest.narrower.items():
+        if op not in OPS or set(formats) - set(OPS[op].narrower):
+            raise FileError(f"{directory / MANIFEST}: narrower {op} {formats} is no contract's; {ADVICE}")
+    for i, entry in enumerate(manifest.cases):
+        name = f"{directory / MANIFEST}: cases[{i}]"
+        case = checked(entry, ExportedCase, name, ADVICE)
+        hold_call(entry["call"], name, ADVICE)
+        for file in (case.inputs, case.expected):
+            inside(directory, file, name)
+        if case.op != entry["call"]["op"]:
+            raise FileError(f"{name}: op {case.op} with a call of {entry['call']['op']}; {ADVICE}")
+    return dict(plain(manifest))
 
 
 def judge(directory: Path, results: Path, ops: Sequence[str] = (), cases: Sequence[str] = ()) -> Iterator[Finding]:
     """A finding for every exported case, or for those of ``ops`` and the ``cases`` named."""
-    manifest = json.loads((directory / MANIFEST).read_text())
+    manifest = read_manifest(directory)
     narrower = {op: tuple(what) for op, what in manifest["narrower"].items()}
     backend, oracle = OracleBackend(numerics=manifest["numerics"]), registry.oracle(manifest["numerics"], narrower)
     for entry in manifest["cases"]:
@@ -161,13 +186,13 @@ def judge(directory: Path, results: Path, ops: Sequence[str] = (), cases: Sequen
 
 
 def _verdict(case: Exported, results: Path, oracle: registry.Oracle, backend: OracleBackend) -> Verdict:
-    file = results / case.entry["results"]
+    file = inside(results, case.entry["results"], f"{case.directory / MANIFEST}: {case.id}")
     names = [output["name"] for output in case.entry["outputs"]]
     try:
         shard = Shard(file)
     except FileNotFoundError:
         return Verdict([f"no result: {file} does not exist; write {', '.join(names)} there"], float("inf"))
-    except ShardError as error:
+    except (ShardError, FileError) as error:
         return Verdict([f"{file}: {error}"], float("inf"))
     if missing := [name for name in names if name not in shard.entries]:
         return Verdict(
@@ -181,7 +206,6 @@ def _verdict(case: Exported, results: Path, oracle: registry.Oracle, backend: Or
         return Verdict(
             [f"{file}: {unknown[0]}: a dtype that no output has; README.md says which is wanted"], float("inf")
         )
-    with np.errstate(all="ignore"):
-        return replay.judge_results(
-            case.call(), [shard.array(name) for name in names], case.expected(), oracle, backend
-        )
+    got = [shard.array(name) for name in names]
+    with np.errstate(all="ignore"), fitting(f"{case.directory / MANIFEST}: {case.id} and its files", ADVICE):
+        return replay.judge_results(case.call(), got, case.expected(), oracle, backend)

@@ -7,21 +7,22 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dsv4_conformance.cases.checks import judge_call, level_of
 from dsv4_conformance.check import Finding, Group, Session
-from dsv4_conformance.files import tensorfile
+from dsv4_conformance.files import forms, tensorfile
 from dsv4_conformance.files.stored_calls import Packer, unpack
-from dsv4_conformance.verdict.budget import Expected, expect
+from dsv4_conformance.verdict.budget import SAMPLES, Expected, expect
 from dsv4_conformance.verdict.calls import Call, result_dtype
 from dsv4_conformance.verdict.discrete import judge_discrete
 from dsv4_conformance.verdict.judge import Verdict, judge_exact, judge_rounded
 from dsv4_core.checkpoint.shards import Shard
 from dsv4_core.contract.dtypes import dtype_name
 from dsv4_core.contract.spec import OPS
+from dsv4_core.files.reading import checked, fitting, json_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,14 +67,14 @@ def judge_results(
     return verdict
 
 
-def judge_recorded(call: Call, results: Sequence[Host], session: Session) -> Verdict:
-    """Judge recorded results by the session's oracle.
+def judge_recorded(call: Call, results: Sequence[Host], session: Session, samples: int = SAMPLES) -> Verdict:
+    """Judge recorded results by the session's oracle; ``samples``: of the first opinion.
 
     A run has millions of elements, and of a budget's random deviations the largest is now and then far below its scale:
     what is over budget is judged again by more of them before it counts.
     """
     with np.errstate(all="ignore"):
-        expected = expect(call, session.oracle, session.backend)
+        expected = expect(call, session.oracle, session.backend, samples)
         verdict = judge_results(call, results, expected, session.oracle, session.backend)
         if 1 < verdict.used < BEYOND_CHANCE:
             for i in range(SECOND_OPINIONS):
@@ -119,8 +120,22 @@ class SavedCase:
 
     def run(self, session: Session) -> Finding:
         """Run the call on the session's backend and judge it."""
-        shard = Shard(Path(self.path))
-        if (numerics := shard.metadata["numerics"]) != session.numerics:
-            raise ValueError(f"{self.path}: recorded in {numerics}; run it with --numerics {numerics}")
-        call = unpack(json.loads(shard.metadata["call"]), shard.array, int(shard.metadata["seed"]))
+        shard, stated, description = read(Path(self.path))
+        if stated.numerics != session.numerics:
+            raise ValueError(f"{self.path}: recorded in {stated.numerics}; run it with --numerics {stated.numerics}")
+        with fitting(self.path, ADVICE), np.errstate(all="ignore"):
+            call = unpack(description, shard.array, int(stated.seed))
+            expect(call, session.oracle, session.backend)  # what a damaged file raises is not the backend's
         return Finding.of(self, judge_call(call, session), seed=call.seed)
+
+
+ADVICE = "save it again: dsv4 conformance localise"
+
+
+def read(path: Path) -> tuple[Shard, forms.SavedCase, dict[str, Any]]:
+    """Read a saved case and hold it to its form: the file, what its metadata state, and the call's description."""
+    shard = Shard(path)
+    stated = checked(shard.metadata, forms.SavedCase, f"{path}: metadata", ADVICE)
+    description = json_text(stated.call, dict[str, Any], f"{path}: call", ADVICE)
+    forms.hold_call(description, f"{path}: call", ADVICE)
+    return shard, stated, description

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsv4_core.checkpoint.shards import VIEWS
+from dsv4_core.files.writing import whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -59,8 +60,7 @@ def decode(data: bytes) -> dict[str, Host]:
 
 
 def write(path: Path, tensors: Mapping[str, Host], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a file, its directory too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    """Write a file, whole or not at all; its directory too."""
+    with whole(path) as file:
         for piece in _pieces(tensors, metadata or {}):
             file.write(piece)

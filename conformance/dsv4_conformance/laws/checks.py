@@ -5,6 +5,7 @@ that can be re-run.
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from dsv4_conformance.laws import of_models, of_ops
 from dsv4_conformance.laws import strategies as some
 from dsv4_conformance.laws.small_model import Stage
 from dsv4_conformance.verdict.calls import seed_of
+from dsv4_conformance.verdict.ties import to_the_lower
 from dsv4_core.contract.spec import UnsupportedOpError
 
 if TYPE_CHECKING:
@@ -130,6 +132,22 @@ LAWS = (
         of_models.speculative_is_greedy,
         {"ratios": some.ratios, "prompt": st.integers(1, 40), "tokens": st.integers(1, 30), "seed": some.seeds},
         ({"ratios": ALL_KINDS, "prompt": 20, "tokens": 40, "seed": 0},),
+    ),
+    Law(
+        of_models.drafts_in_decode,
+        {"ratios": some.ratios, "prompt": some.lengths, "steps": some.steps, "seed": some.seeds},
+        ({"ratios": ALL_KINDS, "prompt": 30, "steps": [1, 1, 2, 1], "seed": 0},),
+        "smoke",
+    ),
+    Law(
+        of_models.drafts_are_accepted,
+        {"ratios": some.ratios, "prompt": st.integers(1, 40), "tokens": st.integers(8, 30), "seed": some.seeds},
+        ({"ratios": ALL_KINDS, "prompt": 9, "tokens": 30, "seed": 0},),
+    ),
+    Law(
+        of_models.two_models_alive,
+        {"ratios": some.ratios, "prompt": st.integers(1, 40), "steps": st.integers(1, 3), "seed": some.seeds},
+        ({"ratios": (0, 4), "prompt": 20, "steps": 2, "seed": 0},),
     ),
     Law(
         of_ops.expert_permutation,
@@ -255,6 +273,13 @@ class LawCheck:
         if "stage" not in session.shared:
             session.shared["stage"] = Stage.of(session.backend)
         stage: Stage = session.shared["stage"]
+        with ExitStack() as stack:
+            for backend in {stage.own, stage.exact} if session.backend.ties == "any" else ():
+                stack.enter_context(to_the_lower(backend))
+            return self.tried(session, stage)
+
+    def tried(self, session: Session, stage: Stage) -> Finding:
+        """The finding, on a stage."""
         seed = seed_of(self.id, session.repeat)
         examples = [dict(self.example)] if self.example is not None else self.law.always
         found = next(((e, p) for e in examples if (p := trial(self.law, stage, e))), None)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dsv4_conformance.cases.case import cases_of
-from dsv4_conformance.cases.checks import OpCase, describe, level_of
+from dsv4_conformance.cases.checks import OpCase, describe, level_of, optional
+from dsv4_conformance.cases.pairs import variants
 from dsv4_conformance.check import Check, Finding, Group, Session
 from dsv4_conformance.verdict.calls import Call, Outcome, as_tuple, copied, place
 from dsv4_conformance.verdict.judge import Verdict
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from dsv4_core.contract.backend import Backend
     from dsv4_core.contract.spec import Numerics, Tier
 
+OF_OPS = frozenset({"buffer_reuse", "another_thread"})
+AGAIN = 6  # calls whose bits are compared with the first one's: an atomic sum differs now and then
+FURTHER = 6  # calls after which a result must still be there: buffers that take turns are few
 WHOLE = frozenset({"dispatch", "combine", "expert_linear", "cached_sparse_attn", "cached_index_topk", "compress"})
 """Ops whose operands refer to each other's rows, so that no part of them stands alone; the model's laws cover them."""
 
@@ -54,7 +59,7 @@ def bits_differ(a: Host, b: Host) -> Host:
 
 @dataclass(frozen=True)
 class Bitwise:
-    """A law on the bits of one op case: ``determinism``, ``batch_invariance`` or ``buffer_reuse``."""
+    """A law on one op case: ``determinism`` and ``batch_invariance`` of its bits; ``buffer_reuse`` and ``another_thread``."""
 
     case: OpCase
     law: str
@@ -67,18 +72,18 @@ class Bitwise:
 
     @property
     def op(self) -> str:
-        """The law; for buffers the op, which is simply wrong where it fails."""
-        return self.case.op if self.law == "buffer_reuse" else self.law
+        """The law; for buffers and threads the op, which is simply wrong where it fails."""
+        return self.case.op if self.law in OF_OPS else self.law
 
     @property
     def group(self) -> Group:
         """Whose claim it is."""
-        return "op" if self.law == "buffer_reuse" else "invariance"
+        return "op" if self.law in OF_OPS else "invariance"
 
     @property
     def level(self) -> int:
         """The op's, or 4."""
-        return level_of(self.case.spec) if self.law == "buffer_reuse" else 4
+        return level_of(self.case.spec) if self.law in OF_OPS else 4
 
     def run(self, session: Session) -> Finding:
         """Run the op on the case more than once."""
@@ -89,15 +94,37 @@ class Bitwise:
         return Finding.of(self, verdict, seed=call.seed, dtypes=self.case.dtypes(session.numerics))
 
     def determinism(self, call: Call, session: Session) -> Verdict:
-        """Same call, same bits."""
-        first, second = (plain_run(call, session.backend)[1] for _ in range(2))
-        return _compare(first, second, "a second call with the same operands")
+        """Same call, same bits, however often, and in another thread."""
+        _, first = plain_run(call, session.backend)
+        verdict = Verdict()
+        for i in range(AGAIN):
+            verdict = _compare(first, plain_run(call, session.backend)[1], f"call {i + 2} with the same operands")
+            if not verdict.ok:
+                break
+        return verdict
+
+    def another_thread(self, call: Call, session: Session) -> Verdict:
+        """What another thread computes is what the first one does; the backend was made and first called there."""
+        _, first = plain_run(call, session.backend)
+        with ThreadPoolExecutor(1) as pool:
+            _, second = pool.submit(plain_run, call, session.backend).result()
+        verdict = Verdict()
+        for i, (a, b) in enumerate(zip(first, second, strict=True)):
+            wide = [np.nan_to_num(x.astype(np.float64)) for x in (a, b)]
+            if not np.allclose(wide[0], wide[1], rtol=2.0**-6, atol=2.0**-6):
+                verdict.problems.append(
+                    f"result {i}: another thread's call gives something else; what the first thread set up is missing there"
+                )
+                verdict.used = float("inf")
+        return verdict
 
     def buffer_reuse(self, call: Call, session: Session) -> Verdict:
-        """Another call leaves an earlier result as it is."""
+        """Further calls leave an earlier result as it is."""
         returned, first = plain_run(call, session.backend)
-        plain_run(self.case.call(session.numerics, session.repeat + 1), session.backend)
-        return _compare(first, [np.array(session.backend.to_numpy(r)) for r in returned], "the next call overwrote it:")
+        for i in range(FURTHER):
+            plain_run(self.case.call(session.numerics, session.repeat + 1 + i), session.backend)
+        kept = [np.array(session.backend.to_numpy(r)) for r in returned]
+        return _compare(first, kept, f"one of the next {FURTHER} calls overwrote it:")
 
     def batch_invariance(self, call: Call, session: Session) -> Verdict:
         """One row alone, and half of the rows, as they are among all."""
@@ -138,15 +165,17 @@ def _compare(want: list[Host], got: list[Host], what: str) -> Verdict:
 
 
 def checks(numerics: Numerics) -> list[Check]:
-    """Determinism of every op's first case and of its largest standard one; invariance of cases with rows enough; buffers of every op."""
+    """Determinism, buffers and threads of every variant of scalars and formats that an op has; invariance of cases with rows enough."""
     del numerics
     found: list[Check] = []
     for spec in OPS.values():
         cases = [c for c in cases_of(spec) if c.tier != "full" and not c.views]
         axis = (spec.returns[0].split() or [""])[0]
-        first = OpCase(spec, cases[0])
-        found.append(Bitwise(first, "buffer_reuse", "smoke"))
-        found += [Bitwise(OpCase(spec, c), "determinism") for c in (cases[0], cases[-1])]
+        every = {v.name: v for v in (cases[0], *variants(cases)) if not optional(v)}
+        for i, case in enumerate(every.values()):
+            found.append(Bitwise(OpCase(spec, case), "buffer_reuse", "standard" if i else "smoke"))
+            found.append(Bitwise(OpCase(spec, case), "another_thread"))
+        found += [Bitwise(OpCase(spec, c), "determinism") for c in {**every, cases[-1].name: cases[-1]}.values()]
         if spec.name not in WHOLE and axis in {"tokens", "rows", "batch"}:
             many = [c for c in cases if c.sizes.get(axis, 0) >= (2 if axis == "batch" else 17) or c is cases[0]]
             found += [Bitwise(OpCase(spec, c), "batch_invariance") for c in many]

@@ -13,8 +13,21 @@ from unittest.mock import patch
 
 import numpy as np
 
-from dsv4_conformance.laws.small_model import ALL, VOCAB, Stage, apart, feed, full, new_cache, some_ids, weights
-from dsv4_core.graph.generate import generate, speculate
+from dsv4_conformance.laws.small_model import (
+    ALL,
+    VOCAB,
+    RandomWeights,
+    Stage,
+    apart,
+    feed,
+    feed_drafts,
+    full,
+    new_cache,
+    some_ids,
+    weights,
+)
+from dsv4_core.graph.generate import Drafts, generate, speculate
+from dsv4_core.graph.model import Model
 from dsv4_core.graph.replay import Replay
 from dsv4_core.graph.step import Step
 
@@ -23,6 +36,7 @@ if TYPE_CHECKING:
 
     from dsv4_core.contract.dtypes import Host
 
+NATIVE_STEP = 2.0**-6  # of logits' length: the same native arithmetic again, give or take a unit of BF16
 FAR = 1 << 20  # max_position_embeddings of the published models
 
 
@@ -268,6 +282,71 @@ def speculative_is_greedy(stage: Stage, *, ratios: tuple[int, ...], prompt: int,
         min(len(greedy), len(speculative)),
     )
     return f"token {at} after a prompt of {prompt} is {speculative[at : at + 1]} by speculative, {greedy[at : at + 1]} by greedy decoding"
+
+
+def drafts_in_decode(stage: Stage, *, ratios: tuple[int, ...], prompt: int, steps: list[int], seed: int) -> str | None:
+    """Draft logits in steps of one and two after a prompt, also after a draft that was taken back, are those of one prefill."""
+    ratios = stage.layers(ratios)
+    model, total = stage.model(weights(ratios)), prompt + sum(steps)
+    ids = some_ids((1, total + 1), seed)
+    whole = feed_drafts(model, new_cache(model, 1, total), ids[:, :total], ids[:, 1:])
+    cache = new_cache(model, 1, total + 2, rewindable=2)
+    parts, at = [feed_drafts(model, cache, ids[:, :prompt], ids[:, 1 : prompt + 1])], prompt
+    for n in steps:
+        astray = np.array([[*ids[0, at : at + 1], (ids[0, at] + 1) % VOCAB]])
+        feed_drafts(model, cache, astray, astray)
+        cache.rewind(0, at)
+        parts.append(feed_drafts(model, cache, ids[:, at : at + n], ids[:, at + 1 : at + n + 1]))
+        at += n
+    got = np.concatenate(parts, axis=1)
+    text = f"draft logits after a prompt of {prompt} in steps of {steps}, each after a draft that was taken back"
+    return differ(got[0], whole[0], stage.tolerance(ratios), text)
+
+
+def drafts_are_accepted(stage: Stage, *, ratios: tuple[int, ...], prompt: int, tokens: int, seed: int) -> str | None:
+    """Speculative decoding proposes, step for step, what the MTP block says of the text: as many drafts are right as the model has right."""
+    ratios = stage.layers(ratios)
+    model = stage.model(weights(ratios))
+    start = some_ids((prompt,), seed).tolist()
+    drafts = Drafts()
+    text = [*start, *speculate(model, start, max_tokens=tokens, drafts=drafts)]
+    ids = np.array([text])
+    logits = feed_drafts(model, new_cache(model, 1, len(text)), ids[:, :-1], ids[:, 1:])[0]
+    right = logits[prompt - 1 :].argmax(-1)[:-1] == ids[0, prompt + 1 :]
+    could, at = 0, 0
+    while at < len(right):  # a draft that is right takes the step of the token after it
+        could += int(right[at])
+        at += 2 if right[at] else 1
+    if drafts.accepted >= could or stage.noisy:
+        return None
+    return f"{drafts.accepted} of {drafts.proposed} drafts were accepted; by the MTP block's logits over the same text {could} are right"
+
+
+def two_models_alive(stage: Stage, *, ratios: tuple[int, ...], prompt: int, steps: int, seed: int) -> str | None:
+    """Two models of other weights in one process, fed in turns, give what each gives alone."""
+    ratios = stage.layers(ratios)
+    ids = some_ids((1, prompt + steps), seed)
+    sources = [RandomWeights(weights(ratios).config, seed=n) for n in (seed + 1, seed + 2)]
+    for backend in dict.fromkeys((stage.exact, stage.own)):
+        alone = [in_steps([Model(s, backend)], ids, prompt)[0] for s in sources]
+        together = in_steps([Model(s, backend) for s in sources], ids, prompt)
+        for i, (a, b) in enumerate(zip(together, alone, strict=True)):
+            bound = stage.tolerance(ratios) if backend is stage.exact else NATIVE_STEP
+            if problem := differ(
+                a[0], b[0], bound, f"model {i} of two that are fed in turns, {backend.numerics}, against alone"
+            ):
+                return problem
+    return None
+
+
+def in_steps(models: Sequence[Model], ids: Host, prompt: int) -> list[Host]:
+    """Logits of models that take turns: a prompt, then token after token."""
+    caches = [new_cache(m, 1, ids.shape[1]) for m in models]
+    parts: list[list[Host]] = [[] for _ in models]
+    for begin, end in ((0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))):
+        for model, cache, mine in zip(models, caches, parts, strict=True):
+            mine.append(feed(model, cache, ids[:, begin:end]))
+    return [np.concatenate(mine, axis=1) for mine in parts]
 
 
 def same_bits_twice(stage: Stage, *, ratios: tuple[int, ...], chunks: list[int], seed: int) -> str | None:

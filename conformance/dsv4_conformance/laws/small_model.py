@@ -128,7 +128,11 @@ for _name, _spec in OPS.items():
 
 
 def sibling(backend: Backend) -> Backend:
-    """The same backend in its most precise mode, where rounding cannot hide an error; itself if it has no other."""
+    """The same backend in its most precise mode, where rounding cannot hide an error; itself where it is judged in an exact mode, or
+    has no other.
+    """
+    if backend.numerics != "native":
+        return backend
     best: Numerics = next(n for n in ("float64", "float32", "native") if n in backend.numerics_modes)
     if best == backend.numerics:
         return backend
@@ -148,6 +152,16 @@ def feed(model: Model, cache: Cache, ids: Host, counts: Sequence[int] | None = N
     h = model.forward(step)
     cache.advance(step.sequences, step.ends)
     return np.asarray(model.backend.to_numpy(model.logits(h))).reshape(*ids.shape, -1)
+
+
+def feed_drafts(model: Model, cache: Cache, ids: Host, following: Host) -> Host:
+    """Run one step and the MTP block on the tokens that follow; draft logits [n, S, vocab] on the host."""
+    step = Step(cache, ids)
+    h = model.forward(step)
+    model.logits(h)  # as in decoding, so that what the heads keep is kept
+    drafts = model.mtp(h, model.backend.from_numpy(np.ascontiguousarray(following.reshape(-1), np.int32)), step)
+    cache.advance(step.sequences, step.ends)
+    return np.asarray(model.backend.to_numpy(model.logits(drafts, mtp=True))).reshape(*ids.shape, -1)
 
 
 def full(model: Model, ids: Host) -> Host:

@@ -17,6 +17,7 @@ from dsv4_conformance.exchange import replay
 from dsv4_conformance.model.record import Recorded
 from dsv4_conformance.verdict.calls import execute
 from dsv4_conformance.verdict.judge import Verdict
+from dsv4_core.files.reading import integers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -162,14 +163,14 @@ def chosen(layers: str | None, positions: str | None, prefill: int) -> Callable[
 
 def text_of(tokens: str, config: ModelConfig) -> Host:
     """Token ids [1, total]: from a .npy file, or so many random ones."""
-    if tokens.isdigit():
+    if tokens.isdecimal() and tokens.isascii():
+        if not 1 <= int(tokens[:9]) == int(tokens) <= config.max_position_embeddings:
+            raise ValueError(f"--tokens {tokens}: the model takes 1 to {config.max_position_embeddings}")
         return np.random.default_rng(0).integers(0, config.vocab_size, (1, int(tokens)))
     try:
-        ids = np.load(tokens)
-    except (OSError, ValueError) as error:
+        ids = integers(Path(tokens), "--tokens takes a number, or a .npy file of token ids [total] or [batch, total]")
+    except OSError as error:
         raise ValueError(f"--tokens {tokens}: neither a number nor a .npy file of token ids ({error})") from None
-    if not ids.size or not ids.ndim or ids.dtype.kind not in "iu":
-        raise ValueError(
-            f"--tokens {tokens}: {ids.dtype} {list(ids.shape)}; it takes token ids, [total] or [batch, total]"
-        )
-    return np.asarray(ids).reshape(-1, ids.shape[-1])
+    if not ids.ndim:
+        raise ValueError(f"--tokens {tokens}: a single number; it takes token ids, [total] or [batch, total]")
+    return ids.reshape(-1, ids.shape[-1])

@@ -39,6 +39,8 @@ class Recorded:
     call: Call
     results: list[Host]
     positions: Host
+    parts: int = 0
+    """How many calls of other ops were made inside it."""
 
     @property
     def name(self) -> str:
@@ -68,7 +70,8 @@ class Recorder:
     """The op called last."""
     ended: str = ""
     """What ended the run before its time; empty if nothing did."""
-    _hosts: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    known: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    """Weights on the backend, by id, with what they were made of."""
     _counts: dict[tuple[str, str, str], int] = field(default_factory=dict)
 
     def __enter__(self) -> Recorder:  # noqa: PYI034  typing.Self is younger than Python 3.10
@@ -85,7 +88,7 @@ class Recorder:
     def _loading(self, load: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def loading(weight: Any) -> Any:
             loaded = load(weight)
-            self._hosts[id(loaded)] = (loaded, weight)
+            self.known[id(loaded)] = (loaded, weight)
             return loaded
 
         return loading
@@ -102,9 +105,12 @@ class Recorder:
                 before = [self.host(o) for o in operands]
             except UnknownOperandError:
                 return method(*operands, **scalars)
+            earlier = len(self.calls)
             returned = method(*operands, **scalars)
             results = self.formed(Call(op, before, scalars), returned)
-            self.add(op, before, scalars, [self.host(r) for r in (*results, *(operands[i] for i in mutated))])
+            hosts = [self.host(r) for r in (*results, *(operands[i] for i in mutated))]
+            parts = len(self.calls) - earlier
+            self.finished(self.add(op, before, scalars, hosts, parts), operands, results)
             return returned
 
         return recording
@@ -121,20 +127,27 @@ class Recorder:
             raise TypeError("; ".join(outcome.problems))
         return results
 
-    def add(self, op: str, operands: list[Any], scalars: dict[str, Any], results: list[Host]) -> None:
+    def finished(self, recorded: Recorded, operands: Sequence[Any], returned: Sequence[Any]) -> None:
+        """What more is done with a call that is over, its operands and results on the backend; nothing here."""
+
+    def add(
+        self, op: str, operands: list[Any], scalars: dict[str, Any], results: list[Host], parts: int = 0
+    ) -> Recorded:
         """Note a call that is over."""
         key = (self.time, self.place, op)
         self._counts[key] = number = self._counts.get(key, 0) + 1
         seed = seed_of(".".join((*key, str(number))))
-        self.calls.append(
-            Recorded(self.time, self.place, number, Call(op, operands, scalars, seed=seed), results, self.positions)
+        recorded = Recorded(
+            self.time, self.place, number, Call(op, operands, scalars, seed=seed), results, self.positions, parts
         )
+        self.calls.append(recorded)
+        return recorded
 
     def host(self, operand: Any) -> Any:
         """A weight as it came from the checkpoint, an array as a copy on the host."""
         if operand is None:
             return None
-        if (known := self._hosts.get(id(operand))) is not None:
+        if (known := self.known.get(id(operand))) is not None:
             return known[1]
         if isinstance(operand, (list, tuple)):
             return [self.host(part) for part in operand]

@@ -17,9 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsv4_conformance.files import tensorfile
+from dsv4_conformance.files.forms import Trace, hold_call
 from dsv4_conformance.files.stored_calls import Packer, unpack
 from dsv4_conformance.model.record import Recorded
+from dsv4_core.checkpoint.identity import of_file
 from dsv4_core.checkpoint.shards import Shard
+from dsv4_core.files import writing as files
+from dsv4_core.files.reading import FileError, fitting, json_file
+from dsv4_core.files.writing import writing_alone
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,12 +40,13 @@ class Packed(Packer):
     """A trace before it is written."""
 
     numerics: Numerics = "native"
+    checkpoint: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
 
 
-def pack(calls: Sequence[Recorded], numerics: Numerics) -> Packed:
-    """Name everything; nothing is written."""
-    packed = Packed(numerics=numerics)
+def pack(calls: Sequence[Recorded], numerics: Numerics, checkpoint: str) -> Packed:
+    """Name everything; nothing is written. ``checkpoint``: its identity."""
+    packed = Packed(numerics=numerics, checkpoint=checkpoint)
     for recorded in calls:
         prefix, call = f"{recorded.name}.", recorded.call
         description = packed.call(prefix, call, share=True)
@@ -60,26 +66,43 @@ def write(packed: Packed, directory: Path) -> None:
         raise OSError(
             f"{directory}: the trace needs {packed.nbytes} bytes and the disk has {free} free; choose fewer --layers or --positions"
         )
-    tensorfile.write(directory / TENSORS, packed.tensors)
-    (directory / CALLS).write_text(json.dumps({"numerics": packed.numerics, "calls": packed.calls}) + "\n")
+    with writing_alone(directory):
+        (directory / CALLS).unlink(missing_ok=True)  # last to come: a directory without it was not finished
+        tensorfile.write(directory / TENSORS, packed.tensors)
+        described = {"numerics": packed.numerics, "checkpoint": packed.checkpoint, "calls": packed.calls}
+        described["tensors"] = of_file(directory / TENSORS)
+        files.write(directory / CALLS, json.dumps(described) + "\n")
+
+
+ADVICE = "record it again: dsv4 conformance localise --dump DIR"
+
+
+def stated(directory: Path) -> Trace:
+    """Read a trace's description and hold it to its form; raise ``FileError``, also where the tensors are another trace's."""
+    try:
+        trace = json_file(directory / CALLS, Trace, ADVICE, most=1 << 30)
+    except FileNotFoundError:
+        raise FileError(f"{directory}: holds no {CALLS}, so it is no trace that was finished; {ADVICE}") from None
+    if of_file(directory / TENSORS) != trace.tensors:
+        raise FileError(f"{directory / TENSORS}: not the tensors that {CALLS} was written with; {ADVICE}")
+    return trace
 
 
 def read(directory: Path, numerics: Numerics) -> list[Recorded]:
     """Read a trace; raise ``ValueError`` where it was recorded in other numerics than are judged."""
-    stated = json.loads((directory / CALLS).read_text())
-    if stated["numerics"] != numerics:
-        raise ValueError(
-            f"{directory}: recorded in {stated['numerics']}; judge it with --numerics {stated['numerics']}"
-        )
-    shard = Shard(directory / TENSORS)
-    return [
-        Recorded(
-            c["time"],
-            c["place"],
-            c["number"],
-            unpack(c["call"], shard.array, c["seed"]),
-            [shard.array(name) for name in c["results"]],
-            np.array(c["positions"], np.int64),
-        )
-        for c in stated["calls"]
-    ]
+    trace = stated(directory)
+    if trace.numerics != numerics:
+        raise ValueError(f"{directory}: recorded in {trace.numerics}; judge it with --numerics {trace.numerics}")
+    with fitting(f"{directory / TENSORS}", ADVICE):
+        shard = Shard(directory / TENSORS)
+    calls = []
+    for i, c in enumerate(trace.calls):
+        name = f"{directory / CALLS}: calls[{i}]"
+        hold_call(c.call, name, ADVICE)
+        with fitting(name, ADVICE):
+            call = unpack(c.call, shard.array, c.seed)
+            if len(c.results) != len(call.spec.mutates) + sum(bool(axes) for axes in call.spec.returns):
+                raise FileError(f"{name}: {len(c.results)} results, which {call.op} does not have; {ADVICE}")
+            results = [shard.array(result) for result in c.results]
+            calls.append(Recorded(c.time, c.place, c.number, call, results, np.array(c.positions, np.int64)))
+    return calls

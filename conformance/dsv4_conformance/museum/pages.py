@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4_conformance.museum.catalogue import MUTANTS, VARIANTS
 from dsv4_conformance.verdict.budget import SAFETY, SAMPLES
+from dsv4_core.files import writing as files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,10 +19,9 @@ TITLE = "Safety factor that a result needs to pass (logarithmic); green: honest 
 
 def write(record: dict[str, Any], directory: Path) -> None:
     """Write the record and what is made from it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "museum.json").write_text(json.dumps(record, indent=1) + "\n")
     for name, text in pages(record).items():
-        (directory / name).write_text(text)
+        files.write(directory / name, text)
+    files.write(directory / "museum.json", json.dumps(record, indent=1) + "\n")
 
 
 def pages(record: dict[str, Any]) -> dict[str, str]:
@@ -49,6 +49,7 @@ def mutants(record: dict[str, Any]) -> str:
             f"| `{name}` | {MUTANTS[name].seen} | {'`' + k['id'] + '`' if k['id'] else '**nothing**'} | {k['tier']} |"
             for name, k in kills.items()
         ),
+        *waiting(kills),
         "",
         "## Honest variants",
         "",
@@ -62,6 +63,12 @@ def mutants(record: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def waiting(kills: dict[str, Any]) -> list[str]:
+    """Mutants that were added since and have not been hunted: nothing is said of them."""
+    names = [f"`{name}`" for name in MUTANTS if name not in kills]
+    return ["", f"Added since, and not hunted in this run: {len(names)} ({', '.join(names)})."] if names else []
 
 
 def whole(record: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from dsv4_conformance.check import BAD
-from dsv4_conformance.report.matrix import name
+from dsv4_conformance.report.matrix import command, fails_the_run, name
 from dsv4_conformance.run.runner import LEVELS
 from dsv4_conformance.verdict.budget import SAFETY
 from dsv4_core.contract.spec import OPS
@@ -68,7 +68,7 @@ def page(report: dict[str, Any]) -> str:
 <h1>{escape(name(report))}</h1><p class=dim>DeepSeek-V4 conformance, {escape(report["date"])}.
 Suite {escape(env["suite"])}, device {escape(report["device"])},
 Python {escape(env["python"])}, NumPy {escape(env["numpy"])}, {escape(env["system"])} {escape(env["machine"])}. Claims {claim}.
-<code>{escape(report["rerun"])}</code></p>
+<code>{escape(command(report))}</code></p>
 <div class=top>{"".join(f"<div class=card><b>{big}</b><span>{escape(small)}</span></div>" for big, small in cards)}</div>
 <div class=ladder>{ladder(findings, report["partial"])}</div>
 <p><b>Not tested:</b> {escape(missing)}.</p><p class=dim>Not passed: {escape(others)}.</p>
@@ -86,8 +86,8 @@ which a cell shows when it is pointed at, comes near 100 % in any correct backen
 
 
 def number(value: Any) -> float:
-    """A figure that may be spelled ``"inf"``."""
-    return float(value)
+    """A figure that may be spelled ``"inf"``; null is no number, and beyond any."""
+    return math.inf if value is None else float(value)
 
 
 def edge(finding: dict[str, Any]) -> float:
@@ -116,7 +116,7 @@ def ladder(findings: list[dict[str, Any]], partial: bool) -> str:
     for i, what in enumerate(LEVELS):
         here = [f for f in findings if f["level"] == i]
         passed = sum(f["status"] in {"passed", "xfailed"} for f in here)
-        unclaimed = sum(not f["claimed"] and f["status"] in BAD for f in here)
+        unclaimed = sum(not fails_the_run(f) and f["status"] in BAD for f in here)
         undecided = not here or (partial and passed == len(here)) or (unclaimed and passed + unclaimed == len(here))
         kind = "" if undecided else "yes" if passed == len(here) else "no"
         cells.append(
@@ -158,8 +158,8 @@ def failures(findings: list[dict[str, Any]], rerun: str) -> str:
     bad = [f for f in findings if f["status"] in BAD]
     parts = []
     for title, part in (
-        ("Failures", [f for f in bad if f["claimed"]]),
-        ("Not claimed, and failing", [f for f in bad if not f["claimed"]]),
+        ("Failures", [f for f in bad if fails_the_run(f)]),
+        ("Not claimed, and failing", [f for f in bad if not fails_the_run(f)]),
     ):
         rows = "".join(
             f"<tr><td><code>{escape(f['id'])}</code></td><td class=bad>{f['status']}</td><td>{escape(f['message'])}"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from dsv4_conformance.files.forms import Report, plain
 from dsv4_conformance.run.runner import said_once
 from dsv4_core.contract.spec import OPS
+from dsv4_core.files.reading import FileError, json_file
 
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
 HEAD = """# Support matrix
@@ -30,14 +31,11 @@ def between(document: str, text: str, name: str) -> str:
 def load(path: Path) -> dict[str, Any]:
     """Read a report; raise ``ValueError`` where it is none."""
     file = path / "report.json" if path.is_dir() else path
+    advice = "write a report with dsv4 conformance run --report DIR"
     try:
-        report: dict[str, Any] = json.loads(file.read_text())
-        report["findings"], report["environment"]["suite"], report["version"], report["rerun"]
-    except (json.JSONDecodeError, KeyError, TypeError, FileNotFoundError) as error:
-        raise ValueError(
-            f"{file}: not a conformance report ({error!r}); write one with dsv4 conformance run --report DIR"
-        ) from None
-    return report
+        return dict(plain(json_file(file, Report, advice)))
+    except FileNotFoundError:
+        raise FileError(f"{file}: no such file, so no conformance report; {advice}") from None
 
 
 def matrix(reports: list[dict[str, Any]]) -> str:
@@ -66,8 +64,13 @@ def summary(reports: list[dict[str, Any]]) -> str:
 
 def name(report: dict[str, Any]) -> str:
     """The backend with the options that it was run with, and the mode."""
-    words = report["rerun"].split()
-    options = [value for option, value in pairwise(words) if option == "--option"]
+    if "options" in report:
+        options = [
+            f"{name}={value.lower() if value in {'True', 'False'} else value}"
+            for name, value in report["options"].items()
+        ]
+    else:  # a report of before November 28
+        options = [value for option, value in pairwise(report["rerun"].split()) if option == "--option"]
     return ", ".join([report["backend"], *options, report["numerics"]])
 
 
@@ -75,10 +78,24 @@ def stamp(report: dict[str, Any], number: int) -> str:
     """What a column rests on."""
     suite = report["environment"]["suite"]
     proven = f" Proof: {said_once(report['proof'])}." if report.get("proof") else ""
+    declared = [
+        text
+        for text, said in (
+            ("subnormal numbers count as zero", report.get("flushes_subnormals")),
+            ("ties are broken in any way", report.get("ties") == "any"),
+        )
+        if said
+    ]
+    proven += f" Declared: {', '.join(declared)}." if declared else ""
     return (
         f"[{number}] suite {suite}, {report['backend']} {report['version']}, device {report['device']}, {report['date']}, tier {report['tier']}: "
-        f"`{report['rerun']}`.{proven}  "
+        f"`{command(report)}`.{proven}  "
     )
+
+
+def command(report: dict[str, Any]) -> str:
+    """The command that made a report; of one from before November 28 the one that its cases are run again with."""
+    return str(report.get("command", report["rerun"]))
 
 
 def level(report: dict[str, Any]) -> str:
@@ -98,13 +115,18 @@ def tally(report: dict[str, Any], group: str, number: int) -> str:
     return f"{outcome([f for f in report['findings'] if f['group'] == group])} [{number}]"
 
 
+def fails_the_run(finding: dict[str, Any]) -> bool:
+    """Whether a failure would have failed the run."""
+    return bool(finding.get("counts", finding["claimed"]))  # reports from before 2027 have the one word for both
+
+
 def outcome(findings: list[dict[str, Any]]) -> str:
     """How many passed, and what became of the others."""
     tested = [f for f in findings if f["status"] != "unsupported"]
     if not tested:
         return str(findings[0]["message"]) if findings else "not tested"
     counts = Counter(
-        f["status"] if f["claimed"] or f["status"] == "passed" else f"{f['status']}, not claimed" for f in tested
+        f["status"] if fails_the_run(f) or f["status"] == "passed" else f"{f['status']}, not claimed" for f in tested
     )
     passed = counts.pop("passed", 0)
     return (

@@ -9,25 +9,33 @@ from typing import TYPE_CHECKING, Any
 from dsv4_conformance.report.html import page
 from dsv4_conformance.report.junit import junit
 from dsv4_conformance.run.runner import Run, to_json
+from dsv4_core.files import writing as files
+from dsv4_core.files.writing import writing_alone
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 
-def write(run: Run, directory: Path, rerun: str) -> None:
-    """Write ``report.json``, ``junit.xml`` and ``report.html``. ``rerun``: the command that one more ``--case`` can be added to."""
-    directory.mkdir(parents=True, exist_ok=True)
+def write(run: Run, directory: Path, command: str, rerun: str, options: Mapping[str, Any]) -> None:
+    """Write ``junit.xml``, ``report.html`` and, last, ``report.json``: a directory without it was not finished.
+
+    ``command``: what was run, with the backend's ``options``; ``rerun``: what one more ``--case`` can be added to.
+    """
     data = finite(to_json(run))
-    data["rerun"] = rerun
-    (directory / "report.json").write_text(json.dumps(data, indent=1, default=str) + "\n")
-    (directory / "junit.xml").write_text(junit(run, rerun))
-    (directory / "report.html").write_text(page(data))
+    data |= {"command": command, "rerun": rerun, "options": {name: str(value) for name, value in options.items()}}
+    with writing_alone(directory):
+        (directory / "report.json").unlink(missing_ok=True)  # an earlier run's must not stand beside the new pages
+        files.write(directory / "junit.xml", junit(run, rerun))
+        files.write(directory / "report.html", page(data))
+        files.write(directory / "report.json", json.dumps(data, indent=1, default=str) + "\n")
 
 
 def finite(value: Any) -> Any:
-    """Spell infinities and NaN as strings: JSON has no words for them."""
+    """Spell infinities and NaN as strings, which JSON has no words for; a ``used`` that is no number is null."""
     if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
+        spelt = {k: finite(v) for k, v in value.items()}
+        return {k: None if k == "used" and isinstance(v, str) else v for k, v in spelt.items()}
     if isinstance(value, list):
         return [finite(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):

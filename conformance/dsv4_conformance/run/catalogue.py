@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv4_conformance.cases import checks as cases
 from dsv4_conformance.check import TIERS, Check
-from dsv4_conformance.exchange.replay import SUFFIX, SavedCase
+from dsv4_conformance.exchange.replay import SUFFIX, SavedCase, read
 from dsv4_conformance.laws import checks as laws
-from dsv4_conformance.laws import invariance
+from dsv4_conformance.laws import invariance, nonfinite
 from dsv4_conformance.model import checks as models
-from dsv4_conformance.model import traces
+from dsv4_conformance.model import shadowed, traces
 from dsv4_conformance.run import device
-from dsv4_core.checkpoint.shards import Shard, ShardError
+from dsv4_core.checkpoint.shards import ShardError
 
 if TYPE_CHECKING:
     from dsv4_core.contract.backend import Backend
@@ -28,8 +27,9 @@ def collect(tier: Tier, numerics: Numerics, backend: Backend | None = None) -> l
     """
     formats = backend.weight_formats if backend else ()
     found: list[Check] = [*cases.declared(formats), *models.declared(formats, numerics)]
-    for room in (cases, invariance, traces, laws, models):
+    for room in (cases, nonfinite, invariance, traces, laws, shadowed):
         found += room.checks(numerics)
+    found += models.checks(numerics, backend)
     found += device.checks(backend) if backend else []
     return [c for c in found if TIERS.index(c.tier) <= TIERS.index(tier)]
 
@@ -43,6 +43,6 @@ def find(case_id: str) -> Check | None:
     if not case_id.endswith(SUFFIX):
         return None
     try:
-        return SavedCase(case_id, json.loads(Shard(Path(case_id)).metadata["call"])["op"])
-    except (OSError, ShardError, KeyError) as error:
+        return SavedCase(case_id, read(Path(case_id))[2]["op"])
+    except (OSError, ShardError) as error:
         raise ValueError(f"--case {case_id}: not a saved case ({error}); `localise` writes them") from None

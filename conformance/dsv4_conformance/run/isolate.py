@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from dsv4_core.contract.spec import Numerics, Tier
 
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+"""What libraries read; what the user has set stands."""
 START_UP = 120.0  # seconds for a process to import its backend before the first check's own limit counts
 ORDER = (
     "model",
@@ -104,8 +106,7 @@ class Process:
         w = self.workers
         self.pipe, write = os.pipe()
         spec = {"backend": w.backend, "numerics": w.numerics, "options": w.options, "tier": w.tier, "pipe": write}
-        share = str(max(1, (os.cpu_count() or 1) // w.jobs))
-        threads = {"OMP_NUM_THREADS": share, "OPENBLAS_NUM_THREADS": share} if w.jobs > 1 else {}
+        threads = dict.fromkeys(THREADS, "1")  # cases are small, and threads that wait for work spin
         self.child = subprocess.Popen(  # noqa: S603  our own module
             [sys.executable, "-m", "dsv4_conformance.run.isolate", json.dumps(spec)],
             stdin=subprocess.PIPE,

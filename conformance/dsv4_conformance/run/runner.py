@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dsv4_conformance.check import BAD, TIERS, Check, Finding, Session, describe, environment
+from dsv4_conformance.check import BAD, TIERS, Check, Finding, Session, Status, describe, environment
 from dsv4_conformance.run import catalogue
 from dsv4_conformance.run import xfails as expected
 from dsv4_core.contract.backend import Backend
@@ -36,7 +36,11 @@ def run_check(check: Check, session: Session) -> Finding:
     try:
         finding = check.run(session)
     except UnsupportedOpError as error:
-        finding = Finding(check.id, check.op, check.group, check.level, "unsupported", str(error))
+        refused = refuses(check, session.backend)
+        status: Status = "unsupported" if refused else "error"
+        text = str(error) if refused else f"supports() said yes, and then it {describe(error)}; refuse it in supports()"
+        used = 0.0 if refused else float("inf")
+        finding = Finding(check.id, check.op, check.group, check.level, status, text, used=used)
     except MemoryError as error:
         finding = Finding(check.id, check.op, check.group, check.level, "memory", str(error) or "MemoryError")
     except (Exception, SystemExit) as error:  # noqa: BLE001  whatever the backend raises is its result
@@ -46,19 +50,44 @@ def run_check(check: Check, session: Session) -> Finding:
     return finding
 
 
-def claimed(check: Check, backend: Backend) -> bool:
-    """Say whether the backend's own file claims what a check tests: by level, by name, by bringing its own implementation; a bitwise law
-    for all ops, or for one as ``LAW/OP``.
+def refuses(check: Check, backend: Backend) -> bool:
+    """Say whether the backend's own ``supports`` explains that a check could not run: it refuses the op, or for checks of a whole
+    model any op that the contract requires.
     """
-    if check.group == "invariance":
-        whole = backend.batch_invariant if check.op == "batch_invariance" else backend.deterministic
-        return whole or check.id.rpartition("/")[0] in backend.claims
+    if check.op in OPS:
+        return not type(backend).implements(check.op) and not OPS[check.op].fused
+    required = [name for name, spec in OPS.items() if not spec.fused]
+    if not all(type(backend).implements(name) for name in required):
+        return True
+    try:
+        return not all(backend.supports(name) for name in required)
+    except Exception:  # noqa: BLE001  an answer that takes operands is no refusal of the op as such
+        return False
+
+
+def claimed(check: Check, backend: Backend) -> bool:
+    """Say whether the backend's own file claims what a check tests: by level, or by name; a bitwise law for all ops, or for one as
+    ``LAW/OP``.
+    """
     if check.op in backend.departures:
         return False
     level = backend.claims_level
     if level is not None and check.level <= level:
         return True
-    return check.op in OPS and (type(backend).implements(check.op) or check.op in backend.claims)
+    if check.group == "invariance":
+        whole = backend.batch_invariant if check.op == "batch_invariance" else backend.deterministic
+        return whole or check.id.rpartition("/")[0] in backend.claims
+    return check.op in backend.claims
+
+
+def brought(check: Check, backend: Backend) -> bool:
+    """Say whether a check tests an implementation of the backend's own: what is there is to be right, claimed or not."""
+    return (
+        check.group != "invariance"
+        and check.op in OPS
+        and check.op not in backend.departures
+        and type(backend).implements(check.op)
+    )
 
 
 @dataclass
@@ -73,6 +102,8 @@ class Run:
     not_run: list[str] = field(default_factory=list)
     require: int | None = None
     partial: bool = False
+    asked: bool = False
+    """Cases were named: whatever fails of them fails the run, claimed or not."""
     claims_level: int | None = None
     claims: tuple[str, ...] = ()
     narrower: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -83,6 +114,8 @@ class Run:
     proof: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=environment)
     departures: dict[str, str] = field(default_factory=dict)
+    flushes_subnormals: bool = False
+    ties: str = "lower"
 
     def failures(self) -> list[Finding]:
         """Findings that fail the run: bad ones, and unsupported ones, that were claimed or required."""
@@ -92,7 +125,7 @@ class Run:
         """Say whether one finding fails the run."""
         if finding.status == "xpassed":
             return True
-        counts = finding.claimed or (self.require is not None and finding.level <= self.require)
+        counts = finding.counts or self.asked or (self.require is not None and finding.level <= self.require)
         if finding.status == "unsupported":
             by_level = self.claims_level is not None and finding.level <= self.claims_level
             refused = finding.op in self.claims and not any(
@@ -139,10 +172,7 @@ class Run:
         unclaimed = [f for f in self.findings if f.status in BAD - {"xpassed"} and not self.fails(f)]
         if unclaimed:
             lines.append(f"not claimed and failing: {len(unclaimed)} ({', '.join(sorted({f.op for f in unclaimed}))})")
-        missed = {f.op for f in unclaimed}
-        above = sorted({f.op for f in self.findings if f.status == "passed" and not f.claimed} - missed)
-        if above:
-            lines.append(f"passed but not claimed: {', '.join(above)}; raise claims_level, or name them in claims")
+        lines += self.unclaimed_passes({f.op for f in unclaimed})
         lines += self.stale
         if not self.partial:
             reached = f"level {self.level} ({LEVELS[self.level]})" if self.level is not None else "no level"
@@ -150,6 +180,12 @@ class Run:
             needed = f"; level {self.require} was required" if self.require is not None else ""
             claim = f"; claims level {self.claims_level}" if self.claims_level is not None else "; claims no level"
             lines.append(f"backend {self.backend}: {reached}{waived}{claim}{needed}")
+        if self.flushes_subnormals:
+            lines.append(
+                "judged within the least normal number of float32, as declared: subnormal numbers count as zero"
+            )
+        if self.ties == "any":
+            lines.append("judged with ties broken in any way, as declared")
         for op, formats in self.narrower.items():
             lines.append(f"judged by narrower intermediates, as declared: {op}: {'; '.join(formats)}")
         for what in dict.fromkeys(self.departures.values()):
@@ -159,6 +195,16 @@ class Run:
             lines.append(f"proof: {said_once(self.proof)}")
         lines.append(("PASSED" if self.ok else "FAILED") + ". " + self.not_tested())
         return lines
+
+    def unclaimed_passes(self, missed: set[str]) -> list[str]:
+        """What passed and was not claimed, with what would claim it: a level where it was reached, else the names."""
+        above = sorted({f.op for f in self.findings if f.status == "passed" and not f.claimed} - missed)
+        if not above or self.asked:
+            return []
+        if self.level is not None and self.level > (-1 if self.claims_level is None else self.claims_level):
+            return [f"passed but not claimed: level {self.level}; write claims_level = {self.level}"]
+        named = [op for op in above if op in OPS]
+        return [f"passed but not claimed: {', '.join(named)}; name them in claims"] if named else []
 
     def not_tested(self) -> str:
         """What this run says nothing about."""
@@ -183,13 +229,14 @@ def passing(result: Run) -> dict[str, bool]:
     outcome: dict[str, bool] = {}
     for finding in result.findings:
         for kernel in finding.ran.split():
-            outcome[kernel] = outcome.get(kernel, True) and (finding.status == "passed" or not finding.claimed)
+            outcome[kernel] = outcome.get(kernel, True) and (finding.status == "passed" or not finding.counts)
     return outcome
 
 
 def select(every: Sequence[Check], ops: Iterable[str], cases: Iterable[str]) -> list[Check]:
     """Checks of the named ops (or laws) and ids; raise ``ValueError`` for a name that none has."""
-    ops, cases = set(ops), set(cases)
+    cases_in_order = list(cases)
+    ops, cases = set(ops), set(cases_in_order)
     if unknown := ops - {c.op for c in every}:
         raise ValueError(
             f"--op {min(unknown)!r}: no check of this tier has that name; names: {', '.join(dict.fromkeys(c.op for c in every))}"
@@ -200,6 +247,9 @@ def select(every: Sequence[Check], ops: Iterable[str], cases: Iterable[str]) -> 
         )
     if not ops and not cases:
         return list(every)
+    if not ops:  # in the order in which they were named: a failure may need an earlier call
+        by_id = {c.id: c for c in every}
+        return [by_id[c] for c in dict.fromkeys(cases_in_order)]
     return [c for c in every if c.op in ops or c.id in cases]
 
 
@@ -229,11 +279,14 @@ def run(
         numerics=session.numerics,
         require=require,
         partial=bool(ops or cases),
+        asked=bool(cases),
         claims_level=backend.claims_level,
         claims=tuple(backend.claims),
         narrower=dict(backend.narrower),
         version=version or "not stated",
         departures=dict(backend.departures),
+        flushes_subnormals=backend.flushes_subnormals,
+        ties=backend.ties,
         device=str(getattr(backend, "device", "cpu")),
         environment={**environment(), **backend.environment()},
     )
@@ -241,7 +294,9 @@ def run(
     result.stale = expected.stale(xfails, {c.id for c in every}, today)
     loop = execute or (lambda todo: (run_check(c, session) for c in todo))
     for finding in loop(chosen):
-        finding.claimed = claimed(by_id[finding.id], backend)
+        check = by_id[finding.id]
+        finding.claimed = claimed(check, backend)
+        finding.counts = finding.claimed or brought(check, backend)
         matching = [x for x in xfails if x.matches(finding.id) and x.expires >= today]
         if matching:
             if finding.status in BAD:

@@ -9,10 +9,11 @@ expires = 2027-06-30
 from __future__ import annotations
 
 import datetime
-import sys
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
+
+from dsv4_core.files.reading import toml_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,14 +35,7 @@ class Xfail:
 
 def load(path: Path) -> list[Xfail]:
     """Read a file of them; raise ``ValueError`` naming the entry and what it lacks."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        document: dict[str, Any] = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not TOML: {error}") from None
+    document = toml_file(path, dict[str, Any], "write [[xfail]] tables with case, reason and expires")
     entries = document.pop("xfail", [])
     if document or not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(

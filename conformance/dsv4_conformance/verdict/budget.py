@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dsv4_core.contract.registry import Oracle
 
 SAFETY = 4.0
+ORACLES_OWN = 1.0  # unit: in float64 the oracle's own arithmetic is no wider than the backend's
 SAMPLES = 16  # the largest of 16 normal deviations is under a third of its scale in one element of 12 million
 
 
@@ -37,6 +38,10 @@ class Expected:
     spread: Host | None = None
     noise: Host | None = None
     """What the safety factor multiplies."""
+    flushed: Host | None = None
+    """Of an exact result: what comes of flushed operands, which a backend that declares so may return."""
+    least: float = 0.0
+    """How far an exact number may be off where subnormals are flushed."""
 
 
 def unit(magnitude: Host, dtype: str) -> Host:
@@ -59,7 +64,8 @@ def smallest(dtype: str) -> float:
 def allowance(value: Host, spread: Host, dtype: str, wide: str) -> tuple[Host, Host]:
     """The budget formula of the module docstring, and the part of it that the safety factor multiplies."""
     with np.errstate(invalid="ignore", over="ignore"):
-        noise = spread + roundoff(wide) * np.abs(value)
+        own = ORACLES_OWN if wide == "float64" else 0.0
+        noise = spread + (1 + own) * roundoff(wide) * np.abs(value)
         outer = unit(np.where(np.isfinite(value), np.abs(value) + SAFETY * noise, 0), dtype) / 2
         return np.asarray(SAFETY * noise + outer + smallest(dtype)), np.asarray(noise)
 
@@ -73,14 +79,14 @@ def deviations(exact: Host, perturbed: list[Host]) -> Host:
     return spread
 
 
-def expect(call: Call, oracle: Oracle, backend: Backend) -> list[Expected]:
+def expect(call: Call, oracle: Oracle, backend: Backend, samples: int = SAMPLES) -> list[Expected]:
     """Evaluate a call by the oracle: one ``Expected`` per result, mutated operands last."""
     spec = call.spec
     rounded = "rounded" in spec.judged
     operands = [copied(o) if n in spec.mutates else o for n, o in call.named().items()]
     with np.errstate(all="ignore"):
         exact, perturbed = oracle.evaluate(
-            call.op, operands, call.scalars, samples=SAMPLES if rounded else 0, seed=call.seed % 2**32
+            call.op, operands, call.scalars, samples=samples if rounded else 0, seed=call.seed % 2**32
         )
     values = exact if isinstance(exact, tuple) else () if exact is None else (exact,)
     found = []
@@ -89,8 +95,7 @@ def expect(call: Call, oracle: Oracle, backend: Backend) -> list[Expected]:
         if spec.judged[i] != "rounded":
             found.append(Expected(np.asarray(value).astype(numpy_dtype(dtype)), dtype))
             continue
-        samples = [p[i] if isinstance(p, tuple) else p for p in perturbed]
-        spread = deviations(value, samples)
+        spread = deviations(value, [p[i] if isinstance(p, tuple) else p for p in perturbed])
         budget, noise = allowance(value, spread, dtype, backend.wide_dtype)
         found.append(Expected(value, dtype, budget, spread, noise))
     for name, operand in zip(spec.arrays, operands, strict=True):

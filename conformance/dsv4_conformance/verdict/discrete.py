@@ -30,8 +30,10 @@ class Scores:
     certain: Host
 
 
-def judge_picks(picks: Host, scores: Scores, visible: Host, *, ordered: bool) -> Verdict:
-    """Judge picks [rows, k] of each row's first ``visible`` scores: valid, distinct, the best by margin; -1 where there are fewer than k."""
+def judge_picks(picks: Host, scores: Scores, visible: Host, *, lower: bool = True) -> Verdict:
+    """Judge picks [rows, k] of each row's first ``visible`` scores: valid, distinct, the best by margin, in any order; -1 where there
+    are fewer than k. ``lower``: of equal scores the lower index is to be picked.
+    """
     verdict = Verdict()
     rows, n = scores.value.shape
     k = picks.shape[1]
@@ -59,9 +61,8 @@ def judge_picks(picks: Host, scores: Scores, visible: Host, *, ordered: bool) ->
         return verdict
     picked, seen = chosen[:, :n] == 1, np.arange(n) < visible[:, None]
     _by_margin(verdict, scores, picked, seen & ~picked)
-    _ties(verdict, scores, picked, seen & ~picked)
-    if ordered:
-        _order(verdict, scores, picks)
+    if lower:
+        _ties(verdict, scores, picked, seen & ~picked)
     return verdict
 
 
@@ -103,24 +104,7 @@ def _ties(verdict: Verdict, scores: Scores, picked: Host, left: Host) -> None:
         )
         verdict.problems.append(
             f"{int(wrong.sum())} rows break ties by the higher index; row {row} picks {int(last_picked[row])} and leaves {int(first_left[row])}, both with "
-            f"score {level[row, 0]:.9g}: on a tie the lower index wins"
-        )
-
-
-def _order(verdict: Verdict, scores: Scores, picks: Host) -> None:
-    """Best first; on a tie the lower index first."""
-    value, budget, certain = (np.take_along_axis(x, picks, 1) for x in (scores.value, scores.budget, scores.certain))
-    rise, allowed = value[:, 1:] - value[:, :-1], budget[:, 1:] + budget[:, :-1]
-    tied = (rise == 0) & certain[:, 1:] & certain[:, :-1] & (picks[:, 1:] < picks[:, :-1])
-    wrong = (rise > allowed) | tied
-    if wrong.any():
-        row, j = place(wrong)
-        verdict.worst, verdict.used = (
-            {"element": [row, j], "got": int(picks[row, j]), "want": int(picks[row, j + 1])},
-            math.inf,
-        )
-        verdict.problems.append(
-            f"row {row} lists {int(picks[row, j])} before {int(picks[row, j + 1])}: best first, on a tie the lower index first"
+            f"score {level[row, 0]:.9g}: on a tie the lower index wins (a backend may declare ties = 'any')"
         )
 
 
@@ -150,7 +134,7 @@ def judge_gate(call: Call, results: list[Host], oracle: Oracle, backend: Backend
     budget = SAFETY * (spread + u * (np.abs(exact) + np.abs(biased)))
     certain = deviations(logits, perturbed) == 0
     visible = np.full(len(indices), exact.shape[1])
-    verdict = judge_picks(indices, Scores(biased, budget, certain), visible, ordered=True)
+    verdict = judge_picks(indices, Scores(biased, budget, certain), visible, lower=backend.ties == "lower")
     if not verdict.ok or not indices.size:
         return verdict
 
@@ -168,8 +152,8 @@ def judge_gate(call: Call, results: list[Host], oracle: Oracle, backend: Backend
     return verdict
 
 
-def judge_index(call: Call, results: list[Host], oracle: Oracle, backend: Backend) -> Verdict:
-    """The indexer's picks, whichever of its three forms computed the scores."""
+def scores_of(call: Call, oracle: Oracle, backend: Backend) -> Scores:
+    """The scores [tokens, rows] that the indexer picks by, whichever of its three forms computes them."""
     operands = call.named()
     if call.op == "index_select":
         exact, spread = operands["scores"].astype(np.float64), np.zeros(operands["scores"].shape)
@@ -192,11 +176,16 @@ def judge_index(call: Call, results: list[Host], oracle: Oracle, backend: Backen
     rows = exact.shape[-1]
     certain = spread == 0
     budget = np.where(certain, 0, SAFETY * (spread + roundoff(backend.wide_dtype) * np.abs(exact)))
+    return Scores(exact.reshape(-1, rows), budget.reshape(-1, rows), certain.reshape(-1, rows))
+
+
+def judge_index(call: Call, results: list[Host], oracle: Oracle, backend: Backend) -> Verdict:
+    """The indexer's picks."""
+    operands, flat = call.named(), scores_of(call, oracle, backend)
     offset, visible = operands["offset"].reshape(-1), operands["visible"].reshape(-1)
     picks = results[0].reshape(-1, call.scalars["topk"]).astype(np.int64)
     picks = np.where(picks < 0, picks, picks - offset[:, None])
-    flat = Scores(exact.reshape(-1, rows), budget.reshape(-1, rows), certain.reshape(-1, rows))
-    return judge_picks(picks, flat, visible, ordered=False)
+    return judge_picks(picks, flat, visible, lower=backend.ties == "lower")
 
 
 def judge_sample(call: Call, results: list[Host], backend: Backend) -> Verdict:
@@ -204,6 +193,9 @@ def judge_sample(call: Call, results: list[Host], backend: Backend) -> Verdict:
     operands = call.named()
     logits, got = operands["logits"].astype(np.float64), results[0]
     temperature, top_p = call.scalars["temperature"], call.scalars["top_p"]
+    if temperature == 0 and backend.ties == "any":
+        largest = np.take_along_axis(logits, np.clip(got, 0, logits.shape[1] - 1)[:, None].astype(np.int64), 1)[:, 0]
+        return judge_exact(largest, Expected(logits.max(-1, initial=-np.inf), "float64"))
     if temperature == 0:
         return judge_exact(got, Expected(logits.argmax(-1).astype(np.int32), "int32"))
     verdict = Verdict()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from dsv4_conformance.verdict import metrics
-from dsv4_conformance.verdict.budget import SAFETY, Expected, unit
+from dsv4_conformance.verdict.budget import SAFETY, Expected, smallest, unit
 from dsv4_core.contract.dtypes import Host
 
+FEW = 8  # elements from which no common factor is read
+NEAR = 0.01  # of a result's length: how well a common factor explains it, before it is spoken of
 STANDARD_ERRORS = 8  # of the bias beyond which chance is no explanation, in a run of a thousand cases
 
 
@@ -50,6 +52,10 @@ def judge_exact(got: Host, want: Expected) -> Verdict:
     a, b = np.asarray(got), want.value
     with np.errstate(invalid="ignore"):
         differ = (a != b) & ~((a != a) & (b != b))  # noqa: PLR0124  NaN is what is not itself
+        if want.flushed is not None:
+            differ &= a != want.flushed
+            if a.dtype.kind not in "iu":
+                differ &= ~(np.abs(a.astype(np.float64) - b.astype(np.float64)) <= want.least)
     if not differ.any():
         return Verdict()
     at = place(differ)
@@ -105,19 +111,46 @@ def judge_rounded(got: Host, want: Expected) -> Verdict:
         verdict.metrics["factor"] = factor(x, want)
     if verdict.used > 1:
         over = int((share > 1).sum())
+        digits = 17 if want.dtype == "float64" else 9
         verdict.problems.append(
-            f"{over} of {x.size} elements over budget; worst {list(at)}: got {x[at]:.9g}, want {value[at]:.9g}, "
+            f"{over} of {x.size} elements over budget; worst {list(at)}: got {x[at]:.{digits}g}, want {value[at]:.{digits}g}, "
             f"off by {abs(x[at] - value[at]):.3g}, budget {want.budget[at]:.3g} ({verdict.used:.3g} times that)"
         )
-    explained = float(SAFETY * np.mean(want.spread[finite] / unit(np.abs(b), want.dtype))) if b.size else 0.0
+    noise = want.spread if want.noise is None else want.noise  # of elements that share an intermediate: not independent
+    explained = float(SAFETY * np.mean(noise[finite] / unit(np.abs(b), want.dtype))) if b.size else 0.0
     if abs(mean) > STANDARD_ERRORS * error + explained:
+        truncated = (
+            abs(mean) <= 1 and verdict.metrics["largest_units"] <= 2
+        )  # truncation costs half a unit, never more than one
         verdict.problems.append(
             f"biased: results lie {mean:+.3f} units {'away from' if mean > 0 else 'towards'} zero on average (standard error {error:.3f})"
-            + (
-                "; round to nearest, ties to even, instead of truncating" if abs(mean) <= 1 else ""
-            )  # truncation costs half a unit
+            + ("; round to nearest, ties to even, instead of truncating" if truncated else "")
         )
+    if verdict.problems:
+        verdict.problems += hints(a, b)
     return verdict
+
+
+def flushed(value: Expected, other: Expected) -> Expected:
+    """What a device that flushes subnormal numbers may give: budgets that reach what the oracle makes of flushed operands too."""
+    least = smallest("float32")
+    with np.errstate(invalid="ignore"):
+        apart = np.nan_to_num(np.abs(value.value.astype(np.float64) - other.value.astype(np.float64)))
+    if value.budget is None:
+        return replace(value, flushed=np.asarray(other.value), least=least)
+    return replace(value, budget=value.budget + apart + least)
+
+
+def hints(got: Host, want: Host) -> list[str]:
+    """What a failing result looks like: the wanted one times a number, or its sign turned."""
+    energy, product = float(np.vdot(want, want)), float(np.vdot(got, want))
+    if not energy or not product or got.size < FEW:
+        return []
+    scale = product / energy
+    rest = np.linalg.norm(got - scale * want) / np.linalg.norm(want)
+    if rest < NEAR * abs(scale) and abs(scale - 1) > 4 * NEAR:
+        return [f"all of it is {scale:.4g} times what is wanted: a scale, not a rounding"]
+    return []
 
 
 def factor(got: Host, want: Expected) -> float:

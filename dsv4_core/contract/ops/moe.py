@@ -25,7 +25,7 @@ class MoeOps(MatmulOps):
         """Route by score; give weights and expert ids.
 
         ``s[t, e] = sqrt(softplus(sum_d x[t, d] * weight[e, d]))``, wide; the ``topk`` experts with the largest ``s +
-        bias`` (ties: lower id), best first; weights are their *unbiased* scores divided by their sum, times
+        bias`` (ties: lower id), in any order; weights are their *unbiased* scores divided by their sum, times
         ``route_scale``. Source: Gate of the published code.
         """
         raise NotImplementedError

@@ -1,34 +1,81 @@
-/* Routing of one token. */
+/* Routing of a few tokens. */
 #include "weights.h"
 
-/* scores = sqrt(softplus(weight x)), weight [experts, dim]; indices: the topk largest of scores + bias, of equals the lower one, or
- * where bias is NULL those that are given; shares: their scores over their sum, times route_scale. NaN is not for it. */
-int gate(const void *x, int64_t type, const weight *w, const float *bias, int32_t *indices, float *shares, int64_t experts, int64_t dim,
-         int64_t topk, float route_scale) {
-    float *row = malloc((dim + SLACK + experts) * sizeof(float)), *scores = row + dim + SLACK, sum = 0;
-    int status = DONE;
-    if (!row) return NO_MEMORY;
-    spread(x, type, w->type, dim, row);
-#pragma omp parallel for schedule(static) reduction(max : status) if (experts * dim > ALONE)
-    for (int64_t e = 0; e < experts; e++) {
-        float product = dot(w, e, dim, row);
-        scores[e] = (float)sqrt(product > 40 ? product : log1p(exp(product)));
-        if (isnan(scores[e] + (bias ? bias[e] : 0))) status = NOT_MINE;
-    }
-    for (int64_t k = 0; k < topk && bias; k++) {
+typedef struct {
+    const char *x; /* [rows, dim] */
+    int64_t type;
+    const weight *w;      /* [experts, dim] */
+    const float *bias;    /* [experts]; NULL: the experts that the table gives for ids */
+    const int64_t *table; /* [vocab, topk] */
+    const int32_t *ids;   /* [rows] */
+    int32_t *indices;     /* [rows, topk] */
+    float *shares;        /* [rows, topk] */
+    int64_t rows, experts, dim, topk, vocab;
+    float route_scale;
+} router;
+
+static router read_router(const arg *a) {
+    return (router){a[0].p, a[1].i, a[2].p, a[3].p,  a[4].p,  a[5].p,  a[6].p,
+                    a[7].p, a[8].i, a[9].i, a[10].i, a[11].i, a[12].i, (float)a[13].d};
+}
+
+static int64_t bytes(const arg *a, int64_t threads) {
+    router r = read_router(a);
+    (void)threads;
+    return r.rows * (r.dim + SLACK + r.experts) * (int64_t)sizeof(float);
+}
+
+static int64_t work(const arg *a, int64_t threads) {
+    (void)threads;
+    return a[9].i * a[10].i;
+}
+
+/* The topk largest of scores + bias, of equals the lower one. */
+static void choose_best(const router *r, const float *scores, int32_t *indices) {
+    for (int64_t k = 0; k < r->topk; k++) {
         int64_t best = -1;
-        for (int64_t e = 0; e < experts; e++) {
+        for (int64_t e = 0; e < r->experts; e++) {
             int taken = 0;
             for (int64_t before = 0; before < k; before++) taken |= indices[before] == e;
-            if (!taken && (best < 0 || scores[e] + bias[e] > scores[best] + bias[best])) best = e;
+            if (!taken && (best < 0 || scores[e] + r->bias[e] > scores[best] + r->bias[best])) best = e;
         }
         indices[k] = (int32_t)best;
     }
-    for (int64_t k = 0; k < topk; k++) {
-        if (indices[k] < 0 || indices[k] >= experts) status = NOT_MINE;
-        if (status == DONE) sum += shares[k] = scores[indices[k]];
-    }
-    for (int64_t k = 0; k < topk; k++) shares[k] *= route_scale / sum;
-    free(row);
-    return status;
 }
+
+/* scores = sqrt(softplus(weight x)); shares: those of the chosen over their sum, times route_scale. NaN is not for it, nor is an id
+ * without a line in the table. */
+static void run(const arg *a, const team *t) {
+    router r = read_router(a);
+    float *x = (float *)t->scratch, *scores = x + r.rows * (r.dim + SLACK);
+    for (int64_t k = t->own; k < r.rows; k += t->threads)
+        spread(r.x + k * r.dim * size_of(r.type), r.type, r.w->type, r.dim, x + k * (r.dim + SLACK));
+    meet(t);
+    for (int64_t e = first_of(r.experts, t); e < last_of(r.experts, t); e++)
+        for (int64_t k = 0; k < r.rows; k++) {
+            float product = dot(r.w, e, r.dim, x + k * (r.dim + SLACK));
+            scores[k * r.experts + e] = (float)sqrt(product > 40 ? product : log1p(exp(product)));
+            if (isnan(scores[k * r.experts + e] + (r.bias ? r.bias[e] : 0))) fail(NOT_MINE);
+        }
+    meet(t);
+    for (int64_t k = t->own; k < r.rows; k += t->threads) {
+        int32_t *indices = r.indices + k * r.topk;
+        float *shares = r.shares + k * r.topk, *own = scores + k * r.experts, sum = 0;
+        if (r.bias)
+            choose_best(&r, own, indices);
+        else
+            for (int64_t j = 0; j < r.topk; j++) {
+                int64_t id = r.ids[k], e = id < 0 || id >= r.vocab ? -1 : r.table[id * r.topk + j];
+                indices[j] = e < 0 || e >= r.experts ? -1 : (int32_t)e;
+            }
+        for (int64_t j = 0; j < r.topk; j++) {
+            if (indices[j] < 0)
+                fail(NOT_MINE);
+            else
+                sum += shares[j] = own[indices[j]];
+        }
+        for (int64_t j = 0; j < r.topk; j++) shares[j] *= r.route_scale / sum;
+    }
+}
+
+const entry gate = {"gate", run, bytes, work};

@@ -5,40 +5,41 @@
  */
 #include "weights.h"
 
-/* One product: x [tokens, cols], contiguous; y [tokens, out], tokens a stride of elements apart. */
+/* One product with out rows of a weight from ``first`` on: x [tokens, cols], y [tokens, out], tokens a stride of elements apart. */
 typedef struct {
     weight w;
     const char *x;
     char *y;
-    int64_t x_type, y_type, out, cols, tokens, y_stride;
+    int64_t first, x_type, y_type, out, cols, tokens, x_stride, y_stride;
 } product;
 
-static void rows(const product *p, int64_t begin, int64_t end, float *x) {
-    int64_t bytes = p->cols * size_of(p->x_type), stride = p->cols + SLACK;
-    for (int64_t t = 0; t < p->tokens; t++) spread(p->x + t * bytes, p->x_type, p->w.type, p->cols, x + t * stride);
-    for (int64_t i = begin; i < end; i++)
-        for (int64_t t = 0; t < p->tokens; t++) put(p->y, p->y_type, t * p->y_stride + i, dot(&p->w, i, p->cols, x + t * stride));
+static int64_t most(const arg *a) { /* floats of one product's rows */
+    const product *p = a[0].p;
+    int64_t floats = 1;
+    for (int64_t n = 0; n < a[1].i; n++)
+        if (p[n].tokens * (p[n].cols + SLACK) > floats) floats = p[n].tokens * (p[n].cols + SLACK);
+    return floats;
 }
 
-/* Every thread takes its share of each product's rows. */
-int gemv(const product *products, int64_t count) {
-    int64_t most = 1, size = 0;
-    int status = DONE;
-    for (int64_t n = 0; n < count; n++) {
-        const product *p = products + n;
-        if (p->tokens * (p->cols + SLACK) > most) most = p->tokens * (p->cols + SLACK);
-        size += p->out * p->cols;
-    }
-#pragma omp parallel reduction(max : status) if (size > ALONE)
-    {
-        int64_t threads = omp_get_num_threads(), own = omp_get_thread_num();
-        float *x = malloc(most * sizeof(float));
-        if (!x) status = NO_MEMORY;
-        for (int64_t n = 0; n < count && x; n++) {
-            int64_t out = products[n].out;
-            rows(products + n, out * own / threads, out * (own + 1) / threads, x);
-        }
-        free(x);
-    }
-    return status;
+static int64_t bytes(const arg *a, int64_t threads) { return most(a) * threads * (int64_t)sizeof(float); }
+
+static int64_t work(const arg *a, int64_t threads) {
+    const product *p = a[0].p;
+    int64_t values = 0;
+    (void)threads;
+    for (int64_t n = 0; n < a[1].i; n++) values += p[n].out * p[n].cols;
+    return values;
 }
+
+/* (products, how many). Every thread takes its share of each product's rows. */
+static void run(const arg *a, const team *t) {
+    float *x = (float *)t->scratch + most(a) * t->own;
+    for (const product *p = a[0].p, *end = p + a[1].i; p < end; p++) {
+        int64_t step = p->x_stride * size_of(p->x_type), stride = p->cols + SLACK;
+        for (int64_t k = 0; k < p->tokens; k++) spread(p->x + k * step, p->x_type, p->w.type, p->cols, x + k * stride);
+        for (int64_t i = first_of(p->out, t); i < last_of(p->out, t); i++)
+            for (int64_t k = 0; k < p->tokens; k++) put(p->y, p->y_type, k * p->y_stride + i, dot(&p->w, p->first + i, p->cols, x + k * stride));
+    }
+}
+
+const entry gemv = {"gemv", run, bytes, work};

@@ -1,10 +1,19 @@
 /* RMS norm of a few rows. */
 #include "values.h"
 
-/* y = x / sqrt(mean(x^2) + eps) * weight, rounded once; x, y [rows, dim] in one type; weight [dim] or NULL. */
-int rms_norm(const char *x, char *y, int64_t type, const void *weight, int64_t weight_type, int64_t rows, int64_t dim, double eps) {
-    int64_t bytes = dim * size_of(type);
-    for (int64_t t = 0; t < rows; t++, x += bytes, y += bytes) {
+static int64_t work(const arg *a, int64_t threads) {
+    (void)threads;
+    return a[5].i * a[6].i;
+}
+
+/* (x, y, type, weight, weight_type, rows, dim, eps): y = x / sqrt(mean(x^2) + eps) * weight, rounded once; x, y [rows, dim]; weight [dim]
+ * or NULL. */
+static void run(const arg *a, const team *t) {
+    int64_t type = a[2].i, weight_type = a[4].i, dim = a[6].i, bytes = dim * size_of(type);
+    const void *weight = a[3].p;
+    for (int64_t r = first_of(a[5].i, t); r < last_of(a[5].i, t); r++) {
+        const char *x = (const char *)a[0].p + r * bytes;
+        char *y = (char *)a[1].p + r * bytes;
         float parts[LANES] = {0}, square = 0;
         FOR_TYPE(type,
             for (int64_t j = 0; j + LANES <= dim; j += LANES)
@@ -12,7 +21,7 @@ int rms_norm(const char *x, char *y, int64_t type, const void *weight, int64_t w
             for (int64_t j = dim / LANES * LANES; j < dim; j++) square += get(x, T, j) * get(x, T, j);
         )
         for (int l = 0; l < LANES; l++) square += parts[l];
-        float scale = (float)(1 / sqrt((double)square / dim + eps));
+        float scale = (float)(1 / sqrt((double)square / dim + a[7].d));
         FOR_TYPE(type,
             if (weight)
                 for (int64_t j = 0; j < dim; j++) put(y, T, j, get(x, T, j) * scale * get(weight, weight_type, j));
@@ -20,5 +29,6 @@ int rms_norm(const char *x, char *y, int64_t type, const void *weight, int64_t w
                 for (int64_t j = 0; j < dim; j++) put(y, T, j, get(x, T, j) * scale);
         )
     }
-    return DONE;
 }
+
+const entry rms_norm = {"rms_norm", run, no_bytes, work};

@@ -4,12 +4,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static inline int omp_get_num_threads(void) { return 1; }
-static inline int omp_get_thread_num(void) { return 0; }
-#endif
+#include "team.h"
 
 #ifndef BYTES /* of a vector register */
 #if defined(__AVX512F__)
@@ -21,10 +16,8 @@ static inline int omp_get_thread_num(void) { return 0; }
 #endif
 #endif
 #define LANES (BYTES / 4)
-#define ALONE 32768 /* values that one thread reads before another one has woken up */
 
 enum { FLOAT32, BFLOAT16 };
-enum { DONE, NOT_MINE, NO_MEMORY }; /* what a kernel gives */
 
 /* Does something with T for the type, a constant: its loops are compiled once for each. */
 #define FOR_TYPE(type, ...)        \
@@ -83,4 +76,32 @@ static inline float total(floats v) {
     float sum = 0;
     for (int i = 0; i < LANES; i++) sum += v[i];
     return sum;
+}
+
+static inline words load_words(const void *from) {
+    words v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+static inline void store(float *to, floats v) { memcpy(to, &v, sizeof v); }
+
+static inline floats all(float value) { return (floats){0} + value; }
+
+static inline floats choose(words mask, floats yes, floats no) { return (floats)((mask & (words)yes) | (~mask & (words)no)); }
+
+/* e^x within two units; 0 where that would be below the least normal number; NaN stays. */
+static inline floats exponential(floats x) {
+    floats low = choose((words)(x < -87.f), all(-87.f), x), y = choose((words)(low > 88.f), all(88.f), low);
+    floats n = y * 1.44269504f + 12582912.f; /* 1.5 * 2^23: what is left is a whole number */
+    words power = (words)n << 23;
+    n -= 12582912.f;
+    floats r = y - n * 0.693359375f + n * 2.12194440e-4f, p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1;
+    return choose((words)(x != x), x, choose((words)(x < -87.f), all(0), (floats)((words)p + power)));
 }

@@ -36,12 +36,6 @@ static inline void fetch(const void *from, int64_t bytes) {
     for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch((const char *)from + line + AHEAD);
 }
 
-static inline words load_words(const void *from) {
-    words v;
-    memcpy(&v, from, sizeof v);
-    return v;
-}
-
 static inline float dot_float32(const float *w, const float *x, int64_t cols) {
     floats a = {0}, b = {0}, c = {0}, d = {0};
     int64_t j = 0;

@@ -1,14 +1,12 @@
-"""One process as one of several ranks: the options, meeting the others, and what each did."""
+"""One process as one of several ranks: meeting the others, agreeing with them, and what each did."""
 
 from __future__ import annotations
 
 import os
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
-
-import click
 
 from dsv4_core import __version__
 from dsv4_core.checkpoint.layout import QUANTISED
@@ -20,44 +18,16 @@ if TYPE_CHECKING:
 
     from dsv4_core.checkpoint.rank_part import Place, ShardedSource
     from dsv4_core.checkpoint.weights import Checkpoint
-    from dsv4_core.cli.options import BackendFlags
+    from dsv4_core.contract.backend import Backend
     from dsv4_core.graph.model import Parallel
     from dsv4_core.ranks.exchange import Ranks
-
-
-@dataclass(frozen=True)
-class RankFlags:
-    """What the user said about ranks."""
-
-    tp: int
-    ep: int
-    stats: bool
-
-
-def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--tp``, ``--ep`` and ``--stats`` to a command, which receives them as one argument ``asked``."""
-
-    def gathered(tp: int, ep: int, stats: bool, **rest: Any) -> Any:
-        return command(asked=RankFlags(tp, ep, stats), **rest)
-
-    gathered.__name__, gathered.__doc__ = command.__name__, command.__doc__
-    gathered.__dict__.update(command.__dict__)
-    for decorate in (
-        click.option("--stats", is_flag=True, help="Of each rank: bytes of weights read, bytes sent, time so."),
-        click.option(
-            "--ep", type=click.IntRange(1), default=1, show_default=True, help="Groups that share the experts."
-        ),
-        click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Ranks that share each token."),
-    ):
-        gathered = decorate(gathered)
-    return gathered
 
 
 class Team:
     """This process and the other ranks, if there are any; ``ranks`` None: it is alone."""
 
-    def __init__(self, ranks: Ranks | None, *, stats: bool) -> None:
-        self.ranks, self.stats = ranks, stats
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks
         self.source: ShardedSource | None = None
         self.stored = self.part = 0
         self.is_cut = False
@@ -83,9 +53,13 @@ class Team:
         self.is_cut = cut_for(directory) is not None
         return open_copy(directory, self.place) if self.is_cut else Checkpoint(directory)
 
-    def share(self, checkpoint: Checkpoint, request: dict[str, Any]) -> tuple[ShardedSource, Parallel]:
+    def agree(self, what: dict[str, Any]) -> None:
+        """Hold what this rank was given against the others'; raise ``RankError`` where they differ. Alone: nothing to do."""
+        if self.ranks:
+            self.ranks.watch.agree(what)
+
+    def share(self, checkpoint: Checkpoint) -> tuple[ShardedSource, Parallel]:
         """Give the source and the reduction points of this rank, once all ranks are known to run the same."""
-        from dsv4_core.checkpoint.identity import identity
         from dsv4_core.checkpoint.rank_copy import origin
         from dsv4_core.checkpoint.rank_part import ShardedSource, share
         from dsv4_core.graph.model import ALONE
@@ -93,14 +67,13 @@ class Team:
         place = self.place
         if self.ranks:
             backend = self.ranks.backend
-            self.ranks.watch.agree(
+            self.agree(
                 {
                     "dsv4 version": __version__,
                     "backend": f"{backend.name}, {backend.numerics}",
                     "split": f"--tp {place.tp} --ep {place.ep}",
                     "configuration": asdict(checkpoint.config),
-                    "checkpoint": origin(checkpoint.path) if self.is_cut else identity(checkpoint),
-                    "request": request,
+                    "checkpoint": origin(checkpoint.path) if self.is_cut else checkpoint.identity(),
                 }
             )
         self.source = ShardedSource(checkpoint, place, is_cut=self.is_cut)
@@ -111,10 +84,10 @@ class Team:
         parallel = self.ranks.parallel(checkpoint.config, quantised=quantised) if self.ranks else ALONE
         return self.source, parallel
 
-    def report(self) -> None:
-        """With ``--stats``: print every rank's lines to standard error, from the first rank."""
-        if not self.stats or self.source is None:
-            return
+    def report(self) -> str:
+        """Give every rank's lines: bytes of weights read, bytes sent and the time for it. All ranks have to ask."""
+        if self.source is None:
+            return ""
         from dsv4_core.ranks.exchange import report
 
         read, place = sum(self.source.read.values()), self.source.place
@@ -123,9 +96,7 @@ class Team:
             seconds = time.perf_counter() - self.began
             lines += report(self.ranks, self.source.config, seconds=seconds)
         text = "".join(f"rank {place.rank}: {line}\n" for line in lines)
-        every = self.ranks.watch.collect("stats", text) if self.ranks else [text]
-        if self.speaks:
-            click.echo("".join(every), nl=False, err=True)
+        return "".join(self.ranks.watch.collect("stats", text) if self.ranks else [text])
 
 
 def own_directory(directory: Path) -> Path:
@@ -137,30 +108,27 @@ def own_directory(directory: Path) -> Path:
 
 
 @contextmanager
-def team(flags: BackendFlags, asked: RankFlags) -> Iterator[Team]:
+def team(create: Callable[[int], Backend], tp: int, ep: int) -> Iterator[Team]:
     """Meet the other ranks (for none: nothing is done), and part from them, whatever happens in between.
 
-    Raises ``ValueError`` where the ranks that were started are not those asked for, ``RankError`` where some cannot be met.
+    ``create``: makes the backend for the n-th rank of this machine. Raises ``ValueError`` where the ranks that were started
+    are not those asked for, ``RankError`` where some cannot be met.
     """
     where = Rendezvous.from_environment()
-    started, wanted = where.ranks if where else 1, asked.tp * asked.ep
+    started, wanted = where.ranks if where else 1, tp * ep
     if started != wanted:
         command = f"torchrun --nproc-per-node {wanted} -m dsv4_core ..."
-        raise ValueError(f"--tp {asked.tp} --ep {asked.ep} needs {wanted} ranks and {started} was started; {command}")
+        raise ValueError(f"--tp {tp} --ep {ep} needs {wanted} ranks and {started} was started; {command}")
     if where is None:
-        alone = Team(None, stats=asked.stats)
-        yield alone
-        alone.report()
+        yield Team()
         return
     from dsv4_core.checkpoint.rank_part import Place
     from dsv4_core.ranks.exchange import Ranks
     from dsv4_core.ranks.watch import Watch
 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is said once, by the watch, without C++ stacks
-    backend = flags.create(local_rank=where.local_rank)
+    backend = create(where.local_rank)
     world = backend.process_group(where)
     watch = Watch(world.store, rank=where.rank, ranks=where.ranks, holder=where.holder, place=where.place)
-    with watch, Ranks(backend, Place(asked.tp, asked.ep, where.rank), world, watch) as ranks:
-        mine = Team(ranks, stats=asked.stats)
-        yield mine
-        mine.report()
+    with watch, Ranks(backend, Place(tp, ep, where.rank), world, watch) as ranks:
+        yield Team(ranks)

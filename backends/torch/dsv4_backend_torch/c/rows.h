@@ -1,0 +1,42 @@
+/* Rows of the cache: packed as they are written, unpacked as they are read. */
+#pragma once
+#include "formats.h"
+
+enum { PLAIN, KV, KEY };
+enum { KV_BLOCK = 64, KEY_BLOCK = 32 };
+
+/* How a row is stored: RowLayout of dsv4_core. width: bytes of a packed row; rope: its last channels, stored in BF16. */
+typedef struct {
+    int64_t kind, dim, rope, width;
+} layout;
+
+static inline void unpack(const uint8_t *stored, void *to, int64_t type, int64_t at, const layout *l) {
+    int64_t block = l->kind == KV ? KV_BLOCK : KEY_BLOCK, channels = l->dim - l->rope;
+    const uint8_t *scales = stored + (l->kind == KV ? channels : channels / 2);
+    for (int64_t begin = 0; begin < channels; begin += block, at += block) {
+        float scale = scale_value(scales[begin / block]);
+        if (l->kind == KV) {
+            FOR_TYPE(type, for (int64_t j = 0; j < KV_BLOCK; j++) put(to, T, at + j, e4m3(stored[begin + j]) * scale);)
+        } else {
+            FOR_TYPE(type, for (int64_t j = 0; j < KEY_BLOCK; j++) put(to, T, at + j, e2m1(stored[(begin + j) / 2] >> j % 2 * 4) * scale);)
+        }
+    }
+    for (int64_t j = 0; j < l->rope; j++) {
+        uint16_t bits;
+        memcpy(&bits, stored + l->width - 2 * (l->rope - j), 2);
+        put(to, type, at + j, widen(bits));
+    }
+}
+
+/* Slot of a cache [slots, width], plain ones of plain_type, as dim channels of type; zeros for -1. Says whether there is such a slot. */
+static inline int read_slot(const char *cache, int64_t slots, int64_t plain_type, int64_t slot, void *to, int64_t type, int64_t at,
+                            const layout *l) {
+    if (slot >= slots) return 0;
+    if (slot < 0)
+        for (int64_t j = 0; j < l->dim; j++) put(to, type, at + j, 0);
+    else if (l->kind == PLAIN)
+        for (int64_t j = 0; j < l->dim; j++) put(to, type, at + j, get(cache, plain_type, slot * l->dim + j));
+    else
+        unpack((const uint8_t *)cache + slot * l->width, to, type, at, l);
+    return 1;
+}

@@ -1,0 +1,162 @@
+/* The pool: threads that wait a short while for work in a loop, then sleep. A thread that waits without end takes a core from whoever
+ * else needs it, and on a busy machine from those that it waits for. */
+#include "team.h"
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+enum { SPINS = 4000, MOST = 255, JOB = MOST + 1 }; /* turns of some 40 cycles: 50 us; threads */
+
+static pthread_mutex_t in_use = PTHREAD_MUTEX_INITIALIZER, lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
+static atomic_uint jobs, rounds, arrived, sleeping; /* jobs: how many, and in the last bits for how many threads */
+static atomic_int status, stop; /* stop: what status was when all last met */
+static int64_t started = 1, members;
+static char *scratch;
+static int64_t scratch_bytes;
+
+typedef struct {
+    const entry *e;
+    const arg *a;
+} line;
+
+static const line *tape;
+static int64_t tape_length;
+
+static inline void relax(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* Until a counter is no longer what it was. */
+static void wait_for(atomic_uint *counter, unsigned was) {
+    for (int i = 0; i < SPINS; i++) {
+        if (atomic_load_explicit(counter, memory_order_acquire) != was) return;
+        relax();
+    }
+    pthread_mutex_lock(&lock);
+    atomic_fetch_add(&sleeping, 1);
+    while (atomic_load(counter) == was) pthread_cond_wait(&changed, &lock);
+    atomic_fetch_sub(&sleeping, 1);
+    pthread_mutex_unlock(&lock);
+}
+
+static void set(atomic_uint *counter, unsigned value) {
+    atomic_store(counter, value);
+    if (atomic_load(&sleeping)) {
+        pthread_mutex_lock(&lock);
+        pthread_cond_broadcast(&changed);
+        pthread_mutex_unlock(&lock);
+    }
+}
+
+void fail(int why) {
+    int was = atomic_load(&status);
+    while (was < why && !atomic_compare_exchange_weak(&status, &was, why)) {
+    }
+}
+
+void meet(const team *t) {
+    if (t->threads == 1) return;
+    unsigned round = atomic_load(&rounds);
+    if (atomic_fetch_add(&arrived, 1) + 1 == (unsigned)t->threads) {
+        atomic_store(&arrived, 0);
+        atomic_store(&stop, atomic_load(&status));
+        set(&rounds, round + 1);
+    } else {
+        wait_for(&rounds, round);
+    }
+}
+
+/* Every thread goes through the tape. Where a kernel is for one thread, the first runs it with a team of its own. */
+static void go_through(int64_t own) {
+    const team all = {own, members, scratch}, one = {0, 1, scratch};
+    int alone = 1;
+    for (int64_t i = 0; i < tape_length; i++) {
+        const line *l = tape + i;
+        int few = members == 1 || l->e->work(l->a, members) <= ALONE;
+        if (!(few && alone)) {
+            meet(&all);
+            if (atomic_load(&stop)) return;
+        } else if (own == 0 && atomic_load(&status)) { /* the others find out when they meet */
+            continue;
+        }
+        if (!few)
+            l->e->run(l->a, &all);
+        else if (own == 0)
+            l->e->run(l->a, &one);
+        alone = few;
+    }
+    if (members > 1) meet(&all);
+}
+
+static unsigned before; /* the job before the one that new threads are for */
+
+static void *member(void *number) {
+    int64_t own = (int64_t)number;
+    unsigned seen = before;
+    for (;;) {
+        wait_for(&jobs, seen);
+        seen = atomic_load(&jobs);
+        if (own < seen % JOB) go_through(own);
+    }
+    return NULL;
+}
+
+static void forget(void) { /* in a child process there are no threads, nor is anything under way */
+    static const pthread_mutex_t fresh = PTHREAD_MUTEX_INITIALIZER;
+    static const pthread_cond_t quiet = PTHREAD_COND_INITIALIZER;
+    in_use = lock = fresh;
+    changed = quiet;
+    started = 1;
+    atomic_store(&jobs, 0), atomic_store(&arrived, 0), atomic_store(&sleeping, 0);
+}
+
+static void start(int64_t threads) {
+    static int told;
+    if (!told) told = !pthread_atfork(NULL, NULL, forget);
+    before = atomic_load(&jobs);
+    while (started < threads) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, member, (void *)started)) break;
+        pthread_detach(thread);
+        started++;
+    }
+}
+
+/* Run lines one after another on so many threads; what they say at worst. */
+int run_tape(const line *lines, int64_t count, int64_t threads) {
+    int64_t bytes = 0;
+    pthread_mutex_lock(&in_use);
+    for (int64_t i = 0; i < count; i++) {
+        int64_t more = lines[i].e->bytes(lines[i].a, threads);
+        bytes = more > bytes ? more : bytes;
+    }
+    if (bytes > scratch_bytes) {
+        free(scratch);
+        scratch = malloc(bytes);
+        scratch_bytes = scratch ? bytes : 0;
+    }
+    int said = NO_MEMORY;
+    if (scratch || !bytes) {
+        atomic_store(&status, DONE), atomic_store(&stop, DONE);
+        tape = lines, tape_length = count;
+        threads = threads > MOST ? MOST : threads;
+        if (threads > started) start(threads);
+        members = threads < started ? threads : started;
+        if (members > 1) set(&jobs, (atomic_load(&jobs) / JOB + 1) * JOB + (unsigned)members);
+        go_through(0);
+        said = atomic_load(&status);
+    }
+    pthread_mutex_unlock(&in_use);
+    return said;
+}
+
+int run_kernel(const entry *e, const arg *a, int64_t threads) {
+    const line one = {e, a};
+    return run_tape(&one, 1, threads);
+}

@@ -1,0 +1,196 @@
+"""Sizes that real models reach, one axis at a time: an op at each published extent with its other axes tiny.
+
+What the published models reach is computed from their configurations; ``CHUNK`` tokens are fed at a time. An axis whose
+extent is no multiple of a block is also tried one past it, so that full tiles and a rest both occur.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dsv4_core.checkpoint.config import PRESETS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from dsv4_conformance.cases.case import Case
+
+FLASH, PRO = PRESETS["flash"], PRESETS["pro"]
+CHUNK = 5462  # tokens: times six experts each they are 32772 copies, just past 2^15
+COPIES = CHUNK * FLASH.num_experts_per_tok
+VOCAB = FLASH.vocab_size
+EXPERTS = (FLASH.n_routed_experts, PRO.n_routed_experts)
+HEADS = (FLASH.num_attention_heads, PRO.num_attention_heads)
+SLOTS = (1 << 17) + 1  # rows of a cache: past what 17 bits address
+NORM_ROWS = (1 << 16) + 1  # heads of all tokens of a step, past what 16 bits and a grid's second axis hold
+WIDE_IN = (PRO.hidden_size, FLASH.o_groups * FLASH.o_lora_rank, PRO.o_groups * PRO.o_lora_rank)  # 7168, 8192, 16384
+TALL_OUT = PRO.num_attention_heads * PRO.head_dim  # 65536: 512 block rows of scales
+HIDDEN = PRO.hidden_size
+INTER = PRO.moe_intermediate_size
+PICKS = PRO.index_topk + PRO.sliding_window  # 1152
+INDEX_HEADS, INDEX_DIM = PRO.index_n_heads, PRO.index_head_dim
+LONG_SUMS = ("normal", "positive", "outliers")  # what many products in one sum are tried with
+
+Change = dict[str, Any]
+
+
+def at(axis: str, extent: int, data: Sequence[str] = ("normal",), **others: int) -> list[Change]:
+    """The changes that bring one axis to an extent; ``others``: what the tiny axes must be beside it."""
+    beside = {"in" if name == "inner" else name: n for name, n in others.items()}  # Python reserves ``in``
+    return [{axis: extent, **beside, "data": flavour} for flavour in data]
+
+
+def _linear() -> list[Change]:
+    wide = [c for k in WIDE_IN for c in at("in", k, LONG_SUMS, tokens=2, out=128)]
+    return [*wide, *at("out", TALL_OUT, tokens=2, inner=128), *at("tokens", CHUNK, out=64, inner=128)]
+
+
+def _hyper() -> list[Change]:
+    return [*at("dim", HIDDEN, LONG_SUMS, tokens=2), *at("tokens", CHUNK, dim=8)]
+
+
+EXTENTS: Mapping[str, Sequence[Change]] = {
+    "embedding": [*at("vocab", VOCAB, dim=16), *at("tokens", CHUNK, dim=16), *at("dim", HIDDEN)],
+    "sample": [*at("vocab", VOCAB, tokens=3), *at("vocab", VOCAB, ("ties",), tokens=3), *at("tokens", 128)],
+    "rms_norm": [*at("tokens", NORM_ROWS, dim=16), *at("dim", HIDDEN, LONG_SUMS, tokens=2)],
+    "apply_rope": [
+        *at("tokens", CHUNK, heads=1, dim=64, half=32),
+        *(c for h in HEADS for c in at("heads", h, tokens=2)),
+        *at("dim", FLASH.head_dim, heads=1),
+    ],
+    "act_quant": [*at("tokens", NORM_ROWS, dim=128), *at("dim", HIDDEN, ("normal", "outliers"), tokens=2)],
+    "act_qdq": at("tokens", NORM_ROWS, dim=128),
+    "hadamard": [*at("tokens", NORM_ROWS, dim=16), *at("dim", INDEX_DIM)],
+    "linear": _linear(),
+    "grouped_linear": [
+        *at("groups", PRO.o_groups, tokens=2, out=128 * PRO.o_groups, inner=128),
+        *at("in", PRO.num_attention_heads * PRO.head_dim // PRO.o_groups, LONG_SUMS, tokens=2),
+        *at("out", PRO.o_groups * PRO.o_lora_rank, tokens=2, inner=128),
+        *at("tokens", CHUNK, out=64, inner=64),
+    ],
+    "expert_linear": [
+        *(c for e in EXPERTS for c in at("experts", e, rows=3 * e, out=32, inner=128)),
+        *at("rows", COPIES, out=32, inner=128),
+        *at("rows", 4097, ("one_expert",), out=32, inner=128),
+        *at("in", HIDDEN, LONG_SUMS, rows=5, experts=2, out=32),
+        *at("out", HIDDEN, rows=5, experts=2, inner=128),
+    ],
+    "logits": [*at("vocab", VOCAB, dim=32, tokens=2), *at("dim", HIDDEN, LONG_SUMS, tokens=2, vocab=128)],
+    "gate": [
+        *(c for e in EXPERTS for c in at("experts", e, ("normal", "ties", "near_ties"), topk=6)),
+        *at("dim", HIDDEN, LONG_SUMS, tokens=2),
+        *at("tokens", CHUNK, dim=32),
+    ],
+    "gate_hash": [
+        *(c for e in EXPERTS for c in at("experts", e, topk=6)),
+        *at("vocab", VOCAB),
+        *at("dim", HIDDEN, LONG_SUMS, tokens=2),
+        *at("tokens", CHUNK, dim=32),
+    ],
+    "dispatch": [
+        *at("tokens", CHUNK, topk=FLASH.num_experts_per_tok, dim=8),
+        *at("tokens", CHUNK, ("one_expert",), topk=FLASH.num_experts_per_tok, dim=8),
+        *(c for e in EXPERTS for c in at("n_experts", e, tokens=65, topk=6)),
+        *at("dim", HIDDEN),
+    ],
+    "swiglu": [*at("rows", COPIES, inter=16), *at("inter", INTER, ("normal", "clamp"))],
+    "combine": [
+        *at("tokens", CHUNK, topk=FLASH.num_experts_per_tok, dim=8),
+        *(c for e in EXPERTS for c in at("experts", e, tokens=65, topk=6)),
+        *at("dim", HIDDEN, ("normal", "cancel")),
+    ],
+    "compress": [*at("rows", CHUNK // 4, dim=8), *at("dim", FLASH.head_dim, ("normal", "peaked"))],
+    "index_scores": [
+        *at("rows", SLOTS, batch=1, seq=2, heads=1, dim=32),
+        *at("heads", INDEX_HEADS, batch=1),
+        *at("dim", INDEX_DIM),
+        *at("seq", 1024, batch=1, heads=1, dim=32),
+        *at("batch", 3),
+    ],
+    "index_select": [
+        *(
+            c
+            for k in (FLASH.index_topk, PRO.index_topk)
+            for c in at("rows", SLOTS, ("normal", "near_ties"), batch=1, topk=k)
+        ),
+        *at("topk", PRO.index_topk, ("all_visible",), rows=PRO.index_topk),
+        *at("topk", 8, ("all_visible",), rows=8),
+        *at("batch", 3),
+        *at("seq", 1024, batch=1),
+    ],
+    "index_topk": [
+        *at("rows", SLOTS, batch=1, seq=2, heads=1, dim=32, topk=FLASH.index_topk),
+        *at("topk", PRO.index_topk, ("all_visible",), rows=PRO.index_topk, batch=1, heads=1, dim=32),
+        *at("topk", PRO.index_topk, ("close",), rows=2 * PRO.index_topk, batch=1, heads=1, dim=32),
+        *at("heads", INDEX_HEADS, batch=1),
+        *at("batch", 3, ("normal", "close")),
+    ],
+    "cached_index_topk": [
+        *at("rows", SLOTS, batch=1, seq=2, heads=1, dim=32, slots=SLOTS + 7, topk=FLASH.index_topk),
+        *at("topk", PRO.index_topk, ("all_visible",), rows=PRO.index_topk, slots=1031, batch=1, heads=1, dim=32),
+        *at("heads", INDEX_HEADS, batch=1),
+        *at("batch", 3, ("normal", "close")),
+    ],
+    "sparse_attn": [
+        *at("picks", PICKS, ("normal", "late", "positive"), tokens=2, heads=2, rows=1200, dim=64),
+        *at("rows", SLOTS, tokens=2, dim=32),
+        *(c for h in HEADS for c in at("heads", h, tokens=2)),
+        *at("dim", FLASH.head_dim, LONG_SUMS, tokens=2),
+        *at("tokens", 1025, rows=1200, heads=1, dim=32),
+    ],
+    "cached_sparse_attn": [
+        *at(
+            "picks", PICKS, ("normal", "late"), tokens=2, heads=2, row_slots=1100, old=1024, recent=127, ring_slots=136
+        ),
+        *at("row_slots", SLOTS, tokens=2),
+        *(c for h in HEADS for c in at("heads", h, tokens=2)),
+        *at("dim", FLASH.head_dim, tokens=2),
+    ],
+    "hc_expand": _hyper(),
+    "hc_add": _hyper()[-1:],
+    "hc_split_sinkhorn": at("tokens", CHUNK, ("normal", "slow")),
+    "hc_pre": _hyper(),
+    "hc_pre_norm": _hyper(),
+    "hc_post": _hyper(),
+    "hc_head": _hyper(),
+    "ffn": [*at("dim", HIDDEN, tokens=2), *at("inter", INTER, tokens=2), *at("tokens", 1025, dim=128)],
+    "moe": [*at("experts", EXPERTS[1], tokens=33, topk=6), *at("tokens", 257, topk=6, experts=8)],
+    "cache_write": [*at("slots", SLOTS, n=65), *at("n", CHUNK, slots=CHUNK + 3)],
+    "cache_read": [*at("slots", SLOTS, n=65), *at("n", COPIES)],
+    "concat": [*at("n", COPIES, dim=8), *at("dim", HIDDEN)],
+}
+"""Per op the changes to its first case; sizes and scalars by name, and ``data``."""
+
+FORMATS: Mapping[str, Sequence[str]] = {
+    "linear": ("bf16", "fp8", "fp4"),
+    "grouped_linear": ("bf16", "fp8"),
+    "expert_linear": ("fp4", "fp8"),
+    "cache_write": ("kv", "key", "plain"),
+    "cache_read": ("kv", "key", "plain"),
+    "act_qdq": ("kv", "key"),
+    "sample": ("greedy", "warm"),
+    "swiglu": ("routed", "shared"),
+}
+"""Ops whose first case does not stand for all: the cases that the changes are made to."""
+
+
+def extended(op: str, cases: Sequence[Case]) -> list[Case]:
+    """The op's cases at published extents, from those that are declared."""
+    by_name = {c.name: c for c in cases}
+    bases = [by_name[n] for n in FORMATS[op]] if op in FORMATS else [cases[0]]
+    found = []
+    for base in bases:
+        for change in EXTENTS[op]:
+            sizes = {k: v for k, v in change.items() if k != "data" and (k in base.sizes or k in base.scalars)}
+            axis, data = next(iter(change)), change["data"]
+            name = "_".join(
+                [
+                    *([base.name] if len(bases) > 1 else []),
+                    f"at_{axis}={change[axis]}",
+                    *([data] if data != "normal" else []),
+                ]
+            )
+            if op == "act_qdq" or (op in {"cache_write", "cache_read"}):
+                sizes.pop("dim", None)
+            found.append(base.but(name, "standard", data=data, **sizes))
+    return list({c.name: c for c in found}.values())

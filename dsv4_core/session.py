@@ -1,0 +1,455 @@
+"""The front door: a checkpoint, a backend and a tokenizer as one object.
+
+>>> import dsv4_core as dsv4
+>>> with dsv4.load(backend="reference") as model:
+...     words = [event.text for event in model.generate("What is kludge?", max_tokens=8)]
+...     logits = model.logits([0, 3, 327])
+>>> logits.shape
+(3, 2048)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+
+import numpy as np
+
+from dsv4_core.checkpoint.locate import find_model
+from dsv4_core.contract import registry
+from dsv4_core.contract.backend import Backend
+from dsv4_core.graph.engine import CHUNK, Engine, Request
+from dsv4_core.graph.evaluate import every_logits
+from dsv4_core.graph.generate import Drafts
+from dsv4_core.graph.model import Model
+from dsv4_core.graph.sampling import Sampling
+from dsv4_core.graph.step import check_ids
+from dsv4_core.planning.support import check_support, expert_format
+from dsv4_core.ranks.team import Team, own_directory, team
+from dsv4_core.text.chat import encode
+from dsv4_core.text.fixed_texts import fixed_texts
+from dsv4_core.text.markers import Piece
+from dsv4_core.text.stopping import StopTexts
+from dsv4_core.text.tokenizer import PieceStream, Vocabulary, load_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from tokenizers import Tokenizer
+    from typing_extensions import Self
+
+    from dsv4_core.checkpoint.config import ModelConfig
+    from dsv4_core.contract.dtypes import Host
+    from dsv4_core.contract.spec import Numerics
+    from dsv4_core.text.chat import Message
+
+__all__ = ["Event", "Finish", "Generation", "Progress", "Prompt", "Sampling", "Session", "load"]
+
+Finish = Literal["stop", "length"]
+"""Why a sequence ended: a stop token or text, or as many tokens as were asked for."""
+Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message]"
+"""A text as it stands, token ids, or the turns of a conversation."""
+Progress: TypeAlias = "Callable[[str, int, int], None]"
+"""Called as ``progress(what, done, of)`` while weights load and a prompt is read."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One new token of one sequence.
+
+    ``sequence``: which prompt, counted from 0. ``text``: what has become certain with this token; it may be empty, where a
+    character is not whole yet or a stop text may have begun, and always is without a tokenizer. Of control tokens there is
+    no text. ``finish``: set on the last event of a sequence.
+    """
+
+    sequence: int
+    token: int
+    text: str
+    finish: Finish | None = None
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    backend: str | Backend | None = None,
+    numerics: Numerics = "native",
+    tp: int = 1,
+    ep: int = 1,
+    lazy: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Session:
+    """Open a model and load its weights.
+
+    ``model``: a directory with config.json and safetensors shards, ``OWNER/NAME`` of a model in the local hub cache, or None for
+    the small one that ships with the package. ``backend``: a name (`dsv4 backends` lists them), a ``Backend``, or None:
+    DSV4_BACKEND, dsv4.toml, else what is here. ``options``: the backend's own, e.g. ``device="cuda:0"``. ``tp``, ``ep``: this
+    process is one of ``tp * ep`` that were started together. ``lazy``: weights load when they are first needed, and what is
+    wrong with a request is said before.
+
+    Raises ``ValueError`` where there is no such model, ``CheckpointError`` where something is wrong with it, ``BackendError``
+    where the backend is unknown, cannot start or lacks an op that the model needs; all before weights load.
+    """
+    if isinstance(backend, Backend):
+        if options or numerics not in {"native", backend.numerics}:
+            raise ValueError("load: a Backend that is made already has its numerics and options; leave them out")
+        made = backend
+        session = open_session(model, lambda _: made, tp=tp, ep=ep, progress=progress)
+    else:
+        name = registry.choose(backend).name
+        session = open_session(
+            model,
+            lambda local_rank: create_backend(name, numerics, options, local_rank),
+            tp=tp,
+            ep=ep,
+            progress=progress,
+        )
+    if not lazy:
+        session.load_weights()
+    return session
+
+
+def open_session(
+    model: str | Path | None,
+    create: Callable[[int | None], Backend],
+    *,
+    tp: int = 1,
+    ep: int = 1,
+    progress: Progress | None = None,
+) -> Session:
+    """Open a model on the backend that ``create`` makes (for the n-th rank of this machine); no weight is read yet."""
+    directory = own_directory(find_model(model))
+    with ExitStack() as stack:
+        ranks = stack.enter_context(team(create, tp, ep))
+        backend = ranks.ranks.backend if ranks.ranks else create(None)
+        session = Session(directory, backend, ranks, progress=progress)
+        session.closing = stack.pop_all()
+    return session
+
+
+def create_backend(name: str, numerics: Numerics, options: Mapping[str, Any], local_rank: int | None = None) -> Backend:
+    """Construct a backend; as one of several ranks of a machine on the device of that number, where the backend has
+    devices and none is named in full.
+    """
+    options = dict(options)
+    if local_rank is not None:
+        defaults = {option.name: option.default for option in registry.backend_class(name).options}
+        device = options.get("device", defaults.get("device"))
+        if device in {"cuda", "npu", "xpu"}:
+            options["device"] = f"{device}:{local_rank}"
+    return registry.create(name, numerics=numerics, **options)
+
+
+class Session:
+    """A model that is open on a backend. ``load`` makes one; leaving its ``with`` block, or ``close``, gives it up.
+
+    ``directory``: where it was found. ``config``: its configuration. ``backend``: what it runs on. ``tokenizer``: a
+    ``tokenizers.Tokenizer``, or None where the checkpoint has none.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        backend: Backend,
+        ranks: Team | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> None:
+        """Read headers and ask the backend for every op; no weight is read yet."""
+        self.directory, self.backend, self.ranks = directory, backend, ranks or Team()
+        self.checkpoint = self.ranks.open(directory)
+        self.config: ModelConfig = self.checkpoint.config
+        self.closing = ExitStack()
+        self._progress = progress
+        if self.ranks.place.ranks > 1:
+            self.ranks.place.check(self.config)
+        check_support(self.config, backend, expert_format(self.checkpoint), self.ranks.place)
+        self.tokenizer: Tokenizer | None = load_tokenizer(directory)
+
+    @cached_property
+    def model(self) -> Model:
+        """The graph with its weights, loaded when this is first asked for."""
+        source, parallel = self.ranks.share(self.checkpoint)
+        return Model(source, self.backend, parallel=parallel, progress=self._reporter("loading"))
+
+    def load_weights(self) -> None:
+        """Load the weights, if that has not been done; after an error the other ranks, if there are any, are told."""
+        with ExitStack() as stack:
+            stack.push(self.__exit__)
+            self.model  # noqa: B018  loads them
+            stack.pop_all()
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process prints results: of several ranks the first one."""
+        return self.ranks.speaks
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Part from other ranks, if there are any; they are told of an error."""
+        self.__dict__.pop("model", None)
+        self.closing.__exit__(kind, error, trace)
+
+    def close(self) -> None:
+        """Give up the weights and part from other ranks."""
+        self.__exit__(None, None, None)
+
+    def generate(
+        self,
+        prompt: str | Sequence[Any],
+        *,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        stop_tokens: Sequence[int] = (),
+        ignore_eos: bool = False,
+        thinking: bool = False,
+        speculative: bool = False,
+        chunk: int = CHUNK,
+    ) -> Generation:
+        """Continue one prompt or several, which run as one batch; give the new tokens as they come.
+
+        ``prompt``: a text (a control token that it spells is words), token ids, turns of a conversation
+        (``[{"role": "user", "content": ...}]``), or a list of such prompts. ``temperature`` 0 is greedy; else each sequence
+        draws by ``seed`` and its own number, among the tokens that ``top_k`` (0: off), ``top_p`` and ``min_p`` leave.
+        ``stop``: texts that end a sequence, and are not given out. ``stop_tokens``: ids that do, beside end-of-sentence
+        (not with ``ignore_eos``). ``thinking``: of conversations, let the model think first. ``speculative``: draft with
+        the MTP block; the tokens are the same. ``chunk``: tokens of a prefill step.
+
+        Raises ``ValueError`` before anything runs: for an empty prompt, an id outside the vocabulary, more tokens than
+        the model has positions, or a text where there is no tokenizer.
+        """
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens = {max_tokens} must be 1 or more")
+        prompts = self._encoded(prompts_of(prompt), thinking=thinking)
+        sampling = Sampling(temperature, top_p, seed, top_k, min_p)
+        for i, ids in enumerate(prompts):
+            self._check_room(i if len(prompts) > 1 else None, len(ids), max_tokens)
+        texts = (stop,) if isinstance(stop, str) else tuple(stop)
+        StopTexts(texts)
+        if texts and self.tokenizer is None:
+            raise ValueError(
+                "stop: this checkpoint has no tokenizer.json, so there is no text; use stop_tokens with ids"
+            )
+        check_ids(np.asarray(stop_tokens, np.int64).reshape(-1), self.config.vocab_size)
+        if speculative and self.config.draft != "mtp":
+            raise ValueError("speculative decoding drafts with the MTP block, and this checkpoint has none")
+        end = self.config.eos_token_id
+        ends = {*stop_tokens} if ignore_eos else {*(end if isinstance(end, tuple) else (end,)), *stop_tokens}
+        request = {"prompts": prompts, "max_tokens": max_tokens, "sampling": asdict(sampling), "chunk": chunk}
+        request |= {"stop": list(texts), "ends": sorted(ends), "speculative": speculative}
+        self.ranks.agree({"request": request})
+        return Generation(self, prompts, max_tokens, sampling, texts, ends, speculative=speculative, chunk=chunk)
+
+    def encode(self, prompt: str | Sequence[Any], *, thinking: bool = False) -> list[int]:
+        """Give the ids of one prompt; raise ``ValueError`` where there are none, or one is outside the vocabulary."""
+        if not isinstance(prompt, str) and not any(isinstance(one, Mapping) for one in prompt):
+            array = np.asarray(prompt)
+            if array.ndim != 1 or not array.size:
+                raise ValueError("the prompt is empty: give at least one token")
+            check_ids(array, self.config.vocab_size)
+            return [int(token) for token in array]
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self.directory} has no tokenizer.json; give --tokens with ids, or copy the tokenizer beside config.json"
+            )
+        if isinstance(prompt, str):
+            pieces = [Piece(prompt)]
+        else:
+            turns = cast("Sequence[Message]", prompt)
+            pieces = encode(turns, thinking=thinking, texts=fixed_texts(self.directory))
+        ids = Vocabulary(self.tokenizer).ids(pieces)
+        if not ids:
+            raise ValueError("the prompt is empty: give at least one token of text")
+        return ids
+
+    def _encoded(self, prompts: list[Any], *, thinking: bool) -> list[list[int]]:
+        """Encode prompts; of several the error names the one."""
+        encoded: list[list[int]] = []
+        try:
+            for prompt in prompts:
+                encoded.append(self.encode(prompt, thinking=thinking))  # noqa: PERF401  the error says how many are done
+        except ValueError as error:
+            raise ValueError(f"prompt {len(encoded)}: {error}" if len(prompts) > 1 else f"{error}") from None
+        return encoded
+
+    def logits(self, ids: Sequence[int] | Sequence[Sequence[int]] | Host, *, chunk: int = CHUNK) -> Host:
+        """Give the logits after every token of ``ids`` [total] or [batch, total]: [..., total, vocab], float32 (float64).
+
+        Raises ``ValueError`` for an id outside the vocabulary or more tokens than the model has positions.
+        """
+        tokens = np.asarray(ids)
+        if tokens.ndim not in {1, 2} or not tokens.size:
+            raise ValueError(f"logits: ids of shape {list(tokens.shape)} must be [total] or [batch, total], not empty")
+        check_ids(tokens, self.config.vocab_size)
+        self._check_room(None, tokens.shape[-1], 0)
+        found = every_logits(self.model, np.atleast_2d(tokens), chunk=chunk, progress=self._reporter("tokens"))
+        return found if tokens.ndim == 2 else found[0]
+
+    def _check_room(self, sequence: int | None, length: int, more: int) -> None:
+        limit = self.config.max_position_embeddings
+        if length + more > limit:
+            which = "the prompt" if sequence is None else f"prompt {sequence}"
+            asked = f" and max_tokens = {more}" if more else ""
+            advice = f"ask for at most {limit - length}" if length < limit and more else "shorten it"
+            raise ValueError(
+                f"{which} has {length} tokens{asked}; the model has {limit} positions (max_position_embeddings): {advice}"
+            )
+
+    def _reporter(self, what: str) -> Callable[[int, int], None] | None:
+        told = self._progress
+        return (lambda done, of: told(what, done, of)) if told else None
+
+
+def prompts_of(prompt: str | Sequence[Any]) -> list[Any]:
+    """Tell one prompt (text, ids, turns) from a list of them; give the list. Raises ``ValueError`` where there is none."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not len(prompt):
+        raise ValueError("no prompt: give a text, token ids, or the turns of a conversation")
+    is_one = all(isinstance(item, Mapping) for item in prompt) or all(np.ndim(item) == 0 for item in prompt)
+    if is_one and not any(isinstance(item, str) for item in prompt):
+        return [prompt]
+    return list(prompt)
+
+
+@dataclass
+class _Written:
+    """What has come of one sequence."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish: Finish | None = None
+
+
+class Generation(Iterator[Event]):
+    """The events of a request, as they come; what has come is kept.
+
+    ``prompts``: the ids that were read. ``tokens``, ``texts``, ``finish``: of each sequence, so far. ``prefill_seconds``:
+    until the first token; ``decode_seconds``: from there. ``drafts``: how speculation fared.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        prompts: list[list[int]],
+        max_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str],
+        ends: set[int],
+        *,
+        speculative: bool,
+        chunk: int,
+    ) -> None:
+        self.prompts, self.max_tokens, self.drafts = prompts, max_tokens, Drafts()
+        self.prefill_seconds = self.decode_seconds = 0.0
+        self._session, self._sampling, self._ends, self._chunk = session, sampling, ends, chunk
+        self._written = [_Written() for _ in prompts]
+        vocabulary = Vocabulary(session.tokenizer) if session.tokenizer else None
+        self._streams = [PieceStream(vocabulary) if vocabulary else None for _ in prompts]
+        self._stops = [StopTexts(stop) for _ in prompts]
+        self._events = self._timed(self._stepped(speculative=speculative))
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """New ids of each sequence, the stop token included."""
+        return [written.tokens for written in self._written]
+
+    @property
+    def texts(self) -> list[str]:
+        """New text of each sequence, without a stop text."""
+        return [written.text for written in self._written]
+
+    @property
+    def finish(self) -> list[Finish | None]:
+        """Why each sequence ended; None while it has not."""
+        return [written.finish for written in self._written]
+
+    def __next__(self) -> Event:
+        """Give the next event."""
+        return next(self._events)
+
+    def run(self) -> Self:
+        """Take all events; give this, with its texts."""
+        for _ in self:
+            pass
+        return self
+
+    def summary(self) -> str:
+        """Counts and times in one line for people."""
+        prompt, new = sum(map(len, self.prompts)), sum(map(len, self.tokens))
+        many = f"{len(self.prompts)} sequences: " if len(self.prompts) > 1 else ""
+        line = f"{many}{prompt} prompt tokens in {self.prefill_seconds:.2f} s"
+        steps = max(map(len, self.tokens))
+        if steps > 1:
+            per = 1000 * self.decode_seconds / (new - 1 if len(self.prompts) == 1 else steps - 1)
+            line += f", {new} generated, {per:.0f} ms per {'step' if many else 'token'} after the first"
+        if self.drafts.proposed:
+            line += f"; {self.drafts.accepted} of {self.drafts.proposed} drafts accepted"
+        return line
+
+    def _timed(self, events: Iterator[Event]) -> Iterator[Event]:
+        self._session.model  # noqa: B018  loading is no part of the times
+        began = first = time.perf_counter()
+        for event in events:
+            if not self.prefill_seconds:
+                first = time.perf_counter()
+                self.prefill_seconds = first - began
+            self.decode_seconds = time.perf_counter() - first
+            yield event
+
+    def _stepped(self, *, speculative: bool) -> Iterator[Event]:
+        """Run all sequences in one engine, in which they all begin in the first step."""
+        lengths = [len(prompt) for prompt in self.prompts]
+        most = self._session.config.max_position_embeddings
+        engine = Engine(
+            self._session.model,
+            slots=len(lengths),
+            capacity=min(max(lengths) + self.max_tokens + speculative, most),
+            chunk=self._chunk,
+            budget=sum(lengths) + len(lengths),
+            drafts=speculative,
+            reuse=False,
+            progress=self._session._reporter("prefill"),  # noqa: SLF001  one object in two classes
+        )
+        numbers: dict[int, int] = {}
+        for sequence, prompt in enumerate(self.prompts):
+            own = replace(self._sampling, seed=(cast("int", self._sampling.seed), sequence))
+            numbers[engine.submit(Request(tuple(prompt), self.max_tokens, own, frozenset(self._ends)))] = sequence
+        while not engine.idle:
+            for event in engine.step():
+                if event.error:
+                    raise event.error
+                sequence = numbers[event.id]
+                if event.chosen is None or self._written[sequence].finish:
+                    continue  # of a sequence that a stop text has ended
+                yield self._event(sequence, event.chosen.token, cast("Finish | None", event.finish))
+                if self._stops[sequence].found:
+                    engine.cancel(event.id)
+            self.drafts = Drafts(engine.stats.drafted, engine.stats.accepted)
+
+    def _event(self, sequence: int, token: int, finish: Finish | None) -> Event:
+        """Note a token: its text, and whether it is the sequence's last."""
+        written, stops, stream = self._written[sequence], self._stops[sequence], self._streams[sequence]
+        written.tokens.append(token)
+        pieces = [*stream.push(token), *(stream.finish() if finish else ())] if stream else []
+        text = stops.push("".join(piece.text for piece in pieces if not piece.control))
+        written.finish = "stop" if stops.found else finish
+        if written.finish:
+            text += stops.finish()
+        written.text += text
+        return Event(sequence, token, text, written.finish)
