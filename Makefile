@@ -16,7 +16,7 @@ $(VENV):
 reference: $(VENV)
 	$(CONFORMANCE) --backend reference --require 3 --report reports/conformance/reference
 	$(CONFORMANCE) --backend reference --batch-invariant --require 4 --report reports/conformance/reference-batch-invariant
-	$(RUN) pytest -m proof tests/conformance
+	$(RUN) pytest -m proof tests/conformance tests/test_dspark.py tests/test_spellings.py
 	$(CONFORMANCE) --backend reference --numerics float32 --report reports/conformance/reference-float32
 
 torch: $(VENV)
@@ -31,6 +31,9 @@ cuda: $(VENV)
 	$(CONFORMANCE) --backend cuda --interpret --report reports/conformance/cuda-interpreted
 	$(RUN) python tests/cuda/plant.py
 	$(RUN) pytest -m "proof or not proof" tests/cuda/test_cuda_models.py
+	for v in 3.4.0 3.6.0; do pip install -q --no-deps --target $(VENV)/triton-$$v triton==$$v && \
+	$(RUN) DSV4_OLDEST_TRITON=$(VENV)/triton-$$v pytest -m proof tests/cuda/test_jit_path.py || exit 1; done
+	$(RUN) pytest -m proof tests/cuda/test_prove.py
 
 ascend: $(VENV)
 	for chip in 910B 910C 950; do $(CONFORMANCE) --backend ascend --simulate $$chip --require 3 --report reports/conformance/ascend-$$chip-simulated || exit 1; done
@@ -51,6 +54,7 @@ benchmarks: $(VENV)
 	for dtype in bfloat16 float32; do python benchmarks/vs_transformers.py --dtype $$dtype --ops || exit 1; done | tee reports/benchmarks/vs_transformers.txt
 
 documents: $(VENV)
+	$(RUN) python -m dsv4_core.checkpoint.spelling_page > docs/checkpoints.md
 	$(RUN) python -m dsv4_conformance.report.op_pages > docs/ops.md
 	$(RUN) dsv4 conformance matrix reports/conformance/* --out docs/matrix.md
 	$(RUN) dsv4 conformance matrix reports/conformance/* --brief --into README.md

@@ -14,12 +14,13 @@ contracts, checkpoints, the graph, ranks, planning, text and the command line; n
 
 from typing import TYPE_CHECKING, Any
 
+from dsv4_core.version import __version__
+
 if TYPE_CHECKING:
     from dsv4_core.checkpoint.weights import CheckpointError
     from dsv4_core.contract.backend import BackendError
     from dsv4_core.session import Event, Generation, Sampling, Session, load
 
-__version__ = "0.1.0"
 __all__ = ["BackendError", "CheckpointError", "Event", "Generation", "Sampling", "Session", "__version__", "load"]
 
 _HOMES = {

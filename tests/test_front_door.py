@@ -13,6 +13,8 @@ import dsv4_core as dsv4
 from dsv4_core import session
 from dsv4_core.contract.backend import BackendError
 from dsv4_core.contract.registry import create
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.step import Step
 
 CHAT = [{"role": "user", "content": "What is kludge?"}]
 
@@ -207,3 +209,11 @@ def test_closing_gives_up_the_weights():
     opened.close()
     assert "model" not in vars(opened)
     opened.close()
+
+
+@pytest.mark.parametrize("seq", [1, 4, 300])
+def test_a_step_of_no_sequence(model, seq):
+    """A rank whose group has no sequence takes part in the experts' exchange with an empty step."""
+    step = Step(Cache(model.backend, model.config, 0, 1000), np.zeros((0, seq), np.int64))
+    assert step.tokens == 0
+    assert model.model.forward(step).shape[0] == 0

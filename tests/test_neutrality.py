@@ -27,6 +27,7 @@ CORE, SUITE = ROOT / "dsv4_core", ROOT / "conformance/dsv4_conformance"
 BACKEND_ROOTS = sorted(ROOT.glob("backends/*/dsv4_backend_*"))
 ROOMS = {
     "dsv4_core": [
+        "version",
         "files",
         "contract",
         "checkpoint",

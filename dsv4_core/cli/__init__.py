@@ -14,15 +14,16 @@ from typing import NoReturn, cast
 
 import click
 
-from dsv4_core import __version__
 from dsv4_core.cli.commands import Group
 from dsv4_core.cli.verdict import UNFORESEEN, in_a_child, wanted
 from dsv4_core.contract import registry
 from dsv4_core.contract.spec import BackendError
 from dsv4_core.files.words import one_line, printable
+from dsv4_core.version import __version__
 
 COMMANDS = (
     "demo",
+    "chat",
     "generate",
     "logits",
     "inspect",

@@ -31,3 +31,4 @@ def command(chat: str, max_tokens: int) -> None:
         show(session, events, [chat])
     report(f"{events.summary()}\n")
     table()
+    report("\nTalk to it: dsv4 chat. Serve it to clients of OpenAI and Anthropic: dsv4 serve.")

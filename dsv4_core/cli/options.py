@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -95,7 +96,9 @@ class RankFlags:
 def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--tp``, ``--ep`` and ``--stats`` to a command, which receives them as one argument ``asked``."""
 
-    def gathered(tp: int, ep: int, stats: bool, **rest: Any) -> Any:
+    def gathered(tp: int, ep: int, stats: bool, store_key_file: str | None, **rest: Any) -> Any:
+        if store_key_file:
+            os.environ["DSV4_STORE_KEY_FILE"] = store_key_file
         return command(asked=RankFlags(tp, ep, stats), **rest)
 
     return _decorated(
@@ -104,6 +107,7 @@ def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ranks("--tp", type=click.IntRange(1), default=1, show_default=True, help="Ranks that share each token."),
         ranks("--ep", type=click.IntRange(1), default=1, show_default=True, help="Groups that share the experts."),
         ranks("--stats", is_flag=True, help="Of each rank: bytes of weights read, bytes sent, time so."),
+        ranks("--store-key-file", help="A secret that all ranks share (else DSV4_STORE_KEY); needed between hosts."),
     )
 
 

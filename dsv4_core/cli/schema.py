@@ -14,7 +14,7 @@ from typing import Any, Literal
 import click
 import msgspec
 
-from dsv4_core import __version__
+from dsv4_core.version import __version__
 
 SCHEMA = 1
 

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+MOST_RANKS = 65536  # beyond any cut that the published models allow
+
+
 @dataclass(frozen=True)
 class Rendezvous:
     """This process's rank among ``ranks``, and the store at ``host:port``.
@@ -43,9 +46,15 @@ class Rendezvous:
         texts = {
             name: environ.get(name, environ["RANK"]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK")
         }
-        if wrong := [name for name, text in texts.items() if not text.isdigit()]:
+        if wrong := [
+            name for name, text in texts.items() if not (text.isascii() and text.isdigit() and len(text) < 10)
+        ]:
             raise ValueError(f"{wrong[0]} = {texts[wrong[0]]!r} must be a number")
         numbers = {name: int(text) for name, text in texts.items()}
+        if not 1 <= numbers["MASTER_PORT"] <= 65535:
+            raise ValueError(f"MASTER_PORT = {texts['MASTER_PORT']} must be from 1 to 65535")
+        if numbers["WORLD_SIZE"] > MOST_RANKS:
+            raise ValueError(f"WORLD_SIZE = {texts['WORLD_SIZE']} must be at most {MOST_RANKS}")
         if not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]:
             raise ValueError(f"RANK = {numbers['RANK']} must be in 0 .. WORLD_SIZE - 1 = {numbers['WORLD_SIZE'] - 1}")
         return cls(
@@ -62,6 +71,11 @@ class Rendezvous:
     def holder(self) -> int | None:
         """The rank that holds the store; None where the launcher does."""
         return None if self.hosted else 0
+
+    @property
+    def on_one_host(self) -> bool:
+        """Whether the store is reached over the loopback interface, so that all ranks are on this host."""
+        return self.host in {"localhost", "::1"} or self.host.startswith("127.")
 
     @property
     def place(self) -> str:

@@ -317,6 +317,8 @@ class Step(Addresses):
 
     def _put(self, name: str, values: Any) -> None:
         begin, shape = self.shape.parts[name]
+        if not prod(shape):  # nothing to write: of a rank without a sequence, or of windows that do not close
+            return
         self.host[begin : begin + prod(shape)].reshape(shape)[...] = values
 
     def _fill(self, ids: Host) -> None:

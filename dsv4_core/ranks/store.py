@@ -5,10 +5,12 @@ Core imports no torch: a backend hands over the module that it imported.
 
 from __future__ import annotations
 
+import socket
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from dsv4_core.files.words import one_line
 from dsv4_core.ranks.watch import JOIN, RankError
 
 if TYPE_CHECKING:
@@ -29,6 +31,28 @@ def reaching() -> Iterator[None]:
         raise ConnectionError(str(error).splitlines()[0]) from error
 
 
+def resolved(where: Rendezvous) -> None:
+    """Raise ``RankError`` where MASTER_ADDR is no host that this machine knows: the library would try for a minute."""
+    try:
+        socket.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise RankError(
+            f"rank {where.rank}: MASTER_ADDR = {where.host!r} is no host that is known here ({error})"
+        ) from error
+
+
+def listen(where: Rendezvous) -> socket.socket:
+    """Listen at MASTER_ADDR and MASTER_PORT, and on no other interface, for the store that this rank holds."""
+    family, _, _, _, address = socket.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM)[0]
+    try:
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    except OSError as error:
+        raise RankError(
+            f"rank {where.rank} holds the ranks' store and cannot listen at {where.host}:{where.port} ({error.strerror}); "
+            "MASTER_ADDR must be an address of rank 0's machine, and MASTER_PORT free there"
+        ) from error
+
+
 class StoredRanks:
     """All ranks of a run. Constructing it reaches the store, ``connect`` the other ranks through ``library`` (gloo, nccl ...)."""
 
@@ -38,10 +62,12 @@ class StoredRanks:
         self.rank, self.ranks, self.holder = where.rank, where.ranks, where.holder
 
         def store(*, is_master: bool, seconds: timedelta) -> Any:
+            listening = {"master_listen_fd": listen(where).detach()} if is_master else {}
             return distributed.TCPStore(
-                where.host, where.port, where.ranks, is_master, timeout=seconds, wait_for_workers=False
+                where.host, where.port, where.ranks, is_master, timeout=seconds, wait_for_workers=False, **listening
             )
 
+        resolved(where)
         try:
             self._own = store(is_master=where.rank == where.holder, seconds=timedelta(seconds=JOIN))
             self.store = distributed.PrefixStore(where.attempt, store(is_master=False, seconds=ANSWER))
@@ -51,6 +77,14 @@ class StoredRanks:
             raise RankError(
                 f"rank {where.rank} found no store of {holder} at {at}: {str(error).splitlines()[0]}"
             ) from error
+
+        with reaching():
+            first = self.store.compare_set(f"dsv4/claim/{self.rank}", "", where.place).decode(errors="replace")
+        if first != where.place:
+            raise RankError(
+                f"rank {self.rank} of this run is {one_line(first)}, already; give every process a RANK of its own, "
+                "and every run a MASTER_PORT of its own"
+            )
 
     def connect(self) -> None:
         """Connect with all other ranks, which do the same."""

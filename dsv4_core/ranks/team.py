@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from dsv4_core import __version__
 from dsv4_core.checkpoint.layout import QUANTISED
 from dsv4_core.contract.rendezvous import Rendezvous
+from dsv4_core.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -124,11 +124,19 @@ def team(create: Callable[[int], Backend], tp: int, ep: int) -> Iterator[Team]:
         return
     from dsv4_core.checkpoint.rank_part import Place
     from dsv4_core.ranks.exchange import Ranks
+    from dsv4_core.ranks.signed import SignedStore, secret
     from dsv4_core.ranks.watch import Watch
 
+    key = secret()
+    if not key and not where.on_one_host:
+        raise ValueError(
+            f"MASTER_ADDR = {where.host}: ranks of several hosts need a secret that they share; set DSV4_STORE_KEY to the same on all, "
+            "or give --store-key-file (SECURITY.md says what it is for)"
+        )
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is said once, by the watch, without C++ stacks
     backend = create(where.local_rank)
     world = backend.process_group(where)
-    watch = Watch(world.store, rank=where.rank, ranks=where.ranks, holder=where.holder, place=where.place)
+    store = SignedStore(world.store, key) if key else world.store
+    watch = Watch(store, rank=where.rank, ranks=where.ranks, holder=where.holder, place=where.place)
     with watch, Ranks(backend, Place(tp, ep, where.rank), world, watch) as ranks:
         yield Team(ranks)

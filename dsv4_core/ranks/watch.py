@@ -16,6 +16,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dsv4_core.contract.backend import BackendError
+from dsv4_core.files.reading import FileError, json_text
+from dsv4_core.files.words import one_line, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -54,18 +56,54 @@ class Watch:
         self._lock = threading.Lock()
         self._looked = time.monotonic()
         with self._storing():
+            store.set(self._key("size", rank), str(ranks))
             store.set(self._key("place", rank), place)
             store.set(self._key("beat", rank), self.state)
-        missing = self._missing("beat", join)
-        if missing:
-            which = ", ".join(map(str, missing))
-            raise RankError(
-                f"rank {which} of {ranks} did not start within {join:.0f} s; start every rank with the same MASTER_ADDR, "
-                "MASTER_PORT and WORLD_SIZE"
-            )
-        self.places = [value.decode() for value in store.multi_get(self._keys("place"))]
+        try:
+            self._meet(join)
+        except RankError:
+            if holder == rank:
+                time.sleep(FAREWELL)  # so that the others find out, too, what is wrong
+            raise
         for run in (self._watch, self._guard):
             threading.Thread(target=run, name=f"dsv4{run.__name__}", daemon=True).start()
+
+    def _meet(self, join: float) -> None:
+        """Wait for all ranks; raise ``RankError`` naming those that do not come, or were started for another number."""
+        until = time.monotonic() + join
+        while True:
+            missing = self._missing("beat", 0.0)
+            self._hold_sizes()
+            if not missing:
+                break
+            if time.monotonic() > until:
+                which = ", ".join(map(str, missing))
+                raise RankError(
+                    f"rank {which} of {self.ranks} did not start within {join:.0f} s; start every rank with the same "
+                    "MASTER_ADDR, MASTER_PORT and WORLD_SIZE"
+                )
+            time.sleep(0.05)
+        with self._storing():
+            self.places = [
+                one_line(value.decode(errors="replace")) for value in self.store.multi_get(self._keys("place"))
+            ]
+
+    def _hold_sizes(self) -> None:
+        """Raise ``RankError`` where a rank that has come was started for another number of ranks."""
+        with self._storing():
+            here = [r for r, key in enumerate(self._keys("size")) if self.store.check([key])]
+            said = self.store.multi_get([self._key("size", r) for r in here])
+        for r, size in zip(here, said, strict=True):
+            stated = one_line(size.decode(errors="replace"), 60)
+            if not stated.isdigit():
+                raise RankError(
+                    f"rank {r} wrote {stated!r} for its number of ranks: it was started with a secret "
+                    f"(DSV4_STORE_KEY, --store-key-file) and rank {self.rank} without, or a stranger writes there"
+                )
+            if int(stated) != self.ranks:
+                raise RankError(
+                    f"rank {r} was started with WORLD_SIZE = {stated}, rank {self.rank} with {self.ranks}; give all the same"
+                )
 
     def agree(self, what: Mapping[str, Any]) -> None:
         """Hold what this rank was started with (name -> anything that JSON can write) against the others'.
@@ -74,7 +112,13 @@ class Watch:
         """
         self.agreements += 1  # each under a name of its own: the store keeps what was said before
         turn = f"agree {self.agreements}"
-        said = [json.loads(value) for value in self.collect(turn, json.dumps(what, sort_keys=True))]
+        try:
+            heard = enumerate(self.collect(turn, json.dumps(what)))
+            said = [
+                json_text(value, dict[str, Any], f"what rank {r} said", "start all ranks alike") for r, value in heard
+            ]
+        except FileError as error:
+            raise RankError(str(error)) from error
         for name, first in said[0].items():
             others = [r for r in range(self.ranks) if said[r].get(name) != first]
             if not others:
@@ -85,7 +129,9 @@ class Watch:
                 both = [{key: one.get(key) for key in keys} for one in both]
             who = ", ".join(f"{r} ({self.places[r]})" for r in others)
             raise RankError(
-                f"rank {who} has another {name} than rank 0 ({self.places[0]}): {both[0]} instead of {both[1]}; give all the same"
+                printable(
+                    f"rank {who} has another {name} than rank 0 ({self.places[0]}): {both[0]} instead of {both[1]}; give all the same"
+                )
             )
 
     def collect(self, what: str, mine: str) -> list[str]:
@@ -133,6 +179,8 @@ class Watch:
     def _storing(self) -> Iterator[None]:
         try:
             yield
+        except RankError:
+            raise
         except Exception as error:
             holder = "the launcher" if self.holder is None else f"rank {self.holder}"
             first = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
@@ -162,7 +210,8 @@ class Watch:
                         count += 1
                         self.state = str(count)
                         self.store.set(self._key("beat", self.rank), self.state)
-                    states = [value.decode() for value in self.store.multi_get(self._keys("beat"))]
+                    said = self.store.multi_get(self._keys("beat"))
+                    states = [one_line(value.decode(errors="replace")) for value in said]
             except RankError as lost:
                 self._end(str(lost))
                 return
@@ -196,6 +245,7 @@ class Watch:
         """End this process because of another rank."""
         if self._stopping.is_set() or not self.state.isdigit():  # it is ending by itself
             return
+        verdict = one_line(verdict, 2000)
         self.verdict = verdict
         print(f"dsv4: rank {self.rank} ends: {verdict}", file=sys.stderr, flush=True)
         self._last_resort(EXIT)  # the store may have stopped answering

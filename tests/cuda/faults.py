@@ -81,4 +81,13 @@ FAULTS = {
         "a packed key's offset is computed in 32 bits", "index", "slot.to(tl.int64)[:, None] * WIDTH", "slot[:, None] * WIDTH",
         "cached_index_topk", "full", "past_2^31_bytes",
     ),
+    "scales_in_the_padding": Fault(
+        "the bytes between a packed row's scales and its BF16 channels are not zero", "cache",
+        "tl.where(group < PLAIN // GROUP, tl.reshape(exponent, (GROUPS,)), 0)", "tl.reshape(exponent, (GROUPS,))", "cache_write",
+    ),
+    "swapped_halves": Fault("an even channel's FP4 code is stored in the high half of its byte", "cache", "(even | (odd << 4))", "(odd | (even << 4))", "cache_write"),
+    "a_row_too_far": Fault(
+        "rows are scattered to the slot behind theirs", "cache",
+        "tl.store(target + slot * DIM + column,", "tl.store(target + (slot + 1) * DIM + column,", "cache_write",
+    ),
 }  # fmt: skip

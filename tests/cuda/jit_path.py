@@ -132,14 +132,65 @@ def layers(backend: dry.DryBackend) -> dict[str, dict]:
     return found
 
 
+def capture(backend: dry.DryBackend) -> dict[str, dict[str, int]]:
+    """Flash cut to a layer of each ratio, steps of two sequences: what the host does in an eager step, while one is captured, and in a replay."""
+    import numpy as np
+    from dsv4_backend_cuda.graphs import Recorded
+    from test_graphs import Cuda
+
+    from dsv4_core.checkpoint.config import PRESETS
+    from dsv4_core.graph.cache import Cache
+    from dsv4_core.graph.model import Model
+    from dsv4_core.graph.replay import Replay
+    from dsv4_core.graph.step import Step
+
+    class Counting(Cuda):
+        """A replay is the device's business: here it does nothing."""
+
+        def CUDAGraph(self):  # noqa: N802
+            return type("Graph", (), {"replay": lambda _: self.runs.append("replay")})()
+
+    cuda = Counting()
+    cuda.CUDAGraph = lambda: Counting.CUDAGraph(cuda)
+    backend.record = lambda function: Recorded(function, torch.device("meta"), cuda)
+    record, found = dry.activate(launch.pretended), {}
+    config = dataclasses.replace(
+        PRESETS["flash"],
+        num_hidden_layers=3,
+        compress_ratios=(0, 4, 128),
+        num_nextn_predict_layers=0,
+    )
+    model = Model(dry.VirtualSource(config), backend)
+    cache = Cache(backend, config, 2, 1024)
+    cache.lengths[:] = cache.furthest[:] = 300
+    replay = Replay(model, cache)
+    for name in ("eager", "captured", "replayed", "replayed where a window closes"):
+        if name.endswith("closes"):
+            cache.lengths[:] = cache.furthest[:] = 303
+        record.clear()
+        with dry.TorchKernels() as kernels, backend.computing():
+            replay.logits(Step(cache, np.full((2, 1), 7)))
+        found[name] = {
+            "triton": sum(record.launches.values()),
+            "torch": dict(kernels.kernels),
+            "copies": kernels.copies,
+            "allocations": kernels.allocations,
+        }
+        cache.lengths += 1
+        cache.furthest += 1
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["cases", "conversation", "layers"])
+    parser.add_argument("what", choices=["cases", "conversation", "layers", "capture"])
     parser.add_argument("--depth", default="parse")
     parser.add_argument("--arch", type=int, default=90)
     options = parser.parse_args()
     record = dry.activate(options.arch, options.depth)
-    result = {"cases": cases, "conversation": conversation, "layers": layers}[options.what](dry.DryBackend())
+    result = {"cases": cases, "conversation": conversation, "layers": layers, "capture": capture}[options.what](
+        dry.DryBackend()
+    )
     print(
         json.dumps(
             {

@@ -38,7 +38,7 @@ print(json.dumps([right.mma, right.failures, right.registers, again == right, wr
     assert 32 <= registers <= 255
     assert same
     assert wrong == ["tensor cores: expected UTCQMMA, found QGMMA"]
-    known = json.loads(build.BASELINE.read_text())["linear_decode/flash/sm_90"]
+    known = json.loads(build.baseline().read_text())["linear_decode/flash/sm_90"]
     assert {"spills": spills, "loop_instructions": loop} == known
 
 
@@ -61,7 +61,7 @@ def test_the_interpreters_process_refuses_to_compile():
 
 
 def test_a_worse_hot_loop_fails(monkeypatch, tmp_path):
-    monkeypatch.setattr(build, "BASELINE", tmp_path / "baseline.json")
+    monkeypatch.setattr(build, "BASELINES", tmp_path)
     good = build.Result("k", "v", 90, spills=2, loop_instructions=100)
     build.write_baseline([good])
     assert not build.against_baseline([good])[0].failures
@@ -105,6 +105,14 @@ def test_the_model_names_its_bound():
     assert model.memory == pytest.approx(8192 / (3350 / 132 / 1.83))
     assert model.share == pytest.approx(model.memory / 1000)
     assert roofline.estimate(h100, Work(bytes=8192), instructions=10, warps=4).share == 1
+    # the review's own example, FP4 decode of one block: 436 instructions, 12 barriers, 4 fences of each kind, 4 waits for products
+    stalls = 12 * 30 + 4 * 40 + 4 * 20 + 4 * 60
+    alone = roofline.estimate(h100, Work(bytes=0), instructions=436, warps=4, stalls=stalls)
+    assert (alone.bound, alone.predicted) == ("waiting", pytest.approx(1276))
+    shared = roofline.estimate(h100, Work(bytes=0), instructions=436, warps=4, stalls=stalls, blocks=4)
+    assert (shared.bound, shared.predicted) == ("issue", 436)
+    slow = roofline.estimate(h100, Work(bytes=0), instructions=100, warps=4, conversions=64, blocks=4)
+    assert (slow.bound, slow.predicted) == ("convert", 64 * 4 * 32 / 16)
 
 
 @pytest.mark.parametrize(

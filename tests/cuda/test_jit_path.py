@@ -56,6 +56,19 @@ def test_full_size_layers_take_no_torch_but_for_joining():
     assert max(found["specialisations"].values()) <= 8, found["specialisations"]
 
 
+def test_a_replayed_step_launches_nothing_and_copies_one_buffer():
+    """The step is captured without a value read on the host (the meta device has none) and without a copy from it."""
+    found = run("capture", "--depth", "count")["ran"]
+    eager, captured = found["eager"], found["captured"]
+    assert eager["triton"] > 150
+    assert captured["triton"] == 3 * eager["triton"]  # two to warm up, and the capture
+    assert captured["torch"].pop("copy_") == 1  # the step's addresses, to where the graph reads them
+    assert set(captured["torch"]) == set(eager["torch"])
+    assert captured["copies"] == 0
+    for name in ("replayed", "replayed where a window closes"):
+        assert found[name] == {"triton": 0, "torch": {"copy_": 1}, "copies": 0, "allocations": 0}
+
+
 def test_what_the_jit_refuses_is_found(tmp_path):
     """A batch of one makes a specialised bound a Python number: a step of one token would not compile."""
     mhc = Fault("", "mhc", "tl.cast(tokens, tl.int64)", "tokens.to(tl.int64)", "hc_pre")

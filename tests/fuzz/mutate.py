@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ TEXTS = (
 def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Paths of every value in a tree, in order."""
     found = [path]
+    if len(path) > 60:  # deep enough, and this is Python
+        return found
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in items:
         found += places(value, (*path, key))
@@ -43,7 +46,7 @@ def tree(rng: Random, value: Any, spots: list[tuple[Any, ...]] | None = None) ->
         if not path:
             if rng.random() < 0.9:
                 continue
-            return rng.choice(ODD)
+            return copy.deepcopy(rng.choice(ODD))
         try:
             holder, key = at(value, path[:-1]), path[-1]
             old = holder[key]
@@ -51,12 +54,12 @@ def tree(rng: Random, value: Any, spots: list[tuple[Any, ...]] | None = None) ->
             continue
         how = rng.randrange(9)
         if how <= 2:
-            holder[key] = rng.choice(ODD)
+            holder[key] = copy.deepcopy(rng.choice(ODD))
         elif how == 3:
             del holder[key]
         elif how == 4 and isinstance(holder, dict):
             holder[rng.choice((str(key) + "x", "", "\x1b]0;x\x07", "a" * 300, "../x"))] = holder.pop(key)
-        elif how == 5 and isinstance(old, (int, float)) and not isinstance(old, bool):
+        elif how == 5 and isinstance(old, (int, float)) and not isinstance(old, bool) and abs(old) < 1e300:
             holder[key] = rng.choice(
                 (old + 1, old - 1, -old, old * 2, old / 3, old * 2**20, str(old), float(old), old // 2)
             )
@@ -76,8 +79,7 @@ def tree(rng: Random, value: Any, spots: list[tuple[Any, ...]] | None = None) ->
             holder[key] = deep
             break  # nothing more: looking for places would go as deep
         else:
-            holder[key] = at(value, rng.choice(places(value)))
-            holder[key] = None if holder[key] is value else json.loads(written(holder[key]) or b"null")
+            holder[key] = copy.deepcopy(at(value, rng.choice(places(value))))
     return value
 
 

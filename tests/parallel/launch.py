@@ -33,7 +33,13 @@ def environment(rank: int, ranks: int, port: int, host: str = "127.0.0.1", **mor
     """What torchrun would set, without torchrun."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
     mine = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": host, "MASTER_PORT": port}
-    return kept | {k: str(v) for k, v in mine.items()} | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} | more
+    return (
+        kept
+        | {k: str(v) for k, v in mine.items()}
+        | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        | {"DSV4_STORE_KEY": "a secret of these tests"}
+        | more
+    )
 
 
 def wide_checkpoint(path: Path) -> Path:

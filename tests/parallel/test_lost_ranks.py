@@ -261,3 +261,93 @@ def test_a_rank_that_is_done_is_not_lost(monkeypatch):
     watches[1].done()
     first.join()
     assert ended == []
+
+
+def test_words_of_strangers_are_not_believed():
+    from dsv4_core.ranks.signed import SignedStore
+
+    shared = Shared()
+    mine, same, other = (SignedStore(shared, key) for key in (b"a" * 16, b"a" * 16, b"b" * 16))
+    mine.set("dsv4/beat/1", "7")
+    assert same.multi_get(["dsv4/beat/1"]) == [b"7"]
+    with pytest.raises(RankError, match=r"as rank 1 is not signed with this rank's secret.*DSV4_STORE_KEY"):
+        other.multi_get(["dsv4/beat/1"])
+    shared["dsv4/beat/2"] = shared["dsv4/beat/1"]  # a word that was said elsewhere
+    with pytest.raises(RankError, match="as rank 2 is not signed"):
+        same.multi_get(["dsv4/beat/2"])
+    shared["dsv4/beat/1"] = b"failed: \x1b[2J"
+    with pytest.raises(RankError, match="not signed"):
+        same.multi_get(["dsv4/beat/1"])
+
+
+def test_secrets_that_keep_nothing_secret_are_refused(tmp_path, monkeypatch):
+    from dsv4_core.ranks.signed import secret
+
+    monkeypatch.setenv("DSV4_STORE_KEY", "short")
+    with pytest.raises(ValueError, match="DSV4_STORE_KEY: a secret of 5 bytes; give at least 16"):
+        secret()
+    file = tmp_path / "key"
+    file.write_text("k" * 20)
+    file.chmod(0o644)
+    monkeypatch.setenv("DSV4_STORE_KEY_FILE", str(file))
+    with pytest.raises(ValueError, match="others may read it"):
+        secret()
+    file.chmod(0o600)
+    assert secret() == b"k" * 20
+
+
+def test_another_world_size_is_named():
+    store = Shared()
+    for key in ("size", "place", "beat"):
+        store.set(f"dsv4/{key}/1", "3")
+    with pytest.raises(RankError, match="rank 1 was started with WORLD_SIZE = 3, rank 0 with 2"):
+        Watch(store, rank=0, ranks=2, holder=None, place="a", join=0.2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT = 99999 must be from 1 to 65535"),
+        ({"WORLD_SIZE": "9" * 30}, "must be a number"),
+        ({"MASTER_PORT": "\u00b2"}, "must be a number"),
+    ],
+)
+def test_a_rendezvous_that_no_network_has(changes, message):
+    given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1234"} | changes
+    with pytest.raises(ValueError, match=message):
+        Rendezvous.from_environment(given)
+
+
+def test_two_processes_of_one_rank_are_told(monkeypatch):
+    from dsv4_core.contract import registry
+
+    port = free_port()
+    where = [
+        Rendezvous(rank=r, ranks=3, local_rank=r, host="127.0.0.1", port=port, hosted=False, attempt="0")
+        for r in (0, 1, 1)
+    ]
+    kept = [registry.create("reference").process_group(w) for w in where[:2]]
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+    with pytest.raises(RankError, match=r"rank 1 of this run is .*, already; give every process a RANK of its own"):
+        registry.create("reference").process_group(where[2])
+    assert kept
+
+
+def test_a_host_that_nobody_knows_is_said_at_once():
+    from dsv4_core.contract import registry
+
+    where = Rendezvous(rank=0, ranks=2, local_rank=0, host="no.such.host.invalid", port=1, hosted=False, attempt="0")
+    with pytest.raises(RankError, match=r"MASTER_ADDR = 'no\.such.host.invalid' is no host"):
+        registry.create("reference").process_group(where)
+
+
+def test_several_hosts_need_a_secret(monkeypatch):
+    from click.testing import CliRunner
+
+    from dsv4_core.cli import root
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "1234"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("DSV4_STORE_KEY", raising=False)
+    result = CliRunner().invoke(root, ["generate", "--tokens", "5", "--tp", "2"])
+    assert "ranks of several hosts need a secret that they share" in str(result.exception)

@@ -11,6 +11,7 @@ import torch
 from dsv4_backend_torch.backend import TorchBackend
 
 from dsv4_backend_cuda import device, launch
+from dsv4_backend_cuda.graphs import Recorded
 from dsv4_backend_cuda.rules import RULES, WITHOUT_KERNEL, Answer
 from dsv4_core.contract.backend import Option
 from dsv4_core.contract.ops import OPS, EveryOp
@@ -130,6 +131,17 @@ class CudaBackend(TorchBackend):
         return Support(
             by=f"torch: {answer}" if isinstance(answer, str) else f"triton: {', '.join(dict.fromkeys(answer))}"
         )
+
+    def record(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """On a GPU a CUDA graph (``graphs.Recorded``); elsewhere as PyTorch does it."""
+        if self.index is None:
+            return super().record(function)
+
+        def run(*arrays: Any) -> Any:
+            with self.computing():
+                return function(*arrays)
+
+        return Recorded(run, self.device)
 
     def kernels_ran(self) -> Sequence[str]:
         """Kernels of the launch table that ran since this was last asked, as first met."""

@@ -23,7 +23,9 @@ from typing import Any
 from dsv4_backend_cuda import decode, interpret, roofline, sass
 from dsv4_backend_cuda.launch import ARCHITECTURES, KernelSpec
 
-BASELINE = Path(__file__).with_name("build_baseline.json")
+BASELINES = Path(
+    __file__
+).parent  # of checked-in baselines, one for each version of Triton: compilers differ in spills and loops
 HEADING = "Compiled offline; model, not measured"
 
 
@@ -46,6 +48,8 @@ class Result:
     loop_kinds: dict[str, int] = field(default_factory=dict)
     loop_bytes_issued: int = 0
     spills: int = 0
+    conversions: int = 0
+    stall_cycles: int = 0
     bytes: float = 0.0
     flops: float = 0.0
     bound: str = ""
@@ -145,12 +149,21 @@ def build_one(spec: KernelSpec, variant: str, arch: int) -> Result:
     blocks = roofline.blocks_per_multiprocessor(
         device, registers=code.registers, shared=meta.shared, warps=meta.num_warps, tensor_memory=tensor_memory
     )
-    model = roofline.estimate(device, work, instructions=len(code.loop), warps=meta.num_warps)
+    model = roofline.estimate(
+        device,
+        work,
+        instructions=len(code.loop),
+        warps=meta.num_warps,
+        conversions=code.conversions(),
+        stalls=code.stall_cycles(),
+        blocks=blocks,
+    )
     result = Result(
         kernel=spec.name, variant=variant, arch=arch, config=config, registers=code.registers, shared=meta.shared, tensor_memory=tensor_memory,
         blocks=blocks, occupancy=blocks * meta.num_warps / device.warps, mma=code.mma_shapes(), instructions=len(code.instructions),
         loop_instructions=len(code.loop), loop_kinds=code.kinds(), loop_bytes_issued=code.loop_bytes() * meta.num_warps, spills=code.spills(),
-        bytes=work.bytes, flops=work.flops, bound=model.bound, share=model.share, failures=list(_gates(spec, arch, code, meta.shared, tensor_memory, blocks)),
+        conversions=code.conversions(), stall_cycles=code.stall_cycles(), bytes=work.bytes, flops=work.flops, bound=model.bound,
+        share=model.share, failures=list(_gates(spec, arch, code, meta.shared, tensor_memory, blocks)),
     )  # fmt: skip
     stored.parent.mkdir(parents=True, exist_ok=True)
     stored.write_text(json.dumps(asdict(result)))
@@ -173,9 +186,14 @@ def _gates(spec: KernelSpec, arch: int, code: sass.Code, shared: int, tensor_mem
         yield f"no block fits on a multiprocessor: {code.registers} registers a thread"
 
 
+def baseline(triton: str = "") -> Path:
+    """The file of a Triton version's baseline (the installed one's): patch releases share it."""
+    return BASELINES / f"build_baseline-{'.'.join((triton or version('triton')).split('.')[:2])}.json"
+
+
 def against_baseline(results: Iterable[Result]) -> list[Result]:
     """Add a failure where a hot loop spills more or issues more than the checked-in baseline, or is not in it."""
-    known = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
+    known = json.loads(baseline().read_text()) if baseline().exists() else {}
     judged = []
     for r in results:
         failures = list(r.failures)
@@ -201,10 +219,10 @@ def write_baseline(results: Iterable[Result]) -> None:
         for k, r in built.items()
         if not r.unsupported and not r.failures
     }
-    known = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
+    known = json.loads(baseline().read_text()) if baseline().exists() else {}
     kept = {k: v for k, v in known.items() if k in built or k.split("/")[0] not in kernels}
     lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted((kept | rows).items())]
-    BASELINE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    baseline().write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def build(architectures: Iterable[int] = ARCHITECTURES, only: str = "", *, jobs: int = 1) -> Iterator[Result]:
@@ -265,7 +283,7 @@ def table(results: Iterable[Result]) -> Any:
         "bytes",
         "kflop",
         "bound",
-        "roofline",
+        "floor / predicted",
         "gate",
     ):
         out.add_column(column, overflow="fold")
@@ -282,12 +300,12 @@ def table(results: Iterable[Result]) -> Any:
 
 
 def decode_table(results: Iterable[Result]) -> Any:
-    """Predicted share of the roofline of a decode step's products, as a rich table: an architecture a column."""
+    """What a decode step's products cannot do without, of what is predicted, as a rich table: an architecture a column."""
     from rich.table import Table
 
     rows = list(decode.steps(results))
     columns = sorted({s.arch for s in rows})
-    out = Table(title=f"Decode, one token: share of the roofline. {HEADING}")
+    out = Table(title=f"Decode, one token: floor of memory over predicted time. {HEADING}")
     for column in ("model", "product", "MB", *(f"sm_{a}" for a in columns)):
         out.add_column(column)
     for key in dict.fromkeys((s.model, s.layer, s.megabytes) for s in rows):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
-from dsv4_backend_cuda import build, interpret
-from dsv4_backend_cuda.launch import ARCHITECTURES
+from dsv4_backend_cuda import build, interpret, prove
+from dsv4_backend_cuda.launch import ARCHITECTURES, compatible
 from dsv4_core.contract.spec import BackendError
 
 
@@ -29,15 +29,13 @@ def _architectures(ctx: click.Context, option: click.Parameter, value: str) -> l
 
 def require_triton(*, untested: bool) -> None:
     """Raise ``BackendError`` without Triton, or with a version that no baseline and no proof is for, unless ``untested``."""
-    tested = interpret.TESTED_TRITON
+    proven = interpret.TESTED_TRITON[-1]
     if find_spec("triton") is None:
+        raise BackendError(f"kernels are compiled by Triton, which is not installed here; pip install triton=={proven}")
+    if not build.baseline(found := version("triton")).exists() and not untested:
         raise BackendError(
-            f"kernels are compiled by Triton, which is not installed here; pip install triton=={tested[-1]}"
-        )
-    if (found := version("triton")) not in tested and not untested:
-        raise BackendError(
-            f"triton {found}: registers, spills and instructions of the baseline are those of {', '.join(tested)}; "
-            f"install triton=={tested[-1]}, or add --untested-triton to judge this version's code by that baseline"
+            f"triton {found}: there is no baseline of its registers, spills and instructions; "
+            f"install triton=={proven}, or add --untested-triton to go on without one"
         )
 
 
@@ -93,7 +91,7 @@ def build_command(
 
 
 @command.command("tune")
-@click.option("--device", default="cuda", show_default=True)
+@click.option("--device", "device_name", default="cuda", show_default=True)
 @click.option("--kernel", default="", help="Only kernels whose name contains this.")
 @click.option("--untested-triton", is_flag=True, help="Go on with a Triton version that no baseline is from.")
 @click.option(
@@ -101,7 +99,7 @@ def build_command(
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the table here; else into the package's own.",
 )
-def tune_command(device: str, kernel: str, out: Path | None, *, untested_triton: bool) -> None:
+def tune_command(device_name: str, kernel: str, out: Path | None, *, untested_triton: bool) -> None:
     """Time candidate configurations on this machine's GPU and write the fastest into the launch table."""
     from dsv4_backend_cuda import tune
 
@@ -114,7 +112,85 @@ def tune_command(device: str, kernel: str, out: Path | None, *, untested_triton:
         raise BackendError(
             "tuning needs a GPU and there is none that PyTorch can use here; the checked-in launch table stays as it is"
         )
-    for name, before, after in tune.tune(device, kernel, out):
+    for name, before, after in tune.tune(device_name, kernel, out):
         click.echo(
             f"{name}: {before.milliseconds:.4f} ms {before.config} -> {after.milliseconds:.4f} ms {after.config}"
         )
+
+
+@command.command("warm")
+@click.argument("model", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--preset", "presets", multiple=True, type=click.Choice(["flash", "pro"]), help="A published model.")
+@click.option("--arch", type=int, help="Compute capability to compile for, e.g. 90; else this machine's GPU's.")
+@click.option("--jobs", default=2, show_default=True, type=click.IntRange(1), help="Compiling processes.")
+@click.option(
+    "--depth",
+    type=click.Choice(["compile", "parse", "count"]),
+    default="compile",
+    show_default=True,
+    help="compile: into Triton's cache. parse, count: to see what would be.",
+)
+def warm_command(model: Path | None, presets: tuple[str, ...], arch: int | None, jobs: int, depth: str) -> None:
+    """Compile what MODEL's steps launch into Triton's cache, before the first request waits for it."""
+    from dsv4_backend_cuda import warm
+    from dsv4_core.checkpoint.config import PRESETS
+    from dsv4_core.checkpoint.weights import Checkpoint
+
+    require_triton(untested=True)
+    if not model and not presets:
+        raise click.UsageError("nothing to warm: name a MODEL directory, or --preset flash or pro")
+    if arch is None:
+        import torch
+
+        from dsv4_backend_cuda import device
+
+        device.require_gpu("cuda")
+        major, minor = torch.cuda.get_device_capability("cuda")
+        arch = 10 * major + minor
+    try:
+        compatible(arch)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--arch") from None
+    models = {name: PRESETS[name] for name in presets}
+    if model:
+        models[model.name] = Checkpoint(model).config
+    failures = {}
+    for done in warm.warm(models, arch, depth, jobs=jobs):
+        count = sum(done.specialisations.values())
+        click.echo(
+            f"{done.what}: {count} specialisations of {len(done.specialisations)} kernels, {len(done.failures)} failed"
+        )
+        failures |= done.failures
+    for which, why in failures.items():
+        click.echo(f"{which}: {why}", err=True)
+    if failures:
+        raise click.exceptions.Exit(1)
+
+
+@command.command("prove")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the report; what it holds is not run again.",
+)
+@click.option(
+    "--stage", "stages", multiple=True, type=click.Choice(list(prove.STAGES)), help="Only this stage; may be repeated."
+)
+@click.option("--again", is_flag=True, help="Run stages anew that have ended.")
+@click.option(
+    "--dry-run", is_flag=True, help="Go through the stages without a GPU: interpreted or launched dry, nothing timed."
+)
+def prove_command(out: Path, stages: tuple[str, ...], *, again: bool, dry_run: bool) -> None:
+    """Show everything that this machine's GPU can show of the kernels, in stages of ten minutes, and write one report.
+
+    Exit status: 0 all passed, 1 something failed or is not finished, 2 could not run.
+    """
+    require_triton(untested=True)
+    try:
+        made, text = prove.prove(out, dry=dry_run, only=stages, again=again)
+    except FileExistsError as error:
+        raise click.BadParameter(str(error), param_hint="--out") from None
+    click.echo(text)
+    if any(made.stages[name].state != "passed" for name in stages or prove.STAGES):
+        raise click.exceptions.Exit(1)

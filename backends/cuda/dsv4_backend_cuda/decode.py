@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv4_backend_cuda import roofline
+from dsv4_backend_cuda.launch import Work
 from dsv4_core.checkpoint.config import PRESETS, ModelConfig
 
 
 @dataclass(frozen=True)
 class Step:
-    """A product of a decode step on one architecture. ``share``: time at the roofline over predicted time; never above 1."""
+    """A product of a decode step on one architecture. ``share``: time of memory alone over predicted time; never above 1."""
 
     model: str
     layer: str
@@ -61,8 +62,8 @@ BYTES = {
 def steps(results: Iterable[Any]) -> Iterator[Step]:
     """Predict every product whose kernel is among the results.
 
-    A program issues its hot loop once per 128 inputs; the multiprocessor with most programs sets the pace; memory is read at its full rate. The
-    sparse attention's list is the window and ``index_topk`` rows.
+    A program passes its hot loop once per 128 inputs; the multiprocessor with most programs sets the pace, and those that it holds at a time fill
+    each other's waiting; memory is read at its full rate; a launch comes on top. The sparse attention's list is the window and ``index_topk`` rows.
     """
     built = {
         (r.kernel, r.arch): r
@@ -93,14 +94,21 @@ def steps(results: Iterable[Any]) -> Iterator[Step]:
 
 def _step(model: str, layer: str, r: Any, device: roofline.Device, programs: int, passes: int, size: float) -> Step:
     memory = size / (device.gigabytes_per_second * 1e9)
-    cycles = (
-        -(-programs // device.multiprocessors)
-        * passes
-        * r.loop_instructions
-        * r.config["num_warps"]
-        / roofline.ISSUE_SLOTS
+    most = -(
+        -programs // device.multiprocessors
+    )  # programs of the busiest multiprocessor, and those that it holds at a time
+    together, warps = min(most, max(r.blocks, 1)), r.config["num_warps"]
+    once = roofline.estimate(
+        device,
+        Work(0.0),
+        instructions=r.loop_instructions,
+        warps=warps,
+        conversions=r.conversions,
+        stalls=r.stall_cycles,
+        blocks=together,
     )
-    time = max(memory, cycles / (device.gigahertz * 1e9))
+    cycles = most * passes * once.predicted
+    time = max(memory, cycles / (device.gigahertz * 1e9)) + roofline.LAUNCH
     return Step(
         model, layer, r.kernel, r.arch, programs, round(size / 1e6, 3), round(time * 1e6, 2), round(memory / time, 4)
     )

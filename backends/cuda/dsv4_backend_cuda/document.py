@@ -20,7 +20,9 @@ def tables(report: dict[str, Any]) -> str:
     lines = [
         f"{report['heading']}. Triton {report['triton']}.",
         "",
-        "### Decode of one token: predicted share of the roofline",
+        "### Decode of one token: floor over predicted time",
+        "",
+        "The floor is the time of reading the weights once at the full rate; the prediction adds waiting, conversions and a launch.",
         "",
     ]
     lines += _row("model", "product", "MB", *(f"sm_{a}" for a in columns)) + _row(*["---"] * (3 + len(columns)))
@@ -41,7 +43,7 @@ def tables(report: dict[str, Any]) -> str:
             "bytes",
             "kflop",
             "bound",
-            "share",
+            "floor / predicted",
             "gate",
         )
         lines += _row(*head) + _row(*["---"] * len(head))

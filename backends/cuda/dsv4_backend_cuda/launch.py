@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,7 +13,8 @@ from typing import Any
 from dsv4_backend_cuda import interpret
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
-TABLE = Path(__file__).with_name("launch_table.json")
+TABLE = Path(os.environ.get("DSV4_LAUNCH_TABLE") or Path(__file__).with_name("launch_table.json"))
+"""The package's own, or one that `dsv4 kernels tune --out` wrote."""
 
 pretended: int | None = None
 """The architecture that a dry run is for (``dry.activate``); None in every other process."""

@@ -1,4 +1,8 @@
-"""Occupancy and a per-iteration roofline from machine code: a model, not a measurement."""
+"""Occupancy, and what machine code predicts of a pass of its hot loop: a model, not a measurement.
+
+It knows memory, products, instruction issue, slow conversions, and how long one block waits for its own barriers and products where
+too few blocks share a multiprocessor to fill the gaps. It does not know the shapes of instructions or how loads overlap.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +44,8 @@ DEVICES = {
 REGISTERS = 65536  # per multiprocessor, on all of them
 RESERVED = 1 << 10  # bytes of shared memory that the driver keeps per block
 ISSUE_SLOTS = 4  # warp instructions per cycle and multiprocessor
+CONVERSION_LANES = 16  # per cycle and multiprocessor, on all of them
+LAUNCH = 2.5e-6  # seconds from one kernel's last block to the next one's first loads, in a graph: a round figure
 
 
 def blocks_per_multiprocessor(device: Device, *, registers: int, shared: int, warps: int, tensor_memory: int) -> int:
@@ -56,28 +62,43 @@ def blocks_per_multiprocessor(device: Device, *, registers: int, shared: int, wa
 
 @dataclass(frozen=True)
 class Estimate:
-    """Cycles of one multiprocessor for one iteration of one block's hot loop, by resource. ``share``: of the roofline, if the bound is reached."""
+    """Cycles of one multiprocessor for one pass of the hot loop of each of its blocks, by what may take longest.
+
+    ``waiting``: of a block that waits for itself, shared out over the blocks that run meanwhile. ``share``: what memory and products
+    cannot do without, of what is predicted.
+    """
 
     memory: float
     mma: float
     issue: float
+    convert: float = 0.0
+    waiting: float = 0.0
+
+    @property
+    def predicted(self) -> float:
+        """Cycles of the busiest."""
+        return max(self.memory, self.mma, self.issue, self.convert, self.waiting)
 
     @property
     def bound(self) -> str:
         """The resource that takes longest."""
-        return max(("memory", self.memory), ("mma", self.mma), ("issue", self.issue), key=lambda pair: pair[1])[0]
+        return next(name for name, cycles in vars(self).items() if cycles == self.predicted)
 
     @property
     def share(self) -> float:
-        """Time that memory and tensor cores must take, over the time that the busiest resource takes."""
-        return max(self.memory, self.mma) / max(self.memory, self.mma, self.issue)
+        """Time that memory and tensor cores must take, over the time that is predicted."""
+        return max(self.memory, self.mma) / self.predicted
 
 
-def estimate(device: Device, work: Work, *, instructions: int, warps: int) -> Estimate:
-    """Apply the model: each resource fully busy, all multiprocessors sharing memory evenly, latencies hidden."""
+def estimate(
+    device: Device, work: Work, *, instructions: int, warps: int, conversions: int = 0, stalls: int = 0, blocks: int = 1
+) -> Estimate:
+    """Apply the model: all multiprocessors share memory evenly; ``blocks`` share one and hide each other's waiting."""
     cycles = device.gigahertz * 1e9 * device.multiprocessors
     return Estimate(
         memory=work.bytes * cycles / (device.gigabytes_per_second * 1e9),
         mma=work.flops * cycles / (device.teraflops[work.rate] * 1e12),
         issue=instructions * warps / ISSUE_SLOTS,
+        convert=conversions * warps * 32 / CONVERSION_LANES,
+        waiting=(instructions * max(1.0, warps / ISSUE_SLOTS) + stalls) / max(blocks, 1),
     )

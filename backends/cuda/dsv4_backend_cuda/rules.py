@@ -67,11 +67,11 @@ def grouped_linear(x: Any, weight: Any) -> Answer:
     dtype = dtype_name(weight)
     if dtype == "bfloat16":
         return (f"bf16_linear_{_phase(x.shape[0])}",)
-    return (
-        (f"grouped_linear_{_phase(x.shape[0])}",)
-        if dtype.startswith("float8")
-        else f"no kernel multiplies groups by {dtype} weights"
-    )
+    if not dtype.startswith("float8"):
+        return f"no kernel multiplies groups by {dtype} weights"
+    if x.shape[2] % 4:
+        return f"{x.shape[2]} input channels are no multiple of 4"
+    return (f"grouped_linear_{_phase(x.shape[0])}",)
 
 
 def _experts(rows: int, weight: Any) -> Answer:

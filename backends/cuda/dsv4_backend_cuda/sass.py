@@ -14,6 +14,9 @@ _LABEL = re.compile(r"^(\.L_x_\d+):")
 _TARGET = re.compile(r"\((\.L_x_\d+)\)")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 MMA = re.compile(r"^(HMMA|QMMA|OMMA|HGMMA|QGMMA|UTC\w*MMA)")
+STALLS = {"BAR.SYNC": 30, "MEMBAR": 40, "FENCE.VIEW.ASYNC": 20, "WARPGROUP.DEPBAR": 60}
+"""Cycles that a barrier, a fence or a wait for a product holds a block up: round figures, which nobody measured here."""
+SLOW_CONVERSIONS = ("F2F", "F2I", "I2F", "MUFU")
 SPILL = re.compile(r"^(STL|LDL)\b")
 
 
@@ -51,6 +54,14 @@ class Code:
     def kinds(self) -> dict[str, int]:
         """Issued instructions of the hot loop by kind, most frequent first."""
         return dict(Counter(_kind(i.opcode) for i in self.loop).most_common())
+
+    def stall_cycles(self) -> int:
+        """Cycles of one pass in which a block waits for its own warps, fences or products, as ``STALLS`` has them."""
+        return sum(cycles for i in self.loop for opcode, cycles in STALLS.items() if i.opcode.startswith(opcode))
+
+    def conversions(self) -> int:
+        """Conversions of one pass that a multiprocessor does for 16 lanes a cycle."""
+        return sum(i.opcode.startswith(SLOW_CONVERSIONS) for i in self.loop)
 
     def loop_bytes(self) -> int:
         """Bytes that a warp's global loads and stores name in one pass of the hot loop, predicates taken as true."""

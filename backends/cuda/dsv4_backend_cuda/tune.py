@@ -55,14 +55,15 @@ def best(kernel: str, config: dict[str, int], time: Callable[[dict[str, int]], f
 
 def write(arch: int, chosen: dict[str, Timed], product: str, out: Path | None = None) -> None:
     """Put configurations into the launch table (or a copy, ``out``), with how they were chosen and by which Triton."""
-    rows = json.loads(launch.TABLE.read_text())
+    target = out or launch.TABLE
+    rows = json.loads((target if target.exists() else launch.TABLE).read_text())
     for row in rows:
         if row["arch"] == arch and (timed := chosen.get(row["kernel"])):
             row |= {
                 "config": timed.config,
                 "how": f"measured on {product}, triton {version('triton')}: {timed.milliseconds:.4f} ms",
             }
-    (out or launch.TABLE).write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n")
+    target.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n")
 
 
 def measured(

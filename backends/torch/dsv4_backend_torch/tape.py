@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dsv4_backend_torch.backend import TorchBackend
     from dsv4_core.contract.dtypes import Host
 
 SEEN_ONLY = {  # calls that compute nothing: they name memory, or take some
@@ -26,6 +25,15 @@ SEEN_ONLY = {  # calls that compute nothing: they name memory, or take some
 }  # fmt: skip
 
 PERHAPS = {"contiguous", "flatten", "reshape", "to"}  # these too, where they give their argument's own memory
+
+
+class Recording(Protocol):
+    """What a tape needs of the backend whose step it is."""
+
+    compiled: Any
+
+    def from_numpy(self, array: Host) -> torch.Tensor:
+        """Take over a host array."""
 
 
 class Tape:
@@ -83,7 +91,7 @@ class Watch(TorchDispatchMode):
 class Recorded:
     """A function of a step's buffers as a tape. ``why``: what kept it from being one, once it has been called."""
 
-    def __init__(self, backend: TorchBackend, function: Callable[..., Any]) -> None:
+    def __init__(self, backend: Recording, function: Callable[..., Any]) -> None:
         self.backend, self.function = backend, function
         self.why = ""
         self._buffers: list[tuple[Host, torch.Tensor]] = []

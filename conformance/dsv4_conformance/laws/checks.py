@@ -14,7 +14,7 @@ from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 
 from dsv4_conformance.check import Check, Finding, Group, Session, describe
-from dsv4_conformance.laws import of_models, of_ops
+from dsv4_conformance.laws import of_engine, of_models, of_ops
 from dsv4_conformance.laws import strategies as some
 from dsv4_conformance.laws.small_model import Stage
 from dsv4_conformance.verdict.calls import seed_of
@@ -71,6 +71,30 @@ _moved = {
 }
 _moves = {"ratios": ALL_KINDS, "prompts": [121, 3], "moves": [0, 0, 0, 1, 1, 2, 3, 2, 0, 3, 1, 2], "seed": 0}
 _few = st.integers(0, 40)
+_scheduled = {
+    "ratios": some.ratios,
+    "prompts": st.lists(some.lengths | st.integers(250, 300), min_size=1, max_size=6),
+    "moves": st.lists(st.sampled_from((0, 0, 0, 1, 1, 2)), max_size=30),
+    "slots": st.integers(1, 4),
+    "chunk": st.sampled_from((1, 7, 50, 128, 512)),
+    "seed": some.seeds,
+}
+_schedule = {
+    "ratios": ALL_KINDS,
+    "prompts": [290, 40, 129, 270, 200, 3, 300],
+    "moves": [1, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 2, 1, 0, 1, 0, 0, 0, 0, 2],
+    "slots": 3,
+    "chunk": 100,
+    "seed": 0,
+}
+_prefix = {
+    "ratios": some.ratios,
+    "prefix": st.integers(128, 300),
+    "first": st.integers(1, 30),
+    "own": some.lengths.map(lambda n: min(n, 60)),
+    "further": st.integers(0, 19),
+    "seed": some.seeds,
+}
 
 LAWS = (
     Law(of_models.chunked_is_full, _chunked, (_cut,), "smoke"),
@@ -176,6 +200,34 @@ LAWS = (
     Law(of_models.same_bits_replayed, _moved, (_moves,), level=4, bits="determinism"),
     Law(of_models.same_bits_rounded_up, _extents, (_extent,), level=4, bits="batch_invariance"),
     Law(of_models.same_bits_in_a_batch, _ragged, (_batch,), level=4, bits="batch_invariance"),
+    Law(of_engine.in_company, _scheduled, (_schedule,), level=4, bits="batch_invariance"),
+    Law(of_engine.drafts_do_not_show, _scheduled, (_schedule,), level=4, bits="batch_invariance"),
+    Law(
+        of_engine.taken_up_is_cold,
+        _prefix,
+        ({"ratios": ALL_KINDS, "prefix": 257, "first": 9, "own": 20, "further": 19, "seed": 0},),
+        level=4,
+        bits="batch_invariance",
+    ),
+    Law(
+        of_engine.mask_holds,
+        {
+            "ratios": some.ratios,
+            "prompt": some.lengths,
+            "allowed": st.lists(st.integers(0, 15), max_size=8),
+            "seed": some.seeds,
+        },
+        ({"ratios": ALL_KINDS, "prompt": 20, "allowed": [3, 7, 11], "seed": 0},),
+        level=4,
+        bits="batch_invariance",
+    ),
+    Law(
+        of_engine.refusals_change_nothing,
+        {"ratios": some.ratios, "prompt": some.lengths, "seed": some.seeds},
+        ({"ratios": ALL_KINDS, "prompt": 20, "seed": 0},),
+        level=4,
+        bits="batch_invariance",
+    ),
 )
 
 

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 from dsv4_backend_cuda import launch
-from dsv4_backend_cuda.kernels.formats import e4m3_half, e8m0_value
+from dsv4_backend_cuda.kernels.formats import e8m0_value
+from dsv4_backend_cuda.kernels.words import bf16_of_e4m3
 from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv
 
 DECODE_TOKENS = 16
@@ -16,9 +17,12 @@ DECODE_TOKENS = 16
 
 @triton.jit(do_not_specialize=["rows"])
 def dense_matmul_kernel(
-    x, w, ws, y, rows, N, K, GROUPS: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr
+    x, w, ws, y, rows, N, K, GROUPS: tl.constexpr, FP8: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, WORDS: tl.constexpr = 0
 ):
-    """A program computes BLOCK_N of group program_id(2)'s N outputs for BLOCK_T rows. Weights are the tall operand, as in ``scaled_matmul``."""
+    """A program computes BLOCK_N of group program_id(2)'s N outputs for BLOCK_T rows. Weights are the tall operand, as in ``scaled_matmul``. FP8: K is a multiple of 4.
+
+    WORDS: codes are widened in words of four, where a conversion for each takes as long as the products (16 lanes a cycle on sm_90) or does not exist.
+    """
     group = tl.program_id(2)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
@@ -28,16 +32,19 @@ def dense_matmul_kernel(
     inner = tl.arange(0, 128)
     for k in range(0, K, 128):
         live_k = k + inner < K
-        wide = tl.load(w + out.to(tl.int64)[:, None] * K + k + inner[None, :], mask=live_n[:, None] & live_k[None, :], other=0)
         narrow = tl.load(x + (row * GROUPS + group)[None, :] * K + k + inner[:, None], mask=live_t[None, :] & live_k[:, None], other=0.0)
         if FP8:
-            if NATIVE:
-                wide = wide.to(tl.float8e4nv, bitcast=True).to(tl.bfloat16)
+            if WORDS:
+                word = k // 4 + tl.arange(0, 32)
+                codes = w.to(tl.pointer_type(tl.uint32), bitcast=True) + out.to(tl.int64)[:, None] * (K // 4)
+                wide = bf16_of_e4m3(tl.load(codes + word[None, :], mask=live_n[:, None] & (word < K // 4)[None, :], other=0))
             else:
-                wide = e4m3_half(wide).to(tl.bfloat16)
+                wide = tl.load(w + out.to(tl.int64)[:, None] * K + k + inner[None, :], mask=live_n[:, None] & live_k[None, :], other=0)
+                wide = wide.to(tl.float8e4nv, bitcast=True).to(tl.bfloat16)
             scale = tl.load(ws + (out // 128) * ((K + 127) // 128) + k // 128, mask=live_n, other=127)
             acc += tl.dot(wide, narrow) * e8m0_value(scale)[:, None]  # a power of two: as exact after the sum as before it
         else:
+            wide = tl.load(w + out.to(tl.int64)[:, None] * K + k + inner[None, :], mask=live_n[:, None] & live_k[None, :], other=0)
             acc = tl.dot(wide, narrow, acc)
     at = row[:, None] * (N * GROUPS) + out.to(tl.int64)[None, :]
     tl.store(y + at, tl.trans(acc).to(y.dtype.element_ty), mask=live_t[:, None] & live_n[None, :])
@@ -50,7 +57,7 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, o
     phase = "decode" if rows <= DECODE_TOKENS else "prefill"
     options = launch.options(f"{'grouped_linear' if scale is not None else 'bf16_linear'}_{phase}", x)
     dense_matmul_kernel[(cdiv(n, options["BLOCK_N"]), cdiv(rows, options["BLOCK_T"]), groups)](
-        x, weight, weight if scale is None else scale, y, rows, n, k, GROUPS=groups, FP8=scale is not None, NATIVE=launch.native_fp8(x), **options
+        x, weight, weight if scale is None else scale, y, rows, n, k, GROUPS=groups, FP8=scale is not None, **options
     )
     return y
 
@@ -74,7 +81,6 @@ def _specs(name: str, *, fp8: bool, groups: int) -> KernelSpec:
         name=name, kernel=dense_matmul_kernel,
         signature={"x": "*bf16", "w": "*u8" if fp8 else "*bf16", "ws": "*u8", "y": "*bf16" if fp8 else "*fp32", "rows": "i32", "N": "i32:16", "K": "i32:16"},
         variants={"flash": {"GROUPS": groups, "FP8": fp8}},
-        per_arch=lambda arch: {"NATIVE": arch >= 89},
         mma={80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTC.*MMA", 120: "HMMA"},
         work=work,
     )  # fmt: skip

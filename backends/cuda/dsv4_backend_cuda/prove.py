@@ -1,0 +1,435 @@
+"""``dsv4 kernels prove``: everything that a machine with a GPU can show of these kernels, in stages of ten minutes, into one folder and one report.
+
+A stage is a few commands. Each command's output is kept under the folder, and what ended is not run again, so that a run that was cut off goes on
+where it stopped. Nothing needs a network. ``--dry-run`` goes through the same stages on a machine without a GPU: kernels run in the interpreter or
+are launched dry, tools that want a GPU are left out, and the report says so in its first line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsv4_backend_cuda import launch
+from dsv4_backend_cuda.rules import RULES
+
+STAGE_SECONDS = 600.0
+SANITISED_AT_ONCE = 12
+RACES = (
+    "expert_linear",
+    "linear",
+    "sparse_attn",
+    "index_select",
+    "hc_pre",
+    "dispatch",
+)  # ops whose kernels share memory between warps
+DSV4 = (sys.executable, "-m", "dsv4_core")
+HERE = (sys.executable, "-m", "dsv4_backend_cuda.proving")
+
+
+@dataclass
+class Ran:
+    """One command: how it ended and where its output is. ``state``: passed, failed, late (ran past its stage's time), or left out."""
+
+    name: str
+    argv: list[str]
+    state: str
+    status: int | None = None
+    seconds: float = 0.0
+    log: str = ""
+    why: str = ""
+
+
+@dataclass
+class Stage:
+    """What is known of a stage."""
+
+    name: str
+    ran: dict[str, Ran] = field(default_factory=dict)
+    ended: bool = False
+
+    @property
+    def state(self) -> str:
+        """The worst of its commands."""
+        states = {r.state for r in self.ran.values()}
+        return next((s for s in ("failed", "late") if s in states), "passed" if self.ended else "not finished")
+
+
+class Prover:
+    """Runs commands of stages and remembers them in ``prove.json`` under ``out``."""
+
+    def __init__(self, out: Path, *, dry: bool, seconds: float = STAGE_SECONDS) -> None:
+        self.out, self.dry, self.seconds = out, dry, seconds
+        self.memory = out / "prove.json"
+        out.mkdir(parents=True, exist_ok=True)
+        known = json.loads(self.memory.read_text()) if self.memory.exists() else {"dry": dry, "stages": {}}
+        if known["dry"] != dry:
+            kind = "dry run" if known["dry"] else "run on a GPU"
+            raise FileExistsError(f"{out} holds a {kind}; choose another folder")
+        self.stages = {
+            name: Stage(name, {k: Ran(**r) for k, r in s["ran"].items()}, s["ended"])
+            for name, s in known["stages"].items()
+        }
+        self.current = Stage("")
+        self.deadline = 0.0
+
+    def stage(self, name: str, steps: Callable[[Prover], None], *, again: bool = False) -> Stage:
+        """Run a stage, or what is left of it."""
+        if again or name not in self.stages:
+            self.stages[name] = Stage(name)
+        self.current, self.deadline = self.stages[name], time.monotonic() + self.seconds
+        if not self.current.ended:
+            (self.out / name).mkdir(exist_ok=True)
+            steps(self)
+            self.current.ended = not any(r.state == "late" for r in self.current.ran.values())
+            self._remember()
+        return self.current
+
+    def run(
+        self, name: str, argv: Iterable[str], *, on_gpu: bool = False, tool: str = "", env: dict[str, str] | None = None
+    ) -> Ran:
+        """Run a command, unless it has ended before. ``on_gpu``: a dry run leaves it out; ``tool``: so does a machine without it."""
+        words, folder = [str(w) for w in argv], self.out / self.current.name
+        before = self.current.ran.get(name)
+        if before and before.state in {"passed", "failed"}:
+            return before
+        log = folder / f"{name}.log"
+        left = self.deadline - time.monotonic()
+        ran = Ran(name, words, "passed", log=str(log.relative_to(self.out)))
+        if self.dry and on_gpu:
+            ran.state, ran.why = "left out", "a dry run has no GPU"
+        elif tool and not shutil.which(tool):
+            ran.state, ran.why = "left out", f"{tool} is not on the path"
+        elif left <= 0:
+            ran.state, ran.why = "late", "its stage's time was over; run the stage again to go on"
+        else:
+            began = time.monotonic()
+            try:
+                with log.open("w") as sink:
+                    done = subprocess.run(  # noqa: S603 - our own commands
+                        words,
+                        stdout=sink,
+                        stderr=subprocess.STDOUT,
+                        timeout=left,
+                        check=False,
+                        env={**os.environ, **(env or {})},
+                    )
+                ran.status, ran.state = done.returncode, "passed" if done.returncode == 0 else "failed"
+            except subprocess.TimeoutExpired:
+                ran.state, ran.why = "late", f"ended after {left:.0f} s; run the stage again to go on"
+            ran.seconds = round(time.monotonic() - began, 1)
+        self.current.ran[name] = ran
+        self._remember()
+        return ran
+
+    def text(self, ran: Ran) -> str:
+        """What a command printed."""
+        path = self.out / ran.log
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def _remember(self) -> None:
+        state = {"dry": self.dry, "stages": {n: asdict(s) for n, s in self.stages.items()}}
+        fresh = self.memory.with_suffix(".new")
+        fresh.write_text(json.dumps(state, indent=1) + "\n")
+        fresh.replace(self.memory)
+
+    # What a GPU runs, a dry run interprets: slowly, so of few ops.
+
+    def suite(
+        self, name: str, *words: str, jobs: int = 12, report: bool = True, env: dict[str, str] | None = None
+    ) -> Ran:
+        """Run the conformance suite on the backend."""
+        argv = [*DSV4, "conformance", "run", "--backend", "cuda", "--quiet", *words]
+        if report:
+            argv += ["--report", str(self.out / self.current.name / name)]
+        if self.dry:
+            argv += (
+                ["--interpret", "--tier", "smoke", "--op", "hadamard", "--op", "act_quant"]
+                if "--case" not in words
+                else ["--interpret"]
+            )
+            jobs = 1
+        return self.run(name, [*argv, "--jobs", str(jobs)], env=env)
+
+
+def failing(report: Path) -> list[str]:
+    """Ids of the checks that did not pass, the first of each op."""
+    if not report.exists():
+        return []
+    bad = [
+        f for f in json.loads(report.read_text())["findings"] if f["status"] not in {"passed", "unsupported", "xfailed"}
+    ]
+    return list({f["op"]: f["id"] for f in reversed(bad)}.values())
+
+
+def versions(p: Prover) -> None:
+    """Versions and ceilings; every kernel compiled for this GPU, gated, and the specialisations of the models' steps in Triton's cache."""
+    p.run("machine", ["nvidia-smi"], tool="nvidia-smi")
+    p.run("packages", [sys.executable, "-m", "pip", "freeze"])
+    p.run("doctor", [*DSV4, "doctor"])
+    p.run("ceilings", [*HERE, "ceilings", "--json", p.out / "ceilings.json"], on_gpu=True)
+    arch = launch.ARCHITECTURES[2] if p.dry else launch.architecture("cuda")
+    kernels = ("--kernel", "hadamard") if p.dry else ()
+    p.run("build", [*DSV4, "kernels", "build", "--untested-triton", "--arch", f"sm_{arch}", "--jobs", str(os.cpu_count() or 1), *kernels,
+                    "--report", p.out / "kernels.json"])  # fmt: skip
+    p.run(
+        "warm",
+        [
+            *DSV4,
+            "kernels",
+            "warm",
+            "--preset",
+            "flash",
+            "--preset",
+            "pro",
+            *(("--arch", "90", "--depth", "count") if p.dry else ()),
+        ],
+    )
+
+
+def smoke(p: Prover) -> None:
+    """Every op alone in a process: one op's fault stays its own. What fails is run again with launches one by one."""
+    p.suite("suite", "--tier", "smoke", "--isolate", "--time-limit", "60")
+    for case in failing(p.out / "smoke" / "suite" / "report.json")[:20]:
+        name = "blocking-" + case.replace("/", "-")
+        p.suite(name, "--case", case, jobs=1, report=False, env={"CUDA_LAUNCH_BLOCKING": "1"})
+
+
+def sanitise(p: Prover) -> None:
+    """compute-sanitizer on a smoke case of every op with a kernel. Without torch's pools, which would hide an overrun."""
+    listed = p.run(
+        "cases",
+        [
+            *DSV4,
+            "conformance",
+            "run",
+            "--backend",
+            "cuda",
+            "--tier",
+            "smoke",
+            "--list",
+            *(["--interpret"] if p.dry else []),
+        ],
+    )
+    cases: dict[str, str] = {}
+    for line in p.text(listed).splitlines():
+        op = line.partition("/")[0]
+        if op in RULES and "/" in line:
+            cases.setdefault(op, line.strip())
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for check, ops in (
+        ("memcheck", list(cases)),
+        ("initcheck", list(cases)),
+        ("racecheck", [op for op in RACES if op in cases]),
+    ):
+        for begin in range(0, len(ops), SANITISED_AT_ONCE):
+            some = ops[begin : begin + SANITISED_AT_ONCE]
+            words = [w for op in some for w in ("--case", cases[op])]
+            argv = [
+                "compute-sanitizer",
+                "--tool",
+                check,
+                "--error-exitcode",
+                "9",
+                *DSV4,
+                "conformance",
+                "run",
+                "--backend",
+                "cuda",
+                "--quiet",
+                *words,
+            ]
+            p.run(f"{check}-{begin // SANITISED_AT_ONCE}", argv, on_gpu=True, tool="compute-sanitizer", env=alone)
+
+
+def standard(p: Prover) -> None:
+    """The standard tier; the same tokens twice and as torch makes them; where the first op leaves its budget in a model."""
+    p.suite("suite", "--tier", "standard", "--isolate", *(() if p.dry else ("--require", "3")), jobs=14)
+    generate = [*DSV4, "generate", "--tokens", "0,3,327", "-n", "4" if p.dry else "200", "--backend"]
+    mine = [*generate, "cuda", *(["--interpret"] if p.dry else [])]
+    made = [p.run(f"generate-{i}", mine) for i in (1, 2)]
+    p.run("generate-torch", [*generate, "torch", *(() if p.dry else ("--device", "cuda"))])
+    same = len({tokens(p.text(ran)) for ran in made}) == 1
+    p.run("twice-the-same", [sys.executable, "-c", f"raise SystemExit({0 if same else 1})"])
+    p.run(
+        "localise",
+        [
+            *DSV4,
+            "conformance",
+            "localise",
+            "--backend",
+            "cuda",
+            "--against",
+            "torch",
+            "--cases",
+            p.out / "standard" / "localised",
+        ],
+        on_gpu=True,
+    )
+
+
+def tokens(printed: str) -> str:
+    """What was generated, without the timing's line."""
+    return "\n".join(line for line in printed.splitlines() if " ms per token" not in line)
+
+
+def timed(p: Prover) -> None:
+    """Device time of every op of full-size layers beside floors and torch's ops; steps of a model that fits."""
+    p.run("ops", [*HERE, "times", "--json", p.out / "times.json", *(["--dry-run"] if p.dry else [])])
+    model = p.out / "flash3"
+    p.run(
+        "model",
+        [*DSV4, "init", model, "--preset", "flash", "--layers", "3", "--ratios", "0,4,128", "--seed", "1"],
+        on_gpu=True,
+    )
+    for batch in (1, 8, 64):
+        for name, words in (("cuda", ()), ("torch", ("--device", "cuda"))):
+            p.run(
+                f"bench-{name}-{batch}",
+                [*DSV4, "bench", model, "--backend", name, *words, "--batch", str(batch)],
+                on_gpu=True,
+            )
+
+
+def tuned(p: Prover) -> None:
+    """The launch table of this GPU, written beside the report, and the smoke cases of what it changes. The package's own table stays."""
+    table = p.out / "launch_table.json"
+    for kernel in ("experts", "linear"):
+        p.run(
+            f"tune-{kernel}",
+            [*DSV4, "kernels", "tune", "--untested-triton", "--kernel", kernel, "--out", table],
+            on_gpu=True,
+        )
+    words = [w for op in ("linear", "expert_linear", "moe") for w in ("--op", op)]
+    argv = [*DSV4, "conformance", "run", "--backend", "cuda", "--tier", "smoke", "--quiet", *words]
+    p.run("smoke", argv, on_gpu=True, env={"DSV4_LAUNCH_TABLE": str(table)})
+
+
+def counters(p: Prover) -> None:
+    """Nsight Compute on the kernels that a step spends most time in."""
+    names = "regex:fp4_matmul|scaled_matmul|sparse_attn|index_select|mix|reduce"
+    ncu = ["ncu", "--clock-control", "none", "--set", "full", "-k", names, "-c", "12", "-f", "-o", p.out / "ncu"]
+    p.run(
+        "ncu",
+        [*map(str, ncu), *DSV4, "bench", p.out / "flash3", "--backend", "cuda", "--tokens", "2", "--runs", "1"],
+        on_gpu=True,
+        tool="ncu",
+    )
+
+
+STAGES: dict[str, Callable[[Prover], None]] = {
+    "versions": versions, "smoke": smoke, "sanitise": sanitise, "standard": standard, "times": timed, "tune": tuned, "counters": counters,
+}  # fmt: skip
+
+
+def report(p: Prover, where: dict[str, str] | None = None) -> str:
+    """Markdown: where, how each stage ended, what failed with its last lines, predictions beside results."""
+    first = (
+        "**A dry run: no GPU, no time, no proof.**" if p.dry else f"Measured on {(where or {}).get('device', 'a GPU')}."
+    )
+    lines = ["# What this machine shows of the CUDA kernels", "", first, ""]
+    lines += [f"- {what}: {found}" for what, found in (where or {}).items()]
+    lines += [
+        "",
+        "| stage | ended | commands | passed | failed | late | left out | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in STAGES:
+        stage = p.stages.get(name)
+        if stage is None:
+            lines.append(f"| {name} | not started | | | | | | |")
+            continue
+        by = [r.state for r in stage.ran.values()]
+        counts = " | ".join(str(by.count(s)) for s in ("passed", "failed", "late", "left out"))
+        lines.append(
+            f"| {name} | {stage.state} | {len(by)} | {counts} | {sum(r.seconds for r in stage.ran.values()):.0f} |"
+        )
+    for stage in p.stages.values():
+        for ran in stage.ran.values():
+            if ran.state in {"failed", "late"}:
+                tail = p.text(ran).strip().splitlines()[-5:]
+                lines += [
+                    "",
+                    f"## {stage.name}/{ran.name}: {ran.state} {ran.why}",
+                    "",
+                    "    " + " ".join(ran.argv),
+                    "",
+                    *(f"    {t}" for t in tail),
+                ]
+    left = [f"{s.name}/{r.name}: {r.why}" for s in p.stages.values() for r in s.ran.values() if r.state == "left out"]
+    if left:
+        lines += ["", "## Left out", "", *(f"- {line}" for line in left)]
+    return "\n".join([*lines, *compared(p.out)]) + "\n"
+
+
+PARTS = {  # of a layer without compression: what the model of the machine code predicts, and which call of which op measures it
+    "wq_a": ("linear", 0), "wq_b": ("linear", 1), "wkv": ("linear", 2), "wo_b": ("linear", 3), "wo_a": ("grouped_linear", 0),
+}  # fmt: skip
+
+
+def compared(out: Path) -> list[str]:
+    """Predicted beside measured, products of one token; and every op that takes more than twice its floor and 5 microseconds."""
+    if not (out / "times.json").exists() or not (out / "kernels.json").exists():
+        return []
+    rows = json.loads((out / "times.json").read_text())
+    built = json.loads((out / "kernels.json").read_text())["decode"]
+    predicted = {(s["model"], s["layer"]): s["microseconds"] for s in built}
+    lines = [
+        "",
+        "## Predictions beside results",
+        "",
+        "| model | product | floor us | predicted us | measured us | torch us |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model in ("flash", "pro"):
+        calls = [r for r in rows if (r["model"], r["ratio"], r["step"]) == (model, 0, "1 x 1 after 8191")]
+        for layer, (op, index) in PARTS.items():
+            same = [r for r in calls if r["op"] == op]
+            if index < len(same) and (model, layer) in predicted:
+                r = same[index]
+                lines.append(
+                    f"| {model} | {layer} | {r['floor_us']} | {predicted[model, layer]} | {_cell(r['us'])} | {_cell(r['torch_us'])} |"
+                )
+    slow = [r for r in rows if r["us"] and r["us"] > 2 * r["floor_us"] and r["us"] > 5]
+    if slow:
+        lines += [
+            "",
+            "## Furthest from their floors",
+            "",
+            "| model | ratio | step | op | kernels | floor us | measured us |",
+            "|---|---|---|---|---|---|---|",
+        ]
+    for r in sorted(slow, key=lambda r: r["floor_us"] - r["us"])[:40]:
+        lines.append(
+            f"| {r['model']} | {r['ratio']} | {r['step']} | {r['op']} | {r['kernels']} | {r['floor_us']} | {r['us']:.1f} |"
+        )
+    return lines
+
+
+def _cell(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.1f}"
+
+
+def prove(out: Path, *, dry: bool, only: tuple[str, ...] = (), again: bool = False) -> tuple[Prover, str]:
+    """Run the stages (those named, or all) and write ``report.md``; raise ``BackendError`` without a GPU."""
+    where: dict[str, Any] = {}
+    if not dry:
+        from dsv4_backend_cuda import device
+
+        arch = device.require_gpu("cuda")
+        where = device.environment(0, arch)
+    p = Prover(out, dry=dry)
+    for name, steps in STAGES.items():
+        if not only or name in only:
+            p.stage(name, steps, again=again)
+            text = report(p, where)
+            (out / "report.md").write_text(text)
+    return p, text

@@ -1,0 +1,1 @@
+"""``dsv4 serve``: the engine behind the protocols of OpenAI and Anthropic. Needs the extra ``dsv4[serve]``."""

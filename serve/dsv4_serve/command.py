@@ -1,0 +1,92 @@
+"""``dsv4 serve``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from dsv4_core.cli.commands import Command
+from dsv4_core.cli.options import BackendFlags, backend_options
+
+if TYPE_CHECKING:
+    from dsv4_core.text.fixed_texts import Profile
+
+
+@click.command("serve", cls=Command)
+@click.argument("model", required=False)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is everybody's.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--name", help="The model's name in requests (else its directory's).")
+@click.option(
+    "--api-key", envvar="DSV4_API_KEY", help="What clients must give (also DSV4_API_KEY); none: everybody may."
+)
+@click.option("--slots", type=click.IntRange(1), default=8, show_default=True, help="Requests that run at once.")
+@click.option(
+    "--context", type=click.IntRange(1), help="Tokens of a request, prompt and reply (else 8192, or the model's)."
+)
+@click.option(
+    "--queue", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait; more get 429."
+)
+@click.option(
+    "--chunk", type=click.IntRange(1), default=512, show_default=True, help="Tokens of a step that are prefill."
+)
+@click.option("--speculative", is_flag=True, help="Draft with the MTP block.")
+@click.option("--thinking/--no-thinking", default=True, show_default=True, help="Where a request does not say.")
+@click.option(
+    "--encoding-profile",
+    type=click.Choice(["preview", "official"]),
+    help="Chat texts for a copy without encoding/: preview (April) or official (from July on).",
+)
+@click.option("--max-body", type=click.IntRange(1), default=10 << 20, show_default=True, help="Bytes of a request.")
+@click.option(
+    "--drain-seconds",
+    type=click.IntRange(0),
+    default=60,
+    show_default=True,
+    help="Until requests are cut off at the end.",
+)
+@backend_options
+def command(
+    model: str | None,
+    host: str,
+    port: int,
+    name: str | None,
+    api_key: str | None,
+    slots: int,
+    context: int | None,
+    queue: int,
+    chunk: int,
+    speculative: bool,
+    thinking: bool,
+    encoding_profile: Profile | None,
+    max_body: int,
+    drain_seconds: int,
+    flags: BackendFlags,
+) -> None:
+    """Serve MODEL (a checkpoint's directory; the embedded one if left out) to clients of OpenAI's and Anthropic's protocols."""
+    try:
+        from dsv4_serve.running import application, listen
+    except ImportError as error:
+        raise click.ClickException(f"dsv4 serve needs its extra ({error}); pip install 'dsv4[serve]'") from None
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    from dsv4_core.cli.running import open_model
+
+    with open_model(model, flags) as session:
+        app = application(
+            session,
+            name=name,
+            slots=slots,
+            context=context,
+            queue=queue,
+            chunk=chunk,
+            drafts=speculative,
+            thinking=thinking,
+            profile=encoding_profile,
+            key=api_key,
+            largest=max_body,
+        )
+        listen(app, host, port, drain_seconds)

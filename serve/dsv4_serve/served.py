@@ -1,0 +1,65 @@
+"""What is served: a model by a name, with its tokenizer, fixed texts and engine."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from dsv4_serve import grammar
+from dsv4_serve.refusal import RefusedError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dsv4_core.graph.engine import Engine
+    from dsv4_core.graph.sampling import Constraint
+    from dsv4_core.text.fixed_texts import FixedTexts
+    from dsv4_core.text.tokenizer import Vocabulary
+
+
+@dataclass
+class Served:
+    """``ends``: ids that end a reply. ``thinking``: whether a request that does not say thinks."""
+
+    name: str
+    directory: Path
+    engine: Engine
+    vocabulary: Vocabulary
+    texts: FixedTexts | None
+    ends: frozenset[int]
+    thinking: bool = True
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    @cached_property
+    def recipe_tokenizer(self) -> Any:
+        """The same tokenizer, as DeepSeek's library reads it."""
+        import deepseek_recipe
+
+        return deepseek_recipe.Tokenizer.from_file(str(self.directory / "tokenizer.json"))
+
+    @cached_property
+    def grammars(self) -> grammar.Grammars:
+        """The vocabulary, as llguidance reads it."""
+        return grammar.Grammars(
+            (self.directory / "tokenizer.json").read_text(), self.engine.model.config.vocab_size, self.ends
+        )
+
+    def check_model(self, name: Any) -> None:
+        """Raise ``RefusedError`` for another model's name."""
+        if name != self.name:
+            raise RefusedError(f"the model {name!r} is not served here; {self.name!r} is", status=404, param="model")
+
+    def constraint(self, kind: str, schema: str, *, thinking: bool) -> Constraint:
+        """What a reply must keep to, by the kind and schema that the protocol asks for."""
+        return self.grammars.constraint(kind, schema, thinking=thinking)
+
+    def draw_seed(self) -> int:
+        """A seed for a request that names none."""
+        return secrets.randbits(53)
+
+    def clock(self) -> int:
+        """Now, in seconds since 1970."""
+        return int(time.time())
