@@ -20,7 +20,8 @@ fuzz: $(VENV)
 reference: $(VENV)
 	$(CONFORMANCE) --backend reference --require 3 --report reports/conformance/reference
 	$(CONFORMANCE) --backend reference --batch-invariant --require 4 --report reports/conformance/reference-batch-invariant
-	$(RUN) pytest -m proof tests/conformance
+	$(RUN) pytest -m proof tests/conformance tests/test_dspark.py tests/test_spellings.py
+	$(RUN) pytest -m "proof or not proof" tests/serve
 	$(CONFORMANCE) --backend reference --numerics float32 --report reports/conformance/reference-float32
 
 torch: $(VENV)
@@ -58,6 +59,7 @@ benchmarks: $(VENV)
 	for dtype in bfloat16 float32; do python benchmarks/vs_transformers.py --dtype $$dtype --ops || exit 1; done | tee reports/benchmarks/vs_transformers.txt
 
 documents: $(VENV)
+	$(RUN) python -m dsv4_core.checkpoint.spelling_page > docs/checkpoints.md
 	$(RUN) python -m dsv4_conformance.report.op_pages > docs/ops.md
 	$(RUN) dsv4 conformance matrix reports/conformance/* --out docs/matrix.md
 	$(RUN) dsv4 conformance matrix reports/conformance/* --brief --into README.md

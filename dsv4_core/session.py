@@ -218,7 +218,8 @@ class Session:
         stop_tokens: Sequence[int] = (),
         ignore_eos: bool = False,
         thinking: bool = False,
-        speculative: bool = False,
+        speculative: bool | int = False,
+        draft_confidence: float = 0.0,
         chunk: int = CHUNK,
     ) -> Generation:
         """Continue one prompt or several, which run as one batch; give the new tokens as they come.
@@ -227,8 +228,9 @@ class Session:
         (``[{"role": "user", "content": ...}]``), or a list of such prompts. ``temperature`` 0 is greedy; else each sequence
         draws by ``seed`` and its own number, among the tokens that ``top_k`` (0: off), ``top_p`` and ``min_p`` leave.
         ``stop``: texts that end a sequence, and are not given out. ``stop_tokens``: ids that do, beside end-of-sentence
-        (not with ``ignore_eos``). ``thinking``: of conversations, let the model think first. ``speculative``: draft with
-        the MTP block; the tokens are the same. ``chunk``: tokens of a prefill step.
+        (not with ``ignore_eos``). ``thinking``: of conversations, let the model think first. ``speculative``: how many
+        tokens a step the MTP block or DSpark drafts (True: as many as it can); the tokens are the same. ``draft_confidence``:
+        DSpark's drafts end where the chance that all of them are kept falls below it. ``chunk``: tokens of a prefill step.
 
         Raises ``ValueError`` before anything runs: for an empty prompt, an id outside the vocabulary, more tokens than
         the model has positions, or a text where there is no tokenizer.
@@ -246,14 +248,23 @@ class Session:
                 "stop: this checkpoint has no tokenizer.json, so there is no text; use stop_tokens with ids"
             )
         check_ids(np.asarray(stop_tokens, np.int64).reshape(-1), self.config.vocab_size)
-        if speculative and self.config.draft != "mtp":
-            raise ValueError("speculative decoding drafts with the MTP block, and this checkpoint has none")
+        most = {"": 0, "mtp": 1, "dspark": self.config.dspark_block_size}[self.config.draft]
+        count = most if speculative is True else int(speculative)
+        if speculative and not most:
+            raise ValueError("speculative decoding drafts by an MTP block or DSpark, and this checkpoint has neither")
+        if not 0 <= count <= most:
+            raise ValueError(
+                f"speculative = {count}: what drafts in this checkpoint proposes 1 to {most} tokens a step"
+            )
+        if draft_confidence and self.config.draft != "dspark":
+            raise ValueError(f"draft_confidence = {draft_confidence}: only DSpark gives one; leave it out")
         end = self.config.eos_token_id
         ends = {*stop_tokens} if ignore_eos else {*(end if isinstance(end, tuple) else (end,)), *stop_tokens}
         request = {"prompts": prompts, "max_tokens": max_tokens, "sampling": asdict(sampling), "chunk": chunk}
-        request |= {"stop": list(texts), "ends": sorted(ends), "speculative": speculative}
+        request |= {"stop": list(texts), "ends": sorted(ends), "speculative": count, "confidence": draft_confidence}
         self.ranks.agree({"request": request})
-        return Generation(self, prompts, max_tokens, sampling, texts, ends, speculative=speculative, chunk=chunk)
+        drafting = (count, draft_confidence)
+        return Generation(self, prompts, max_tokens, sampling, texts, ends, drafting=drafting, chunk=chunk)
 
     def encode(self, prompt: str | Sequence[Any], *, thinking: bool = False) -> list[int]:
         """Give the ids of one prompt; raise ``ValueError`` where there are none, or one is outside the vocabulary."""
@@ -352,7 +363,7 @@ class Generation(Iterator[Event]):
         stop: Sequence[str],
         ends: set[int],
         *,
-        speculative: bool,
+        drafting: tuple[int, float],
         chunk: int,
     ) -> None:
         self.prompts, self.max_tokens, self.drafts = prompts, max_tokens, Drafts()
@@ -362,7 +373,7 @@ class Generation(Iterator[Event]):
         vocabulary = Vocabulary(session.tokenizer) if session.tokenizer else None
         self._streams = [PieceStream(vocabulary) if vocabulary else None for _ in prompts]
         self._stops = [StopTexts(stop) for _ in prompts]
-        self._events = self._timed(self._stepped(speculative=speculative))
+        self._events = self._timed(self._stepped(*drafting))
 
     @property
     def tokens(self) -> list[list[int]]:
@@ -399,7 +410,8 @@ class Generation(Iterator[Event]):
             per = 1000 * self.decode_seconds / (new - 1 if len(self.prompts) == 1 else steps - 1)
             line += f", {new} generated, {per:.0f} ms per {'step' if many else 'token'} after the first"
         if self.drafts.proposed:
-            line += f"; {self.drafts.accepted} of {self.drafts.proposed} drafts accepted"
+            rate = self.drafts.tokens / self.drafts.steps
+            line += f"; {self.drafts.accepted} of {self.drafts.proposed} drafts accepted, {rate:.2f} tokens a step"
         return line
 
     def _timed(self, events: Iterator[Event]) -> Iterator[Event]:
@@ -412,17 +424,18 @@ class Generation(Iterator[Event]):
             self.decode_seconds = time.perf_counter() - first
             yield event
 
-    def _stepped(self, *, speculative: bool) -> Iterator[Event]:
+    def _stepped(self, count: int, confidence: float) -> Iterator[Event]:
         """Run all sequences in one engine, in which they all begin in the first step."""
         lengths = [len(prompt) for prompt in self.prompts]
         most = self._session.config.max_position_embeddings
         engine = Engine(
             self._session.model,
             slots=len(lengths),
-            capacity=min(max(lengths) + self.max_tokens + speculative, most),
+            capacity=min(max(lengths) + self.max_tokens + (count > 0), most),
             chunk=self._chunk,
             budget=sum(lengths) + len(lengths),
-            drafts=speculative,
+            drafts=count,
+            confidence=confidence,
             reuse=False,
             progress=self._session._reporter("prefill"),  # noqa: SLF001  one object in two classes
         )
@@ -440,7 +453,8 @@ class Generation(Iterator[Event]):
                 yield self._event(sequence, event.chosen.token, cast("Finish | None", event.finish))
                 if self._stops[sequence].found:
                     engine.cancel(event.id)
-            self.drafts = Drafts(engine.stats.drafted, engine.stats.accepted)
+            seen = engine.stats
+            self.drafts = Drafts(seen.drafted, seen.accepted, seen.generated, seen.generated - seen.accepted)
 
     def _event(self, sequence: int, token: int, finish: Finish | None) -> Event:
         """Note a token: its text, and whether it is the sequence's last."""

@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.checkpoint.create import stored_bytes
 from dsv4_core.checkpoint.layout import canonical_name, parameters, tensor_specs, unpacked
 
 
@@ -64,3 +67,18 @@ def test_expert_formats():
     assert (fp8[weight].dtype, fp8[weight].shape, fp8[scale].shape) == ("F8_E4M3", (256, 128), (2, 1))
     assert unpacked(fp4[weight]) == unpacked(fp8[weight]) == (256, 128)
     assert {name for name, spec in fp4.items() if spec != fp8[name]} == {name for name in fp4 if ".experts." in name}
+
+
+@pytest.mark.parametrize(
+    ("preset", "tensors", "size", "drafts"),
+    [("flash-0731", 72317, 166878536440, 4705), ("pro-0813", 149782, 892727580904, 7009)],
+)
+def test_official_releases_have_their_published_counts_and_bytes(preset, tensors, size, drafts):
+    specs = tensor_specs(PRESETS[preset])
+    assert (len(specs), sum(map(stored_bytes, specs.values()))) == (tensors, size)
+    assert sum(name.startswith("mtp.") for name in specs) == drafts
+
+
+def test_an_mtp_block_has_the_ratio_that_the_list_gives_it():
+    specs = tensor_specs(replace(PRESETS["tiny"], compress_ratios=(0, 0, 4, 128, 4, 128, 4)))
+    assert "mtp.0.attn.indexer.wq_b.weight" in specs

@@ -1,6 +1,7 @@
 """Checkpoints as people have them: each is read with the published one's bytes and numbers, or named in one sentence."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from dsv4_backend_reference import ReferenceBackend
 from rewriting import INDEX, Tensor, change, read, rename, shard_names, small, weight_map, write
 
 from dsv4_core import cli
+from dsv4_core.checkpoint import spelling_page
 from dsv4_core.checkpoint.config import PRESETS, ConfigError, ModelConfig
 from dsv4_core.checkpoint.create import create
 from dsv4_core.checkpoint.weights import Checkpoint, CheckpointError, ForeignError
@@ -441,10 +443,50 @@ def test_other_modelslim_schemes_are_named(model, description, said):
 
 def test_unused_keys_survive_convert_and_several_ends_stop(model, tmp_path):
     from dsv4_core.checkpoint.convert import Options, convert
-    from dsv4_core.cli.running import stop_tokens
+    from dsv4_core.session import load
 
     config(model, use_cache=True, num_key_value_heads=1, custom={"a": [1]}, eos_token_id=[1, 7])
     convert(model, tmp_path / "bf16", Options(bf16=True))
     written = json.loads((tmp_path / "bf16" / "config.json").read_text())
     assert (written["custom"], written["num_key_value_heads"], written["eos_token_id"]) == ({"a": [1]}, 1, [1, 7])
-    assert stop_tokens(Checkpoint(tmp_path / "bf16").config, [9]) == {1, 7, 9}
+    session = load(tmp_path / "bf16", backend="reference", lazy=True)
+    assert session.generate([0, 3], stop_tokens=[9])._ends == {1, 7, 9}
+
+
+def test_the_document_is_fresh():
+    page = Path(__file__).parents[1] / "docs" / "checkpoints.md"
+    assert page.read_text() == spelling_page.page(), (
+        "python -m dsv4_core.checkpoint.spelling_page > docs/checkpoints.md"
+    )
+
+
+@pytest.mark.proof
+def test_transformers_reads_a_copy_and_its_own_is_read_back(tmp_path):
+    """Both ways, with the library itself: no key missing or unexpected, the same values, nearly the same logits."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from dsv4_core.graph.cache import Cache
+    from dsv4_core.graph.step import Step
+
+    create(tmp_path / "published", PRESETS["tiny"], seed=1)
+    done = CliRunner().invoke(
+        cli.root, ["convert", str(tmp_path / "published"), str(tmp_path / "copy"), "--to", "transformers"]
+    )
+    assert done.exit_code == 0, done.output
+    theirs, seen = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "copy", output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(seen.values()), seen
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, back = Checkpoint(tmp_path / "copy"), Checkpoint(tmp_path / "theirs")
+    assert any("written by transformers" in note for note in back.notes)
+    assert set(ours.names) - set(back.names) == {name for name in ours.names if name.startswith("mtp.")}
+    for name in back.names:
+        np.testing.assert_array_equal(values(back, name), values(ours, name), err_msg=name)
+    assert back.config.drafting("") == ours.config.drafting("")
+    ids = [0, 3, 327, 5, 9, 100, 44, 301]
+    model = Model(back, ReferenceBackend(numerics="float32"))
+    step = Step(Cache(model.backend, back.config, 1, 64), np.array([ids]))
+    found = np.asarray(model.logits(model.forward(step)))
+    wanted = theirs(torch.tensor([ids])).logits[0].detach().numpy()
+    assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()

@@ -266,6 +266,8 @@ class ModelConfig:
         other = values.pop("other")
         if not self.dspark_target_layer_ids:
             values = {key: value for key, value in values.items() if not key.startswith("dspark_")}
+        if not self.quantization_config:
+            del values["quantization_config"]
         return values | other
 
     def to_json(self) -> str:

@@ -329,6 +329,8 @@ def _write_copy(
         "bf16" if options.bf16 else "int8" if options.int8 else options.experts or checkpoint.config.expert_dtype
     )
     config = replace(checkpoint.config, expert_dtype=expert_dtype)
+    if options.bf16:
+        config = replace(config, quantization_config={})
     metadata: dict[str, object] = {"total_size": total}
     if options.int8:
         declared = {

@@ -18,7 +18,7 @@ PUBLISHED = "deepseek-ai/DeepSeek-V4-Flash-0731 or -Pro-0813"
 _GET = f"use the published checkpoint ({PUBLISHED})"
 _TYPE = "deepseek_v4"
 _ARCHITECTURE = "DeepseekV4ForCausalLM"
-_OTHERS = {
+OTHERS = {
     "deepseek_v41": "DeepSeek-V4.1",
     "deepseek_v41_text": "DeepSeek-V4.1",
     "deepseek_v32": "DeepSeek-V3.2",
@@ -28,7 +28,7 @@ _OTHERS = {
 }
 _V41_KEYS = ("engram_", "kv_source_layer_ids", "index_source_layer_ids", "candidate_")
 _OWN = ("fp8", "w8a8-int8", "ascend")  # ascend: which of ModelSlim's schemes it is, the tensors say
-_QUANTISERS = {
+QUANTISERS = {
     "modelopt": "NVIDIA ModelOpt's",
     "modelopt_fp4": "NVIDIA ModelOpt's NVFP4",
     "nvfp4": "NVIDIA's NVFP4",
@@ -41,6 +41,21 @@ _QUANTISERS = {
     "quark": "AMD Quark's",
     "mxfp4": "a generic MXFP4",
 }
+
+
+MARKS = {
+    "weight_scale_2": "NVIDIA ModelOpt's NVFP4",
+    "deq_scale": "ModelSlim's static W8A8",
+    "quant_bias": "ModelSlim's static W8A8",
+    "input_offset": "ModelSlim's static W8A8",
+    "weight_packed": "compressed-tensors",
+    "weight_shape": "compressed-tensors",
+    "qweight": "AWQ or GPTQ",
+    "qzeros": "AWQ or GPTQ",
+    "scales": "MLX",
+    "gate_up_proj": "transformers in memory, without save_original_format,",
+}
+"""Last parts of names that only one kind of file has."""
 
 
 def path_problem(path: Path) -> str | None:
@@ -86,7 +101,7 @@ def _other_model(values: dict[str, Any]) -> str | None:
             f"config.json: no model_type {named}, so that nothing says which model this is; dsv4 runs model_type "
             f"'{_TYPE}': copy config.json from the published checkpoint"
         )
-    name = _OTHERS.get(kind) if isinstance(kind, str) else None
+    name = OTHERS.get(kind) if isinstance(kind, str) else None
     what = f"is {name}, another architecture" if name else "is another architecture"
     return f"config.json: model_type {kind!r} {what}, which dsv4 does not run; it runs '{_TYPE}': {_GET}"
 
@@ -107,7 +122,7 @@ def _other_quantisation(values: dict[str, Any]) -> str | None:
             return _quantised("MLX's", f"quantization_config = {_short(quant)}")
         return None
     if method not in _OWN:
-        return _quantised(_QUANTISERS.get(str(method).lower(), "another"), f"quant_method {method!r}")
+        return _quantised(QUANTISERS.get(str(method).lower(), "another"), f"quant_method {method!r}")
     if method == "fp8":
         if (fmt := quant.get("fmt", "e4m3")) != "e4m3":
             return _quantised("another FP8", f"fmt {fmt!r}")
@@ -130,18 +145,10 @@ def names_problem(names: Collection[str]) -> str | None:
     """Say whose tensor names these are, where they are known and not read; None for any others."""
     for name in names:
         stem, _, last = name.rpartition(".")
-        if last == "weight_scale_2" or (last == "input_scale" and f"{stem}.scale" in names):
-            return _tensors("NVIDIA ModelOpt's NVFP4", name)
-        if last in {"deq_scale", "quant_bias", "input_offset"}:
-            return _tensors("ModelSlim's static W8A8", name)
-        if last == "gate_up_proj" and ".experts." in name:
-            return _tensors("transformers holds them in memory, without save_original_format,", name)
-        if last in {"weight_packed", "weight_shape"}:
-            return _tensors("compressed-tensors", name)
-        if last in {"qweight", "qzeros"}:
-            return _tensors("AWQ or GPTQ", name)
-        if last == "scales" or (last == "biases" and f"{stem}.scales" in names):
-            return _tensors("MLX", name)
+        if what := MARKS.get(last):
+            return _tensors(what, name)
+        if last == "input_scale" and f"{stem}.scale" in names:
+            return _tensors(MARKS["weight_scale_2"], name)
         if ".attn_hc." in name or ".ffn_hc." in name or name.startswith("language_model."):
             return _tensors("MLX", name)
     return None
@@ -165,7 +172,7 @@ def asymmetric(name: str) -> str:
 
 
 def _tensors(what: str, name: str) -> str:
-    return f"weights as {what} writes them (tensor {name}), which dsv4 does not read; {_GET}"
+    return f"weights as {what} has them (tensor {name}), which dsv4 does not read; {_GET}"
 
 
 def _starts_with(path: Path, magic: bytes) -> bool:

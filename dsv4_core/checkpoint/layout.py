@@ -41,7 +41,7 @@ NAMES = (
     ("hc_head.hc_", "hc_head_"),
 )
 """Parts of names in other spellings, and the published ones. So do ``model.`` before and ``.weight_scale`` after a name."""
-_WHOLE = {"embed_tokens.weight": "embed.weight", "lm_head.weight": "head.weight"}
+WHOLE = {"embed_tokens.weight": "embed.weight", "lm_head.weight": "head.weight"}
 
 
 class TensorSpec(NamedTuple):
@@ -74,7 +74,7 @@ def canonical_name(name: str) -> str:
             name = name.replace(other, published)
     if name.endswith(".weight_scale"):
         return f"{name[:-13]}.scale"
-    return _WHOLE.get(name, name)
+    return WHOLE.get(name, name)
 
 
 def scale_shape(shape: Shape, fmt: Format) -> Shape:

@@ -23,7 +23,7 @@ def published(values: Values) -> tuple[Values, list[str]]:
     Raises ``ConfigError`` for one that contradicts itself or means what dsv4 does not have.
     """
     values = dict(values)
-    read = [reader(values) for reader in (_layer_types, _hash_layers, _rope_head, _rope, _experts, _tied)]
+    read = [reader(values) for reader in READERS]
     return values, [f"config.json: {note}" for note in read if note]
 
 
@@ -177,7 +177,7 @@ def _partial(values: Values, factor: Any) -> None:
 
 
 def _experts(values: Values) -> str | None:
-    """Transformers keeps ``topk_method`` and ``expert_dtype`` elsewhere or not at all."""
+    """``expert_dtype`` within ``quantization_config`` (transformers 5)."""
     quantised = values.get("quantization_config")
     if isinstance(quantised, dict) and "expert_dtype" in quantised and "expert_dtype" not in values:
         values["expert_dtype"] = quantised["expert_dtype"]
@@ -186,6 +186,11 @@ def _experts(values: Values) -> str | None:
 
 
 def _tied(values: Values) -> str | None:
+    """``tie_word_embeddings``: the head may be missing."""
     if values.get("tie_word_embeddings"):
         return "tie_word_embeddings: where head.weight is missing, embed.weight is used"
     return None
+
+
+READERS = (_layer_types, _hash_layers, _rope_head, _rope, _experts, _tied)
+"""Each reads one other spelling where it is there, and says so."""

@@ -183,7 +183,7 @@ def talk(session: Talk, read: Callable[[], str], write: Callable[[str, bool], An
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=float, default=1.0, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--speculative", is_flag=True, help="Draft with the MTP block.")
+@click.option("--speculative", is_flag=True, help="Draft with what the checkpoint has for it, MTP or DSpark.")
 @click.option(
     "--encoding-profile",
     type=click.Choice(["preview", "official"]),
@@ -222,7 +222,9 @@ def command(
         if context is not None and context > most:
             raise ValueError(f"--context {context}: the model has {most} positions (max_position_embeddings)")
         read = _reader()
-        engine = Engine(session.model, slots=1, capacity=context or min(8192, most), drafts=speculative)
+        engine = Engine(
+            session.model, slots=1, capacity=context or min(8192, most), drafts=session.model.drafts * speculative
+        )
         ends = frozenset(np.atleast_1d(session.config.eos_token_id).tolist())
         vocabulary = Vocabulary(session.tokenizer)
         talking = Talk(engine, vocabulary, texts, ends, sampling, max_tokens, thinking=thinking or effort is not None)

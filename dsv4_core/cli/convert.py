@@ -21,8 +21,8 @@ from dsv4_core.cli.commands import Command
 @click.option(
     "--to",
     "form",
-    type=click.Choice(["bf16", "w8a8-int8"]),
-    help="Every quantised weight to BF16, lossless; or to int8 per output channel (W8A8), lossy: the error is printed and kept.",
+    type=click.Choice(["bf16", "transformers", "w8a8-int8"]),
+    help="bf16: every quantised weight to BF16, lossless; transformers: the same, for its loader. w8a8-int8: int8 per channel, lossy: the error is printed.",
 )
 @click.option("--allow-lossy", is_flag=True, help="Round values that FP8 cannot hold; the blocks are counted.")
 @click.option("--verify", is_flag=True, help="Read every byte of SOURCE to tell it from others, not samples.")
@@ -43,7 +43,7 @@ def command(
     from dsv4_core.cli.running import bar
 
     tally = Tally()
-    options = Options(tp, ep, experts or "", form == "bf16", form == "w8a8-int8", allow_lossy)
+    options = Options(tp, ep, experts or "", form in {"bf16", "transformers"}, form == "w8a8-int8", allow_lossy)
     with bar("converting (shards)") as progress:
         counts = convert(source, out, options, progress=progress, tally=tally, verify=verify)
     shards = f"{counts['written']} shards written, {counts['kept']} kept"

@@ -52,7 +52,21 @@ generation = functools.partial(option, heading="Generation")
 @generation("--stop", multiple=True, metavar="TEXT", help="Text that ends a sequence, and is not printed.")
 @generation("--stop-token", "stop_tokens", type=int, multiple=True, metavar="ID", help="Token id that does.")
 @generation("--ignore-eos", is_flag=True, help="Go on after end-of-sentence.")
-@generation("--speculative", is_flag=True, help="Draft with the MTP block: the same tokens, sooner.")
+@generation(
+    "--speculative",
+    is_flag=False,
+    flag_value=0,
+    type=click.IntRange(0),
+    metavar="[K]",
+    help="Draft K tokens a step (without K as many as can be) by MTP or DSpark: the same tokens, sooner.",
+)
+@generation(
+    "--draft-confidence",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="DSpark's drafts end where the chance that all are kept falls below this.",
+)
 @generation("--chunk", type=click.IntRange(1), default=2048, show_default=True, help="Tokens of a prefill step.")
 @backend_options
 @rank_options
@@ -68,6 +82,7 @@ def command(
     flags: BackendFlags,
     asked: RankFlags,
     as_json: bool,
+    speculative: int | None,
     **request: Any,
 ) -> None:
     """Generate from MODEL: a checkpoint's directory, OWNER/NAME of one in the hub's local cache, or the embedded one.
@@ -84,6 +99,9 @@ def command(
         )
     if (system or thinking) and (texts or ids):
         raise click.UsageError("--system and --thinking are of a conversation; use --chat, or --prompts with turns")
+    if request["draft_confidence"] and speculative is None:
+        raise click.UsageError("--draft-confidence shortens drafts; give --speculative, too")
+    request["speculative"] = speculative is not None and (speculative or True)
     prompts = read_prompts(texts, chats, ids, file, system)
     with open_model(model, flags, asked) as session:
         events = session.generate(prompts, thinking=thinking, **request)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dsv4_core.graph.dspark import block_step
 from dsv4_core.graph.replay import Replay
+from dsv4_core.graph.sampling import Sampling, choose
 from dsv4_core.graph.step import Step
 
 if TYPE_CHECKING:
@@ -36,6 +38,14 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Wish:
+    """How a row's next tokens will be chosen: the sampling, and a uniform number for each that may be drafted."""
+
+    sampling: Sampling
+    uniform: Sequence[float]
+
+
+@dataclass(frozen=True)
 class Outcome:
     """``ids`` int32 [n] that the backend chose after the wanted tokens; ``logits`` [n, vocab] for rows that are not plain."""
 
@@ -44,6 +54,7 @@ class Outcome:
     starts: tuple[int, ...] = ()
     step: Step | None = None
     streams: Array | None = None
+    taps: Sequence[Array] = ()
 
     def of(self, row: int) -> Outcome:
         """One row's part."""
@@ -54,8 +65,9 @@ class Outcome:
 class Batch:
     """Runs rows on a model and its cache, whose sequences are the slots from ``first`` on."""
 
-    def __init__(self, model: Model, cache: Cache, *, first: int, drafts: bool) -> None:
+    def __init__(self, model: Model, cache: Cache, *, first: int, drafts: int, confidence: float = 0.0) -> None:
         self.model, self.cache, self.first, self.drafting = model, cache, first, drafts
+        self.confidence = confidence
         self._replay = Replay(model, cache)
 
     def forward(self, rows: Sequence[Row]) -> Outcome:
@@ -73,12 +85,13 @@ class Batch:
         step = Step(self.cache, ids, sequences=[row.slot - self.first for row in here], counts=counts)
         starts = (0, *np.cumsum([row.wanted for row in rows]).tolist())
         h = None
+        taps: list[Array] = []
         if width == 1 and not self.drafting and starts[-1] == len(rows):
             logits = self._replay.logits(step)
         else:
-            h = model.forward(step)
+            h = model.forward(step, taps) if self.drafting and model.dspark else model.forward(step)
             if starts[-1] == 0:
-                return Outcome(np.zeros(0, np.int32), None, starts, step, h)
+                return Outcome(np.zeros(0, np.int32), None, starts, step, h, taps)
             ends = [i * width + len(row.tokens) for i, row in enumerate(here)]
             at = [np.arange(end - row.wanted, end) for end, row in zip(ends, here, strict=True)]
             logits = model.logits(self._picked(h, np.concatenate([np.zeros(0, int), *at])))
@@ -92,12 +105,23 @@ class Batch:
         host = None
         if any(row.plain is None and row.wanted for row in rows):
             host = model.parallel.joined(be.to_numpy(logits))
-        return Outcome(model.parallel.joined(chosen), host, starts, step, h)
+        return Outcome(model.parallel.joined(chosen), host, starts, step, h, taps)
 
-    def drafts(self, rows: Sequence[Row], outcome: Outcome, chosen: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Run the MTP block on the same tokens; give what it proposes after each row's ``chosen`` tokens, if there are any."""
+    def drafts(
+        self,
+        rows: Sequence[Row],
+        outcome: Outcome,
+        chosen: Sequence[Sequence[int]],
+        wishes: Sequence[Wish | None],
+    ) -> list[list[int]]:
+        """Let the drafter see the same tokens; give what it proposes after each row's ``chosen`` tokens, if there are any.
+
+        ``wishes``: how each row's next tokens will be chosen, None where no draft is wanted.
+        """
         if not self.drafting:
             return [[] for _ in rows]
+        if self.model.dspark:
+            return self._block_drafts(rows, outcome, chosen, wishes)
         assert outcome.step is not None
         assert outcome.streams is not None
         model, be, step = self.model, self.model.backend, outcome.step
@@ -116,6 +140,56 @@ class Batch:
         greedy = be.sample(logits, be.from_numpy(np.zeros(len(ends), np.float32)), temperature=0.0, top_p=1.0)
         proposed = iter(model.parallel.joined(be.to_numpy(greedy)).tolist())
         return [[next(proposed)] if line else [] for line in chosen]
+
+    def _block_drafts(
+        self,
+        rows: Sequence[Row],
+        outcome: Outcome,
+        chosen: Sequence[Sequence[int]],
+        wishes: Sequence[Wish | None],
+    ) -> list[list[int]]:
+        """DSpark: context rows of all tokens (those of rejected ones are written again), then a block a sequence.
+
+        A draft is drawn as the token will be, with the same uniform number, so that the two agree where the distributions
+        do. The confidence of a draft is judged before it is drawn.
+        """
+        model, be, c = self.model, self.model.backend, self.model.config
+        dspark, step = model.dspark, outcome.step
+        assert dspark is not None
+        assert step is not None
+        dspark.remember(outcome.taps, step)
+        proposed: list[list[int]] = [[] for _ in rows]
+        asked = [i for i, (line, wish) in enumerate(zip(chosen, wishes, strict=True)) if line and wish and wish.uniform]
+        if not asked:
+            return proposed
+        here = [i for i in asked if self._has(rows[i].slot)]
+        places = {row.slot: b for b, row in enumerate(row for row in rows if self._has(row.slot))}
+        at = np.array([places[rows[i].slot] for i in here], int)
+        stands = np.array([len((*rows[i].following, *chosen[i])[: len(rows[i].tokens)]) for i in here], np.int64)
+        ids = np.full((len(here), c.dspark_block_size), c.dspark_noise_token_id, np.int64)
+        ids[:, 0] = [chosen[i][-1] for i in here]
+        block = block_step(self.cache, ids, step.sequences[at], step.starts[at] + stands)
+        g, logits = dspark.block(block)
+        base = model.parallel.joined(be.to_numpy(logits)).reshape(len(asked), c.dspark_block_size, -1)
+        last = {i: chosen[i][-1] for i in asked}
+        survives = dict.fromkeys(asked, 1.0)
+        alive = set(asked)
+        for k in range(min(self.drafting, c.dspark_block_size)):
+            rows_k = self._picked(g, np.arange(len(here)) * c.dspark_block_size + k)
+            tokens = np.array([last[i] for i in here], np.int32)
+            added, sure = (model.parallel.joined(be.to_numpy(x)) for x in dspark.after(be.from_numpy(tokens), rows_k))
+            for n, i in enumerate(asked):
+                wish = wishes[i]
+                assert wish is not None
+                survives[i] *= float(1 / (1 + np.exp(-np.float64(sure[n, 0]))))
+                if k >= len(wish.uniform) or survives[i] < self.confidence:
+                    alive.discard(i)
+                if i in alive:
+                    last[i] = choose(base[n, k] + added[n], wish.sampling, wish.uniform[k], {}).token
+                    proposed[i].append(last[i])
+            if not alive:
+                break
+        return proposed
 
     def advance(self, rows: Sequence[Row], outcome: Outcome, stands: Sequence[int]) -> None:
         """Note that of each row's tokens the first ``stands`` ones stand; the others were drafts that are forgotten."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv4_core.graph.batch import Batch, Outcome, Row
+from dsv4_core.graph.batch import Batch, Outcome, Row, Wish
 from dsv4_core.graph.cache import SHARED, Cache, CacheError, Snapshot
 from dsv4_core.graph.sampling import GREEDY, Chosen, Constraint, Sampling, choose, log_softmax, top_ids
 from dsv4_core.graph.step import check_ids
@@ -141,14 +141,18 @@ class Engine:
         chunk: int = CHUNK,
         budget: int | None = None,
         queue: int | None = None,
-        drafts: bool = False,
+        drafts: int = 0,
+        confidence: float = 0.0,
         reuse: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """``budget``: tokens in one step, decodes first (default: one chunk). ``queue``: how many may wait (default: any).
 
-        ``drafts``: let the MTP block propose a token a step. ``reuse``: take up prefixes that slots still hold (alone, or
-        where ranks share every sequence). ``progress(done, of)`` is called after each chunk of a prompt.
+        ``drafts``: how many tokens a step the MTP block (one) or DSpark (as many as its block has) may propose.
+        ``confidence``: DSpark's drafts end where the chance that all of them are kept falls below it.
+
+        ``reuse``: take up prefixes that slots still hold (alone, or where ranks share every sequence).
+        ``progress(done, of)`` is called after each chunk of a prompt.
 
         Raises ``CacheError`` where the capacity exceeds the model's positions, ``ValueError`` for numbers below 1 and
         for drafts without an MTP block.
@@ -156,16 +160,25 @@ class Engine:
         for name, value in (("slots", slots), ("chunk", chunk), ("budget", budget), ("queue", queue)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value} must be 1 or more")
-        if drafts and model.mtp_block is None:
-            raise ValueError("this checkpoint has no MTP block (num_nextn_predict_layers = 0)")
+        most = model.drafts
+        if drafts and not most:
+            raise ValueError("this checkpoint has no MTP block and no DSpark drafter, so that nothing proposes tokens")
+        if not 0 <= drafts <= most:
+            raise ValueError(f"drafts = {drafts}: the drafter of this checkpoint proposes 1 to {most} tokens a step")
+        if not 0 <= confidence < 1:
+            raise ValueError(f"confidence = {confidence} must be in [0, 1)")
+        if confidence and model.dspark is None:
+            raise ValueError(f"confidence = {confidence}: an MTP block gives none; leave it out")
         self.model, self.slots, self.capacity = model, slots, capacity
         self.chunk, self.queue, self.progress = chunk, queue, progress
         self.budget = chunk if budget is None else budget
         self.drafts = drafts
         self.reuse = reuse and model.parallel.sequences is None
         mine = model.parallel.mine(np.arange(slots))
-        self.cache = Cache(model.backend, model.config, len(mine), capacity, rewindable=int(drafts))
-        self._batch = Batch(model, self.cache, first=int(mine[0]) if len(mine) else 0, drafts=drafts)
+        self.cache = Cache(model.backend, model.config, len(mine), capacity, rewindable=drafts)
+        self._batch = Batch(
+            model, self.cache, first=int(mine[0]) if len(mine) else 0, drafts=drafts, confidence=confidence
+        )
         self._free = list(range(slots))
         self._held: dict[int, tuple[int, ...]] = {}  # what free slots still hold
         self._kept: list[_Kept] = []  # the one taken up last is the last
@@ -265,7 +278,10 @@ class Engine:
             chosen = [
                 self._choose(run, row, outcome.of(i)) for i, (run, row) in enumerate(zip(runs, rows, strict=True))
             ]
-            drafts = self._batch.drafts(rows, outcome, [[c.token for c in line] for line in chosen])
+            told = [[c.token for c in line] for line in chosen]
+            drafts = self._batch.drafts(
+                rows, outcome, told, [self._wish(r, n) for r, n in zip(runs, told, strict=True)]
+            )
         except Exception as error:
             if self.model.parallel.sequences is not None or self.model.parallel.gather_logits is not None:
                 raise  # the other ranks wait in an exchange
@@ -304,6 +320,15 @@ class Engine:
             if not right or len(line) == room or chosen.token in request.stop:
                 break
         return line
+
+    def _wish(self, run: _Run, line: list[int]) -> Wish | None:
+        """How the tokens after ``line`` will be chosen, as far as a drafter can follow; None where drafts are not wanted."""
+        request = run.request
+        room = request.max_tokens - len(run.out) - len(line) - 1
+        if not request.draft or request.constraint or not line or line[-1] in request.stop:
+            return None
+        count = max(0, min(self.drafts, room))
+        return Wish(request.sampling, [run.uniform(len(line) + k) for k in range(count)])
 
     def _tell(self, run: _Run, row: Row, seen: Outcome) -> None:
         """Note the log-probabilities of the prompt's tokens after those that were fed, where they are asked for."""

@@ -125,10 +125,12 @@ def generate(
 
 @dataclass
 class Drafts:
-    """How speculative decoding fared: drafts proposed and accepted."""
+    """How speculative decoding fared: drafts proposed and accepted, tokens given, and the steps that gave them."""
 
     proposed: int = 0
     accepted: int = 0
+    tokens: int = 0
+    steps: int = 0
 
 
 def speculate(
@@ -139,24 +141,37 @@ def speculate(
     sampling: Sampling = GREEDY,
     stop: Collection[int] = (),
     chunk: int = CHUNK,
+    count: int | None = None,
+    confidence: float = 0.0,
     drafts: Drafts | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[int]:
-    """Decode one sequence, two tokens a step where the MTP block guesses the second one right: yields the same tokens
-    as ``generate``, sampled ones too, as far as the model's positions go.
+    """Decode one sequence with up to ``count`` drafts a step (as many as the drafter makes where None): yields the same
+    tokens as ``generate``, sampled ones too, as far as the model's positions go.
 
-    The same bits where the backend is batch invariant; elsewhere a step of two tokens may round differently from two of
-    one. Raises ``ValueError`` where the model has no MTP block.
+    The same bits where the backend is batch invariant; elsewhere a step of several tokens may round differently from several
+    of one. ``confidence``: see ``Engine``. Raises ``ValueError`` where the model has no drafter, or one of fewer drafts.
     """
     capacity = min(len(prompt) + max_tokens + 1, model.config.max_position_embeddings)
-    engine = Engine(model, slots=1, capacity=capacity, chunk=chunk, drafts=True, reuse=False, progress=progress)
+    engine = Engine(
+        model,
+        slots=1,
+        capacity=capacity,
+        chunk=chunk,
+        drafts=max(1, model.drafts) if count is None else count,
+        confidence=confidence,
+        reuse=False,
+        progress=progress,
+    )
     room = max(1, capacity - len(prompt) + 1)
     own = replace(sampling, seed=(*np.atleast_1d(sampling.seed).tolist(), 0))
     engine.submit(Request(tuple(prompt), min(max_tokens, room), own, frozenset(stop)))
     while not engine.idle:
         for event in engine.step():
             if drafts:
-                drafts.proposed, drafts.accepted = engine.stats.drafted, engine.stats.accepted
+                seen = engine.stats
+                drafts.proposed, drafts.accepted = seen.drafted, seen.accepted
+                drafts.tokens, drafts.steps = seen.generated, seen.generated - seen.accepted
             if event.error:
                 raise event.error
             if event.chosen:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dsv4_core.contract.dtypes import FP4_GROUP, KV_BLOCK, Experts
+from dsv4_core.graph.dspark import Dspark, DsparkWeights, mean_of_streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -154,9 +155,13 @@ class Model:
         backend: Backend,
         *,
         parallel: Parallel = ALONE,
+        draft: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Load every weight through ``backend.load``; ``progress(done, of)`` is called after each layer."""
+        """Load every weight through ``backend.load``; ``progress(done, of)`` is called after each layer.
+
+        ``draft``: load the MTP block or DSpark, too, where the checkpoint holds one; without it, nothing drafts.
+        """
         self.config, self.backend, self.parallel = source.config, backend, parallel
         load = _Loader(source, backend, parallel)
         c = self.config
@@ -169,21 +174,35 @@ class Model:
             if progress:
                 progress(i + 1, c.layers)
         self.mtp_block: Mtp | None = None
-        if c.draft == "mtp":
+        self.dspark: Dspark | None = None
+        if draft and c.draft == "mtp":
             self.mtp_block = load.mtp(freqs)
-            if progress:
-                progress(c.layers, c.layers)
+        elif draft and c.draft == "dspark":
+            mean = Mix(*map(backend.load, mean_of_streams(c.hc_mult, c.hidden_size)))
+            self.dspark = Dspark(self, load.dspark(freqs), mean)
+        if progress:
+            progress(c.layers, c.layers)
 
-    def forward(self, step: Addresses) -> Array:
+    @property
+    def drafts(self) -> int:
+        """Tokens that what is loaded can propose at a time: 0, MTP's one, or a block of DSpark's."""
+        return self.config.dspark_block_size if self.dspark else int(self.mtp_block is not None)
+
+    def forward(self, step: Addresses, taps: list[Array] | None = None) -> Array:
         """Run the main stack on a step's tokens; give the streams [T, hc, D].
 
-        The cache's rows are written, its lengths are not.
+        The cache's rows are written, its lengths are not. ``taps`` receives what DSpark reads, [T, D] a target layer.
         """
         be = self.backend
         with be.computing():
-            h = be.hc_expand(self._embedding(step.ids), hc=self.config.hc_mult)
+            h = be.hc_expand(self.embedding(step.ids), hc=self.config.hc_mult)
+            tapped = {}
             for block in self.blocks:
                 h = self.block(block, h, step)
+                if taps is not None and self.dspark and block.index in self.config.dspark_target_layer_ids:
+                    tapped[block.index] = self.dspark.tap(h)
+        if taps is not None and self.dspark:
+            taps += [tapped[i] for i in self.config.dspark_target_layer_ids]
         return h
 
     def mtp(self, h: Array, next_ids: Array, step: Addresses) -> Array:
@@ -194,7 +213,7 @@ class Model:
         if mtp is None:
             raise ValueError("this checkpoint has no MTP block")
         with be.computing():
-            e = be.rms_norm(self._embedding(next_ids), mtp.enorm, eps=c.rms_norm_eps)
+            e = be.rms_norm(self.embedding(next_ids), mtp.enorm, eps=c.rms_norm_eps)
             e = be.linear(e, mtp.e_proj, out_dtype=be.activation_dtype)
             streams = be.rms_norm(h.reshape((step.tokens * c.hc_mult, c.hidden_size)), mtp.hnorm, eps=c.rms_norm_eps)
             streams = be.linear(streams, mtp.h_proj, out_dtype=be.activation_dtype).reshape(h.shape)
@@ -206,10 +225,15 @@ class Model:
         head = self.mtp_block.head if mtp and self.mtp_block else self.head
         with be.computing():
             x = be.hc_head(h, head.hc.fn, head.hc.scale, head.hc.base, norm_eps=c.rms_norm_eps, eps=c.hc_eps)
-            logits = be.logits(be.rms_norm(x, head.norm, eps=c.rms_norm_eps), self.lm_head)
-            return self.parallel.gather_logits(logits) if self.parallel.gather_logits else logits
+            return self.vocabulary_logits(be.rms_norm(x, head.norm, eps=c.rms_norm_eps))
 
-    def _embedding(self, ids: Array) -> Array:
+    def vocabulary_logits(self, x: Array) -> Array:
+        """Logits [T, vocab], wide, of normed rows [T, D], put together from the ranks that hold them."""
+        logits = self.backend.logits(x, self.lm_head)
+        return self.parallel.gather_logits(logits) if self.parallel.gather_logits else logits
+
+    def embedding(self, ids: Array) -> Array:
+        """Look up rows [T, D], put together from the ranks that hold them."""
         p = self.parallel
         x = self.backend.embedding(p.local_ids(ids) if p.local_ids else ids, self.embed)
         return p.reduce_embedding(x) if p.reduce_embedding else x
@@ -239,7 +263,7 @@ class Model:
         q = be.rms_norm(q.reshape((T * heads, d)), None, eps=c.rms_norm_eps).reshape((T, heads, d))
         q = be.apply_rope(q, step.positions, block.freqs, inverse=False)
         kv = be.rms_norm(be.linear(x, w.wkv, out_dtype=act), w.kv_norm, eps=c.rms_norm_eps)
-        kv = self._kv_row(kv, step.positions, block.freqs)
+        kv = self.kv_row(kv, step.positions, block.freqs)
 
         cache, layout = step.cache.layers[block.index], step.cache.kv_layout
         idxs, rows, row_index = step.window_idxs, None, None
@@ -262,7 +286,7 @@ class Model:
         o = be.linear(o, w.wo_b, out_dtype=be.wide_dtype if p.reduce_attention else act)
         return p.reduce_attention(o) if p.reduce_attention else o
 
-    def _kv_row(self, kv: Array, positions: Array, freqs: Array) -> Array:
+    def kv_row(self, kv: Array, positions: Array, freqs: Array) -> Array:
         """RoPE on the last channels of key/value rows [n, d], FP8 quantise-dequantise on the others."""
         be, (n, d) = self.backend, kv.shape
         kv = be.apply_rope(kv.reshape((n, 1, d)), positions, freqs, inverse=False).reshape((n, d))
@@ -284,7 +308,7 @@ class Model:
         if rows is not None:
             be.cache_write(
                 _held(cache.rows),
-                self._kv_row(rows, where.row_positions, block.freqs),
+                self.kv_row(rows, where.row_positions, block.freqs),
                 where.row_write,
                 layout=step.cache.kv_layout,
             )
@@ -450,4 +474,17 @@ class _Loader:
             block=self.block(at, self.config.num_hidden_layers, freqs),
             **{name: self.weight(f"{at}.{name}") for name in ("e_proj", "h_proj", "enorm", "hnorm")},
             head=self.head(f"{at}."),
+        )
+
+    def dspark(self, freqs: dict[int, Array]) -> DsparkWeights:
+        c = self.config
+        last = f"mtp.{c.stages - 1}"
+        return DsparkWeights(
+            stages=tuple(self.block(f"mtp.{s}", c.num_hidden_layers + s, freqs) for s in range(c.stages)),
+            main_proj=self.weight("mtp.0.main_proj"),
+            main_norm=self.weight("mtp.0.main_norm"),
+            head=self.head(f"{last}."),
+            markov_w1=self.weight(f"{last}.markov_head.markov_w1"),
+            markov_w2=self.weight(f"{last}.markov_head.markov_w2"),
+            confidence=self.weight(f"{last}.confidence_head.proj"),
         )

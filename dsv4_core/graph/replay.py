@@ -72,7 +72,7 @@ class Replay:
     def _parts(self) -> tuple[Any, ...]:
         """All that a recording may have the addresses of."""
         m = self.model
-        return (m.embed, m.lm_head, m.head, m.mtp_block, *m.blocks, *self.cache.layers)
+        return (m.embed, m.lm_head, m.head, m.mtp_block, m.dspark, *m.blocks, *self.cache.layers)
 
 
 def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:

@@ -25,7 +25,7 @@ def trace_rank(
     recorder = Recorder(numerics=backend.numerics, like=backend)
     source = ShardedSource(ShapeSource(config, expert_format), place)
     model = LayeredModel(source, recorder, parallel=shape_parallel(recorder, place, config))
-    run_step(model, batch=1, seq=seq, start=start, mtp=config.draft == "mtp")
+    run_step(model, batch=1, seq=seq, start=start, mtp=config.draft != "")
     return recorder.notes
 
 

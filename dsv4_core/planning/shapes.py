@@ -22,6 +22,7 @@ from dsv4_core.contract.dtypes import Experts, Format, Host, ScaledArray, dtype_
 from dsv4_core.contract.ops import OPS
 from dsv4_core.contract.spec import Array, Numerics, Operand, OpSpec
 from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.dspark import block_step
 from dsv4_core.graph.model import Block, Model
 from dsv4_core.graph.step import Addresses, Step
 
@@ -406,7 +407,7 @@ def trace_calls(
 ) -> list[Call]:
     """Record the calls that ``backend`` (or its class) would get in one step, in its numerics where none are named.
 
-    The step is ``seq`` tokens of each of ``batch`` sequences that hold ``start`` tokens; ``mtp``: the MTP block's, too.
+    The step is ``seq`` tokens of each of ``batch`` sequences that hold ``start`` tokens; ``mtp``: what drafts, too.
     Logits and sampling are of each sequence's last token. Raises ``ShapeError`` where operands contradict their contract.
     """
     recorder = Recorder(numerics=numerics or backend.numerics, like=backend)
@@ -415,13 +416,22 @@ def trace_calls(
 
 
 def run_step(model: Model, *, batch: int, seq: int, start: int, mtp: bool = False, cache: Cache | None = None) -> None:
-    """Run one step of the graph on shapes, to the sampled ids; makes a cache that just holds it where none is given."""
+    """Run one step of the graph on shapes, to the sampled ids; makes a cache that just holds it where none is given.
+
+    ``mtp``: what drafts, too: the MTP block, or DSpark's context rows and one block of drafts.
+    """
     be = model.backend
     cache = cache or Cache(be, model.config, batch, start + seq)
     cache.lengths[:] = cache.furthest[:] = start
     step = Step(cache, np.zeros((batch, seq), np.int32))
-    h = model.forward(step)
+    taps: list[Array] = []
+    h = model.forward(step, taps if mtp else None)
     if mtp and model.mtp_block:
         model.mtp(h, step.ids, step)
+    if mtp and model.dspark:
+        model.dspark.remember(taps, step)
+        block = np.zeros((batch, model.config.dspark_block_size), np.int64)
+        g, _ = model.dspark.block(block_step(cache, block, np.arange(batch), np.full(batch, start + seq)))
+        model.dspark.after(be.from_numpy(np.zeros(batch, np.int32)), g[:batch])
     last = be.concat([h[(b + 1) * seq - 1 : (b + 1) * seq] for b in range(batch)], axis=0)
     be.sample(model.logits(last), be.from_numpy(np.zeros(batch, np.float32)), temperature=0.0, top_p=1.0)

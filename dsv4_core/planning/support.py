@@ -47,7 +47,7 @@ def planned_calls(
             numerics=backend.numerics,
             seq=seq,
             start=start,
-            mtp=config.draft == "mtp",
+            mtp=config.draft != "",
             expert_format=expert_format,
         )
     return calls

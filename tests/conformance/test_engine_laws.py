@@ -175,6 +175,7 @@ def test_the_engine_keeps_the_laws(stage, name):
     assert trial(BY_NAME[name], stage, BY_NAME[name].always[0]) is None
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
 def test_a_fault_is_seen(stage, fault, monkeypatch):
     fault(monkeypatch)

@@ -156,6 +156,7 @@ def test_messages(claude, server):
     assert caught.value.body["error"]["type"] == "not_found_error"
 
 
+@pytest.mark.proof
 def test_tools_are_called_by_their_schema(client, claude):
     function = {"name": "set", "description": "Set it.", "strict": True, "parameters": TOOL}
     tools = [{"type": "function", "function": function}]

@@ -45,6 +45,7 @@ def test_a_client_that_leaves_at_any_token_harms_nobody(server):
     assert server.app.worker.engine.stats.finished["cancelled"] >= 5
 
 
+@pytest.mark.proof
 def test_company_changes_nobodys_words(server):
     """Many at once, of different lengths, some sampled: each is told what it is told alone."""
     asks = [

@@ -163,10 +163,10 @@ class TracedModel(Model):
         self.recorder = recorder
         super().__init__(source, recorder.backend)
 
-    def forward(self, step: Addresses) -> Array:
+    def forward(self, step: Addresses, taps: list[Array] | None = None) -> Array:
         """As the model's, from ``embedding`` to ``head``."""
         self.recorder.place = "embedding"
-        h = super().forward(step)
+        h = super().forward(step, taps)
         self.recorder.place = "head"
         return h
 
