@@ -214,8 +214,9 @@ class App:
             refused = RefusedError(f"{type(error).__name__}: {error}", status=500, kind="server_error")
             yield f"event: error\ndata: {json.dumps(refused.body(anthropic=kind == 'messages'))}\n\n"
         finally:
+            finished = asked.chunks.finished
             asked.chunks.close()
-            self._log(kind, 200, began, prompt=len(asked.request.prompt), tokens=tokens, finished=asked.chunks.finished)
+            self._log(kind, 200, began, prompt=len(asked.request.prompt), tokens=tokens, finished=finished)
 
     async def _count(self, request: Request) -> Response:
         body = {"max_tokens": 1, **await self._body(request)}

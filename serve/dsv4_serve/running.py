@@ -98,6 +98,7 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: Any) -> None:
         self._app.draining = True
         click.echo(f"{signal.Signals(sig).name}: no new requests; those under way end", err=True)
+        del frame
         self.force_exit = self.should_exit  # asked twice: at once
         self.should_exit = (
             True  # not the base's, which would end the process by the signal: draining is an end like another
