@@ -6,12 +6,16 @@ VENV := .venv-proof
 RUN := . $(VENV)/bin/activate && export TORCH_DEVICE_BACKEND_AUTOLOAD=0 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 &&
 CONFORMANCE := $(RUN) dsv4 conformance run --tier standard --jobs 2
 
-.PHONY: proof reference torch cuda ascend mutants kernels benchmarks documents
-proof: reference torch cuda ascend mutants kernels benchmarks documents
+.PHONY: proof fuzz reference torch cuda ascend mutants kernels benchmarks documents
+proof: fuzz reference torch cuda ascend mutants kernels benchmarks documents
 
 $(VENV):
 	$(PYTHON) -m venv $(VENV)
 	. $(VENV)/bin/activate && pip install -q torch==2.13.0 && pip install -q '.[dev,plots]' triton==3.9.0 transformers
+
+fuzz: $(VENV)
+	$(RUN) pytest -m proof tests/test_killed.py tests/fuzz
+	$(RUN) python tests/fuzz/fuzz.py --inputs 100000 --seconds 1800
 
 reference: $(VENV)
 	$(CONFORMANCE) --backend reference --require 3 --report reports/conformance/reference

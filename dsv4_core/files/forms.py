@@ -20,6 +20,7 @@ Length = Annotated[int, Meta(ge=1, le=1 << 40)]  # positions; rotary frequencies
 Id = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 Bytes = Annotated[int, Meta(ge=0, le=1 << 60)]
 Positive = Annotated[float, Meta(gt=0, le=1e30)]
+Figure = Annotated[float, Meta(ge=1e-6, le=1e9)]  # of a machine: from a toy's to beyond any that is built
 Real = Annotated[float, Meta(ge=-1e30, le=1e30)]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{8,128}\Z")]
 FileName = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f-\x9f/\\]+\Z")]
@@ -120,10 +121,10 @@ class Toml(msgspec.Struct, forbid_unknown_fields=True):
 class Hardware(Form):
     """A machine for ``dsv4 plan``: GB, GB/s and 10^12 operations a second by precision."""
 
-    memory_gb: Positive
-    bandwidth_gbs: Positive
-    link_gbs: Positive
-    tflops: Annotated[dict[Word, Positive], Meta(min_length=1)]
+    memory_gb: Figure
+    bandwidth_gbs: Figure
+    link_gbs: Figure
+    tflops: Annotated[dict[Word, Figure], Meta(min_length=1)]
     devices: Annotated[int, Meta(ge=1, le=1 << 16)] = 1
     source: Text = "the file"
 

@@ -44,7 +44,7 @@ def main() -> int:
         for surface in [*all_of_them, *([None] if lines else [])]:
             until, began = time.monotonic() + share, time.monotonic()
             tally = (
-                fuzz(folder, surface, given.inputs, given.seed, until)
+                fuzz(folder, surface, max(1, given.inputs // surface.slow), given.seed, until)
                 if surface
                 else fuzz_lines(folder, given.inputs, given.seed, until)
             )

@@ -33,6 +33,8 @@ class Surface:
     commands: tuple[tuple[str, ...], ...]
     fresh: tuple[str, ...] = ()
     same: bool = False
+    slow: int = 1
+    """Of how many inputs one is tried: where a command takes seconds."""
     named: tuple[str, ...] = field(default=())
     """What a message may name instead of the file."""
 
@@ -167,7 +169,7 @@ def surfaces(folder: Path) -> list[Surface]:
                  ("conformance", "localise", "model", "--tokens", "tokens.npy", "--layers", "9", "-b", "reference")), named=("token",)),
         Surface("dsv4.toml", "dsv4.toml", mutate.words, (("explain", "--model", "tiny", "--layer", "0"),), named=("backend",)),
         Surface("xfails", "xfails.toml", mutate.words,
-                (("conformance", "run", "--case", "rms_norm/tokens=1", "-b", "reference", "-q", "--xfails", "xfails.toml"),), named=("xfail", "--case")),
+                (("conformance", "run", "--case", "rms_norm/tokens=1", "-b", "reference", "-q", "--xfails", "xfails.toml"),), slow=10, named=("xfail", "--case")),
         Surface("hardware file", "machine.json", mutate.json_file, (("plan", "--model", "model", "--hardware", "machine.json", "--context", "256"),), named=("machine", "devices")),
         Surface("judge manifest", "bundle/manifest.json", mutate.json_file, (JUDGE,), named=("bundle",)),
         Surface("judge results", f"results/{result}", mutate.safetensors, (JUDGE,), named=(result, "rms_norm")),
@@ -175,7 +177,7 @@ def surfaces(folder: Path) -> list[Surface]:
         Surface("trace.json", "trace/trace.json", mutate.json_file, (trace,), named=("trace",)),
         Surface("trace tensors", "trace/trace.safetensors", mutate.safetensors, (trace,), same=True, named=("trace",)),
         Surface("saved case", "one.case.safetensors", mutate.safetensors,
-                (("conformance", "run", "--case", "one.case.safetensors", "-b", "reference", "-q"),), named=("one.case",)),
+                (("conformance", "run", "--case", "one.case.safetensors", "-b", "reference", "-q"),), slow=10, named=("one.case",)),
         Surface("rank copy manifest", "ranks/rank-0-of-2/convert.json", mutate.json_file, (("inspect", "ranks/rank-0-of-2", "--no-audit"),), named=("rank-0", "convert.json")),
         Surface("rank copy shard", f"ranks/rank-0-of-2/{rank}", mutate.raw, (("inspect", "ranks/rank-0-of-2", "--no-audit"),), same=True, named=("rank-0", "safetensors")),
         Surface("copy's shard", f"copy/{shards[0]}", mutate.raw, (("generate", "copy", *SAY[2:]),), same=True, named=("copy",)),
