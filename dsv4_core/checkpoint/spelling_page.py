@@ -11,6 +11,7 @@ from dsv4_core.checkpoint import foreign, layout, readings, spellings
 from dsv4_core.checkpoint.config import PRESETS
 from dsv4_core.checkpoint.create import stored_bytes
 from dsv4_core.checkpoint.layout import tensor_specs
+from dsv4_core.files.markdown import in_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -85,7 +86,7 @@ def page() -> str:
         "## Named and refused\n",
         _table(("mark", "what it is"), refused),
     )
-    return "\n".join(parts)
+    return in_lines("\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import click
 import msgspec
 
+from dsv4_core.files.markdown import in_lines
 from dsv4_core.version import __version__
 
 SCHEMA = 1
@@ -372,7 +373,7 @@ def page() -> str:
         lines += ["| key | type |", "|---|---|"]
         lines += [f"| `{field.name}` | {_type(field.type)} |" for field in msgspec.structs.fields(form)]
         lines.append("")
-    return "\n".join(lines)
+    return in_lines("\n".join(lines))
 
 
 def _forms() -> list[type[Form]]:

@@ -17,6 +17,8 @@ from pathlib import Path
 import dsv4_backend_cuda
 from faults import FAULTS, Fault
 
+from dsv4_core.files.markdown import in_lines
+
 PACKAGE = Path(dsv4_backend_cuda.__file__).parent
 DOCUMENT = Path(__file__).parents[2] / "docs" / "cuda-faults.md"
 ALONE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # threads cost an interpreter more than they give
@@ -74,7 +76,7 @@ def main() -> int:
     missed = [name for name, by in found.items() if not by]
     print(f"{len(found) - len(missed)} of {len(found)} noticed")
     if not missed:
-        DOCUMENT.write_text(HEAD + "".join(f"{row(FAULTS[name])}{by} |\n" for name, by in found.items()))
+        DOCUMENT.write_text(in_lines(HEAD) + "".join(f"{row(FAULTS[name])}{by} |\n" for name, by in found.items()))
     return bool(missed)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from dsv4_backend_ascend.capability import GENERATIONS, table
 from dsv4_backend_ascend.proof import RUNGS
 from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.files.markdown import in_lines
 
 BEGIN, END = "<!-- generated: tools/collect.py -->", "<!-- end of generated part -->"
 
@@ -35,7 +36,7 @@ def page(
         *_w8a8(runs, errors),
         *_memory(),
     ]
-    return "\n".join([before + BEGIN, "", *lines, END]) + rest.partition(END)[2]
+    return in_lines("\n".join([before + BEGIN, "", *lines, END]) + rest.partition(END)[2])
 
 
 def _rungs(proofs: dict[str, Any], l1: dict[str, Any]) -> list[str]:

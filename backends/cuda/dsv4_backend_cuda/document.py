@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dsv4_core.files.markdown import in_lines
+
 REPORT, DOCUMENT = (
     Path("reports/cuda/kernels.json"),
     Path("docs/kernels.md"),
@@ -66,7 +68,7 @@ def _row(*cells: object) -> list[str]:
 def fresh(document: str, report: dict[str, Any]) -> str:
     """The document with the report's tables between its markers."""
     before, rest = document.split(BEGIN)
-    return before + BEGIN + tables(report) + END + rest.split(END)[1]
+    return in_lines(before + BEGIN + tables(report) + END + rest.split(END)[1])
 
 
 if __name__ == "__main__":

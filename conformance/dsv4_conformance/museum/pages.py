@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dsv4_conformance.museum.catalogue import MUTANTS, VARIANTS
 from dsv4_conformance.verdict.budget import SAFETY, SAMPLES
 from dsv4_core.files import writing as files
+from dsv4_core.files.markdown import in_lines
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +27,8 @@ def write(record: dict[str, Any], directory: Path) -> None:
 
 def pages(record: dict[str, Any]) -> dict[str, str]:
     """Every document by its file name."""
-    return {"mutants.md": mutants(record), "safety-factor.md": safety(record), "safety-factor.svg": picture(record)}
+    texts = {"mutants.md": mutants(record), "safety-factor.md": safety(record)}
+    return {name: in_lines(text) for name, text in texts.items()} | {"safety-factor.svg": picture(record)}
 
 
 def mutants(record: dict[str, Any]) -> str:

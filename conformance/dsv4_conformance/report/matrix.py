@@ -10,6 +10,7 @@ from typing import Any
 from dsv4_conformance.files.forms import Report, plain
 from dsv4_conformance.run.runner import said_once
 from dsv4_core.contract.spec import OPS
+from dsv4_core.files.markdown import in_lines
 from dsv4_core.files.reading import FileError, json_file
 
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
@@ -50,7 +51,7 @@ def matrix(reports: list[dict[str, Any]]) -> str:
         f"| {group} checks | " + " | ".join(tally(r, group, i) for i, r in enumerate(reports, 1)) + " |"
         for group in rest
     ]
-    return "\n".join([HEAD, *lines, "", *stamps]) + "\n"
+    return in_lines("\n".join([HEAD, *lines, "", *stamps]) + "\n")
 
 
 def summary(reports: list[dict[str, Any]]) -> str:
