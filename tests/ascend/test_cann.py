@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from dsv4_backend_ascend import simulate
+from dsv4_backend_ascend import simulate, vendor
 from dsv4_backend_ascend.cann import attention, matmul, mhc, moe, norm
 from dsv4_backend_ascend.weights import from_mx, to_mx
 
@@ -219,6 +219,28 @@ def test_index_topk(reference, batch, seq, rows):
     )
     assert got.dtype == torch.int32
     assert np.array_equal(np.sort(got.numpy(), -1), np.sort(want, -1))
+
+
+def test_the_extension_mixes_streams_as_the_model_does(reference):
+    simulate.install("910B")
+    h, fn, scale, base = _bf16(5, 4, 128), torch.randn(24, 512) * 0.1, torch.rand(3), torch.randn(24)
+    form = {"norm_eps": 1e-6, "eps": 1e-6, "iters": 20}
+    got = vendor.hc_pre(h, fn, scale, base, **form)
+    want = reference.hc_pre(host(h), fn.numpy(), scale.numpy(), base.numpy(), **form)
+    close(got[0], want[0])
+    for ours, theirs in zip(got[1:], want[1:], strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_the_extension_turns_a_copy(reference, inverse):
+    simulate.install("950")
+    x, positions, freqs = _bf16(5, 3, 48), torch.tensor([0, 1, 77, 4096, 1 << 20], dtype=torch.int32), torch.rand(8)
+    before = x.clone()
+    got = vendor.apply_rope(x, norm.angles(positions, freqs), inverse=inverse)
+    close(got, reference.apply_rope(host(x), positions.numpy(), freqs.numpy(), inverse=inverse))
+    assert torch.equal(got[..., :32], x[..., :32])
+    assert torch.equal(x, before)
 
 
 def test_hyper_connections(reference):

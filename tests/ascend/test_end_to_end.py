@@ -26,7 +26,7 @@ SMALL_HEADS = {"sparse_attn", "index_topk"}  # the recorded models' heads are to
 
 
 def claimed(generation):
-    return {call.name for call in table().calls if any(generation in cell.generations for cell in call.cells)}
+    return {call.name for call in table().claimed(generation) if call.tier == "cann"}
 
 
 def by_table(generation):
@@ -128,12 +128,13 @@ def test_every_call_of_the_table_runs_at_the_published_head_sizes(wide_heads, wi
         reached |= set(backend.kernels_ran())
         composed = {op for (op, *_), plan in backend.plans.items() if plan.tier == "composed"}
         # plain products are aten::matmul, and so are those of weights that 910B and 910C expand
-        assert composed - {"linear"} == set(IMPLEMENTATIONS) - by_table(generation)
+        assert composed - {"linear"} == set(IMPLEMENTATIONS["cann"]) - by_table(generation)
         if form == "published":
             for what in ("logits", "mtp_logits"):
                 native, exact = wide_exact["native"][what], wide_exact["float32"][what]
                 assert relative(got[what], exact) < 1.1 * relative(native, exact)
-    assert reached == claimed(generation)
+    # FP8 experts are the Base checkpoints': the self-test multiplies by them
+    assert reached == claimed(generation) - {"experts_mx"}
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)

@@ -94,7 +94,7 @@ def of_wheel(snapshot):
 FORWARD = """
 import numpy as np
 import dsv4_core
-from dsv4_core import registry
+from dsv4_core.contract import registry
 for name in ("reference", {names}):
     backend = registry.create(name)
     x = backend.from_numpy(np.ones((2, 8), np.float32))

@@ -12,7 +12,7 @@ from dsv4_backend_ascend.cli import command
 from dsv4_backend_ascend.selftest_cases import CASES
 from dsv4_backend_torch.backend import TorchBackend
 from dsv4_conformance.cli.run import run_command
-from vendor_bugs import BUGS
+from vendor_bugs import BUGS, tier_of
 
 from dsv4_core.contract import registry
 from dsv4_core.contract.ops import OPS
@@ -26,19 +26,28 @@ def test_a_sane_chip_shows_no_difference(generation):
     composed = {o.contract for o in outcomes} - asked
     assert composed == ({"apply_rope", "index_topk"} if generation == "950" else {"hc_pre", "gate", "gate_hash"})
     reached = {op for outcome in outcomes for op in outcome.ops}
-    assert reached == {call.op for call in table().calls if any(generation in cell.generations for cell in call.cells)}
+    assert reached == {call.op for call in table().claimed(generation) if call.tier == "cann"}
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_with_the_extension_a_sane_chip_shows_no_difference_either(generation):
+    cases = [case for case in CASES if case.contract in {"hc_pre", "apply_rope"}]
+    outcomes = list(selftest.run(AscendBackend(simulate=generation, tier="vendor"), cases))
+    assert [o for o in outcomes if o.found] == []
+    reached = {op for outcome in outcomes for op in outcome.ops}
+    assert reached >= {"mhc_pre_sinkhorn", "inplace_partial_rotary_mul"}
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_every_planted_bug_is_found_and_its_op_and_tier_named(bug):
     generation, op, contract, fault = BUGS[bug]
-    backend = AscendBackend(simulate=generation)
+    backend = AscendBackend(simulate=generation, tier=tier_of(op))
     cases = [case for case in CASES if case.contract == contract]
     with backend.chip.planted(op, fault):
         found = [o for o in selftest.run(backend, cases, small=True) if o.found]
     assert found, f"{bug} was not found"
     assert all(op in o.ops for o in found)
-    assert all(o.found.startswith("cann tier, result ") for o in found)
+    assert all(o.found.startswith(f"{backend.tier} tier, result ") for o in found)
     assert not any("composed tier" in o.found for o in found)
 
 

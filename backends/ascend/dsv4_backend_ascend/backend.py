@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dsv4_backend_torch.backend import TorchBackend
 
-from dsv4_backend_ascend import probe, proof, selftest, simulate
+from dsv4_backend_ascend import probe, proof, selftest, simulate, trust
 from dsv4_backend_ascend.cann import matmul
 from dsv4_backend_ascend.capability import GENERATIONS, Answer, table
 from dsv4_backend_ascend.capability import cann_version as parse_cann
@@ -29,15 +29,15 @@ UNQUANTISED = "activations of linear layers with FP8 or FP4 weights are not quan
 
 
 def _tiered(op: str) -> Callable[..., Any]:
-    """One contract: the cann tier where the plan says so, else what PyTorch composes."""
-    composed = getattr(TorchBackend, op)
+    """One contract: the tier that the plan says, else what PyTorch composes."""
+    composed = getattr(ComposedBackend, op)
 
     @functools.wraps(composed)
     def run(self: AscendBackend, *arrays: Any, **scalars: Any) -> Any:
         answer = self.planned(op, arrays, scalars)
-        if answer.tier == "cann" and self.fits_bf16(op, arrays):
+        if answer.tier != "composed" and self.fits_bf16(op, arrays):
             self.ran.update(dict.fromkeys(call.name for call in answer.calls))
-            return IMPLEMENTATIONS[op](self, *arrays, **scalars)
+            return IMPLEMENTATIONS[answer.tier][op](self, *arrays, **scalars)
         return composed(self, *arrays, **scalars)
 
     return run
@@ -46,13 +46,13 @@ def _tiered(op: str) -> Callable[..., Any]:
 class AscendBackend(ComposedBackend):
     """Ascend NPUs.
 
-    ``tier``: ``cann`` (CANN's ops where they serve) or ``composed`` (plain PyTorch, the yardstick). ``simulate``: a
-    generation; compute on the CPU with
-    simulated CANN. ``soc``: a generation; plan for it without computing, or name the chip that is there. ``cann``: plan
-    for this version. ``expand_bytes``:
-    BF16 weights of experts that exist at a time on chips without FP8. ``activations``: ``bf16`` leaves out that linear
-    layers quantise and dequantise what they multiply, on chips without FP8; not the published arithmetic, and nothing is
-    claimed of it.
+    ``tier``: ``vendor`` (the operators' own extension where it is installed and serves, then CANN's ops), ``cann`` (CANN's
+    ops where they serve) or ``composed`` (plain PyTorch, the yardstick). ``composed``: contracts that are composed
+    whatever the tier. ``trust``: a report of `dsv4 ascend selftest`; what failed there is composed. ``simulate``: a
+    generation; compute on the CPU with simulated CANN. ``soc``: a generation; plan for it without computing, or name the
+    chip that is there. ``cann``: plan for this version. ``expand_bytes``: BF16 weights of experts that exist at a time on
+    chips without FP8. ``activations``: ``bf16`` leaves out that linear layers quantise and dequantise what they
+    multiply, on chips without FP8; not the published arithmetic, and nothing is claimed of it.
     """
 
     name = "ascend"
@@ -60,7 +60,9 @@ class AscendBackend(ComposedBackend):
         *(o for o in TorchBackend.options if o.name not in {"device", "few_tokens_by", "weight_cache"}),
         Option("weight_cache", "bytes of FP8 weights kept expanded to BF16 on 910B and 910C", 16 << 30),
         Option("device", "torch device of the NPU", "npu"),
-        Option("tier", "cann, or composed: plain PyTorch ops only", "cann"),
+        Option("tier", "vendor, cann, or composed: plain PyTorch ops only; vendor on an NPU, else cann"),
+        Option("composed", "contracts that are composed whatever the tier, with commas: index_topk,sparse_attn"),
+        Option("trust", "report of `dsv4 ascend selftest` on this chip: what failed there is composed"),
         Option("simulate", "run on simulated CANN, on the CPU: 910B, 910C or 950"),
         Option("soc", "plan for this generation without an NPU, or name the one that is there: 910B, 910C or 950"),
         Option("cann", "plan for this CANN version"),
@@ -73,17 +75,23 @@ class AscendBackend(ComposedBackend):
     def __init__(self, **options: Any) -> None:
         """Raise ``BackendError`` where torch-npu or CANN is missing, or the SoC is unknown; each says what to do."""
         chosen = {o.name: o.default for o in self.options} | options
-        if chosen["tier"] not in {"cann", "composed"}:
-            raise BackendError(f"backend 'ascend': tier {chosen['tier']!r} is not one of cann, composed")
+        if chosen["tier"] not in {None, "vendor", "cann", "composed"}:
+            raise BackendError(f"backend 'ascend': tier {chosen['tier']!r} is not one of vendor, cann, composed")
         if chosen["activations"] not in {"fp8", "bf16"}:
             raise BackendError(f"backend 'ascend': activations {chosen['activations']!r} is not one of fp8, bf16")
         for name in ("simulate", "soc"):
             if chosen[name] is not None and str(chosen[name]) not in GENERATIONS:
                 raise BackendError(f"backend 'ascend': {name} {chosen[name]!r} is not one of {', '.join(GENERATIONS)}")
         self.standing = self._find_chip(chosen)
-        super().__init__(
-            **{**options, "device": {"simulated": "cpu", "planned": "meta"}.get(self.standing, chosen["device"])}
-        )
+        if self.standing == "found" and chosen.get("numerics") == "float64":
+            raise BackendError(
+                "backend 'ascend': numerics 'float64' has no kernels on an NPU; 'float32' runs there, and float64 on a CPU: "
+                "--simulate CHIP, or the torch backend"
+            )
+        device = {"simulated": "cpu", "planned": "meta"}.get(self.standing, chosen["device"])
+        super().__init__(**{**options, "device": device})
+        self.tier = chosen["tier"] or ("vendor" if self.standing == "found" else "cann")
+        self.kept_composed = trust.named(chosen["composed"]) | trust.failed(chosen["trust"], self.generation)
         if self.activations == "bf16":
             if self.generation == "950":
                 raise BackendError(
@@ -104,7 +112,7 @@ class AscendBackend(ComposedBackend):
                 )
                 self.cann_version = None
         self.drift = {} if self.standing == "planned" else probe.drift()
-        claimed = {c.name for c in table().calls if any(self.generation in cell.generations for cell in c.cells)}
+        claimed = {c.name for c in table().claimed(self.generation) if c.tier == "cann"}
         for problem in dict.fromkeys(said for name, said in self.drift.items() if name in claimed):
             warnings.warn(f"backend 'ascend': {problem}; what it serves is composed", stacklevel=2)
         self.plans: dict[tuple[Any, ...], Answer] = {}
@@ -124,6 +132,7 @@ class AscendBackend(ComposedBackend):
             self.generation = str(chosen["soc"])  # type: ignore[assignment]
             return "planned"
         probe.import_torch_npu()
+        probe.prepare(str(chosen["device"]))
         found = probe.npus()
         if not found:
             raise BackendError(f"backend 'ascend': torch-npu finds no NPU (npu-smi info lists them); {probe.PLAN}")
@@ -149,7 +158,7 @@ class AscendBackend(ComposedBackend):
             return Support(by=f"composed: {answer.reason}", proof=reached)
         sources = "; ".join(f"{cell.standing}: {cell.source}" for cell in answer.cells)
         named = ", ".join(dict.fromkeys(call.op for call in answer.calls))
-        return Support(by=f"cann: {named}", proof=f"{reached} ({sources})")
+        return Support(by=f"{answer.tier}: {named}", proof=f"{reached} ({sources})")
 
     def describe(self) -> str:
         """Chip and standing: planned for, simulated, or found."""
@@ -162,7 +171,8 @@ class AscendBackend(ComposedBackend):
             else "CANN of unknown version"
         )
         departs = f"\nactivations bf16: {UNQUANTISED}; not the published arithmetic" if self.departures else ""
-        return f"backend {self.name}, {standing} {self.generation}, {cann}, tier {self.tier}\n{proof.LEGEND}{departs}"
+        kept = "".join(f"\ncomposed: {op}: {reason}" for op, reason in self.kept_composed.items())
+        return f"backend {self.name}, {standing} {self.generation}, {cann}, tier {self.tier}\n{proof.LEGEND}{departs}{kept}"
 
     def device_checks(self) -> Sequence[DeviceCheck]:
         """The self-test: on a chip all of it; on simulated CANN what needs gigabytes at tier full."""

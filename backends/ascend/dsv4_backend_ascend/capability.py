@@ -18,6 +18,8 @@ else:
 Generation = Literal["910B", "910C", "950"]
 GENERATIONS: tuple[Generation, ...] = ("910B", "910C", "950")
 Standing = Literal["documented", "source", "assumed"]
+Tier = Literal["cann", "vendor"]
+"""torch-npu's ops, and ops of an extension that may be installed beside it."""
 Dtypes = Mapping[str, str]
 """Dtype name of each operand of a contract."""
 
@@ -62,6 +64,7 @@ class Call:
     serves: tuple[str, ...]
     rounding: str
     cells: tuple[Cell, ...]
+    tier: Tier = "cann"
 
 
 class Absence(NamedTuple):
@@ -74,9 +77,11 @@ class Absence(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Tier of one contract: ``cann`` with the calls that make it up, or ``composed`` with the reason why not better."""
+    """Tier of one contract: ``cann`` or ``vendor`` with the calls that make it up, or ``composed`` with the reason why not
+    better.
+    """
 
-    tier: Literal["cann", "composed"]
+    tier: Literal["cann", "composed", "vendor"]
     calls: tuple[Call, ...] = ()
     cells: tuple[Cell, ...] = ()
     reason: str = ""
@@ -91,10 +96,19 @@ class Table:
     absent: tuple[Absence, ...]
     unused: Mapping[str, str]
 
+    def claimed(self, generation: Generation) -> tuple[Call, ...]:
+        """Calls that may be made on a generation."""
+        return tuple(call for call in self.calls if any(generation in cell.generations for cell in call.cells))
+
     @property
     def ops(self) -> tuple[str, ...]:
         """The npu ops that are called, each once."""
         return tuple(dict.fromkeys(call.op for call in self.calls))
+
+    def extension(self, contract: str, generation: Generation, dtypes: Dtypes, *, cann: str | None = None) -> Answer:
+        """Say which op of an extension serves a contract, if one does; else as ``answer``, without its absences."""
+        serving = [call for call in self.calls if call.tier == "vendor" and contract in call.serves]
+        return _serve(serving, contract, generation, dtypes, cann)
 
     def answer(self, contract: str, generation: Generation, dtypes: Dtypes, *, cann: str | None = None) -> Answer:
         """Say how a contract runs for operands of these dtypes: the table's part of it, before shapes are looked at.
@@ -105,25 +119,30 @@ class Table:
         for absence in self.absent:
             if contract in absence.contracts and generation in absence.generations and _fits(absence.operands, dtypes):
                 return Answer("composed", reason=absence.reason)
-        serving = [call for call in self.calls if contract in call.serves]
-        if not serving:
-            return Answer("composed", reason=f"no npu op serves {contract}")
-        found = [
-            (call, cell)
-            for call in serving
-            for cell in call.cells
-            if generation in cell.generations and _fits(cell.operands, dtypes)
-        ]
-        if not found:
-            named = ", ".join(f"{name}={dtype}" for name, dtype in dtypes.items())
-            return Answer(
-                "composed",
-                reason=f"{' and '.join(dict.fromkeys(call.op for call in serving))}: not for {named} on {generation}",
-            )
-        for call, cell in found:
-            if cann is not None and cann_version(cann) < cann_version(cell.min_cann):
-                return Answer("composed", reason=f"{call.op} needs CANN {cell.min_cann} on {generation}, found {cann}")
-        return Answer("cann", tuple(call for call, _ in found), tuple(cell for _, cell in found))
+        serving = [call for call in self.calls if call.tier == "cann" and contract in call.serves]
+        return _serve(serving, contract, generation, dtypes, cann)
+
+
+def _serve(serving: Sequence[Call], contract: str, generation: Generation, dtypes: Dtypes, cann: str | None) -> Answer:
+    """Which of these calls serve a contract for operands of these dtypes."""
+    if not serving:
+        return Answer("composed", reason=f"no npu op serves {contract}")
+    found = [
+        (call, cell)
+        for call in serving
+        for cell in call.cells
+        if generation in cell.generations and _fits(cell.operands, dtypes)
+    ]
+    if not found:
+        named = ", ".join(f"{name}={dtype}" for name, dtype in dtypes.items())
+        return Answer(
+            "composed",
+            reason=f"{' and '.join(dict.fromkeys(call.op for call in serving))}: not for {named} on {generation}",
+        )
+    for call, cell in found:
+        if cann is not None and cann_version(cann) < cann_version(cell.min_cann):
+            return Answer("composed", reason=f"{call.op} needs CANN {cell.min_cann} on {generation}, found {cann}")
+    return Answer(serving[0].tier, tuple(call for call, _ in found), tuple(cell for _, cell in found))
 
 
 def _fits(operands: Mapping[str, Sequence[str]], dtypes: Dtypes) -> bool:
@@ -150,6 +169,7 @@ def table() -> Table:
                 tuple(call["serves"]),
                 call["rounding"],
                 tuple(map(_cell, call["cell"])),
+                call.get("tier", "cann"),
             )
             for call in raw["call"]
         ),

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 class ChipBackend(TorchBackend):
     """PyTorch on a chip of some generation, found, simulated or only planned for.
 
-    ``cann_version``: None is any. ``drift``: calls of the table that the installed ops cannot take, with the reason.
+    ``cann_version``: None is any. ``drift``: calls of the table that the installed ops cannot take, ``kept_composed``: contracts
+    that no npu op may run, each with the reason.
     """
 
     tier: str
@@ -24,6 +25,7 @@ class ChipBackend(TorchBackend):
     generation: Generation
     cann_version: str | None
     drift: dict[str, str]
+    kept_composed: dict[str, str]
 
     def once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """What ``make`` gives for these operands, made once while they are in use."""

@@ -513,12 +513,50 @@ def mhc_post(generation: Generation, a: SimpleNamespace) -> Iterator[str]:
         yield f"h_out has shape {tuple(a.h_out.shape)}; {(tokens, dim)}"
 
 
+def mhc_pre_sinkhorn(generation: Generation, a: SimpleNamespace) -> Iterator[str]:
+    """Four streams, 20 iterations."""
+    if dtype_of(a.x) != "bfloat16" or len(a.x.shape) != 4:
+        yield f"x is {dtype_of(a.x)}{tuple(a.x.shape)}; bfloat16 [batch, tokens, streams, channels]"
+        return
+    streams, dim = a.x.shape[2:]
+    if streams != 4 or a.hcMult != streams or a.numIters != 20:
+        yield f"{streams} streams, hcMult={a.hcMult}, numIters={a.numIters}; 4, 4 and 20"
+    if dim not in {4096, 7168} if generation == "950" else dim % 128 or not 0 < dim <= 100000:
+        yield f"{dim} channels on {generation}; {'4096 or 7168' if generation == '950' else 'a multiple of 128 up to 100000'}"
+    mixes = streams * (streams + 2)
+    for name, shape in (("phi", (mixes, streams * dim)), ("alpha", (3,)), ("bias", (mixes,))):
+        tensor = getattr(a, name)
+        if dtype_of(tensor) != "float32" or tuple(tensor.shape) != shape:
+            yield f"{name} is {dtype_of(tensor)}{tuple(tensor.shape)}; float32 {shape}"
+    if a.outFlag:
+        yield "outFlag=True; intermediate results are for training"
+    if 0 in a.x.shape:
+        yield "x is empty"
+
+
+def inplace_partial_rotary_mul(_generation: Generation, a: SimpleNamespace) -> Iterator[str]:
+    """Interleave mode within a slice of the channels."""
+    if len(a.x.shape) != 4 or a.rotary_mode != "interleave" or dtype_of(a.x) not in {"bfloat16", "float16", "float32"}:
+        yield f"x is {dtype_of(a.x)} with {len(a.x.shape)} axes, rotary_mode={a.rotary_mode!r}; a floating dtype, BSND, interleave"
+        return
+    batch, tokens, _, dim = a.x.shape
+    start, end = a.partial_slice
+    if dim > 1024 or dim % 2 or not 0 <= start < end <= dim or (end - start) % 2:
+        yield f"{dim} channels, slice [{start}, {end}); at most 1024 and even, a slice of an even number of them"
+    for name in ("r1", "r2"):
+        table = getattr(a, name)
+        if tuple(table.shape) != (batch, tokens, 1, end - start) or dtype_of(table) != dtype_of(a.r1):
+            yield f"{name} is {dtype_of(table)}{tuple(table.shape)}; one dtype, {(batch, tokens, 1, end - start)}"
+    if 0 in a.x.shape or not contiguous(a.x):
+        yield "x is empty or not contiguous"
+
+
 def _streams(streams: int) -> Iterator[str]:
     if streams not in {4, 6, 8}:
         yield f"{streams} streams; 4, 6 or 8"
 
 
-RULES: dict[str, Rule] = {
+RULES: dict[str, Rule] = {rule.__name__: rule for rule in (mhc_pre_sinkhorn, inplace_partial_rotary_mul)} | {
     f"npu_{rule.__name__}": rule
     for rule in (
         rms_norm, rotary_mul, transpose_batchmatmul, dynamic_quant, dynamic_mx_quant, quant_matmul, grouped_matmul, clipped_swiglu,

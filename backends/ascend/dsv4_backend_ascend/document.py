@@ -46,22 +46,29 @@ def _rungs(proofs: dict[str, Any], l1: dict[str, Any]) -> list[str]:
         *(f"- **{rung}** {says}" for rung, says in RUNGS.items()),
         "- **L6** on hardware: **not run**. Nothing below it proves that a vendor's kernel is right.",
         "",
-        *_drift(l1),
+        *(line for cann, report in l1.items() for line in _drift(cann, report)),
     ]
 
 
-def _drift(l1: dict[str, Any]) -> list[str]:
-    """What the comparison with the wheel found."""
+def _drift(cann: str, l1: dict[str, Any]) -> list[str]:
+    """What the comparison with one wheel found."""
     if not l1:
-        return ["The comparison with the wheel was not run.", ""]
-    drift = [*l1["drift"]["schemas"], *(f"{entry['call']} ({entry['op']})" for entry in l1["drift"]["shapes"])]
+        return [f"The comparison with the wheel of CANN {cann} was not run.", ""]
+    drift = [
+        *l1["drift"]["schemas"].values(),
+        *dict.fromkeys(f"{e['call']}: {e['wheel']}" for e in l1["drift"]["shapes"]),
+    ]
     calls = sum(map(len, l1["calls"].values()))
     refused = l1["calls that we refuse"]
     accepted = sum(entry["wheel"] == "accepted" for entry in refused)
-    compared = f"{len(l1['ops'])} schemas and {calls} calls; drift: {', '.join(drift) or 'none'}"
+    otherwise = ", ".join(f"`{op}`" for op in l1["schemas that differ where nothing is passed"]) or "none"
+    compared = (
+        f"{calls} calls; schemas that differ where nothing is passed: {otherwise}; drift: {'; '.join(drift) or 'none'}"
+    )
     laxer = f"Of {len(refused)} calls that the backend refuses to make, the wheel's shape functions accept {accepted}"
+    wheel = f"torch-npu {l1['versions']['torch-npu']} (CANN {cann})"
     return [
-        f"Compared with the wheel on {l1['date']}: {compared}. {laxer}: constraints are checked before the call.",
+        f"Compared with {wheel} on {l1['date']}: {compared}. {laxer}: constraints are checked before the call.",
         "",
     ]
 

@@ -77,6 +77,6 @@ def measure(config: ModelConfig, rows: int, expand_bytes: int) -> Expansion:
     x = torch.empty(rows, cols, dtype=torch.bfloat16, device="meta")
     offsets = torch.empty(experts + 1, dtype=torch.int32, device="meta")
     with dry_run("910B"), Live() as live:
-        y = IMPLEMENTATIONS["expert_linear"](backend, x, StackedExperts(stack), offsets)
+        y = IMPLEMENTATIONS["cann"]["expert_linear"](backend, x, StackedExperts(stack), offsets)
     weights = experts * out * cols
     return Expansion(rows, weights // 2 + weights // FP4_GROUP, 2 * weights, live.peak - y.numel() * y.element_size())

@@ -13,6 +13,7 @@ import torch
 from dsv4_backend_torch.numeric import torch_dtype
 from dsv4_backend_torch.weights import StackedExperts
 
+from dsv4_backend_ascend import vendor
 from dsv4_backend_ascend.cann import attention, expand, matmul, mhc, moe, norm
 from dsv4_backend_ascend.cann.call import RefusedError, dry_run
 from dsv4_backend_ascend.capability import Answer, table
@@ -32,6 +33,13 @@ def _apply_rope(
 ) -> torch.Tensor:
     turn = backend.once((positions, freqs, "channels"), lambda: norm.angles(positions, freqs))
     return norm.apply_rope(x, turn, inverse=inverse)
+
+
+def _vendor_rope(
+    backend: ChipBackend, x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, *, inverse: bool
+) -> torch.Tensor:
+    turn = backend.once((positions, freqs, "channels"), lambda: norm.angles(positions, freqs))
+    return vendor.apply_rope(x, turn, inverse=inverse)
 
 
 def _linear(_backend: ChipBackend, x: torch.Tensor, weight: Any, *, out_dtype: str) -> torch.Tensor:
@@ -92,7 +100,7 @@ def _as_is(function: Implementation) -> Implementation:
     return lambda _backend, *arrays, **scalars: function(*arrays, **scalars)
 
 
-IMPLEMENTATIONS: Mapping[str, Implementation] = {
+_CANN: Mapping[str, Implementation] = {
     "rms_norm": _as_is(norm.rms_norm),
     "apply_rope": _apply_rope,
     "linear": _linear,
@@ -108,7 +116,11 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "hc_pre": _as_is(mhc.hc_pre),
     "hc_post": _as_is(mhc.hc_post),
 }
-"""The contracts that the cann tier implements."""
+IMPLEMENTATIONS: Mapping[str, Mapping[str, Implementation]] = {
+    "cann": _CANN,
+    "vendor": {"hc_pre": _as_is(vendor.hc_pre), "apply_rope": _vendor_rope},
+}
+"""The contracts that each tier of ops implements."""
 
 
 def without_data(value: Any, *, mx: bool) -> Any:
@@ -137,10 +149,20 @@ def plan(backend: ChipBackend, op: str, operands: Mapping[str, Any]) -> Answer:
         return Answer("composed", reason="tier=composed was asked for")
     if backend.numerics != "native":
         return Answer("composed", reason=f"numerics {backend.numerics}: exact modes are composed")
+    if reason := backend.kept_composed.get(op):
+        return Answer("composed", reason=reason)
     dtypes = {name: dtype_name(v) for name, v in operands.items() if hasattr(v, "dtype")}
+    if backend.tier == "vendor":
+        found = table().extension(op, backend.generation, dtypes, cann=backend.cann_version)
+        tried = _tried(backend, op, operands, found) if found.tier == "vendor" else found
+        if tried.tier == "vendor":
+            return tried
     answer = table().answer(op, backend.generation, dtypes, cann=backend.cann_version)
-    if answer.tier == "composed" or op not in IMPLEMENTATIONS:
-        return answer._replace(tier="composed")
+    return _tried(backend, op, operands, answer) if answer.tier == "cann" else answer
+
+
+def _tried(backend: ChipBackend, op: str, operands: Mapping[str, Any], answer: Answer) -> Answer:
+    """An answer of the table after a dry run of its tier: itself, or composed with the reason."""
     if missing := [backend.drift[call.name] for call in answer.calls if call.name in backend.drift]:
         return Answer("composed", reason="; ".join(missing))
     if any(0 in v.shape for v in operands.values() if hasattr(v, "shape")):
@@ -153,7 +175,7 @@ def plan(backend: ChipBackend, op: str, operands: Mapping[str, Any]) -> Answer:
                 _placeholder(operands[name], mx=mx, name=name if op == "expert_linear" else "")
                 for name in OPS[op].arrays
             ]
-            IMPLEMENTATIONS[op](backend, *arrays, **scalars)
+            IMPLEMENTATIONS[answer.tier][op](backend, *arrays, **scalars)
     except RefusedError as refusal:
         return Answer("composed", reason=str(refusal))
     return answer

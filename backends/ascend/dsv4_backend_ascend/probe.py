@@ -17,12 +17,13 @@ import torch
 
 from dsv4_backend_ascend import capability, proof
 from dsv4_backend_ascend.capability import GENERATIONS, Generation, table
-from dsv4_backend_ascend.schema import incompatible, overload, schemas, snapshots
+from dsv4_backend_ascend.schema import incompatible, namespace, overload, schemas, snapshots
 from dsv4_core.contract.backend import BackendError, Diagnosis
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+EXTENSION = "cann_ops_transformer"
 SET_ENV = "source CANN's set_env.sh (cann/set_env.sh from 8.5 on, ascend-toolkit/set_env.sh before)"
 PLAN = "plan without an NPU: --soc 910B, 910C or 950; compute on a CPU: --simulate CHIP"
 
@@ -57,6 +58,36 @@ def import_torch_npu() -> Any:
             f"backend 'ascend': torch-npu is installed and does not import: {reason}. Its libraries come with CANN: "
             f"{SET_ENV}, or {PLAN}"
         ) from error
+
+
+def prepare(device: str) -> None:
+    """Before anything opens a device: make this process's its own, load the operators' extension where it is installed, and
+    have float32 products in float32.
+    """
+    npu: Any = torch.npu  # type: ignore[attr-defined]
+    _, _, index = device.partition(":")
+    if index.isdecimal() and hasattr(npu, "set_device"):  # without it every rank would open npu:0 first
+        try:
+            npu.set_device(int(index))
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise BackendError(
+                f"backend 'ascend': device {device!r} cannot be opened: {reason}; npu-smi info lists them (a 910C card is two)"
+            ) from error
+    if hasattr(getattr(npu, "matmul", None), "allow_hf32"):
+        npu.matmul.allow_hf32 = False  # the router and hyper-connections depend on float32
+    extension()
+
+
+def extension() -> str:
+    """Load ``cann_ops_transformer``; say why not where it is missing or does not load."""
+    if importlib.util.find_spec(EXTENSION) is None:
+        return "not installed"
+    try:
+        importlib.import_module(EXTENSION)
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        return f"does not import: {str(error).strip().splitlines()[0]}"
+    return ""
 
 
 def npus() -> list[str]:
@@ -101,9 +132,10 @@ def drift() -> dict[str, str]:
     for call in table().calls:
         op = overload(call.op)
         if op is None:
-            found[call.name] = f"npu::{call.op} is missing in the installed torch-npu"
+            owner = "torch-npu" if call.tier == "cann" else EXTENSION
+            found[call.name] = f"{namespace(call.op)}::{call.op} is missing in the installed {owner}"
         elif problem := incompatible(str(op._schema), schemas()[call.op], call.passes):  # noqa: SLF001
-            found[call.name] = f"npu::{call.op} {problem}"
+            found[call.name] = f"{namespace(call.op)}::{call.op} {problem}"
     return found
 
 
@@ -150,12 +182,24 @@ def _installation() -> Iterator[Diagnosis]:
         f"{_installed_version()}, imports",
         "" if _installed_version() in wheels else f"compared with {', '.join(wheels)}, not with this one",
     )
+    why = extension()
     missing = drift()
+    vendors = {call.name for call in table().calls if call.tier == "vendor"}
+    short = [name for name in vendors if name in missing]
+    yield Diagnosis(
+        "extension",
+        f"{EXTENSION} {why}" if why else f"{EXTENSION}, {len(vendors) - len(short)} of {len(vendors)} calls",
+        "optional: torch_extension of cann/ops-transformer brings ops of the vendor tier (docs/ascend.md)"
+        if short
+        else "",
+    )
     served = {call.name: ", ".join(call.serves) for call in table().calls}
+    missing = {name: problem for name, problem in missing.items() if name not in vendors}
     for name, problem in missing.items():
         yield Diagnosis("op", problem, f"{served[name]}: composed where it would be called ({name})")
     if not missing:
-        yield Diagnosis("ops", f"all {len(table().ops)} that are called are there, and take the calls")
+        called = {call.op for call in table().calls if call.tier == "cann"}
+        yield Diagnosis("ops", f"all {len(called)} of torch-npu that are called are there, and take the calls")
     try:
         found = npus()
     except BackendError as error:
@@ -164,11 +208,33 @@ def _installation() -> Iterator[Diagnosis]:
     if not found:
         yield Diagnosis("NPU", "none found", f"npu-smi info lists them; {PLAN}")
         return
+    yield from _hccl()
     counted = f"{len(found)} x {found[0]}"
     try:
         yield Diagnosis("NPU", f"{counted}: {generation_of(found[0])}")
     except BackendError as error:
         yield Diagnosis("NPU", counted, str(error))
+
+
+HCCL = {
+    "HCCL_BUFFSIZE": "megabytes of a collective's buffer: 512 to 2048 for expert parallelism, 200 where it is not set",
+    "HCCL_OP_EXPANSION_MODE": "AIV: collectives of a decode step run on AI Core, and can be captured",
+    "HCCL_CONNECT_TIMEOUT": "seconds: more than ranks differ by in loading, 120 where it is not set",
+    "HCCL_IF_IP": "or HCCL_SOCKET_IFNAME, between hosts: which network",
+}
+"""What HCCL reads of the environment, and what for."""
+
+
+def _hccl() -> Iterator[Diagnosis]:
+    """HCCL's environment: what is set, what is not, and values that cannot be right."""
+    for name, purpose in HCCL.items():
+        value = os.environ.get(name)
+        wrong = ""
+        if value is not None and name in {"HCCL_BUFFSIZE", "HCCL_CONNECT_TIMEOUT"} and not value.isdecimal():
+            wrong = f"a whole number: {purpose}"
+        if value is not None and name == "HCCL_OP_EXPANSION_MODE" and value not in {"AIV", "AI_CPU", "HOST", "HOST_TS"}:
+            wrong = f"AIV, AI_CPU, HOST or HOST_TS; {purpose}"
+        yield Diagnosis("HCCL", f"{name}={value}" if value is not None else f"{name} is not set: {purpose}", wrong)
 
 
 def _doubt(version: str) -> str:

@@ -45,11 +45,11 @@ def rungs(generation: Generation, calls: Iterable[Call] = ()) -> list[str]:
 
 def summary(generation: Generation) -> list[tuple[str, str]]:
     """Per tier the ops that reached the same rungs, and those rungs: lines of `dsv4 doctor`."""
-    claimed = [call for call in table().calls if any(generation in cell.generations for cell in call.cells)]
-    groups: dict[str, list[str]] = {}
+    claimed = table().claimed(generation)
+    groups: dict[tuple[str, str], list[str]] = {}
     for call in claimed:
-        groups.setdefault(" ".join(rungs(generation, [call])) or "no rung", []).append(call.name)
-    lines = [("cann", f"{reached}: {', '.join(names)}") for reached, names in groups.items()]
+        groups.setdefault((call.tier, " ".join(rungs(generation, [call])) or "no rung"), []).append(call.name)
+    lines = [(tier, f"{reached}: {', '.join(names)}") for (tier, reached), names in groups.items()]
     served = {op for call in claimed for op in call.serves}
     composed = [op for op in OPS if op not in served]
     return [*lines, ("composed", f"{' '.join(rungs(generation)) or 'no rung'}: {', '.join(composed)}")]
@@ -60,7 +60,7 @@ def of_run(generation: Generation, standing: str, ran: Mapping[str, bool]) -> di
 
     ``ran``: of each call of the capability table whether all passed that used it.
     """
-    claimed = [call for call in table().calls if any(generation in cell.generations for cell in call.cells)]
+    claimed = table().claimed(generation)
     found: dict[str, str] = {}
     for op in OPS:
         calls = [call for call in claimed if op in call.serves]

@@ -31,9 +31,23 @@ def snapshots() -> tuple[Snapshot, ...]:
 
 
 @functools.cache
+def extension_schemas() -> dict[str, str]:
+    """Schemas of the called ops of the operators' own extension, which no wheel holds."""
+    text = resources.files("dsv4_backend_ascend").joinpath("data/extension_schemas.json").read_text(encoding="utf-8")
+    return dict(json.loads(text)["schemas"])
+
+
+@functools.cache
 def schemas() -> dict[str, str]:
-    """Schemas of the newest wheel that has a snapshot: what the backend was written for, and what is simulated."""
-    return snapshots()[-1].schemas
+    """What the backend was written for, and what is simulated: schemas of the newest wheel that has a snapshot, and of the
+    operators' own extension.
+    """
+    return snapshots()[-1].schemas | extension_schemas()
+
+
+def namespace(op: str) -> str:
+    """Of the dispatcher: ``npu`` for torch-npu's ops."""
+    return schemas()[op].partition("::")[0]
 
 
 @functools.cache
@@ -56,8 +70,8 @@ def bind(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SimpleNamesp
 
 
 def overload(op: str) -> Any:
-    """The op of this name in the ``npu`` namespace, as the dispatcher has it; None where nobody registered it."""
-    packet = getattr(torch.ops.npu, op, None)
+    """The op of this name in its namespace, as the dispatcher has it; None where nobody registered it."""
+    packet = getattr(getattr(torch.ops, namespace(op)), op, None)
     return None if packet is None else packet.default
 
 

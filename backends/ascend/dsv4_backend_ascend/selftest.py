@@ -93,20 +93,22 @@ def compare(backend: ChipBackend, case: Case, *, seed: int = 0) -> Outcome:
     call = case.call(seed)
     arrays = tuple(_loaded(backend, array) for array in call.arrays)
     answer = backend.planned(case.contract, arrays, call.scalars)
-    cann = answer.tier == "cann"
-    ops = tuple(dict.fromkeys(c.op for c in answer.calls)) if cann else ()
-    skipped = "" if cann else answer.reason
+    asked = answer.tier != "composed"
+    ops = tuple(dict.fromkeys(c.op for c in answer.calls)) if asked else ()
+    skipped = "" if asked else answer.reason
     composed = getattr(TorchBackend if TorchBackend.implements(case.contract) else EveryOp, case.contract)
     low = tuple(
         held if call.low is None and not isinstance(array, Experts) else _loaded(backend, array, in_rows=True)
         for held, array in zip(arrays, call.yardstick, strict=True)
     )
     runs: dict[str, Callable[[], Any]] = {}
-    if cann:
-        runs["cann"] = lambda: getattr(backend, case.contract)(*arrays, **call.scalars)
+    if asked:
+        runs[answer.tier] = lambda: getattr(backend, case.contract)(*arrays, **call.scalars)
     runs["composed"] = lambda: composed(backend, *low, **call.scalars)
     try:  # the npu ops first: a kernel that the installed CANN lacks, or that refuses what its document allows, raises
-        results = {tier: _comparable(backend, case, call, ask(), whole=tier == "cann") for tier, ask in runs.items()}
+        results = {
+            tier: _comparable(backend, case, call, ask(), whole=tier != "composed") for tier, ask in runs.items()
+        }
     except RuntimeError as error:
         return Outcome(case.contract, case.name, ops, f"raised {str(error).strip().splitlines()[0]}", skipped)
     return Outcome(case.contract, case.name, ops, _verdict(results, recorded(case, seed), exact=case.exact), skipped)
@@ -154,20 +156,21 @@ def pick_scores(arrays: Sequence[Host], picks: Host) -> Host:
 
 
 def _verdict(results: dict[str, list[Host]], expected: list[Recorded], *, exact: bool) -> str:
-    """The first difference in words: of a tier from what was recorded, else of the cann tier from the composed one."""
+    """The first difference in words: of a tier from what was recorded, else of the ops' tier from the composed one."""
     lines = []
-    for tier in [tier for tier in ("cann", "composed") if tier in results]:
-        for i, (got, want) in enumerate(zip(results[tier], expected, strict=False)):
+    for tier, found in results.items():
+        for i, (got, want) in enumerate(zip(found, expected, strict=False)):
             if line := _difference(i, got, want, tier):
                 lines.append(line)
                 break
-    if lines or "cann" not in results:
+    ops_tier = next((tier for tier in results if tier != "composed"), None)
+    if lines or ops_tier is None:
         return "; ".join(lines)
-    for i, (a, b) in enumerate(zip(results["cann"], results["composed"], strict=True)):
+    for i, (a, b) in enumerate(zip(results[ops_tier], results["composed"], strict=True)):
         if a.shape != b.shape:
-            return f"cann tier, result {i}: shape {list(a.shape)}, composed {list(b.shape)}"
+            return f"{ops_tier} tier, result {i}: shape {list(a.shape)}, composed {list(b.shape)}"
         everywhere = Recorded(np.arange(b.size), b.ravel(), allowance(_finite(b), exact=exact).ravel())
-        if line := _difference(i, a, everywhere, "cann", other="composed"):
+        if line := _difference(i, a, everywhere, ops_tier, other="composed"):
             return line
     return ""
 

@@ -205,9 +205,10 @@ def _high_keys(d: Draws, sequences: int, rows: int) -> Call:
     return Call((q, weights, keys, visible, offset), {"scale": 0.01, "topk": 512}, low=low, part=slice(-1, None))
 
 
-def _hc_pre(d: Draws) -> Call:
+def _hc_pre(d: Draws, dim: int) -> Call:
+    """Mixes of one size, whatever the number of channels that they are summed over."""
     scale = np.array([0.9, 1.1, 0.7], np.float32)
-    arrays = (d.act(9, 4, 256), d.normal(24, 1024), scale, d.normal(24))
+    arrays = (d.act(9, 4, dim), d.normal(24, 4 * dim) * np.float32((256 / dim) ** 0.5), scale, d.normal(24))
     return Call(arrays, {"norm_eps": 1e-6, "eps": 1e-6, "iters": 20})
 
 
@@ -246,7 +247,8 @@ CASES: tuple[Case, ...] = (
     Case("index_topk", "context=2^20", lambda d: _index(d, 1, CONTEXT, 512, CONTEXT)),
     Case("index_topk", "key_block=384", lambda d: _high_keys(d, 3, 1 << 14)),
     Case("index_topk", "key_block=81920,bytes_past_2^31", lambda d: _high_keys(d, 40, CONTEXT), gigabytes=6),
-    Case("hc_pre", "streams=4", _hc_pre),
+    Case("hc_pre", "streams=4", lambda d: _hc_pre(d, 256)),
+    Case("hc_pre", "streams=4,channels=4096", lambda d: _hc_pre(d, 4096)),
     Case(
         "hc_post",
         "comb_not_symmetric",

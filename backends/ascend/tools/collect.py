@@ -14,7 +14,7 @@ from typing import Any
 
 from dsv4_backend_ascend import document
 from dsv4_backend_ascend.capability import GENERATIONS, Generation, table
-from dsv4_backend_ascend.schema import schemas
+from dsv4_backend_ascend.schema import schemas, snapshots
 
 from dsv4_core.checkpoint.convert import Options, Tally, convert
 from dsv4_core.checkpoint.weights import embedded
@@ -22,6 +22,7 @@ from dsv4_core.checkpoint.weights import embedded
 ROOT = Path(__file__).resolve().parents[3]
 REPORTS = ROOT / "reports" / "ascend"
 CONFORMANCE = ROOT / "reports" / "conformance"
+NEWEST = snapshots()[-1].wheel.rpartition(" ")[2]
 PROOF = ROOT / "backends" / "ascend" / "dsv4_backend_ascend" / "data" / "proof.json"
 PAGE = ROOT / "docs" / "ascend.md"
 
@@ -53,7 +54,7 @@ def reached(report: dict[str, Any]) -> bool:
 
 def proofs() -> dict[str, Any]:
     """Rungs of every call of the table on every generation that it names, and of composed ops."""
-    l1, l2 = read(REPORTS / "l1.json"), read(REPORTS / "l2.json")
+    l1, l2 = read(REPORTS / "l1" / f"{NEWEST}.json"), read(REPORTS / "l2.json")
     cann: dict[str, Any] = {}
     composed: dict[str, Any] = {}
     for generation in GENERATIONS:
@@ -71,7 +72,7 @@ def proofs() -> dict[str, Any]:
             call.name: [
                 rung
                 for rung, holds in (
-                    ("L0", call.op in schemas() and call.op not in l1.get("drift", {}).get("schemas", {})),
+                    ("L0", call.op in schemas() and call.name not in l1.get("drift", {}).get("schemas", {})),
                     ("L1", agreed.get(call.name, False)),
                     ("L2", device_clean and call.name in ran),
                     ("L3", right.get(call.name, False)),
@@ -97,7 +98,8 @@ def page() -> str:
     """docs/ascend.md."""
     runs = {chip: report for chip in GENERATIONS if (report := conformance(chip))}
     selftests = {chip: report for chip in GENERATIONS if (report := read(REPORTS / f"selftest-{chip}.json"))}
-    planted, l1 = read(REPORTS / "planted.json"), read(REPORTS / "l1.json")
+    planted = read(REPORTS / "planted.json")
+    l1 = {s.cann: read(REPORTS / "l1" / f"{s.wheel.rpartition(' ')[2]}.json") for s in snapshots()}
     return document.page(PAGE.read_text(encoding="utf-8"), proofs(), runs, selftests, planted, l1, w8a8_errors())
 
 

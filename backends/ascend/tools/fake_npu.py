@@ -6,8 +6,8 @@ functions see every call. Noted are operations with an operand in host memory (d
 transfers) and operators for which the wheel
 has no NPU kernel, so that they would fall back to the CPU.
 
-    python backends/ascend/tools/npu_venv.py --venv .venv-npu run backends/ascend/tools/fake_npu.py --report
-    reports/ascend/l2.json
+    python backends/ascend/tools/npu_venv.py --venv DIR run backends/ascend/tools/fake_npu.py --report
+    reports/ascend/l2/2.13.0.json
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from dsv4_backend_ascend.selftest_cases import CASES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tests" / "ascend"))
 
-from vendor_bugs import BUGS
+from vendor_bugs import BUGS, tier_of
 
 
 def main() -> int:
@@ -27,17 +27,17 @@ def main() -> int:
     parser.add_argument("--report", type=Path, required=True)
     args = parser.parse_args()
     bugs: dict[str, Any] = {}
-    for name, (generation, op, _, fault) in BUGS.items():
-        backend = AscendBackend(simulate=generation)
+    for name, (generation, op, contract, fault) in BUGS.items():
+        backend = AscendBackend(simulate=generation, tier=tier_of(op))
         with backend.chip.planted(op, fault):
-            outcomes = list(selftest.run(backend, CASES, small=True))
+            outcomes = list(selftest.run(backend, [case for case in CASES if case.contract == contract], small=True))
         differ = [o for o in outcomes if o.found]
         bugs[name] = {
             "chip": generation,
             "op": op,
             "cases that differ": [f"{o.contract}/{o.case}" for o in differ],
             "first": differ[0].found if differ else "",
-            "named": bool(differ) and all(op in o.ops and o.found.startswith("cann tier") for o in differ),
+            "named": bool(differ) and all(op in o.ops and o.found.startswith(f"{backend.tier} tier") for o in differ),
         }
         print(f"{name}: {bugs[name]['first'] or 'NOT FOUND'}")
     report = {

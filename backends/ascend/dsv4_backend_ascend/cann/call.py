@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from dsv4_backend_ascend.constraints import violation
-from dsv4_backend_ascend.schema import bind
+from dsv4_backend_ascend.schema import bind, namespace, overload
 from dsv4_backend_ascend.simulate import SHAPES
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def call(op: str, **arguments: Any) -> Any:
     """Call an npu op; in a dry run, check the call and give results without data."""
     generation = _planned.get()
     if generation is None:
-        return getattr(torch.ops.npu, op).default(**arguments)
+        return overload(op)(**arguments)
     bound = bind(op, (), arguments)
     if broken := violation(op, generation, bound):
         raise RefusedError(broken)
@@ -40,7 +40,7 @@ def call(op: str, **arguments: Any) -> Any:
         with _disable_current_modes():  # what makes its results' shapes is not launched
             results = SHAPES[op](bound)
         first = next(t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor))
-        watch(f"npu::{op}", str(first.dtype).removeprefix("torch."))
+        watch(f"{namespace(op)}::{op}", str(first.dtype).removeprefix("torch."))
         return results
     return SHAPES[op](bound)
 

@@ -6,6 +6,7 @@ documented; it cannot prove that a vendor's kernel does what its document says.
 """
 
 from dsv4_backend_ascend.simulate import (
+    extension,
     format_cast,
     gating,
     grouped_matmul,
@@ -23,6 +24,7 @@ from dsv4_backend_ascend.simulate import (
 from dsv4_backend_ascend.simulate.library import KERNELS, SHAPES, CannError, Chip, Kernel, install
 
 __all__ = [
-    "KERNELS", "SHAPES", "CannError", "Chip", "Kernel", "format_cast", "gating", "grouped_matmul", "indexer", "install", "mhc", "norm", "quant_matmul",
-    "quantise", "rotary", "routing", "sparse_attention", "swiglu", "transpose_matmul",
+    "KERNELS", "SHAPES", "CannError", "Chip", "Kernel", "extension", "format_cast", "gating", "grouped_matmul",
+    "indexer", "install", "mhc", "norm", "quant_matmul", "quantise", "rotary", "routing", "sparse_attention",
+    "swiglu", "transpose_matmul",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ import torch
 
 from dsv4_backend_ascend.capability import GENERATIONS, Generation
 from dsv4_backend_ascend.constraints import violation
-from dsv4_backend_ascend.schema import bind, schemas
+from dsv4_backend_ascend.schema import bind, namespace, schemas
 
 Kernel = Callable[[SimpleNamespace], Any]
 """Takes the bound arguments of a call, every one of the schema's by name, and gives its results."""
@@ -47,7 +47,7 @@ class Chip:
     """The simulated chip: its generation, how often each op ran, and the faulty kernels planted in it."""
 
     generation: Generation
-    library: torch.library.Library
+    libraries: dict[str, torch.library.Library]
     calls: Counter[str] = field(default_factory=Counter)
     faults: dict[str, Callable[[Kernel], Kernel]] = field(default_factory=dict)
 
@@ -86,12 +86,13 @@ def install(generation: Generation) -> Chip:
             "torch-npu is installed: simulated CANN does not load beside it; use an environment without it, or run on the NPU"
         )
     if _chip is None:
-        library = torch.library.Library("npu", "DEF")
-        _chip = Chip(generation, library)
+        libraries = {name: torch.library.Library(name, "DEF") for name in dict.fromkeys(map(namespace, schemas()))}
+        _chip = Chip(generation, libraries)
         for op, schema in schemas().items():
-            library.define(schema.removeprefix("npu::"))
-            library.impl(op, functools.partial(_chip.run, op), "CPU")
-            torch.library.register_fake(f"npu::{op}", functools.partial(_shape, op), lib=library)
+            name, _, declared = schema.partition("::")
+            libraries[name].define(declared)
+            libraries[name].impl(op, functools.partial(_chip.run, op), "CPU")
+            torch.library.register_fake(f"{name}::{op}", functools.partial(_shape, op), lib=libraries[name])
     _chip.generation = generation
     return _chip
 

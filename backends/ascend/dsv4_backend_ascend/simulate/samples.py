@@ -131,6 +131,18 @@ def _common() -> Iterator[Sample]:
         "npu_mhc_post",
         {"x": _bf16(5, 4, 128), "h_res": torch.rand(5, 4, 4), "h_out": _bf16(5, 128), "h_post": torch.rand(5, 4)},
     )
+    angle = torch.randn(1, 5, 1, 16).repeat_interleave(2, -1)
+    yield Sample(
+        "partial_rotary",
+        "inplace_partial_rotary_mul",
+        {
+            "x": _bf16(1, 5, 3, 48),
+            "r1": angle.cos(),
+            "r2": angle.sin(),
+            "rotary_mode": "interleave",
+            "partial_slice": [16, 48],
+        },
+    )
     rows = _bf16(9, 1, 512)
     yield Sample(
         "sparse_attention",
@@ -154,8 +166,24 @@ def _common() -> Iterator[Sample]:
     )
 
 
+def _mhc(dim: int) -> Sample:
+    arguments = {
+        "x": _bf16(1, 5, 4, dim),
+        "phi": torch.randn(24, 4 * dim) * 0.02,
+        "alpha": torch.rand(3),
+        "bias": torch.randn(24),
+        "hcMult": 4,
+        "numIters": 20,
+        "hcEps": 1e-6,
+        "normEps": 1e-6,
+        "outFlag": False,
+    }
+    return Sample("mhc_pre_sinkhorn", "mhc_pre_sinkhorn", arguments)
+
+
 def _a2_a3() -> Iterator[Sample]:
     """910B and 910C: rotary, indexer, int8."""
+    yield _mhc(128)
     angle = torch.randn(5, 1, 16).repeat_interleave(2, -1)
     yield Sample(
         "rotary",
@@ -209,6 +237,7 @@ def _a2_a3() -> Iterator[Sample]:
 
 def _a5() -> Iterator[Sample]:
     """950: MX operands and hyper-connections."""
+    yield _mhc(4096)
     for block, algorithm in ((32, 0), (128, 1)):
         yield Sample(
             "quantise_mx",
@@ -341,6 +370,10 @@ VIOLATIONS: tuple[Violation, ...] = (
         lambda a: {**a, "antiquant_scale": [a["antiquant_scale"][0].transpose(1, 2)]},
         "antiquant_scale is missing or not bytes of shape",
     ),
+    Violation("mhc_pre_sinkhorn", _with(numIters=10), "numIters"),
+    Violation("mhc_pre_sinkhorn", lambda a: {**a, "x": _bf16(1, 5, 4, 96), "phi": torch.randn(24, 384)}, "channels"),
+    Violation("partial_rotary", _with(partial_slice=[17, 48]), "even number"),
+    Violation("partial_rotary", lambda a: {**a, "r2": a["r2"].bfloat16()}, "r2 is bfloat16"),
     Violation("gating", _with(norm_type=1), "sqrt"),
     Violation("gating", _cast("bias", torch.bfloat16), "bias is bfloat16"),
     Violation("gating_hash", _with(tid2eid=None), "come together"),
