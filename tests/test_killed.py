@@ -134,7 +134,7 @@ class Reporting:
         from dsv4_conformance.report.write import write
 
         for _ in range(20):
-            write(self.run, self.out, "dsv4 conformance run")
+            write(self.run, self.out, "dsv4 conformance run", "dsv4 conformance run", {})
 
     def complete(self):
         return (self.out / "report.json").exists()

@@ -1,5 +1,8 @@
 import json
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -468,3 +471,51 @@ def test_shard_reads_what_safetensors_writes(tmp_path):
     assert shard.metadata == {"format": "np"}
     for name, array in arrays.items():
         np.testing.assert_array_equal(shard.array(name), array)
+
+
+# Files that change under us
+
+
+def test_a_shard_written_over_while_it_is_open_is_named(model):
+    checkpoint = Checkpoint(model)
+    checkpoint.hold()
+    file = model / shard_names(model)[0]
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"{file.name}: was written to since it was opened"):
+        checkpoint.hold()
+
+
+def test_a_shard_that_shrinks_while_it_is_mapped_ends_the_process_by_name(model):
+    code = """if True:
+        import os, sys
+        from dsv4_core.checkpoint.weights import Checkpoint
+        c = Checkpoint(sys.argv[1])
+        views = [c.array(name) for name in c.names]
+        for file in os.scandir(sys.argv[1]):
+            if file.name.endswith("safetensors"):
+                os.truncate(file.path, 4096)
+        print(sum(int(v.view("u1").sum()) for v in views if v.size))
+    """
+    done = subprocess.run([sys.executable, "-c", code, model], capture_output=True, text=True, check=False)
+    assert done.returncode == 74, done
+    assert "became shorter while it was read (4096 of" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_pipes_and_devices_are_refused(model):
+    (model / "config.json").rename(model / "kept")
+    os.mkfifo(model / "config.json")
+    with pytest.raises(ConfigError, match=r"config\.json: a pipe, where a file is needed"):
+        Checkpoint(model)
+    (model / "config.json").unlink()
+    (model / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match=r"config\.json: a device, where a file is needed"):
+        Checkpoint(model)
+    (model / "config.json").unlink()
+    (model / "kept").rename(model / "config.json")
+    shard = model / shard_names(model)[0]
+    shard.unlink()
+    os.mkfifo(shard)
+    refused(model, shard.name, "a pipe, where a file is needed")

@@ -108,6 +108,7 @@ def command(
         if session.speaks and not as_json:
             show(session, events, prompts)
         events.run()
+        session.checkpoint.hold()
         stats = session.ranks.report() if asked.stats else ""
         if session.speaks:
             if as_json:

@@ -60,6 +60,7 @@ def command(
         graph = session.model
         with bar("tokens") as progress:
             results = teacher_forced(graph, tokens, prefill=prefill, chunk=chunk, mtp=mtp, progress=progress)
+        session.checkpoint.hold()
         stats = session.ranks.report() if asked.stats else ""
     if not session.speaks:
         return

@@ -80,7 +80,7 @@ def test_the_last_net_would_be_seen(state, monkeypatch):
     """The harness tells what it is there to tell: an unforeseen error, an unnamed file, an escape, a wrong success."""
     from dsv4_core.cli import backends
 
-    monkeypatch.setattr(backends, "installed", lambda: 1 / 0)
+    monkeypatch.setattr(backends, "_sorted", lambda: 1 / 0)
     status, out, err, place = call(["backends"])
     assert status == 70
     assert "backends.py" in place
