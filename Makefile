@@ -1,13 +1,13 @@
 # What takes longer than .ci/run may: `make proof` makes two environments, runs everything and leaves dated reports under reports/.
-# Single parts: make reference | torch | cuda | ascend | mutants | kernels | benchmarks | documents
+# Single parts: make reference | torch | cuda | ascend | mutants | kernels | benchmarks | documents | vllm
 
 PYTHON ?= python3
 VENV := .venv-proof
 RUN := . $(VENV)/bin/activate && export TORCH_DEVICE_BACKEND_AUTOLOAD=0 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 &&
 CONFORMANCE := $(RUN) dsv4 conformance run --tier standard --jobs 2
 
-.PHONY: proof fuzz reference torch cuda ascend mutants kernels benchmarks documents
-proof: fuzz reference torch cuda ascend mutants kernels benchmarks documents
+.PHONY: proof fuzz reference torch cuda ascend mutants kernels benchmarks documents vllm
+proof: fuzz reference torch cuda ascend mutants kernels benchmarks documents vllm
 
 $(VENV):
 	$(PYTHON) -m venv $(VENV)
@@ -64,3 +64,7 @@ documents: $(VENV)
 	$(RUN) dsv4 conformance matrix reports/conformance/* --out docs/matrix.md
 	$(RUN) dsv4 conformance matrix reports/conformance/* --brief --into README.md
 	$(RUN) python backends/ascend/tools/collect.py
+
+vllm:
+	integrations/vllm/environment.sh $(VENV)/vllm
+	$(VENV)/vllm/bin/python integrations/vllm/prove.py --report reports/vllm.json
