@@ -123,7 +123,7 @@ def add_one(tensors):
         ("linear", lambda t: {"y": t["y"][:, :-1]}, "has shape .* the contract says"),
         ("linear", lambda _: None, "no result: .* does not exist; write y there"),
         ("cache_write", lambda t: {"cache": t["cache"] ^ 1}, "differ where every bit is fixed"),
-        ("gate", lambda t: {**t, "y1": t["y1"][:, ::-1].copy()}, "before"),
+        ("gate", lambda t: {**t, "y1": t["y1"][:, ::-1].copy()}, "weights: 10 of 15 elements over budget"),
     ],
 )
 def test_wrong_results_are_named(exported, results, op, change, message):

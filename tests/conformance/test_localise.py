@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from dsv4_conformance.check import Session
+from dsv4_conformance.cli.localise import command
 from dsv4_conformance.model import golden, localise, trace_file
 from dsv4_conformance.model.record import Recorder, record
 from dsv4_conformance.museum import hunt
@@ -80,7 +81,7 @@ def test_a_fault_in_one_layer_is_named_with_op_and_layer(mutant):
 
 def test_right_backends_are_within_budget_everywhere(tmp_path):
     """Also at decode, and in the layers before and after: no false alarm on trained activations."""
-    done = CliRunner().invoke(localise.command, ["--backend", "reference", "--tokens", "12", "--cases", str(tmp_path)])
+    done = CliRunner().invoke(command, ["--backend", "reference", "--tokens", "12", "--cases", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert re.search(r"\d+ calls, all within budget; nearest: ", done.output)
 
@@ -109,7 +110,9 @@ def test_what_is_over_budget_is_named_and_saved_as_a_case_that_replays(tmp_path)
 
 def test_a_trace_is_judged_elsewhere(tmp_path):
     wrong = planted("sink_missing", "layer1")
-    packed = trace_file.pack(run(wrong, tokens=10, keep=lambda _, place: place in {"layer0", "layer1"}), "native")
+    packed = trace_file.pack(
+        run(wrong, tokens=10, keep=lambda _, place: place in {"layer0", "layer1"}), "native", CHECKPOINT.identity()
+    )
     trace_file.write(packed, tmp_path)
     session = Session(hunt.right_backend()(numerics="native"))
     calls = trace_file.read(tmp_path, "native")
@@ -137,7 +140,7 @@ def test_dumped_traces_name_tensors_as_the_recorded_ones_do(tmp_path):
         "--dump",
         str(tmp_path),
     ]
-    done = CliRunner().invoke(localise.command, options)
+    done = CliRunner().invoke(command, options)
     assert re.match(r"\d+ calls, \d+ tensors, \d+\.\d MB -> ", done.output)
     from dsv4_core.checkpoint.shards import Shard
 
@@ -150,7 +153,7 @@ def test_dumped_traces_name_tensors_as_the_recorded_ones_do(tmp_path):
     assert {n.split(".")[1] for n in names if n.startswith("decode")} == {"embedding", "layer2", "head"}
     assert not any(n.startswith(("prefill", "decode8")) for n in names)
     again = CliRunner().invoke(
-        localise.command, ["--backend", "reference", "--trace", str(tmp_path), "--cases", str(tmp_path / "cases")]
+        command, ["--backend", "reference", "--trace", str(tmp_path), "--cases", str(tmp_path / "cases")]
     )
     assert again.exit_code == 0, again.output
 
@@ -165,7 +168,7 @@ def test_tokens_may_be_a_file(tmp_path):
 
 def test_a_run_that_ends_early_is_judged_so_far_and_says_where_it_ended(monkeypatch, tmp_path):
     monkeypatch.setattr(hunt.right_backend(), "hc_pre", lambda *_, **__: None)
-    done = CliRunner().invoke(localise.command, ["--backend", "reference", "--tokens", "10", "--cases", str(tmp_path)])
+    done = CliRunner().invoke(command, ["--backend", "reference", "--tokens", "10", "--cases", str(tmp_path)])
     assert done.exit_code == 1
     assert (
         "the run ended there: op hc_pre, layer0, prefill: raised TypeError: returned None; the contract" in done.output
@@ -174,6 +177,6 @@ def test_a_run_that_ends_early_is_judged_so_far_and_says_where_it_ended(monkeypa
 
 @pytest.mark.parametrize(("option", "message"), [("--layers", "layers 0 to 5"), ("--positions", "positions 0 to 9")])
 def test_what_the_run_has_not_is_said(option, message, tmp_path):
-    done = CliRunner().invoke(localise.command, ["--tokens", "10", option, "99", "--cases", str(tmp_path)])
+    done = CliRunner().invoke(command, ["--tokens", "10", option, "99", "--cases", str(tmp_path)])
     assert isinstance(done.exception, ValueError)
     assert message in str(done.exception)
