@@ -84,6 +84,8 @@ class ComposedBackend(ChipBackend):
         """
         if dtype not in {torch.bfloat16, torch.float32}:
             return super().decode_e2m1(packed, dtype)
-        wide = packed.to(torch.int32)
-        bits = (wide * ((1 << 9) + (1 << 21)) & MAGNITUDES) | (wide * ((1 << 12) + (1 << 24)) & SIGNS)
+        signs = packed.to(torch.int32)
+        bits = (signs * ((1 << 9) + (1 << 21))).bitwise_and_(MAGNITUDES)
+        bits.bitwise_or_(signs.mul_((1 << 12) + (1 << 24)).bitwise_and_(SIGNS))
+        del signs  # as large as the result
         return bits.view(torch.float16).mul_(FLOAT16_BIAS).to(dtype)

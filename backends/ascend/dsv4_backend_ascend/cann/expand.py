@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from dsv4_backend_torch.backend import TorchBackend
 
 GROUPS = 1024  # npu_grouped_matmul takes no more
-PIECE = (
-    1 << 26
-)  # bytes of BF16 that are made at a time, an expert's at least: dequantising needs twice as many beside them
+PIECES = 16  # a sixteenth of what may be expanded is made at a time, an expert at least: that needs twice as many bytes beside it
 
 
 def expand(
-    backend: TorchBackend, stack: ScaledArray, experts: torch.Tensor | slice, into: torch.Tensor
+    backend: TorchBackend, stack: ScaledArray, experts: torch.Tensor | slice, into: torch.Tensor, piece: int
 ) -> torch.Tensor:
-    """Dequantise some experts of a stack into the front of ``into`` [groups, out, in], BF16; give that part."""
+    """Dequantise some experts of a stack into the front of ``into`` [groups, out, in], BF16, ``piece`` bytes at a time; give
+    that part.
+    """
     data, scale = (
         part[experts] if isinstance(experts, slice) else part.index_select(0, experts)
         for part in (stack.data, stack.scale)
     )
     count = data.shape[0]
-    step = max(1, PIECE // (2 * into[0].numel()))
+    step = max(1, piece // (2 * into[0].numel()))
     for first in range(0, count, step):
-        part = slice(first, first + step)
+        part = slice(first, min(first + step, count))
         into[part] = backend.dequantise(ScaledArray(data[part], scale[part], stack.format), torch.bfloat16)
     return into[:count]
 
@@ -56,12 +56,12 @@ def expert_linear(
     if gathered:
         own = expert_of_rows(row, offsets, experts)
         each = torch.arange(rows + 1, dtype=offsets.dtype, device=x.device)
-        y = expert_linear_bf16(x, expand(backend, stack, own, held), each)
+        y = expert_linear_bf16(x, expand(backend, stack, own, held, expand_bytes // PIECES), each)
         return y.masked_fill((row >= offsets[-1]).unsqueeze(-1), 0)
     y = x.new_zeros((rows, out))
     for first in range(0, experts, block):
         bounds = offsets[first : first + block + 1]
-        weight = expand(backend, stack, slice(first, first + block), held)
+        weight = expand(backend, stack, slice(first, first + block), held, expand_bytes // PIECES)
         turned = expert_linear_bf16(x[(row + bounds[0]) % rows], weight, bounds - bounds[0])
         mine = (row >= bounds[0]) & (row < bounds[-1])
         y = torch.where(mine.unsqueeze(-1), turned[(row - bounds[0]) % rows], y)
