@@ -85,13 +85,14 @@ PROMPTS = ("the quick brown fox", "A backend is", "In the beginning", "hacker")
 def test_the_embedded_model_writes_the_references_text(numerics, decisive):
     """Greedy: the same token wherever the reference's best is ahead of its second by more than the noise, and the same text up
     to the first place where it is not. Noise: how far the mode moves the reference's own logits from float64, at this step and
-    three quarters of the others. Most steps must be decided, so that this says something.
+    three quarters of the others. Most steps must be decided, so that this says something. In native mode a step where an expert is at
+    a near tie moves by far more than the others, on whichever backend takes the other one: one in fifty may.
     """
     reference, judged, exact = (
         load_model("tiny-jargon", *which) for which in ((numerics,), (numerics, "torch"), ("float64",))
     )
     tokenizer = load_tokenizer(golden.checkpoint_path("tiny-jargon"))
-    decided = []
+    decided, same = [], []
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt, add_special_tokens=False).ids
         texts = [[step[0] for step in generate(m, [ids], max_tokens=60)] for m in (reference, judged)]
@@ -103,11 +104,12 @@ def test_the_embedded_model_writes_the_references_text(numerics, decisive):
         first, second = np.partition(logits, -2, axis=-1)[:, [-1, -2]].T
         noise = np.abs(logits - best).max(-1)
         clear = first - second > np.maximum(noise, np.quantile(noise, 0.75)) * (4 if numerics == "float32" else 1)
-        assert (got.argmax(-1) == logits.argmax(-1))[clear].all()
+        same.append((got.argmax(-1) == logits.argmax(-1))[clear])
         sure = len(clear) if clear.all() else int(np.argmin(clear))
         assert texts[1][:sure] == texts[0][:sure]
         decided.append(clear)
     assert np.concatenate(decided).mean() >= decisive
+    assert np.concatenate(same).mean() >= (0.98 if numerics == "native" else 1)
 
 
 @pytest.mark.parametrize("numerics", ["native", "float32", "float64"])
