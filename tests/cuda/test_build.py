@@ -46,7 +46,7 @@ def test_limits_that_the_compiler_does_not_check_are_gates(tmp_path):
     code = """
 import json
 from dsv4_backend_cuda import build, launch
-row = dict(launch.table()["bf16_linear_prefill", 89], config={"BLOCK_N": 128, "BLOCK_T": 128, "num_warps": 8, "num_stages": 4})
+row = dict(launch.table()["bf16_linear_prefill", 89], config={"BLOCK_N": 128, "BLOCK_T": 128, "WORDS": 0, "num_warps": 8, "num_stages": 4})
 launch.table()["bf16_linear_prefill", 89] = row
 spec = next(s for s in build.specs() if s.name == "bf16_linear_prefill")
 print(json.dumps(build.build_one(spec, "flash", 89).failures))
