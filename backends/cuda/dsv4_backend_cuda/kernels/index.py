@@ -38,7 +38,7 @@ def index_scores_kernel(
         key = tl.load(keys + (batch * rows + n)[:, None] * DIM + c[None, :], mask=live_n[:, None], other=0.0)
         hit = tl.dot(tl.load(query + c[None, :], mask=live_h[:, None], other=0.0), tl.trans(key))
     share = tl.load(weights + token * heads + h, mask=live_h, other=0.0) * scale
-    tl.store(scores + token * rows + n, tl.sum(tl.maximum(hit, 0.0) * share[:, None], axis=0), mask=live_n)
+    tl.store(scores + token * rows + n, tl.sum(tl.maximum(hit, 0.0, propagate_nan=tl.PropagateNan.ALL) * share[:, None], axis=0), mask=live_n)
 
 
 @triton.jit
