@@ -52,23 +52,23 @@ class Commands:
         )
 
 
-judged = functools.partial(option, heading="What is judged")
+chosen = functools.partial(option, heading="What is chosen")
 outcome = functools.partial(option, heading="What is written")
 processes = functools.partial(option, heading="In which processes")
 
 
 @click.command("run", cls=Command)
-@judged(
+@chosen(
     "--tier",
     type=click.Choice(["smoke", "standard", "full"]),
     default="standard",
     show_default=True,
     help="How much is run.",
 )
-@judged("--op", "ops", multiple=True, metavar="NAME", help="Only this op or law; may be repeated.")
-@judged("--case", "cases", multiple=True, metavar="ID", help="Only this case, of whatever tier; may be repeated.")
-@judged("--require", type=click.IntRange(0, 4), help="Fail unless this level is reached, claimed or not.")
-@judged(
+@chosen("--op", "ops", multiple=True, metavar="NAME", help="Only this op or law; may be repeated.")
+@chosen("--case", "cases", multiple=True, metavar="ID", help="Only this case, of whatever tier; may be repeated.")
+@chosen("--require", type=click.IntRange(0, 4), help="Fail unless this level is reached, claimed or not.")
+@chosen(
     "--xfails", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="TOML file of expected failures."
 )
 @outcome(
