@@ -53,7 +53,7 @@ static void run(const arg *a, const team *t) {
     meet(t);
     for (int64_t e = first_of(r.experts, t); e < last_of(r.experts, t); e++)
         for (int64_t k = 0; k < r.rows; k++) {
-            float product = dot(r.w, e, r.dim, x + k * (r.dim + SLACK));
+            float product = dot(r.w, e, r.dim, x + k * (r.dim + SLACK), r.type);
             scores[k * r.experts + e] = (float)sqrt(product > 40 ? product : log1p(exp(product)));
             if (isnan(scores[k * r.experts + e] + (r.bias ? r.bias[e] : 0))) fail(NOT_MINE);
         }

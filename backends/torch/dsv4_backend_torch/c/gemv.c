@@ -37,8 +37,11 @@ static void run(const arg *a, const team *t) {
     for (const product *p = a[0].p, *end = p + a[1].i; p < end; p++) {
         int64_t step = p->x_stride * size_of(p->x_type), stride = p->cols + SLACK;
         for (int64_t k = 0; k < p->tokens; k++) spread(p->x + k * step, p->x_type, p->w.type, p->cols, x + k * stride);
-        for (int64_t i = first_of(p->out, t); i < last_of(p->out, t); i++)
-            for (int64_t k = 0; k < p->tokens; k++) put(p->y, p->y_type, k * p->y_stride + i, dot(&p->w, p->first + i, p->cols, x + k * stride));
+        for (int64_t i = first_of(p->out, t); i < last_of(p->out, t); i++) {
+            float sums[FEW];
+            dots(&p->w, p->first + i, p->cols, x, p->x_type, stride, p->tokens, sums);
+            for (int64_t k = 0; k < p->tokens; k++) put(p->y, p->y_type, k * p->y_stride + i, sums[k]);
+        }
     }
 }
 

@@ -48,7 +48,7 @@ static void lay_out(const float *x, int64_t begin, int64_t end, int64_t cols, in
         scale = scale_value(byte);
     }
     for (int64_t j = begin; j < end; j++)
-        to[place(j, cols, weight_type)] = quantise ? rounded(on_grid(x[j] / scale, E4M3) * scale, act_type) : x[j];
+        lay(to, j, quantise ? rounded(on_grid(x[j] / scale, E4M3) * scale, act_type) : x[j], act_type, weight_type, cols);
 }
 
 static float activated(float gate, float up, float limit) {
@@ -77,7 +77,7 @@ static void run(const arg *a, const team *t) {
             for (int64_t q = p; q < pairs; q++) {
                 if (l.chosen[q] != l.chosen[p]) continue;
                 const float *row = x + q / l.topk * room_x(&l);
-                float gate = rounded(dot(w, i, dim, row), l.act_type), up = rounded(dot(w + 1, i, dim, row), l.act_type);
+                float gate = rounded(dot(w, i, dim, row, l.act_type), l.act_type), up = rounded(dot(w + 1, i, dim, row, l.act_type), l.act_type);
                 float value = activated(gate, up, l.limit);
                 hidden[q * inter + i] = rounded(l.share ? value * l.share[q] : value, l.act_type);
             }
@@ -98,7 +98,7 @@ static void run(const arg *a, const team *t) {
         for (int64_t i = seen ? dim : first_of(dim, t); i < (seen ? 0 : last_of(dim, t)); i++)
             for (int64_t q = p; q < pairs; q++)
                 if (l.chosen[q] == l.chosen[p])
-                    part[q * dim + i] = rounded(dot(l.weights + 3 * e + 2, i, inter, laid_out + q * room_hidden(&l)), l.act_type);
+                    part[q * dim + i] = rounded(dot(l.weights + 3 * e + 2, i, inter, laid_out + q * room_hidden(&l), l.act_type), l.act_type);
     }
     for (int64_t r = 0; r < l.rows; r++)
         for (int64_t i = first_of(dim, t); i < last_of(dim, t); i++) {

@@ -24,16 +24,39 @@ static inline int64_t place(int64_t j, int64_t cols, int64_t type) { return j % 
 
 enum { SLACK = 8 }; /* floats that a vector of cols channels may take more than cols */
 
+static inline void fetch(const void *from, int64_t bytes) {
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch((const char *)from + line + AHEAD);
+}
+
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__) && BYTES == 64 && !defined(NO_PAIRS)
+#include "pairs.h"
+#else
+static inline int in_pairs(int64_t x_type, int64_t weight_type, int64_t cols) { return (void)x_type, (void)weight_type, (void)cols, 0; }
+static inline int64_t pair_place(int64_t j, int64_t weight_type) { return (void)weight_type, j; }
+static inline void dots_pairs(const char *w, const uint8_t *scale, const float *x, int64_t stride, int64_t count, int64_t cols, int64_t type,
+                              float *to) {
+    (void)w, (void)scale, (void)x, (void)stride, (void)count, (void)cols, (void)type, (void)to;
+}
+#endif
+
+/* Channel j of a vector in x_type, laid out for such a weight. */
+static inline void lay(float *to, int64_t j, float value, int64_t x_type, int64_t weight_type, int64_t cols) {
+    if (in_pairs(x_type, weight_type, cols))
+        ((uint16_t *)to)[pair_place(j, weight_type)] = bfloat16(value);
+    else
+        to[place(j, cols, weight_type)] = value;
+}
+
 static inline void spread(const void *x, int64_t type, int64_t weight_type, int64_t cols, float *to) {
+    if (in_pairs(type, weight_type, cols)) {
+        for (int64_t j = 0; j < cols; j++) ((uint16_t *)to)[pair_place(j, weight_type)] = ((const uint16_t *)x)[j];
+        return;
+    }
     int64_t step = per_word(weight_type), size = part(cols, weight_type);
     FOR_TYPE(type,
         for (int64_t k = 0; k < step; k++)
             for (int64_t j = k; j < cols; j += step) to[k * size + j / step] = get(x, T, j);
     )
-}
-
-static inline void fetch(const void *from, int64_t bytes) {
-    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch((const char *)from + line + AHEAD);
 }
 
 static inline float dot_float32(const float *w, const float *x, int64_t cols) {
@@ -143,13 +166,28 @@ static inline float dot_e2m1(const uint8_t *w, const uint8_t *scale, const float
     return total(sum) + rest;
 }
 
-/* Row i of a weight times a vector that was spread for its type. One order of sums, whoever asks. */
-static inline float dot(const weight *w, int64_t i, int64_t cols, const float *x) {
-    switch (w->type) {
-    case FLOAT32: return dot_float32((const float *)w->data + i * cols, x, cols);
-    case BFLOAT16: return dot_bfloat16((const uint16_t *)w->data + i * cols, x, cols);
-    case CODES_E4M3:
-        return dot_e4m3((const uint8_t *)w->data + i * cols, w->scale + i / E4M3_BLOCK * ((cols + E4M3_BLOCK - 1) / E4M3_BLOCK), x, cols);
-    default: return dot_e2m1((const uint8_t *)w->data + i * (cols / 2), w->scale + i * (cols / E2M1_GROUP), x, cols);
+/* Row i of a weight times count vectors of x_type that were spread for its type, a stride of floats apart. One order of sums for each, whoever
+ * asks and whatever is beside it. */
+static inline void dots(const weight *w, int64_t i, int64_t cols, const float *x, int64_t x_type, int64_t stride, int64_t count, float *to) {
+    int64_t scales = (cols + E4M3_BLOCK - 1) / E4M3_BLOCK;
+    const uint8_t *scale = w->type == CODES_E4M3 ? w->scale + i / E4M3_BLOCK * scales : w->scale + i * (cols / E2M1_GROUP);
+    const char *row = w->data + (w->type == CODES_E2M1 ? i * (cols / 2) : i * cols * (w->type == FLOAT32 ? 4 : w->type == BFLOAT16 ? 2 : 1));
+    if (in_pairs(x_type, w->type, cols)) {
+        dots_pairs(row, scale, x, stride, count, cols, w->type, to);
+        return;
     }
+    for (int64_t v = 0; v < count; v++, x += stride) switch (w->type) {
+        case FLOAT32: to[v] = dot_float32((const float *)row, x, cols); break;
+        case BFLOAT16: to[v] = dot_bfloat16((const uint16_t *)row, x, cols); break;
+        case CODES_E4M3: to[v] = dot_e4m3((const uint8_t *)row, scale, x, cols); break;
+        default: to[v] = dot_e2m1((const uint8_t *)row, scale, x, cols);
+        }
 }
+
+static inline float dot(const weight *w, int64_t i, int64_t cols, const float *x, int64_t x_type) {
+    float one;
+    dots(w, i, cols, x, x_type, 0, 1, &one);
+    return one;
+}
+
+enum { FEW = 8 }; /* vectors at most */
