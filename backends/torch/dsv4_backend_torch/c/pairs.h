@@ -4,15 +4,15 @@
 #pragma once
 #include <immintrin.h>
 
-static inline int in_pairs(int64_t x_type, int64_t weight_type, int64_t cols) {
+INLINE int in_pairs(int64_t x_type, int64_t weight_type, int64_t cols) {
     return x_type == BFLOAT16 && weight_type != FLOAT32 && cols % 128 == 0;
 }
 
-/* Where channel j stands, so that it meets its weight: bytes are widened in halves of sixteen (E4M3), and nibbles of sixteen bytes, the
- * low ones first (E2M1). */
-static inline int64_t pair_place(int64_t j, int64_t weight_type) {
+/* Where channel j stands, so that it meets its weight: bytes are widened in halves of sixteen (E4M3), and each nibble of a word of four has
+ * a register of its own (E2M1). */
+INLINE int64_t pair_place(int64_t j, int64_t weight_type) {
     if (weight_type == CODES_E4M3) return j / 64 * 64 + j % 16 / 8 * 32 + j % 64 / 16 * 8 + j % 8;
-    if (weight_type == CODES_E2M1) return j / 128 * 128 + (j % 2 * 2 + j % 32 / 16) * 32 + j % 128 / 32 * 8 + j % 16 / 2;
+    if (weight_type == CODES_E2M1) return j / 128 * 128 + j % 4 * 32 + j % 128 / 4;
     return j;
 }
 
@@ -26,10 +26,9 @@ static inline __m512 four_products(const __m512i *w, const uint16_t *x) {
     return add_pairs(a, w[2], x + 64) + add_pairs(b, w[3], x + 96);
 }
 
-/* Sums for count <= SHARED vectors, a stride of BF16 values apart: what is looked up serves all of them. */
-enum { SHARED = 4 };
+INLINE const uint16_t *of(const float *x) { return (const uint16_t *)x; }
 
-static inline __attribute__((always_inline)) void pairs_bfloat16(const uint16_t *w, const uint16_t *x, int64_t stride, int count, int64_t cols, __m512 *sums) {
+INLINE void pairs_bfloat16(const uint16_t *w, const float *const *x, int count, int64_t cols, __m512 *sums) {
     __m512 part[SHARED][4];
     for (int v = 0; v < count; v++)
         for (int k = 0; k < 4; k++) part[v][k] = _mm512_setzero_ps();
@@ -37,24 +36,26 @@ static inline __attribute__((always_inline)) void pairs_bfloat16(const uint16_t 
         fetch(w + j, 256);
         for (int k = 0; k < 4; k++) {
             __m512i pairs = _mm512_loadu_si512(w + j + 32 * k);
-            for (int v = 0; v < count; v++) part[v][k] = add_pairs(part[v][k], pairs, x + v * stride + j + 32 * k);
+            for (int v = 0; v < count; v++) part[v][k] = add_pairs(part[v][k], pairs, of(x[v]) + j + 32 * k);
         }
     }
     for (int v = 0; v < count; v++) sums[v] = (part[v][0] + part[v][1]) + (part[v][2] + part[v][3]);
 }
 
-/* Bytes of the BF16 of every magnitude of E4M3. */
+/* Bytes of the BF16 of every magnitude of E4M3, and the BF16 of E2M1's codes in the last four bits of five. */
 static uint8_t e4m3_high[128], e4m3_low[128];
+static uint16_t e2m1_values[32];
 
-__attribute__((constructor)) static void fill_e4m3(void) {
+__attribute__((constructor)) static void fill_tables(void) {
     for (int code = 0; code < 128; code++) {
         uint16_t bits = bfloat16(e4m3((uint8_t)code));
         e4m3_high[code] = (uint8_t)(bits >> 8);
         e4m3_low[code] = (uint8_t)bits;
     }
+    for (int code = 0; code < 32; code++) e2m1_values[code] = bfloat16(e2m1((uint8_t)code));
 }
 
-static inline __attribute__((always_inline)) void pairs_e4m3(const uint8_t *w, const uint8_t *scale, const uint16_t *x, int64_t stride, int count, int64_t cols,
+INLINE void pairs_e4m3(const uint8_t *w, const uint8_t *scale, const float *const *x, int count, int64_t cols,
                               __m512 *sums) {
     __m512i high0 = _mm512_loadu_si512(e4m3_high), high1 = _mm512_loadu_si512(e4m3_high + 64), sign = _mm512_set1_epi8((char)0x80);
     __m512i low0 = _mm512_loadu_si512(e4m3_low), low1 = _mm512_loadu_si512(e4m3_low + 64);
@@ -69,7 +70,7 @@ static inline __attribute__((always_inline)) void pairs_e4m3(const uint8_t *w, c
             wide[2 * half] = _mm512_unpacklo_epi8(low, high);
             wide[2 * half + 1] = _mm512_unpackhi_epi8(low, high);
         }
-        for (int v = 0; v < count; v++) sums[v] = _mm512_fmadd_ps(four_products(wide, x + v * stride + j), factor, sums[v]);
+        for (int v = 0; v < count; v++) sums[v] = _mm512_fmadd_ps(four_products(wide, of(x[v]) + j), factor, sums[v]);
     }
 }
 
@@ -83,45 +84,27 @@ static inline __m512 four_scales(const uint8_t *scale) {
     return (__m512)_mm512_mask_mov_epi32(value, _mm512_cmpeq_epi32_mask(byte, _mm512_set1_epi32(255)), _mm512_set1_epi32(0x7fc00000));
 }
 
-static inline __attribute__((always_inline)) void pairs_e2m1(const uint8_t *w, const uint8_t *scale, const uint16_t *x, int64_t stride, int count, int64_t cols,
+INLINE void pairs_e2m1(const uint8_t *w, const uint8_t *scale, const float *const *x, int count, int64_t cols,
                               __m512 *sums) {
-    /* bytes of the BF16 of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives */
-    __m512i high_bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40, (char)0x80, (char)0xbf, (char)0xbf,
-                                                              (char)0xbf, (char)0xc0, (char)0xc0, (char)0xc0, (char)0xc0));
-    __m512i low_bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, (char)0x80, (char)0xc0, 0, 0x40, (char)0x80, (char)0xc0, 0, 0, (char)0x80,
-                                                             (char)0xc0, 0, 0x40, (char)0x80, (char)0xc0));
-    __m512i nibble = _mm512_set1_epi8(15);
+    __m512i table = _mm512_loadu_si512(e2m1_values);
     for (int v = 0; v < count; v++) sums[v] = _mm512_setzero_ps();
     for (int64_t j = 0; j < cols; j += 128) { /* a group is a quarter of a register */
-        __m512i code = _mm512_loadu_si512(w + j / 2), even = _mm512_and_si512(code, nibble);
-        __m512i odd = _mm512_and_si512(_mm512_srli_epi16(code, 4), nibble);
-        __m512i even_high = _mm512_shuffle_epi8(high_bytes, even), even_low = _mm512_shuffle_epi8(low_bytes, even);
-        __m512i odd_high = _mm512_shuffle_epi8(high_bytes, odd), odd_low = _mm512_shuffle_epi8(low_bytes, odd);
-        __m512i wide[4] = {_mm512_unpacklo_epi8(even_low, even_high), _mm512_unpackhi_epi8(even_low, even_high),
-                           _mm512_unpacklo_epi8(odd_low, odd_high), _mm512_unpackhi_epi8(odd_low, odd_high)};
+        __m512i code = _mm512_loadu_si512(w + j / 2);
+        __m512i wide[4] = {_mm512_permutexvar_epi16(code, table), _mm512_permutexvar_epi16(_mm512_srli_epi16(code, 4), table),
+                           _mm512_permutexvar_epi16(_mm512_srli_epi16(code, 8), table), _mm512_permutexvar_epi16(_mm512_srli_epi16(code, 12), table)};
         __m512 factor = four_scales(scale + j / E2M1_GROUP);
         fetch(w + j / 2, 64);
-        for (int v = 0; v < count; v++) sums[v] = _mm512_fmadd_ps(four_products(wide, x + v * stride + j), factor, sums[v]);
+        for (int v = 0; v < count; v++) sums[v] = _mm512_fmadd_ps(four_products(wide, of(x[v]) + j), factor, sums[v]);
     }
 }
 
-static inline __attribute__((always_inline)) void some_pairs(const char *w, const uint8_t *scale, const uint16_t *x, int64_t stride, int count,
-                                                             int64_t cols, int64_t type, float *to) {
+INLINE void pair_sums(const char *w, const uint8_t *scale, const float *const *x, int count, int64_t cols, int64_t type, float *to) {
     __m512 sums[SHARED];
     if (type == BFLOAT16)
-        pairs_bfloat16((const uint16_t *)w, x, stride, count, cols, sums);
+        pairs_bfloat16((const uint16_t *)w, x, count, cols, sums);
     else if (type == CODES_E4M3)
-        pairs_e4m3((const uint8_t *)w, scale, x, stride, count, cols, sums);
+        pairs_e4m3((const uint8_t *)w, scale, x, count, cols, sums);
     else
-        pairs_e2m1((const uint8_t *)w, scale, x, stride, count, cols, sums);
+        pairs_e2m1((const uint8_t *)w, scale, x, count, cols, sums);
     for (int v = 0; v < count; v++) to[v] = total((floats)sums[v]);
-}
-
-/* A row of a weight times count vectors, a stride of floats apart, to ``to``. */
-static inline void dots_pairs(const char *w, const uint8_t *scale, const float *x, int64_t stride, int64_t count, int64_t cols, int64_t type,
-                              float *to) {
-    for (; count >= SHARED; count -= SHARED, x += SHARED * stride, to += SHARED)
-        some_pairs(w, scale, (const uint16_t *)x, 2 * stride, SHARED, cols, type, to);
-    for (; count >= 2; count -= 2, x += 2 * stride, to += 2) some_pairs(w, scale, (const uint16_t *)x, 2 * stride, 2, cols, type, to);
-    if (count) some_pairs(w, scale, (const uint16_t *)x, 2 * stride, 1, cols, type, to);
 }
