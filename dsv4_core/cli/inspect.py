@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dsv4_core.checkpoint.config import ModelConfig
-    from dsv4_core.checkpoint.weights import Checkpoint, Finding
+    from dsv4_core.checkpoint.findings import Finding
+    from dsv4_core.checkpoint.weights import Checkpoint
     from dsv4_core.cli.schema import Inspected
 
 
@@ -90,8 +91,8 @@ def _document(checkpoint: Checkpoint, findings: Iterable[Finding], *, audited: b
 def _print(checkpoint: Checkpoint, findings: list[Finding], *, audited: bool) -> None:
     from rich.console import Console
 
+    from dsv4_core.checkpoint.findings import summary
     from dsv4_core.checkpoint.layout import parameters
-    from dsv4_core.checkpoint.weights import summary
 
     console = Console(soft_wrap=True, highlight=False)
     counts = parameters(checkpoint.config)
