@@ -96,6 +96,19 @@ def test_every_code_and_scale(kernels, kind):
     assert torch.equal(got.T, want)
 
 
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_a_nan_among_fp8_codes_makes_its_row_nan(kernels, code, x_dtype):
+    data = torch.zeros((3, 160), dtype=torch.uint8)
+    data[1, 37], data[2, 150] = code, code
+    w = ScaledArray(data, torch.full((1, 2), 127, dtype=torch.uint8), "e4m3")
+    got = kernels.products([(torch.zeros((3, 160), dtype=x_dtype), [w])], torch.float32)
+    assert got.isnan().tolist() == [[False, True, True]] * 3
+    w = ScaledArray(data[:, :128].contiguous(), w.scale[:, :1].contiguous(), "e4m3")
+    got = kernels.products([(torch.zeros((3, 128), dtype=x_dtype), [w])], torch.float32)
+    assert got.isnan().tolist() == [[False, True, False]] * 3
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_bits_depend_on_neither_threads_nor_tokens(kernels, kind):
     x, (w, _) = random(8, 512, dtype=torch.bfloat16), weight(kind, 700, 512)
