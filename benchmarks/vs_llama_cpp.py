@@ -39,6 +39,10 @@ MODEL: dict[str, Any] = {
     "num_hash_layers": 1, "index_n_heads": 16, "index_head_dim": 128, "index_topk": 128, "compress_ratios": (0, 0, 4, 128, 4, 128),
     "num_nextn_predict_layers": 0, "routed_scaling_factor": 1.5,
 }  # fmt: skip
+CPUINFO = Path("/proc/cpuinfo").read_text()
+# Where a CPU has AMX this version of llama.cpp repacks weights for it, finds no way to multiply some that have three axes, and ends in an
+# assertion; there it runs without repacking (its own option --no-repack).
+AMX = " amx_tile" in CPUINFO
 CONVERT = """
 import sys
 sys.path[:0] = [sys.argv.pop(1)]
@@ -148,7 +152,9 @@ class LlamaCpp:
             lambda level, text, _: sys.stderr.write(text.decode()) if level == 4 else None
         )
         self.api.llama_log_set(self.quiet, None)
-        self.model = self.api.llama_model_load_from_file(str(GGUF).encode(), self.api.llama_model_default_params())
+        wanted = self.api.llama_model_default_params()
+        wanted.use_extra_bufts = not AMX
+        self.model = self.api.llama_model_load_from_file(str(GGUF).encode(), wanted)
         if not self.model:
             sys.exit(f"llama.cpp does not load {GGUF}")
         self.context = None
@@ -343,10 +349,7 @@ def main() -> None:
         return
     if not (GGUF.exists() and (LIBRARY / "libllama.so").exists()):
         sys.exit(f"{args.dir} is not prepared; run: python {sys.argv[0]} {args.dir} prepare")
-    cpu = next(
-        (line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.machine(),
-    )
+    cpu = next((line.split(": ")[1] for line in CPUINFO.splitlines() if "model name" in line), platform.machine())
     print(
         f"dsv4 --backend torch (native) against llama.cpp of {PACKAGE}, {args.threads} threads, {datetime.datetime.now(datetime.UTC).date()}"
     )
@@ -354,6 +357,10 @@ def main() -> None:
         f"  seconds of {'the clock' if args.clock == 'wall' else 'the processor'}; load of the machine {os.getloadavg()[0]:.1f} at the start"
     )
     print(f"  {cpu}; hidden 1024, 6 layers, 16 experts of which 4; medians of {args.runs} alternating runs")
+    if AMX:
+        print(
+            "  llama.cpp runs without repacked weights (--no-repack): with them it ends in an assertion on a CPU with AMX"
+        )
     bandwidth, peak = bounds()
     print(f"  memory {bandwidth / 1e9:.1f} GB/s, BF16 product {peak / 1e9:.0f} GFLOP/s", flush=True)
     sides = {name: Child(name) for name in ("dsv4", "llama.cpp")}

@@ -34,7 +34,9 @@ FAULTS = {
     "the scale of a row of FP8 blocks is taken a row of blocks early": Fault(
         "weights.c", "w->scale + i / E4M3_BLOCK *", "w->scale + (i - 1) / E4M3_BLOCK *", "linear", "standard",
     ),
-    "two groups of FP4 share two scales the wrong way": Fault("halves.h", "part[v][0] * one + part[v][1] * other", "part[v][1] * one + part[v][0] * other", "linear", level="avx2"),
+    "two groups of FP4 share two scales the wrong way": Fault(
+        "halves.h", "part[v][0] * one + part[v][1] * other", "part[v][1] * one + part[v][0] * other", "linear", level="avx2",
+    ),
     "four words of FP4 share two scales the wrong way": Fault(
         "codes.h", "shift[lane] = lane / 4 * 8", "shift[lane] = (LANES - 1 - lane) / 4 * 8", "linear", level="avx512",
     ),
