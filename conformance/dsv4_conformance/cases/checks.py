@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -167,8 +168,13 @@ def checks(numerics: Numerics) -> list[Check]:
 
 def every_case(spec: OpSpec) -> list[Case]:
     """An op's declared cases, those at published extents, and those in which data and sizes meet."""
-    declared = cases_of(spec)
-    return [*declared, *extended(spec.name, declared), *paired(spec.name, declared)]
+    return list(_every_case(spec.name))
+
+
+@functools.cache
+def _every_case(op: str) -> tuple[Case, ...]:
+    declared = cases_of(OPS[op])
+    return (*declared, *extended(op, declared), *paired(op, declared))
 
 
 def optional(case: Case) -> set[str]:
