@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import shlex
@@ -66,37 +67,42 @@ class Commands:
         )
 
 
+chosen = functools.partial(option, heading="What is chosen")
+outcome = functools.partial(option, heading="What is written")
+processes = functools.partial(option, heading="In which processes")
+
+
 @click.command("run", cls=Command)
-@option(
+@chosen(
     "--tier",
     type=click.Choice(["smoke", "standard", "full"]),
     default="standard",
     show_default=True,
     help="How much is run.",
 )
-@option("--op", "ops", multiple=True, metavar="NAME", help="Only this op or law; may be repeated.")
-@option("--case", "cases", multiple=True, metavar="ID", help="Only this case, of whatever tier; may be repeated.")
-@option("--require", type=click.IntRange(0, 4), help="Fail unless this level is reached, claimed or not.")
-@option(
+@chosen("--op", "ops", multiple=True, metavar="NAME", help="Only this op or law; may be repeated.")
+@chosen("--case", "cases", multiple=True, metavar="ID", help="Only this case, of whatever tier; may be repeated.")
+@chosen("--require", type=click.IntRange(0, 4), help="Fail unless this level is reached, claimed or not.")
+@chosen(
     "--xfails", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="TOML file of expected failures."
 )
-@option(
+@outcome(
     "--report",
     type=click.Path(path_type=Path, file_okay=False),
     help="Write report.json, junit.xml and report.html here.",
 )
-@option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Run checks in this many processes.")
-@option("--isolate", is_flag=True, help="Run checks in another process, which may crash, hang or eat memory.")
-@option("--time-limit", default=120.0, show_default=True, help="Seconds a check may take with --isolate.")
-@option("--memory-limit", default=8192, show_default=True, help="Megabytes a process may use with --isolate.")
-@option(
+@processes("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Run checks in this many processes.")
+@processes("--isolate", is_flag=True, help="Run checks in another process, which may crash, hang or eat memory.")
+@processes("--time-limit", default=120.0, show_default=True, help="Seconds a check may take with --isolate.")
+@processes("--memory-limit", default=8192, show_default=True, help="Megabytes a process may use with --isolate.")
+@outcome(
     "--dump",
     type=click.Path(path_type=Path, file_okay=False),
     help="Write operands, results and what was wanted of each failing op case here, as .npz.",
 )
-@option("--watch", is_flag=True, help="Run again whenever a file of the backend's changes; Ctrl-C ends.")
-@option("--list", "listed", is_flag=True, help="Print the ids that would run, and stop.")
-@option("--quiet", "-q", is_flag=True, help="Failures and the closing lines only.")
+@processes("--watch", is_flag=True, help="Run again whenever a file of the backend's changes; Ctrl-C ends.")
+@outcome("--list", "listed", is_flag=True, help="Print the ids that would run, and stop.")
+@outcome("--quiet", "-q", is_flag=True, help="Failures and the closing lines only.")
 @backend_options
 @json_option
 def run_command(
