@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option(
     "--chunk", type=click.IntRange(1), default=512, show_default=True, help="Tokens of a step that are prefill."
 )
-@click.option("--speculative", is_flag=True, help="Draft with the MTP block.")
+@click.option("--speculative", is_flag=True, help="Draft with what the checkpoint has for it, MTP or DSpark.")
 @click.option("--thinking/--no-thinking", default=True, show_default=True, help="Where a request does not say.")
 @click.option(
     "--encoding-profile",

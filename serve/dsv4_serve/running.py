@@ -7,7 +7,6 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
 import uvicorn
 
 from dsv4_core.graph.engine import Engine
@@ -47,15 +46,21 @@ def application(
     most = config.max_position_embeddings
     if context is not None and context > most:
         raise ValueError(f"--context {context}: the model has {most} positions (max_position_embeddings)")
-    model = session.model
-    engine = Engine(model, slots=slots, capacity=context or min(8192, most), chunk=chunk, queue=queue, drafts=drafts)
+    engine = Engine(
+        session.model,
+        slots=slots,
+        capacity=context or min(8192, most),
+        chunk=chunk,
+        queue=queue,
+        drafts=session.load_drafter() if drafts else 0,
+    )
     served = Served(
         name or directory.name,
         directory,
         engine,
         Vocabulary(session.tokenizer),
         texts,
-        frozenset(np.atleast_1d(config.eos_token_id).tolist()),
+        session.defaults.ends,
         thinking=thinking,
     )
     metrics = Metrics()
