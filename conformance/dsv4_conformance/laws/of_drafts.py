@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dsv4_core.contract.dtypes import Host
-    from dsv4_core.contract.spec import Numerics
+    from dsv4_core.contract.spec import Array, Numerics
     from dsv4_core.graph.cache import Cache
 
 BLOCK, STAGES = 3, 2
@@ -54,7 +54,8 @@ def drafting(ratios: tuple[int, ...]) -> RandomWeights:
 def _remembered(model: Model, cache: Cache, ids: Host) -> None:
     """Run a step with its context rows."""
     assert model.dspark
-    step, taps = Step(cache, ids), []
+    step = Step(cache, ids)
+    taps: list[Array] = []
     model.forward(step, taps)
     model.dspark.remember(taps, step)
     cache.advance(step.sequences, step.ends)
