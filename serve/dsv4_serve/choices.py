@@ -77,11 +77,12 @@ class Choices:
             name, text = kind.sse_event_name(chunk), chunk.to_json()
             if len(self._replies) > 1:
                 told = json.loads(text)
-                if not told["choices"]:
-                    self._usages.append(told["usage"])
-                    if len(self._usages) < len(self._replies):
+                if told.get("usage"):
+                    self._usages.append(told.pop("usage"))
+                    if len(self._usages) == len(self._replies):
+                        told["usage"] = _added(self._usages)
+                    elif not told["choices"]:
                         continue
-                    told["usage"] = _added(self._usages)
                 told["choices"] = [{**one, "index": which} for one in told["choices"]]
                 text = json.dumps(told, ensure_ascii=False)
             yield (f"event: {name}\n" if name else "") + f"data: {text}\n\n"

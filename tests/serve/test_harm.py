@@ -65,10 +65,8 @@ class Others:
                 one.result()
 
 
-@pytest.fixture(scope="module")
-def poisoned(server):
-    """The server, whose model fails at a step that holds a certain token."""
-    model = server.app.worker.engine.model
+def fail_at_poison(model):
+    """Let a model fail at a step that holds a certain token."""
     forward = model.forward
 
     def failing(step, *rest):
@@ -77,6 +75,12 @@ def poisoned(server):
         return forward(step, *rest)
 
     model.forward = failing
+
+
+@pytest.fixture(scope="module")
+def poisoned(server):
+    model = server.app.worker.engine.model
+    fail_at_poison(model)
     yield server
     del model.forward
 
