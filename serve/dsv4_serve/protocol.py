@@ -131,10 +131,15 @@ def asked(kind: str, body: dict[str, Any], served: Served, name: str) -> Asked:
     body = {**body, "model": "DeepSeek-V4-Pro"}
     wishes = _wishes(kind, body)
     n = whole(body, "n", 1, 1, MOST_CHOICES) or 1
+    if (most := body.pop("max_completion_tokens", None)) is not None:  # the newer name, which the library does not read
+        if body.get("max_tokens") not in (None, most):
+            raise RefusedError("max_tokens and max_completion_tokens differ; give one", param="max_completion_tokens")
+        body["max_tokens"] = most
     for own in ("n", "top_k", "min_p", "presence_penalty", "frequency_penalty", "logit_bias"):
         body.pop(own, None)
     if kind == "chat":
         body["messages"] = _developers_are_system(body.get("messages"))
+    _check_parts(body)
     effort = _effort(kind, body)
     options = recipe.ConversionOptions(default_thinking_mode=served.thinking)
     any_tool = _any_tool(body) if kind == "messages" else False
@@ -215,6 +220,21 @@ def _developers_are_system(messages: Any) -> Any:
     if not isinstance(messages, list):
         return messages
     return [{**m, "role": "system"} if isinstance(m, dict) and m.get("role") == "developer" else m for m in messages]
+
+
+def _check_parts(body: dict[str, Any]) -> None:
+    """Raise ``RefusedError`` for what the library takes inside of a field and does not heed."""
+    told = "message.output_text.logprobs"
+    if isinstance(include := body.get("include"), list) and told in include and body.get("top_logprobs") is None:
+        raise RefusedError(f"include {told!r} needs top_logprobs, which says how many", param="include")
+    wanted = body.get("output_config")
+    if isinstance(wanted, dict) and (unknown := sorted(map(str, wanted.keys() - {"effort"}))):
+        raise RefusedError(
+            f"output_config.{unknown[0]} is not supported by this server; leave it out", param="output_config"
+        )
+    text = body.get("text")
+    if isinstance(text, dict) and text.get("verbosity") not in (None, "medium"):
+        raise RefusedError("text.verbosity is not supported by this server; leave it out", param="text")
 
 
 def _effort(kind: str, body: dict[str, Any]) -> str | None:

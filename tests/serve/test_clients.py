@@ -54,6 +54,8 @@ def test_chat_says_what_the_model_says(client, server):
     assert reply.choices[0].message.content == text
     assert reply.choices[0].finish_reason == "length"
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (len(ids), len(out))
+    newer = client.chat.completions.create(model=MODEL, messages=ASK, max_completion_tokens=3, temperature=0)
+    assert newer.usage.completion_tokens == 3
     chunks = list(
         client.chat.completions.create(
             model=MODEL, messages=ASK, max_tokens=10, temperature=0, stream=True, stream_options={"include_usage": True}
@@ -240,8 +242,11 @@ def test_a_tool_must_be_called_or_the_request_is_refused(claude):
         {"tool_choice": {"type": "any"}, "thinking": {"type": "enabled", "budget_tokens": 1024}},
         {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
         {"tool_choice": {"type": "any"}, "tools": []},
+        {"extra_body": {"output_config": {"format": {"type": "json_schema", "schema": TOOL}}}},
     ):
-        with pytest.raises(anthropic.BadRequestError, match=r"tool_choice any|disable_parallel_tool_use"):
+        with pytest.raises(
+            anthropic.BadRequestError, match=r"tool_choice any|disable_parallel_tool_use|output_config.f"
+        ):
             claude.messages.create(**{**how, **more})
 
 
@@ -257,6 +262,7 @@ def test_a_tool_must_be_called_or_the_request_is_refused(claude):
         ({"max_tokens": 1300}, "maximum context length is 1200 tokens"),
         ({"messages": [{"role": "robot", "content": ""}]}, "robot"),
         ({"messages": []}, "message"),
+        ({"extra_body": {"max_completion_tokens": 3}}, "max_tokens and max_completion_tokens differ"),
         ({"reasoning_effort": "enormous"}, "enormous|reasoning"),
     ],
 )

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 MODEL = "tiny-jargon"
+PATIENCE = 600  # seconds: a machine may do other work
 POISON = 1900  # a token that the server of these tests fails on
 ON = {"1": -100}  # the reply does not end by itself
 ASKS = [  # what the others ask meanwhile: streamed or not, greedy or sampled, of two protocols
@@ -33,7 +34,7 @@ STREAMS = {
 
 def told(server, route, body):
     """What a client is told, without what names and dates it."""
-    reply = httpx.post(f"{server.url}/v1/{route}", json={"model": MODEL, **body}, timeout=120)
+    reply = httpx.post(f"{server.url}/v1/{route}", json={"model": MODEL, **body}, timeout=PATIENCE)
     assert reply.status_code == 200, reply.text
     if not body.get("stream"):
         return json.dumps(reply.json()["choices"])
@@ -87,7 +88,7 @@ def poisoned(server):
 
 def raw(server, *parts, read=0, reset=False):
     """Send bytes as they are, read some, and go: politely, or with a reset."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as connection:
         for part in parts:
             connection.sendall(part)
         got = connection.recv(read) if read else b""
@@ -106,7 +107,7 @@ def leaves_at_each_token(server):
     for route, body in STREAMS.items():
         for lines in (0, 1, 2, 4, 7, 12):
             with httpx.stream(
-                "POST", f"{server.url}/v1/{route}", json={"model": MODEL, "stream": True, **body}, timeout=60
+                "POST", f"{server.url}/v1/{route}", json={"model": MODEL, "stream": True, **body}, timeout=PATIENCE
             ) as reply:
                 for _ in itertools.islice(reply.iter_lines(), lines):
                     pass
@@ -149,11 +150,11 @@ def sits_idle(server):
 def meets_a_failing_device(server):
     for stream in (False, True):
         body = {"model": MODEL, "prompt": [5, POISON, 6], "max_tokens": 4, "stream": stream}
-        reply = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        reply = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE)
         assert reply.status_code == (200 if stream else 500)
         assert "RuntimeError: the device hiccups" in reply.text
     later = {"model": MODEL, "prompt": [5, 6], "max_tokens": 4, "logit_bias": {str(POISON): 100}}  # not in the prompt
-    assert httpx.post(f"{server.url}/v1/completions", json=later, timeout=60).status_code == 500
+    assert httpx.post(f"{server.url}/v1/completions", json=later, timeout=PATIENCE).status_code == 500
 
 
 def sends_much(server):
@@ -175,7 +176,7 @@ def sends_much(server):
     }  # fmt: skip
     for route, several in bodies.items():
         for body in several:
-            reply = httpx.post(f"{server.url}/v1/{route}", content=body.encode(), timeout=120)
+            reply = httpx.post(f"{server.url}/v1/{route}", content=body.encode(), timeout=PATIENCE)
             assert reply.status_code in {400, 404, 413}, (route, body[:80], reply.text[:200])
             assert reply.json()["error"]["message"]
             assert len(reply.text) < 1000
