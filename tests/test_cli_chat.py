@@ -131,22 +131,23 @@ def test_the_command_at_a_terminal(tmp_path):
     pytest.importorskip("prompt_toolkit")
     words = ["-m", "dsv4_core", "chat", "-b", "reference", "--temperature", "0", "-n", "400", "--system", "Be brief."]
     known = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "HOME": str(tmp_path)}
-    terminal = pexpect.spawn(sys.executable, words, env=known, encoding="utf-8", timeout=120, dimensions=(40, 100))
+    terminal = pexpect.spawn(sys.executable, words, env=known, encoding="utf-8", timeout=300, dimensions=(40, 100))
+    ready = r">[^\n]*\x1b\[\?25h"  # the prompt is drawn and the cursor shown
     terminal.expect("Ctrl-D ends")
-    terminal.expect("> ")
+    terminal.expect(ready)
     terminal.send("Tell me about kludgez\x7f and foo\r")  # a slip, taken back
     terminal.expect(r"\n[^\n>]*[a-z]{2}")  # the reply has begun
     terminal.sendintr()
     terminal.expect(r"\(ended\)")
-    terminal.expect("> ")
+    terminal.expect(ready)
     terminal.send(f"/save {tmp_path / 'talk.json'}\r")
     terminal.expect("3 turns in")
-    terminal.expect("> ")
+    terminal.expect(ready)
     terminal.send("/stats\r")
     terminal.expect("generated")
-    terminal.expect("> ")
+    terminal.expect(ready)
     terminal.sendintr()  # at the prompt it ends nothing
-    terminal.expect("> ")
+    terminal.expect(ready)
     terminal.sendeof()
     terminal.expect(pexpect.EOF)
     terminal.close()

@@ -93,6 +93,12 @@ def _prompts(prompt: Any, served: Served) -> list[Ids]:
     """One prompt or several, of text or ids."""
     if isinstance(prompt, str):
         prompt = [prompt]
+    most = max(4096, served.engine.capacity)
+    if isinstance(prompt, list) and len(prompt) > most:
+        raise RefusedError(
+            f"prompt: {len(prompt)} of them; the context holds {served.engine.capacity} tokens, and a request 4096 prompts",
+            param="prompt",
+        )
     if not isinstance(prompt, list) or not prompt or (len(prompt) > 4096 and not _is_ids(prompt)):
         raise RefusedError(
             "prompt must be a text, a list of texts, a list of ids or a list of such lists", param="prompt"

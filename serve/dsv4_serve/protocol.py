@@ -140,6 +140,9 @@ def asked(kind: str, body: dict[str, Any], served: Served, name: str) -> Asked:
     if kind == "chat":
         body["messages"] = _developers_are_system(body.get("messages"))
     _check_parts(body)
+    turns = body.get("input" if kind == "responses" else "messages")
+    if isinstance(turns, list) and len(turns) > served.engine.capacity:
+        raise RefusedError(f"{len(turns)} turns; the maximum context length is {served.engine.capacity} tokens")
     effort = _effort(kind, body)
     options = recipe.ConversionOptions(default_thinking_mode=served.thinking)
     any_tool = _any_tool(body) if kind == "messages" else False

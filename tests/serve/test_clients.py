@@ -25,12 +25,12 @@ TOOL = {
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=600)
 
 
 @pytest.fixture(scope="module")
 def claude(server):
-    return anthropic.Anthropic(base_url=server.url, api_key="any", max_retries=0, timeout=120)
+    return anthropic.Anthropic(base_url=server.url, api_key="any", max_retries=0, timeout=600)
 
 
 def expected(server, count, *, thinking=False):
