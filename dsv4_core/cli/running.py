@@ -23,8 +23,9 @@ ALONE = RankFlags(tp=1, ep=1, stats=False)
 @contextmanager
 def bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar on the terminal (nothing where standard error is not one)."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from dsv4_core.cli.console import Console
 
     console = Console(stderr=True)
     shown = console.is_terminal and os.environ.get("RANK", "0") == "0"  # of several ranks the first one's
