@@ -134,7 +134,7 @@ def calls(device: str) -> dict[str, Callable[[], Any]]:
         x, s = codes(6 * rows, 4096), scales(6 * rows, 32)
         w = (codes(256, 2048, 2048), scales(256, 2048, 128)) if fp4 else (codes(256, 2048, 4096), scales(256, 16, 32))
         offsets = torch.arange(257, dtype=torch.int32, device=device) * (6 * rows) // 256
-        return lambda: scaled_matmul.expert_linear(x, s, *w, offsets, fp4=fp4)
+        return lambda: scaled_matmul.expert_products(x, s, [w], offsets, fp4=fp4)
 
     found = {}
     for phase, rows in (("decode", 1), ("prefill", 4096)):
