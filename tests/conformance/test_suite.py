@@ -181,6 +181,17 @@ def test_a_narrower_declaration_is_its_own_ops_and_is_reported():
     )
 
 
+def test_probabilities_on_the_grid_are_allowed_what_others_are():
+    """Two rows alike: each has half, a number of BF16. Weights that are rounded before their sum divides them are off even so."""
+    oracle = registry.oracle("native", {"sparse_attn": OPS["sparse_attn"].narrower})
+    q, kv = np.zeros((1, 1, 16), BFLOAT16), np.ones((2, 16), BFLOAT16)
+    kv[1] = -1
+    operands = [q, kv, np.full(1, -1e30, np.float32), np.array([[0, 1]], np.int32)]
+    exact, others = oracle.evaluate("sparse_attn", operands, {"softmax_scale": 1.0}, samples=16, seed=0)
+    spread = max(float(np.abs(o - exact).max()) for o in others)
+    assert 2.0**-10 < spread < 2.0**-7
+
+
 def test_full_tier_has_more_seeds_whose_ids_replay():
     ran = runner.run(session("smoke"), cases=["hc_add/small#3", "hc_add/small"])
     assert ran.ok

@@ -12,8 +12,9 @@ from typing import Any
 from dsv4_backend_cuda import launch
 
 STEPS = {"BLOCK_N": (64, 128), "BLOCK_T": (16, 128), "num_warps": (4, 8), "num_stages": (1, 5)}
-"""Options that no result's bits depend on, and their range. Those that cut a sum into pieces (SPLIT, ROWS, PIECE) are left alone. A
-program of the scaled products reads one scale of 128 outputs: BLOCK_N ends there.
+"""Options that the bits of no whole sum depend on, and their range (BLOCK_N decides how many pieces a sum that may be split has). Those that
+cut a sum into pieces (SPLIT, ROWS, PIECE) are left alone. A program of the scaled products reads one scale of 128 outputs: BLOCK_N
+ends there.
 """
 
 
