@@ -1,9 +1,11 @@
 """The suite itself: stable ids and seeds, budgets, guards, claims, xfails, isolation, reports; and that its documents are fresh."""
 
 import datetime
+import io
 import json
 import os
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from dsv4_conformance.report.matrix import between, matrix, summary
 from dsv4_conformance.report.matrix import load as load_report
 from dsv4_conformance.report.op_pages import op_reference
 from dsv4_conformance.report.write import finite
-from dsv4_conformance.run import runner
+from dsv4_conformance.run import isolate, runner
 from dsv4_conformance.run.catalogue import collect
 from dsv4_conformance.run.isolate import Workers
 from dsv4_conformance.run.xfails import Xfail, stale
@@ -287,6 +289,27 @@ def test_xfails(tmp_path):
         (tmp_path / "x.toml").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_xfails(tmp_path / "x.toml")
+
+
+@pytest.mark.parametrize(("sticky", "started"), [(True, 2), (False, 1)])
+def test_after_an_error_on_a_device_its_process_is_replaced(sticky, started, monkeypatch):
+    """A device's context may stay broken; a wrong result says nothing of it."""
+    starts, ends = [], iter(["passed", "failed", "error", "passed", "failed"])
+
+    def start(self):
+        starts.append(1)
+        self.child = types.SimpleNamespace(stdin=io.BytesIO())
+        return self.child
+
+    monkeypatch.setattr(isolate.Process, "start", start)
+    monkeypatch.setattr(isolate.Process, "close", lambda self: setattr(self, "child", None))
+    monkeypatch.setattr(
+        isolate.Process, "listen", lambda _self, _child, check, _until: isolate.lost(check, next(ends), "")
+    )
+    chosen = [case("hc_add/small")] * 5
+    found = list(Workers("right", "native", {}, "smoke", sticky=sticky).execute(chosen))
+    assert [f.status for f in found] == ["passed", "failed", "error", "passed", "failed"]
+    assert len(starts) == started
 
 
 def test_isolation_reports_what_died_and_goes_on(tmp_path, monkeypatch):
