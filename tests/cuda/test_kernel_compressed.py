@@ -5,7 +5,6 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from dsv4_backend_cuda import launch
 from dsv4_backend_cuda.kernels import compress, index, mhc
 
 
@@ -57,7 +56,7 @@ def test_index_scores(batch, seq, heads, dim, rows, packed):
 def test_index_select(rows, topk, piece, monkeypatch):
     """One program a token, and pieces of a token's rows side by side, then the best of their best."""
     if piece:
-        monkeypatch.setitem(launch.table()["index_select", 90]["config"], "PIECE", piece)
+        monkeypatch.setattr(index, "PIECE", piece)
     scores = oracle.normal(2, 3, rows, seed=10, dtype=torch.float32)
     scores[0, 1] = torch.round(scores[0, 1])  # many equals, both signs of zero among them
     scores[1, 0] = 0.5
@@ -82,7 +81,7 @@ def test_index_select_takes_nan_and_infinities():
 
 def test_index_select_takes_nan_and_infinities_in_pieces(monkeypatch):
     """The last piece is short, one holds nothing but the least, and one token sees less than a piece."""
-    monkeypatch.setitem(launch.table()["index_select", 90]["config"], "PIECE", 8)
+    monkeypatch.setattr(index, "PIECE", 8)
     scores = torch.full((1, 3, 37), -torch.inf)
     scores[0, :, 3], scores[0, :, 17], scores[0, :, 36], scores[0, :, 20] = torch.nan, torch.inf, 2.0, -1.0
     visible = oracle.guarded(torch.tensor([[37, 19, 5]], dtype=torch.int32))

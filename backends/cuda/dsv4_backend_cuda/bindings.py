@@ -151,7 +151,7 @@ def _logits(be: Settings, x: Tensor, weight: Any) -> Tensor:
     if isinstance(weight, ScaledArray):
         return linear(be, x, weight, out_dtype="float32")[None]
     split = not be.batch_invariant
-    return dense_matmul.products(x.contiguous(), weight.contiguous(), out_dtype=torch.float32, split=split)
+    return dense_matmul.products(x.contiguous(), weight.contiguous(), out_dtype=torch.float32, split=split, reader=True)
 
 
 def gate(be: Settings, x: Tensor, weight: Any, bias: Tensor, *, topk: int, route_scale: float) -> Quantised:
@@ -199,7 +199,7 @@ def ffn(be: Settings, x: Tensor, w1: ScaledArray, w3: ScaledArray, w2: ScaledArr
     """The input is quantised once, w1 and w3 are one launch, whose pieces SwiGLU adds up; it hands w2 its codes."""
     both = scaled_matmul.products(
         *_quantise(x, fp4=_fp4(w1)), [_parts(w1), _parts(w3)],
-        out_dtype=x.dtype, fp4=_fp4(w1), split=not be.batch_invariant,
+        out_dtype=x.dtype, fp4=_fp4(w1), split=not be.batch_invariant, reader=True,
     )  # fmt: skip
     hidden = moe.swiglu_quant(both, limit=limit, paired=scaled_matmul.paired(x, fp4=_fp4(w2)))
     return _product(be, hidden, w2, x.dtype)

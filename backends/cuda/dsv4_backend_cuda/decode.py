@@ -83,7 +83,7 @@ def steps(results: Iterable[Any]) -> Iterator[Step]:
             for p in _products(config):
                 if r := built.get((p.kernel, p.variant, arch)):
                     programs, passes = cdiv(p.outputs, r.config["BLOCK_N"]) * p.copies, p.inputs // 128
-                    span = pieces.span(programs, passes, arch) if p.split else passes
+                    span = pieces.span(programs, passes, arch, reader=p.reader) if p.split else passes
                     count = cdiv(passes, span)
                     split = built.get((p.kernel, "split", arch), r) if count > 1 else r
                     size = p.outputs * p.inputs * p.copies * BYTES[p.kernel]

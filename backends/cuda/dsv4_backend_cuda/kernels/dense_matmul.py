@@ -57,13 +57,13 @@ def dense_matmul_kernel(
     tl.store(y + at, tl.trans(acc).to(y.dtype.element_ty), mask=live_t[:, None] & live_n[None, :])
 
 
-def _launch(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, out_dtype: torch.dtype, groups: int, *, split: bool) -> torch.Tensor:
+def _launch(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, out_dtype: torch.dtype, groups: int, *, split: bool, reader: bool = False) -> torch.Tensor:
     rows, k = x.shape[0], x.shape[-1]
     n = weight.shape[0] // groups
     options = launch.options(f"{'grouped_linear' if scale is not None else 'bf16_linear'}_{'decode' if rows <= DECODE_TOKENS else 'prefill'}", x)
     grid = (cdiv(n, options["BLOCK_N"]), cdiv(rows, options["BLOCK_T"]))
     steps = cdiv(k, 128)
-    span = pieces.span(grid[0] * grid[1], steps, launch.architecture(str(x.device))) if split else steps
+    span = pieces.span(grid[0] * grid[1], steps, launch.architecture(str(x.device)), reader=reader) if split else steps
     count = max(cdiv(steps, span), 1)
     y = torch.empty((count, rows, weight.shape[0]), dtype=out_dtype if count == 1 else torch.float32, device=x.device)
     dense_matmul_kernel[(*grid, max(groups, count))](
@@ -72,9 +72,9 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, o
     return y
 
 
-def products(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype, split: bool) -> torch.Tensor:
-    """``linear`` as [pieces, tokens, out]: one piece, or several in float32 for the reader to add up (``scaled_matmul.products``)."""
-    return _launch(x, weight, None, out_dtype, 1, split=split)
+def products(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype, split: bool, reader: bool = False) -> torch.Tensor:
+    """``linear`` as [pieces, tokens, out]: one piece, or several in float32 to be added up (``scaled_matmul.products``)."""
+    return _launch(x, weight, None, out_dtype, 1, split=split, reader=reader)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype, split: bool = False) -> torch.Tensor:

@@ -9,6 +9,7 @@ from dsv4_backend_cuda.kernels.formats import bf16_of_e2m1
 from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
 
 SIDE_BY_SIDE = 1024  # programs of pieces: eight a multiprocessor, whose passes hide each other's waiting
+PIECE = 8192  # rows of a piece, four blocks of a pass
 LEAST_PIECES = 4  # fewer save less than the second launch and its list cost
 
 
@@ -150,8 +151,7 @@ def index_select(scores: torch.Tensor, visible: torch.Tensor, offset: torch.Tens
     batch, seq, rows = scores.shape
     tokens = batch * seq
     picks = torch.empty((batch, seq, topk), dtype=torch.int32, device=scores.device)
-    options = dict(launch.options("index_select", scores))
-    length = max(options.pop("PIECE"), 2 * next_power_of_2(topk))
+    options, length = launch.options("index_select", scores), max(PIECE, 2 * next_power_of_2(topk))
     pieces = cdiv(rows, length)
     if tokens * pieces > SIDE_BY_SIDE or pieces < LEAST_PIECES:
         index_select_kernel[(tokens,)](scores, visible, offset, picks, picks, rows, topk, 0, WHOLE=True, LISTED=False, **options)

@@ -124,15 +124,15 @@ def _launch(
     return y
 
 
-def products(codes: torch.Tensor, scales: torch.Tensor, weights: Sequence[Weight], *, out_dtype: torch.dtype, fp4: bool, split: bool) -> torch.Tensor:
+def products(codes: torch.Tensor, scales: torch.Tensor, weights: Sequence[Weight], *, out_dtype: torch.dtype, fp4: bool, split: bool, reader: bool = False) -> torch.Tensor:
     """Products with one weight or two [out, in] as [pieces, tokens, outputs]: one piece in ``out_dtype``, or several in float32 for the reader to add up.
 
-    ``split``: allowed to cut the sum in pieces, where there are too few programs for the multiprocessors.
+    ``split``: allowed to cut the sum in pieces, where there are too few programs for the multiprocessors; ``reader``: whoever reads it adds them up.
     """
     rows, n, steps = codes.shape[0], weights[0][0].shape[0], codes.shape[1] // 128
     options = launch.options(f"{'fp4_' if fp4 else ''}linear_{'decode' if rows <= DECODE_TOKENS else 'prefill'}", codes)
     tiles, arch = cdiv(rows, options["BLOCK_T"]), launch.architecture(str(codes.device))
-    span = pieces.span(cdiv(n, options["BLOCK_N"]) * len(weights) * tiles, steps, arch) if split else steps
+    span = pieces.span(cdiv(n, options["BLOCK_N"]) * len(weights) * tiles, steps, arch, reader=reader) if split else steps
     count = max(cdiv(steps, span), 1)
     y = torch.empty((count, rows, n * len(weights)), dtype=out_dtype if count == 1 else torch.float32, device=codes.device)
     return _launch((codes, scales), weights, y, scales, None, experts=0, tiles=tiles, topk=0, fp4=fp4, span=span, options=options)
