@@ -226,9 +226,10 @@ def routed(
     return moe.combine(rows, place, offsets, shared, topk=topk, out_dtype=getattr(torch, out_dtype))
 
 
-def cache_write(be: Settings, cache_: Tensor, rows: Tensor, index: Tensor, *, layout: RowLayout) -> None:
+def cache_write(be: Settings, cache_: Tensor, rows: Tensor, index: Tensor, *, layout: RowLayout) -> Tensor:
     del be
     cache.cache_write(cache_, rows.contiguous(), index.contiguous(), layout=layout)
+    return cache_
 
 
 def cache_read(be: Settings, cache_: Tensor, index: Tensor, *, layout: RowLayout) -> Tensor:
