@@ -62,7 +62,7 @@ def weights(
     """
     preset = PRESETS["tiny-dspark" if dspark else "tiny"]
     stages = len(preset.compress_ratios) - preset.num_hidden_layers
-    reads = {"dspark_target_layer_ids": tuple(range(len(ratios))), "dspark_noise_token_id": VOCAB - 1}
+    reads: dict[str, Any] = {"dspark_target_layer_ids": tuple(range(len(ratios))), "dspark_noise_token_id": VOCAB - 1}
     made = replace(
         preset,
         vocab_size=VOCAB,

@@ -165,7 +165,7 @@ def dspark(run: Run) -> None:
     assert drafter is not None
     cache, ids, w = run.cache(2), some_ids((2, 40), 9), run.watcher
     for columns in (slice(0, 21), slice(21, 22), slice(22, 25)):
-        step, taps = Step(cache, ids[:, columns]), []
+        step, taps = Step(cache, ids[:, columns]), list[Any]()
         w.time = "prefill" if columns.start == 0 else f"at{columns.start}"
         w.positions = step.host_positions.reshape(-1)
         run.model.forward(step, taps)
