@@ -91,7 +91,7 @@ class Tensors:
         index, total_size = self._index()
         by_file: dict[str, set[str]] = {}
         for name, file in index.items():
-            if canonical_name(name).startswith(only):
+            if not only or canonical_name(name).startswith(only):
                 by_file.setdefault(file, set()).add(name)
         if not by_file and (single := self._single()):
             by_file[single] = set()
