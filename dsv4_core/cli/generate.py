@@ -12,6 +12,7 @@ import click
 
 from dsv4_core.cli.commands import Command, option
 from dsv4_core.cli.options import BackendFlags, RankFlags, backend_options, json_option, rank_options
+from dsv4_core.files import reading
 
 if TYPE_CHECKING:
     from dsv4_core.session import Generation, Session
@@ -153,10 +154,7 @@ def _turns(turns: list[Any], system: str) -> list[Any]:
 def _lines(file: Path) -> list[Any]:
     """Read a prompts file; raise ``ValueError`` naming the line that is no prompt."""
     name = "standard input" if str(file) == "-" else str(file)
-    try:
-        lines = (sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")).splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: not UTF-8 text ({error})") from None
+    lines = (_given("-") if str(file) == "-" else reading.text(file)).splitlines()
     if not lines:
         raise ValueError(f"{name}: no prompt; write one a line")
     prompts: list[Any] = []
