@@ -32,6 +32,13 @@ def load(path: str) -> None:
     print(len(read_conversation(Path(path), None)), "turns")
 
 
+def prompts(path: str) -> None:
+    """``generate --prompts``, as far as the file alone goes."""
+    from dsv4_core.cli.generate import read_prompts
+
+    print(len(read_prompts((), (), (), Path(path), "")), "prompts")
+
+
 def texts(directory: str) -> None:
     """The fixed texts of a checkpoint's encoder, which is read and never run."""
     from dsv4_core.text.fixed_texts import fixed_texts
@@ -126,7 +133,7 @@ def _served() -> Any:
 
     logging.getLogger("dsv4.serve").disabled = True
     return running.application(
-        dsv4.load("speaking", backend="reference"), name="speaking", slots=1, context=1200, profile="official"
+        dsv4.load("speaking", backend="reference"), name="speaking", slots=1, context=400, profile="official"
     )
 
 
@@ -168,4 +175,4 @@ async def _asked(app: Any, path: str, content: bytes) -> tuple[int, str]:
     return sent[0]["status"], text
 
 
-DIRECT = {f"@{f.__name__}": f for f in (tokenizer, load, texts, secret, store, signed, body)}
+DIRECT = {f"@{f.__name__}": f for f in (tokenizer, load, prompts, texts, secret, store, signed, body)}

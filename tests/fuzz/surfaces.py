@@ -19,6 +19,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from rewriting import small
 
+from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.checkpoint.create import create, preset
+
 Damage = Callable[[Random, bytes], bytes]
 
 
@@ -65,9 +68,11 @@ def prepare(folder: Path) -> None:
     with contextlib.suppress(ImportError):
         import torch  # noqa: F401
     small(folder / "model")
+    micro = preset(PRESETS["tiny"], layers=1, experts=2, ratios=(4,), max_position=None, expert_dtype="fp4")
+    create(folder / "micro", micro, expert_format="e2m1", seed=0, shard_size=1_000_000)
     _speaking(folder / "speaking")
     snapshot = folder / "hub/hub/models--a--b/snapshots/0123abcd"
-    shutil.copytree(folder / "model", snapshot)
+    shutil.copytree(folder / "micro", snapshot)
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs/main").write_text("0123abcd")
     os.environ["HF_HOME"] = f"{folder / 'hub'}"
@@ -80,7 +85,7 @@ def prepare(folder: Path) -> None:
         "bandwidth_gbs": 3350,
         "link_gbs": 450,
         "tflops": {"bfloat16": 989, "fp8": 1979, "vector": 67},
-        "devices": 4,
+        "devices": 2,
         "source": "x",
     }
     (folder / "machine.json").write_text(json.dumps(entry))
@@ -102,8 +107,8 @@ def prepare(folder: Path) -> None:
             "reference",
         ),
         ("conformance", "run", "--op", "rms_norm", "--tier", "smoke", "-b", "reference", "-q", "--report", "report"),
-        ("convert", "model", "ranks", "--tp", "2"),
-        ("convert", "model", "copy", "--to", "bf16"),
+        ("convert", "micro", "ranks", "--tp", "2"),
+        ("convert", "micro", "copy", "--to", "bf16"),
     ]
     for words in made:
         assert run(*words) == 0, words
@@ -236,17 +241,17 @@ def _case(folder: Path) -> None:
     replay.save(folder / f"one{replay.SUFFIX}", export.Exported(folder / "bundle", entry).call(), "native", "a note")
 
 
-SHARD = "model/model-00001-of-00002.safetensors"
-LOOK = ("inspect", "model", "--no-audit")
-AUDIT = ("inspect", "model")
-SAY = ("generate", "model", "--tokens", "5,6,7", "-n", "2", "-b", "reference", "--chunk", "2")
+READ = ("inspect", "micro", "--no-audit", "--json")
+LOOK = ("inspect", "micro", "--no-audit")
+AUDIT = ("inspect", "micro")
+SAY = ("generate", "micro", "--tokens", "5,6,7", "-n", "2", "-b", "reference", "--chunk", "2")
 JUDGE = ("conformance", "judge", "bundle", "results", "--op", "rms_norm")
-MODEL = ("config.json", "model")
+MODEL = ("config.json", "micro")
 
 
 def surfaces(folder: Path) -> list[Surface]:
     """All of them; ``folder`` was prepared."""
-    shards = sorted(p.name for p in (folder / "model").glob("*.safetensors"))
+    shards = sorted(p.name for p in (folder / "copy").glob("*.safetensors"))
     rank = min(p.name for p in (folder / "ranks/rank-0-of-2").glob("*.safetensors"))
     case = json.loads((folder / "bundle/manifest.json").read_text())["cases"]
     result = next(c["results"] for c in case if c["op"] == "rms_norm")
@@ -256,22 +261,22 @@ def surfaces(folder: Path) -> list[Surface]:
     )
     lines = ("generate", "speaking", "-n", "1", "-b", "reference", "--prompts")
     trace = ("conformance", "localise", "--trace", "trace", "-b", "reference", "--cases", "found")
-    resume = ("convert", "model", "resumed", "--to", "bf16")
+    resume = ("convert", "micro", "resumed", "--to", "bf16")
     return [
-        Surface("shard header", f"model/{shards[0]}", mutate.safetensors, (LOOK, LOOK, LOOK, AUDIT, SAY), slow=2, named=("model",)),
-        Surface("index.json", "model/model.safetensors.index.json", mutate.json_file, (LOOK, LOOK, SAY), named=("model",)),
-        Surface("config.json", "model/config.json", mutate.json_file, (LOOK, SAY), named=MODEL),
-        Surface("tokenizer.json", "speaking/tokenizer.json", mutate.json_file, (("@tokenizer", "speaking"), ("@tokenizer", "speaking"), say, chat), named=("tokenizer",)),
-        Surface("tokenizer_config.json", "speaking/tokenizer_config.json", mutate.json_file, (chat,), slow=4),
-        Surface("generation_config.json", "speaking/generation_config.json", mutate.json_file, (chat,), slow=4, named=("temperature", "top_p")),
-        Surface("prompts.jsonl", "prompts.jsonl", mutate.json_lines, ((*lines, "prompts.jsonl"),), slow=4, named=("prompt",)),
-        Surface("prompts.txt", "prompts.txt", mutate.raw, ((*lines, "prompts.txt"),), slow=4, named=("prompt", "encode")),
+        Surface("shard header", f"micro/{min(p.name for p in (folder / 'micro').glob('*.safetensors'))}", mutate.safetensors, (READ, READ, READ, AUDIT, SAY), named=("micro",)),
+        Surface("index.json", "micro/model.safetensors.index.json", mutate.json_file, (READ, READ, READ, LOOK, SAY), named=("micro",)),
+        Surface("config.json", "micro/config.json", mutate.json_file, (READ, READ, READ, LOOK, SAY), named=MODEL),
+        Surface("tokenizer.json", "speaking/tokenizer.json", mutate.json_file, (*6 * (("@tokenizer", "speaking"),), say, chat), named=("tokenizer",)),
+        Surface("tokenizer_config.json", "speaking/tokenizer_config.json", mutate.json_file, (chat,), slow=50),
+        Surface("generation_config.json", "speaking/generation_config.json", mutate.json_file, (chat,), slow=50, named=("temperature", "top_p")),
+        Surface("prompts.jsonl", "prompts.jsonl", mutate.json_lines, (*9 * (("@prompts", "prompts.jsonl"),), (*lines, "prompts.jsonl")), named=("prompt",)),
+        Surface("prompts.txt", "prompts.txt", mutate.raw, (*9 * (("@prompts", "prompts.txt"),), (*lines, "prompts.txt")), named=("prompt", "encode")),
         Surface("conversation", "conversation.json", mutate.json_file, (("@load", "conversation.json"),)),
         Surface("encoder", "encoded/encoding/encoding_dsv4.py", mutate.python, (("@texts", "encoded"),), named=("encod",)),
-        Surface("hub reference", "hub/hub/models--a--b/refs/main", mutate.raw, (("inspect", "a/b", "--no-audit"),), named=("a/b", "refs")),
+        Surface("hub reference", "hub/hub/models--a--b/refs/main", mutate.raw, (("inspect", "a/b", "--no-audit", "--json"),), named=("a/b", "refs")),
         Surface("secret file", "secret", mutate.raw, (("@secret", "secret"),)),
         Surface("ranks store", "store.json", mutate.store, (("@store", "store.json"), ("@signed", "store.json")), named=("rank",)),
-        *(Surface(f"body of {kind}", f"{kind}.body", mutate.json_file, (("@body", kind, f"{kind}.body"),), slow=10 if kind == "tools" else 1, named=("",))
+        *(Surface(f"body of {kind}", f"{kind}.body", mutate.json_file, (("@body", kind, f"{kind}.body"),), slow={"tools": 4, "messages": 2, "responses": 20}.get(kind, 1), named=("",))
           for kind in ("chat", "tools", "messages", "responses", "completions", "tokenize")),
         Surface("token .npy", "tokens.npy", mutate.npy,
                 (*4 * (("logits", "model", "--tokens", "tokens.npy", "--prefill", "2", "-b", "reference", "--out", "out.npz"),),
@@ -279,16 +284,16 @@ def surfaces(folder: Path) -> list[Surface]:
         Surface("dsv4.toml", "dsv4.toml", mutate.words, (("explain", "--model", "tiny", "--layer", "0"),), named=("backend",)),
         Surface("xfails", "xfails.toml", mutate.words,
                 (("conformance", "run", "--case", "rms_norm/tokens=1", "-b", "reference", "-q", "--xfails", "xfails.toml"),), slow=3, named=("xfail", "--case")),
-        Surface("hardware file", "machine.json", mutate.json_file, (("plan", "--model", "model", "--hardware", "machine.json", "--context", "256"),), named=("machine", "devices")),
+        Surface("hardware file", "machine.json", mutate.json_file, (("plan", "--model", "micro", "--hardware", "machine.json", "--context", "256", "--json"),), named=("machine", "devices")),
         Surface("judge manifest", "bundle/manifest.json", mutate.json_file, (JUDGE,), named=("bundle",)),
         Surface("judge results", f"results/{result}", mutate.safetensors, (JUDGE,), named=(result, "rms_norm")),
         Surface("judge inputs", f"bundle/inputs/{result}", mutate.safetensors, (JUDGE,), named=("bundle", "rms_norm")),
-        Surface("trace.json", "trace/trace.json", mutate.json_file, (trace,), slow=4, named=("trace",)),
+        Surface("trace.json", "trace/trace.json", mutate.json_file, (trace,), slow=8, named=("trace",)),
         Surface("trace tensors", "trace/trace.safetensors", mutate.safetensors, (trace,), same=True, named=("trace",)),
         Surface("saved case", "one.case.safetensors", mutate.safetensors,
-                (("conformance", "run", "--case", "one.case.safetensors", "-b", "reference", "-q"),), slow=4, named=("one.case",)),
-        Surface("rank copy manifest", "ranks/rank-0-of-2/convert.json", mutate.json_file, (("inspect", "ranks/rank-0-of-2", "--no-audit"),), named=("rank-0", "convert.json")),
-        Surface("rank copy shard", f"ranks/rank-0-of-2/{rank}", mutate.raw, (("inspect", "ranks/rank-0-of-2", "--no-audit"),), same=True, named=("rank-0", "safetensors")),
+                (("conformance", "run", "--case", "one.case.safetensors", "-b", "reference", "-q"),), slow=8, named=("one.case",)),
+        Surface("rank copy manifest", "ranks/rank-0-of-2/convert.json", mutate.json_file, (("inspect", "ranks/rank-0-of-2", "--no-audit", "--json"),), named=("rank-0", "convert.json")),
+        Surface("rank copy shard", f"ranks/rank-0-of-2/{rank}", mutate.raw, (("inspect", "ranks/rank-0-of-2", "--no-audit", "--json"),), same=True, named=("rank-0", "safetensors")),
         Surface("copy shard", f"copy/{shards[0]}", mutate.raw, (("generate", "copy", *SAY[2:]),), same=True, named=("copy",)),
         Surface("resume manifest", "resumed.partial/convert.json", mutate.json_file, (resume,), fresh=("resumed.partial", "resumed"), result="resumed", slow=4, named=("resumed",)),
         Surface("report.json", "report/report.json", mutate.json_file, (("conformance", "matrix", "report"), ("conformance", "matrix", "--brief", "report")), named=("report",)),
