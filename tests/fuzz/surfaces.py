@@ -263,10 +263,10 @@ def surfaces(folder: Path) -> list[Surface]:
     trace = ("conformance", "localise", "--trace", "trace", "-b", "reference", "--cases", "found")
     resume = ("convert", "micro", "resumed", "--to", "bf16")
     return [
-        Surface("shard header", f"micro/{min(p.name for p in (folder / 'micro').glob('*.safetensors'))}", mutate.safetensors, (READ, READ, READ, AUDIT, SAY), named=("micro",)),
-        Surface("index.json", "micro/model.safetensors.index.json", mutate.json_file, (READ, READ, READ, LOOK, SAY), named=("micro",)),
+        Surface("shard header", f"micro/{min(p.name for p in (folder / 'micro').glob('*.safetensors'))}", mutate.safetensors, (READ, READ, READ, AUDIT, SAY), slow=3, named=("micro",)),
+        Surface("index.json", "micro/model.safetensors.index.json", mutate.json_file, (READ, READ, READ, LOOK, SAY), slow=3, named=("micro",)),
         Surface("config.json", "micro/config.json", mutate.json_file, (READ, READ, READ, LOOK, SAY), named=MODEL),
-        Surface("tokenizer.json", "speaking/tokenizer.json", mutate.json_file, (*6 * (("@tokenizer", "speaking"),), say, chat), named=("tokenizer",)),
+        Surface("tokenizer.json", "speaking/tokenizer.json", mutate.json_file, (*6 * (("@tokenizer", "speaking"),), say, chat), slow=2, named=("tokenizer",)),
         Surface("tokenizer_config.json", "speaking/tokenizer_config.json", mutate.json_file, (chat,), slow=50),
         Surface("generation_config.json", "speaking/generation_config.json", mutate.json_file, (chat,), slow=50, named=("temperature", "top_p")),
         Surface("prompts.jsonl", "prompts.jsonl", mutate.json_lines, (*9 * (("@prompts", "prompts.jsonl"),), (*lines, "prompts.jsonl")), named=("prompt",)),
@@ -276,7 +276,7 @@ def surfaces(folder: Path) -> list[Surface]:
         Surface("hub reference", "hub/hub/models--a--b/refs/main", mutate.raw, (("inspect", "a/b", "--no-audit", "--json"),), named=("a/b", "refs")),
         Surface("secret file", "secret", mutate.raw, (("@secret", "secret"),)),
         Surface("ranks store", "store.json", mutate.store, (("@store", "store.json"), ("@signed", "store.json")), named=("rank",)),
-        *(Surface(f"body of {kind}", f"{kind}.body", mutate.json_file, (("@body", kind, f"{kind}.body"),), slow={"tools": 4, "messages": 2, "responses": 20}.get(kind, 1), named=("",))
+        *(Surface(f"body of {kind}", f"{kind}.body", mutate.json_file, (("@body", kind, f"{kind}.body"),), slow={"tools": 4, "messages": 3, "responses": 30, "completions": 3}.get(kind, 1), named=("",))
           for kind in ("chat", "tools", "messages", "responses", "completions", "tokenize")),
         Surface("token .npy", "tokens.npy", mutate.npy,
                 (*4 * (("logits", "model", "--tokens", "tokens.npy", "--prefill", "2", "-b", "reference", "--out", "out.npz"),),
@@ -286,16 +286,16 @@ def surfaces(folder: Path) -> list[Surface]:
                 (("conformance", "run", "--case", "rms_norm/tokens=1", "-b", "reference", "-q", "--xfails", "xfails.toml"),), slow=3, named=("xfail", "--case")),
         Surface("hardware file", "machine.json", mutate.json_file, (("plan", "--model", "micro", "--hardware", "machine.json", "--context", "256", "--json"),), named=("machine", "devices")),
         Surface("judge manifest", "bundle/manifest.json", mutate.json_file, (JUDGE,), named=("bundle",)),
-        Surface("judge results", f"results/{result}", mutate.safetensors, (JUDGE,), named=(result, "rms_norm")),
-        Surface("judge inputs", f"bundle/inputs/{result}", mutate.safetensors, (JUDGE,), named=("bundle", "rms_norm")),
-        Surface("trace.json", "trace/trace.json", mutate.json_file, (trace,), slow=8, named=("trace",)),
-        Surface("trace tensors", "trace/trace.safetensors", mutate.safetensors, (trace,), same=True, named=("trace",)),
+        Surface("judge results", f"results/{result}", mutate.safetensors, (JUDGE,), slow=4, named=(result, "rms_norm")),
+        Surface("judge inputs", f"bundle/inputs/{result}", mutate.safetensors, (JUDGE,), slow=3, named=("bundle", "rms_norm")),
+        Surface("trace.json", "trace/trace.json", mutate.json_file, (trace,), slow=16, named=("trace",)),
+        Surface("trace tensors", "trace/trace.safetensors", mutate.safetensors, (trace,), same=True, slow=3, named=("trace",)),
         Surface("saved case", "one.case.safetensors", mutate.safetensors,
-                (("conformance", "run", "--case", "one.case.safetensors", "-b", "reference", "-q"),), slow=8, named=("one.case",)),
+                (("conformance", "run", "--case", "one.case.safetensors", "-b", "reference", "-q"),), slow=16, named=("one.case",)),
         Surface("rank copy manifest", "ranks/rank-0-of-2/convert.json", mutate.json_file, (("inspect", "ranks/rank-0-of-2", "--no-audit", "--json"),), named=("rank-0", "convert.json")),
-        Surface("rank copy shard", f"ranks/rank-0-of-2/{rank}", mutate.raw, (("inspect", "ranks/rank-0-of-2", "--no-audit", "--json"),), same=True, named=("rank-0", "safetensors")),
-        Surface("copy shard", f"copy/{shards[0]}", mutate.raw, (("generate", "copy", *SAY[2:]),), same=True, named=("copy",)),
-        Surface("resume manifest", "resumed.partial/convert.json", mutate.json_file, (resume,), fresh=("resumed.partial", "resumed"), result="resumed", slow=4, named=("resumed",)),
+        Surface("rank copy shard", f"ranks/rank-0-of-2/{rank}", mutate.raw, (("inspect", "ranks/rank-0-of-2", "--no-audit", "--json"),), same=True, slow=3, named=("rank-0", "safetensors")),
+        Surface("copy shard", f"copy/{shards[0]}", mutate.raw, (("generate", "copy", *SAY[2:]),), same=True, slow=3, named=("copy",)),
+        Surface("resume manifest", "resumed.partial/convert.json", mutate.json_file, (resume,), fresh=("resumed.partial", "resumed"), result="resumed", slow=6, named=("resumed",)),
         Surface("report.json", "report/report.json", mutate.json_file, (("conformance", "matrix", "report"), ("conformance", "matrix", "--brief", "report")), named=("report",)),
     ]  # fmt: skip
 
