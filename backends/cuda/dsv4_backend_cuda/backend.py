@@ -63,7 +63,7 @@ class CudaBackend(TorchBackend):
             "cut attention lists the same way whatever the batch; slower prefill, and not proven yet",
             default=False,
         ),
-        Option("threads", "threads of torch on a CPU"),
+        Option("threads", "threads of torch on a CPU", kind=int),
     )
     narrower: ClassVar[dict[str, tuple[str, ...]]] = {
         "sparse_attn": ("probabilities in bfloat16",),
