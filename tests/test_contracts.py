@@ -74,7 +74,18 @@ def test_options_and_numerics_are_checked():
 
 @pytest.mark.parametrize(
     ("value", "kind"),
-    [("x", int), ("-1", int), ("9" * 30, int), ("\u00b2", int), (True, int), (1.5, int), ("yes", bool), (1, bool), ("", str), ("\x1b", str)],
+    [
+        ("x", int),
+        ("-1", int),
+        ("9" * 30, int),
+        ("\u00b2", int),
+        (True, int),
+        (1.5, int),
+        ("yes", bool),
+        (1, bool),
+        ("", str),
+        ("\x1b", str),
+    ],
 )
 def test_a_value_that_an_option_cannot_be_is_named(value, kind):
     backend = type("Some", (Backend,), {"name": "some", "options": (Option("few", "how many", kind=kind),)})

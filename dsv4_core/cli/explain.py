@@ -43,7 +43,9 @@ def command(model: str | None, layer: int | None, flags: BackendFlags, as_json: 
     result = explained(backend, calls, schema.Run(model=model, backend=name, numerics=backend.numerics))
     if layer is None:
         result.ops += [
-            schema.ExplainedOp(op=op, weight="", calls=0, by=answer.by or None, reason=answer.reason, proof=answer.proof)
+            schema.ExplainedOp(
+                op=op, weight="", calls=0, by=answer.by or None, reason=answer.reason, proof=answer.proof
+            )
             for op, answer in uncalled(config, backend, fmt, calls)
         ]
         result.missing = sum(op.by is None for op in result.ops)

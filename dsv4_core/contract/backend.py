@@ -46,7 +46,13 @@ class Option:
         text = str(value)
         if kind is bool and text.lower() in {"true", "false"}:
             return text.lower() == "true"
-        if kind is int and not isinstance(value, bool) and text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS:
+        if (
+            kind is int
+            and not isinstance(value, bool)
+            and text.isascii()
+            and text.isdecimal()
+            and len(text) <= MOST_DIGITS
+        ):
             return int(text)
         if kind is str and not isinstance(value, bool) and text and printable(text) == text:
             return text

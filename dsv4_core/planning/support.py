@@ -61,7 +61,9 @@ def planned_calls(
     return calls
 
 
-def uncalled(config: ModelConfig, backend: Backend, expert_format: Format, calls: list[Call]) -> list[tuple[str, Support]]:
+def uncalled(
+    config: ModelConfig, backend: Backend, expert_format: Format, calls: list[Call]
+) -> list[tuple[str, Support]]:
     """Required ops that are not among ``calls``, because the backend runs fused ops whole or is alone, and who would run each.
 
     Of those that the contracts' own defaults reach, every call is asked about, and the first refusal is the answer.

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dsv4_core.files.writing import write
+
 
 def prompts(count: int, longest: int, vocab: int) -> list[list[int]]:
     """Random ids (control tokens left out) of lengths from 1 to ``longest``, both among them."""
@@ -105,7 +107,7 @@ def main() -> None:
     }
     print(json.dumps(report, indent=1))
     if given.report:
-        given.report.write_text(json.dumps(report, indent=1) + "\n")
+        write(given.report, json.dumps(report, indent=1) + "\n")
     sys.exit(bool(different))
 
 
