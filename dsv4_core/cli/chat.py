@@ -14,6 +14,7 @@ import click
 from dsv4_core.cli.commands import Command
 from dsv4_core.cli.options import BackendFlags, backend_options
 from dsv4_core.files.reading import fitting, json_file
+from dsv4_core.files.words import for_terminal
 from dsv4_core.files.writing import write
 
 if TYPE_CHECKING:
@@ -239,7 +240,8 @@ def command(
 
 
 def _write(text: str, dim: bool) -> None:
-    click.echo(click.style(text, dim=True) if dim else text, nl=False)
+    text = for_terminal(text)
+    click.echo(click.style(text, dim=True) if dim and sys.stdout.isatty() else text, nl=False, color=True)
     sys.stdout.flush()
 
 

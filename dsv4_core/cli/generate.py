@@ -13,6 +13,7 @@ import click
 from dsv4_core.cli.commands import Command, option
 from dsv4_core.cli.options import BackendFlags, RankFlags, backend_options, json_option, rank_options
 from dsv4_core.files import reading
+from dsv4_core.files.words import for_terminal
 
 if TYPE_CHECKING:
     from dsv4_core.session import Generation, Session
@@ -179,10 +180,13 @@ def _lines(file: Path) -> list[Any]:
 
 
 def show(session: Session, events: Generation, prompts: list[Any]) -> None:
-    """Print one sequence as it comes; several one after the other, each once it is whole and those before it are."""
+    """Print one sequence as it comes; several one after the other, each once it is whole and those before it are.
+
+    ``color``: what a model says is left as it is in a pipe, colours included.
+    """
     if len(prompts) == 1:
         for event in events:
-            click.echo(event.text if session.tokenizer else f"{event.token} ", nl=False)
+            click.echo(for_terminal(event.text) if session.tokenizer else f"{event.token} ", nl=False, color=True)
             sys.stdout.flush()
         click.echo()
         return
@@ -192,7 +196,7 @@ def show(session: Session, events: Generation, prompts: list[Any]) -> None:
             if session.tokenizer is None:
                 click.echo(" ".join(map(str, events.tokens[printed])))
             else:
-                click.echo(f"> {_heading(prompts[printed])}\n{events.texts[printed]}\n")
+                click.echo(for_terminal(f"> {_heading(prompts[printed])}\n{events.texts[printed]}\n"), color=True)
             printed += 1
 
 
