@@ -10,7 +10,8 @@ import pytest
 from killing import KINDS, in_a_child, strike
 from rewriting import small
 
-from dsv4_core.checkpoint.weights import INDEX, Checkpoint
+from dsv4_core.checkpoint.tensors import INDEX
+from dsv4_core.checkpoint.weights import Checkpoint
 
 
 @pytest.mark.parametrize("moments", [3, pytest.param(40, marks=pytest.mark.proof)])

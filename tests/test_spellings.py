@@ -13,7 +13,8 @@ from dsv4_core import cli
 from dsv4_core.checkpoint import spelling_page
 from dsv4_core.checkpoint.config import PRESETS, ConfigError, ModelConfig
 from dsv4_core.checkpoint.create import create
-from dsv4_core.checkpoint.weights import Checkpoint, CheckpointError, ForeignError
+from dsv4_core.checkpoint.findings import CheckpointError, ForeignError
+from dsv4_core.checkpoint.weights import Checkpoint
 from dsv4_core.contract.dtypes import BFLOAT16, ScaledArray
 from dsv4_core.graph.generate import generate
 from dsv4_core.graph.model import Model

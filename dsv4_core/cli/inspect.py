@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dsv4_core.checkpoint.config import ModelConfig
-    from dsv4_core.checkpoint.weights import Checkpoint, Finding
+    from dsv4_core.checkpoint.findings import Finding
+    from dsv4_core.checkpoint.weights import Checkpoint
     from dsv4_core.cli.schema import Inspected
 
 
@@ -88,8 +89,8 @@ def _document(checkpoint: Checkpoint, findings: Iterable[Finding], *, audited: b
 
 
 def _print(checkpoint: Checkpoint, findings: list[Finding], *, audited: bool) -> None:
+    from dsv4_core.checkpoint.findings import summary
     from dsv4_core.checkpoint.layout import parameters
-    from dsv4_core.checkpoint.weights import summary
     from dsv4_core.cli.console import Console
 
     console = Console(soft_wrap=True, highlight=False)

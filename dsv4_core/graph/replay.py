@@ -72,7 +72,8 @@ class Replay:
     def _parts(self) -> tuple[Any, ...]:
         """All that a recording may have the addresses of."""
         m = self.model
-        return (m.embed, m.lm_head, m.head, m.mtp_block, m.dspark, *m.blocks, *self.cache.layers)
+        arrays = (a for x in self.cache.layers for a in (x.ring, x.rows, x.keys, x.state, x.key_state))
+        return (m.embed, m.lm_head, m.head, m.mtp_block, m.dspark, *m.blocks, *arrays)
 
 
 def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:

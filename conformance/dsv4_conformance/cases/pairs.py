@@ -71,8 +71,8 @@ def variants(cases: Sequence[Case]) -> list[Case]:
     return list(found.values())
 
 
-@functools.cache  # ops share few shapes of tables
-def covering(sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
+@functools.cache
+def covering(*sizes: int) -> list[tuple[int, ...]]:
     """Rows of levels, one a factor of ``sizes`` levels, in which every pair of levels of two factors occurs; greedy, the same each time."""
     rng = np.random.default_rng(0)
     factors = range(len(sizes))
@@ -103,7 +103,7 @@ def paired(op: str, cases: Sequence[Case]) -> Iterator[Case]:
 def _paired(op: str, bases: Sequence[Case], *, named: bool) -> Iterator[Case]:
     flavours = EXTRA.get(op, OF_NUMBERS)
     buckets = [n for n in BUCKETS if n <= MOST.get(op, n)]
-    for base, flavour, rows, views in covering((len(bases), len(flavours), len(buckets), 2)):
+    for base, flavour, rows, views in covering(len(bases), len(flavours), len(buckets), 2):
         case, data, n = bases[base], flavours[flavour], buckets[rows]
         sizes = {rows_of(case): n}
         if "slots" in case.sizes and "n" in case.sizes:
