@@ -210,6 +210,43 @@ LAWS = (
         bits="batch_invariance",
     ),
     Law(
+        of_engine.forked_is_cold,
+        {
+            "ratios": some.ratios,
+            "blocks": st.integers(0, 1),
+            "junk": st.integers(0, 140),
+            "further": st.integers(0, 19),
+            "seed": some.seeds,
+        },
+        ({"ratios": ALL_KINDS, "blocks": 1, "junk": 140, "further": 9, "seed": 0},),
+        level=4,
+        bits="batch_invariance",
+    ),
+    Law(
+        of_engine.seed_decides,
+        {
+            "ratios": some.ratios,
+            "prompt": st.integers(1, 40),
+            "copies": st.integers(1, 4),
+            "slots": st.integers(1, 4),
+            "seed": some.seeds,
+        },
+        ({"ratios": ALL_KINDS, "prompt": 20, "copies": 3, "slots": 2, "seed": 0},),
+        level=4,
+        bits="batch_invariance",
+    ),
+    Law(
+        of_engine.nobody_starves,
+        {
+            "ratios": some.ratios,
+            "prompts": st.lists(st.integers(1, 90), min_size=1, max_size=6),
+            "slots": st.integers(1, 3),
+            "chunk": st.integers(1, 64),
+            "seed": some.seeds,
+        },
+        ({"ratios": (4,), "prompts": [60, 3, 20, 1], "slots": 2, "chunk": 9, "seed": 0},),
+    ),
+    Law(
         of_engine.mask_holds,
         {
             "ratios": some.ratios,
