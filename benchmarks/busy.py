@@ -61,7 +61,7 @@ def bench() -> tuple[float, float]:
         "3",
     ]
     done = subprocess.run([*command, "--tokens", str(args.tokens)], stdout=subprocess.PIPE, text=True, check=True)
-    found = json.loads(done.stdout)
+    found = json.loads(done.stdout)["result"]
     return found["prefill"]["tokens_per_second"], found["decode"]["tokens_per_second"]
 
 
@@ -80,7 +80,9 @@ def generate() -> float:
             str(tokens),
         ]
         began = time.perf_counter()
-        subprocess.run([*command, "--ignore-eos"], stdout=subprocess.DEVNULL, check=True)
+        done = subprocess.run([*command, "--ignore-eos"], capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(done.stderr)
         seconds.append(time.perf_counter() - began)
     return 4 * args.tokens / (seconds[1] - seconds[0])
 

@@ -131,6 +131,7 @@ def test_init_inspect_generate(tmp_path):
         (("generate",), "give one of --prompt, --chat, --tokens and --prompts"),
         (("generate", "--chat", "x", "--tokens", "1"), "give one of"),
         (("generate", "--chat", "x", "--draft-confidence", "0.5"), "give --speculative, too"),
+        (("generate", "--chat", "x", "--drafter", "embedded"), "--drafter says what drafts; give --speculative, too"),
         (("generate", "--chat", "x", "-b", "reference", "--speculative", "2"), "proposes 1 to 1 tokens a step"),
         (("generate", "--tokens", "1", "-b", "gpu"), "unknown backend 'gpu'; installed:"),
         (("generate", "nowhere", "--tokens", "1"), "nowhere: no such directory"),

@@ -83,12 +83,16 @@ class Tensors:
         """Note an error."""
         self.findings.append(Finding(rule, tensor, file, text))
 
-    def open_shards(self, progress: Progress | None) -> set[str]:
-        """Open every shard and hold it against the index; give the names of tensors in files that could not be read."""
+    def open_shards(self, progress: Progress | None, *, only: str = "") -> set[str]:
+        """Open every shard and hold it against the index; give the names of tensors in files that could not be read.
+
+        ``only``: shards that hold no tensor of a name that begins so stay closed, and may be missing.
+        """
         index, total_size = self._index()
         by_file: dict[str, set[str]] = {}
         for name, file in index.items():
-            by_file.setdefault(file, set()).add(name)
+            if not only or canonical_name(name).startswith(only):
+                by_file.setdefault(file, set()).add(name)
         if not by_file and (single := self._single()):
             by_file[single] = set()
         unread: set[str] = set()
@@ -124,7 +128,7 @@ class Tensors:
             held_bytes += shard.path.stat().st_size - shard.begin
         if progress:
             progress(len(by_file), len(by_file))
-        if not self.findings and isinstance(total_size, int) and total_size != held_bytes:
+        if not self.findings and not only and isinstance(total_size, int) and total_size != held_bytes:
             self.notes.append(f"{INDEX} says total_size {total_size}, the shards hold {held_bytes} bytes")
         return {canonical_name(name) for name in unread}
 

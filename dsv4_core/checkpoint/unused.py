@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dsv4_core.checkpoint import foreign
+from dsv4_core.checkpoint.config import ModelConfig
 from dsv4_core.checkpoint.findings import ForeignError
+from dsv4_core.checkpoint.spellings import ConfigError
+from dsv4_core.checkpoint.tensors import Tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from dsv4_core.checkpoint.config import Draft
-    from dsv4_core.checkpoint.tensors import Tensors
 
 _VISION = ("vision.", "aligner.", "image_start", "image_end", "image_newline", "image_pad")  # of Vision-Exp
 _MTP_PARTS = {"e_proj", "h_proj", "enorm", "hnorm"}
@@ -45,6 +49,64 @@ def _set_offsets_aside(t: Tensors) -> None:
         del t.where[name]
     if offsets:
         t.notes.append(f"ModelSlim's W8A8: {len(offsets)} offsets, all zero, are ignored")
+
+
+_ALIKE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "qk_rope_head_dim",
+    "q_lora_rank",
+    "o_groups",
+    "o_lora_rank",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "sliding_window",
+    "swiglu_limit",
+    "routed_scaling_factor",
+    "hc_mult",
+    "hc_sinkhorn_iters",
+    "hc_eps",
+    "rms_norm_eps",
+    "rope_theta",
+)
+"""Keys that a drafter's blocks are run by: of the drafter's configuration and of the model's they must say the same."""
+
+
+def take_drafter(t: Tensors, directory: Path) -> set[str]:
+    """Let the tensors under mtp. be those of another directory; give the names of those that could not be read.
+
+    Shards there that hold nothing else are enough. Raises ``ConfigError`` where it drafts for a model of other numbers.
+    """
+    other = Tensors(directory, ModelConfig.load(directory))
+    unread = {name for name in other.open_shards(None, only="mtp.") if name.startswith("mtp.")}
+    for key in _ALIKE:
+        if (theirs := getattr(other.config, key)) != (ours := getattr(t.config, key)):
+            raise ConfigError(
+                f"{directory}: drafts for another model: config.json there says {key} = {theirs!r}, {t.path} has {ours!r}; "
+                "use the drafter of this model's own release"
+            )
+    taken = {name: where for name, where in other.where.items() if name.startswith("mtp.")}
+    if not taken and not unread and not other.findings:
+        raise ConfigError(
+            f"{directory}: no tensor under mtp. is there, so that nothing drafts; name one that holds a drafter"
+        )
+    for name in [name for name in t.where if name.startswith("mtp.")]:
+        del t.where[name]
+    t.where |= taken
+    t.findings += other.findings
+    c, layers = other.config, other.config.num_hidden_layers
+    t.config = replace(
+        t.config,
+        compress_ratios=(*t.config.compress_ratios[:layers], *c.compress_ratios[layers:]),
+        num_nextn_predict_layers=c.num_nextn_predict_layers,
+        **{key: getattr(c, key) for key in vars(c) if key.startswith("dspark_")},
+    )
+    t.notes.append(f"{len(taken)} tensors under mtp. are those of {directory}")
+    return unread
 
 
 def settle_draft(t: Tensors, unread: set[str]) -> None:

@@ -27,7 +27,15 @@ class Checkpoint(Tensors):
     whatever spelling the files use. Arrays are read-only views of the mapped files: a byte is read when first used.
     """
 
-    def __init__(self, path: Path | str, *, check: bool = True, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        drafter: Path | None = None,
+        check: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
+        """``drafter``: a directory whose tensors under ``mtp.`` are used, and not this one's."""
         path = Path(path)
         if problem := foreign.path_problem(path):
             raise ForeignError(problem)
@@ -39,6 +47,8 @@ class Checkpoint(Tensors):
         if problem := foreign.names_problem(self.where):
             raise ForeignError(f"{self.path}: {problem}")
         unused.set_aside(self)
+        if drafter:
+            unread = {name for name in unread if not name.startswith("mtp.")} | unused.take_drafter(self, drafter)
         unused.settle_draft(self, unread)
         matching.match(self, unread)
         matching.find_float_factors(self)

@@ -46,7 +46,9 @@ instead = functools.partial(option, heading="Other figures")
 
 
 @click.command("plan", cls=Command)
-@sequences("--model", "-m", help="flash, pro, or a checkpoint's directory (only its headers are read).")
+@sequences(
+    "--model", "-m", help="A preset (flash, pro-0813, ...) or a checkpoint's directory (only its headers are read)."
+)
 @sequences(
     "--context",
     type=Tokens(),
@@ -102,7 +104,9 @@ def command(
         if model is None:
             return
     if model is None:
-        raise click.UsageError("--model is needed: flash, pro, or a checkpoint's directory")
+        raise click.UsageError(
+            "--model is needed: a preset (flash, pro, flash-0731, pro-0813) or a checkpoint's directory"
+        )
     from dsv4_core.cli.running import bar, model_config
 
     machine = Hardware.parse(hardware)

@@ -53,11 +53,11 @@ class Bars:
             self.what = ""
 
 
-def open_model(model: str | None, flags: BackendFlags, asked: RankFlags = ALONE) -> Session:
+def open_model(model: str | None, flags: BackendFlags, asked: RankFlags = ALONE, drafter: str | None = None) -> Session:
     """Open MODEL as the user said; no weight is read yet."""
     from dsv4_core.session import open_session
 
-    return open_session(model, flags.create, tp=asked.tp, ep=asked.ep, progress=Bars())
+    return open_session(model, flags.create, drafter=drafter, tp=asked.tp, ep=asked.ep, progress=Bars())
 
 
 def model_config(model: str | None) -> tuple[ModelConfig, Format]:

@@ -160,10 +160,10 @@ class Model:
     ) -> None:
         """Load every weight through ``backend.load``; ``progress(done, of)`` is called after each layer.
 
-        ``draft``: load the MTP block or DSpark, too, where the checkpoint holds one; without it, nothing drafts.
+        ``draft``: load the MTP block or DSpark, too, where the checkpoint holds one; else ``load_drafter`` does when asked.
         """
         self.config, self.backend, self.parallel = source.config, backend, parallel
-        load = _Loader(source, backend, parallel)
+        self._load = load = _Loader(source, backend, parallel)
         c = self.config
         self.embed, self.lm_head = load.weight("embed"), load.weight("head")
         self.head = load.head("")
@@ -175,13 +175,20 @@ class Model:
                 progress(i + 1, c.layers)
         self.mtp_block: Mtp | None = None
         self.dspark: Dspark | None = None
-        if draft and c.draft == "mtp":
-            self.mtp_block = load.mtp(freqs)
-        elif draft and c.draft == "dspark":
-            mean = Mix(*map(backend.load, mean_of_streams(c.hc_mult, c.hidden_size)))
-            self.dspark = Dspark(self, load.dspark(freqs), mean)
+        if draft:
+            self.load_drafter()
         if progress:
             progress(c.layers, c.layers)
+
+    def load_drafter(self) -> None:
+        """Load the MTP block or DSpark, where the checkpoint holds one and it is not loaded yet."""
+        c, load = self.config, self._load
+        freqs = {ratio: self.backend.from_numpy(c.rope_frequencies(ratio)) for ratio in set(c.compress_ratios)}
+        if c.draft == "mtp" and self.mtp_block is None:
+            self.mtp_block = load.mtp(freqs)
+        elif c.draft == "dspark" and self.dspark is None:
+            mean = Mix(*map(self.backend.load, mean_of_streams(c.hc_mult, c.hidden_size)))
+            self.dspark = Dspark(self, load.dspark(freqs), mean)
 
     @property
     def drafts(self) -> int:

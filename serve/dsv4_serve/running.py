@@ -8,7 +8,6 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
 import uvicorn
 
 from dsv4_core.graph.engine import Engine
@@ -68,14 +67,13 @@ def served_by(
         )
     capacity = context or min(8192, most)
     session.ranks.agree({"serving": [slots, capacity, chunk, drafts, confidence]})
-    model = session.model
     engine = Engine(
-        model,
+        session.model,
         slots=slots,
         capacity=capacity,
         chunk=chunk,
         queue=queue,
-        drafts=model.drafts * drafts,
+        drafts=session.load_drafter() if drafts else 0,
         confidence=confidence,
     )
     return Served(
@@ -84,7 +82,7 @@ def served_by(
         engine,
         Vocabulary(session.tokenizer),
         texts,
-        frozenset(np.atleast_1d(config.eos_token_id).tolist()),
+        session.defaults.ends,
         thinking=thinking,
     )
 

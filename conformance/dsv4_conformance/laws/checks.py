@@ -14,7 +14,7 @@ from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 
 from dsv4_conformance.check import Check, Finding, Group, Session, describe
-from dsv4_conformance.laws import of_engine, of_models, of_ops
+from dsv4_conformance.laws import of_drafts, of_engine, of_models, of_ops
 from dsv4_conformance.laws import strategies as some
 from dsv4_conformance.laws.small_model import Stage
 from dsv4_conformance.verdict.calls import seed_of
@@ -161,6 +161,15 @@ LAWS = (
         of_models.drafts_in_decode,
         {"ratios": some.ratios, "prompt": some.lengths, "steps": some.steps, "seed": some.seeds},
         ({"ratios": ALL_KINDS, "prompt": 30, "steps": [1, 1, 2, 1], "seed": 0},),
+        "smoke",
+    ),
+    Law(
+        of_drafts.blocks_are_the_oracles,
+        {"ratios": some.ratios, "steps": some.steps, "rejected": st.integers(0, 5), "seed": some.seeds},
+        (
+            {"ratios": ALL_KINDS, "steps": [30, 1, 4, 2], "rejected": 3, "seed": 0},
+            {"ratios": (0,), "steps": [1], "rejected": 0, "seed": 1},
+        ),
         "smoke",
     ),
     Law(
