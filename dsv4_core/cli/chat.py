@@ -132,7 +132,7 @@ def read_conversation(path: Path, texts: FixedTexts | None) -> list[Message]:
     """Read what /save wrote; raise ``FileError`` where it is no conversation that the encoder takes."""
     from dsv4_core.text.chat import encode
 
-    messages = json_file(path, list[dict[str, Any]], "/save writes one")
+    messages = cast("list[Message]", json_file(path, list[dict[str, Any]], "/save writes one"))
     with fitting(f"{path}", "/save writes a list of messages"):
         encode(messages, texts=texts)
     return messages
