@@ -54,7 +54,7 @@ class Option:
             and len(text) <= MOST_DIGITS
         ):
             return int(text)
-        if kind is str and not isinstance(value, bool) and text and printable(text) == text:
+        if kind is str and not isinstance(value, bool) and (text or text == self.default) and printable(text) == text:
             return text
         must = {bool: "true or false", int: f"a whole number from 0, of at most {MOST_DIGITS} digits", str: "a word"}
         raise ValueError(f"{self.name} = {one_line(repr(value), 80)} must be {must[kind]} ({self.help})")

@@ -190,7 +190,8 @@ def library() -> tuple[Path, str]:
                     made = Path(own) / path.name
                     compile_kernels(command, made)
                     content = made.read_bytes()
-                path.with_suffix(".sha256").unlink(missing_ok=True)
+                for old in (path.with_suffix(".sha256"), path):  # whatever it is: a pipe, a link, another's
+                    old.unlink(missing_ok=True)
                 write(path, content, 0o600)
                 write(path.with_suffix(".sha256"), hashlib.sha256(content).hexdigest(), 0o600)
     except OSError as error:
