@@ -72,7 +72,7 @@ class CudaBackend(TorchBackend):
             f"libraries whose kernels run the ops that they have, comma-separated: {', '.join(providers.LIBRARIES)}",
             "",
         ),
-        Option("threads", "threads of torch on a CPU"),
+        Option("threads", "threads of torch on a CPU", kind=int),
     )
     narrower: ClassVar[dict[str, tuple[str, ...]]] = {
         "sparse_attn": ("probabilities in bfloat16",),

@@ -22,6 +22,7 @@ from typing import Any
 from dsv4_backend_cuda import launch
 from dsv4_backend_cuda.providers import CALLS, LIBRARIES
 from dsv4_backend_cuda.rules import RULES
+from dsv4_core.files.writing import write
 
 STAGE_SECONDS = 600.0
 SANITISED_AT_ONCE = 12
@@ -141,9 +142,7 @@ class Prover:
 
     def _remember(self) -> None:
         state = {"dry": self.dry, "stages": {n: asdict(s) for n, s in self.stages.items()}}
-        fresh = self.memory.with_suffix(".new")
-        fresh.write_text(json.dumps(state, indent=1) + "\n")
-        fresh.replace(self.memory)
+        write(self.memory, json.dumps(state, indent=1) + "\n")
 
     # What a GPU runs, a dry run interprets: slowly, so of few ops.
 
@@ -456,5 +455,5 @@ def prove(out: Path, *, dry: bool, only: tuple[str, ...] = (), again: bool = Fal
         if not only or name in only:
             p.stage(name, steps, again=again)
             text = report(p, where)
-            (out / "report.md").write_text(text)
+            write(out / "report.md", text)
     return p, text

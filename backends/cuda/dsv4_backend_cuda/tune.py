@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_backend_cuda import launch
+from dsv4_core.files import writing as files
 
 STEPS = {"BLOCK_N": (64, 128), "BLOCK_T": (16, 128), "num_warps": (4, 8), "num_stages": (1, 5)}
 """Options that the bits of no whole sum depend on, and their range (BLOCK_N decides how many pieces a sum that may be split has). Those that
@@ -64,7 +65,7 @@ def write(arch: int, chosen: dict[str, Timed], product: str, out: Path | None = 
                 "config": timed.config,
                 "how": f"measured on {product}, triton {version('triton')}: {timed.milliseconds:.4f} ms",
             }
-    target.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n")
+    files.write(target, "[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n")
 
 
 def measured(
