@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from dsv4_backend_cuda.backend import CudaBackend
-from dsv4_backend_cuda.graphs import WARM_UPS, Recorded
+from dsv4_backend_torch.graphs import WARM_UPS, Recorded
 from dsv4_conformance.model import golden
 
 from dsv4_core.checkpoint.weights import Checkpoint

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from dsv4_backend_torch.backend import TorchBackend
+from dsv4_backend_torch.graphs import Recorded
 
 from dsv4_backend_ascend import probe, proof, selftest, simulate, trust
 from dsv4_backend_ascend.cann import attention, matmul, moe
@@ -144,6 +146,9 @@ class AscendBackend(ComposedBackend):
             self.generation = str(chosen["soc"])  # type: ignore[assignment]
             return "planned"
         probe.import_torch_npu()
+        rank = os.environ.get("LOCAL_RANK", "")
+        if chosen["device"] == "npu" and rank.isdecimal():  # of torchrun: a device for each rank of a machine
+            chosen["device"] = f"npu:{rank}"
         probe.prepare(str(chosen["device"]))
         found = probe.npus()
         if not found:
@@ -200,6 +205,28 @@ class AscendBackend(ComposedBackend):
             )
             for case in CASES
         ]
+
+    def record(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """On an NPU as a graph of its own (``torch.npu.NPUGraph``); simulated, each time anew.
+
+        Nothing that was kept of an earlier run may be read by a captured one, and nothing that a captured one made may be kept.
+        """
+        if self.standing != "found":
+            return super().record(function)
+        return Recorded(self.alone(function), self.device, torch.npu, "NPUGraph")
+
+    def alone(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, with nothing kept before it or after it."""
+
+        def run(*arrays: Any) -> Any:
+            self.forget()
+            try:
+                with self.computing():
+                    return function(*arrays)
+            finally:
+                self.forget()
+
+        return run
 
     def kernels_ran(self) -> Sequence[str]:
         """Calls of the capability table, in the order in which they first ran."""

@@ -113,12 +113,12 @@ class Step2b:
 class _Watch(TorchDispatchMode):
     """Notes every operator that torch hands to a device, composite ones as what they are composed of."""
 
-    def __init__(self, step: Step2b, backend: _Shapes) -> None:
+    def __init__(self, step: Step2b, backend: ShapesBackend) -> None:
         super().__init__()
         self.step, self.backend = step, backend
         self.layer: int | None = None
 
-    def note(self, op: str, dtype: str) -> None:
+    def note(self, op: str, dtype: str, *_: Any) -> None:
         """Count one operator of the layer and the contract that run."""
         self.step.note(self.layer, Pair(op, dtype), self.backend.running)
 
@@ -144,7 +144,7 @@ KEPT = frozenset({"aten::linear", "aten::matmul"})
 """Composite operators for which torch-npu has a kernel of its own."""
 
 
-class _Shapes(AscendBackend):
+class ShapesBackend(AscendBackend):
     """The backend on a chip that is planned for, with arrays of shapes alone. ``running``: the contract that the graph called."""
 
     running = ""
@@ -191,7 +191,7 @@ def _named(name: str) -> Callable[..., Any]:
     run = getattr(AscendBackend, name)
 
     @functools.wraps(run)
-    def named(self: _Shapes, *args: Any, **kwargs: Any) -> Any:
+    def named(self: ShapesBackend, *args: Any, **kwargs: Any) -> Any:
         outer = self.running
         self.running = outer or name
         try:
@@ -203,7 +203,7 @@ def _named(name: str) -> Callable[..., Any]:
 
 
 for _op in OPS:
-    setattr(_Shapes, _op, _named(_op))
+    setattr(ShapesBackend, _op, _named(_op))
 
 
 class _Layered(Model):
@@ -226,7 +226,7 @@ def count(
     config: ModelConfig, generation: Generation, *, tier: str, start: int, batch: int = 1, seq: int = 1, **options: Any
 ) -> Step2b:
     """Run one step of a model's own sizes with ``start`` tokens before it, and count what it launches."""
-    backend = _Shapes(soc=generation, tier=tier, **options)
+    backend = ShapesBackend(soc=generation, tier=tier, **options)
     with torch.no_grad(), dry_run(generation):
         model = _Layered(ShapeSource(config), backend)
         run_step(model, batch=batch, seq=seq, start=start)  # what is made once, and the plans
