@@ -88,7 +88,9 @@ class DecodeExperts(ChipBackend):
         return (y if shared is None else y.add_(shared)).to(getattr(torch, out_dtype))
 
     def _gatherable(self, indices: torch.Tensor, experts: Sequence[Experts]) -> list[ScaledArray] | None:
-        """The three stacks, where what a step's rows choose of them may be expanded at once, which takes twice their BF16 bytes."""
+        """The three stacks, where a step has no more rows than there are experts, and what they choose may be expanded at once: that
+        takes twice their BF16 bytes.
+        """
         if self.generation == "950" or self.numerics != "native" or not indices.numel():
             return None
         stacks = [e.stack for e in experts if isinstance(e, StackedExperts) and isinstance(e.stack, ScaledArray)]
@@ -96,7 +98,8 @@ class DecodeExperts(ChipBackend):
             return None
         _, inter, dim = stacks[0].shape
         expanded = 2 * len(stacks) * indices.numel() * inter * dim
-        return stacks if 2 * expanded <= self.expand_bytes and stacks[2].shape[1:] == (dim, inter) else None
+        few = indices.numel() <= experts[0].shape[0] and 2 * expanded <= self.expand_bytes
+        return stacks if few and stacks[2].shape[1:] == (dim, inter) else None
 
     def _own(self, indices: torch.Tensor, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Which of the experts here each row of tokens x picks has, and where that is another rank's, [rows, 1]."""
