@@ -1,13 +1,13 @@
 # What takes longer than .ci/run may: `make proof` makes two environments, runs everything and leaves dated reports under reports/.
-# Single parts: make reference | torch | cuda | ascend | mutants | kernels | benchmarks | documents | vllm
+# Single parts: make reference | torch | cuda | ascend | mutants | kernels | benchmarks | documents | serve | vllm
 
 PYTHON ?= python3
 VENV := .venv-proof
 RUN := . $(VENV)/bin/activate && export TORCH_DEVICE_BACKEND_AUTOLOAD=0 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 &&
 CONFORMANCE := $(RUN) dsv4 conformance run --tier standard --jobs 2
 
-.PHONY: proof fuzz reference torch cuda ascend mutants kernels benchmarks documents vllm
-proof: fuzz reference torch cuda ascend mutants kernels benchmarks documents vllm
+.PHONY: proof fuzz reference torch cuda ascend mutants kernels benchmarks documents serve vllm
+proof: fuzz reference torch cuda ascend mutants kernels benchmarks documents serve vllm
 
 $(VENV):
 	$(PYTHON) -m venv $(VENV)
@@ -21,7 +21,6 @@ reference: $(VENV)
 	$(CONFORMANCE) --backend reference --require 3 --report reports/conformance/reference
 	$(CONFORMANCE) --backend reference --batch-invariant --require 4 --report reports/conformance/reference-batch-invariant
 	$(RUN) pytest -m proof tests/conformance tests/test_dspark.py tests/test_spellings.py
-	$(RUN) pytest -m "proof or not proof" tests/serve
 	$(CONFORMANCE) --backend reference --numerics float32 --report reports/conformance/reference-float32
 
 torch: $(VENV)
@@ -66,6 +65,14 @@ documents: $(VENV)
 	$(RUN) dsv4 conformance matrix reports/conformance/* --brief --into README.md
 	$(RUN) python backends/ascend/tools/collect.py
 
+serve: $(VENV)
+	$(RUN) pip install -q '.[clients]'
+	$(PYTHON) -m venv $(VENV)/aiperf && $(VENV)/aiperf/bin/pip install -q aiperf
+	$(RUN) DSV4_AIPERF=$(CURDIR)/$(VENV)/aiperf/bin/aiperf DSV4_EXAMPLES=300 pytest -m "proof or not proof" tests/serve
+	$(RUN) python tests/serve/soak.py --seconds 3600 --report reports/serve/soak.json
+	$(RUN) python benchmarks/serving.py --report reports/serve/load.json
+
 vllm:
 	integrations/vllm/environment.sh $(VENV)/vllm
+	$(VENV)/vllm/bin/pip install -q --no-deps examples/vendor_backend
 	$(VENV)/vllm/bin/python integrations/vllm/prove.py --report reports/vllm.json

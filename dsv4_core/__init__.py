@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dsv4_core.version import __version__
 
 if TYPE_CHECKING:
-    from dsv4_core.checkpoint.weights import CheckpointError
+    from dsv4_core.checkpoint.findings import CheckpointError
     from dsv4_core.contract.backend import BackendError
     from dsv4_core.session import Event, Generation, Sampling, Session, load
 
@@ -25,7 +25,7 @@ __all__ = ["BackendError", "CheckpointError", "Event", "Generation", "Sampling",
 
 _HOMES = {
     "BackendError": "dsv4_core.contract.backend",
-    "CheckpointError": "dsv4_core.checkpoint.weights",
+    "CheckpointError": "dsv4_core.checkpoint.findings",
     **dict.fromkeys(("Event", "Generation", "Sampling", "Session", "load"), "dsv4_core.session"),
 }
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 
-from dsv4_core.checkpoint.locate import find_model
+from dsv4_core.checkpoint.locate import find_drafter, find_model
 from dsv4_core.contract import registry
 from dsv4_core.contract.backend import Backend
 from dsv4_core.graph.engine import CHUNK, Engine, Request
@@ -32,6 +32,7 @@ from dsv4_core.graph.step import check_ids
 from dsv4_core.planning.support import check_support, expert_format
 from dsv4_core.ranks.team import Team, own_directory, team
 from dsv4_core.text.chat import encode
+from dsv4_core.text.defaults import defaults
 from dsv4_core.text.fixed_texts import fixed_texts
 from dsv4_core.text.markers import Piece
 from dsv4_core.text.stopping import StopTexts
@@ -77,6 +78,7 @@ class Event:
 def load(
     model: str | Path | None = None,
     *,
+    drafter: str | Path | None = None,
     backend: str | Backend | None = None,
     numerics: Numerics = "native",
     tp: int = 1,
@@ -88,7 +90,8 @@ def load(
     """Open a model and load its weights.
 
     ``model``: a directory with config.json and safetensors shards, ``OWNER/NAME`` of a model in the local hub cache, or None for
-    the small one that ships with the package. ``backend``: a name (`dsv4 backends` lists them), a ``Backend``, or None:
+    the small one that ships with the package. ``drafter``: a directory whose MTP block or DSpark drafts for it, in place of
+    its own. ``backend``: a name (`dsv4 backends` lists them), a ``Backend``, or None:
     DSV4_BACKEND, dsv4.toml, else what is here. ``options``: the backend's own, e.g. ``device="cuda:0"``. ``tp``, ``ep``: this
     process is one of ``tp * ep`` that were started together. ``lazy``: weights load when they are first needed, and what is
     wrong with a request is said before.
@@ -100,12 +103,13 @@ def load(
         if options or numerics not in {"native", backend.numerics}:
             raise ValueError("load: a Backend that is made already has its numerics and options; leave them out")
         made = backend
-        session = open_session(model, lambda _: made, tp=tp, ep=ep, progress=progress)
+        session = open_session(model, lambda _: made, drafter=drafter, tp=tp, ep=ep, progress=progress)
     else:
         name = registry.choose(backend).name
         session = open_session(
             model,
             lambda local_rank: create_backend(name, numerics, options, local_rank),
+            drafter=drafter,
             tp=tp,
             ep=ep,
             progress=progress,
@@ -119,16 +123,17 @@ def open_session(
     model: str | Path | None,
     create: Callable[[int | None], Backend],
     *,
+    drafter: str | Path | None = None,
     tp: int = 1,
     ep: int = 1,
     progress: Progress | None = None,
 ) -> Session:
     """Open a model on the backend that ``create`` makes (for the n-th rank of this machine); no weight is read yet."""
-    directory = own_directory(find_model(model))
+    directory, drafts = own_directory(find_model(model)), find_drafter(drafter)
     with ExitStack() as stack:
         ranks = stack.enter_context(team(create, tp, ep))
         backend = ranks.ranks.backend if ranks.ranks else create(None)
-        session = Session(directory, backend, ranks, progress=progress)
+        session = Session(directory, backend, ranks, drafter=drafts, progress=progress)
         session.closing = stack.pop_all()
     return session
 
@@ -150,7 +155,7 @@ class Session:
     """A model that is open on a backend. ``load`` makes one; leaving its ``with`` block, or ``close``, gives it up.
 
     ``directory``: where it was found. ``config``: its configuration. ``backend``: what it runs on. ``tokenizer``: a
-    ``tokenizers.Tokenizer``, or None where the checkpoint has none.
+    ``tokenizers.Tokenizer``, or None where the checkpoint has none. ``defaults``: what its generation_config.json asks for.
     """
 
     def __init__(
@@ -159,11 +164,12 @@ class Session:
         backend: Backend,
         ranks: Team | None = None,
         *,
+        drafter: Path | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Read headers and ask the backend for every op; no weight is read yet."""
         self.directory, self.backend, self.ranks = directory, backend, ranks or Team()
-        self.checkpoint = self.ranks.open(directory)
+        self.checkpoint = self.ranks.open(directory, drafter)
         self.config: ModelConfig = self.checkpoint.config
         self.closing = ExitStack()
         self._progress = progress
@@ -171,12 +177,28 @@ class Session:
             self.ranks.place.check(self.config)
         check_support(self.config, backend, expert_format(self.checkpoint), self.ranks.place)
         self.tokenizer: Tokenizer | None = load_tokenizer(directory)
+        self.defaults = defaults(directory, self.config)
 
     @cached_property
     def model(self) -> Model:
-        """The graph with its weights, loaded when this is first asked for."""
+        """The graph with its weights, loaded when this is first asked for; what drafts is not, before ``load_drafter``."""
         source, parallel = self.ranks.share(self.checkpoint)
-        return Model(source, self.backend, parallel=parallel, progress=self._reporter("loading"))
+        return Model(source, self.backend, parallel=parallel, draft=False, progress=self._reporter("loading"))
+
+    @property
+    def most_drafts(self) -> int:
+        """Tokens a step that what drafts in this checkpoint proposes at most: 0, MTP's one, or a block of DSpark's."""
+        return {"": 0, "mtp": 1, "dspark": self.config.dspark_block_size}[self.config.draft]
+
+    def load_drafter(self) -> int:
+        """Load what drafts, if that has not been done; give ``most_drafts``. Raises ``ValueError`` where nothing drafts."""
+        if not self.most_drafts:
+            raise ValueError(
+                f"{self.directory} has no MTP block and no DSpark drafter, so that nothing proposes tokens: "
+                "leave --speculative out"
+            )
+        self.model.load_drafter()
+        return self.most_drafts
 
     def load_weights(self) -> None:
         """Load the weights, if that has not been done; after an error the other ranks, if there are any, are told."""
@@ -209,8 +231,8 @@ class Session:
         prompt: str | Sequence[Any],
         *,
         max_tokens: int = 64,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_p: float | None = None,
         top_k: int = 0,
         min_p: float = 0.0,
         seed: int = 0,
@@ -225,8 +247,9 @@ class Session:
         """Continue one prompt or several, which run as one batch; give the new tokens as they come.
 
         ``prompt``: a text (a control token that it spells is words), token ids, turns of a conversation
-        (``[{"role": "user", "content": ...}]``), or a list of such prompts. ``temperature`` 0 is greedy; else each sequence
-        draws by ``seed`` and its own number, among the tokens that ``top_k`` (0: off), ``top_p`` and ``min_p`` leave.
+        (``[{"role": "user", "content": ...}]``), or a list of such prompts. ``temperature`` 0 is greedy, and so is None where
+        the checkpoint's generation_config.json asks for no other; else each sequence draws by ``seed`` and its own number,
+        among the tokens that ``top_k`` (0: off), ``top_p`` (None: as that file asks, else 1) and ``min_p`` leave.
         ``stop``: texts that end a sequence, and are not given out. ``stop_tokens``: ids that do, beside end-of-sentence
         (not with ``ignore_eos``). ``thinking``: of conversations, let the model think first. ``speculative``: how many
         tokens a step the MTP block or DSpark drafts (True: as many as it can); the tokens are the same. ``draft_confidence``:
@@ -238,7 +261,14 @@ class Session:
         if max_tokens < 1:
             raise ValueError(f"max_tokens = {max_tokens} must be 1 or more")
         prompts = self._encoded(prompts_of(prompt), thinking=thinking)
-        sampling = Sampling(temperature, top_p, seed, top_k, min_p)
+        wanted = self.defaults
+        sampling = Sampling(
+            wanted.temperature if temperature is None else temperature,
+            wanted.top_p if top_p is None else top_p,
+            seed,
+            top_k,
+            min_p,
+        )
         for i, ids in enumerate(prompts):
             self._check_room(i if len(prompts) > 1 else None, len(ids), max_tokens)
         texts = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -248,7 +278,7 @@ class Session:
                 "stop: this checkpoint has no tokenizer.json, so there is no text; use stop_tokens with ids"
             )
         check_ids(np.asarray(stop_tokens, np.int64).reshape(-1), self.config.vocab_size)
-        most = {"": 0, "mtp": 1, "dspark": self.config.dspark_block_size}[self.config.draft]
+        most = self.most_drafts
         count = most if speculative is True else int(speculative)
         if speculative and not most:
             raise ValueError("speculative decoding drafts by an MTP block or DSpark, and this checkpoint has neither")
@@ -258,8 +288,7 @@ class Session:
             )
         if draft_confidence and self.config.draft != "dspark":
             raise ValueError(f"draft_confidence = {draft_confidence}: only DSpark gives one; leave it out")
-        end = self.config.eos_token_id
-        ends = {*stop_tokens} if ignore_eos else {*(end if isinstance(end, tuple) else (end,)), *stop_tokens}
+        ends = {*stop_tokens} if ignore_eos else {*self.defaults.ends, *stop_tokens}
         request = {"prompts": prompts, "max_tokens": max_tokens, "sampling": asdict(sampling), "chunk": chunk}
         request |= {"stop": list(texts), "ends": sorted(ends), "speculative": count, "confidence": draft_confidence}
         self.ranks.agree({"request": request})
@@ -373,7 +402,7 @@ class Generation(Iterator[Event]):
         vocabulary = Vocabulary(session.tokenizer) if session.tokenizer else None
         self._streams = [PieceStream(vocabulary) if vocabulary else None for _ in prompts]
         self._stops = [StopTexts(stop) for _ in prompts]
-        self._events = self._timed(self._stepped(*drafting))
+        self._events = self._timed(self._stepped(*drafting), drafting=drafting[0] > 0)
 
     @property
     def tokens(self) -> list[list[int]]:
@@ -414,8 +443,10 @@ class Generation(Iterator[Event]):
             line += f"; {self.drafts.accepted} of {self.drafts.proposed} drafts accepted, {rate:.2f} tokens a step"
         return line
 
-    def _timed(self, events: Iterator[Event]) -> Iterator[Event]:
+    def _timed(self, events: Iterator[Event], *, drafting: bool) -> Iterator[Event]:
         self._session.model  # noqa: B018  loading is no part of the times
+        if drafting:
+            self._session.load_drafter()
         began = first = time.perf_counter()
         for event in events:
             if not self.prefill_seconds:

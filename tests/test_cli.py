@@ -1,6 +1,7 @@
 """The command line, as typed."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -130,6 +131,7 @@ def test_init_inspect_generate(tmp_path):
         (("generate",), "give one of --prompt, --chat, --tokens and --prompts"),
         (("generate", "--chat", "x", "--tokens", "1"), "give one of"),
         (("generate", "--chat", "x", "--draft-confidence", "0.5"), "give --speculative, too"),
+        (("generate", "--chat", "x", "--drafter", "embedded"), "--drafter says what drafts; give --speculative, too"),
         (("generate", "--chat", "x", "-b", "reference", "--speculative", "2"), "proposes 1 to 1 tokens a step"),
         (("generate", "--tokens", "1", "-b", "gpu"), "unknown backend 'gpu'; installed:"),
         (("generate", "nowhere", "--tokens", "1"), "nowhere: no such directory"),
@@ -185,3 +187,16 @@ def test_help_of_every_command(hidden, monkeypatch):
         assert "Usage:" in shown
         assert "Cannot be used" not in shown, shown
     assert not hidden or not {name for name in LIBRARIES if sys.modules.get(name)}
+
+
+@pytest.mark.parametrize(
+    "command", ["generate -p a -n 300 --ignore-eos -b reference", "plan --model flash --context 64K"]
+)
+def test_whoever_reads_may_leave(command):
+    """``dsv4 ... | head``: no message, and not the status of success."""
+    command = [sys.executable, "-m", "dsv4_core", *command.split()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdout.read(3)
+        run.stdout.close()
+        said = run.stderr.read().decode()
+    assert (run.returncode, said) == (141, "")

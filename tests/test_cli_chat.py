@@ -1,6 +1,8 @@
 """dsv4 chat: turns, commands, cut-off turns, and a cache that is kept."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,3 +123,36 @@ def test_the_command_reads_a_pipe():
     )
     assert result.exit_code == 0
     assert "3 generated" in result.stdout
+
+
+def test_the_command_at_a_terminal(tmp_path):
+    """A prompt, a turn, Ctrl-C in the middle of a turn, which ends it and nothing else, editing, Ctrl-D."""
+    pexpect = pytest.importorskip("pexpect")
+    pytest.importorskip("prompt_toolkit")
+    words = ["-m", "dsv4_core", "chat", "-b", "reference", "--temperature", "0", "-n", "400", "--system", "Be brief."]
+    known = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "HOME": str(tmp_path)}
+    terminal = pexpect.spawn(sys.executable, words, env=known, encoding="utf-8", timeout=300, dimensions=(40, 100))
+    ready = r">[^\n]*\x1b\[\?25h"  # the prompt is drawn and the cursor shown
+    terminal.expect("Ctrl-D ends")
+    terminal.expect(ready)
+    terminal.send("Tell me about kludgez\x7f and foo\r")  # a slip, taken back
+    terminal.expect(r"\n[^\n>]*[a-z]{2}")  # the reply has begun
+    terminal.sendintr()
+    terminal.expect(r"\(ended\)")
+    terminal.expect(ready)
+    terminal.send(f"/save {tmp_path / 'talk.json'}\r")
+    terminal.expect("3 turns in")
+    terminal.expect(ready)
+    terminal.send("/stats\r")
+    terminal.expect("generated")
+    terminal.expect(ready)
+    terminal.sendintr()  # at the prompt it ends nothing
+    terminal.expect(ready)
+    terminal.sendeof()
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 0
+    turns = json.loads((tmp_path / "talk.json").read_text())
+    assert [turn["role"] for turn in turns] == ["system", "user", "assistant"]
+    assert turns[1]["content"] == "Tell me about kludge and foo"
+    assert turns[2]["content"]

@@ -198,6 +198,14 @@ def test_progress_ends_at_the_total(tmp_path):
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
 
 
+def test_published_keys_that_dsv4_does_not_use_are_written(tmp_path):
+    """Other engines read some of them; of the published 48 keys only the version of transformers is left out."""
+    create(tmp_path / "model", PRESETS["tiny"], seed=0)
+    written = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (written["num_key_value_heads"], written["torch_dtype"], written["use_cache"]) == (1, "bfloat16", True)
+    assert {"attention_bias", "attention_dropout", "initializer_range", "tie_word_embeddings"} <= written.keys()
+
+
 def test_preset_is_cut():
     config = preset(PRESETS["flash"], **CUT | {"layers": 4, "experts": 64, "max_position": 8192, "expert_dtype": "fp8"})
     assert (config.num_hidden_layers, config.n_routed_experts, config.max_position_embeddings) == (4, 64, 8192)

@@ -12,7 +12,8 @@ import pytest
 from rewriting import small
 
 from dsv4_core.checkpoint.convert import Options, convert
-from dsv4_core.checkpoint.weights import INDEX, Checkpoint
+from dsv4_core.checkpoint.tensors import INDEX
+from dsv4_core.checkpoint.weights import Checkpoint
 
 
 def digests(directory):

@@ -10,6 +10,7 @@ from dsv4_conformance.laws.small_model import feed, new_cache, some_ids, weights
 from dsv4_conformance.run import runner
 
 from dsv4_core.contract import registry
+from dsv4_core.graph.generate import generate, speculate
 from dsv4_core.graph.model import Model
 from dsv4_core.graph.replay import KEPT, Replay
 from dsv4_core.graph.step import Step
@@ -115,6 +116,20 @@ def test_a_shape_is_recorded_when_it_comes_back():
     for _ in range(2):
         decode(model, cache, replay, sequences=[1])
     assert model.backend.recorded == 2, "another batch is another shape"
+
+
+def test_steps_with_drafts_are_replayed_and_give_the_same_tokens():
+    prompt = some_ids((20,), 3).tolist()
+    found = {}
+    for backend in (Reference, Coarse):
+        model = Model(weights((0, 4, 128)), backend(numerics="float32"))
+        found[backend] = list(speculate(model, prompt, max_tokens=24))
+    plain = [
+        line[0]
+        for line in generate(Model(weights((0, 4, 128)), Reference(numerics="float32")), [prompt], max_tokens=24)
+    ]
+    assert found[Reference] == found[Coarse] == plain
+    assert model.backend.recorded
 
 
 def test_old_recordings_are_dropped():

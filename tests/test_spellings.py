@@ -13,7 +13,8 @@ from dsv4_core import cli
 from dsv4_core.checkpoint import spelling_page
 from dsv4_core.checkpoint.config import PRESETS, ConfigError, ModelConfig
 from dsv4_core.checkpoint.create import create
-from dsv4_core.checkpoint.weights import Checkpoint, CheckpointError, ForeignError
+from dsv4_core.checkpoint.findings import CheckpointError, ForeignError
+from dsv4_core.checkpoint.weights import Checkpoint
 from dsv4_core.contract.dtypes import BFLOAT16, ScaledArray
 from dsv4_core.graph.generate import generate
 from dsv4_core.graph.model import Model
@@ -291,6 +292,30 @@ def test_f32_scales_that_are_no_powers_of_two_are_float_factors(model, expected)
     assert checkpoint.format(f"{name}.weight") is None
     assert f"{name}.scale" not in checkpoint
     assert tokens(model)
+
+
+def test_fp4_scales_that_are_no_powers_of_two_are_float_factors_of_all_experts(model, expected):
+    """A factor of 32 channels of a row; experts are all plain then, since they are multiplied together."""
+    checkpoint = Checkpoint(model)
+    weight, one = checkpoint.weight(EXPERT), np.full((256, 4), 127, np.uint8)
+    factors = np.random.default_rng(0).uniform(0.5, 2, (256, 4)).astype(np.float32) * 2.0**-6
+    expected[f"{EXPERT}.weight"] = ScaledArray(weight.data, one, "e2m1").dequantise() * np.repeat(factors, 32, axis=1)
+    change(model, f"{EXPERT}.scale", stored("F32", factors))
+    checkpoint = same_model(model, expected, notes=["weights have scales that are no powers of two"])
+    experts = [name for name in checkpoint.names if ".experts." in name]
+    assert {checkpoint.format(name) for name in experts} == {None}
+    assert checkpoint.array(f"{EXPERT}.weight").dtype == np.float32
+    assert tokens(model)
+
+
+def test_layers_of_other_numbers_of_experts_are_named(model):
+    """Case 20: a layer that was cut otherwise than the others; config.json has one number for all."""
+    file = weight_map(model)["layers.1.ffn.gate.weight"]
+    tensors = read(model, file)
+    gate = tensors["layers.1.ffn.gate.weight"]
+    tensors["layers.1.ffn.gate.weight"] = Tensor(gate.dtype, (3, gate.shape[1]), gate.data[: len(gate.data) * 3 // 4])
+    write(model, file, tensors)
+    refused(model, "layers.1.ffn.gate.weight: shape [3, 256] must be [4, 256] by config.json")
 
 
 def test_i32_hash_table(model, expected):

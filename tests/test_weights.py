@@ -10,9 +10,10 @@ from dsv4_conformance.model import golden
 from rewriting import INDEX, Tensor, change, read, rename, shard_names, small, weight_map, write
 
 from dsv4_core.checkpoint.config import ConfigError
+from dsv4_core.checkpoint.findings import CheckpointError
 from dsv4_core.checkpoint.layout import tensor_specs
 from dsv4_core.checkpoint.shards import Shard
-from dsv4_core.checkpoint.weights import Checkpoint, CheckpointError, embedded
+from dsv4_core.checkpoint.weights import Checkpoint, embedded
 from dsv4_core.contract.dtypes import BFLOAT16, ScaledArray
 
 WQ_A = "layers.1.attn.wq_a.weight"  # FP8 [128, 256]
@@ -75,7 +76,7 @@ def test_weight_joins_codes_and_scales_by_dtype(model):
 
 def test_opening_maps_no_file_and_reading_a_tensor_maps_its_own_alone(model):
     checkpoint = Checkpoint(model)
-    shards = {shard.path.name: shard for shard, _ in checkpoint._where.values()}
+    shards = {shard.path.name: shard for shard, _ in checkpoint.where.values()}
     assert len(shards) > 1
     assert all(shard._map is None for shard in shards.values())
     checkpoint.array(WQ_A)

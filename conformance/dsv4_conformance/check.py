@@ -43,11 +43,13 @@ class Finding:
     """The backend's own file claims what was checked: by a level, or by name."""
     counts: bool = True
     """A failure fails the run: it was claimed, or the backend brings an implementation of its own."""
+    inputs: str = ""
+    """Hash of an op case's operands and scalars."""
     ran: str = ""
     """The vendor's kernels that ran in it, as the backend names them."""
 
     @classmethod
-    def of(cls, check: Check, verdict: Verdict, *, seed: int = 0, dtypes: str = "") -> Finding:
+    def of(cls, check: Check, verdict: Verdict, *, seed: int = 0, dtypes: str = "", inputs: str = "") -> Finding:
         """A finding from a verdict."""
         return cls(
             id=check.id,
@@ -61,6 +63,7 @@ class Finding:
             metrics=verdict.metrics,
             worst=verdict.worst,
             seed=seed,
+            inputs=inputs,
         )
 
 
@@ -97,6 +100,8 @@ class Session:
 
     backend: Backend
     tier: Tier = "standard"
+    dump: Path | None = None
+    """Where operands, results and wanted results of an op case that fails are written."""
     repeat: int = 0
     """Which of many seeds (full tier, honest variants); 0 is the stable one of every id."""
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv4_core.checkpoint.weights import Checkpoint, Finding, Progress
+from dsv4_core.checkpoint.findings import Finding
+from dsv4_core.checkpoint.tensors import Progress
+from dsv4_core.checkpoint.weights import Checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -442,6 +442,16 @@ for _name, _of, _dspark in (
     ),
 ):
     PRESETS[_name] = replace(PRESETS[_of], compress_ratios=(*PRESETS[_of].compress_ratios, 0, 0), **_dspark)
+_UNUSED = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+}  # published keys that change nothing here, and that other engines read
+PRESETS = {name: replace(config, other=dict(_UNUSED)) for name, config in PRESETS.items()}
 """flash and pro: the preview of April; flash-0731 and pro-0813: the official releases, which differ by DSpark.
 
 tiny: every kind of layer at the size of a test, with MTP or DSpark.

@@ -23,7 +23,8 @@ from dsv4_core.checkpoint.layout import QUANTISED, TensorSpec, becomes_int8, sca
 from dsv4_core.checkpoint.manifest import MANIFEST
 from dsv4_core.checkpoint.rank_part import Place, ShardedSource
 from dsv4_core.checkpoint.shards import BITS
-from dsv4_core.checkpoint.weights import INDEX, Checkpoint, Progress
+from dsv4_core.checkpoint.tensors import INDEX, Progress
+from dsv4_core.checkpoint.weights import Checkpoint
 from dsv4_core.contract.dtypes import (
     BFLOAT16,
     FORMAT_MAX,

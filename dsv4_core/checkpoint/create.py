@@ -23,7 +23,7 @@ from dsv4_core.checkpoint.config import ModelConfig
 from dsv4_core.checkpoint.layout import QUANTISED, TensorSpec, tensor_specs, unpacked
 from dsv4_core.checkpoint.shards import BITS
 from dsv4_core.checkpoint.spellings import ConfigError
-from dsv4_core.checkpoint.weights import INDEX, Progress
+from dsv4_core.checkpoint.tensors import INDEX, Progress
 from dsv4_core.contract.dtypes import BFLOAT16, FORMAT_MAX, Format, Host, encode, pack_fp4
 from dsv4_core.files.writing import whole, write, writing_alone
 

@@ -39,6 +39,11 @@ def find_model(model: str | Path | None) -> Path:
     )
 
 
+def find_drafter(drafter: str | Path | None) -> Path | None:
+    """Give the directory of a drafter, named as for ``find_model``; None for None."""
+    return None if drafter is None else find_model(drafter)
+
+
 def hub_cache(environ: Mapping[str, str] = os.environ) -> Path:
     """Give the directory in which Hugging Face's tools keep what they download (HF_HUB_CACHE, HF_HOME, XDG_CACHE_HOME)."""
     if cache := environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE"):

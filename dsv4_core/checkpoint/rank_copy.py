@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from dsv4_core.checkpoint import manifest
+from dsv4_core.checkpoint.findings import CheckpointError, Finding
 from dsv4_core.checkpoint.layout import unpacked
 from dsv4_core.checkpoint.rank_part import Place
-from dsv4_core.checkpoint.weights import Checkpoint, CheckpointError, Finding
+from dsv4_core.checkpoint.weights import Checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path

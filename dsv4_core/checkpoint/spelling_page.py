@@ -29,6 +29,7 @@ _RULES = (
     ("`compress_ratios` with too few or too many entries for `mtp.*`", "read as 0, or ignored; a note"),
     ("ratio 1", "read as 0: rows that are not compressed; a note"),
     ("`eos_token_id` as a list", "all of them end a text"),
+    ("`generation_config.json`", "its temperature and top-p where a request gives none; its ends, too"),
     ("tied head (`tie_word_embeddings`, no `head.weight`)", "`embed.weight` is used"),
     ("one file of any name, without an index", "read"),
     ("copies of embedding and head under `mtp.0`", "ignored; a note"),

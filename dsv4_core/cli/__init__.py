@@ -7,6 +7,7 @@ A core command ``name`` is ``dsv4_core.cli.name:command``; other packages add th
 from __future__ import annotations
 
 import os
+import select
 import sys
 from contextlib import suppress
 from importlib import import_module
@@ -63,6 +64,25 @@ class LazyGroup(Group):
             return unusable(cmd_name, problem)
         return None
 
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command; whoever read its output may leave early (``| head``), which is no error to tell."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            if nobody_reads():
+                ctx.exit(LEFT)
+            raise
+
+
+def nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has left; what is still buffered then goes nowhere."""
+    output = select.poll()
+    output.register(1, 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return True
+
 
 def unusable(name: str, problem: str) -> click.Command:
     """Stand in for a command that cannot be imported: ``--help`` says why, and calling it is an error."""
@@ -89,6 +109,7 @@ def root(traceback: bool) -> None:
         os.environ["DSV4_TRACEBACK"] = "1"
 
 
+LEFT = 141  # what a shell says of a program that SIGPIPE ended
 COMPLETION = "_DSV4_COMPLETE"  # how a shell asks what may come next; `dsv4 completion` prints the script that does
 
 
@@ -103,6 +124,8 @@ def main() -> None:
     try:
         status = root(standalone_mode=False)  # click gives back the status that a command exits with
         sys.stdout.flush()
+    except BrokenPipeError as error:
+        status = LEFT if nobody_reads() else told(f"dsv4: {error}", 2)
     except click.exceptions.Exit as stop:
         status = stop.exit_code
     except click.ClickException as error:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from typing import TYPE_CHECKING
 
 import click
 
-from dsv4_core.cli.commands import Command
+from dsv4_core.cli.commands import Command, option
 from dsv4_core.cli.options import BackendFlags, backend_options, json_option
 
 if TYPE_CHECKING:
@@ -16,15 +17,17 @@ if TYPE_CHECKING:
     from dsv4_core.graph.model import Model
     from dsv4_core.planning.plan import Ceiling
 
+measured = functools.partial(option, heading="What is measured")
+
 
 @click.command("bench", cls=Command)
 @click.argument("model", required=False)
-@click.option("--prompt", default=512, show_default=True, type=click.IntRange(1), help="Tokens of each prompt.")
-@click.option("--tokens", default=32, show_default=True, type=click.IntRange(1), help="Tokens decoded after it.")
-@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Sequences side by side.")
-@click.option("--runs", default=3, show_default=True, type=click.IntRange(1), help="Repetitions; one more warms up.")
-@click.option("--chunk", type=click.IntRange(1), default=2048, show_default=True, help="Tokens of a prefill step.")
-@click.option(
+@measured("--prompt", default=512, show_default=True, type=click.IntRange(1), help="Tokens of each prompt.")
+@measured("--tokens", default=32, show_default=True, type=click.IntRange(1), help="Tokens decoded after it.")
+@measured("--batch", default=1, show_default=True, type=click.IntRange(1), help="Sequences side by side.")
+@measured("--runs", default=3, show_default=True, type=click.IntRange(1), help="Repetitions; one more warms up.")
+@measured("--chunk", type=click.IntRange(1), default=2048, show_default=True, help="Tokens of a prefill step.")
+@measured(
     "--hardware",
     metavar="NAME",
     help="Also the share of this device's roofline, as `dsv4 plan` counts it: h100x1, h200x1 ...",

@@ -180,8 +180,8 @@ def talk(session: Talk, read: Callable[[], str], write: Callable[[str, bool], An
     "--max-tokens", "-n", type=click.IntRange(1), default=1024, show_default=True, help="New tokens of a turn at most."
 )
 @click.option("--context", type=click.IntRange(2), help="Tokens of the conversation (else 8192, or the model's).")
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="0 is greedy.")
-@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--temperature", type=float, help="0 is greedy [default: as generation_config.json asks, else 1].")
+@click.option("--top-p", type=float, help="[default: as generation_config.json asks, else 1]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--speculative", is_flag=True, help="Draft with what the checkpoint has for it, MTP or DSpark.")
 @click.option(
@@ -197,24 +197,30 @@ def command(
     effort: str | None,
     max_tokens: int,
     context: int | None,
-    temperature: float,
-    top_p: float,
+    temperature: float | None,
+    top_p: float | None,
     seed: int,
     speculative: bool,
     encoding_profile: Profile | None,
     flags: BackendFlags,
 ) -> None:
     """Talk to MODEL (a checkpoint's directory; the embedded one if left out). /help says what may be typed."""
-    import numpy as np
-
     from dsv4_core.cli.running import open_model, report
     from dsv4_core.graph.engine import Engine
     from dsv4_core.graph.sampling import Sampling
     from dsv4_core.text.fixed_texts import fixed_texts
     from dsv4_core.text.tokenizer import Vocabulary
 
-    sampling = Sampling(temperature, top_p, seed)
+    Sampling(
+        temperature or 0.0, 1.0 if top_p is None else top_p, seed
+    )  # what is wrong is said before anything is opened
     with open_model(model, flags) as session:
+        wanted = session.defaults
+        sampling = Sampling(
+            temperature if temperature is not None else wanted.temperature if wanted.said else 1.0,
+            wanted.top_p if top_p is None else top_p,
+            seed,
+        )
         texts = fixed_texts(session.directory, encoding_profile)
         if session.tokenizer is None:
             raise ValueError(f"{session.directory} has no tokenizer.json; copy the tokenizer beside config.json")
@@ -223,9 +229,12 @@ def command(
             raise ValueError(f"--context {context}: the model has {most} positions (max_position_embeddings)")
         read = _reader()
         engine = Engine(
-            session.model, slots=1, capacity=context or min(8192, most), drafts=session.model.drafts * speculative
+            session.model,
+            slots=1,
+            capacity=context or min(8192, most),
+            drafts=session.load_drafter() if speculative else 0,
         )
-        ends = frozenset(np.atleast_1d(session.config.eos_token_id).tolist())
+        ends = session.defaults.ends
         vocabulary = Vocabulary(session.tokenizer)
         talking = Talk(engine, vocabulary, texts, ends, sampling, max_tokens, thinking=thinking or effort is not None)
         if effort is not None:

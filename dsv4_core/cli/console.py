@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+import rich.console
+
+
+class Console(rich.console.Console):
+    """Rich's console, but that a reader who leaves is what it is to every command: a broken pipe."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on with the error that this is called for."""
+        raise  # noqa: PLE0704  it is called in the handler of the error
 
 
 def wide_console() -> Console:

@@ -40,9 +40,11 @@ generation = functools.partial(option, heading="Generation")
 @prompt("--system", default="", help="With --chat: the system turn.")
 @prompt("--thinking", is_flag=True, help="With --chat: let the model think first.")
 @generation("--max-tokens", "-n", type=click.IntRange(1), default=64, show_default=True, help="New tokens at most.")
-@generation("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@generation("--temperature", type=float, help="0 is greedy [default: as generation_config.json asks, else 0].")
 @generation(
-    "--top-p", type=float, default=1.0, show_default=True, help="Draw from the likeliest that make up this much."
+    "--top-p",
+    type=float,
+    help="Draw from the likeliest that make up this much [default: as generation_config.json asks, else 1].",
 )
 @generation("--top-k", type=int, default=0, show_default=True, help="Draw from so many likeliest; 0: from all.")
 @generation(
@@ -59,6 +61,11 @@ generation = functools.partial(option, heading="Generation")
     type=click.IntRange(0),
     metavar="[K]",
     help="Draft K tokens a step (without K as many as can be) by MTP or DSpark: the same tokens, sooner.",
+)
+@generation(
+    "--drafter",
+    metavar="DIR",
+    help="With --speculative: a directory whose MTP block or DSpark drafts for MODEL.",
 )
 @generation(
     "--draft-confidence",
@@ -83,6 +90,7 @@ def command(
     asked: RankFlags,
     as_json: bool,
     speculative: int | None,
+    drafter: str | None,
     **request: Any,
 ) -> None:
     """Generate from MODEL: a checkpoint's directory, OWNER/NAME of one in the hub's local cache, or the embedded one.
@@ -101,10 +109,18 @@ def command(
         raise click.UsageError("--system and --thinking are of a conversation; use --chat, or --prompts with turns")
     if request["draft_confidence"] and speculative is None:
         raise click.UsageError("--draft-confidence shortens drafts; give --speculative, too")
+    if drafter and speculative is None:
+        raise click.UsageError("--drafter says what drafts; give --speculative, too")
     request["speculative"] = speculative is not None and (speculative or True)
     prompts = read_prompts(texts, chats, ids, file, system)
-    with open_model(model, flags, asked) as session:
+    with open_model(model, flags, asked, drafter) as session:
         events = session.generate(prompts, thinking=thinking, **request)
+        wanted = session.defaults
+        if session.speaks and wanted.said and None in {request["temperature"], request["top_p"]}:
+            report(
+                f"sampling as generation_config.json asks (temperature {wanted.temperature:g}, top-p {wanted.top_p:g}) "
+                "where --temperature and --top-p do not say; --temperature 0 is greedy"
+            )
         if session.speaks and not as_json:
             show(session, events, prompts)
         events.run()
@@ -223,6 +239,8 @@ def print_json(session: Session, events: Generation, model: str | None) -> None:
         sequences=sequences,
         prefill_seconds=events.prefill_seconds,
         decode_seconds=events.decode_seconds,
-        drafts=schema.Drafts(proposed=drafts.proposed, accepted=drafts.accepted) if drafts.proposed else None,
+        drafts=schema.Drafts(proposed=drafts.proposed, accepted=drafts.accepted, steps=drafts.steps)
+        if drafts.proposed
+        else None,
     )
     schema.emit("generate", result)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dsv4_core.checkpoint.config import ModelConfig
-    from dsv4_core.checkpoint.weights import Checkpoint, Finding
+    from dsv4_core.checkpoint.findings import Finding
+    from dsv4_core.checkpoint.weights import Checkpoint
     from dsv4_core.cli.schema import Inspected
 
 
@@ -88,17 +89,15 @@ def _document(checkpoint: Checkpoint, findings: Iterable[Finding], *, audited: b
 
 
 def _print(checkpoint: Checkpoint, findings: list[Finding], *, audited: bool) -> None:
-    from rich.console import Console
-
+    from dsv4_core.checkpoint.findings import summary
     from dsv4_core.checkpoint.layout import parameters
-    from dsv4_core.checkpoint.weights import summary
+    from dsv4_core.cli.console import Console
 
     console = Console(soft_wrap=True, highlight=False)
-    counts = parameters(checkpoint.config)
+    counts, total = parameters(checkpoint.config), checkpoint.nbytes
     files = len({checkpoint.file(name) for name in checkpoint.names})
     console.print(
-        f"[bold]{checkpoint.path}[/]: {len(checkpoint.names)} tensors, {_size(checkpoint.nbytes)}, "
-        f"{files} file{'s' * (files != 1)}"
+        f"[bold]{checkpoint.path}[/]: {len(checkpoint.names)} tensors, {_size(total)}, {files} file{'s' * (files != 1)}"
     )
     console.print(
         f"parameters: {_count(counts.total)} total, {_count(counts.active)} active per token (MTP or DSpark, "
@@ -107,7 +106,7 @@ def _print(checkpoint: Checkpoint, findings: list[Finding], *, audited: bool) ->
     console.print(_configuration(checkpoint.config))
     table = _table("tensors", "kind", "dtype", "count>", "bytes>", "share>")
     for kind, dtype, count, size in _groups(checkpoint):
-        table.add_row(kind, dtype, f"{count:,}", _size(size), f"{100 * size / (checkpoint.nbytes or 1):.1f} %")
+        table.add_row(kind, dtype, f"{count:,}", _size(size), f"{100 * size / (total or 1):.1f} %")
     console.print(table)
     errors = [f for f in findings if f.severity == "error"]
     for title, some in (("error", errors), ("note", [f for f in findings if f.severity == "note"])):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import msgspec
 from rich.table import Table
 
 from dsv4_core.checkpoint.rank_part import Place
-from dsv4_core.cli.commands import Command
+from dsv4_core.cli.commands import Command, option
 from dsv4_core.cli.console import wide_console
 from dsv4_core.cli.options import json_option
 from dsv4_core.planning.claims import claims
@@ -39,31 +40,38 @@ class Tokens(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
         return int(number) * unit
 
 
+sequences = functools.partial(option, heading="What runs")
+devices = functools.partial(option, heading="On which machine")
+instead = functools.partial(option, heading="Other figures")
+
+
 @click.command("plan", cls=Command)
-@click.option("--model", "-m", help="flash, pro, or a checkpoint's directory (only its headers are read).")
-@click.option(
+@sequences(
+    "--model", "-m", help="A preset (flash, pro-0813, ...) or a checkpoint's directory (only its headers are read)."
+)
+@sequences(
     "--context",
     type=Tokens(),
     show_default="the most that the model has positions for",
     help="Tokens a sequence holds, e.g. 64K.",
 )
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences decoded together.")
-@click.option(
+@sequences("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences decoded together.")
+@devices(
     "--hardware",
     default="h100x8",
     show_default=True,
     help="h100, h200, b200, 910B, 910C, 950 and x devices; or a JSON file.",
 )
-@click.option("--tp", type=click.IntRange(1), help="Ranks that share heads and vocabulary; else the best found.")
-@click.option("--ep", type=click.IntRange(1), help="Groups of such ranks, among which experts are spread.")
-@click.option("--price", type=float, help="Dollars an hour for the whole machine: gives the cost per million tokens.")
-@click.option(
+@devices("--tp", type=click.IntRange(1), help="Ranks that share heads and vocabulary; else the best found.")
+@devices("--ep", type=click.IntRange(1), help="Groups of such ranks, among which experts are spread.")
+@devices("--price", type=float, help="Dollars an hour for the whole machine: gives the cost per million tokens.")
+@instead(
     "--claims",
     "only_claims",
     is_flag=True,
     help="Published efficiency figures against those of our graph, and nothing else.",
 )
-@click.option(
+@instead(
     "--picture",
     type=click.Path(path_type=Path),
     help="Draw FLOPs and cache against context (V3.2, Pro, Flash) to a file.",
@@ -96,7 +104,9 @@ def command(
         if model is None:
             return
     if model is None:
-        raise click.UsageError("--model is needed: flash, pro, or a checkpoint's directory")
+        raise click.UsageError(
+            "--model is needed: a preset (flash, pro, flash-0731, pro-0813) or a checkpoint's directory"
+        )
     from dsv4_core.cli.running import bar, model_config
 
     machine = Hardware.parse(hardware)

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from dsv4_core.checkpoint.config import PRESETS
-from dsv4_core.checkpoint.weights import INDEX, Checkpoint
+from dsv4_core.checkpoint.tensors import INDEX
+from dsv4_core.checkpoint.weights import Checkpoint
 from dsv4_core.cli.commands import Command
 from dsv4_core.cli.options import BackendFlags, ByteSize, backend_options
 from dsv4_core.planning import rehearse

@@ -23,8 +23,9 @@ ALONE = RankFlags(tp=1, ep=1, stats=False)
 @contextmanager
 def bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar on the terminal (nothing where standard error is not one)."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from dsv4_core.cli.console import Console
 
     console = Console(stderr=True)
     shown = console.is_terminal and os.environ.get("RANK", "0") == "0"  # of several ranks the first one's
@@ -52,11 +53,11 @@ class Bars:
             self.what = ""
 
 
-def open_model(model: str | None, flags: BackendFlags, asked: RankFlags = ALONE) -> Session:
+def open_model(model: str | None, flags: BackendFlags, asked: RankFlags = ALONE, drafter: str | None = None) -> Session:
     """Open MODEL as the user said; no weight is read yet."""
     from dsv4_core.session import open_session
 
-    return open_session(model, flags.create, tp=asked.tp, ep=asked.ep, progress=Bars())
+    return open_session(model, flags.create, drafter=drafter, tp=asked.tp, ep=asked.ep, progress=Bars())
 
 
 def model_config(model: str | None) -> tuple[ModelConfig, Format]:

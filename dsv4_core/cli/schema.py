@@ -42,10 +42,11 @@ class Sequence(Form):
 
 
 class Drafts(Form):
-    """Speculation: tokens that the MTP block proposed, and those that were accepted."""
+    """Speculation: tokens that the MTP block or DSpark proposed, those that were accepted, and steps of the main model."""
 
     proposed: int
     accepted: int
+    steps: int
 
 
 class Generated(Form):

@@ -273,7 +273,7 @@ class Oracle(Protocol):
         """Give the op's exact result on host operands, and ``samples`` results perturbed as the contract allows."""
 
 
-def _oracle() -> Entry:
+def oracle_entry() -> Entry:
     """The oracle that judges: dsv4's own, or the one that DSV4_ORACLE names. No distribution becomes it by being installed."""
     name = os.environ.get("DSV4_ORACLE")
     found = entries(ORACLES)
@@ -301,12 +301,12 @@ def oracle(numerics: Numerics, narrower: Mapping[str, tuple[str, ...]]) -> Oracl
     """Construct the oracle for a mode and a backend's declared narrower intermediates: dsv4's own, unless DSV4_ORACLE
     names another that is installed (entry points ``dsv4.oracles``).
     """
-    return cast("Oracle", loaded(_oracle())(numerics=numerics, narrower=narrower))
+    return cast("Oracle", loaded(oracle_entry())(numerics=numerics, narrower=narrower))
 
 
 def reference() -> type[Backend]:
     """Import the backend that the oracle is made of: it is registered under the oracle's own name."""
-    return backend_class(_oracle().point.name)
+    return backend_class(oracle_entry().point.name)
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,8 @@ def op(
     ``return`` (one entry for all results, or ``return.0`` ...): ``act`` (bfloat16; float32 or float64 in the exact
     modes), ``wide`` (float32; float64 in float64 mode), a dtype name, ``weight`` (an array or ``ScaledArray``),
     ``cache`` (uint8 packed, or the dtype that a plain layout stores) or ``out_dtype`` (the scalar of that name).
-    ``accumulate``: the least precise format that sums may be kept in. ``narrower``: what a backend may declare narrower
+    ``mutates``: operands that a backend may write in place and give back, instead of another array; the results are these,
+    in order. ``accumulate``: the least precise format that sums may be kept in. ``narrower``: what a backend may declare narrower
     than that. ``fused``: the body is the default, written in required ops; otherwise the body is never run and a
     backend that leaves the op out raises ``UnsupportedOpError``.
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from dsv4_core.graph.cache import Cache
     from dsv4_core.graph.model import Model
 
+DRAFTED = (
+    8  # tokens a row up to which steps of a drafting model are replayed: a token and its drafts, not a prompt's chunk
+)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -89,7 +93,10 @@ class Batch:
         if width == 1 and not self.drafting and starts[-1] == len(rows):
             logits = self._replay.logits(step)
         else:
-            h = model.forward(step, taps) if self.drafting and model.dspark else model.forward(step)
+            if self.drafting and model.dspark:
+                h = model.forward(step, taps)
+            else:
+                h = self._replay.streams(step) if self.drafting and width <= DRAFTED else model.forward(step)
             if starts[-1] == 0:
                 return Outcome(np.zeros(0, np.int32), None, starts, step, h, taps)
             ends = [i * width + len(row.tokens) for i, row in enumerate(here)]

@@ -20,11 +20,11 @@ class CacheError(ValueError):
     """A request that the cache cannot hold: context too long, or a rewind too far."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class LayerCache:
     """One layer's arrays; rows of sequence s begin at ``s * rows per sequence``.
 
-    None where the layer's ratio has no such thing.
+    None where the layer's ratio has no such thing. What is written is replaced by what ``cache_write`` returns.
     """
 
     ratio: int
@@ -170,27 +170,37 @@ class Cache:
         if self.lengths[donor] < length:
             raise CacheError(f"restore: sequence {donor} holds {self.lengths[donor]} tokens; {length} are needed of it")
 
-        def write(array: Array | None, rows: Array | None, count: int, each: int, layout: RowLayout) -> None:
-            if array is not None and rows is not None:
-                be.cache_write(array, rows, self._last(sequence, length, count, each), layout=layout)
+        def written(array: Array | None, rows: Array | None, count: int, each: int, layout: RowLayout) -> Array | None:
+            if array is None or rows is None:
+                return array
+            return be.cache_write(array, rows, self._last(sequence, length, count, each), layout=layout)
 
         for i, layer in enumerate(self.layers):
-            write(layer.ring, snapshot.rings[i], c.sliding_window, self.ring_rows, self.kv_layout)
+            last = self._last(sequence, length, c.sliding_window, self.ring_rows)
+            layer.ring = be.cache_write(layer.ring, snapshot.rings[i], last, layout=self.kv_layout)
             if not layer.ratio:
                 continue
             shape = (2 * layer.ratio, self.state_rows(layer.ratio))
-            write(layer.state, snapshot.states[i], *shape, self.state_layout(4, c.head_dim))
-            write(layer.key_state, snapshot.key_states[i], *shape, self.state_layout(4, c.index_head_dim))
-            for array, layout in ((layer.rows, self.kv_layout), (layer.keys, self.key_layout)):
-                if array is not None and donor != sequence:
-                    self._copy(array, layout, self.compressed_rows(layer.ratio), donor, sequence, length // layer.ratio)
+            layer.state = written(layer.state, snapshot.states[i], *shape, self.state_layout(4, c.head_dim))
+            key_layout = self.state_layout(4, c.index_head_dim)
+            layer.key_state = written(layer.key_state, snapshot.key_states[i], *shape, key_layout)
+            if donor != sequence:
+                where = self.compressed_rows(layer.ratio), donor, sequence, length // layer.ratio
+                layer.rows = self._copied(layer.rows, self.kv_layout, *where)
+                layer.keys = self._copied(layer.keys, self.key_layout, *where)
         self.lengths[sequence] = self.furthest[sequence] = length
 
-    def _copy(self, array: Array, layout: RowLayout, each: int, source: int, target: int, count: int) -> None:
+    def _copied(
+        self, array: Array | None, layout: RowLayout, each: int, source: int, target: int, count: int
+    ) -> Array | None:
+        """Give an array in which the first ``count`` rows of sequence ``target`` are those of ``source``."""
+        if array is None:
+            return None
         for begin in range(0, count, _COPIED):
             rows = np.arange(begin, min(begin + _COPIED, count), dtype=np.int32)
             read = self.backend.cache_read(array, self.backend.from_numpy(source * each + rows), layout=layout)
-            self.backend.cache_write(array, read, self.backend.from_numpy(target * each + rows), layout=layout)
+            array = self.backend.cache_write(array, read, self.backend.from_numpy(target * each + rows), layout=layout)
+        return array
 
     def _last(self, sequence: int, length: int, count: int, rows: int) -> Array:
         """Rows of a sequence's last ``count`` tokens in rings of ``rows`` rows."""

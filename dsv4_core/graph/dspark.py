@@ -93,7 +93,8 @@ class Dspark:
                     be.linear(x, stage.attn.wkv, out_dtype=be.activation_dtype), stage.attn.kv_norm, eps=c.rms_norm_eps
                 )
                 row = self.model.kv_row(row, step.positions, stage.freqs)
-                be.cache_write(step.cache.layers[stage.index].ring, row, step.ring_write, layout=step.cache.kv_layout)
+                cache = step.cache.layers[stage.index]
+                cache.ring = be.cache_write(cache.ring, row, step.ring_write, layout=step.cache.kv_layout)
 
     def block(self, step: Addresses) -> tuple[Array, Array]:
         """Run a block's rows through all stages; give what its heads read [T, D] and the logits before the table [T, vocab]."""

@@ -160,10 +160,10 @@ class Model:
     ) -> None:
         """Load every weight through ``backend.load``; ``progress(done, of)`` is called after each layer.
 
-        ``draft``: load the MTP block or DSpark, too, where the checkpoint holds one; without it, nothing drafts.
+        ``draft``: load the MTP block or DSpark, too, where the checkpoint holds one; else ``load_drafter`` does when asked.
         """
         self.config, self.backend, self.parallel = source.config, backend, parallel
-        load = _Loader(source, backend, parallel)
+        self._load = load = _Loader(source, backend, parallel)
         c = self.config
         self.embed, self.lm_head = load.weight("embed"), load.weight("head")
         self.head = load.head("")
@@ -175,13 +175,20 @@ class Model:
                 progress(i + 1, c.layers)
         self.mtp_block: Mtp | None = None
         self.dspark: Dspark | None = None
-        if draft and c.draft == "mtp":
-            self.mtp_block = load.mtp(freqs)
-        elif draft and c.draft == "dspark":
-            mean = Mix(*map(backend.load, mean_of_streams(c.hc_mult, c.hidden_size)))
-            self.dspark = Dspark(self, load.dspark(freqs), mean)
+        if draft:
+            self.load_drafter()
         if progress:
             progress(c.layers, c.layers)
+
+    def load_drafter(self) -> None:
+        """Load the MTP block or DSpark, where the checkpoint holds one and it is not loaded yet."""
+        c, load = self.config, self._load
+        freqs = {ratio: self.backend.from_numpy(c.rope_frequencies(ratio)) for ratio in set(c.compress_ratios)}
+        if c.draft == "mtp" and self.mtp_block is None:
+            self.mtp_block = load.mtp(freqs)
+        elif c.draft == "dspark" and self.dspark is None:
+            mean = Mix(*map(self.backend.load, mean_of_streams(c.hc_mult, c.hidden_size)))
+            self.dspark = Dspark(self, load.dspark(freqs), mean)
 
     @property
     def drafts(self) -> int:
@@ -277,7 +284,7 @@ class Model:
         o = be.cached_sparse_attn(
             q, kv, cache.ring, step.ring_read, rows, row_index, w.attn_sink, idxs, layout=layout, softmax_scale=d**-0.5
         )
-        be.cache_write(cache.ring, kv, step.ring_write, layout=layout)
+        cache.ring = be.cache_write(cache.ring, kv, step.ring_write, layout=layout)
 
         o = be.apply_rope(o, step.positions, block.freqs, inverse=True)
         groups = heads * c.o_groups // c.num_attention_heads
@@ -304,9 +311,9 @@ class Model:
     ) -> None:
         """Add this step's tokens to the open windows and store the rows of those that close."""
         be, c = self.backend, self.config
-        rows = self._close_windows(w, x, c.head_dim, cache.state, step, where)
+        rows, cache.state = self._close_windows(w, x, c.head_dim, cache.state, step, where)
         if rows is not None:
-            be.cache_write(
+            cache.rows = be.cache_write(
                 _held(cache.rows),
                 self.kv_row(rows, where.row_positions, block.freqs),
                 where.row_write,
@@ -315,8 +322,10 @@ class Model:
 
     def _close_windows(
         self, w: Compressor, x: Array, dim: int, state: Array | None, step: Addresses, where: Compression
-    ) -> Array | None:
-        """Rows [n * closing, dim], normed, of the windows that close in this step; None where none does."""
+    ) -> tuple[Array | None, Array]:
+        """Rows [n * closing, dim], normed, of the windows that close in this step (None where none does), and the state with
+        this step's tokens in it.
+        """
         be, c = self.backend, self.config
         layout = step.cache.state_layout(where.ratio, dim)
         kv_score = be.concat([be.linear(x, weight, out_dtype=be.wide_dtype) for weight in (w.wkv, w.wgate)], axis=1)
@@ -324,8 +333,7 @@ class Model:
         if where.closing:
             pool = be.concat((be.cache_read(_held(state), where.state_read, layout=layout), kv_score), axis=0)
             rows = be.rms_norm(be.compress(pool, w.ape, where.window_idxs, dim=dim), w.norm, eps=c.rms_norm_eps)
-        be.cache_write(_held(state), kv_score, where.state_write, layout=layout)
-        return rows
+        return rows, be.cache_write(_held(state), kv_score, where.state_write, layout=layout)
 
     def _picked_rows(
         self,
@@ -344,10 +352,10 @@ class Model:
             return (where.row_read, where.row_idxs) if where.bound and where.row_idxs is not None else None
         be, c = self.backend, self.config
         Hi, di, layout = c.index_n_heads, c.index_head_dim, step.cache.key_layout
-        rows = self._close_windows(w.compressor, x, di, cache.key_state, step, where)
+        rows, cache.key_state = self._close_windows(w.compressor, x, di, cache.key_state, step, where)
         if rows is not None:
             keys = self._index_row(rows.reshape((rows.shape[0], 1, di)), where.row_positions, block.freqs)
-            be.cache_write(_held(cache.keys), keys, where.row_write, layout=layout)
+            cache.keys = be.cache_write(_held(cache.keys), keys, where.row_write, layout=layout)
         if where.picks is None:
             return None
         q = be.linear(qr, w.wq_b, out_dtype=be.activation_dtype).reshape((step.tokens, Hi, di))

@@ -51,6 +51,17 @@ class Replay:
 
         return self._run(("logits", shape), run, step)
 
+    def streams(self, step: Step) -> Array:
+        """``model.forward(step)`` [T, hc, D]: as ``logits``, for a step whose streams a drafter sees too."""
+        model, cache, shape = self.model, self.cache, step.shape
+        if step.cache is not cache:
+            raise ValueError("replay: the step is of another cache than the recordings; make a Replay for each cache")
+
+        def run(buffer: Array) -> Array:
+            return model.forward(Addresses(cache, shape, buffer))
+
+        return self._run(("streams", shape), run, step)
+
     def _run(self, key: tuple[str, StepShape], function: Callable[[Array], Array], step: Step) -> Array:
         if self.model.parallel is not ALONE or not step.tokens:
             return function(step.buffer)
@@ -72,7 +83,8 @@ class Replay:
     def _parts(self) -> tuple[Any, ...]:
         """All that a recording may have the addresses of."""
         m = self.model
-        return (m.embed, m.lm_head, m.head, m.mtp_block, m.dspark, *m.blocks, *self.cache.layers)
+        arrays = (a for x in self.cache.layers for a in (x.ring, x.rows, x.keys, x.state, x.key_state))
+        return (m.embed, m.lm_head, m.head, m.mtp_block, m.dspark, *m.blocks, *arrays)
 
 
 def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:

@@ -158,9 +158,8 @@ class Planner(ShapeBackend):
                     count.read[kind_of(value)] += nbytes(value) * part
         for name, rule in spec.writes.items():
             count.written[kind_of(values[name])] += nbytes(values[name]) * eval(_rule(rule), {}, names)  # noqa: S307
-        for result in made if isinstance(made, tuple) else (made,):
-            if result is not None:
-                count.written["activation"] += nbytes(result)
+        for result in () if spec.mutates else made if isinstance(made, tuple) else (made,):
+            count.written["activation"] += nbytes(result)
         self._note(spec, values, count)
         return made
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from dsv4_core.checkpoint.config import ModelConfig
     from dsv4_core.checkpoint.layout import TensorSpec
-    from dsv4_core.checkpoint.weights import Checkpoint, Progress
+    from dsv4_core.checkpoint.tensors import Progress
+    from dsv4_core.checkpoint.weights import Checkpoint
     from dsv4_core.contract.backend import Backend
     from dsv4_core.contract.spec import Array
     from dsv4_core.graph.model import Block

@@ -207,6 +207,9 @@ class ShapeBackend(Backend):
         """Make arrays of the declared result shapes and dtypes: one, a tuple, or None."""
         if spec.name == "concat":
             return self.joined(values["parts"], values["axis"])
+        if spec.mutates:  # in place: nothing new
+            given = tuple(values[name] for name in spec.mutates)
+            return given if len(given) > 1 else given[0]
         made = []
         for i, text in enumerate(spec.returns):
             if text:

@@ -45,13 +45,15 @@ class Team:
 
         return self.ranks.place if self.ranks else Place()
 
-    def open(self, directory: Path) -> Checkpoint:
-        """Open a checkpoint, or this rank's copy of its parts."""
+    def open(self, directory: Path, drafter: Path | None = None) -> Checkpoint:
+        """Open a checkpoint, or this rank's copy of its parts, which has its own drafter: ``ValueError`` for another."""
         from dsv4_core.checkpoint.rank_copy import cut_for, open_copy
         from dsv4_core.checkpoint.weights import Checkpoint
 
         self.is_cut = cut_for(directory) is not None
-        return open_copy(directory, self.place) if self.is_cut else Checkpoint(directory)
+        if self.is_cut and drafter:
+            raise ValueError(f"{directory} was cut for ranks, with its drafter; --drafter is for a whole checkpoint")
+        return open_copy(directory, self.place) if self.is_cut else Checkpoint(directory, drafter=drafter)
 
     def agree(self, what: dict[str, Any]) -> None:
         """Hold what this rank was given against the others'; raise ``RankError`` where they differ. Alone: nothing to do."""

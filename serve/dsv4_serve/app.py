@@ -13,21 +13,26 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from dsv4_core.graph.cache import CacheError
 from dsv4_core.graph.engine import BusyError
 from dsv4_serve import completions, protocol
+from dsv4_serve.openapi import document
 from dsv4_serve.refusal import RefusedError
+from dsv4_serve.waiting import merged, watched, with_silences
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 
     from starlette.requests import Request
 
     from dsv4_core.graph.engine import Event
+    from dsv4_core.graph.engine import Request as EngineRequest
     from dsv4_serve.metrics import Metrics
     from dsv4_serve.served import Served
     from dsv4_serve.worker import Running, Worker
@@ -50,7 +55,9 @@ class App:
         body_seconds: float = 30.0,
         keep_alive: float = KEEP_ALIVE,
     ) -> None:
-        """``key``: what clients must give. ``largest``: bytes of a body. ``body_seconds``: how long one may take to come."""
+        """``key``: what clients must give. ``largest``: bytes of a body. ``body_seconds``: how long one may take to come,
+        and the head before it.
+        """
         self.served, self.worker, self.metrics = served, worker, metrics
         self.key, self.largest, self.body_seconds, self.keep_alive = key, largest, body_seconds, keep_alive
         self.draining = False
@@ -73,6 +80,7 @@ class App:
                 Route("/health", self._health, methods=get),
                 Route("/ready", self._ready, methods=get),
                 Route("/version", self._version, methods=get),
+                Route("/openapi.json", self._openapi, methods=get),
                 Route("/", self._page, methods=get),
             ],
             exception_handlers={404: _no_such_route, 405: _no_such_route},
@@ -95,8 +103,10 @@ class App:
                 response = _error(
                     RefusedError(f"overloaded: {error}", status=429, kind="rate_limit_error"), anthropic=anthropic
                 )
-            except (CacheError, ValueError) as error:
+            except (CacheError, ValueError, RecursionError) as error:
                 response = _error(RefusedError(str(error)), anthropic=anthropic)
+            except ClientDisconnect:
+                response = Response(status_code=499)  # nobody reads it; nginx's number for it, in log and metrics
             except Exception as error:
                 LOG.exception("a request failed")
                 status = 503 if self.worker.failed else 500
@@ -145,29 +155,46 @@ class App:
         except asyncio.TimeoutError:
             raise RefusedError(f"the body did not come within {self.body_seconds:g} s", status=408) from None
         try:
-            body = json.loads(raw, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
+            body = msgspec.json.decode(raw)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise RefusedError(f"the body is not JSON: {error}") from None
         if not isinstance(body, dict):
             raise RefusedError(f"the body is {type(body).__name__}; it must be a JSON object")
-        _check_text(body)
         return body
 
-    async def _events(self, running: Running, began: float, silence: float) -> AsyncGenerator[Event | None, None]:
-        """What happens to a request, timed; None after each ``silence`` seconds without news. In the end it is cancelled."""
+    async def _events(self, running: Running, began: float) -> AsyncGenerator[Event, None]:
+        """What happens to a request, timed. In the end it is cancelled."""
         last = None
         try:
-            async with contextlib.aclosing(_with_silences(running.events(), silence)) as events:
+            async with contextlib.aclosing(running.events()) as events:
                 async for event in events:
-                    if event is not None and event.chosen:
+                    if event.chosen:
                         now = time.monotonic()
                         (self.metrics.between if last else self.metrics.first).observe(now - (last or began))
                         last = now
-                    if event is not None and event.error:
+                    if event.error:
                         raise event.error
                     yield event
         finally:
             running.cancel()
+
+    def _together(
+        self, runs: Sequence[Running], began: float, silence: float
+    ) -> contextlib.aclosing[AsyncGenerator[tuple[int, Event] | None, None]]:
+        """What happens to several, with each one's number; None after each ``silence`` seconds without news."""
+        return contextlib.aclosing(with_silences(merged([self._events(run, began) for run in runs]), silence))
+
+    async def _submitted(self, requests: Iterable[EngineRequest]) -> list[Running]:
+        """All requests taken by the engine; where one is refused none is."""
+        runs: list[Running] = []
+        try:
+            for request in requests:
+                runs.append(await self.worker.submit(request))  # noqa: PERF401  those before are needed where one raises
+        except BaseException:
+            for run in runs:
+                run.cancel()
+            raise
+        return runs
 
     # the protocols
 
@@ -177,51 +204,58 @@ class App:
             body = await self._body(request)
             name = f"{ {'chat': 'chatcmpl', 'responses': 'resp', 'messages': 'msg'}[kind] }-{uuid.uuid4().hex}"
             asked = await asyncio.to_thread(protocol.asked, kind, body, self.served, name)
-            running = await self.worker.submit(asked.request)
+            runs = await self._submitted(asked.requests)
             if asked.stream:
-                stream = self._streamed(kind, asked, running, began)
+                stream = self._streamed(kind, asked, runs, began)
                 return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-            async with _watched(request) as gone, contextlib.aclosing(self._events(running, began, 0.5)) as events:
+            choices = asked.choices
+            async with watched(request) as gone, self._together(runs, began, 0.5) as events:
                 async for event in events:
                     if gone.is_set():
                         break
-                    for chunk in asked.chunks.push(event) if event else ():
-                        asked.chunks.response.accumulate(chunk)
-                    if asked.chunks.finished:
+                    if event:
+                        choices.add(*event)
+                        if choices.is_finished(event[0]):
+                            runs[event[0]].cancel()
+                    if choices.finished:
                         break
-            return Response(asked.chunks.response.to_json(), media_type="application/json")
+            return Response(choices.whole(), media_type="application/json")
 
         return handle
 
     async def _streamed(
-        self, kind: str, asked: protocol.Asked, running: Running, began: float
+        self, kind: str, asked: protocol.Asked, runs: list[Running], began: float
     ) -> AsyncGenerator[str, None]:
-        tokens = 0
+        tokens, choices = 0, asked.choices
         try:
-            async with contextlib.aclosing(self._events(running, began, self.keep_alive)) as events:
+            async with self._together(runs, began, self.keep_alive) as events:
                 async for event in events:
                     if event is None:
                         yield ": still working\n\n"
                         continue
-                    tokens += event.chosen is not None
-                    for chunk in asked.chunks.push(event):
-                        yield asked.chunks.server_sent(chunk)
-                    if asked.chunks.finished:
+                    tokens += event[1].chosen is not None
+                    for text in choices.stream(*event):
+                        yield text
+                    if choices.is_finished(event[0]):
+                        runs[event[0]].cancel()
+                    if choices.finished:
                         break
-            yield asked.chunks.done()
+            yield choices.done()
         except Exception as error:
             LOG.exception("a stream failed")
             refused = RefusedError(f"{type(error).__name__}: {error}", status=500, kind="server_error")
             yield f"event: error\ndata: {json.dumps(refused.body(anthropic=kind == 'messages'))}\n\n"
         finally:
-            finished = asked.chunks.finished
-            asked.chunks.close()
-            self._log(kind, 200, began, prompt=len(asked.request.prompt), tokens=tokens, finished=finished)
+            for run in runs:
+                run.cancel()
+            finished = choices.finished
+            choices.close()
+            self._log(kind, 200, began, prompt=len(asked.requests[0].prompt), tokens=tokens, finished=finished)
 
     async def _count(self, request: Request) -> Response:
         body = {"max_tokens": 1, **await self._body(request)}
         asked = await asyncio.to_thread(protocol.asked, "messages", body, self.served, "count")
-        return JSONResponse({"input_tokens": len(asked.request.prompt)})
+        return JSONResponse({"input_tokens": len(asked.requests[0].prompt)})
 
     async def _completions(self, request: Request) -> Response:
         began = time.monotonic()
@@ -233,23 +267,23 @@ class App:
             "created": self.served.clock(),
             "model": self.served.name,
         }
-        runs = [await self.worker.submit(one.request) for one in asked]
+        runs = await self._submitted(one.request for one in asked)
         if body.get("stream"):
             usage = bool((body.get("stream_options") or {}).get("include_usage"))
             stream = self._streamed_completions(asked, runs, head, began, usage=usage)
             return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        async with _watched(request) as gone:
-            await asyncio.gather(*(self._complete(one, run, began, gone) for one, run in zip(asked, runs, strict=True)))
+        async with watched(request) as gone, self._together(runs, began, 0.5) as events:
+            async for event in events:
+                if gone.is_set():
+                    break
+                if event:
+                    asked[event[0]].push(event[1])
+                    if asked[event[0]].finish:
+                        runs[event[0]].cancel()
+                if all(one.finish for one in asked):
+                    break
         choices = [one.choice(i, one.text) for i, one in enumerate(asked)]
         return JSONResponse({**head, "choices": choices, "usage": _usage(asked)})
-
-    async def _complete(self, one: completions.Completion, running: Running, began: float, gone: asyncio.Event) -> None:
-        async with contextlib.aclosing(self._events(running, began, 0.5)) as events:
-            async for event in events:
-                if event is not None:
-                    one.push(event)
-                if one.finish or gone.is_set():
-                    return
 
     async def _streamed_completions(
         self,
@@ -261,17 +295,19 @@ class App:
         usage: bool,
     ) -> AsyncGenerator[str, None]:
         try:
-            for i, (one, running) in enumerate(zip(asked, runs, strict=True)):
-                async with contextlib.aclosing(self._events(running, began, self.keep_alive)) as events:
-                    async for event in events:
-                        if event is None:
-                            yield ": still working\n\n"
-                            continue
-                        since = len(one.logprobs["tokens"])
-                        text = one.push(event)
-                        yield f"data: {json.dumps({**head, 'choices': [one.choice(i, text, since=since)]})}\n\n"
-                        if one.finish:
-                            break
+            async with self._together(runs, began, self.keep_alive) as events:
+                async for event in events:
+                    if event is None:
+                        yield ": still working\n\n"
+                        continue
+                    i, one = event[0], asked[event[0]]
+                    since = len(one.logprobs["tokens"])
+                    text = one.push(event[1])
+                    yield f"data: {json.dumps({**head, 'choices': [one.choice(i, text, since=since)]})}\n\n"
+                    if one.finish:
+                        runs[i].cancel()
+                    if all(other.finish for other in asked):
+                        break
             if usage:
                 yield f"data: {json.dumps({**head, 'choices': [], 'usage': _usage(asked)})}\n\n"
             yield "data: [DONE]\n\n"
@@ -335,6 +371,10 @@ class App:
         del request
         return JSONResponse({"version": version("dsv4")})
 
+    async def _openapi(self, request: Request) -> Response:
+        del request
+        return JSONResponse(document(version("dsv4")))
+
     async def _page(self, request: Request) -> Response:
         del request
         return HTMLResponse(files("dsv4_serve").joinpath("page.html").read_text(encoding="utf-8"))
@@ -352,60 +392,6 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
 
 
 def _usage(asked: list[completions.Completion]) -> dict[str, int]:
-    prompt = sum(len(one.request.prompt) for one in asked)
+    prompt = sum(len(one.request.prompt) for one in asked if one.first)
     generated = sum(one.generated for one in asked)
     return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
-
-
-def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _check_text(body: Any) -> None:
-    """Raise ``RefusedError`` for text that is not Unicode: half of a surrogate pair, escaped."""
-    try:
-        json.dumps(body, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise RefusedError("the body holds half of a surrogate pair; send whole characters") from None
-    except RecursionError:
-        raise RefusedError("the body is nested too deeply") from None
-
-
-async def _with_silences(events: AsyncGenerator[Any, None], seconds: float) -> AsyncGenerator[Any, None]:
-    """The events, and None after each so many seconds without one."""
-    waiting: asyncio.Task[Any] | None = None
-    try:
-        while True:
-            waiting = waiting or asyncio.ensure_future(anext(events))
-            done, _ = await asyncio.wait({waiting}, timeout=seconds)
-            if not done:
-                yield None
-                continue
-            try:
-                event = waiting.result()
-            except StopAsyncIteration:
-                return
-            waiting = None
-            yield event
-    finally:
-        if waiting is not None:
-            waiting.cancel()
-            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
-                await waiting
-
-
-@contextlib.asynccontextmanager
-async def _watched(request: Request) -> AsyncIterator[asyncio.Event]:
-    """An event that is set when the client has gone."""
-    gone = asyncio.Event()
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        gone.set()
-
-    task = asyncio.create_task(watch())
-    try:
-        yield gone
-    finally:
-        task.cancel()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dsv4_core.cli.commands import Command
-from dsv4_core.cli.options import BackendFlags, backend_options
+from dsv4_core.cli.options import BackendFlags, RankFlags, backend_options, rank_options
 
 if TYPE_CHECKING:
     from dsv4_core.text.fixed_texts import Profile
@@ -33,7 +33,14 @@ if TYPE_CHECKING:
 @click.option(
     "--chunk", type=click.IntRange(1), default=512, show_default=True, help="Tokens of a step that are prefill."
 )
-@click.option("--speculative", is_flag=True, help="Draft with the MTP block.")
+@click.option("--speculative", is_flag=True, help="Draft with what the checkpoint has for it, MTP or DSpark.")
+@click.option(
+    "--draft-confidence",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="DSpark's drafts end where the chance that all of them are kept falls below it.",
+)
 @click.option("--thinking/--no-thinking", default=True, show_default=True, help="Where a request does not say.")
 @click.option(
     "--encoding-profile",
@@ -48,6 +55,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Until requests are cut off at the end.",
 )
+@rank_options
 @backend_options
 def command(
     model: str | None,
@@ -60,33 +68,39 @@ def command(
     queue: int,
     chunk: int,
     speculative: bool,
+    draft_confidence: float,
     thinking: bool,
     encoding_profile: Profile | None,
     max_body: int,
     drain_seconds: int,
     flags: BackendFlags,
+    asked: RankFlags,
 ) -> None:
     """Serve MODEL (a checkpoint's directory; the embedded one if left out) to clients of OpenAI's and Anthropic's protocols."""
     try:
-        from dsv4_serve.running import application, listen
+        from dsv4_serve.running import application, follow_first, listen
     except ImportError as error:
         raise click.ClickException(f"dsv4 serve needs its extra ({error}); pip install 'dsv4[serve]'") from None
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     from dsv4_core.cli.running import open_model
 
-    with open_model(model, flags) as session:
-        app = application(
-            session,
-            name=name,
-            slots=slots,
-            context=context,
-            queue=queue,
-            chunk=chunk,
-            drafts=speculative,
-            thinking=thinking,
-            profile=encoding_profile,
-            key=api_key,
-            largest=max_body,
-        )
-        listen(app, host, port, drain_seconds)
+    how: dict[str, Any] = {
+        "name": name,
+        "slots": slots,
+        "context": context,
+        "chunk": chunk,
+        "drafts": speculative,
+        "confidence": draft_confidence,
+        "thinking": thinking,
+        "profile": encoding_profile,
+    }
+    with open_model(model, flags, asked) as session:
+        if not session.speaks:
+            follow_first(session, **how)
+            if asked.stats:
+                session.ranks.report()
+            return
+        listen(application(session, queue=queue, key=api_key, largest=max_body, **how), host, port, drain_seconds)
+        if asked.stats:
+            click.echo(session.ranks.report(), err=True)

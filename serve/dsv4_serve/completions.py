@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dsv4_core.graph.engine import Request
 from dsv4_core.graph.sampling import Sampling
+from dsv4_core.text.markers import Piece
 from dsv4_core.text.tokenizer import PieceStream
+from dsv4_serve.protocol import MOST_CHOICES
 from dsv4_serve.refusal import RefusedError, flag, known, number, whole
 
 if TYPE_CHECKING:
@@ -34,14 +37,15 @@ FIELDS = frozenset(
         "frequency_penalty",
         "logit_bias",
         "ignore_eos",
+        "n",
     ]
 )
-INERT: dict[str, tuple[Any, ...]] = {"user": (), "n": (1,), "best_of": (1,), "suffix": ("",)}
+INERT: dict[str, tuple[Any, ...]] = {"user": (), "best_of": (1,), "suffix": ("",)}
 Ids = tuple[int, ...]
 
 
 def asked(body: dict[str, Any], served: Served) -> list[Completion]:
-    """Read a request's body: one completion a prompt; raise ``RefusedError`` for what is wrong or not supported."""
+    """Read a request's body: ``n`` completions a prompt; raise ``RefusedError`` for what is wrong or not supported."""
     known(body, FIELDS, INERT)
     served.check_model(body.get("model"))
     echo, logprobs = flag(body, "echo"), whole(body, "logprobs", None, 0, 20)
@@ -52,12 +56,14 @@ def asked(body: dict[str, Any], served: Served) -> list[Completion]:
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > 16 or not all(isinstance(s, str) and s for s in stop):
         raise RefusedError("stop must be a text or up to 16 of them, none empty", param="stop")
+    n = whole(body, "n", 1, 1, MOST_CHOICES) or 1
     bias, seed = body.get("logit_bias") or {}, whole(body, "seed", None, 0, (1 << 63) - 1)
+    seed = served.draw_seed() if seed is None else seed
     try:
         sampling = Sampling(
             temperature=number(body, "temperature", 1.0, 0.0, 2.0),
             top_p=number(body, "top_p", 1.0, 1e-9, 1.0),
-            seed=served.draw_seed() if seed is None else seed,
+            seed=seed,
             top_k=whole(body, "top_k", 0, 0, 1 << 20) or 0,
             min_p=number(body, "min_p", 0.0, 0.0, 0.999),
             presence_penalty=number(body, "presence_penalty", 0.0, -2.0, 2.0),
@@ -76,8 +82,10 @@ def asked(body: dict[str, Any], served: Served) -> list[Completion]:
                 f"the context holds {served.engine.capacity} tokens; {len(ids)} in the prompt and {asked_tokens} to generate are more",
                 param="max_tokens",
             )
-        request = Request(ids, max(1, asked_tokens or 0), sampling, ends, prompt_logprobs=logprobs if echo else None)
-        result.append(Completion(request, served, stop, echo=echo, generate=asked_tokens != 0))
+        for i in range(n):
+            own = replace(sampling, seed=(seed, i)) if i else sampling
+            request = Request(ids, max(1, asked_tokens or 0), own, ends, prompt_logprobs=logprobs if echo else None)
+            result.append(Completion(request, served, stop, echo=echo, generate=asked_tokens != 0, first=not i))
     return result
 
 
@@ -85,6 +93,12 @@ def _prompts(prompt: Any, served: Served) -> list[Ids]:
     """One prompt or several, of text or ids."""
     if isinstance(prompt, str):
         prompt = [prompt]
+    most = max(4096, served.engine.capacity)
+    if isinstance(prompt, list) and len(prompt) > most:
+        raise RefusedError(
+            f"prompt: {len(prompt)} of them; the context holds {served.engine.capacity} tokens, and a request 4096 prompts",
+            param="prompt",
+        )
     if not isinstance(prompt, list) or not prompt or (len(prompt) > 4096 and not _is_ids(prompt)):
         raise RefusedError(
             "prompt must be a text, a list of texts, a list of ids or a list of such lists", param="prompt"
@@ -94,6 +108,7 @@ def _prompts(prompt: Any, served: Served) -> list[Ids]:
     found: list[Ids] = []
     for one in prompt:
         if isinstance(one, str):
+            served.check_length([Piece(one)])
             try:
                 ids = tuple(served.vocabulary.words(one))
             except ValueError as error:
@@ -120,7 +135,11 @@ def _is_ids(value: Any) -> bool:
 class Completion:
     """One prompt's completion under way: events in, text and log-probabilities out."""
 
-    def __init__(self, request: Request, served: Served, stop: Sequence[str], *, echo: bool, generate: bool) -> None:
+    def __init__(
+        self, request: Request, served: Served, stop: Sequence[str], *, echo: bool, generate: bool, first: bool = True
+    ) -> None:
+        """``first``: of the replies to one prompt, the one with which the prompt's tokens are counted."""
+        self.first = first
         self.request, self._served, self._stop = request, served, stop
         self._echo, self._generate = echo, generate
         self._stream = PieceStream(served.vocabulary)

@@ -27,7 +27,7 @@ class Grammars:
         self._tokens = llguidance.LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=min(ends))
         self._ids = {a["content"]: a["id"] for a in json.loads(tokenizer_json)["added_tokens"]}
 
-    def constraint(self, kind: str, schema: str, *, thinking: bool) -> _Constraint:
+    def constraint(self, kind: str, schema: str, *, thinking: bool) -> Grammar:
         """``kind``: json, regex, tool_call (text, then calls or none) or tool_call_required (the prompt opened the calls).
 
         Raises ``RefusedError`` for a schema that cannot be enforced, saying why.
@@ -47,7 +47,7 @@ class Grammars:
         matcher = llguidance.LLMatcher(self._tokens, llguidance.LLMatcher.grammar_from_lark("\n".join(rules)))
         if error := matcher.get_error():
             raise RefusedError(f"the schema cannot be enforced: {error.splitlines()[0]}")
-        return _Constraint(matcher, self._tokens.vocab_size)
+        return Grammar(matcher, self._tokens.vocab_size, (kind, schema, thinking))
 
     def _calls(self, tools: list[dict[str, Any]], *, required: bool) -> list[str]:
         mark = f"<[{self._ids[DSML]}]>"
@@ -84,15 +84,18 @@ def _compact(schema: Any) -> str:
     return json.dumps({**schema, "x-guidance": {"whitespace_flexible": False}} if isinstance(schema, dict) else schema)
 
 
-class _Constraint:
-    """A grammar and how far a reply has come in it."""
+class Grammar:
+    """A grammar and how far a reply has come in it. ``asked``: kind, schema and thinking, of which another rank makes it."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, asked: tuple[str, str, bool]) -> None:
+        self.asked = asked
         self._matcher, self._mask = matcher, bitmask.allocate_token_bitmask(1, vocab_size)
 
     def allowed(self) -> Host:
+        """Bits of the ids that may come next."""
         bitmask.fill_next_token_bitmask(self._matcher, self._mask, 0)
         return np.array(self._mask[0])
 
     def accept(self, token: int) -> None:
+        """Note that the token was chosen."""
         self._matcher.consume_token(token)

@@ -15,15 +15,14 @@ from dsv4_core.graph.engine import Request
 from dsv4_core.graph.sampling import Sampling
 from dsv4_core.text.chat import Message, encode
 from dsv4_core.text.markers import DSML, Piece
+from dsv4_serve.choices import Choices, Chunks
 from dsv4_serve.refusal import RefusedError, known, number, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from dsv4_core.graph.engine import Event
     from dsv4_core.graph.sampling import Constraint
     from dsv4_serve.served import Served
 
+MOST_CHOICES = 16  # replies to one request, each of which takes a slot
 COMMON: dict[str, tuple[Any, ...]] = {"user": (), "metadata": ()}
 CHAT = frozenset(
     [
@@ -49,6 +48,7 @@ CHAT = frozenset(
         "response_format",
         "reasoning_effort",
         "thinking",
+        "n",
     ]
 )
 RESPONSES = frozenset(
@@ -88,7 +88,6 @@ MESSAGES = frozenset(
 INERT: dict[str, dict[str, tuple[Any, ...]]] = {
     "chat": {
         **COMMON,
-        "n": (1,),
         "store": (False,),
         "parallel_tool_calls": (True,),
         "service_tier": ("auto", "default"),
@@ -117,11 +116,11 @@ KINDS: dict[str, tuple[Any, Any, frozenset[str]]] = {
 
 @dataclass
 class Asked:
-    """A request as the engine takes it, and what turns its tokens into the protocol's chunks."""
+    """Requests as the engine takes them, one a reply, and what turns their tokens into the protocol's chunks."""
 
-    request: Request
+    requests: tuple[Request, ...]
     stream: bool
-    chunks: Chunks
+    choices: Choices
 
 
 def asked(kind: str, body: dict[str, Any], served: Served, name: str) -> Asked:
@@ -131,10 +130,19 @@ def asked(kind: str, body: dict[str, Any], served: Served, name: str) -> Asked:
     served.check_model(body.get("model"))
     body = {**body, "model": "DeepSeek-V4-Pro"}
     wishes = _wishes(kind, body)
-    for own in ("top_k", "min_p", "presence_penalty", "frequency_penalty", "logit_bias"):
+    n = whole(body, "n", 1, 1, MOST_CHOICES) or 1
+    if (most := body.pop("max_completion_tokens", None)) is not None:  # the newer name, which the library does not read
+        if body.get("max_tokens") not in (None, most):
+            raise RefusedError("max_tokens and max_completion_tokens differ; give one", param="max_completion_tokens")
+        body["max_tokens"] = most
+    for own in ("n", "top_k", "min_p", "presence_penalty", "frequency_penalty", "logit_bias"):
         body.pop(own, None)
     if kind == "chat":
         body["messages"] = _developers_are_system(body.get("messages"))
+    _check_parts(body)
+    turns = body.get("input" if kind == "responses" else "messages")
+    if isinstance(turns, list) and len(turns) > served.engine.capacity:
+        raise RefusedError(f"{len(turns)} turns; the maximum context length is {served.engine.capacity} tokens")
     effort = _effort(kind, body)
     options = recipe.ConversionOptions(default_thinking_mode=served.thinking)
     any_tool = _any_tool(body) if kind == "messages" else False
@@ -149,6 +157,7 @@ def asked(kind: str, body: dict[str, Any], served: Served, name: str) -> Asked:
                 "tool_choice any with thinking is not supported; disable thinking, or choose auto", param="tool_choice"
             )
         pieces = _prompt(conversation, effort, served, required=required)
+        served.check_length(pieces)
         ids = served.vocabulary.ids(pieces)
         limit = conversion.resolve_max_tokens(len(ids), served.engine.capacity)
     except recipe.ConversionError as error:
@@ -156,30 +165,29 @@ def asked(kind: str, body: dict[str, Any], served: Served, name: str) -> Asked:
     except (ValueError, UnicodeError) as error:
         raise RefusedError(str(error)) from None
     inference = conversion.inference_options
-    sampling = Sampling(
-        temperature=number(body, "temperature", 1.0, 0.0, 2.0),
-        top_p=float(inference.top_p if inference.top_p is not None else 1.0),
-        seed=inference.seed if inference.seed is not None else served.draw_seed(),
-        logprobs=(inference.top_logprobs or 0) if inference.logprobs else None,
-        **wishes,
-    )
-    request = Request(
-        prompt=tuple(ids),
-        max_tokens=limit,
-        sampling=sampling,
-        stop=served.ends,
-        constraint=_constraint(
+    seed = inference.seed if inference.seed is not None else served.draw_seed()
+    requests, replies = [], []
+    for i in range(n):
+        sampling = Sampling(
+            temperature=number(body, "temperature", 1.0, 0.0, 2.0),
+            top_p=float(inference.top_p if inference.top_p is not None else 1.0),
+            seed=(seed, i) if i else seed,
+            logprobs=(inference.top_logprobs or 0) if inference.logprobs else None,
+            **wishes,
+        )
+        constraint = _constraint(
             inference.output_constraint, served, required=required, thinking=conversation.thinking_mode
-        ),
-    )
-    generator = ask.chunk_generator(conversion, name, served.name)
-    if echo is not None:
-        generator = generator.with_echo(echo)
-    parsing = conversion.parsing_options
-    parsing.starts_in_tool_calls = required
-    processor = recipe.StreamProcessor(generator, parsing, served.recipe_tokenizer)
-    response = respond(name, served.name, served.clock(), len(ids), 0)
-    return Asked(request, conversion.stream, Chunks(processor, response, len(ids), served.ends))
+        )
+        requests.append(Request(tuple(ids), limit, sampling, served.ends, constraint))
+        generator = ask.chunk_generator(conversion, name, served.name)
+        if echo is not None:
+            generator = generator.with_echo(echo)
+        parsing = conversion.parsing_options
+        parsing.starts_in_tool_calls = required
+        processor = recipe.StreamProcessor(generator, parsing, served.recipe_tokenizer)
+        response = respond(name, served.name, served.clock(), len(ids), 0)
+        replies.append(Chunks(processor, response, len(ids), served.ends))
+    return Asked(tuple(requests), conversion.stream, Choices(replies))
 
 
 def _message(body: str) -> str:
@@ -215,6 +223,21 @@ def _developers_are_system(messages: Any) -> Any:
     if not isinstance(messages, list):
         return messages
     return [{**m, "role": "system"} if isinstance(m, dict) and m.get("role") == "developer" else m for m in messages]
+
+
+def _check_parts(body: dict[str, Any]) -> None:
+    """Raise ``RefusedError`` for what the library takes inside of a field and does not heed."""
+    told = "message.output_text.logprobs"
+    if isinstance(include := body.get("include"), list) and told in include and body.get("top_logprobs") is None:
+        raise RefusedError(f"include {told!r} needs top_logprobs, which says how many", param="include")
+    wanted = body.get("output_config")
+    if isinstance(wanted, dict) and (unknown := sorted(map(str, wanted.keys() - {"effort"}))):
+        raise RefusedError(
+            f"output_config.{unknown[0]} is not supported by this server; leave it out", param="output_config"
+        )
+    text = body.get("text")
+    if isinstance(text, dict) and text.get("verbosity") not in (None, "medium"):
+        raise RefusedError("text.verbosity is not supported by this server; leave it out", param="text")
 
 
 def _effort(kind: str, body: dict[str, Any]) -> str | None:
@@ -287,48 +310,3 @@ def _turn(message: Any) -> Message:
 def _tool(tool: Any) -> dict[str, Any]:
     function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
     return {key: value for key, value in function.items() if value is not None}
-
-
-class Chunks:
-    """Turns the engine's events into server-sent events, or into one response."""
-
-    def __init__(self, processor: Any, response: Any, prompt_tokens: int, ends: frozenset[int]) -> None:
-        self._processor, self.response = processor, response
-        self._prompt_tokens, self._ends, self._begun = prompt_tokens, ends, False
-
-    @property
-    def finished(self) -> bool:
-        """Whether the reply is complete, e.g. by a stop string, whatever the engine would add."""
-        return bool(self._processor.finished)
-
-    def push(self, event: Event) -> Iterator[Any]:
-        """The protocol's chunks of one event."""
-        if not self._begun:
-            self._begun = True
-            usage = recipe.PromptUsage(prompt_tokens=self._prompt_tokens, prompt_cache_hit_tokens=event.hit)
-            yield from self._processor.push(recipe.InferenceChunk.ready(prompt_usage=usage, system_fingerprint="dsv4"))
-        chosen = event.chosen
-        if chosen is not None and chosen.token not in self._ends and not self.finished:
-            told = None if chosen.logprob is None else [(chosen.logprob, list(chosen.likely))]
-            yield from self._processor.push(recipe.InferenceChunk.tokens([chosen.token], told))
-        if event.finish and not self.finished:
-            why = recipe.InferenceFinishReason
-            yield from self._processor.push(
-                recipe.InferenceChunk.finish(why.Length if event.finish == "length" else why.Stop)
-            )
-            if not self.finished:
-                yield from self._processor.finish()
-
-    def server_sent(self, chunk: Any) -> str:
-        """One chunk as a server-sent event."""
-        name = type(self.response).sse_event_name(chunk)
-        return (f"event: {name}\n" if name else "") + f"data: {chunk.to_json()}\n\n"
-
-    def done(self) -> str:
-        """What ends the stream."""
-        data = type(self.response).sse_done_data()
-        return f"data: {data}\n\n" if data else ""
-
-    def close(self) -> None:
-        """Give up the parser."""
-        self._processor.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+LONGEST = 600  # characters of a sentence; what it quotes of a request is cut
+
 
 class RefusedError(Exception):
     """A request that is not served. ``status``: the HTTP status."""
@@ -11,6 +13,8 @@ class RefusedError(Exception):
     def __init__(
         self, message: str, *, status: int = 400, param: str | None = None, kind: str = "invalid_request_error"
     ) -> None:
+        if len(message) > LONGEST:  # a client that sent megabytes needs not have them back
+            message = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}"
         super().__init__(message)
         self.message, self.status, self.param, self.kind = message, status, param, kind
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import signal
 from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
 import uvicorn
 
 from dsv4_core.graph.engine import Engine
 from dsv4_core.text.fixed_texts import Profile, fixed_texts
 from dsv4_core.text.tokenizer import Vocabulary
 from dsv4_serve.app import App
+from dsv4_serve.connections import patient
 from dsv4_serve.metrics import Metrics
+from dsv4_serve.ranks import Lead, follow
 from dsv4_serve.served import Served
 from dsv4_serve.worker import Worker
 
@@ -22,20 +24,30 @@ if TYPE_CHECKING:
     from dsv4_core.session import Session
 
 
-def application(
+def application(session: Session, *, queue: int = 64, **options: Any) -> App:
+    """Load a session's weights and make its server; of several ranks the first one's. ``options``: see ``served_by`` and ``App``."""
+    own = {name: options.pop(name) for name in list(options) if name in _OPTIONS}
+    served = served_by(session, queue=queue, **own)
+    metrics = Metrics()
+    metrics.copy(served.engine)
+    ranks = session.ranks.ranks
+    return App(served, Worker(served.engine, metrics.observe, Lead(ranks) if ranks else None), metrics, **options)
+
+
+def served_by(
     session: Session,
     *,
     name: str | None = None,
     slots: int = 8,
     context: int | None = None,
-    queue: int = 64,
+    queue: int | None = None,
     chunk: int = 512,
     drafts: bool = False,
+    confidence: float = 0.0,
     thinking: bool = True,
     profile: Profile | None = None,
-    **limits: Any,
-) -> App:
-    """Load a session's weights and make its server; ``limits``: see ``App``.
+) -> Served:
+    """Load a session's weights and make its engine, on each rank alike.
 
     Raises ``ValueError`` for a checkpoint without a tokenizer and for what the engine and the encoder refuse, before weights
     load where it can be known.
@@ -47,29 +59,64 @@ def application(
     most = config.max_position_embeddings
     if context is not None and context > most:
         raise ValueError(f"--context {context}: the model has {most} positions (max_position_embeddings)")
-    model = session.model
-    engine = Engine(model, slots=slots, capacity=context or min(8192, most), chunk=chunk, queue=queue, drafts=drafts)
-    served = Served(
+    if drafts and not config.draft:
+        raise ValueError("--speculative: this checkpoint has no MTP block and no DSpark drafter; leave it out")
+    if confidence and (not drafts or config.draft != "dspark"):
+        raise ValueError(
+            f"--draft-confidence {confidence}: only DSpark's drafts (--speculative) have one; leave it out"
+        )
+    capacity = context or min(8192, most)
+    session.ranks.agree({"serving": [slots, capacity, chunk, drafts, confidence]})
+    engine = Engine(
+        session.model,
+        slots=slots,
+        capacity=capacity,
+        chunk=chunk,
+        queue=queue,
+        drafts=session.load_drafter() if drafts else 0,
+        confidence=confidence,
+    )
+    return Served(
         name or directory.name,
         directory,
         engine,
         Vocabulary(session.tokenizer),
         texts,
-        frozenset(np.atleast_1d(config.eos_token_id).tolist()),
+        session.defaults.ends,
         thinking=thinking,
     )
-    metrics = Metrics()
-    metrics.copy(engine)
-    return App(served, Worker(engine, metrics.observe), metrics, **limits)
+
+
+_OPTIONS = inspect.signature(served_by).parameters.keys()
+
+
+def follow_first(session: Session, **options: Any) -> None:
+    """Be one of the other ranks, until the first one ends; signals are its business."""
+    for sort in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sort, signal.SIG_IGN)
+    served = served_by(session, **options)
+    assert session.ranks.ranks is not None
+    follow(
+        served.engine,
+        session.ranks.ranks,
+        lambda kind, schema, thinking: served.constraint(kind, schema, thinking=thinking),
+    )
 
 
 def listen(app: App, host: str, port: int, drain_seconds: int) -> None:
-    """Serve until SIGTERM or SIGINT; then refuse what is new and end what is under way, for so many seconds."""
-    config = uvicorn.Config(
-        app.asgi(), host=host, port=port, log_level="warning", timeout_graceful_shutdown=drain_seconds, lifespan="off"
-    )
-    server = _Server(config, app)
-    asyncio.run(server.serve())
+    """Serve until SIGTERM or SIGINT; then refuse what is new and end what is under way, for so many seconds.
+
+    Where other ranks follow, an engine that fails ends the server: they wait in an exchange that is not to be.
+    """
+    asyncio.run(_Server(configuration(app, host=host, port=port, timeout_graceful_shutdown=drain_seconds), app).serve())
+    if app.worker.lead and app.worker.failed:
+        raise app.worker.failed
+    app.worker.stop()
+
+
+def configuration(app: App, **more: Any) -> uvicorn.Config:
+    """How uvicorn runs the application; ``more``: its own settings."""
+    return uvicorn.Config(app.asgi(), http=patient(app.body_seconds), log_level="warning", lifespan="off", **more)
 
 
 class _Server(uvicorn.Server):
@@ -94,6 +141,10 @@ class _Server(uvicorn.Server):
             + ("clients need the key" if self._app.key else "no key: whoever reaches this address may ask"),
             err=True,
         )
+
+    async def on_tick(self, counter: int) -> bool:
+        worker = self._app.worker
+        return await super().on_tick(counter) or bool(worker.lead and worker.failed)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self._app.draining = True

@@ -12,11 +12,13 @@ from dsv4_serve import grammar
 from dsv4_serve.refusal import RefusedError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from dsv4_core.graph.engine import Engine
     from dsv4_core.graph.sampling import Constraint
     from dsv4_core.text.fixed_texts import FixedTexts
+    from dsv4_core.text.markers import Piece
     from dsv4_core.text.tokenizer import Vocabulary
 
 
@@ -51,6 +53,14 @@ class Served:
         """Raise ``RefusedError`` for another model's name."""
         if name != self.name:
             raise RefusedError(f"the model {name!r} is not served here; {self.name!r} is", status=404, param="model")
+
+    def check_length(self, pieces: Sequence[Piece]) -> None:
+        """Raise ``RefusedError`` for a prompt that is too long whatever its tokens are; one that passes may still be."""
+        if (least := self.vocabulary.least(pieces)) > self.engine.capacity:
+            raise RefusedError(
+                f"the maximum context length is {self.engine.capacity} tokens; the prompt has {least} at least: shorten it",
+                param="prompt",
+            )
 
     def constraint(self, kind: str, schema: str, *, thinking: bool) -> Constraint:
         """What a reply must keep to, by the kind and schema that the protocol asks for."""

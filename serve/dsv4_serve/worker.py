@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
     from dsv4_core.graph.engine import Engine, Request
+    from dsv4_serve.ranks import Lead
 
 
 class Running:
@@ -43,9 +44,11 @@ class Running:
 class Worker:
     """Owns the engine. ``failed``: what ended the thread, None while all is well."""
 
-    def __init__(self, engine: Engine, observe: Callable[[Engine, float], None] | None = None) -> None:
-        """``observe(engine, seconds)`` is called after each step, on the thread."""
-        self.engine, self._observe = engine, observe
+    def __init__(
+        self, engine: Engine, observe: Callable[[Engine, float], None] | None = None, lead: Lead | None = None
+    ) -> None:
+        """``observe(engine, seconds)`` is called after each step, on the thread; ``lead`` tells other ranks what to do alike."""
+        self.engine, self._observe, self.lead = engine, observe, lead
         self.failed: BaseException | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._listeners: dict[int, Callable[[Event], None]] = {}
@@ -64,6 +67,8 @@ class Worker:
             except Exception as error:  # noqa: BLE001  it goes to the one who asked
                 taken.set_exception(error)
                 return
+            if self.lead:
+                self.lead.submitted(request)
             self._listeners[name] = lambda event: _tell(loop, events, event)
             taken.set_result(name)
 
@@ -82,6 +87,8 @@ class Worker:
         def cancel() -> None:
             self._listeners.pop(name, None)
             self.engine.cancel(name)
+            if self.lead:
+                self.lead.cancelled(name)
 
         self._inbox.put(cancel)
 
@@ -94,10 +101,17 @@ class Worker:
         try:
             while True:
                 while not self._inbox.empty() or self.engine.idle:
-                    task = self._inbox.get()
+                    try:
+                        task = self._inbox.get(timeout=self.lead.patience if self.lead else None)
+                    except queue.Empty:
+                        break
                     if task is None:
+                        if self.lead:
+                            self.lead.end()
                         return
                     task()
+                if self.lead:
+                    self.lead.tell()
                 began = time.perf_counter()
                 events = self.engine.step()
                 if self._observe:

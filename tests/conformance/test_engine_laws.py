@@ -153,7 +153,54 @@ def mask_for_the_next_one(monkeypatch):
     )
 
 
+def snapshot_is_the_donor(monkeypatch):
+    """A snapshot is no copy: what is restored is what the donor holds by then."""
+    right = Cache.restore
+
+    def restore(self, sequence, snapshot, *, donor):
+        rings = tuple(
+            self.backend.cache_read(
+                x.ring,
+                self._last(donor, snapshot.length, self.config.sliding_window, self.ring_rows),
+                layout=self.kv_layout,
+            )
+            for x in self.layers
+        )
+        right(self, sequence, type(snapshot)(snapshot.length, rings, snapshot.states, snapshot.key_states), donor=donor)
+
+    monkeypatch.setattr(Cache, "restore", restore)
+
+
+def newest_first(monkeypatch):
+    """Who came last is admitted first."""
+    right = Engine._admit
+
+    def admit(self, run):
+        self._waiting.appendleft(run)
+        right(self, self._waiting.pop())
+
+    monkeypatch.setattr(Engine, "_admit", admit)
+
+
+def decodes_wait_for_prompts(monkeypatch):
+    """While a prompt is read nobody gets a token."""
+    step = Engine.step
+
+    def stepped(self):
+        held = [run for run in self._running if run.out] if any(not run.out for run in self._running) else []
+        self._running = [run for run in self._running if run not in held]
+        events = step(self)
+        self._running += held
+        return events
+
+    monkeypatch.setattr(Engine, "step", stepped)
+
+
 FAULTS = {
+    snapshot_is_the_donor: "forked_is_cold",
+    seed_by_slot: "seed_decides",
+    newest_first: "nobody_starves",
+    decodes_wait_for_prompts: "nobody_starves",
     stale_ring_on_a_hit: "taken_up_is_cold",
     open_window_forgotten: "taken_up_is_cold",
     compressed_rows_not_copied: "taken_up_is_cold",
@@ -162,7 +209,6 @@ FAULTS = {
     rows_of_drafts_stay: "drafts_do_not_show",
     drafts_are_taken_unseen: "drafts_do_not_show",
     a_draw_for_every_draft: "drafts_do_not_show",
-    seed_by_slot: "in_company",
     slot_not_cleared: "in_company",
     slot_lost: "in_company",
     penalties_of_the_company: "in_company",

@@ -52,6 +52,18 @@ def test_ids_are_unique_and_seeds_do_not_move():
     assert not any(set(i) & set(" '\"$*?;&|<>()") for i in ids)  # pasted into a shell as they are
 
 
+def test_a_case_of_padding_has_some():
+    padded = [c for c in opcases.checks("native") if c.tier != "full" and c.case.data == "padding"]
+    none = []
+    for check in padded:
+        call = check.call("native")
+        indices = [o for o in call.operands if isinstance(o, np.ndarray) and o.dtype == np.int32 and o.size > 1]
+        if indices and not any((i < 0).any() for i in indices):
+            none.append(check.id)
+    assert len(padded) > 20
+    assert not none
+
+
 def test_every_op_has_cases_at_smoke():
     assert {c.op for c in opcases.checks("native") if c.tier == "smoke"} == set(OPS)
 
@@ -332,7 +344,7 @@ def test_a_mutant_is_killed_at_smoke(name):
 def test_the_museums_documents_are_fresh():
     record = load(DOCS / "museum.json")
     assert set(record["mutants"]) <= set(MUTANTS)  # the page names those that are still to be hunted
-    assert set(record["honest"]) == set(VARIANTS)
+    assert set(record["honest"]) <= set(VARIANTS)
     assert all(k["id"] for k in record["mutants"].values())
     assert not any(h["alarms"] for h in record["honest"].values())
     for name, text in pages.pages(record).items():

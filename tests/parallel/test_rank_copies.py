@@ -10,9 +10,10 @@ from click.testing import CliRunner
 from dsv4_conformance.model import golden
 
 from dsv4_core.checkpoint.convert import Options, convert
+from dsv4_core.checkpoint.findings import CheckpointError
 from dsv4_core.checkpoint.rank_copy import cut_for, open_copy, origin, own_directory
 from dsv4_core.checkpoint.rank_part import Place, ShardedSource
-from dsv4_core.checkpoint.weights import Checkpoint, CheckpointError
+from dsv4_core.checkpoint.weights import Checkpoint
 from dsv4_core.cli import root
 from dsv4_core.contract.dtypes import ScaledArray
 

@@ -10,7 +10,8 @@ from dsv4_core.checkpoint.convert import MANIFEST, ConvertError, Options, conver
 from dsv4_core.checkpoint.create import create
 from dsv4_core.checkpoint.rank_part import Place
 from dsv4_core.checkpoint.shards import Shard
-from dsv4_core.checkpoint.weights import INDEX, Checkpoint
+from dsv4_core.checkpoint.tensors import INDEX
+from dsv4_core.checkpoint.weights import Checkpoint
 from dsv4_core.contract.dtypes import ScaledArray
 
 SMALL = replace(

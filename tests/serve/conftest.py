@@ -12,7 +12,7 @@ pytest.importorskip("deepseek_recipe")
 pytest.importorskip("llguidance")
 
 import uvicorn
-from dsv4_serve.running import application
+from dsv4_serve.running import application, configuration
 
 import dsv4_core
 
@@ -28,7 +28,7 @@ class Running:
 
     def __init__(self, app):
         self.app = app
-        self.server = uvicorn.Server(uvicorn.Config(app.asgi(), port=0, log_level="error", lifespan="off"))
+        self.server = uvicorn.Server(configuration(app, port=0))
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()), daemon=True)
         self.thread.start()
         while not self.server.started:

@@ -25,12 +25,12 @@ TOOL = {
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=600)
 
 
 @pytest.fixture(scope="module")
 def claude(server):
-    return anthropic.Anthropic(base_url=server.url, api_key="any", max_retries=0, timeout=120)
+    return anthropic.Anthropic(base_url=server.url, api_key="any", max_retries=0, timeout=600)
 
 
 def expected(server, count, *, thinking=False):
@@ -54,6 +54,8 @@ def test_chat_says_what_the_model_says(client, server):
     assert reply.choices[0].message.content == text
     assert reply.choices[0].finish_reason == "length"
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (len(ids), len(out))
+    newer = client.chat.completions.create(model=MODEL, messages=ASK, max_completion_tokens=3, temperature=0)
+    assert newer.usage.completion_tokens == 3
     chunks = list(
         client.chat.completions.create(
             model=MODEL, messages=ASK, max_tokens=10, temperature=0, stream=True, stream_options={"include_usage": True}
@@ -77,6 +79,36 @@ def test_a_seed_repeats_and_samples_by_it(client):
 
     assert say(1) == say(1)
     assert len({say(seed) for seed in range(4)}) > 1
+
+
+def test_several_replies_to_one_prompt(client):
+    """The first is what one alone is; each draws for itself; the prompt is counted once."""
+    how = {"model": MODEL, "max_tokens": 6, "temperature": 1.5, "seed": 2}
+    one = client.chat.completions.create(**how, messages=ASK)
+    three = client.chat.completions.create(**how, messages=ASK, n=3)
+    texts = [choice.message.content for choice in three.choices]
+    assert [choice.index for choice in three.choices] == [0, 1, 2]
+    assert texts[0] == one.choices[0].message.content
+    assert len(set(texts)) > 1
+    assert three.usage.prompt_tokens == one.usage.prompt_tokens
+    assert one.usage.completion_tokens < three.usage.completion_tokens <= 18
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    streamed, told = ["", "", ""], []
+    for chunk in client.chat.completions.create(**how, **usage, messages=ASK, n=3):
+        told += [chunk.usage] if chunk.usage else []
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == texts
+    assert [u.total_tokens for u in told] == [three.usage.total_tokens]
+    drawn = client.completions.create(**how, prompt=["A kludge", [5, 6]], n=2)
+    assert [choice.index for choice in drawn.choices] == [0, 1, 2, 3]
+    alone = client.completions.create(**how, prompt=[5, 6])
+    assert drawn.choices[2].text == alone.choices[0].text
+    streamed = [""] * 4
+    for chunk in client.completions.create(**how, prompt=["A kludge", [5, 6]], n=2, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+    assert streamed == [choice.text for choice in drawn.choices]
 
 
 def test_thinking_and_effort(client, server):
@@ -210,15 +242,18 @@ def test_a_tool_must_be_called_or_the_request_is_refused(claude):
         {"tool_choice": {"type": "any"}, "thinking": {"type": "enabled", "budget_tokens": 1024}},
         {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
         {"tool_choice": {"type": "any"}, "tools": []},
+        {"extra_body": {"output_config": {"format": {"type": "json_schema", "schema": TOOL}}}},
     ):
-        with pytest.raises(anthropic.BadRequestError, match=r"tool_choice any|disable_parallel_tool_use"):
+        with pytest.raises(
+            anthropic.BadRequestError, match=r"tool_choice any|disable_parallel_tool_use|output_config.f"
+        ):
             claude.messages.create(**{**how, **more})
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"n": 2}, "n = 2 is not supported by this server; leave it out, or give 1"),
+        ({"n": 17}, r"n = 17 must be a whole number in 1 \.\. 16"),
         ({"extra_body": {"zest": 1}}, "'zest' is not supported"),
         ({"temperature": 3}, "range of temperature is"),
         ({"logit_bias": {"x": 1}}, "logit_bias must be an object of token ids and numbers"),
@@ -227,6 +262,7 @@ def test_a_tool_must_be_called_or_the_request_is_refused(claude):
         ({"max_tokens": 1300}, "maximum context length is 1200 tokens"),
         ({"messages": [{"role": "robot", "content": ""}]}, "robot"),
         ({"messages": []}, "message"),
+        ({"extra_body": {"max_completion_tokens": 3}}, "max_tokens and max_completion_tokens differ"),
         ({"reasoning_effort": "enormous"}, "enormous|reasoning"),
     ],
 )

@@ -14,25 +14,48 @@ from dsv4_conformance.run import runner  # noqa: E402
 
 
 class Fault(NamedTuple):
-    """``found`` stands once in ``source`` and becomes ``planted``; ``op``: where the suite must fail, at ``tier``."""
+    """``found`` stands once in ``source`` and becomes ``planted``; ``op``: where the suite must fail, at ``tier``; ``level``:
+    the kind of CPU that it is compiled for (this one where it says nothing).
+    """
 
     source: str
     found: str
     planted: str
     op: str
     tier: str = "smoke"
+    level: str = ""
 
 
 FAULTS = {
-    "odd channels of BF16 weights meet even ones of x": Fault("weights.h", "load(odd + j / 2);", "load(x + j / 2);", "linear"),
+    "odd channels of BF16 weights meet even ones of x": Fault("weights.c", "load(at + odd)", "load(at)", "linear", level="avx2"),
     "a row of FP8 weights uses its first block's scale": Fault(
-        "weights.h", "scale_value(scale[begin / E4M3_BLOCK])", "scale_value(scale[0])", "linear", "standard",
+        "halves.h", "scale_value(scale[begin / E4M3_BLOCK])", "scale_value(scale[0])", "linear", "standard", "avx2",
     ),
     "the scale of a row of FP8 blocks is taken a row of blocks early": Fault(
-        "weights.h", "w->scale + i / E4M3_BLOCK *", "w->scale + (i - 1) / E4M3_BLOCK *", "linear",
+        "weights.c", "w->scale + i / E4M3_BLOCK *", "w->scale + (i - 1) / E4M3_BLOCK *", "linear", "standard",
+    ),
+    "two groups of FP4 share two scales the wrong way": Fault(
+        "halves.h", "part[v][0] * one + part[v][1] * other", "part[v][1] * one + part[v][0] * other", "linear", level="avx2",
     ),
     "four words of FP4 share two scales the wrong way": Fault(
-        "weights.h", "shift[lane] = lane / 4 * 8", "shift[lane] = (LANES - 1 - lane) / 4 * 8", "linear",
+        "codes.h", "shift[lane] = lane / 4 * 8", "shift[lane] = (LANES - 1 - lane) / 4 * 8", "linear", level="avx512",
+    ),
+    "channels of BF16 pairs stand 32 too early": Fault("pairs.h", "w + j + 32 * k", "w + j + 32 * (k / 2)", "linear", level="avx512bf16"),
+    "all vectors of a pass are the first": Fault(
+        "pairs.h", "part[v][k], pairs, of(x[v])", "part[v][k], pairs, of(x[0])", "linear", level="avx512bf16",
+    ),
+    "pairs of FP8 use their first block's scale": Fault(
+        "pairs.h", "scale_value(scale[j / E4M3_BLOCK])", "scale_value(scale[0])", "linear", "standard", "avx512bf16",
+    ),
+    "pairs of FP8 lose their signs": Fault("pairs.h", "_mm512_and_si512(code, sign)", "_mm512_and_si512(low, sign)", "linear", level="avx512bf16"),
+    "channels of FP4 stand in each other's place": Fault(
+        "pairs.h", "j % 4 * 32 + j % 128 / 4", "(j ^ 1) % 4 * 32 + j % 128 / 4", "linear", level="avx512bf16",
+    ),
+    "two groups of FP4 have each other's scale": Fault(
+        "pairs.h", "(0, 0, 0, 0, 1, 1, 1, 1, 2,", "(1, 1, 1, 1, 0, 0, 0, 0, 2,", "linear", level="avx512bf16",
+    ),
+    "FP4 knows no six": Fault(
+        "pairs.h", "bfloat16(e2m1((uint8_t)code))", "bfloat16(e2m1((uint8_t)(code % 8 == 7 ? code - 1 : code)))", "linear", level="avx512bf16",
     ),
     "up is not clamped from below": Fault("moe.c", "up < -limit ? -limit : up", "up", "moe"),
     "the activation is not quantised for w2": Fault("moe.c", "quantise ? rounded(", "0 ? rounded(", "ffn"),
@@ -55,8 +78,8 @@ FAULTS = {
     "an absent row is not cleared": Fault("rows.h", "put(to, type, at + j, 0)", "put(to, type, at + j, 1)", "cache_read"),
     "experts of another rank are taken for its own": Fault(
         "moe.c",
-        "l.chosen[p] - l.first;\n        if (e < 0 || e >= l.experts) continue;\n        int seen",
-        "l.chosen[p];\n        if (e < 0 || e >= l.experts) continue;\n        int seen",
+        "l->chosen[p] - l->first, count = 0;",
+        "l->chosen[p], count = 0;",
         "moe",
     ),
     "an angle is rounded no more": Fault(
@@ -98,24 +121,19 @@ FAULTS = {
 
 @pytest.mark.proof  # a compilation each
 @pytest.mark.parametrize("name", FAULTS)
-def test_the_suite_notices(name, tmp_path):
+def test_the_suite_notices(name, tmp_path, monkeypatch):
     fault = FAULTS[name]
+    if fault.level and not (fault.level in kept.LEVELS and kept.LEVELS[fault.level][1] <= kept.cpu_flags()):
+        pytest.skip(f"this CPU runs no {fault.level}")
     source = shutil.copytree(kept.SOURCES, tmp_path / "c") / fault.source
     text = source.read_text()
     assert text.count(fault.found) == 1
     source.write_text(text.replace(fault.found, fault.planted))
+    monkeypatch.setattr(kept, "SOURCES", tmp_path / "c")
     made = tmp_path / "faulty.so"
+    flags = kept.LEVELS[fault.level][0] if fault.level else ("-march=native",)
     try:
-        kept.run(
-            [
-                os.environ.get("CC", "cc"),
-                *kept.FLAGS,
-                *map(str, (tmp_path / "c").glob("*.c")),
-                "-lm",
-                "-o",
-                str(made),
-            ]
-        )
+        kept.compile_kernels([os.environ.get("CC", "cc"), *flags], made)
     except kept.NotCompiledError as error:
         if "no C compiler" not in str(error):
             raise

@@ -14,19 +14,22 @@ from dsv4_backend_torch import TorchBackend, compiled, kept  # noqa: E402
 from dsv4_core.contract.backend import BackendError  # noqa: E402
 from dsv4_core.contract.dtypes import Experts, RowLayout, ScaledArray, quantise_weight  # noqa: E402
 
-SOURCES = sorted(kept.SOURCES.glob("*.c"))
 DTYPES = [torch.float32, torch.bfloat16]
 KINDS = [*DTYPES, "e4m3", "e2m1"]
 UNIT = 2.0**-24  # of float32: half of what separates neighbours, relative
 
 
-@pytest.fixture(scope="module", params=[16, 32, 64], ids="{} bytes".format)
+HERE = [level for level, (_, needed) in kept.LEVELS.items() if needed <= kept.cpu_flags()]
+
+
+@pytest.fixture(scope="module", params=["16 bytes", *HERE, *(() if "avx512" in HERE else ("64 bytes",))])
 def kernels(request, tmp_path_factory):
-    """Built as for registers of so many bytes, which the compiler makes of what this CPU has."""
+    """Built for each level that this CPU runs, and for registers of other widths, which the compiler makes of what it has."""
     made = tmp_path_factory.mktemp("c") / "kernels.so"
-    flags = [*kept.FLAGS, f"-DBYTES={request.param}", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    size, _, unit = request.param.partition(" ")
+    flags = ["-march=native", f"-DBYTES={size}"] if unit else kept.LEVELS[request.param][0]
     try:
-        kept.run([os.environ.get("CC", "cc"), *flags, *map(str, SOURCES), "-lm", "-o", str(made)])
+        kept.compile_kernels([os.environ.get("CC", "cc"), *flags, "-Wall", "-Wextra", "-Werror", "-Wno-psabi"], made)
     except kept.NotCompiledError as error:
         if "no C compiler" not in str(error):
             raise
@@ -91,6 +94,19 @@ def test_every_code_and_scale(kernels, kind):
     eye = torch.eye(cols)
     got = torch.cat([kernels.products([(eye[i : i + 1], [w])], torch.float32) for i in range(cols)])
     assert torch.equal(got.T, want)
+
+
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_a_nan_among_fp8_codes_makes_its_row_nan(kernels, code, x_dtype):
+    data = torch.zeros((3, 160), dtype=torch.uint8)
+    data[1, 37], data[2, 150] = code, code
+    w = ScaledArray(data, torch.full((1, 2), 127, dtype=torch.uint8), "e4m3")
+    got = kernels.products([(torch.zeros((3, 160), dtype=x_dtype), [w])], torch.float32)
+    assert got.isnan().tolist() == [[False, True, True]] * 3
+    w = ScaledArray(data[:, :128].contiguous(), w.scale[:, :1].contiguous(), "e4m3")
+    got = kernels.products([(torch.zeros((3, 128), dtype=x_dtype), [w])], torch.float32)
+    assert got.isnan().tolist() == [[False, True, False]] * 3
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -145,6 +145,28 @@ def test_processes_that_come_at_once_build_once(home):
     assert builds(home) == 1
 
 
+def test_a_package_carries_libraries_and_the_best_that_this_cpu_runs_is_taken(home, monkeypatch):
+    made = kept.carry(home / "built")
+    assert [path.name.partition("-")[0] for path in made] == list(kept.LEVELS)
+    for (level, (_, needed)), path in zip(kept.LEVELS.items(), made, strict=True):
+        monkeypatch.setattr(kept, "cpu_flags", lambda needed=needed: frozenset(needed))
+        assert kept.carried(home / "built") == (path, f"{level}, carried by the package")
+    monkeypatch.setattr(kept, "cpu_flags", frozenset)
+    assert all(needed for _, needed in kept.LEVELS.values()) == (kept.carried(home / "built") is None)
+    monkeypatch.setattr(kept, "FLAGS", (*kept.FLAGS, "-Dother"))
+    monkeypatch.setattr(kept, "cpu_flags", lambda: frozenset().union(*(needed for _, needed in kept.LEVELS.values())))
+    assert kept.carried(home / "built") is None  # made of other sources, or otherwise
+
+
+def test_what_is_carried_is_used_unless_a_compiler_is_named(home, monkeypatch):
+    made = kept.carry(home / "built")
+    monkeypatch.setattr(kept, "cpu_flags", lambda: frozenset().union(*(needed for _, needed in kept.LEVELS.values())))
+    monkeypatch.setattr(kept.carried, "__defaults__", (home / "built",))
+    assert library().is_relative_to(home / "cache")
+    monkeypatch.delenv("CC")
+    assert library() == made[0]
+
+
 @pytest.mark.parametrize(
     ("files", "cores"),
     [

@@ -176,9 +176,10 @@ def routed(
     )
 
 
-def cache_write(be: Settings, cache_: Tensor, rows: Tensor, index: Tensor, *, layout: RowLayout) -> None:
+def cache_write(be: Settings, cache_: Tensor, rows: Tensor, index: Tensor, *, layout: RowLayout) -> Tensor:
     del be
     cache.cache_write(cache_, rows.contiguous(), index.contiguous(), layout=layout)
+    return cache_
 
 
 def cache_read(be: Settings, cache_: Tensor, index: Tensor, *, layout: RowLayout) -> Tensor:

@@ -77,8 +77,7 @@ class ReferenceAttention(Numeric, AttentionOps):
         picks = np.where(picks < seen, picks + offset.reshape(-1, 1), -1)
         return picks.astype(np.int32).reshape(*visible.shape, topk)
 
-    @staticmethod
-    def best(scores: Host, topk: int) -> Host:
+    def best(self, scores: Host, topk: int) -> Host:
         """Columns of each row's ``topk`` largest scores, of equals the lowest; a NaN is larger than all and so reaches the output.
 
         The topk-th largest of the maxima over groups of columns bounds the topk-th score from below, so that only scores above it

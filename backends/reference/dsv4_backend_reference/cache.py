@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 class ReferenceCache(ReferenceQuant, CacheOps):
     """Contracts of ``ops/cache.py``."""
 
-    def cache_write(self, cache: Host, rows: Host, index: Host, *, layout: RowLayout) -> None:
+    def cache_write(self, cache: Host, rows: Host, index: Host, *, layout: RowLayout) -> Host:
         kept = index >= 0
         if kept.any():
             cache[index[kept]] = self.pack(rows[kept], layout)
+        return cache
 
     def cache_read(self, cache: Host, index: Host, *, layout: RowLayout) -> Host:
         stored = np.take(cache, np.maximum(index, 0), axis=0)  # several times faster than by []

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 class TorchCache(TorchQuant, CacheOps):
     """Contracts of ``ops/cache.py``."""
 
-    def cache_write(self, cache: Tensor, rows: Tensor, index: Tensor, *, layout: RowLayout) -> None:
-        if self.compiled and self.compiled.cache_write(cache, rows, index, layout):
-            return
+    def cache_write(self, cache: Tensor, rows: Tensor, index: Tensor, *, layout: RowLayout) -> Tensor:
+        if not (self.compiled and self.compiled.cache_write(cache, rows, index, layout)):
+            self._store(cache, rows, index, layout)
+        return cache
+
+    def _store(self, cache: Tensor, rows: Tensor, index: Tensor, layout: RowLayout) -> None:
         if self.on_cpu:
             kept = torch.nonzero(index >= 0)[:, 0]
             if kept.shape[0] != index.shape[0]:

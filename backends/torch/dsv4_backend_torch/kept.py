@@ -1,7 +1,8 @@
-"""Where the compiled C kernels are kept: built once with the compiler that is there, and loaded only where they are sound.
+"""Where the compiled C kernels are: carried by the package for several kinds of CPU, or built once with the compiler that is there.
 
-What is loaded runs in this process, so the folder must be the user's own and closed to others, and the file what its hash beside it
-says. Anything else is built again.
+A wheel carries a library for each of ``LEVELS`` (``python -m dsv4_backend_torch.kept DIR`` builds them); the best that this CPU
+runs is taken. A source install builds one for this very CPU when it is first needed. What is kept then runs in this process, so the folder
+must be the user's own and closed to others, and the file what its hash beside it says. Anything else is built again.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import fcntl
 import functools
 import hashlib
 import os
+import platform
 import shlex
 import stat
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +25,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SOURCES = Path(__file__).parent / "c"
-FLAGS = ("-O3", "-march=native", "-pthread", "-fPIC", "-shared")
+FLAGS = ("-O3", "-pthread", "-fPIC", "-shared")
 PATIENCE = 60  # seconds: a compiler that takes longer hangs; this one takes five
+CARRIED = Path(__file__).parent / "built"
+_AVX2 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+LEVELS: dict[str, tuple[tuple[str, ...], set[str]]] = {  # best first: a compiler's flags, and what /proc/cpuinfo must name
+    "avx512bf16": (("-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi"), _AVX512 | {"avx512_bf16", "avx512vbmi"}),
+    "avx512": (("-march=x86-64-v4",), _AVX512),
+    "avx2": (("-march=x86-64-v3",), _AVX2),
+} if platform.machine() in {"x86_64", "AMD64"} else {"any": ((), set())}  # fmt: skip
 
 
 class NotCompiledError(Exception):
@@ -133,20 +144,68 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 @functools.cache
+def cpu_flags() -> frozenset[str]:
+    """Instruction sets that this CPU and its system have, in Linux's words; none where it does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def sources() -> list[Path]:
+    """What the kernels are compiled from."""
+    return sorted(path for path in SOURCES.iterdir() if path.suffix in {".c", ".h"})
+
+
+def compile_kernels(command: list[str], made: Path) -> None:
+    """Compile all to the library ``made``; raise ``NotCompiledError``."""
+    run([*command, *FLAGS, *map(str, (s for s in sources() if s.suffix == ".c")), "-lm", "-o", str(made)])
+
+
+def carried(folder: Path = CARRIED) -> tuple[Path, str] | None:
+    """The best library that the package brings for this CPU, and its level; None where it brings none made of these sources."""
+    for level, (_, needed) in LEVELS.items():
+        path = folder / f"{level}-{_digest('')}.so"
+        if needed <= cpu_flags() and path.exists():
+            return path, f"{level}, carried by the package"
+    return None
+
+
+def carry(folder: Path) -> list[Path]:
+    """Build what a wheel carries into ``folder``; raise ``NotCompiledError``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {folder / f"{level}-{_digest('')}.so": flags for level, (flags, _) in LEVELS.items()}
+    for path, flags in made.items():
+        compile_kernels([*compiler(), *flags], path)
+    return list(made)
+
+
+def _digest(target: str) -> str:
+    key = hashlib.sha256("\0".join([target, *FLAGS]).encode() + b"".join(source.read_bytes() for source in sources()))
+    return key.hexdigest()[:16]
+
+
+@functools.cache
 def library() -> tuple[Path, str]:
-    """The kernels for this CPU, and the compiler that made them; raise ``NotCompiledError`` where there are none."""
+    """The kernels for this CPU, and who made them; raise ``NotCompiledError`` where there are none.
+
+    ``CC`` asks for a build: what it names is used, also where the package carries a library, and with a ``-march`` of its own.
+    """
+    if not os.environ.get("CC") and (found := carried()):
+        return found
     command = compiler()
-    target = run([*command, "-march=native", "-dM", "-E", "-x", "c", os.devnull])  # its version, every instruction set
+    if not any(word.startswith(("-march=", "-mcpu=")) for word in command):
+        command.append("-march=native")
+    target = run([*command, "-dM", "-E", "-x", "c", os.devnull])  # its version, every instruction set
     version = next((line for line in target.splitlines() if " __VERSION__ " in line), '""').split('"')[1]
-    sources = sorted(SOURCES.iterdir())
-    key = hashlib.sha256("\0".join([target, *FLAGS]).encode() + b"".join(source.read_bytes() for source in sources))
-    path = folder() / f"torch-backend-{key.hexdigest()[:16]}.so"
+    path = folder() / f"torch-backend-{_digest(target)}.so"
     try:
         with _locked(path.with_suffix(".lock")):
             if not sound(path):
                 with tempfile.TemporaryDirectory(dir=path.parent) as own:
                     made = Path(own) / path.name
-                    run([*command, *FLAGS, *map(str, (s for s in sources if s.suffix == ".c")), "-lm", "-o", str(made)])
+                    compile_kernels(command, made)
                     content = made.read_bytes()
                 path.with_suffix(".sha256").unlink(missing_ok=True)
                 _write(path, content)
@@ -156,3 +215,14 @@ def library() -> tuple[Path, str]:
             f"C kernels cannot be kept: {error}; set XDG_CACHE_HOME to a folder that can be written"
         ) from error
     return path, f"{command[0]} {version}"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(
+            f"usage: python -m dsv4_backend_torch.kept DIR: build the libraries that a wheel carries ({CARRIED}) into DIR"
+        )
+    try:
+        print("\n".join(map(str, carry(Path(sys.argv[1])))))
+    except NotCompiledError as error:
+        sys.exit(str(error))

@@ -144,6 +144,7 @@ def cached_sparse_attn() -> tuple[Case, ...]:
         base.but("all_masked", data="all_masked"),
         base.but("strong_sink", data="strong_sink"),
         base.but("no_recent_rows", recent=0),
+        base.but("no_recent_rows_padding", recent=0, data="padding"),
         base.but("views", views=True),
         base.but("flash", tokens=2, heads=64, dim=512, recent=127, ring_slots=136, picks=148, softmax_scale=512**-0.5),
         base.but("past_2^31_bytes", "full", dim=512, row_slots=3_700_000, data="sparse", softmax_scale=512**-0.5),

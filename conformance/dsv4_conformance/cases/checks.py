@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from dsv4_conformance.cases.case import Case, cases_of
 from dsv4_conformance.cases.extents import extended
 from dsv4_conformance.cases.pairs import paired
 from dsv4_conformance.check import Check, Finding, Group, Session
-from dsv4_conformance.verdict import subnormals
+from dsv4_conformance.verdict import calls, dump, subnormals
 from dsv4_conformance.verdict.budget import Expected, expect
 from dsv4_conformance.verdict.calls import Call, execute, seed_of
 from dsv4_conformance.verdict.discrete import judge_discrete
@@ -51,9 +52,13 @@ def judge_call(call: Call, session: Session, expected: list[Expected] | None = N
         return verdict
     if "discrete" in spec.judged:
         verdict.add(judge_discrete(call, outcome.results, session.oracle, backend), "")
+        verdict.got, verdict.want = outcome.results, expected
         return verdict
     verdict.add(compared(outcome.results, expected), "")
-    if verdict.ok or session.numerics == "float64":
+    if verdict.ok:
+        return verdict
+    verdict.got, verdict.want = outcome.results, expected
+    if session.numerics == "float64":
         return verdict
     others = expect(subnormals.flushed(call), session.oracle, backend)
     forgiving = compared(outcome.results, [flushed(e, o) for e, o in zip(expected, others, strict=True)])
@@ -145,7 +150,12 @@ class OpCase:
                 self.dtypes(session.numerics),
                 seed=call.seed,
             )
-        return Finding.of(self, judge_call(call, session), seed=call.seed, dtypes=self.dtypes(session.numerics))
+        verdict = judge_call(call, session)
+        if session.dump and not verdict.ok:
+            dump.write(session.dump, self.id, call, verdict)
+        return Finding.of(
+            self, verdict, seed=call.seed, dtypes=self.dtypes(session.numerics), inputs=calls.hashed(call)
+        )
 
 
 def checks(numerics: Numerics) -> list[Check]:
@@ -158,8 +168,13 @@ def checks(numerics: Numerics) -> list[Check]:
 
 def every_case(spec: OpSpec) -> list[Case]:
     """An op's declared cases, those at published extents, and those in which data and sizes meet."""
-    declared = cases_of(spec)
-    return [*declared, *extended(spec.name, declared), *paired(spec.name, declared)]
+    return list(_every_case(spec.name))
+
+
+@functools.cache
+def _every_case(op: str) -> tuple[Case, ...]:
+    declared = cases_of(OPS[op])
+    return (*declared, *extended(op, declared), *paired(op, declared))
 
 
 def optional(case: Case) -> set[str]:

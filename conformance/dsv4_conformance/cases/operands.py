@@ -138,11 +138,14 @@ class Maker:
         return index.astype(np.int32)
 
     def some_missing(self, index: Host, share: float = 0.3) -> Host:
-        """The indices with ``share`` of them -1; all of them for the flavours that say so."""
+        """The indices with ``share`` of them -1, at least one of several; all of them for the flavours that say so."""
         if self.data in {"all_masked", "nothing"}:
             return np.full_like(index, -1)
         if self.data == "padding":
-            return np.where(self.rng.random(index.shape) < share, -1, index).astype(np.int32)
+            missing = self.rng.random(index.shape) < share
+            if index.size > 1 and not missing.any():
+                missing.reshape(-1)[int(self.rng.integers(index.size))] = True
+            return np.where(missing, -1, index).astype(np.int32)
         return index
 
     def routes(self, tokens: int, topk: int, experts: int) -> Host:

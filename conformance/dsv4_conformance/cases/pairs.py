@@ -7,6 +7,7 @@ of two up to 128, as servers batch them, which fill tiles exactly), one past a t
 
 from __future__ import annotations
 
+import functools
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,8 @@ def variants(cases: Sequence[Case]) -> list[Case]:
     return list(found.values())
 
 
-def covering(sizes: Sequence[int]) -> list[tuple[int, ...]]:
+@functools.cache
+def covering(*sizes: int) -> list[tuple[int, ...]]:
     """Rows of levels, one a factor of ``sizes`` levels, in which every pair of levels of two factors occurs; greedy, the same each time."""
     rng = np.random.default_rng(0)
     factors = range(len(sizes))
@@ -101,7 +103,7 @@ def paired(op: str, cases: Sequence[Case]) -> Iterator[Case]:
 def _paired(op: str, bases: Sequence[Case], *, named: bool) -> Iterator[Case]:
     flavours = EXTRA.get(op, OF_NUMBERS)
     buckets = [n for n in BUCKETS if n <= MOST.get(op, n)]
-    for base, flavour, rows, views in covering([len(bases), len(flavours), len(buckets), 2]):
+    for base, flavour, rows, views in covering(len(bases), len(flavours), len(buckets), 2):
         case, data, n = bases[base], flavours[flavour], buckets[rows]
         sizes = {rows_of(case): n}
         if "slots" in case.sizes and "n" in case.sizes:

@@ -11,6 +11,8 @@ from dsv4_core.cli.commands import Group
 
 COMMANDS = {
     "run": "dsv4_conformance.cli.run:run_command",
+    "next": "dsv4_conformance.cli.next:command",
+    "verify": "dsv4_conformance.cli.verify:command",
     "mutants": "dsv4_conformance.cli.mutants:command",
     "matrix": "dsv4_conformance.cli.matrix:command",
     "export": "dsv4_conformance.cli.export:command",

@@ -79,4 +79,4 @@ def judge_command(
         raise ValueError(
             f"{directory}: holds no such case ({', '.join((*ops, *cases)) or 'none at all'}); {MANIFEST} lists them"
         )
-    finish(run, report, commands, {})
+    finish(run, report, commands, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import click
 
+from dsv4_core.files import writing as files
 from dsv4_core.files.reading import json_file
 
+RECORD = "museum.json"
 SLICES = 4  # of the seeds: parts that processes take
 
 
@@ -35,39 +38,71 @@ SLICES = 4  # of the seeds: parts that processes take
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Write museum.json, mutants.md and safety-factor.md with its picture here.",
+    help="Write museum.json, mutants.md and safety-factor.md with its picture here; the record after every result.",
 )
-def command(names: tuple[str, ...], tier: str, seeds: int, whole: bool, jobs: int, out: Path | None) -> None:
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Take up the record in --out: what this same suite has found stands; elsewhere the check that killed last is tried first.",
+)
+def command(
+    names: tuple[str, ...], tier: str, seeds: int, whole: bool, jobs: int, out: Path | None, resume: bool
+) -> None:
     """Prove that the suite bites: run it on backends with one fault each, until something fails; and on honest ones, which must pass."""
     from dsv4_conformance.museum.catalogue import MUTANTS, VARIANTS
+    from dsv4_conformance.report.certificate import suite
 
     if unknown := set(names) - set(MUTANTS) - set(VARIANTS):
         raise ValueError(
             f"--name {min(unknown)!r}: neither a mutant nor an honest variant; names: {', '.join([*MUTANTS, *VARIANTS])}"
         )
-    hunted = [n for n in MUTANTS if not names or n in names]
-    honest = [n for n in VARIANTS if not names or n in names]
+    if resume and not out:
+        raise ValueError("--resume: needs --out DIR, whose museum.json is taken up")
+    last = load(out / RECORD) if resume and out and (out / RECORD).exists() else {"mutants": {}, "honest": {}}
     record: dict[str, Any] = {
         "date": str(datetime.datetime.now(datetime.timezone.utc).date()),
+        "suite": suite(),
         "seeds": seeds,
         "whole": whole,
-        "mutants": {},
-        "honest": {},
+        "mutants": {n: k for n, k in last["mutants"].items() if n in MUTANTS},
+        "honest": {n: h for n, h in last["honest"].items() if n in VARIANTS},
     }
+    same = last.get("suite") == record["suite"]
+
+    def noted() -> None:
+        if out:
+            files.write(out / RECORD, json.dumps(record, indent=1) + "\n")
+
+    chosen = [n for n in MUTANTS if not names or n in names]
+    hunted = [n for n in chosen if record["mutants"].get(n, {}).get("suite") != record["suite"]]
+    honest = [n for n in VARIANTS if not names or n in names]
+    if not names:
+        kept = {n: h for n, h in record["honest"].items() if same and h.get("seeds") == seeds}
+        tried_already = {n for n, h in kept.items() if h.get("whole", False) >= whole}
+        honest = [n for n in honest if n not in tried_already]
+    record["honest"] = {n: h for n, h in record["honest"].items() if n not in honest}
+    killers = [last["mutants"].get(n, {}).get("id", "") for n in hunted]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        for kill in pool.map(hunted_one, hunted, [tier] * len(hunted)):
-            record["mutants"][kill["name"]] = kill
+        for kill in pool.map(hunted_one, hunted, [tier] * len(hunted), killers):
+            record["mutants"][kill["name"]] = {**kill, "suite": record["suite"]}
             verdict = f"{kill['tier']:8} {kill['id']}" if kill["id"] else click.style("SURVIVES", fg="red")
             click.echo(f"{kill['name']:46} {verdict}  {kill['seconds']:.1f} s")
+            noted()
+        found: dict[str, Any] = {}
         if seeds and honest:
             parts = [range(i, seeds, SLICES) for i in range(min(SLICES, seeds))]
             for part in pool.map(tried, parts, [honest] * len(parts)):
                 for result in part:
-                    merge(record["honest"], result)
+                    merge(found, result)
         if whole and honest:
             for result in pool.map(whole_one, honest):
-                merge(record["honest"], result)
+                merge(found, result)
+                record["honest"][result["name"]] = {**found[result["name"]], "seeds": seeds, "whole": True}
+                noted()
+        record["honest"] |= {n: {**h, "seeds": seeds, "whole": whole} for n, h in found.items()}
+    record["mutants"] = {n: record["mutants"][n] for n in MUTANTS if n in record["mutants"]}
+    record["honest"] = {n: record["honest"][n] for n in VARIANTS if n in record["honest"]}
     for name, h in record["honest"].items():
         alarm = click.style(f"FAILED {h['alarms'][0]}", fg="red") if h["alarms"] else "passes"
         click.echo(
@@ -95,13 +130,13 @@ def closing(record: dict[str, Any]) -> int:
     return 0 if ok else 1
 
 
-def hunted_one(name: str, tier: str) -> dict[str, Any]:
+def hunted_one(name: str, tier: str, killer: str = "") -> dict[str, Any]:
     """Hunt one mutant, in a process of its own."""
     from dsv4_conformance.museum.catalogue import MUTANTS
     from dsv4_conformance.museum.hunt import hunt
     from dsv4_conformance.report.write import finite
 
-    kill = hunt(MUTANTS[name], tier=tier)
+    kill = hunt(MUTANTS[name], tier=tier, killer=killer)
     f = kill.finding
     plain: dict[str, Any] = finite(
         {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import shlex
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,12 +22,27 @@ from dsv4_core.cli.schema import Failure, Judged, emit
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dsv4_conformance.check import Finding
+    from dsv4_conformance.check import Finding, Session
+    from dsv4_conformance.run.isolate import Workers
     from dsv4_conformance.run.runner import Run
     from dsv4_core.contract.spec import Tier
 
 
-SELECTS = ("tier", "ops", "cases", "require", "xfails", "report", "jobs", "listed", "quiet", "as_json", "backend")
+SELECTS = (
+    "tier",
+    "ops",
+    "cases",
+    "require",
+    "xfails",
+    "report",
+    "jobs",
+    "listed",
+    "quiet",
+    "as_json",
+    "backend",
+    "watch",
+    "dump",
+)
 """Parameters of a run that say what is run and printed, not how."""
 
 
@@ -51,31 +67,42 @@ class Commands:
         )
 
 
+chosen = functools.partial(option, heading="What is chosen")
+outcome = functools.partial(option, heading="What is written")
+processes = functools.partial(option, heading="In which processes")
+
+
 @click.command("run", cls=Command)
-@option(
+@chosen(
     "--tier",
     type=click.Choice(["smoke", "standard", "full"]),
     default="standard",
     show_default=True,
     help="How much is run.",
 )
-@option("--op", "ops", multiple=True, metavar="NAME", help="Only this op or law; may be repeated.")
-@option("--case", "cases", multiple=True, metavar="ID", help="Only this case, of whatever tier; may be repeated.")
-@option("--require", type=click.IntRange(0, 4), help="Fail unless this level is reached, claimed or not.")
-@option(
+@chosen("--op", "ops", multiple=True, metavar="NAME", help="Only this op or law; may be repeated.")
+@chosen("--case", "cases", multiple=True, metavar="ID", help="Only this case, of whatever tier; may be repeated.")
+@chosen("--require", type=click.IntRange(0, 4), help="Fail unless this level is reached, claimed or not.")
+@chosen(
     "--xfails", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="TOML file of expected failures."
 )
-@option(
+@outcome(
     "--report",
     type=click.Path(path_type=Path, file_okay=False),
     help="Write report.json, junit.xml and report.html here.",
 )
-@option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Run checks in this many processes.")
-@option("--isolate", is_flag=True, help="Run checks in another process, which may crash, hang or eat memory.")
-@option("--time-limit", default=120.0, show_default=True, help="Seconds a check may take with --isolate.")
-@option("--memory-limit", default=8192, show_default=True, help="Megabytes a process may use with --isolate.")
-@option("--list", "listed", is_flag=True, help="Print the ids that would run, and stop.")
-@option("--quiet", "-q", is_flag=True, help="Failures and the closing lines only.")
+@processes("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Run checks in this many processes.")
+@processes("--isolate", is_flag=True, help="Run checks in another process, which may crash, hang or eat memory.")
+@processes("--time-limit", default=120.0, show_default=True, help="Seconds a check may take with --isolate.")
+@processes("--memory-limit", default=8192, show_default=True, help="Megabytes a process may use with --isolate.")
+@outcome(
+    "--dump",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write operands, results and what was wanted of each failing op case here, as .npz.",
+)
+@processes("--watch", is_flag=True, help="Run again whenever a file of the backend's changes; Ctrl-C ends.")
+@outcome("--list", "listed", is_flag=True, help="Print the ids that would run, and stop.")
+@outcome("--quiet", "-q", is_flag=True, help="Failures and the closing lines only.")
 @backend_options
 @json_option
 def run_command(
@@ -91,6 +118,8 @@ def run_command(
     isolate: bool,
     time_limit: float,
     memory_limit: int,
+    dump: Path | None,
+    watch: bool,
     listed: bool,
     quiet: bool,
 ) -> None:
@@ -98,6 +127,13 @@ def run_command(
 
     Exit status: 0 all that was claimed or required passed, 1 something failed, 2 could not run.
     """
+    if watch:
+        from dsv4_conformance.run.watching import watching
+        from dsv4_core.contract import registry
+
+        raise click.exceptions.Exit(
+            watching(registry.installed()[flags.choose().name].module, [w for w in typed() if w != "--watch"])
+        )
     from dsv4_conformance.run.isolate import THREADS
 
     for variable in THREADS:  # before a library reads them: cases are small, and threads that wait for work spin
@@ -112,7 +148,7 @@ def run_command(
 
     name = flags.choose().name
     backend = flags.create()
-    session = Session(backend, cast("Tier", tier))
+    session = Session(backend, cast("Tier", tier), dump=dump)
     if listed:
         for check in runner.select(collect(session.tier, session.numerics, backend), ops, cases):
             click.echo(check.id)
@@ -120,7 +156,8 @@ def run_command(
     commands = Commands.running(name)
     seconds, megabytes = (time_limit, memory_limit) if isolate else (math.inf, math.inf)
     on_device = str(getattr(session.backend, "device", "cpu")) != "cpu"
-    workers = Workers(name, session.numerics, flags.options, session.tier, seconds, megabytes, jobs, sticky=on_device)
+    place = Workers(name, session.numerics, flags.options, session.tier)
+    workers = replace(place, seconds=seconds, megabytes=megabytes, jobs=jobs, dump=str(dump or ""), sticky=on_device)
     result = runner.run(
         session,
         ops=ops,
@@ -132,9 +169,28 @@ def run_command(
         version=registry.installed()[name].version,
     )
     result.backend = name
+    if not cases:
+        earlier_calls(result, session, place, aside=as_json)
     if flags.options.get("batch_invariant") and not result.partial:
         click.echo(cost(backend), err=as_json)
-    finish(result, report, commands, flags.options, as_json=as_json)
+    finish(result, report, commands, flags, as_json=as_json)
+
+
+def earlier_calls(result: Run, session: Session, place: Workers, *, aside: bool) -> None:
+    """Say of the first failures of op cases whether they need an earlier call."""
+    from dsv4_conformance.run import earlier
+    from dsv4_conformance.run.catalogue import collect
+
+    known = {c.id: c for c in collect("full", session.numerics, session.backend)}
+    failed = [f for f in result.failures() if f.status == "failed" and f.group == "op" and f.id in known]
+    for finding in failed[: earlier.LOOKED_AT]:
+        ran = [f.id for f in result.findings[: result.findings.index(finding)] if f.op == finding.op]
+        chain = earlier.explain(
+            known[finding.id], [known[i] for i in ran if i in known], lambda checks: list(place.execute(checks))
+        )
+        if chain:
+            finding.message += f"; {earlier.words(chain)}"
+            click.echo(f"{finding.id} {earlier.words(chain)}", err=aside)
 
 
 class Progress:
@@ -159,6 +215,8 @@ class Progress:
         click.echo(f"{clear}{click.style(finding.status.upper(), fg=colour)} {finding.id}", err=self.aside)
         if finding.message:
             click.echo(f"    {finding.message}", err=self.aside)
+        for line in beside(finding.worst):
+            click.echo(f"    {line}", err=self.aside)
         if finding.status == "passed":
             figures = ", ".join(f"{k} {v:.3g}" for k, v in finding.metrics.items())
             click.echo(f"    {finding.used:.3g} of the budget used, worst {finding.worst}; {figures}", err=self.aside)
@@ -170,14 +228,31 @@ class Progress:
             )
 
 
+def beside(worst: Mapping[str, Any]) -> list[str]:
+    """A failing element among its neighbours, both sides one above the other."""
+    if not (near := worst.get("around")):
+        return []
+    at, first = worst["element"], near["from"]
+    columns = [f"{first + i}" for i in range(len(near["got"]))]
+    rows = [columns, *([f"{x:.6g}" for x in near[side]] for side in ("got", "want"))]
+    width = max(len(text) for row in rows for text in row)
+    here = at[-1] - first
+    said = [" ".join(f"[{t:>{width}}]" if i == here else f" {t:>{width}} " for i, t in enumerate(row)) for row in rows]
+    where = f"{at[:-1]}, " if len(at) > 1 else ""
+    return [
+        f"{where}channel {said[0]}",
+        *(f"{name:>{len(where) + 7}} {row}" for name, row in zip(("got", "want"), said[1:], strict=True)),
+    ]
+
+
 def finish(
-    result: Run, report: Path | None, commands: Commands, options: Mapping[str, Any], *, as_json: bool = False
+    result: Run, report: Path | None, commands: Commands, flags: BackendFlags | None, *, as_json: bool = False
 ) -> None:
     """Print the closing lines or the document, write the reports, leave with the run's exit status."""
     from dsv4_conformance.report.write import write
 
     if report:
-        write(result, report, commands.whole, commands.rerun, options)
+        write(result, report, commands.whole, commands.rerun, flags)
     if as_json:
         emit("conformance run", judged(result, report, commands), ok=result.ok)
         raise click.exceptions.Exit(0 if result.ok else 1)

@@ -70,9 +70,9 @@ class Exported:
 
 
 def output_names(call: Call) -> list[str]:
-    """``y``, or ``y0``, ``y1`` ...; mutated operands by their name."""
-    returned = [axes for axes in call.spec.returns if axes]
-    return (["y"] if len(returned) == 1 else [f"y{i}" for i in range(len(returned))]) + list(call.spec.mutates)
+    """``y``, or ``y0``, ``y1`` ...; what may be written in place by the operand's name."""
+    count = len(call.spec.returns)
+    return list(call.spec.mutates) or (["y"] if count == 1 else [f"y{i}" for i in range(count)])
 
 
 def export(
@@ -96,9 +96,7 @@ def export(
         expected = expect(call, oracle, backend)
         outputs, tensors = [], {}
         for i, (name, want) in enumerate(zip(output_names(call), expected, strict=True)):
-            returned = i < len(expected) - len(call.spec.mutates)
-            judged = call.spec.judged[i] if returned else "exact"
-            dtype = result_dtype(call, i, backend) if returned else want.dtype
+            judged, dtype = call.spec.judged[i], result_dtype(call, i, backend)
             outputs.append({"name": name, "dtype": dtype, "shape": list(want.value.shape), "judged": judged})
             tensors[f"want.{name}"] = want.value
             if want.budget is not None and want.spread is not None:

@@ -42,13 +42,12 @@ BEYOND_CHANCE = 100.0  # times the budget: no number of samples would explain it
 def judge_results(
     call: Call, results: Sequence[Host], expected: Sequence[Expected], oracle: Oracle, backend: Backend
 ) -> Verdict:
-    """Judge results of a call (mutated operands last): number, dtype and shape, then every element."""
+    """Judge results of a call: number, dtype and shape, then every element."""
     verdict = Verdict()
     if len(results) != len(expected):
         return Verdict([f"{len(results)} results; the contract has {len(expected)}"], float("inf"))
-    returned = len(expected) - len(call.spec.mutates)
     for i, (got, want) in enumerate(zip(results, expected, strict=True)):
-        wanted = result_dtype(call, i, backend) if i < returned else want.dtype
+        wanted = result_dtype(call, i, backend)
         if dtype_name(got) != wanted:
             verdict.problems.append(f"result {i} has dtype {dtype_name(got)}; the contract says {wanted}")
         if got.shape != want.value.shape:

@@ -143,6 +143,53 @@ class Environment(Form):
     suite: Word
 
 
+class Files(Form):
+    """Of a certificate: a distribution and the hash of its package's files."""
+
+    distribution: Text
+    version: Text
+    module: Word
+    files: Digest
+
+
+Argument = Annotated[str, Meta(pattern=r"^(--numerics|native|float32|float64|--option|[a-z][a-z0-9_]*=[^\n]{0,200})\Z")]
+
+
+class Certificate(Form):
+    """Of a report: what it is of."""
+
+    suite: Digest
+    oracle: Files
+    plugin: Files
+    inputs: Digest
+    arguments: list[Argument]
+    libraries: dict[str, str]
+    kernels: list[str]
+
+
+class Sworn(Form):
+    """One finding, as far as it is verified."""
+
+    id: Text
+    group: Word
+    status: Word
+    level: int
+    inputs: str = ""
+    used: float | None = None
+
+
+class CertifiedReport(Form):
+    """``report.json``, as far as it is verified."""
+
+    backend: Word
+    numerics: Numerics
+    tier: Literal["smoke", "standard", "full"]
+    partial: bool
+    level: Annotated[int, Meta(ge=0, le=4)] | None
+    certificate: Certificate
+    findings: Annotated[list[Sworn], Meta(min_length=1)]
+
+
 class Report(Form):
     """``report.json``, as far as the matrix reads it."""
 

@@ -14,7 +14,7 @@ from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 
 from dsv4_conformance.check import Check, Finding, Group, Session, describe
-from dsv4_conformance.laws import of_engine, of_models, of_ops
+from dsv4_conformance.laws import of_drafts, of_engine, of_models, of_ops
 from dsv4_conformance.laws import strategies as some
 from dsv4_conformance.laws.small_model import Stage
 from dsv4_conformance.verdict.calls import seed_of
@@ -164,6 +164,15 @@ LAWS = (
         "smoke",
     ),
     Law(
+        of_drafts.blocks_are_the_oracles,
+        {"ratios": some.ratios, "steps": some.steps, "rejected": st.integers(0, 5), "seed": some.seeds},
+        (
+            {"ratios": ALL_KINDS, "steps": [30, 1, 4, 2], "rejected": 3, "seed": 0},
+            {"ratios": (0,), "steps": [1], "rejected": 0, "seed": 1},
+        ),
+        "smoke",
+    ),
+    Law(
         of_models.drafts_are_accepted,
         {"ratios": some.ratios, "prompt": st.integers(1, 40), "tokens": st.integers(8, 30), "seed": some.seeds},
         ({"ratios": ALL_KINDS, "prompt": 9, "tokens": 30, "seed": 0},),
@@ -208,6 +217,43 @@ LAWS = (
         ({"ratios": ALL_KINDS, "prefix": 257, "first": 9, "own": 20, "further": 19, "seed": 0},),
         level=4,
         bits="batch_invariance",
+    ),
+    Law(
+        of_engine.forked_is_cold,
+        {
+            "ratios": some.ratios,
+            "blocks": st.integers(0, 1),
+            "junk": st.integers(0, 140),
+            "further": st.integers(0, 19),
+            "seed": some.seeds,
+        },
+        ({"ratios": ALL_KINDS, "blocks": 1, "junk": 140, "further": 9, "seed": 0},),
+        level=4,
+        bits="batch_invariance",
+    ),
+    Law(
+        of_engine.seed_decides,
+        {
+            "ratios": some.ratios,
+            "prompt": st.integers(1, 40),
+            "copies": st.integers(1, 4),
+            "slots": st.integers(1, 4),
+            "seed": some.seeds,
+        },
+        ({"ratios": ALL_KINDS, "prompt": 20, "copies": 3, "slots": 2, "seed": 0},),
+        level=4,
+        bits="batch_invariance",
+    ),
+    Law(
+        of_engine.nobody_starves,
+        {
+            "ratios": some.ratios,
+            "prompts": st.lists(st.integers(1, 90), min_size=1, max_size=6),
+            "slots": st.integers(1, 3),
+            "chunk": st.integers(1, 64),
+            "seed": some.seeds,
+        },
+        ({"ratios": (4,), "prompts": [60, 3, 20, 1], "slots": 2, "chunk": 9, "seed": 0},),
     ),
     Law(
         of_engine.mask_holds,

@@ -41,9 +41,8 @@ def plain_run(call: Call, backend: Backend) -> tuple[Any, list[Host]]:
     placed = [place(backend, n, o, lambda _, x: backend.from_numpy(copied(x))) for n, o in call.named().items()]
     with np.errstate(all="ignore"):
         returned = getattr(backend, call.op)(*placed, **call.scalars)
-    mutated = [placed[call.spec.arrays.index(n)] for n in call.spec.mutates]
     outcome = Outcome()
-    results = [*as_tuple(call, returned, outcome), *mutated]
+    results = as_tuple(call, returned, outcome)
     if outcome.problems:
         raise FormError("; ".join(outcome.problems))
     return results, [np.array(backend.to_numpy(r)) for r in results]

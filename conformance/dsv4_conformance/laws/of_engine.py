@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsv4_conformance.laws.small_model import VOCAB, some_ids, weights
+from dsv4_core.graph.cache import SHARED as SHARED_TOKENS
+from dsv4_core.graph.cache import Cache
 from dsv4_core.graph.engine import Engine, Event, Request
 from dsv4_core.graph.sampling import Chosen, Sampling, packed_bits
+from dsv4_core.graph.step import Step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -148,6 +151,88 @@ def taken_up_is_cold(
         if _told(events, name) != alone(model, request):
             return f"prefix of {prefix}, donor {further % 20} tokens further: {who} is told otherwise than cold"
     return None
+
+
+def forked_is_cold(
+    stage: Stage, *, ratios: tuple[int, ...], blocks: int, junk: int, further: int, seed: int
+) -> str | None:
+    """A sequence made of a snapshot at a multiple of 128, and of a donor that went on since, continues as one that was fed."""
+    model = stage.model(weights(stage.layers(ratios)), stage.own)
+    prefix, tail = SHARED_TOKENS * (1 + blocks % 2), 1 + further % 20
+    ids, own = some_ids((1, prefix + tail), seed), some_ids((1, junk + 5), seed + 1)
+    cache = Cache(model.backend, model.config, 2, CAPACITY)
+
+    def fed(sequence: int, part: Host) -> Host:
+        step = Step(cache, part, [sequence])
+        logits = np.array(model.backend.to_numpy(model.logits(model.forward(step))))
+        cache.advance(step.sequences, step.ends)
+        return logits
+
+    fed(0, ids[:, :prefix])
+    taken = cache.snapshot(0)
+    fed(0, own[:, :tail])  # the donor goes on, and so does, elsewhere, what the slot held before
+    if junk:
+        fed(1, own[:, :junk])
+    cache.restore(1, taken, donor=0)
+    got = fed(1, ids[:, prefix:])
+    cache.rewind(0, 0)
+    fed(0, ids[:, :prefix])
+    want = fed(0, ids[:, prefix:])
+    if not np.array_equal(got, want):
+        at = int(np.flatnonzero((got != want).any(-1))[0])
+        return f"a fork at {prefix} tokens differs from its token {at} on"
+    return None
+
+
+def seed_decides(
+    stage: Stage, *, ratios: tuple[int, ...], prompt: int, copies: int, slots: int, seed: int
+) -> str | None:
+    """A sampled request with a seed says one thing: many times at once, in any slot, among others of other seeds."""
+    model = stage.model(weights(stage.layers(ratios)), stage.own)
+    ids = tuple(some_ids((1, prompt), seed)[0].tolist())
+    for wish in WISHES[1:3]:
+        request = Request(ids, 6, replace(wish, temperature=1.0, seed=(seed, 1)))
+        engine = Engine(model, slots=slots, capacity=CAPACITY)
+        names, want = [], alone(model, request)
+        for i in range(copies):
+            engine.submit(replace(request, sampling=replace(request.sampling, seed=(seed, 2 + i))))
+            names.append(engine.submit(request))
+        events = _rest(engine)
+        for name in names:
+            if (got := _told(events, name)) != want:
+                return f"seed {(seed, 1)} says {[c.token for c in got]} as request {name} and {[c.token for c in want]} alone"
+    return None
+
+
+def nobody_starves(
+    stage: Stage, *, ratios: tuple[int, ...], prompts: list[int], slots: int, chunk: int, seed: int
+) -> str | None:
+    """Requests begin in the order in which they came; who has begun gets a token a step, whatever prompts are read meanwhile.
+
+    So each waits no longer than those before it need one after the other.
+    """
+    model = stage.model(weights(stage.layers(ratios)), stage.own)
+    requests = [replace(request, sampling=Sampling()) for request in asked(prompts, seed)]
+    engine = Engine(model, slots=slots, capacity=CAPACITY, chunk=chunk, reuse=False)
+    names = [engine.submit(request) for request in requests]
+    needs = [-(-len(request.prompt) // chunk) + request.max_tokens + 1 for request in requests]
+    begun: set[int] = set()
+    over: set[int] = set()
+    for count in range(1, sum(needs) + 1):
+        events = engine.step()
+        heard = {event.id for event in events if event.chosen}
+        if quiet := begun - over - heard:
+            return f"request {min(quiet)} got no token in step {count}"
+        begun |= heard
+        over |= {event.id for event in events if event.finish}
+        late = [i for i, name in enumerate(names) if name not in begun and count > sum(needs[: i + 1])]
+        if late:
+            return (
+                f"request {late[0]} has no token after {count} steps; those up to it need {sum(needs[: late[0] + 1])}"
+            )
+        if engine.idle:
+            break
+    return None if len(begun) == len(names) else f"{len(names) - len(begun)} requests never began"
 
 
 class _Only:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import lzma
 from importlib import resources
 from pathlib import Path
@@ -31,3 +32,11 @@ def load(model: Model, which: Literal["golden", "trace"]) -> dict[str, Host]:
     tiny-jargon has no trace: ``FileNotFoundError``.
     """
     return tensorfile.decode(lzma.decompress((_GOLDEN / model / f"{which}.safetensors.xz").read_bytes()))
+
+
+@functools.cache
+def names(model: Model, which: Literal["golden", "trace"]) -> frozenset[str]:
+    """Names of recorded tensors, from the file's header alone."""
+    with lzma.open(_GOLDEN / model / f"{which}.safetensors.xz") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return frozenset(header.keys() - {"__metadata__"})

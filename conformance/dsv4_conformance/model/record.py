@@ -29,7 +29,7 @@ class Recorded:
     """One call: when (``prefill``, ``decode250``), where (``layer3``, ``embedding``, ``head``), which of its kind
     there.
 
-    ``results``: what the backend returned, then mutated operands as it left them. ``positions``: of the step's tokens,
+    ``results``: what the backend returned. ``positions``: of the step's tokens,
     -1 for padding.
     """
 
@@ -94,8 +94,6 @@ class Recorder:
         return loading
 
     def _recording(self, op: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        mutated = [i for i, name in enumerate(OPS[op].arrays) if name in OPS[op].mutates]
-
         @functools.wraps(method)
         def recording(*operands: Any, **scalars: Any) -> Any:
             self.under_way = op
@@ -108,7 +106,7 @@ class Recorder:
             earlier = len(self.calls)
             returned = method(*operands, **scalars)
             results = self.formed(Call(op, before, scalars), returned)
-            hosts = [self.host(r) for r in (*results, *(operands[i] for i in mutated))]
+            hosts = [self.host(r) for r in results]
             parts = len(self.calls) - earlier
             self.finished(self.add(op, before, scalars, hosts, parts), operands, results)
             return returned

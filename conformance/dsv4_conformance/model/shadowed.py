@@ -45,7 +45,7 @@ class Watcher(Recorder):
                 self.problems.append(
                     f"{recorded.name} modified its operand {name!r}; the contract does not say that it may"
                 )
-        for i, array in enumerate(returned):
+        for i, array in enumerate(() if spec.mutates else returned):
             self._returned.append((f"{recorded.name}, result {i}", array, recorded.results[i]))
 
     def end_step(self) -> None:

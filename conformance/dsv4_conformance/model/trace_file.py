@@ -1,7 +1,7 @@
 """Traces of a model's run as files: ``trace.safetensors`` and ``trace.json``, named as the recorded traces are.
 
 Tensors: ``{prefill|decodeNNN}.{layer{i}|embedding|head}.{op}[@n].{operand}``, results as ``.out`` (several: ``.out.0``
-...), operands that the op mutates as
+...), of an op that may write an operand in place as
 ``.after.{operand}``; weights once each, as ``weights.{n}``. ``trace.json``: numerics, and per call its name, the
 positions of its tokens, and the description
 of ``stored_calls``.
@@ -50,9 +50,9 @@ def pack(calls: Sequence[Recorded], numerics: Numerics, checkpoint: str) -> Pack
     for recorded in calls:
         prefix, call = f"{recorded.name}.", recorded.call
         description = packed.call(prefix, call, share=True)
-        returned = len(recorded.results) - len(call.spec.mutates)
+        returned = len(recorded.results)
         names = [f"{prefix}out" if returned == 1 else f"{prefix}out.{i}" for i in range(returned)]
-        names += [f"{prefix}after.{name}" for name in call.spec.mutates]
+        names = [f"{prefix}after.{name}" for name in call.spec.mutates] or names
         packed.tensors.update(zip(names, recorded.results, strict=True))
         where = {"time": recorded.time, "place": recorded.place, "number": recorded.number, "seed": call.seed}
         packed.calls.append({**where, "positions": recorded.positions.tolist(), "results": names, "call": description})
@@ -101,7 +101,7 @@ def read(directory: Path, numerics: Numerics) -> list[Recorded]:
         hold_call(c.call, name, ADVICE)
         with fitting(name, ADVICE):
             call = unpack(c.call, shard.array, c.seed)
-            if len(c.results) != len(call.spec.mutates) + sum(bool(axes) for axes in call.spec.returns):
+            if len(c.results) != len(call.spec.returns):
                 raise FileError(f"{name}: {len(c.results)} results, which {call.op} does not have; {ADVICE}")
             results = [shard.array(result) for result in c.results]
             calls.append(Recorded(c.time, c.place, c.number, call, results, np.array(c.positions, np.int64)))

@@ -445,11 +445,6 @@ def checks(numerics: Numerics) -> list[Check]:
     return found
 
 
-_NAMES: dict[str, frozenset[str]] = {}
-
-
 def names_of(model: golden.Model) -> frozenset[str]:
     """Recorded calls, ``TIME.layerN.OPERATION``, of a trace."""
-    if model not in _NAMES:
-        _NAMES[model] = frozenset(k.rpartition(".")[0] for k in golden.load(model, "trace"))
-    return _NAMES[model]
+    return frozenset(name.rpartition(".")[0] for name in golden.names(model, "trace"))

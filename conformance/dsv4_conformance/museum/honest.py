@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv4_conformance.museum import otherwise
 from dsv4_conformance.museum.fault import Fault, Op, altered
 from dsv4_core.contract.backend import Backend
 from dsv4_core.contract.dtypes import BFLOAT16, Experts, Host, ScaledArray
@@ -14,16 +15,17 @@ from dsv4_core.contract.dtypes import BFLOAT16, Experts, Host, ScaledArray
 
 @dataclass(frozen=True)
 class Variant:
-    """A backend that computes the same in another way. ``narrower``: what it declares."""
+    """A backend that computes the same in another way. ``narrower``, ``declares``: what it says of itself."""
 
     name: str
     how: str
     steps: dict[str, Fault] = field(default_factory=dict)
     narrower: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    declares: dict[str, Any] = field(default_factory=dict)
 
     def build(self, base: type[Backend]) -> type[Backend]:
         """The class: ``base`` with its sums, or whole ops, done otherwise."""
-        return altered(base, self.name, self.steps, narrower=self.narrower)
+        return altered(base, self.name, self.steps, narrower=self.narrower, **self.declares)
 
 
 def blocked(size: int) -> Fault:
@@ -247,6 +249,61 @@ VARIANTS: dict[str, Variant] = {
             "FP8 partial sums in 14 bits, declared",
             {"times": promoted},
             {"linear": (_FP8,), "expert_linear": (_FP8,)},
+        ),
+        Variant("split_k", "products shared among four programs, whose sums are added", {"dot": otherwise.split_k(4)}),
+        Variant(
+            "scales_after_products", "FP8 codes multiplied, blocks scaled", {"times": otherwise.scales_after_products}
+        ),
+        Variant("rows_gathered", "attention gathers rows for every token", {"attend": otherwise.always_gathered}),
+        Variant("sink_as_a_column", "the sink is one more score", {"softmax_with_sink": otherwise.sink_as_a_column}),
+        Variant("powers_of_two", "softmax by exp2", {"softmax_with_sink": otherwise.powers_of_two}),
+        Variant(
+            "other_ties",
+            "of equal scores the highest row or expert, declared",
+            {"best": otherwise.any_tie, "gate": otherwise.any_tie_of_experts},
+            declares={"ties": "any"},
+        ),
+        Variant("picks_by_row", "the indexer's picks in order of rows", {"best": otherwise.in_order_of_rows}),
+        Variant(
+            "norm_by_reciprocal", "the weight first, then the reciprocal root", {"rms_norm": otherwise.by_reciprocal}
+        ),
+        Variant(
+            "complex_rope", "RoPE in complex numbers, from a float64 table", {"apply_rope": otherwise.complex_rope}
+        ),
+        Variant("butterflies", "Hadamard in stages of sums and differences", {"hadamard": otherwise.butterflies}),
+        Variant(
+            "weight_before_sigmoid", "SwiGLU's factors in another order", {"swiglu": otherwise.swiglu_weight_first}
+        ),
+        Variant("softplus_by_log1p", "the gate's softplus by log1p", {"router_scores": otherwise.softplus_by_log1p}),
+        Variant("post_in_one_product", "mHC's post mix as one product", {"hc_post": otherwise.one_product_post}),
+        Variant(
+            "scattered_experts",
+            "experts' outputs added in an order of chance",
+            {"combine": otherwise.scattered_experts},
+        ),
+        Variant(
+            "other_memory",
+            "results transposed in memory and read-only, as some libraries give them",
+            dict.fromkeys(("linear", "rms_norm", "hc_post", "logits", "swiglu"), otherwise.other_memory),
+        ),
+        Variant(
+            "in_a_pool", "rows shared among three threads", dict.fromkeys(("rms_norm", "linear"), otherwise.in_a_pool)
+        ),
+        Variant(
+            "functional_arrays",
+            "a write gives another array and spoils the one given",
+            {"cache_write": otherwise.functional},
+        ),
+        Variant("padded_tiles", "experts' rows in padded tiles of eight", {"expert_linear": otherwise.tiles_of_rows}),
+        Variant(
+            "flushes_subnormals",
+            "numbers below the least normal one are zero, declared",
+            {
+                "widen": otherwise.flushing_operands,
+                "round_to": otherwise.flushing_results,
+                "unpack": otherwise.flushing_rows,
+            },
+            declares={"flushes_subnormals": True},
         ),
     )
 }

@@ -42,13 +42,13 @@ def right_backend() -> type[Backend]:
     return registry.reference()
 
 
-def hunt(mutant: Mutant, numerics: Numerics = "native", tier: str = "standard") -> Kill:
-    """Run checks, smoke first, until one fails."""
+def hunt(mutant: Mutant, numerics: Numerics = "native", tier: str = "standard", killer: str = "") -> Kill:
+    """Run checks, smoke first, until one fails; ``killer``: the id of a check that is tried before the others of its tier."""
     begin, count = time.perf_counter(), 0
     cls = mutant.build(right_backend())
     for level in ("smoke", "standard")[: 1 if tier == "smoke" else 2]:
         session = Session(cls(numerics=numerics), level)  # type: ignore[arg-type]
-        for check in in_order(level, numerics, set(mutant.faults)):
+        for check in sorted(in_order(level, numerics, set(mutant.faults)), key=lambda c: c.id != killer):
             count += 1
             finding = run_check(check, session)
             if finding.status in DEADLY:

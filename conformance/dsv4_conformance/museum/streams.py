@@ -76,26 +76,29 @@ def only_the_first_stream(be: Any, right: Op, x: Host, *, hc: int) -> Any:
 def ring_wrap_wrong(be: Any, right: Op, cache: Host, rows: Host, index: Host, **kw: Any) -> Any:
     last = cache.shape[0] - 1
     kept = index != last
-    right(cache, rows[kept], index[kept], **kw)
+    written = right(cache, rows[kept], index[kept], **kw)
     if (~kept).any() and not (index == 0).any():
-        right(cache, rows[~kept], np.zeros(int((~kept).sum()), np.int32), **kw)
+        return right(written, rows[~kept], np.zeros(int((~kept).sum()), np.int32), **kw)
+    return written
 
 
 @mutant(
     "cache_write", seen="-1 means no row; as a Python or C index it is the last one, or the byte before", numeric=False
 )
 def minus_one_is_written(be: Any, right: Op, cache: Host, rows: Host, index: Host, **kw: Any) -> Any:
-    right(cache, rows, index, **kw)
+    written = right(cache, rows, index, **kw)
     if (index < 0).any():
-        right(cache, rows[index < 0][:1], np.array([cache.shape[0] - 1], np.int32), **kw)
+        return right(written, rows[index < 0][:1], np.array([cache.shape[0] - 1], np.int32), **kw)
+    return written
 
 
 @mutant("cache_write", seen="a kernel that stores whole vectors of four rows", numeric=False)
 def writes_past_the_end(be: Any, right: Op, cache: Host, rows: Host, index: Host, **kw: Any) -> Any:
-    right(cache, rows, index, **kw)
+    written = right(cache, rows, index, **kw)
     if cache.base is not None and cache.size:
         beyond = np.lib.stride_tricks.as_strided(cache, (cache.shape[0] + 1, cache.shape[1]), cache.strides)
         beyond[-1] = 0
+    return written
 
 
 @mutant("cache_read", seen="a gather that clamps the index reads row 0 for padding", numeric=False)

@@ -59,7 +59,7 @@ def section(spec: OpSpec) -> list[str]:
     notes = ["Fused: optional, composed of required ops where a backend has none of its own."] if spec.fused else []
     notes += [f"Scalars: {', '.join(f'`{s}`' for s in spec.scalars)}."] if spec.scalars else []
     if spec.mutates:
-        notes.append(f"Mutates {', '.join(f'`{m}`' for m in spec.mutates)}, judged {spec.judged[0]}.")
+        notes.append(f"May write {', '.join(f'`{m}`' for m in spec.mutates)} in place and return it.")
     if spec.narrower:
         notes.append(f"A backend may declare: {'; '.join(spec.narrower)}.")
     cases = cases_of(spec)

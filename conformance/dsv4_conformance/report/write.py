@@ -6,6 +6,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from dsv4_conformance.report import certificate
 from dsv4_conformance.report.html import page
 from dsv4_conformance.report.junit import junit
 from dsv4_conformance.run.runner import Run, to_json
@@ -13,17 +14,22 @@ from dsv4_core.files import writing as files
 from dsv4_core.files.writing import writing_alone
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
+    from dsv4_core.cli.options import BackendFlags
 
-def write(run: Run, directory: Path, command: str, rerun: str, options: Mapping[str, Any]) -> None:
+
+def write(run: Run, directory: Path, command: str, rerun: str, flags: BackendFlags | None) -> None:
     """Write ``junit.xml``, ``report.html`` and, last, ``report.json``: a directory without it was not finished.
 
-    ``command``: what was run, with the backend's ``options``; ``rerun``: what one more ``--case`` can be added to.
+    ``command``: what was run; ``rerun``: what one more ``--case`` can be added to; ``flags``: the backend's, none where a
+    program's results were judged, which leaves out the certificate.
     """
     data = finite(to_json(run))
+    options = flags.options if flags else {}
     data |= {"command": command, "rerun": rerun, "options": {name: str(value) for name, value in options.items()}}
+    if flags:
+        data["certificate"] = certificate.of_run(run, flags.arguments())
     with writing_alone(directory):
         (directory / "report.json").unlink(missing_ok=True)  # an earlier run's must not stand beside the new pages
         files.write(directory / "junit.xml", junit(run, rerun))

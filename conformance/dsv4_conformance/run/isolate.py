@@ -53,6 +53,8 @@ class Workers:
     seconds: float = math.inf
     megabytes: float = math.inf
     jobs: int = 1
+    dump: str = ""
+    """Where failing op cases are written; empty: nowhere."""
     sticky: bool = False
     """An error may outlive its check (a device's context stays broken): its process is replaced."""
 
@@ -105,7 +107,14 @@ class Process:
         """Start the process."""
         w = self.workers
         self.pipe, write = os.pipe()
-        spec = {"backend": w.backend, "numerics": w.numerics, "options": w.options, "tier": w.tier, "pipe": write}
+        spec = {
+            "backend": w.backend,
+            "numerics": w.numerics,
+            "options": w.options,
+            "tier": w.tier,
+            "pipe": write,
+            "dump": w.dump,
+        }
         threads = dict.fromkeys(THREADS, "1")  # cases are small, and threads that wait for work spin
         self.child = subprocess.Popen(  # noqa: S603  our own module
             [sys.executable, "-m", "dsv4_conformance.run.isolate", json.dumps(spec)],
@@ -197,7 +206,7 @@ def main() -> None:
 
     spec = json.loads(sys.argv[1])
     backend = registry.create(spec["backend"], numerics=spec["numerics"], **spec["options"])
-    session = Session(backend, spec["tier"])
+    session = Session(backend, spec["tier"], dump=Path(spec["dump"]) if spec["dump"] else None)
     known = {c.id: c for c in collect("full", spec["numerics"], backend)}
     with os.fdopen(spec["pipe"], "wb", buffering=0) as pipe:
         for line in sys.stdin:

@@ -51,12 +51,13 @@ def run_check(check: Check, session: Session) -> Finding:
 
 
 def refuses(check: Check, backend: Backend) -> bool:
-    """Say whether the backend's own ``supports`` explains that a check could not run: it refuses the op, or for checks of a whole
-    model any op that the contract requires.
+    """Say whether the backend's own ``supports`` explains that a check could not run: it refuses the op, or for a fused op that
+    is composed and for checks of a whole model any op that the contract requires.
     """
-    if check.op in OPS:
-        return not type(backend).implements(check.op) and not OPS[check.op].fused
     required = [name for name, spec in OPS.items() if not spec.fused]
+    if check.op in OPS:
+        composed = OPS[check.op].fused and not all(type(backend).implements(name) for name in required)
+        return not type(backend).implements(check.op) and (composed or not OPS[check.op].fused)
     if not all(type(backend).implements(name) for name in required):
         return True
     try:
@@ -137,15 +138,7 @@ class Run:
     @property
     def level(self) -> int | None:
         """The highest level at and below which every check passed; None where level 0 already fails, or not everything was run."""
-        if self.partial:
-            return None
-        reached = None
-        for level in range(len(LEVELS)):
-            here = [f for f in self.findings if f.level == level]
-            if not here or any(f.status != "passed" for f in here):
-                break
-            reached = level
-        return reached
+        return None if self.partial else level_of_statuses([(f.level, f.status) for f in self.findings])
 
     @property
     def ok(self) -> bool:
@@ -213,6 +206,19 @@ class Run:
             parts.append(f"{len(names)} ops" + ("" if self.partial else f": {', '.join(names)}"))
         parts += self.not_run
         return "Not tested: " + ("; ".join(parts) if parts else "nothing that this suite knows") + "."
+
+
+def level_of_statuses(findings: Iterable[tuple[int, str]]) -> int | None:
+    """The highest level at and below which every check passed, from levels and statuses; None where level 0 fails or is missing."""
+    statuses: dict[int, set[str]] = {}
+    for level, status in findings:
+        statuses.setdefault(level, set()).add(status)
+    reached = None
+    for level in range(len(LEVELS)):
+        if statuses.get(level) != {"passed"}:
+            break
+        reached = level
+    return reached
 
 
 def said_once(proof: Mapping[str, str]) -> str:
@@ -330,5 +336,5 @@ def to_json(run: Run) -> dict[str, Any]:
         **{k: v for k, v in asdict(run).items() if k != "findings"},
         "level": run.level,
         "ok": run.ok,
-        "findings": [{k: v for k, v in asdict(f).items() if k != "ran" or v} for f in run.findings],
+        "findings": [{k: v for k, v in asdict(f).items() if k not in {"ran", "inputs"} or v} for f in run.findings],
     }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 LOADED = frozenset({"weight", "w1", "w2", "w3", "fn", "scale", "base", "ape", "attn_sink", "bias", "tid2eid"})
 """Operands that the graph gets through ``Backend.load``: tensors of the checkpoint."""
 
+SAMPLED = 1 << 28  # bytes of an operand of which the shape alone is hashed: caches past 2^31 bytes
 MAY_ALIAS = frozenset({"concat", "act_qdq"})  # their contracts: a single part as it is; y = x in the exact modes
 
 
@@ -50,10 +51,35 @@ class Call:
 
 @dataclass
 class Outcome:
-    """What a backend returned: results on the host (mutated operands last) and what is wrong with their form."""
+    """What a backend returned: results on the host and what is wrong with their form."""
 
     results: list[Host] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+
+def hashed(call: Call) -> str:
+    """A hash of the operands and scalars, the same wherever the call is made: 32 hexadecimal digits."""
+    digest = hashlib.blake2b(f"{call.op} {sorted(call.scalars.items())!r}".encode(), digest_size=16)
+
+    def add(name: str, operand: Any) -> None:
+        if isinstance(operand, Experts):
+            for e in range(operand.shape[0]):
+                add(f"{name}[{e}]", operand[e])
+        elif isinstance(operand, ScaledArray):
+            add(f"{name}.data", operand.data)
+            add(f"{name}.scale", operand.scale)
+        elif isinstance(operand, (list, tuple)):
+            for i, part in enumerate(operand):
+                add(f"{name}[{i}]", part)
+        elif operand is None or operand.nbytes > SAMPLED:
+            digest.update(f"{name} {None if operand is None else operand.shape}".encode())
+        else:
+            digest.update(f"{name} {operand.dtype} {operand.shape}".encode())
+            digest.update(operand.tobytes())
+
+    for name, operand in call.named().items():
+        add(name, operand)
+    return digest.hexdigest()
 
 
 def copied(operand: Any) -> Any:
@@ -72,6 +98,8 @@ def result_dtype(call: Call, index: int, backend: Backend) -> str:
         return dtype_name(operands["cache"]) if plain else backend.activation_dtype
     if kind == "parts":
         return dtype_name(operands["parts"][0])
+    if kind == "cache":
+        return dtype_name(operands["cache"])
     named = {
         "act": backend.activation_dtype,
         "wide": backend.wide_dtype,
@@ -127,8 +155,6 @@ def execute(call: Call, backend: Backend, shapes: Sequence[tuple[int, ...]]) -> 
     for guard in guards:
         mutable = guard.name in call.spec.mutates
         outcome.problems += guard.problems(mutable=mutable)
-        if mutable:
-            outcome.results.append(guard.value().copy())
     for tensor in weights:
         outcome.problems += tensor.problems()
     return outcome
@@ -136,13 +162,7 @@ def execute(call: Call, backend: Backend, shapes: Sequence[tuple[int, ...]]) -> 
 
 def as_tuple(call: Call, returned: Any, outcome: Outcome) -> Sequence[Any]:
     """What an op returned as a sequence; a form that is not the contract's becomes a problem of ``outcome``."""
-    expected = [axes for axes in call.spec.returns if axes]
-    if not expected:
-        if returned is not None:
-            outcome.problems.append(
-                f"returned {type(returned).__name__}; the contract returns nothing and mutates {', '.join(call.spec.mutates)}"
-            )
-        return ()
+    expected = call.spec.returns
     if returned is None:
         outcome.problems.append(f"returned None; the contract returns {_form(call)}")
         return ()
@@ -181,7 +201,7 @@ def _take(
             f"{where} has shape {list(result.shape)}; the contract says {list(shapes[index])} [{call.spec.returns[index]}]"
         )
     host = np.asarray(backend.to_numpy(result))
-    if call.op not in MAY_ALIAS:
+    if call.op not in MAY_ALIAS and not call.spec.mutates:
         outcome.problems += [
             f"{where} shares memory with operand {g.name!r}; a caller that changes one changes the other, return a copy"
             for g in guards

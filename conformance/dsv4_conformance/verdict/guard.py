@@ -70,10 +70,6 @@ class Guarded:
             found.append(f"modified operand {self.name!r} at {where}; the contract does not say that it may (mutates)")
         return found
 
-    def value(self) -> Host:
-        """The operand as it is now, on the host."""
-        return np.asarray(self.backend.to_numpy(self.buffer))[self.inside]
-
     def aliased_by(self, result: Host) -> bool:
         """Say whether a result shares memory with the operand, as far as the host can see."""
         return bool(np.may_share_memory(np.asarray(self.backend.to_numpy(self.buffer)), result))

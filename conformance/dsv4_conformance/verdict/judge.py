@@ -12,6 +12,7 @@ from dsv4_conformance.verdict import metrics
 from dsv4_conformance.verdict.budget import SAFETY, Expected, smallest, unit
 from dsv4_core.contract.dtypes import Host
 
+NEIGHBOURS = 2  # on either side of a failing element, in reports
 FEW = 8  # elements from which no common factor is read
 NEAR = 0.01  # of a result's length: how well a common factor explains it, before it is spoken of
 STANDARD_ERRORS = 8  # of the bias beyond which chance is no explanation, in a run of a thousand cases
@@ -25,6 +26,10 @@ class Verdict:
     used: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
     worst: dict[str, Any] = field(default_factory=dict)
+    got: list[Host] = field(default_factory=list)
+    """Of an op case that failed: what the backend returned ..."""
+    want: list[Expected] = field(default_factory=list)
+    """... and what was expected."""
 
     @property
     def ok(self) -> bool:
@@ -59,7 +64,7 @@ def judge_exact(got: Host, want: Expected) -> Verdict:
     if not differ.any():
         return Verdict()
     at = place(differ)
-    worst = {"element": list(at), "got": _number(a[at]), "want": _number(b[at]), "budget": 0.0}
+    worst = {"element": list(at), "got": _number(a[at]), "want": _number(b[at]), "budget": 0.0, **around(at, a, b)}
     text = f"{int(differ.sum())} of {a.size} elements differ where every bit is fixed; first {list(at)}: got {worst['got']}, want {worst['want']}, budget 0"
     return Verdict([text], math.inf, {}, worst)
 
@@ -80,6 +85,7 @@ def judge_rounded(got: Host, want: Expected) -> Verdict:
             "got": _number(x[at]),
             "want": _number(value[at]),
             "budget": _number(want.budget[at]),
+            **around(at, x, value),
         }
         verdict.problems.append(
             f"{int(wrong_nan.sum())} of {x.size} elements are NaN on one side only; first {list(at)}: got {x[at]}, want {value[at]}"
@@ -97,6 +103,7 @@ def judge_rounded(got: Host, want: Expected) -> Verdict:
         "got": _number(x[at]),
         "want": _number(value[at]),
         "budget": _number(want.budget[at]),
+        **(around(at, x, value) if verdict.used > 1 else {}),
     }
     finite = np.isfinite(x) & np.isfinite(value)
     a, b = x[finite], value[finite]
@@ -138,7 +145,17 @@ def flushed(value: Expected, other: Expected) -> Expected:
         apart = np.nan_to_num(np.abs(value.value.astype(np.float64) - other.value.astype(np.float64)))
     if value.budget is None:
         return replace(value, flushed=np.asarray(other.value), least=least)
-    return replace(value, budget=value.budget + apart + least)
+    assert value.noise is not None
+    return replace(value, budget=value.budget + apart + least, noise=value.noise + apart)  # a flushed result is biased
+
+
+def around(at: tuple[int, ...], got: Host, want: Host) -> dict[str, Any]:
+    """An element with its neighbours along the last axis: where they begin, and both sides' values."""
+    if not at:
+        return {}
+    first = max(0, at[-1] - NEIGHBOURS)
+    part: tuple[Any, ...] = (*at[:-1], slice(first, at[-1] + NEIGHBOURS + 1))
+    return {"around": {"from": first, "got": [_number(x) for x in got[part]], "want": [_number(x) for x in want[part]]}}
 
 
 def hints(got: Host, want: Host) -> list[str]:

@@ -17,17 +17,18 @@ class CacheOps(Ops):
 
     @op(
         axes={"cache": "slots layout.width", "rows": "n layout.dim", "index": "n"},
-        returns="",
-        dtypes={"cache": "cache", "rows": "any", "index": "int32"},
+        returns="slots layout.width",
+        dtypes={"cache": "cache", "rows": "any", "index": "int32", "return": "cache"},
         judged="exact",
         mutates=("cache",),
         reads={"cache": "0"},
         writes={"cache": "min(1, n/slots)"},
     )
-    def cache_write(self, cache: Array, rows: Array, index: Array, *, layout: RowLayout) -> None:
-        """Store ``rows[i]`` at ``cache[index[i]]`` as ``layout`` packs it; ``-1`` stores nothing.
+    def cache_write(self, cache: Array, rows: Array, index: Array, *, layout: RowLayout) -> Array:
+        """Give the cache with ``rows[i]`` at ``cache[index[i]]`` as ``layout`` packs it; ``-1`` stores nothing.
 
-        No two indices are equal.
+        No two indices are equal. A backend writes in place and returns the array that it was given, or returns another
+        one: the caller goes on with what is returned, and never reads the one that it gave again.
 
         ``kv`` and ``key`` rows are on their format's grid already (``act_qdq``), so that packing, which quantises
         again, loses nothing.

@@ -22,7 +22,7 @@ static router read_router(const arg *a) {
 static int64_t bytes(const arg *a, int64_t threads) {
     router r = read_router(a);
     (void)threads;
-    return r.rows * (r.dim + SLACK + r.experts) * (int64_t)sizeof(float);
+    return r.rows * (room(r.dim) + r.experts) * (int64_t)sizeof(float);
 }
 
 static int64_t work(const arg *a, int64_t threads) {
@@ -47,13 +47,13 @@ static void choose_best(const router *r, const float *scores, int32_t *indices) 
  * without a line in the table. */
 static void run(const arg *a, const team *t) {
     router r = read_router(a);
-    float *x = (float *)t->scratch, *scores = x + r.rows * (r.dim + SLACK);
+    float *x = (float *)t->scratch, *scores = x + r.rows * room(r.dim);
     for (int64_t k = t->own; k < r.rows; k += t->threads)
-        spread(r.x + k * r.dim * size_of(r.type), r.type, r.w->type, r.dim, x + k * (r.dim + SLACK));
+        spread(r.x + k * r.dim * size_of(r.type), r.type, r.w->type, r.dim, x + k * room(r.dim));
     meet(t);
     for (int64_t e = first_of(r.experts, t); e < last_of(r.experts, t); e++)
         for (int64_t k = 0; k < r.rows; k++) {
-            float product = dot(r.w, e, r.dim, x + k * (r.dim + SLACK));
+            float product = dot(r.w, e, r.dim, x + k * room(r.dim), r.type);
             scores[k * r.experts + e] = (float)sqrt(product > 40 ? product : log1p(exp(product)));
             if (isnan(scores[k * r.experts + e] + (r.bias ? r.bias[e] : 0))) fail(NOT_MINE);
         }

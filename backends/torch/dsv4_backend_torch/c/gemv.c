@@ -15,9 +15,9 @@ typedef struct {
 
 static int64_t most(const arg *a) { /* floats of one product's rows */
     const product *p = a[0].p;
-    int64_t floats = 1;
+    int64_t floats = 0;
     for (int64_t n = 0; n < a[1].i; n++)
-        if (p[n].tokens * (p[n].cols + SLACK) > floats) floats = p[n].tokens * (p[n].cols + SLACK);
+        if (p[n].tokens * room(p[n].cols) > floats) floats = p[n].tokens * room(p[n].cols);
     return floats;
 }
 
@@ -35,10 +35,17 @@ static int64_t work(const arg *a, int64_t threads) {
 static void run(const arg *a, const team *t) {
     float *x = (float *)t->scratch + most(a) * t->own;
     for (const product *p = a[0].p, *end = p + a[1].i; p < end; p++) {
-        int64_t step = p->x_stride * size_of(p->x_type), stride = p->cols + SLACK;
-        for (int64_t k = 0; k < p->tokens; k++) spread(p->x + k * step, p->x_type, p->w.type, p->cols, x + k * stride);
-        for (int64_t i = first_of(p->out, t); i < last_of(p->out, t); i++)
-            for (int64_t k = 0; k < p->tokens; k++) put(p->y, p->y_type, k * p->y_stride + i, dot(&p->w, p->first + i, p->cols, x + k * stride));
+        int64_t step = p->x_stride * size_of(p->x_type), stride = room(p->cols);
+        const float *vectors[FEW];
+        for (int64_t k = 0; k < p->tokens; k++) {
+            spread(p->x + k * step, p->x_type, p->w.type, p->cols, x + k * stride);
+            vectors[k] = x + k * stride;
+        }
+        for (int64_t i = first_of(p->out, t); i < last_of(p->out, t); i++) {
+            float sums[FEW];
+            dots(&p->w, p->first + i, p->cols, vectors, p->x_type, p->tokens, sums);
+            for (int64_t k = 0; k < p->tokens; k++) put(p->y, p->y_type, k * p->y_stride + i, sums[k]);
+        }
     }
 }
 

@@ -23,13 +23,10 @@ static layer read_layer(const arg *a) {
                    a[8].i, a[9].i, a[10].i, a[11].i, a[12].i, a[13].i, a[14].i, (float)a[15].d};
 }
 
-static int64_t room_x(const layer *l) { return l->dim + SLACK; }
-static int64_t room_hidden(const layer *l) { return l->inter + SLACK; }
-
 static int64_t bytes(const arg *a, int64_t threads) {
     layer l = read_layer(a);
     (void)threads;
-    return (l.rows * room_x(&l) + l.rows * l.topk * (l.inter + room_hidden(&l) + l.dim)) * (int64_t)sizeof(float);
+    return (l.rows * room(l.dim) + l.rows * l.topk * (2 * room(l.inter) + l.dim)) * (int64_t)sizeof(float);
 }
 
 static int64_t work(const arg *a, int64_t threads) {
@@ -47,8 +44,9 @@ static void lay_out(const float *x, int64_t begin, int64_t end, int64_t cols, in
         if (byte == 255) fail(NOT_MINE);
         scale = scale_value(byte);
     }
-    for (int64_t j = begin; j < end; j++)
-        to[place(j, cols, weight_type)] = quantise ? rounded(on_grid(x[j] / scale, E4M3) * scale, act_type) : x[j];
+    float values[E4M3_BLOCK];
+    for (int64_t j = begin; j < end; j++) values[j - begin] = quantise ? rounded(on_grid(x[j] / scale, E4M3) * scale, act_type) : x[j];
+    lay(values, begin, end, act_type, weight_type, cols, to);
 }
 
 static float activated(float gate, float up, float limit) {
@@ -57,30 +55,38 @@ static float activated(float gate, float up, float limit) {
     return gate / (1 + expf(-gate)) * up;
 }
 
-/* A pair is a row and one of its experts. Pairs of an expert are handled one after another while a row of its weights is near. */
+/* A pair is a row and one of its experts. Those of pair p's expert, if p is the first of them and the expert is here: how many. */
+static int64_t pairs_of(const layer *l, int64_t p, int64_t *found) {
+    int64_t e = l->chosen[p] - l->first, count = 0;
+    if (e < 0 || e >= l->experts) return 0;
+    for (int64_t q = 0; q < p; q++)
+        if (l->chosen[q] == l->chosen[p]) return 0;
+    for (int64_t q = p; q < l->rows * l->topk; q++)
+        if (l->chosen[q] == l->chosen[p]) found[count++] = q;
+    return count;
+}
+
 static void run(const arg *a, const team *t) {
     layer l = read_layer(a);
-    int64_t pairs = l.rows * l.topk, dim = l.dim, inter = l.inter;
-    float *x = (float *)t->scratch, *hidden = x + l.rows * room_x(&l), *laid_out = hidden + pairs * inter;
-    float *part = laid_out + pairs * room_hidden(&l);
+    int64_t pairs = l.rows * l.topk, dim = l.dim, inter = l.inter, own[pairs];
+    float *x = (float *)t->scratch, *hidden = x + l.rows * room(dim), *laid_out = hidden + pairs * room(inter);
+    float *part = laid_out + pairs * room(inter), gate[pairs], up[pairs];
+    const float *vectors[pairs];
     for (int64_t r = t->own; r < l.rows; r += t->threads)
-        spread(l.x + r * dim * size_of(l.act_type), l.act_type, l.weights->type, dim, x + r * room_x(&l));
+        spread(l.x + r * dim * size_of(l.act_type), l.act_type, l.weights->type, dim, x + r * room(dim));
     meet(t);
     for (int64_t p = 0; p < pairs; p++) {
-        int64_t e = l.chosen[p] - l.first;
-        if (e < 0 || e >= l.experts) continue;
-        int seen = 0;
-        for (int64_t q = 0; q < p; q++) seen |= l.chosen[q] == l.chosen[p];
-        if (seen) continue;
-        const weight *w = l.weights + 3 * e;
-        for (int64_t i = first_of(inter, t); i < last_of(inter, t); i++)
-            for (int64_t q = p; q < pairs; q++) {
-                if (l.chosen[q] != l.chosen[p]) continue;
-                const float *row = x + q / l.topk * room_x(&l);
-                float gate = rounded(dot(w, i, dim, row), l.act_type), up = rounded(dot(w + 1, i, dim, row), l.act_type);
-                float value = activated(gate, up, l.limit);
-                hidden[q * inter + i] = rounded(l.share ? value * l.share[q] : value, l.act_type);
+        int64_t count = pairs_of(&l, p, own);
+        const weight *w = l.weights + 3 * (l.chosen[p] - l.first);
+        for (int64_t n = 0; n < count; n++) vectors[n] = x + own[n] / l.topk * room(dim);
+        for (int64_t i = count ? first_of(inter, t) : inter; i < last_of(inter, t); i++) {
+            dots(w, i, dim, vectors, l.act_type, count, gate);
+            dots(w + 1, i, dim, vectors, l.act_type, count, up);
+            for (int64_t n = 0; n < count; n++) {
+                float value = activated(rounded(gate[n], l.act_type), rounded(up[n], l.act_type), l.limit);
+                hidden[own[n] * inter + i] = rounded(l.share ? value * l.share[own[n]] : value, l.act_type);
             }
+        }
     }
     meet(t);
     int64_t blocks = (inter + E4M3_BLOCK - 1) / E4M3_BLOCK;
@@ -88,17 +94,17 @@ static void run(const arg *a, const team *t) {
         int64_t p = n / blocks, begin = n % blocks * E4M3_BLOCK, end = inter - begin < E4M3_BLOCK ? inter : begin + E4M3_BLOCK;
         int64_t e = l.chosen[p] - l.first;
         if (e < 0 || e >= l.experts) continue;
-        lay_out(hidden + p * inter, begin, end, inter, l.act_type, l.weights[2].type, l.quantise, laid_out + p * room_hidden(&l));
+        lay_out(hidden + p * inter, begin, end, inter, l.act_type, l.weights[2].type, l.quantise, laid_out + p * room(inter));
     }
     meet(t);
     for (int64_t p = 0; p < pairs; p++) {
-        int64_t e = l.chosen[p] - l.first;
-        int seen = e < 0 || e >= l.experts;
-        for (int64_t q = 0; q < p; q++) seen |= l.chosen[q] == l.chosen[p];
-        for (int64_t i = seen ? dim : first_of(dim, t); i < (seen ? 0 : last_of(dim, t)); i++)
-            for (int64_t q = p; q < pairs; q++)
-                if (l.chosen[q] == l.chosen[p])
-                    part[q * dim + i] = rounded(dot(l.weights + 3 * e + 2, i, inter, laid_out + q * room_hidden(&l)), l.act_type);
+        int64_t count = pairs_of(&l, p, own);
+        const weight *w = l.weights + 3 * (l.chosen[p] - l.first) + 2;
+        for (int64_t n = 0; n < count; n++) vectors[n] = laid_out + own[n] * room(inter);
+        for (int64_t i = count ? first_of(dim, t) : dim; i < last_of(dim, t); i++) {
+            dots(w, i, inter, vectors, l.act_type, count, gate);
+            for (int64_t n = 0; n < count; n++) part[own[n] * dim + i] = rounded(gate[n], l.act_type);
+        }
     }
     for (int64_t r = 0; r < l.rows; r++)
         for (int64_t i = first_of(dim, t); i < last_of(dim, t); i++) {

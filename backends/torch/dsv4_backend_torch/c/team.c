@@ -138,7 +138,7 @@ int run_tape(const line *lines, int64_t count, int64_t threads) {
     }
     if (bytes > scratch_bytes) {
         free(scratch);
-        scratch = malloc(bytes);
+        scratch = aligned_alloc(64, (bytes + 63) / 64 * 64);
         scratch_bytes = scratch ? bytes : 0;
     }
     int said = NO_MEMORY;

@@ -73,9 +73,16 @@ static inline floats load(const float *from) {
 }
 
 static inline float total(floats v) {
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += v[i];
-    return sum;
+    typedef float four __attribute__((vector_size(16)));
+    four part[LANES / 4], sum;
+    memcpy(part, &v, sizeof v);
+    sum = part[0];
+#if BYTES == 64
+    sum = (sum + part[1]) + (part[2] + part[3]);
+#elif BYTES == 32
+    sum += part[1];
+#endif
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
 static inline words load_words(const void *from) {

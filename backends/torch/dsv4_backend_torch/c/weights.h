@@ -1,8 +1,9 @@
-/* Dot products of a vector with rows of weights as they lie in memory: float32, BF16, E4M3 and E2M1 codes with their scales. */
+/* Dot products of a few vectors with rows of weights as they lie in memory: float32, BF16, E4M3 and E2M1 codes with their scales.
+ *
+ * A vector is first spread: widened, and its channels put where they meet the row's. Each has sums of its own in one order, whoever is beside it.
+ */
 #pragma once
 #include "formats.h"
-
-#define AHEAD 1024 /* bytes between what is multiplied and what is fetched: a few times memory's latency */
 
 enum { CODES_E4M3 = 2, CODES_E2M1 = 3 }; /* beside FLOAT32 and BFLOAT16 */
 enum { E4M3_BLOCK = 128, E2M1_GROUP = 32 };
@@ -14,142 +15,16 @@ typedef struct {
     int64_t type;
 } weight;
 
-/* Channels in a word of such a weight. Channel j of a vector that is multiplied by it stands at place(j): each of a word's channels
- * has a part of its own, so that a register of words meets registers of neighbours. */
-static inline int64_t per_word(int64_t type) { return type == FLOAT32 ? 1 : type == BFLOAT16 ? 2 : type == CODES_E4M3 ? 4 : 8; }
+enum { FEW = 8 }; /* vectors at most, of one product */
 
-static inline int64_t part(int64_t cols, int64_t type) { return (cols + per_word(type) - 1) / per_word(type); }
+/* Floats that a vector of cols channels takes when it is spread: up to 8 more than cols, and whole cache lines. */
+static inline int64_t room(int64_t cols) { return (cols + 8 + 15) / 16 * 16; }
 
-static inline int64_t place(int64_t j, int64_t cols, int64_t type) { return j % per_word(type) * part(cols, type) + j / per_word(type); }
+/* A vector of x_type, or its channels from begin on, laid out for such a weight. */
+void spread(const void *x, int64_t x_type, int64_t weight_type, int64_t cols, float *to);
+void lay(const float *values, int64_t begin, int64_t end, int64_t x_type, int64_t weight_type, int64_t cols, float *to);
 
-enum { SLACK = 8 }; /* floats that a vector of cols channels may take more than cols */
-
-static inline void spread(const void *x, int64_t type, int64_t weight_type, int64_t cols, float *to) {
-    int64_t step = per_word(weight_type), size = part(cols, weight_type);
-    FOR_TYPE(type,
-        for (int64_t k = 0; k < step; k++)
-            for (int64_t j = k; j < cols; j += step) to[k * size + j / step] = get(x, T, j);
-    )
-}
-
-static inline void fetch(const void *from, int64_t bytes) {
-    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch((const char *)from + line + AHEAD);
-}
-
-static inline float dot_float32(const float *w, const float *x, int64_t cols) {
-    floats a = {0}, b = {0}, c = {0}, d = {0};
-    int64_t j = 0;
-    for (; j + 4 * LANES <= cols; j += 4 * LANES) {
-        fetch(w + j, 4 * BYTES);
-        a += load(w + j) * load(x + j);
-        b += load(w + j + LANES) * load(x + j + LANES);
-        c += load(w + j + 2 * LANES) * load(x + j + 2 * LANES);
-        d += load(w + j + 3 * LANES) * load(x + j + 3 * LANES);
-    }
-    float sum = total((a + b) + (c + d));
-    for (; j < cols; j++) sum += w[j] * x[j];
-    return sum;
-}
-
-/* Each channel of a word is a shift or a mask away from float32. */
-static inline float dot_bfloat16(const uint16_t *w, const float *x, int64_t cols) {
-    const float *odd = x + part(cols, BFLOAT16);
-    floats a = {0}, b = {0}, c = {0}, d = {0};
-    int64_t j = 0;
-    for (; j + 4 * LANES <= cols; j += 4 * LANES) {
-        fetch(w + j, 2 * BYTES);
-        words p = load_words(w + j), q = load_words(w + j + 2 * LANES);
-        a += (floats)(p << 16) * load(x + j / 2);
-        b += (floats)(p & 0xffff0000u) * load(odd + j / 2);
-        c += (floats)(q << 16) * load(x + j / 2 + LANES);
-        d += (floats)(q & 0xffff0000u) * load(odd + j / 2 + LANES);
-    }
-    float sum = total((a + b) + (c + d));
-    for (; j < cols; j++) sum += widen(w[j]) * x[place(j, cols, BFLOAT16)];
-    return sum;
-}
-
-/* Code k of each word, as e4m3 gives it. */
-static inline floats values_e4m3(words code, int k) {
-    words magnitude = (code >> 8 * k & 0x7f) << 20;
-    words nan = (words)(magnitude == 0x7f00000) & 0x7fc00000u;
-    return (floats)((code << (24 - 8 * k) & 0x80000000u) | magnitude | nan) * 0x1p120f;
-}
-
-static inline float dot_e4m3(const uint8_t *w, const uint8_t *scale, const float *x, int64_t cols) {
-    int64_t quarter = part(cols, CODES_E4M3);
-    floats sum = {0};
-    float rest = 0;
-    for (int64_t begin = 0; begin < cols; begin += E4M3_BLOCK) {
-        int64_t end = cols - begin < E4M3_BLOCK ? cols : begin + E4M3_BLOCK, j = begin;
-        float factor = scale_value(scale[begin / E4M3_BLOCK]), few = 0;
-        floats a = {0}, b = {0};
-        fetch(w + begin, E4M3_BLOCK);
-        for (; j + 4 * LANES <= end; j += 4 * LANES) {
-            words code = load_words(w + j);
-            const float *at = x + j / 4;
-            a += values_e4m3(code, 0) * load(at);
-            b += values_e4m3(code, 1) * load(at + quarter);
-            a += values_e4m3(code, 2) * load(at + 2 * quarter);
-            b += values_e4m3(code, 3) * load(at + 3 * quarter);
-        }
-        for (; j < end; j++) few += e4m3(w[j]) * x[place(j, cols, CODES_E4M3)];
-        sum += (a + b) * factor;
-        rest += few * factor;
-    }
-    return total(sum) + rest;
-}
-
-/* Code k of each word. */
-static inline floats values_e2m1(words code, int k) {
-    words sign = code << (28 - 4 * k) & 0x80000000u;
-#if defined(__GNUC__) && !defined(__clang__) && LANES >= 8 /* one instruction looks up a register of codes by their last bits */
-    floats magnitude;
-    for (int lane = 0; lane < LANES; lane++) magnitude[lane] = e2m1((uint8_t)(lane % 8));
-    return (floats)((words)__builtin_shuffle(magnitude, code >> 4 * k) | sign);
-#else /* 1.m * 2^e is twice the value, or where e is 0 the value plus 1: whichever gives less */
-    floats twice = (floats)(((code >> 4 * k & 7) << 22) + (127u << 23)), less = twice - 1, half = twice * .5f;
-    words first = (words)(less < half);
-    return (floats)((first & (words)less) | (~first & (words)half) | sign);
-#endif
-}
-
-/* Scales of a register of words, four of which are a group. */
-static inline floats scales_e2m1(const uint8_t *scale) {
-    uint32_t bytes = 0;
-    words shift;
-    memcpy(&bytes, scale, LANES / 4);
-    for (int lane = 0; lane < LANES; lane++) shift[lane] = lane / 4 * 8;
-    words byte = ((words){0} + bytes) >> shift & 0xff;
-    return (floats)(byte << 23 | ((words)(byte == 0) & 0x400000) | ((words)(byte == 255) & 0x7fc00000));
-}
-
-static inline float dot_e2m1(const uint8_t *w, const uint8_t *scale, const float *x, int64_t cols) {
-    int64_t eighth = cols / 8, j = 0;
-    floats sum = {0};
-    float rest = 0;
-    for (; j + 8 * LANES <= cols; j += 8 * LANES) { /* a word is a quarter of a group */
-        words code = load_words(w + j / 2);
-        const float *at = x + j / 8;
-        floats a = {0}, b = {0};
-        fetch(w + j / 2, BYTES);
-        for (int k = 0; k < 8; k += 2) {
-            a += values_e2m1(code, k) * load(at + k * eighth);
-            b += values_e2m1(code, k + 1) * load(at + (k + 1) * eighth);
-        }
-        sum += (a + b) * scales_e2m1(scale + j / E2M1_GROUP);
-    }
-    for (; j < cols; j++) rest += e2m1(w[j / 2] >> j % 2 * 4) * x[place(j, cols, CODES_E2M1)] * scale_value(scale[j / E2M1_GROUP]);
-    return total(sum) + rest;
-}
-
-/* Row i of a weight times a vector that was spread for its type. One order of sums, whoever asks. */
-static inline float dot(const weight *w, int64_t i, int64_t cols, const float *x) {
-    switch (w->type) {
-    case FLOAT32: return dot_float32((const float *)w->data + i * cols, x, cols);
-    case BFLOAT16: return dot_bfloat16((const uint16_t *)w->data + i * cols, x, cols);
-    case CODES_E4M3:
-        return dot_e4m3((const uint8_t *)w->data + i * cols, w->scale + i / E4M3_BLOCK * ((cols + E4M3_BLOCK - 1) / E4M3_BLOCK), x, cols);
-    default: return dot_e2m1((const uint8_t *)w->data + i * (cols / 2), w->scale + i * (cols / E2M1_GROUP), x, cols);
-    }
-}
+/* Row i of a weight times count vectors of x_type that were spread for its type. */
+void dots(const weight *w, int64_t i, int64_t cols, const float *const *x, int64_t x_type, int64_t count, float *to);
+float dot(const weight *w, int64_t i, int64_t cols, const float *x, int64_t x_type);
+float dot_float32(const float *w, const float *x, int64_t cols);

@@ -1,0 +1,136 @@
+"""What a server gives to 1, 4, 16 and 64 clients at once: tokens a second, time to the first token, time between tokens.
+
+    python benchmarks/serving.py [--backend torch] [--clients 1 4 16 64] [--beside NAME URL MODEL] [--report FILE]
+
+It starts ``dsv4 serve`` on the embedded model and asks for streamed completions of ids, greedily, each client one after the
+other. ``--beside``: another server of OpenAI's protocol that already runs (llama.cpp's, say), asked the same in turn. CPU
+seconds are the server's own: on a machine that does other work they say more than the clock.
+"""
+
+import argparse
+import asyncio
+import datetime
+import json
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+
+
+async def ask(client, url, model, prompt, tokens) -> tuple[float, np.ndarray]:
+    """One streamed request: seconds to the first token, and between the others."""
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "stream": True,
+        "ignore_eos": True,
+    }
+    began = time.perf_counter()
+    async with client.stream("POST", f"{url}/completions", json=body) as reply:
+        if reply.status_code != 200:
+            raise SystemExit(f"{url}: {reply.status_code} {(await reply.aread())[:300]!r}")
+        times = [
+            time.perf_counter()
+            async for line in reply.aiter_lines()
+            if line.startswith("data: {") and json.loads(line[6:])["choices"]
+        ]
+    return times[0] - began, np.diff(times)
+
+
+async def load(url, model, clients, requests, tokens, length, vocab) -> list[tuple[float, np.ndarray]]:
+    """Each of the clients asks its share of the requests; times of all."""
+    rng = np.random.default_rng(clients)
+    prompts = [rng.integers(10, vocab, length).tolist() for _ in range(requests)]
+    limits = httpx.Limits(max_connections=clients)
+    async with httpx.AsyncClient(timeout=1200, limits=limits) as client:
+
+        async def one(number) -> list[tuple[float, np.ndarray]]:
+            return [await ask(client, url, model, prompt, tokens) for prompt in prompts[number::clients]]
+
+        return [times for several in await asyncio.gather(*map(one, range(clients))) for times in several]
+
+
+def measured(url, model, process, clients, given) -> dict[str, object]:
+    """A row of the table."""
+    requests = max(given.requests, clients)
+    cpu = sum(process.cpu_times()[:2]) if process else 0.0
+    began = time.perf_counter()
+    times = asyncio.run(load(url, model, clients, requests, given.tokens, given.prompt, given.vocab))
+    seconds = time.perf_counter() - began
+    spent = sum(process.cpu_times()[:2]) - cpu if process else None
+    first = np.array([t[0] for t in times])
+    between = np.concatenate([t[1] for t in times])
+    made = requests + len(between)
+    return {
+        "clients": clients,
+        "requests": requests,
+        "tokens/s": round(made / seconds, 1),
+        "tokens/CPU s": spent and round(made / spent, 1),
+        "first token ms": [round(1000 * float(np.percentile(first, q)), 1) for q in (50, 99)],
+        "between ms": [round(1000 * float(np.percentile(between, q)), 1) for q in (50, 99)],
+    }
+
+
+def main() -> None:
+    """Measure, print, write the report."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--backend", default="torch")
+    parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 16, 64])
+    parser.add_argument("--requests", type=int, default=16, help="at least; each client asks one or more")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=40, help="tokens of a prompt")
+    parser.add_argument("--vocab", type=int, default=2000)
+    parser.add_argument("--beside", nargs=3, metavar=("NAME", "URL", "MODEL"), action="append", default=[])
+    parser.add_argument("--report", type=Path)
+    given = parser.parse_args()
+    words = [
+        "-m",
+        "dsv4_core",
+        "serve",
+        "-b",
+        given.backend,
+        "--port",
+        "0",
+        "--slots",
+        str(max(given.clients)),
+        "--context",
+        "256",
+    ]
+    rows = {}
+    with subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True) as process:
+        url = next(line for line in process.stderr if "serving tiny-jargon at" in line).split()[-1]
+        servers = [("dsv4", url, "tiny-jargon", psutil.Process(process.pid))]
+        servers += [(name, other, model, None) for name, other, model in given.beside]
+        for name, at, model, who in servers:
+            measured(at, model, who, 1, argparse.Namespace(**{**vars(given), "requests": 2}))  # first of all kinds
+            rows[name] = []
+        for clients in given.clients:
+            for name, at, model, who in servers:
+                rows[name].append(measured(at, model, who, clients, given))
+                print(name, json.dumps(rows[name][-1]), flush=True)
+        process.terminate()
+    report = {
+        "date": str(datetime.datetime.now(datetime.timezone.utc).date()),
+        "backend": given.backend,
+        "prompt": given.prompt,
+        "tokens": given.tokens,
+        "percentiles": [50, 99],
+        "load of the machine": [round(x, 1) for x in psutil.getloadavg()],
+        "processors": psutil.cpu_count(),
+        "versions": {name: version(name) for name in ("dsv4", "torch", "numpy", "starlette", "uvicorn")},
+        "rows": rows,
+    }
+    if given.report:
+        given.report.parent.mkdir(parents=True, exist_ok=True)
+        given.report.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
