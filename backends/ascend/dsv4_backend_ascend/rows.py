@@ -53,18 +53,19 @@ def reading(index: torch.Tensor) -> Read:
 class Rows(ChipBackend):
     """Cache ops over plain rows, and the compressor; packed rows go the portable way."""
 
-    def cache_write(self, cache: torch.Tensor, rows: torch.Tensor, index: torch.Tensor, *, layout: RowLayout) -> None:
+    def cache_write(
+        self, cache: torch.Tensor, rows: torch.Tensor, index: torch.Tensor, *, layout: RowLayout
+    ) -> torch.Tensor:
         if layout.kind != "plain":
-            super().cache_write(cache, rows, index, layout=layout)
-            return
+            return super().cache_write(cache, rows, index, layout=layout)
         if not index.shape[0]:
-            return
+            return cache
         where: Written = self.kept.of((index, "written"), lambda: writing(index))
         if where.source is None:
             old = cache.index_select(0, where.target)
         else:
             old, rows = cache[:1], rows.index_select(0, where.source)
-        cache.index_copy_(0, where.target, torch.where(where.some, rows, old))
+        return cache.index_copy_(0, where.target, torch.where(where.some, rows, old))
 
     def cache_read(self, cache: torch.Tensor, index: torch.Tensor, *, layout: RowLayout) -> torch.Tensor:
         where: Read = self.kept.of((index, "read"), lambda: reading(index))
