@@ -48,6 +48,9 @@ class TestRounding:
 
     def test_what_a_product_multiplies_is_equal_but_for_the_sign_of_zeros(self, backend, portable, fmt, block):
         x = (torch.randn(5, 256) * 2.0 ** torch.randint(-20, 5, (5, 256))).bfloat16()
+        x[0], x[1, :128] = 0.0, 0.0
+        x[2] *= 2.0**-30
+        x[3, :3] = torch.tensor([3.38e38, -(2.0**127), 1.0])
         assert torch.equal(backend.quantised_activation(x), portable.quantised_activation(x))
 
     def test_a_block_with_an_infinity_is_not_numbers(self, backend, fmt, block):

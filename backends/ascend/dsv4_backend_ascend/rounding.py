@@ -41,10 +41,10 @@ def largest(blocks: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(blocks, torch.inf, -1, keepdim=True, dtype=torch.float32)
 
 
-def powers(bits: torch.Tensor, add: int, least: float) -> torch.Tensor:
-    """Float32 numbers plus ``add`` in their bits, as bare exponents, BF16; overwrites them."""
-    bits.view(torch.int32).add_(add).bitwise_and_(0x7F800000)
-    return bits.clamp_(min=least).to(torch.bfloat16)
+def exponents(numbers: torch.Tensor, add: int) -> torch.Tensor:
+    """Float32 numbers plus ``add`` in their bits, as bare powers of two; overwrites them."""
+    numbers.view(torch.int32).add_(add).bitwise_and_(0x7F800000)
+    return numbers
 
 
 def to_grid(quotient: torch.Tensor, fmt: Format, least: float) -> torch.Tensor:
@@ -56,7 +56,8 @@ def to_grid(quotient: torch.Tensor, fmt: Format, least: float) -> torch.Tensor:
 def on_grid(blocks: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Quantise and dequantise BF16 blocks [..., block]: ``q * scale``, exactly, with the sign of zeros; NaN beside an infinity."""
     grid = GRIDS[fmt]
-    scale = powers(largest(blocks).mul_(1 / FORMAT_MAX[fmt]), 0x7FFFFF, grid.least_scale)
+    scale = exponents(largest(blocks).mul_(1 / FORMAT_MAX[fmt]), 0x7FFFFF)
+    scale = scale.clamp_(min=grid.least_scale).to(torch.bfloat16)
     quotient = blocks / scale
     rounded = to_grid(quotient, fmt, grid.least)
     rounded.view(torch.int16).bitwise_or_(quotient.view(torch.int16) & SIGN)
@@ -65,7 +66,7 @@ def on_grid(blocks: torch.Tensor, fmt: Format) -> torch.Tensor:
 
 def multiplied(blocks: torch.Tensor) -> torch.Tensor:
     """``on_grid`` in E4M3 for a product, where neither the sign of a zero nor what stands beside an infinity shows."""
-    unit = powers(largest(blocks), TO_UNIT, UNIT * GRIDS["e4m3"].least_scale)
+    unit = exponents(largest(blocks).clamp_(min=AMAX_FLOOR["e4m3"]), TO_UNIT).to(torch.bfloat16)
     return to_grid(blocks / unit, "e4m3", GRIDS["e4m3"].least / UNIT).mul_(unit)
 
 
