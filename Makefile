@@ -37,7 +37,7 @@ cuda: $(VENV)
 	$(RUN) pytest -m "proof or not proof" tests/cuda/test_cuda_models.py
 	for v in 3.4.0 3.6.0; do pip install -q --no-deps --target $(VENV)/triton-$$v triton==$$v && \
 	$(RUN) DSV4_OLDEST_TRITON=$(VENV)/triton-$$v pytest -m proof tests/cuda/test_jit_path.py || exit 1; done
-	$(RUN) pytest -m proof tests/cuda/test_prove.py
+	$(RUN) pytest -m proof tests/cuda/test_prove.py tests/cuda/test_hopper.py
 
 ascend: $(VENV)
 	for chip in 910B 910C 950; do $(CONFORMANCE) --backend ascend --simulate $$chip --require 3 --report reports/conformance/ascend-$$chip-simulated || exit 1; done

@@ -1,11 +1,14 @@
 """Time dsv4 against Hugging Face transformers' DeepseekV4: same random weights, same tokens, same threads, alternated in one run.
 
     python benchmarks/vs_transformers.py --backend torch --dtype bfloat16
+    python benchmarks/vs_transformers.py --backend cuda --device cuda --dtype bfloat16 --weights published
 
 Both sides hold plain weights of ``--dtype``. transformers runs with eager attention (it has no other for this
 model) and the fastest of its experts implementations, which are tried first. dsv4 runs ``native`` numerics in
 bfloat16 (BF16 between operations, FP8 key/value rows, FP4 indexer keys) and in float32 its exact mode, whose logits
-must agree. Prefills and decode steps of the two sides alternate one by one, so that whatever else the machine does
+must agree. With ``--weights published`` dsv4 holds FP8 and FP4 weights as the published checkpoints do, and
+transformers their exact values in BF16. ``--device cuda`` runs both sides on a GPU, dsv4's decode steps recorded and
+replayed. Prefills and decode steps of the two sides alternate one by one, so that whatever else the machine does
 meets both. Printed: medians and their ratio, the same of the fastest, the range of the middle 80 % (on an idle machine
 both sides' lie within a tenth; a process beside them slows transformers far more, whose steps wait for all threads more
 often, so a ratio taken then says little), and beside them the bounds: memory bandwidth for decode, matrix products for
@@ -30,6 +33,10 @@ if TYPE_CHECKING:
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--backend", default="torch")
 parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+parser.add_argument("--device", default="cpu", help="of both sides, as torch names it")
+parser.add_argument(
+    "--weights", choices=("plain", "published"), default="plain", help="published: FP8 and FP4, and their values in BF16 for transformers"
+)  # fmt: skip
 parser.add_argument("--threads", type=int, default=2)
 parser.add_argument("--prefill", type=int, default=1024)
 parser.add_argument("--decode", type=int, default=24, help="decode steps of a run")
@@ -40,6 +47,10 @@ parser.add_argument(
 parser.add_argument("--ops", action="store_true", help="also where a decode step's time goes, op by op")
 parser.add_argument("--only", choices=("dsv4", "transformers"), help="time one side only (for profiling)")
 args = parser.parse_args()
+if args.weights == "published" and args.dtype != "bfloat16":
+    parser.error("--weights published: native numerics alone multiply FP8 and FP4; add --dtype bfloat16")
+if args.device != "cpu" and args.clock == "cpu":
+    parser.error(f"--clock cpu: a processor's time says nothing of {args.device}; leave it out")
 clock = time.process_time if args.clock == "cpu" else time.perf_counter
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # read once, when the libraries load
     os.environ[variable] = str(args.threads)
@@ -48,11 +59,12 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from dsv4_core.checkpoint.config import ModelConfig  # noqa: E402
-from dsv4_core.contract.dtypes import Experts, Host, numpy_dtype  # noqa: E402
+from dsv4_core.contract.dtypes import Experts, Format, Host, ScaledArray, numpy_dtype, quantise_weight  # noqa: E402
 from dsv4_core.contract.registry import create  # noqa: E402
 from dsv4_core.contract.spec import OPS  # noqa: E402
 from dsv4_core.graph.cache import Cache  # noqa: E402
 from dsv4_core.graph.model import Model  # noqa: E402
+from dsv4_core.graph.replay import Replay  # noqa: E402
 from dsv4_core.graph.step import Step  # noqa: E402
 
 CONFIG = ModelConfig(
@@ -63,13 +75,15 @@ CONFIG = ModelConfig(
 
 
 class RandomWeights:
-    """A weight source of random plain weights: each made when first asked for, and kept. ``plain``: the dtype of
-    what the checkpoint has in BF16 or less.
+    """A weight source of random weights: each made when first asked for, and kept. ``plain``: the dtype of
+    what the checkpoint has in BF16 or less; ``published``: FP8 and FP4 where published checkpoints have them.
     """
 
-    def __init__(self, config: ModelConfig, plain: str) -> None:
-        self.config, self.plain = config, plain
+    def __init__(self, config: ModelConfig, plain: str, *, published: bool = False) -> None:
+        self.config, self.plain, self.published = config, plain, published
         self.tensors: dict[str, Host] = {}
+        """Values, as transformers gets them."""
+        self.packed: dict[str, ScaledArray] = {}
         self.rng = np.random.default_rng(0)
 
     def array(self, name: str) -> Host:
@@ -78,9 +92,15 @@ class RandomWeights:
             self.tensors[name] = self._make(name)
         return self.tensors[name]
 
-    def weight(self, name: str) -> Host:
-        """Make ``name.weight``."""
-        return self.array(f"{name}.weight")
+    def weight(self, name: str) -> Any:
+        """Make ``name.weight``, an array or a ``ScaledArray``."""
+        full, fmt = f"{name}.weight", published_format(name) if self.published else None
+        if fmt is None:
+            return self.array(full)
+        if full not in self.packed:
+            self.packed[full] = quantise_weight(self.array(full).astype(np.float32), fmt)
+            self.tensors[full] = self.packed[full].dequantise().astype(numpy_dtype(self.plain))
+        return self.packed[full]
 
     def experts(self, prefix: str, projection: str) -> Experts:
         """Make one projection of every routed expert."""
@@ -137,6 +157,23 @@ class RandomWeights:
             if key in sizes:
                 return sizes[key]
         return (D,)  # the norms of a block
+
+
+def published_format(name: str) -> Format | None:
+    """The format of a weight in the published checkpoints: FP4 experts, FP8 projections and shared experts, the rest in BF16 or float32."""
+    if ".experts." in name and "shared" not in name:
+        return "e2m1"
+    fp8 = (
+        "attn.wq_a",
+        "wq_b",
+        "attn.wkv",
+        "attn.wo_a",
+        "attn.wo_b",
+        "shared_experts.w1",
+        "shared_experts.w3",
+        "shared_experts.w2",
+    )
+    return "e4m3" if name.endswith(fp8) else None
 
 
 RENAMED = (
@@ -207,7 +244,7 @@ def transformers_model(weights: RandomWeights) -> Any:
         state[renamed] = to_torch(array)
     for i in range(c.num_hidden_layers):
         w1, w3, w2 = (
-            [to_torch(weights.weight(f"layers.{i}.ffn.experts.{e}.{p}")) for e in range(c.n_routed_experts)]
+            [to_torch(weights.array(f"layers.{i}.ffn.experts.{e}.{p}.weight")) for e in range(c.n_routed_experts)]
             for p in ("w1", "w3", "w2")
         )
         state[f"model.layers.{i}.mlp.experts.gate_up_proj"] = torch.stack(
@@ -232,7 +269,7 @@ class Transformers:
     """One side of the race."""
 
     def __init__(self, weights: RandomWeights) -> None:
-        self.model = transformers_model(weights)
+        self.model = transformers_model(weights).to(args.device)
         self.cache: Any = None
         self.experts = {"prefill": "eager", "decode": "eager"}
 
@@ -247,10 +284,10 @@ class Transformers:
     def _forward(self, ids: Host) -> Host:
         with torch.inference_mode():
             out = self.model(
-                input_ids=torch.from_numpy(ids)[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1
-            )
+                input_ids=torch.from_numpy(ids)[None].to(args.device), past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+            )  # fmt: skip
         self.cache = out.past_key_values
-        return out.logits[0, -1].float().numpy()
+        return out.logits[0, -1].float().cpu().numpy()  # waits for the device
 
     decode = _forward
 
@@ -259,9 +296,11 @@ class Dsv4:
     """The other."""
 
     def __init__(self, weights: RandomWeights, backend: str, numerics: str, room: int) -> None:
-        self.backend = create(backend, numerics=numerics)
+        device = {} if args.device == "cpu" else {"device": args.device}
+        self.backend = create(backend, numerics=numerics, **device)
         self.model = Model(weights, self.backend)
         self.cache = Cache(self.backend, weights.config, 1, room)
+        self.replay = Replay(self.model, self.cache) if device else None
 
     def prefill(self, ids: Host) -> Host:
         """Give the last token's logits."""
@@ -271,6 +310,10 @@ class Dsv4:
     def decode(self, ids: Host) -> Host:
         """Give the last token's logits."""
         step = Step(self.cache, ids[None])
+        if self.replay and len(ids) == 1:
+            logits = self.backend.to_numpy(self.replay.logits(step))[0]
+            self.cache.advance(step.sequences, step.ends)
+            return logits
         h = self.model.forward(step)
         self.cache.advance(step.sequences, step.ends)
         return self.backend.to_numpy(self.model.logits(h[-1:]))[0]
@@ -315,28 +358,30 @@ def choose_experts(side: Transformers, ids: Host) -> None:
 
 
 def best_of(body: Callable[[], Any], repeats: int) -> float:
-    """Seconds of the fastest of ``repeats`` calls."""
+    """Seconds of the fastest of ``repeats`` calls, the device's work included."""
     times = []
     for _ in range(repeats):
         start = clock()
         body()
+        if args.device != "cpu":
+            torch.accelerator.synchronize()
         times.append(clock() - start)
     return min(times)
 
 
 def bandwidth() -> float:
-    """Bytes a second that all threads together read: the sum of 256 MB."""
-    block = torch.ones(64 << 20)
+    """Bytes a second that all threads, or the device, read: the sum of 256 MB, or of 4 GB."""
+    block = torch.ones((64 if args.device == "cpu" else 1024) << 20, device=args.device)
     return block.numel() * 4 / best_of(block.sum, 7)
 
 
 def gemm_peak(dtype: str, backend: str) -> float:
-    """Operations a second of a product of 2048 x 2048 matrices, by the library that the backend uses."""
-    n = 2048
+    """Operations a second of a product of square matrices, 2048 on a CPU and 8192 elsewhere, by the library that the backend uses."""
+    n = 2048 if args.device == "cpu" else 8192
     if backend == "reference":
         a = np.ones((n, n), np.float32)
         return 2 * n**3 / best_of(lambda: a @ a.T, 7)
-    b = torch.ones((n, n), dtype=getattr(torch, dtype))
+    b = torch.ones((n, n), dtype=getattr(torch, dtype), device=args.device)
     return 2 * n**3 / best_of(lambda: torch.nn.functional.linear(b, b), 7)
 
 
@@ -350,7 +395,8 @@ def work(weights: RandomWeights, tokens: int) -> tuple[float, float]:
         if array.ndim != 2 or "tid2eid" in name or name == "embed.weight" or name.endswith("ape"):
             continue
         share = c.num_experts_per_tok / c.n_routed_experts if ".experts." in name and "shared" not in name else 1
-        active += array.nbytes * share
+        held = weights.packed.get(name)
+        active += (held.data.nbytes + held.scale.nbytes if held else array.nbytes) * share
         used += 0 if name == "head.weight" else array.size * share
     attended = sum(
         min(c.sliding_window, tokens) + (min(c.index_topk, tokens // 8) if m == 4 else tokens / 256 if m else 0)
@@ -360,7 +406,9 @@ def work(weights: RandomWeights, tokens: int) -> tuple[float, float]:
 
 
 def machine() -> str:
-    """The CPU, with those of its instructions that decide how matrices are multiplied."""
+    """The device; for a CPU with those of its instructions that decide how matrices are multiplied."""
+    if torch.device(args.device).type == "cuda":
+        return f"{torch.cuda.get_device_name(args.device)}, CUDA {torch.version.cuda}"
     cpuinfo = Path("/proc/cpuinfo")
     lines = (
         dict(line.split("\t: ", 1) for line in cpuinfo.read_text().splitlines() if "\t: " in line)
@@ -444,14 +492,14 @@ def call_cost(side: Dsv4, token: Host) -> tuple[int, float]:
 def main() -> None:
     """Race, and print."""
     torch.set_num_threads(args.threads)
-    weights = RandomWeights(CONFIG, args.dtype)
+    weights = RandomWeights(CONFIG, args.dtype, published=args.weights == "published")
     numerics = "native" if args.dtype == "bfloat16" else args.dtype
     total = args.prefill + args.decode
     ours = Dsv4(weights, args.backend, numerics, total + 40)
     ids = np.random.default_rng(1).integers(0, CONFIG.vocab_size, total)
     sides: dict[str, Any] = {}
     print(
-        f"dsv4 --backend {args.backend} ({numerics}) against transformers, {args.dtype}, {args.threads} threads, "
+        f"dsv4 --backend {args.backend} ({numerics}) against transformers, {args.dtype}, {args.weights} weights, {args.device}, {args.threads} threads, "
         f"torch {torch.__version__}, NumPy {np.__version__}; {datetime.datetime.now(datetime.UTC).date()}\n  {machine()}"
     )
     if args.only != "dsv4":

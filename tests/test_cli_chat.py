@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -11,7 +12,8 @@ from click.testing import CliRunner
 import dsv4_core
 from dsv4_core import cli
 from dsv4_core.checkpoint.weights import Checkpoint
-from dsv4_core.cli.chat import HELP, Talk, talk
+from dsv4_core.cli.chat import HELP, Talk, _write, talk
+from dsv4_core.cli.generate import show
 from dsv4_core.contract import registry
 from dsv4_core.graph.engine import Engine
 from dsv4_core.graph.generate import generate
@@ -100,7 +102,7 @@ def test_commands(talking, tmp_path):
         ("/sing", "'/sing' is no command"),
         ("/think maybe", "'/think maybe' is no command"),
         ("/effort high", "effort 'high'; this checkpoint's chat texts have none"),
-        ("/load nowhere.json", "nowhere.json: "),
+        ("/load nowhere.json", "nowhere.json"),
         ("x" * 500, "the conversation has"),
     ],
 )
@@ -114,7 +116,7 @@ def test_what_cannot_be_done_is_said_and_changes_nothing(talking, line, message)
 def test_loading_what_is_no_conversation(talking, tmp_path):
     for text in ("{}", "[1]", "[", '[{"role": "robot"}]'):
         (tmp_path / "x.json").write_text(text)
-        assert "x.json: " in spoken(talking, f"/load {tmp_path / 'x.json'}")[1]
+        assert f"{tmp_path / 'x.json'}" in spoken(talking, f"/load {tmp_path / 'x.json'}")[1]
 
 
 def test_the_command_reads_a_pipe():
@@ -123,6 +125,26 @@ def test_the_command_reads_a_pipe():
     )
     assert result.exit_code == 0
     assert "3 generated" in result.stdout
+
+
+@pytest.mark.parametrize("at_a_terminal", [True, False])
+def test_what_a_model_says_moves_no_cursor(at_a_terminal, capsys, monkeypatch):
+    """Escape sequences, bidirectional marks and returns that are generated: spelt at a terminal, left alone in a pipe."""
+    said = "a\x1b[2J\rb\u202ec\x9bd"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: at_a_terminal)
+    wanted = r"a\x1b[2J\rb\u202ec\x9bd" if at_a_terminal else said
+
+    class Events(list):
+        tokens, texts, finish = [[5], [6]], [said, said], ["stop", "stop"]
+
+    event = SimpleNamespace(text=said, token=5, finish="stop")
+    session = SimpleNamespace(tokenizer=object())
+    show(session, Events([event]), ["hi"])
+    assert capsys.readouterr().out == f"{wanted}\n"
+    show(session, Events([event]), ["hi", "ho"])
+    assert capsys.readouterr().out == f"> hi\n{wanted}\n\n> ho\n{wanted}\n\n"
+    _write(said, False)
+    assert capsys.readouterr().out == wanted
 
 
 def test_the_command_at_a_terminal(tmp_path):

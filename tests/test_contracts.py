@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from dsv4_core.checkpoint.config import PRESETS
-from dsv4_core.contract.backend import Backend, BackendError, missing_ops
-from dsv4_core.contract.ops import OPS
+from dsv4_core.contract.backend import Backend, BackendError, Option, missing_ops
+from dsv4_core.contract.ops import OPS, EveryOp
 from dsv4_core.contract.registry import create
 from dsv4_core.contract.spec import Operand, UnsupportedOpError
 from dsv4_core.planning.shapes import trace_calls
+from dsv4_core.planning.support import planned_calls, uncalled
 
 
 @pytest.mark.parametrize("spec", OPS.values(), ids=OPS)
@@ -66,8 +67,49 @@ def test_narrower_intermediates_are_bounded():
 def test_options_and_numerics_are_checked():
     with pytest.raises(BackendError, match="numerics 'fp16' is not one of native, float32, float64"):
         create("reference", numerics="fp16")
-    with pytest.raises(BackendError, match=r"'reference' has no option 'soc'; its options: .*weight_cache"):
-        create("reference", soc="950")
+    for name in ("soc", "name", "self"):
+        with pytest.raises(BackendError, match=rf"'reference' has no option '{name}'; its options: .*weight_cache"):
+            create("reference", **{name: "950"})
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        ("x", int),
+        ("-1", int),
+        ("9" * 30, int),
+        ("\u00b2", int),
+        (True, int),
+        (1.5, int),
+        ("yes", bool),
+        (1, bool),
+        ("", str),
+        ("\x1b", str),
+    ],
+)
+def test_a_value_that_an_option_cannot_be_is_named(value, kind):
+    backend = type("Some", (Backend,), {"name": "some", "options": (Option("few", "how many", kind=kind),)})
+    with pytest.raises(BackendError, match=r"backend 'some': option few = .* must be .*\(how many\)"):
+        backend(few=value)
+
+
+def test_text_becomes_what_an_option_is():
+    options = (Option("a", "", 2), Option("b", "", default=False), Option("c", ""), Option("d", "", kind=int))
+    made = type("Some", (Backend,), {"name": "some", "options": options})(a="7", b="True", c=950, d=None)
+    assert (made.a, made.b, made.c, made.d) == (7, True, "950", None)
+
+
+def test_required_ops_that_no_call_reaches_are_looked_at():
+    """A vendor who runs a fused op whole learns of the required op that it hides, and of the one that ranks alone call."""
+    whole = type(create("reference"))
+    hidden = ("hc_split_sinkhorn", "act_quant")
+    some = type("Some", (whole,), {"name": "some"} | {op: getattr(EveryOp, op) for op in hidden})()
+    calls = planned_calls(PRESETS["tiny"], some, "e2m1")
+    assert not missing_ops(some, [(c.op, c.operands) for c in calls])
+    answers = dict(uncalled(PRESETS["tiny"], some, "e2m1", calls))
+    assert {op for op, answer in answers.items() if not answer} == set(hidden)
+    assert {c.op for c in calls} | answers.keys() >= {op for op, spec in OPS.items() if not spec.fused}
+    assert all(answer for _, answer in uncalled(PRESETS["tiny"], create("reference"), "e2m1", calls))
 
 
 def test_supports_says_why_not_and_the_run_stops():

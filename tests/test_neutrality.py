@@ -283,3 +283,28 @@ def test_strict_array_is_strict():
     ):
         with pytest.raises((TypeError, AssertionError)):
             use()
+
+
+WRITING = re.compile(
+    r"\.write_(text|bytes)\(|\bopen\([^)]*[\"'](w|a|x|wb|ab|xb|r\+b?)[\"']|\b(mkstemp|NamedTemporaryFile)\(|\.tofile\("
+    r"|\bnp\.save\w*\((?!file\b)"
+)
+OTHER_WRITERS = {
+    "writing.py": "the one way",
+    "isolate.py": "a pipe to the parent process",
+    "sass.py": "a file in a temporary directory, for a tool",
+    "prove.py": "a command's output as it comes: half a log is what it should be",
+}
+
+
+def test_files_are_written_in_one_way():
+    """Whole or not at all: half a report never looks like one, whatever ends the process."""
+    found = {
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for root in (CORE, SUITE, ROOT / "serve/dsv4_serve", ROOT / "integrations/vllm", *BACKEND_ROOTS)
+        for path in root.rglob("*.py")
+        if path.name not in OTHER_WRITERS
+        for line in path.read_text().splitlines()
+        if WRITING.search(line)
+    }
+    assert not found

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dsv4_core.checkpoint.config import PRESETS
 from dsv4_core.checkpoint.foreign import path_problem
 from dsv4_core.checkpoint.weights import embedded
+from dsv4_core.files.reading import text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,7 +67,7 @@ def _in_hub_cache(name: str) -> Path:
         )
     wanted = revision or "main"
     ref = kept / "refs" / wanted
-    commit = ref.read_text().strip() if ref.is_file() else wanted
+    commit = text(ref, 4096).strip() if ref.is_file() else wanted
     for snapshot in snapshots:
         if snapshot.name == commit:
             return snapshot

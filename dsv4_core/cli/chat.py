@@ -13,6 +13,9 @@ import click
 
 from dsv4_core.cli.commands import Command
 from dsv4_core.cli.options import BackendFlags, backend_options
+from dsv4_core.files.reading import fitting, json_file
+from dsv4_core.files.words import for_terminal
+from dsv4_core.files.writing import write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -113,10 +116,10 @@ class Talk:
             self.messages = [{"role": "system", "content": rest}] if rest else system
             return "a new conversation"
         if word == "/save" and rest:
-            Path(rest).write_text(json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            write(Path(rest), json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n")
             return f"{len(self.messages)} turns in {rest}"
         if word == "/load" and rest:
-            self.messages = self._loaded(Path(rest))
+            self.messages = read_conversation(Path(rest), self.texts)
             return f"{len(self.messages)} turns from {rest}"
         if word == "/stats":
             return self.last
@@ -124,17 +127,15 @@ class Talk:
             return HELP
         raise ValueError(f"{line.strip()!r} is no command:\n{HELP}")
 
-    def _loaded(self, path: Path) -> list[Message]:
-        from dsv4_core.text.chat import encode
 
-        try:
-            messages: Any = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
-                encode(messages, texts=self.texts)
-                return messages
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from None
-        raise ValueError(f"{path}: not a list of messages; /save writes one")
+def read_conversation(path: Path, texts: FixedTexts | None) -> list[Message]:
+    """Read what /save wrote; raise ``FileError`` where it is no conversation that the encoder takes."""
+    from dsv4_core.text.chat import encode
+
+    messages = cast("list[Message]", json_file(path, list[dict[str, Any]], "/save writes one"))
+    with fitting(f"{path}", "/save writes a list of messages"):
+        encode(messages, texts=texts)
+    return messages
 
 
 def talk(session: Talk, read: Callable[[], str], write: Callable[[str, bool], Any]) -> None:
@@ -248,7 +249,8 @@ def command(
 
 
 def _write(text: str, dim: bool) -> None:
-    click.echo(click.style(text, dim=True) if dim else text, nl=False)
+    text = for_terminal(text)
+    click.echo(click.style(text, dim=True) if dim and sys.stdout.isatty() else text, nl=False, color=True)
     sys.stdout.flush()
 
 

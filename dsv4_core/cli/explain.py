@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 def command(model: str | None, layer: int | None, flags: BackendFlags, as_json: bool) -> None:
     """Say op by op who would run MODEL's prefill and decode, and where nobody can, why.
 
+    Required ops that this backend is never asked for, because it runs fused ops whole, are there with no calls.
     Reads no weight; exits with 1 if an op is missing.
     """
     from dsv4_core.cli import schema
     from dsv4_core.cli.running import model_config
-    from dsv4_core.planning.support import planned_calls
+    from dsv4_core.planning.support import planned_calls, uncalled
 
     config, fmt = model_config(model)
     if layer is not None and not 0 <= layer < config.layers:
@@ -40,6 +41,14 @@ def command(model: str | None, layer: int | None, flags: BackendFlags, as_json: 
     calls = [call for call in planned_calls(config, backend, fmt) if layer is None or call.layer == layer]
     name, *notes = backend.describe().split("\n")
     result = explained(backend, calls, schema.Run(model=model, backend=name, numerics=backend.numerics))
+    if layer is None:
+        result.ops += [
+            schema.ExplainedOp(
+                op=op, weight="", calls=0, by=answer.by or None, reason=answer.reason, proof=answer.proof
+            )
+            for op, answer in uncalled(config, backend, fmt, calls)
+        ]
+        result.missing = sum(op.by is None for op in result.ops)
     if as_json:
         schema.emit("explain", result, ok=not result.missing)
     else:

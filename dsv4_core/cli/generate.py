@@ -12,6 +12,8 @@ import click
 
 from dsv4_core.cli.commands import Command, option
 from dsv4_core.cli.options import BackendFlags, RankFlags, backend_options, json_option, rank_options
+from dsv4_core.files import reading
+from dsv4_core.files.words import for_terminal
 
 if TYPE_CHECKING:
     from dsv4_core.session import Generation, Session
@@ -169,10 +171,7 @@ def _turns(turns: list[Any], system: str) -> list[Any]:
 def _lines(file: Path) -> list[Any]:
     """Read a prompts file; raise ``ValueError`` naming the line that is no prompt."""
     name = "standard input" if str(file) == "-" else str(file)
-    try:
-        lines = (sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")).splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: not UTF-8 text ({error})") from None
+    lines = (_given("-") if str(file) == "-" else reading.text(file)).splitlines()
     if not lines:
         raise ValueError(f"{name}: no prompt; write one a line")
     prompts: list[Any] = []
@@ -197,10 +196,13 @@ def _lines(file: Path) -> list[Any]:
 
 
 def show(session: Session, events: Generation, prompts: list[Any]) -> None:
-    """Print one sequence as it comes; several one after the other, each once it is whole and those before it are."""
+    """Print one sequence as it comes; several one after the other, each once it is whole and those before it are.
+
+    ``color``: what a model says is left as it is in a pipe, colours included.
+    """
     if len(prompts) == 1:
         for event in events:
-            click.echo(event.text if session.tokenizer else f"{event.token} ", nl=False)
+            click.echo(for_terminal(event.text) if session.tokenizer else f"{event.token} ", nl=False, color=True)
             sys.stdout.flush()
         click.echo()
         return
@@ -210,7 +212,7 @@ def show(session: Session, events: Generation, prompts: list[Any]) -> None:
             if session.tokenizer is None:
                 click.echo(" ".join(map(str, events.tokens[printed])))
             else:
-                click.echo(f"> {_heading(prompts[printed])}\n{events.texts[printed]}\n")
+                click.echo(for_terminal(f"> {_heading(prompts[printed])}\n{events.texts[printed]}\n"), color=True)
             printed += 1
 
 

@@ -57,7 +57,11 @@ def command(
     with open_model(model, flags, asked) as session:
         check_ids(tokens, session.config.vocab_size)
         session.ranks.agree({"request": request})
+        if mtp and session.config.draft != "mtp":
+            raise ValueError(f"--mtp: {session.directory} has no MTP block; leave it out")
         graph = session.model
+        if mtp:
+            session.load_drafter()
         with bar("tokens") as progress:
             results = teacher_forced(graph, tokens, prefill=prefill, chunk=chunk, mtp=mtp, progress=progress)
         session.checkpoint.hold()

@@ -122,6 +122,8 @@ def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
         option: tuple[tuple[str, Any], ...],
         **rest: Any,
     ) -> Any:
+        if clash := {"numerics"} & {name for name, _ in option}:
+            raise click.UsageError(f"-O {clash.pop()}: this has an option of its own; use --numerics")
         named = {name: rest.pop(name) for name in ("device", "weight_cache", "simulate", "soc", "cann")}
         named |= {"batch_invariant": batch_invariant or None, "interpret": interpret or None} | dict(option)
         flags = BackendFlags(backend, numerics, {k: v for k, v in named.items() if v is not None})
@@ -196,9 +198,9 @@ class _Pair(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
     name = "NAME=VALUE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        if isinstance(value, tuple):
+            return value
         name, found, text = value.partition("=")
         if not found or not name:
             self.fail(f"{value!r} is not NAME=VALUE", param, ctx)
-        return name.replace("-", "_"), {"true": True, "false": False}.get(
-            text.lower(), int(text) if text.isdigit() else text
-        )
+        return name.replace("-", "_"), text

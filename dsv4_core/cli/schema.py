@@ -14,6 +14,7 @@ from typing import Any, Literal
 import click
 import msgspec
 
+from dsv4_core.files import writing
 from dsv4_core.files.markdown import in_lines
 from dsv4_core.version import __version__
 
@@ -405,8 +406,8 @@ def _type(kind: Any) -> str:
 
 def write(directory: Path) -> None:
     """Write both files."""
-    (directory / "json.md").write_text(page())
-    (directory / "json.schema.json").write_text(json.dumps(json_schema(), indent=1) + "\n")
+    writing.write(directory / "json.md", page())
+    writing.write(directory / "json.schema.json", json.dumps(json_schema(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

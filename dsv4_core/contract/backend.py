@@ -6,7 +6,7 @@ The contracts come from ``ops``; this adds arrays, options and the answer to ``s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -15,6 +15,7 @@ from dsv4_core.contract.diagnosis import Diagnosis
 from dsv4_core.contract.dtypes import Experts, Format, Host, ScaledArray, format_of
 from dsv4_core.contract.ops import OPS, EveryOp
 from dsv4_core.contract.spec import Array, BackendError, Numerics, Operand, Support, Tier
+from dsv4_core.files.words import one_line, printable
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -24,14 +25,39 @@ if TYPE_CHECKING:
 
 __all__ = ["Backend", "BackendError", "DeviceCheck", "Diagnosis", "Option", "missing_ops"]
 
+MOST_DIGITS = 18  # of an option's number
+
 
 @dataclass(frozen=True)
 class Option:
-    """A keyword of a backend's constructor that the command line offers: ``--name`` with dashes."""
+    """A keyword of a backend's constructor that the command line offers: ``--name`` with dashes.
+
+    ``kind``: bool, int (from 0) or str; left out it is the default's, or str.
+    """
 
     name: str
     help: str
     default: Any = None
+    kind: type[bool | int | str] | None = None
+
+    def read(self, value: Any) -> Any:
+        """Give a value, or its text from a command line, as the option's kind; raise ``ValueError`` saying what it must be."""
+        kind = self.kind or (str if self.default is None else type(self.default))
+        text = str(value)
+        if kind is bool and text.lower() in {"true", "false"}:
+            return text.lower() == "true"
+        if (
+            kind is int
+            and not isinstance(value, bool)
+            and text.isascii()
+            and text.isdecimal()
+            and len(text) <= MOST_DIGITS
+        ):
+            return int(text)
+        if kind is str and not isinstance(value, bool) and (text or text == self.default) and printable(text) == text:
+            return text
+        must = {bool: "true or false", int: f"a whole number from 0, of at most {MOST_DIGITS} digits", str: "a word"}
+        raise ValueError(f"{self.name} = {one_line(repr(value), 80)} must be {must[kind]} ({self.help})")
 
 
 @dataclass(frozen=True)
@@ -81,18 +107,25 @@ class Backend(EveryOp):
             raise BackendError(
                 f"backend {self.name!r}: numerics {numerics!r} is not one of {', '.join(self.numerics_modes)}"
             )
-        self.hold_options(options)
+        given = self.read_options(options)
         self.numerics = numerics
         for option in self.options:
-            setattr(self, option.name, options.get(option.name, option.default))
+            setattr(self, option.name, given.get(option.name, option.default))
 
     @classmethod
-    def hold_options(cls, names: Collection[str]) -> None:
-        """Raise ``BackendError`` for an option that this backend does not have."""
-        known = {option.name for option in cls.options}
-        if unknown := sorted(set(names) - known):
+    def read_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Give options as their kinds; those that are None are left out, for their defaults.
+
+        Raises ``BackendError`` for one that this backend does not have, and for a value that it cannot be.
+        """
+        known = {option.name: option for option in cls.options}
+        if unknown := sorted(options.keys() - known.keys()):
             takes = ", ".join(sorted(known)) or "none"
             raise BackendError(f"backend {cls.name!r} has no option {unknown[0]!r}; its options: {takes}")
+        try:
+            return {name: known[name].read(value) for name, value in options.items() if value is not None}
+        except ValueError as error:
+            raise BackendError(f"backend {cls.name!r}: option {error}") from None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Hold every op that the class defines to its contract's signature; raise ``TypeError`` with both signatures."""

@@ -238,13 +238,14 @@ def backend_class(name: str) -> type[Backend]:
     return found
 
 
-def create(name: str, **options: Any) -> Backend:
+def create(name: str, /, **options: Any) -> Backend:
     """Construct a backend; options that are None are left to its defaults. Raise ``BackendError`` where its constructor
     fails, whatever it raises, and ``ValueError`` where that is about an option.
     """
     cls = backend_class(name)
-    given = {k: v for k, v in options.items() if v is not None}
-    cls.hold_options(given.keys() - {"numerics"})
+    given = cls.read_options({name: value for name, value in options.items() if name != "numerics"})
+    if options.get("numerics") is not None:
+        given["numerics"] = options["numerics"]
     try:
         with blaming(f"backend {name!r}", "cannot start"):
             try:

@@ -1,11 +1,13 @@
 """tokenizer.json held to what a byte-level tokenizer needs, before the tokenizers library builds anything of it.
 
 The library runs what the file says: a chain of replacements that multiplies text a thousandfold takes all memory, and
-some damaged parts make it panic. Kinds that can do so are refused by name; the published tokenizers use none of them.
+some damaged parts make it panic. Kinds that can do so are refused by name, and so are regular expressions that may
+backtrack without end; the published tokenizers use none of them.
 """
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -13,6 +15,7 @@ from msgspec import Meta
 
 from dsv4_core.files.forms import Form, Id, Text
 from dsv4_core.files.reading import FileError, contents, json_text
+from dsv4_core.files.words import one_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,13 +64,6 @@ class Tokenizer(Form):
     decoder: dict[str, Any] | None = None
 
 
-class TokenizerConfig(Form):
-    """``tokenizer_config.json``, as far as it is read."""
-
-    chat_template: Any = None
-    model_max_length: float | None = None
-
-
 class GenerationConfig(Form):
     """``generation_config.json``, as far as it is read."""
 
@@ -105,5 +101,41 @@ def _hold(value: Any, part: str, name: str, depth: int = 0) -> None:
         return
     if kind not in SAFE[part]:
         raise FileError(f"{name}: {part} of kind {kind!r} is not built, only {', '.join(SAFE[part])}; {ADVICE}")
+    pattern = value.get("pattern")
+    expression = pattern.get("Regex") if isinstance(pattern, dict) else None
+    if isinstance(expression, str) and (why := backtracks(expression)):
+        raise FileError(
+            f"{name}: {part} {kind}: {one_line(expression, 80)} {why}: on some texts it would take forever; {ADVICE}"
+        )
     if len(msgspec.json.encode(value)) > PATTERN:
         raise FileError(f"{name}: {part} {kind} has over {PATTERN} bytes; {ADVICE}")
+
+
+def backtracks(expression: str) -> str:
+    """Say why a regular expression may take time that grows exponentially with the text; nothing where it cannot.
+
+    It cannot without a repeated group that itself repeats or chooses, a reference to what a group found, or a recursion.
+    No published tokenizer has one.
+    """
+    groups = [False]  # of each that is open: whether it holds a repetition or a choice
+    at = 0
+    while at < len(expression):
+        found = _PART.match(expression, at)
+        assert found is not None
+        at, part = found.end(), found[0]
+        if found["reference"]:
+            return f"refers to a group ({part})"
+        if part == "(":
+            groups.append(False)
+        elif part == ")" and len(groups) > 1:
+            inner = groups.pop()
+            if inner and _REPEATED.match(expression, at):
+                return "repeats a group that itself repeats or chooses"
+            groups[-1] |= inner
+        elif part in "+*{|":
+            groups[-1] = True
+    return ""
+
+
+_REPEATED = re.compile(r"[+*{]")
+_PART = re.compile(r"(?P<reference>\\[1-9]|\\[kg][<'{])|\\.|\[(?:\\.|\[:\^?\w+:\]|[^\]\\])*\]|.", re.DOTALL)

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
+def whole(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path``; once all is written and on the disk, it becomes ``path``.
+
+    ``mode``: the permissions of the file, less what the user's mask takes away.
 
     After an error nothing is left, and what was at ``path`` stands as it was. Raises ``FileError`` where ``path`` is a
     directory or something that cannot be replaced (a device, a pipe).
@@ -29,7 +31,7 @@ def whole(path: Path) -> Iterator[BinaryIO]:
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(descriptor, 0o666 & ~mask)
+            os.fchmod(descriptor, mode & ~mask)
             yield file
             file.flush()
             os.fsync(descriptor)
@@ -41,9 +43,9 @@ def whole(path: Path) -> Iterator[BinaryIO]:
     settle(path.parent)
 
 
-def write(path: Path, content: str | bytes) -> None:
+def write(path: Path, content: str | bytes, mode: int = 0o666) -> None:
     """Write a whole file, or leave what was there."""
-    with whole(path) as file:
+    with whole(path, mode) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dsv4_core.checkpoint.layout import QUANTISED
-from dsv4_core.contract.backend import BackendError, missing_ops
+from dsv4_core.contract.backend import Backend, BackendError, missing_ops
+from dsv4_core.contract.ops import OPS
+from dsv4_core.contract.spec import Support
 from dsv4_core.planning.rank_trace import trace_rank
 from dsv4_core.planning.shapes import trace_calls
 
@@ -13,7 +15,6 @@ if TYPE_CHECKING:
     from dsv4_core.checkpoint.config import ModelConfig
     from dsv4_core.checkpoint.rank_part import Place
     from dsv4_core.checkpoint.weights import Checkpoint
-    from dsv4_core.contract.backend import Backend
     from dsv4_core.contract.dtypes import Format
     from dsv4_core.planning.shapes import Call
 
@@ -29,9 +30,16 @@ def check_support(config: ModelConfig, backend: Backend, expert_format: Format, 
 
 
 def planned_calls(
-    config: ModelConfig, backend: Backend, expert_format: Format, place: Place | None = None
+    config: ModelConfig,
+    backend: Backend,
+    expert_format: Format,
+    place: Place | None = None,
+    like: type[Backend] | None = None,
 ) -> list[Call]:
-    """Every op that a prefill and a later decode step would call, with dtypes and shapes: at a ``place`` of several, its own."""
+    """Every op that a prefill and a later decode step would call, with dtypes and shapes: at a ``place`` of several, its own.
+
+    ``like``: as that backend would be called, instead of ``backend``.
+    """
     prompt = min(
         512, config.max_position_embeddings
     )  # closes windows of 4 and 128 and leaves the indexer something to choose
@@ -43,7 +51,7 @@ def planned_calls(
             continue
         calls += trace_calls(
             config,
-            type(backend),
+            like or type(backend),
             numerics=backend.numerics,
             seq=seq,
             start=start,
@@ -51,6 +59,25 @@ def planned_calls(
             expert_format=expert_format,
         )
     return calls
+
+
+def uncalled(
+    config: ModelConfig, backend: Backend, expert_format: Format, calls: list[Call]
+) -> list[tuple[str, Support]]:
+    """Required ops that are not among ``calls``, because the backend runs fused ops whole or is alone, and who would run each.
+
+    Of those that the contracts' own defaults reach, every call is asked about, and the first refusal is the answer.
+    """
+    answers: dict[str, Support] = {}
+    called = {call.op for call in calls}
+    for call in planned_calls(config, backend, expert_format, like=Backend):
+        if call.op not in called and not OPS[call.op].fused and answers.get(call.op, True):
+            answers[call.op] = backend.supports(call.op, **call.operands)
+    for name, spec in OPS.items():  # what several ranks alone call
+        if not spec.fused and name not in called | answers.keys():
+            reason = "" if backend.implements(name) else f"backend {backend.name!r} does not implement it"
+            answers[name] = Support(by="" if reason else backend.name, reason=reason)
+    return list(answers.items())
 
 
 def expert_format(checkpoint: Checkpoint) -> Format:

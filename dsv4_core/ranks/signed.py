@@ -67,8 +67,8 @@ class SignedStore:
         return hmac.new(self.key, f"{key}\0{value}".encode(), "sha256").hexdigest()[:_DIGITS]
 
     def _held(self, key: str, value: bytes) -> bytes:
-        stated, said = value[:_DIGITS].decode("latin-1"), value[_DIGITS:].decode("utf-8", "replace")
-        if not hmac.compare_digest(stated, self._hash(key, said)):
+        stated, said = value[:_DIGITS], value[_DIGITS:].decode("utf-8", "replace")
+        if not hmac.compare_digest(stated, self._hash(key, said).encode()):
             rank = key.rpartition("/")[2]
             raise RankError(
                 f"what was written to the ranks' store as rank {rank} is not signed with this rank's secret: rank {rank} was "

@@ -54,7 +54,13 @@ def listen(where: Rendezvous) -> socket.socket:
 
 
 class StoredRanks:
-    """All ranks of a run. Constructing it reaches the store, ``connect`` the other ranks through ``library`` (gloo, nccl ...)."""
+    """All ranks of a run. Constructing it reaches the store, ``connect`` the other ranks through ``library`` (gloo, nccl ...).
+
+    ``device_id``: the device that this rank's collectives run on, for a library that asks for one (NCCL: without it, it guesses
+    from the rank's number, and connects late).
+    """
+
+    device_id: Any = None
 
     def __init__(self, distributed: Any, where: Rendezvous, library: str) -> None:
         """``distributed``: the module torch.distributed. Raise ``RankError`` where the store cannot be reached."""
@@ -92,8 +98,9 @@ class StoredRanks:
         store = dist.PrefixStore(f"{self.attempt}/torch", self._own)
         if not dist.is_initialized():
             with reaching():
+                on = {} if self.device_id is None else {"device_id": self.device_id}
                 dist.init_process_group(
-                    self.library, store=store, rank=self.rank, world_size=self.ranks, timeout=SLOWEST
+                    self.library, store=store, rank=self.rank, world_size=self.ranks, timeout=SLOWEST, **on
                 )
 
     def own_group(self, members: Sequence[Sequence[int]]) -> Any:

@@ -57,10 +57,7 @@ class Vocabulary:
 
         Raises ``ValueError`` where the tokenizer has no token for it, or gives a control token after all.
         """
-        try:
-            ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # noqa: BLE001  the library raises bare Exception
-            raise ValueError(f"text that the tokenizer cannot encode: {text[:40]!r} ({error})") from None
+        ids = self._encoded(self._plain, text)
         if found := next((token for token in ids if token in self.control), None):
             raise ValueError(
                 f"{self.control[found]!r} in a text would become a control token with this tokenizer; leave it out"
@@ -98,7 +95,16 @@ class Vocabulary:
 
     def marked(self, text: str) -> list[int]:
         """Encode trusted text, in which a control token that is spelt is one."""
-        ids: list[int] = self.full.encode(text, add_special_tokens=False).ids
+        return self._encoded(self.full, text)
+
+    @staticmethod
+    def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
+        try:
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001  the library raises bare Exception, and panics beside it
+            raise ValueError(f"text that the tokenizer cannot encode: {text[:40]!r} ({one_line(str(error))})") from None
         return ids
 
     def text(self, ids: Sequence[int]) -> str:

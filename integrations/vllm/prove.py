@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from dsv4_core.files.writing import write
+
 HERE = Path(__file__).resolve().parent
 PARTS = ("company", "preempted", "served", "vendor", "overhead")
 BOS, USER, ASSISTANT = "<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"  # noqa: RUF001  as published
@@ -268,7 +270,7 @@ def main() -> None:
             report[part]["seconds"] = round(time.perf_counter() - began, 1)
         print(json.dumps({part: report[part]}, indent=1, ensure_ascii=False), flush=True)
     if given.report:
-        given.report.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write(given.report, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     sys.exit(not all(report[part]["holds"] for part in given.parts or PARTS))
 
 

@@ -276,7 +276,7 @@ class App:
             async for event in events:
                 if gone.is_set():
                     break
-                if event:
+                if event and not asked[event[0]].finish:
                     asked[event[0]].push(event[1])
                     if asked[event[0]].finish:
                         runs[event[0]].cancel()
@@ -301,6 +301,8 @@ class App:
                         yield ": still working\n\n"
                         continue
                     i, one = event[0], asked[event[0]]
+                    if one.finish:  # by a stop text, before the engine heard of it
+                        continue
                     since = len(one.logprobs["tokens"])
                     text = one.push(event[1])
                     yield f"data: {json.dumps({**head, 'choices': [one.choice(i, text, since=since)]})}\n\n"

@@ -1,9 +1,11 @@
 """The suite itself: stable ids and seeds, budgets, guards, claims, xfails, isolation, reports; and that its documents are fresh."""
 
 import datetime
+import io
 import json
 import os
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from dsv4_conformance.report.matrix import between, matrix, summary
 from dsv4_conformance.report.matrix import load as load_report
 from dsv4_conformance.report.op_pages import op_reference
 from dsv4_conformance.report.write import finite
-from dsv4_conformance.run import runner
+from dsv4_conformance.run import isolate, runner
 from dsv4_conformance.run.catalogue import collect
 from dsv4_conformance.run.isolate import Workers
 from dsv4_conformance.run.xfails import Xfail, stale
@@ -193,6 +195,17 @@ def test_a_narrower_declaration_is_its_own_ops_and_is_reported():
     )
 
 
+def test_probabilities_on_the_grid_are_allowed_what_others_are():
+    """Two rows alike: each has half, a number of BF16. Weights that are rounded before their sum divides them are off even so."""
+    oracle = registry.oracle("native", {"sparse_attn": OPS["sparse_attn"].narrower})
+    q, kv = np.zeros((1, 1, 16), BFLOAT16), np.ones((2, 16), BFLOAT16)
+    kv[1] = -1
+    operands = [q, kv, np.full(1, -1e30, np.float32), np.array([[0, 1]], np.int32)]
+    exact, others = oracle.evaluate("sparse_attn", operands, {"softmax_scale": 1.0}, samples=16, seed=0)
+    spread = max(float(np.abs(o - exact).max()) for o in others)
+    assert 2.0**-10 < spread < 2.0**-7
+
+
 def test_full_tier_has_more_seeds_whose_ids_replay():
     ran = runner.run(session("smoke"), cases=["hc_add/small#3", "hc_add/small"])
     assert ran.ok
@@ -288,6 +301,27 @@ def test_xfails(tmp_path):
         (tmp_path / "x.toml").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_xfails(tmp_path / "x.toml")
+
+
+@pytest.mark.parametrize(("sticky", "started"), [(True, 2), (False, 1)])
+def test_after_an_error_on_a_device_its_process_is_replaced(sticky, started, monkeypatch):
+    """A device's context may stay broken; a wrong result says nothing of it."""
+    starts, ends = [], iter(["passed", "failed", "error", "passed", "failed"])
+
+    def start(self):
+        starts.append(1)
+        self.child = types.SimpleNamespace(stdin=io.BytesIO())
+        return self.child
+
+    monkeypatch.setattr(isolate.Process, "start", start)
+    monkeypatch.setattr(isolate.Process, "close", lambda self: setattr(self, "child", None))
+    monkeypatch.setattr(
+        isolate.Process, "listen", lambda _self, _child, check, _until: isolate.lost(check, next(ends), "")
+    )
+    chosen = [case("hc_add/small")] * 5
+    found = list(Workers("right", "native", {}, "smoke", sticky=sticky).execute(chosen))
+    assert [f.status for f in found] == ["passed", "failed", "error", "passed", "failed"]
+    assert len(starts) == started
 
 
 def test_isolation_reports_what_died_and_goes_on(tmp_path, monkeypatch):

@@ -64,7 +64,37 @@ FAULTS = {
     ),
     "one_scale_for_all_blocks": Fault(
         "a row of weights uses its first block's scale throughout", "scaled_matmul",
-        "(tl.program_id(0) * BLOCK_N // 128) * blocks + block", "(tl.program_id(0) * BLOCK_N // 128) * blocks", "linear",
+        "(tile * BLOCK_N // 128) * blocks + block", "(tile * BLOCK_N // 128) * blocks", "linear",
+    ),
+    "the_first_piece_twice": Fault(
+        "of a sum in pieces every program takes the first", "scaled_matmul", "begin = tl.program_id(2) * span", "begin = 0 * span",
+        "linear", "standard", "fp8_at_in=7168",
+    ),
+    "a_piece_forgotten": Fault(
+        "the last piece of a split product is not added", "tiles", "for piece in range(1, pieces):", "for piece in range(1, pieces - 1):",
+        "linear", "standard", "fp8_at_in=7168",
+    ),
+    "pieces_over_each_other": Fault(
+        "pieces of a split product are stored one over the other", "dense_matmul",
+        "y += tl.program_id(2).to(tl.int64) * rows * N", "y += 0 * tl.program_id(2).to(tl.int64) * rows * N", "linear", "standard", "bf16_at_in=7168",
+    ),
+    "second_weight_is_the_first": Fault(
+        "the second of two weights in one launch is the first again", "tiles", "w, ws, y = w2, ws2, y + width", "y = y + width", "ffn", "smoke", "fp8",
+    ),
+    "copy_for_token": Fault(
+        "an expert's row reads the token with its copy's number", "fp4_matmul", "other=0) // TOPK)", "other=0) // 1)", "moe", "smoke", "fp4",
+    ),
+    "codes_in_their_own_order": Fault(
+        "FP8 codes for FP4 weights are stored in their channels' order", "words",
+        "return (channel & -32) | ((channel & 1) << 4) | ((channel & 31) >> 1)", "return channel", "expert_linear", "smoke", "fp4",
+    ),
+    "weights_of_sorted_rows": Fault(
+        "a sorted row takes the routing weight at its own number", "moe", "other=0) if SORTED else row", "other=0) * 0 + row if SORTED else row",
+        "moe", "smoke", "fp4",
+    ),
+    "pieces_of_a_context_from_its_start": Fault(
+        "every piece of a long context is picked from the context's start", "index", "first = tl.program_id(1) * length", "first = 0 * length",
+        "index_select", "standard", "at_rows=131073",
     ),
     "no_tile_for_the_rest": Fault(
         "an expert's rows past its last full tile are not computed", "tiles", "(stop - start + BLOCK_T - 1) // BLOCK_T", "(stop - start) // BLOCK_T", "expert_linear",

@@ -14,6 +14,7 @@ from dsv4_backend_cuda.backend import CudaBackend
 from dsv4_conformance.model import golden
 
 from dsv4_core.checkpoint.weights import Checkpoint
+from dsv4_core.contract.dtypes import ScaledArray
 from dsv4_core.contract.ops import OPS
 from dsv4_core.contract.spec import BackendError, Operand
 from dsv4_core.graph.cache import Cache
@@ -95,7 +96,7 @@ def test_every_op_has_a_kernel_or_a_reason():
 def test_supports_names_kernels_and_reasons(backend):
     x, weight = Operand("bfloat16", (3, 256)), Operand("float8_e4m3fn@128x128", (192, 256))
     answer = backend.supports("linear", x=x, weight=weight, out_dtype="bfloat16")
-    assert answer.by == "triton: act_quant, linear_decode"
+    assert answer.by == "triton: act_quant, linear_decode, add_pieces"
     assert (
         backend.supports("linear", x=x, weight=Operand("float32", (192, 256)), out_dtype="float32").by
         == "torch: no kernel multiplies by float32 weights"
@@ -180,8 +181,30 @@ def test_nan_and_infinity_through_the_codecs(backend):
         assert make(bad)[0, 5].isnan()
 
 
+def test_a_norms_codes_are_those_of_its_result(backend, monkeypatch):
+    """Products that read a norm's result take the codes that came with it, with the same bits; a copy is quantised anew, and so is one for FP4 weights."""
+    from dsv4_backend_cuda.kernels import quant
+
+    made, act_quant = [], quant.act_quant
+    monkeypatch.setattr(quant, "act_quant", lambda x, **how: made.append(how["paired"]) or act_quant(x, **how))
+    draw = torch.Generator().manual_seed(5)
+    x, weight = (torch.randn(shape, generator=draw).bfloat16() for shape in ((3, 256), (256,)))
+    codes = torch.randint(0, 0x78, (192, 256), dtype=torch.uint8, generator=draw)
+    fp8 = ScaledArray(codes, torch.full((2, 2), 120, dtype=torch.uint8), "e4m3")
+    fp4 = ScaledArray(codes[:, :128].contiguous(), torch.full((192, 8), 120, dtype=torch.uint8), "e2m1")
+    y = backend.rms_norm(x, weight, eps=1e-6)
+    carried = backend.linear(y, fp8, out_dtype="bfloat16")
+    assert made == []
+    assert torch.equal(carried, backend.linear(y.clone(), fp8, out_dtype="bfloat16"))
+    assert made == [False]
+    both = [backend.linear(t, fp4, out_dtype="bfloat16") for t in (y, y.clone())]
+    assert made == [False, True, True]
+    assert torch.equal(*both)
+
+
 def test_rules_name_kernels_of_the_launch_table():
     named = {
+        "add_pieces",
         "rms_norm",
         "rope",
         "act_quant",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import types
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from dsv4_backend_cuda import graphs
 from dsv4_backend_cuda.backend import CudaBackend
 from dsv4_backend_torch.graphs import WARM_UPS, Recorded
 from dsv4_conformance.model import golden
@@ -111,6 +114,44 @@ def test_what_cannot_be_captured_runs_each_time():
     cuda.runs.clear()
     assert run(np.array([41], np.int32)).tolist() == [42]
     assert cuda.runs == ["waits for the copy", "copied"]
+
+
+FAULTS = {
+    "buffers anew at each call, while the graph reads the first ones": ("if not self.forms:", "if True:"),
+    "pinned memory is written while the last copy reads it": ("self.copied.synchronize()", "pass"),
+    "the copy's end is never marked": ("self.copied.record()", "pass"),
+    "the graph's inputs keep the first call's values": ("given.copy_(pinned, non_blocking=True)", "pass"),
+    "copied to the device before the host's values are there": (
+        "pinned.copy_(_tensor(host))\n            given.copy_(pinned, non_blocking=True)",
+        "given.copy_(pinned, non_blocking=True)\n            pinned.copy_(_tensor(host))",
+    ),
+    "captured at every call": ("self.graph is None and not self._capture()", "not self._capture()"),
+    "nothing is warm when the capture begins": ("WARM_UPS = 2", "WARM_UPS = 0"),
+    "another shape is copied into the first one's buffers": ("!= self.forms:", "is None:"),
+    "what the capture returned is not what is given": ("return self.result", "return self.inputs[0]"),
+    "a refused capture is tried again and again": ("if self.refused:", "if False:"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_planted_faults_of_the_buffers_are_noticed(what, monkeypatch):
+    """Each in a copy of graphs.py, judged by the tests above."""
+    found, planted = FAULTS[what]
+    source = Path(graphs.__file__).read_text()
+    assert source.count(found) == 1
+    copy = types.ModuleType("graphs_with_a_fault")
+    exec(compile(source.replace(found, planted), what, "exec"), vars(copy))  # noqa: S102 - our own file
+    monkeypatch.setitem(globals(), "Recorded", copy.Recorded)
+    noticed = []
+    for judge in (
+        test_a_function_is_captured_once_and_replayed_on_new_inputs, test_bfloat16_hosts, test_another_shape_is_refused,
+        test_what_cannot_be_captured_runs_each_time,
+    ):  # fmt: skip
+        try:
+            judge()
+        except BaseException:  # noqa: BLE001, PERF203 - pytest's own failures are no Exception
+            noticed.append(judge.__name__)
+    assert noticed
 
 
 def test_a_models_steps_replayed_are_its_steps(monkeypatch):

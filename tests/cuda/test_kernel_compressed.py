@@ -50,8 +50,13 @@ def test_index_scores(batch, seq, heads, dim, rows, packed):
     oracle.close(got, torch.einsum("bsh,bshn->bsn", weights.double() * 0.25, hits))
 
 
-@pytest.mark.parametrize(("rows", "topk"), [(5000, 512), (2048, 1024), (3000, 1), (7, 7)])
-def test_index_select(rows, topk):
+@pytest.mark.parametrize(
+    ("rows", "topk", "piece"), [(5000, 512, 0), (2048, 1024, 0), (3000, 1, 0), (7, 7, 0), (1000, 12, 64), (999, 32, 64)]
+)
+def test_index_select(rows, topk, piece, monkeypatch):
+    """One program a token, and pieces of a token's rows side by side, then the best of their best."""
+    if piece:
+        monkeypatch.setattr(index, "PIECE", piece)
     scores = oracle.normal(2, 3, rows, seed=10, dtype=torch.float32)
     scores[0, 1] = torch.round(scores[0, 1])  # many equals, both signs of zero among them
     scores[1, 0] = 0.5
@@ -72,6 +77,17 @@ def test_index_select_takes_nan_and_infinities():
     scores = oracle.guarded(torch.tensor([[[-torch.inf, 3.0, torch.nan, torch.inf, 2.0, -torch.inf]]]))
     visible, offset = (oracle.guarded(torch.tensor([[v]], dtype=torch.int32)) for v in (6, 0))
     assert index.index_select(scores, visible, offset, topk=5).tolist() == [[[0, 1, 2, 3, 4]]]
+
+
+def test_index_select_takes_nan_and_infinities_in_pieces(monkeypatch):
+    """The last piece is short, one holds nothing but the least, and one token sees less than a piece."""
+    monkeypatch.setattr(index, "PIECE", 8)
+    scores = torch.full((1, 3, 37), -torch.inf)
+    scores[0, :, 3], scores[0, :, 17], scores[0, :, 36], scores[0, :, 20] = torch.nan, torch.inf, 2.0, -1.0
+    visible = oracle.guarded(torch.tensor([[37, 19, 5]], dtype=torch.int32))
+    offset = oracle.guarded(torch.tensor([[100, 0, 7]], dtype=torch.int32))
+    picks = index.index_select(oracle.guarded(scores), visible, offset, topk=4)
+    assert picks.tolist() == [[[103, 117, 120, 136], [0, 1, 3, 17], [7, 8, 9, 10]]]
 
 
 def mixes_of(h, fn, eps):
@@ -106,7 +122,11 @@ def test_hc(tokens, hc, dim):
     torch.testing.assert_close(got_post.double(), post, rtol=2e-5, atol=1e-6)
     torch.testing.assert_close(got_comb.double(), comb, rtol=2e-5, atol=1e-6)
     weight = oracle.normal(dim, seed=16)
-    normed = mhc.hc_pre_norm(h, fn, scale, base, weight, norm_eps=1e-6, eps=1e-6, iters=20)[0]
+    normed, _, _, codes = mhc.hc_pre_norm(h, fn, scale, base, weight, norm_eps=1e-6, eps=1e-6, iters=20)
+    assert (codes is None) == bool(dim % 128)
+    if codes:
+        for got, want in zip(codes, oracle.quantise_fp8(normed, 128), strict=True):
+            assert torch.equal(got, want)
     wide = y.double()
     oracle.close(normed, wide / torch.sqrt((wide**2).mean(1, keepdim=True) + 1e-6) * weight.double())
     mixed = torch.einsum("tn,td->tnd", got_post.double(), wide) + torch.einsum(

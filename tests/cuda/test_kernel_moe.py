@@ -18,7 +18,7 @@ def test_route(experts, topk):
     logits[1] = -60.0  # softplus is 1e-26 here: log(1 + exp(x)) without care is zero
     logits[1, :2] = -50.0
     bias = oracle.normal(experts, seed=2, dtype=torch.float32, scale=0.1)
-    weights, indices = moe.route(logits, bias, topk=topk, route_scale=1.5)
+    weights, indices = moe.route(logits[None], bias, topk=topk, route_scale=1.5)
     ranked = scores(logits) + bias.double()
     order = torch.sort(ranked, dim=1, descending=True, stable=True).indices[:, :topk]
     assert torch.equal(indices.long(), order)
@@ -28,15 +28,23 @@ def test_route(experts, topk):
 
 def test_route_ties_go_to_the_lower_expert():
     logits = oracle.guarded(torch.zeros(2, 16))
-    _, indices = moe.route(logits, oracle.guarded(torch.zeros(16)), topk=4, route_scale=1.0)
+    _, indices = moe.route(logits[None], oracle.guarded(torch.zeros(16)), topk=4, route_scale=1.0)
     assert indices.tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_the_router_adds_up_its_products_pieces():
+    parts = oracle.normal(3, 7, 24, seed=21, dtype=torch.float32)
+    bias = oracle.normal(24, seed=22, dtype=torch.float32, scale=0.1)
+    whole = oracle.guarded((parts[0] + parts[1] + parts[2])[None])
+    for got, want in zip(*(moe.route(x, bias, topk=6, route_scale=1.5) for x in (parts, whole)), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_route_by_hash():
     logits = oracle.normal(5, 64, seed=3, dtype=torch.float32)
     table = oracle.uniform_int(0, 64, 100, 6, seed=4, dtype=torch.int64)
     ids = oracle.uniform_int(0, 100, 5, seed=5, dtype=torch.int32)
-    weights, indices = moe.route(logits, None, topk=6, route_scale=2.5, tid2eid=table, ids=ids)
+    weights, indices = moe.route(logits[None], None, topk=6, route_scale=2.5, tid2eid=table, ids=ids)
     assert torch.equal(indices.long(), table[ids.long()])
     chosen = scores(logits).gather(1, indices.long())
     torch.testing.assert_close(weights.double(), chosen / chosen.sum(1, keepdim=True) * 2.5, rtol=1e-5, atol=1e-9)
@@ -67,9 +75,10 @@ def test_dispatch_and_combine(tokens, experts, topk, first, local):
     copies = torch.zeros(tokens * topk, 200, dtype=torch.float64)
     copies[order[: offsets[-1]].long()] = rows[: offsets[-1]].double()
     exact = copies.view(tokens, topk, 200).sum(1)
-    oracle.close(moe.combine(rows, order, offsets, None, topk=topk, out_dtype=torch.float32), exact)
+    oracle.close(moe.combine(rows, moe.invert(order), offsets, None, topk=topk, out_dtype=torch.float32), exact)
     oracle.close(
-        moe.combine(rows, order, offsets, shared, topk=topk, out_dtype=torch.bfloat16), exact + shared.double()
+        moe.combine(rows, moe.invert(order), offsets, shared, topk=topk, out_dtype=torch.bfloat16),
+        exact + shared.double(),
     )
 
 
@@ -83,16 +92,29 @@ def test_swiglu(rows, dim, weighted):
     exact = g / (1 + torch.exp(-g)) * u * (weights.double()[:, None] if weighted else 1)
     got = moe.swiglu(gate, up, weights, limit=10.0)
     oracle.close(got, exact)
-    for part, expected in zip(
-        moe.swiglu_quant(gate, up, weights, limit=10.0), oracle.quantise_fp8(got, 128), strict=True
-    ):
-        assert torch.equal(part, expected)
+    codes, scales = oracle.quantise_fp8(got, 128)
+    both = oracle.guarded(torch.cat([gate, up], 1)[None])
+    for paired in (False, True):
+        made = moe.swiglu_quant(both, weights, limit=10.0, paired=paired)
+        assert torch.equal(made[0], codes.unflatten(1, (-1, 16, 2)).transpose(2, 3).flatten(1) if paired else codes)
+        assert torch.equal(made[1], scales)
+    # pieces whose sum is what is above, and weights in another order
+    pieces = both.float() * torch.tensor([0.25, 0.5, 0.25])[:, None, None]
+    order = oracle.guarded(torch.arange(rows, dtype=torch.int32).flip(0))
+    turned = None if weights is None else oracle.guarded(weights.flip(0))
+    made = moe.swiglu_quant(oracle.guarded(pieces), turned, order, limit=10.0)
+    assert torch.equal(made[0], codes)
+    assert torch.equal(made[1], scales)
 
 
-@pytest.mark.parametrize(("tokens", "out", "k"), [(1, 8, 100), (5, 200, 256), (40, 130, 384)])
+@pytest.mark.parametrize(("tokens", "out", "k"), [(1, 8, 100), (5, 200, 256), (40, 130, 384), (3, 70, 2100)])
 def test_linear_with_bf16_weights(tokens, out, k):
     x, weight = oracle.normal(tokens, k, seed=12), oracle.normal(out, k, seed=13)
-    oracle.close(dense_matmul.linear(x, weight, out_dtype=torch.float32), x.double() @ weight.double().T)
+    exact = x.double() @ weight.double().T
+    oracle.close(dense_matmul.linear(x, weight, out_dtype=torch.float32), exact)
+    parts = dense_matmul.products(x, weight, out_dtype=torch.float32, split=True)
+    assert len(parts) == (4 if k >= 1024 else 1)
+    oracle.close(dense_matmul.linear(x, weight, out_dtype=torch.bfloat16, split=True), exact)
 
 
 @pytest.mark.parametrize("native", [False, True])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import io
 import os
 import re
@@ -16,11 +18,15 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 import mutate
+from direct import DIRECT
 from surfaces import LINES, Surface, run
 
 PATIENCE = 60.0  # seconds for one input on a busy machine
@@ -43,7 +49,7 @@ class Tally:
     """A surface's counts, and its bad inputs."""
 
     counts: dict[str, int] = field(default_factory=dict)
-    bad: list[tuple[str, bytes, tuple[str, ...], Outcome]] = field(default_factory=list)
+    bad: list[tuple[bytes, tuple[str, ...], Outcome]] = field(default_factory=list)
 
     def add(self, verdict: str) -> None:
         self.counts[verdict] = self.counts.get(verdict, 0) + 1
@@ -69,12 +75,27 @@ def call(words: tuple[str, ...] | list[str]) -> tuple[int, str, str, str]:
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                status = run(*words)
-            except BaseException as error:  # noqa: BLE001  anything that main lets through is what we look for
-                status, place = 70, f"{type(error).__name__} through main"
+                status = _direct(words) if words[0].startswith("@") else run(*words)
+            except BaseException as error:  # noqa: BLE001  anything that gets through is what we look for
+                frames = traceback.extract_tb(error.__traceback__)[-1:-4:-1]
+                where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames)
+                status, place = 70, f"{type(error).__name__} ({error}) got through: {where}"
     finally:
         cli.told = kept
     return status, out.getvalue(), err.getvalue(), place
+
+
+def _direct(words: tuple[str, ...] | list[str]) -> int:
+    """Run a function of ``DIRECT``; refusals are what ``main`` takes for one."""
+    from dsv4_core.contract.spec import BackendError
+    from dsv4_core.files.words import printable
+
+    try:
+        DIRECT[words[0]](*words[1:])
+    except (BackendError, ValueError, OSError, MemoryError) as error:
+        print(f"dsv4: {printable(str(error) or repr(error))}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def judged(
@@ -164,60 +185,92 @@ def outcome_of(worker: Worker, surface: str, names: tuple[str, ...], words: Any,
     return judged(surface, names, *got, sound)
 
 
-def fuzz(folder: Path, surface: Surface, inputs: int, seed: int, until: float = float("inf")) -> Tally:
-    """Damage a surface's file so many times."""
-    tally, path = Tally(), folder / surface.file
-    good = path.read_bytes()
-    kept = {name: folder / f"{name}.kept" for name in surface.fresh if (folder / name).exists()}
-    for name, copy in kept.items():
-        shutil.copytree(folder / name, copy)
-    worker = Worker(folder, surface)
-    names = (Path(surface.file).name, *surface.named)
-    sound: dict[tuple[str, ...], str] = {}
+class Fuzzed:
+    """A surface in its sound state, kept so that it can be damaged and mended again. A context: it is mended at the end."""
 
-    def fresh() -> None:
-        for name in surface.fresh:
-            shutil.rmtree(folder / name, ignore_errors=True)
-            if name in kept:
-                shutil.copytree(kept[name], folder / name)
+    def __init__(self, folder: Path, surface: Surface) -> None:
+        self.folder, self.surface, self.path = folder, surface, folder / surface.file
+        self.worker = Worker(folder, surface)
+        self.names = (Path(surface.file).name, *surface.named)
+        self.sound: dict[tuple[str, ...], str] = {}
 
-    try:
-        if surface.same:
-            for words in surface.commands:
-                first = worker.run(words)
+    def __enter__(self) -> Self:
+        self.good = self.path.read_bytes()
+        self.kept = {n: self.folder / f"{n}.kept" for n in self.surface.fresh if (self.folder / n).exists()}
+        for name, copy in self.kept.items():
+            shutil.copytree(self.folder / name, copy)
+        if self.surface.same or self.surface.result:
+            for words in self.surface.commands:
+                first = self.worker.run(words)
                 assert not isinstance(first, str), first
                 assert first[0] == 0, first
-                sound[words] = first[1]
-                fresh()
-        for i in range(inputs):
+                self.sound[words] = self._result(first[1])
+                self._fresh()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.worker.stop()
+        self._write(self.good)
+        for copy in self.kept.values():
+            shutil.rmtree(copy, ignore_errors=True)
+
+    def meet(self, data: bytes, words: tuple[str, ...]) -> Outcome:
+        """What a command makes of the damaged file."""
+        self._write(data)
+        got = self.worker.run(words)
+        if isinstance(got, str):
+            outcome = Outcome("hang" if got == "hang" else "signal", -1, got)
+        else:
+            status, out, err, place = got
+            sound = self.sound.get(words)
+            result = self._result(out) if status == 0 and sound is not None else None
+            outcome = judged(self.surface.name, self.names, status, out, err, place, None)
+            if outcome.verdict == "accepted" and result != sound:
+                outcome = Outcome("wrong success", 0, outcome.said)
+        self._fresh()
+        return outcome
+
+    def _write(self, data: bytes) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.unlink(missing_ok=True)  # a link's other end stays as it is
+        self.path.write_bytes(data)
+
+    def _fresh(self) -> None:
+        for name in self.surface.fresh:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            if name in self.kept:
+                shutil.copytree(self.kept[name], self.folder / name)
+
+    def _result(self, out: str) -> str:
+        if not self.surface.result:
+            return out
+        files = sorted((self.folder / self.surface.result).rglob("*"))
+        held = [(f.name, hashlib.sha256(f.read_bytes()).hexdigest()) for f in files if f.name != "convert.json"]
+        return repr(held)
+
+
+def fuzz(folder: Path, surface: Surface, inputs: int, seed: int, until: float = float("inf"), first: int = 0) -> Tally:
+    """Damage a surface's file so many times, by the seed's inputs from ``first`` on."""
+    tally = Tally()
+    with Fuzzed(folder, surface) as fuzzed:
+        for i in range(first, first + inputs):
             if time.monotonic() > until:
                 break
-            rng = Random(f"{seed} {surface.name} {i}")
-            data = surface.damage(rng, good)
+            data = surface.damage(Random(f"{seed} {surface.name} {i}"), fuzzed.good)
             words = surface.commands[i % len(surface.commands)]
-            if data == good:
+            if data == fuzzed.good:
                 continue
-            path.unlink(missing_ok=True)  # a hard link's other end stays as it is
-            path.write_bytes(data)
-            outcome = outcome_of(worker, surface.name, names, words, sound.get(words))
+            outcome = fuzzed.meet(data, words)
             tally.add(outcome.verdict)
             if outcome.verdict in BAD:
-                tally.bad.append((surface.name, data, words, outcome))
-            fresh()
-    finally:
-        worker.stop()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        path.write_bytes(good)
-        for copy in kept.values():
-            shutil.rmtree(copy, ignore_errors=True)
+                tally.bad.append((data, words, outcome))
     return tally
 
 
-def fuzz_lines(folder: Path, inputs: int, seed: int, until: float = float("inf")) -> Tally:
+def fuzz_lines(folder: Path, inputs: int, seed: int, until: float = float("inf"), first: int = 0) -> Tally:
     """Damage command lines."""
     tally, worker = Tally(), Worker(folder, None)
-    for i in range(inputs):
+    for i in range(first, first + inputs):
         if time.monotonic() > until:
             break
         rng = Random(f"{seed} arguments {i}")
@@ -228,11 +281,14 @@ def fuzz_lines(folder: Path, inputs: int, seed: int, until: float = float("inf")
         outcome = outcome_of(worker, "arguments", (), words, None)
         tally.add(outcome.verdict)
         if outcome.verdict in BAD:
-            tally.bad.append(("arguments", repr(words).encode(), tuple(words), outcome))
-        for made in ("made", "converted", "converted.partial"):
+            tally.bad.append((b"", tuple(words), outcome))
+        for made in ("made", "converted", "converted.partial", "found"):
             shutil.rmtree(folder / made, ignore_errors=True)
     worker.stop()
     return tally
+
+
+HOME = b"@FOLDER@"  # stands for the folder that the states are in, which is another each time
 
 
 def patch(good: bytes, bad: bytes) -> tuple[int, int, bytes]:
@@ -241,3 +297,29 @@ def patch(good: bytes, bad: bytes) -> tuple[int, int, bytes]:
     most = min(len(good), len(bad)) - front
     back = next((i for i in range(most) if good[-1 - i] != bad[-1 - i]), most)
     return front, len(good) - front - back, bad[front : len(bad) - back]
+
+
+def entry_of(folder: Path, good: bytes, data: bytes, words: tuple[str, ...]) -> dict[str, Any]:
+    """An input as the corpus keeps it; ``patched`` makes it again."""
+    home = os.fsencode(folder)
+    at, length, new = patch(good.replace(home, HOME), data.replace(home, HOME))
+    return {"words": list(words), "at": at, "length": length, "new": base64.b64encode(new).decode()}
+
+
+def patched(folder: Path, good: bytes, entry: dict[str, Any]) -> bytes:
+    """The input that an entry of the corpus keeps."""
+    home = os.fsencode(folder)
+    good, at = good.replace(home, HOME), entry["at"]
+    return (good[:at] + base64.b64decode(entry["new"]) + good[at + entry["length"] :]).replace(HOME, home)
+
+
+def again(folder: Path, surface: Surface | None, entries: list[dict[str, Any]]) -> list[Outcome]:
+    """Try entries of the corpus once more."""
+    if surface is None:
+        worker = Worker(folder, None)
+        try:
+            return [outcome_of(worker, "arguments", (), entry["words"], None) for entry in entries]
+        finally:
+            worker.stop()
+    with Fuzzed(folder, surface) as fuzzed:
+        return [fuzzed.meet(patched(folder, fuzzed.good, entry), tuple(entry["words"])) for entry in entries]

@@ -130,6 +130,57 @@ def json_file(rng: Random, data: bytes) -> bytes:
     return written(tree(rng, json.loads(data)))
 
 
+def json_lines(rng: Random, data: bytes) -> bytes:
+    """A file of a JSON value a line: one line's tree, mostly."""
+    lines = data.splitlines()
+    spot = rng.randrange(len(lines))
+    if rng.random() < 0.2:
+        return raw(rng, data)
+    lines[spot] = json_file(rng, lines[spot])
+    return b"\n".join(lines[rng.choice((0, 0, 0, spot)) :]) + rng.choice((b"\n", b""))
+
+
+def python(rng: Random, data: bytes) -> bytes:
+    """Python text that is parsed and never run: its words, its bytes, and nests of brackets and signs."""
+    how = rng.random()
+    if how < 0.4:
+        return raw(rng, data)
+    deep = rng.choice((10, 90, 150, 3000, 60_000))
+    new = rng.choice((
+        "(" * deep + ")" * deep, "-" * deep + "1", "not " * deep + "x", "[" * deep, "x" + ".a" * deep, "f'{" * 5 + "}'" * 5, "None", "1", "{}", "b'x'",
+        "{schema!z}", "'{'", "'{0}{1}'", "'{a.b[c]}'", "'{schema:>99999999}'", "lambda: 0", "{1: 2}", "{'low': 3}", "'\\ud800'", "'\x1b[31m'", "x if " * deep + "y",
+    ))  # fmt: skip
+    if how < 0.5:
+        return (data.decode() + "\nextra = " + new).encode("utf-8", "surrogatepass")
+    lines = data.decode().splitlines()
+    spot = rng.randrange(len(lines))
+    lines[spot] = rng.choice(
+        (lines[spot].partition("=")[0] + "= " + new, new, "", lines[spot] + new, " " + lines[spot])
+    )
+    return "\n".join(lines).encode("utf-8", "surrogatepass")
+
+
+def store(rng: Random, data: bytes) -> bytes:
+    """What ranks wrote to their store, key -> text: what a stranger would write there, and what was damaged in one."""
+    said = json.loads(data)
+    for _ in range(rng.choice((1, 1, 2))):
+        key = rng.choice(list(said))
+        how = rng.randrange(5)
+        if how == 0:
+            said[key] = written(rng.choice(ODD)).decode("latin-1")
+        elif how == 1:
+            said[key] = raw(rng, said[key].encode("latin-1")).decode("latin-1")
+        elif how == 2:
+            said[key] = rng.choice(TEXTS).decode("latin-1")
+        elif how == 3:
+            said[key] = rng.choice(
+                ("failed: x\x1b[2J", "ended: \n\x07", "done", "-1", "9" * 5000, "\xff\xfe", "failed: ", "0", "²")
+            )
+        else:
+            said[key] = json_file(rng, said[key].encode("latin-1")).decode("latin-1") if said[key][:1] in "{[" else ""
+    return json.dumps(said).encode()
+
+
 def safetensors(rng: Random, data: bytes) -> bytes:
     """A safetensors file: its header's tree, its length, or its bytes near the front and the end."""
     length = int.from_bytes(data[:8], "little")

@@ -1,9 +1,11 @@
 """Ranks that are killed, stopped, started differently or not at all: the others end within 30 s and say who and why."""
 
+import itertools
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,13 +28,13 @@ LIMIT = 30  # seconds, from the moment that something goes wrong
 STARTING = 90  # to import torch in several processes on a busy machine
 
 
-def start(ranks, *more, arguments=ENDLESS, port=None, by_rank=None):
+def start(ranks, *more, arguments=ENDLESS, port=None, by_rank=None, environ=None):
     """Start plain processes, each as one rank, as anyone could without torchrun."""
     port = port or free_port()
     return [
         subprocess.Popen(
             [sys.executable, "-m", "dsv4_core", *arguments, *more, *(by_rank or {}).get(r, ())],
-            env=environment(r, ranks, port),
+            env=environment(r, ranks, port) | (environ or {}).get(r, {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -87,6 +89,76 @@ def test_a_rank_that_stops_answering_ends_the_other(clean, victim):
     wait_for_text(clean[0])
     clean[victim].send_signal(signal.SIGSTOP)
     ends([clean[1 - victim]], rf"rank {victim}\b.*was lost")
+
+
+FOUR = ("--tp", "2", "--ep", "2")
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("victim", [3, 0])
+def test_of_four_ranks_one_that_stops_ends_the_others(clean, victim):
+    clean += start(4, *FOUR)
+    wait_for_text(clean[0])
+    clean[victim].send_signal(signal.SIGSTOP)
+    ends([p for r, p in enumerate(clean) if r != victim], rf"rank {victim}\b.*(was lost|ranks' store)")
+
+
+@pytest.mark.proof
+def test_of_four_ranks_one_with_another_secret_is_named(clean):
+    clean += start(4, *FOUR, environ={3: {"DSV4_STORE_KEY": "quite another secret"}})
+    ends(
+        clean,
+        "rank [0-3] .*is not signed with this rank's secret.*DSV4_STORE_KEY|rank [0-3] .*failed: .*secret",
+        STARTING,
+    )
+
+
+@pytest.mark.proof
+def test_of_four_ranks_one_with_another_checkpoint_is_named(clean, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(golden.checkpoint_path("tiny-jargon"), other)
+    shard = next(other.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    clean += start(4, *FOUR, by_rank={3: [str(other)]})
+    ends(clean, r"rank 3 \(.*has another checkpoint than rank 0", STARTING)
+
+
+@pytest.mark.proof
+def test_strangers_at_the_port_do_no_harm(clean):
+    """Garbage, a huge length, and silence, before the ranks meet and while they run: the run goes on, and ends as it would."""
+    port = free_port()
+    clean += start(4, *FOUR, port=port)
+    talking = threading.Event()
+    silent: list[socket.socket] = []
+
+    def disturb():
+        for words in itertools.cycle(
+            (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 64, b"\x00" * 8 + b"\x7f" + b"\xff" * 7, os.urandom(4096), b"")
+        ):
+            try:
+                other = socket.create_connection(("127.0.0.1", port), timeout=1)
+                other.sendall(words)
+                silent.append(other)
+            except OSError:  # nobody listens yet, or no more
+                pass
+            if talking.wait(0.2) or len(silent) > 200:
+                return
+
+    stranger = threading.Thread(target=disturb)
+    stranger.start()
+    try:
+        wait_for_text(clean[0])
+        time.sleep(3)
+        assert [process.poll() for process in clean] == [None] * 4
+    finally:
+        talking.set()
+        stranger.join()
+        for other in silent:
+            other.close()
+    clean[2].kill()
+    ends([p for r, p in enumerate(clean) if r != 2], r"rank 2\b.*was lost")
 
 
 @pytest.mark.proof

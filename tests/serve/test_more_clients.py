@@ -1,5 +1,6 @@
 """Clients that bring many packages, against the server on the embedded model, without a network. `make proof` installs them."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -59,13 +60,11 @@ def test_litellm(server, text):
         litellm.completion(**{**how, "model": "openai/gpt"})
     with pytest.raises(litellm.BadRequestError, match="maximum context length"):
         litellm.completion(**{**how, "max_tokens": 5000})
-    spoken = litellm.anthropic.messages.create(
-        model=f"anthropic/{MODEL}", api_base=server.url, api_key="any", max_tokens=6, messages=ASK, temperature=0
+    spoken = asyncio.run(
+        litellm.anthropic.messages.acreate(
+            model=f"anthropic/{MODEL}", api_base=server.url, api_key="any", max_tokens=6, messages=ASK, temperature=0
+        )
     )
-    if not isinstance(spoken, dict):  # a coroutine in versions that have no other
-        import asyncio
-
-        spoken = asyncio.run(spoken)
     assert spoken["content"][0]["text"] == text
 
 

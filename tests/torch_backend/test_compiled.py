@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,7 +53,9 @@ def weight(kind, out, cols, seed=0):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("tokens", "out", "cols"), [(1, 5, 32), (3, 129, 384), (8, 2, 4128), (1, 300, 1024)])
+@pytest.mark.parametrize(
+    ("tokens", "out", "cols"), [(1, 5, 32), (3, 129, 384), (compiled.FEW, 2, 4128), (1, 300, 1024)]
+)
 def test_products(kernels, kind, x_dtype, tokens, out, cols):
     x, pairs = random(tokens, cols, dtype=x_dtype), [weight(kind, out, cols, seed) for seed in (1, 2)]
     got = kernels.products([(x, [w for w, _ in pairs])], torch.float32)
@@ -109,15 +112,23 @@ def test_a_nan_among_fp8_codes_makes_its_row_nan(kernels, code, x_dtype):
     assert got.isnan().tolist() == [[False, True, False]] * 3
 
 
+def test_c_and_python_agree_on_how_many_tokens_are_few():
+    """C has room for so many vectors on its stack."""
+    header = Path(compiled.__file__).parent / "c/weights.h"
+    assert f"enum {{ FEW = {compiled.FEW} }};" in header.read_text()
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_bits_depend_on_neither_threads_nor_tokens(kernels, kind):
-    x, (w, _) = random(8, 512, dtype=torch.bfloat16), weight(kind, 700, 512)
+    x, (w, _) = random(compiled.FEW, 512, dtype=torch.bfloat16), weight(kind, 700, 512)
     found, threads = [], torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             found.append(kernels.products([(x, [w])], torch.float32))
-            found.append(torch.cat([kernels.products([(x[t : t + 1], [w])], torch.float32) for t in range(8)]))
+            found.append(
+                torch.cat([kernels.products([(x[t : t + 1], [w])], torch.float32) for t in range(compiled.FEW)])
+            )
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, found[0]) for one in found)

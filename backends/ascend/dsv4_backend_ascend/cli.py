@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dsv4_core.files.writing import write
+
 if TYPE_CHECKING:
     from dsv4_backend_ascend.backend import AscendBackend
     from dsv4_backend_ascend.selftest import Outcome
@@ -66,7 +68,7 @@ def selftest(
         f"{asked} cases of the cann tier {proven}, {differ} differ; {len(outcomes) - asked} cases composed here, held against the expectations alone"
     )
     if report:
-        report.write_text(json.dumps(_report(backend, outcomes), indent=1) + "\n", encoding="utf-8")
+        write(report, json.dumps(_report(backend, outcomes), indent=1) + "\n")
     raise click.exceptions.Exit(1 if differ else 0)
 
 

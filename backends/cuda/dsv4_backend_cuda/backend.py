@@ -11,9 +11,9 @@ import torch
 from dsv4_backend_torch.backend import TorchBackend
 from dsv4_backend_torch.graphs import Recorded
 
-from dsv4_backend_cuda import device, launch
+from dsv4_backend_cuda import device, launch, providers
 from dsv4_backend_cuda.rules import RULES, WITHOUT_KERNEL, Answer
-from dsv4_core.contract.backend import Option
+from dsv4_core.contract.backend import BackendError, DeviceCheck, Option
 from dsv4_core.contract.ops import OPS, EveryOp
 from dsv4_core.contract.spec import Support
 
@@ -36,11 +36,13 @@ def _bound(op: str) -> Callable[..., Any]:
         answer = self.answer(op, *arrays, **scalars)
         if isinstance(answer, str):
             return inherited(self, *arrays, **scalars)
-        self.ran.update(dict.fromkeys(answer))
+        provider = self.provider(op, *arrays, **scalars)
+        kernel = provider.run if provider else self.kernels[op]
+        self.ran.update(dict.fromkeys((provider.name,) if provider else answer))
         if self.index is not None and torch.cuda.current_device() != self.index:
             with torch.cuda.device(self.index):  # Triton launches on torch's current device, wherever the arrays are
-                return self.kernels[op](self, *arrays, **scalars)
-        return self.kernels[op](self, *arrays, **scalars)
+                return kernel(self, *arrays, **scalars)
+        return kernel(self, *arrays, **scalars)
 
     return run
 
@@ -49,7 +51,8 @@ class CudaBackend(TorchBackend):
     """NVIDIA GPUs of compute capability 8.0 to 12.x.
 
     ``interpret``: run the kernels in Triton's repaired interpreter, on the CPU. ``batch_invariant``: a token's bits do not depend on what else is in the
-    batch nor on how a prompt is cut; False lets attention of many tokens take whole lists of rows at a time.
+    batch nor on how a prompt is cut; False lets attention of many tokens take whole lists of rows at a time, and products of few tokens sum in pieces.
+    ``prefer``: other libraries' kernels for the ops that they have (``providers``).
     """
 
     name = "cuda"
@@ -58,12 +61,18 @@ class CudaBackend(TorchBackend):
         *(o for o in TorchBackend.options if o.name not in {"device", "threads", "few_tokens_by"}),
         Option("device", "CUDA device", "cuda"),
         Option("interpret", "run the kernels in Triton's repaired interpreter, on the CPU", default=False),
+        Option("arithmetic", "of the interpreter: exact, or hopper: as coarse as sm_90's units", "exact"),
         Option(
             "batch_invariant",
-            "cut attention lists the same way whatever the batch; slower prefill, and not proven yet",
+            "cut sums and attention lists the same way whatever the batch; slower, and not proven yet",
             default=False,
         ),
-        Option("threads", "threads of torch on a CPU"),
+        Option(
+            "prefer",
+            f"libraries whose kernels run the ops that they have, comma-separated: {', '.join(providers.LIBRARIES)}",
+            "",
+        ),
+        Option("threads", "threads of torch on a CPU", kind=int),
     )
     narrower: ClassVar[dict[str, tuple[str, ...]]] = {
         "sparse_attn": ("probabilities in bfloat16",),
@@ -73,14 +82,24 @@ class CudaBackend(TorchBackend):
     }
     few_tokens = 16  # up to here a step's tokens alone do not fill a GPU, and lists are cut in any case
     interpret: bool
+    prefer: str
     arch: int
 
     def __init__(self, **options: Any) -> None:
         """Raise ``BackendError`` without Triton, without a GPU that it compiles for, or where the interpreter cannot be repaired; each says what to do."""
         chosen = {o.name: o.default for o in self.options} | options
         device.require_triton()
+        if providers.named(str(chosen["prefer"])) and (chosen["interpret"] or launch.pretended is not None):
+            raise BackendError(
+                f"backend 'cuda': prefer={chosen['prefer']}: libraries run on a GPU, and here kernels are interpreted; leave it out"
+            )
+        if chosen["prefer"] and chosen["batch_invariant"]:
+            raise BackendError(
+                f"backend 'cuda': prefer={chosen['prefer']}: libraries promise no order of sums; leave out it or batch_invariant"
+            )
+        device.require_arithmetic(chosen["arithmetic"], interpreted=bool(chosen["interpret"]))
         if chosen["interpret"]:
-            device.require_interpreter()
+            device.require_interpreter(chosen["arithmetic"])
             self.arch, where = launch.architecture("cpu"), "cpu"
         elif launch.pretended is not None:
             self.arch, where = launch.pretended, "meta"
@@ -98,6 +117,7 @@ class CudaBackend(TorchBackend):
         )  # the one import of Triton, now that the interpreter is chosen or not
         self.kernels: dict[str, Callable[..., Any]] = bindings.IMPLEMENTATIONS
         specs = [spec for module in bindings.MODULES for spec in module.SPECS]
+        self.providers = providers.load(self.prefer, self.arch) if self.numerics == "native" else {}
         self.absent: dict[str, str] = {
             spec.name: spec.unsupported[self.arch] for spec in specs if self.arch in spec.unsupported
         }
@@ -115,6 +135,18 @@ class CudaBackend(TorchBackend):
         missing = next((name for name in answer if name in self.absent), None) if isinstance(answer, tuple) else None
         return answer if missing is None else f"{missing} does not exist on sm_{self.arch}: {self.absent[missing]}"
 
+    def provider(self, op: str, *arrays: Any, **scalars: Any) -> providers.Provider | None:
+        """The library that runs a call which our kernels could run, if one is preferred and can."""
+        found = self.providers.get(op)
+        return found if found and not found.call.fits(*arrays, **scalars) else None
+
+    def device_checks(self) -> Sequence[DeviceCheck]:
+        """Each library's call against the kernel that it stands for."""
+        return [
+            DeviceCheck(op, f"as_{found.call.library}", "smoke", functools.partial(providers.difference, self, op))
+            for op, found in self.providers.items()
+        ]
+
     def supports(self, op: str, **operands: Any) -> Support:
         """Name the kernels, or that torch runs the op and why."""
         base = super().supports(op, **operands)
@@ -125,12 +157,12 @@ class CudaBackend(TorchBackend):
         spec = OPS[op]
         if operands.keys() < {*spec.arrays, *spec.scalars}:
             return Support(by="triton, where dtypes and shapes allow it")
-        answer = self.answer(
-            op, *(operands[name] for name in spec.arrays), **{name: operands[name] for name in spec.scalars}
-        )
-        return Support(
-            by=f"torch: {answer}" if isinstance(answer, str) else f"triton: {', '.join(dict.fromkeys(answer))}"
-        )
+        arrays, scalars = [operands[name] for name in spec.arrays], {name: operands[name] for name in spec.scalars}
+        answer = self.answer(op, *arrays, **scalars)
+        if isinstance(answer, str):
+            return Support(by=f"torch: {answer}")
+        provider = self.provider(op, *arrays, **scalars)
+        return Support(by=provider.name if provider else f"triton: {', '.join(dict.fromkeys(answer))}")
 
     def record(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """On a GPU a CUDA graph (``graphs.Recorded``); elsewhere as PyTorch does it."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dsv4_backend_cuda import launch
 from dsv4_backend_cuda.kernels import (
+    add_pieces,
     cache,
     compress,
     dense_matmul,
@@ -30,7 +31,21 @@ from dsv4_core.contract.dtypes import FP8_BLOCK, Experts, RowLayout, ScaledArray
 from dsv4_core.contract.ops.attention import SCORES_AT_ONCE
 
 PARTIALS = 1 << 24  # elements of attention's pieces that exist at a time: 64 MB
-MODULES = (cache, norm, rope, quant, scaled_matmul, dense_matmul, moe, compress, index, unpack, sparse_attn, mhc)
+MODULES = (
+    add_pieces,
+    cache,
+    norm,
+    rope,
+    quant,
+    scaled_matmul,
+    dense_matmul,
+    moe,
+    compress,
+    index,
+    unpack,
+    sparse_attn,
+    mhc,
+)
 """Every kernel module; their ``SPECS`` say what is compiled."""
 
 
@@ -42,6 +57,8 @@ class Settings(Protocol):
 
 
 Quantised = tuple[Tensor, Tensor]
+CODES = "fp8_codes"
+"""Attribute of a norm's result. Arrays of the graph are never written again, so that codes stay those of their array."""
 Mixed = tuple[Tensor, Tensor, Tensor]
 
 
@@ -49,23 +66,41 @@ def _fp4(weight: ScaledArray) -> bool:
     return weight.format == "e2m1"
 
 
-def _quantise(x: Tensor) -> Quantised:
-    return quant.act_quant(x.contiguous(), block=FP8_BLOCK)
+def _quantise(x: Tensor, *, fp4: bool) -> Quantised:
+    """Codes of an activation in the order that its weight's format asks for, and scale bytes: the norm's that made it, or new ones."""
+    paired = scaled_matmul.paired(x, fp4=fp4)
+    known: Quantised | None = getattr(x, CODES, None)
+    if known and not paired:
+        return known
+    return quant.act_quant(x.contiguous(), block=FP8_BLOCK, paired=paired)
 
 
-def _product(x: Quantised, weight: ScaledArray, out_dtype: torch.dtype) -> Tensor:
+def _carrying(y: Tensor, codes: Quantised | None) -> Tensor:
+    """The result of a norm with its FP8 codes attached, which its own launch made: products by FP8 weights that read it need none."""
+    if codes:
+        setattr(y, CODES, codes)
+    return y
+
+
+def _parts(weight: ScaledArray) -> scaled_matmul.Weight:
+    return weight.data.contiguous(), weight.scale.contiguous()
+
+
+def _product(be: Settings, x: Quantised, weight: ScaledArray, out_dtype: torch.dtype) -> Tensor:
     return scaled_matmul.linear(
-        *x, weight.data.contiguous(), weight.scale.contiguous(), out_dtype=out_dtype, fp4=_fp4(weight)
+        *x, *_parts(weight), out_dtype=out_dtype, fp4=_fp4(weight), split=not be.batch_invariant
     )
 
 
-def _expert_product(x: Quantised, weight: Any, offsets: Tensor) -> Tensor:
-    stack: ScaledArray = weight.stack  # every Experts that this backend loads is one stack
-    return scaled_matmul.expert_linear(*x, stack.data, stack.scale, offsets, fp4=_fp4(stack))
+def _stack(weight: Any) -> ScaledArray:
+    return weight.stack  # type: ignore[no-any-return] # every Experts that this backend loads is one stack
 
 
 def rms_norm(be: Settings, x: Tensor, weight: Tensor | None, *, eps: float) -> Tensor:
     del be
+    if weight is not None and x.shape[1] % FP8_BLOCK == 0:
+        y, *codes = norm.rms_norm_quant(x.contiguous(), weight.contiguous(), eps=eps)
+        return _carrying(y, (codes[0], codes[1]))
     return norm.rms_norm(x.contiguous(), None if weight is None else weight.contiguous(), eps=eps)
 
 
@@ -90,11 +125,10 @@ def hadamard(be: Settings, x: Tensor) -> Tensor:
 
 
 def linear(be: Settings, x: Tensor, weight: Any, *, out_dtype: str) -> Tensor:
-    del be
     dtype = getattr(torch, out_dtype)
     if isinstance(weight, ScaledArray):
-        return _product(_quantise(x), weight, dtype)
-    return dense_matmul.linear(x.contiguous(), weight.contiguous(), out_dtype=dtype)
+        return _product(be, _quantise(x, fp4=_fp4(weight)), weight, dtype)
+    return dense_matmul.linear(x.contiguous(), weight.contiguous(), out_dtype=dtype, split=not be.batch_invariant)
 
 
 def grouped_linear(be: Settings, x: Tensor, weight: Any) -> Tensor:
@@ -106,19 +140,28 @@ def grouped_linear(be: Settings, x: Tensor, weight: Any) -> Tensor:
 
 def expert_linear(be: Settings, x: Tensor, weight: Experts, offsets: Tensor) -> Tensor:
     del be
-    return _expert_product(_quantise(x), weight, offsets.contiguous())
+    stack = _stack(weight)
+    return scaled_matmul.expert_products(
+        *_quantise(x, fp4=_fp4(stack)), [(stack.data, stack.scale)], offsets.contiguous(), fp4=_fp4(stack)
+    )
+
+
+def _logits(be: Settings, x: Tensor, weight: Any) -> Tensor:
+    """The router's logits in pieces, which its kernel adds up."""
+    if isinstance(weight, ScaledArray):
+        return linear(be, x, weight, out_dtype="float32")[None]
+    split = not be.batch_invariant
+    return dense_matmul.products(x.contiguous(), weight.contiguous(), out_dtype=torch.float32, split=split, reader=True)
 
 
 def gate(be: Settings, x: Tensor, weight: Any, bias: Tensor, *, topk: int, route_scale: float) -> Quantised:
-    scores = linear(be, x, weight, out_dtype="float32")
-    return moe.route(scores, bias.contiguous(), topk=topk, route_scale=route_scale)
+    return moe.route(_logits(be, x, weight), bias.contiguous(), topk=topk, route_scale=route_scale)
 
 
 def gate_hash(be: Settings, x: Tensor, weight: Any, tid2eid: Tensor, ids: Tensor, *, route_scale: float) -> Quantised:
-    scores = linear(be, x, weight, out_dtype="float32")
-    return moe.route(
-        scores, None, topk=tid2eid.shape[1], route_scale=route_scale, tid2eid=tid2eid.contiguous(), ids=ids.contiguous()
-    )
+    table, ids = tid2eid.contiguous(), ids.contiguous()
+    logits = _logits(be, x, weight)
+    return moe.route(logits, None, topk=table.shape[1], route_scale=route_scale, tid2eid=table, ids=ids)
 
 
 def dispatch(
@@ -144,7 +187,7 @@ def combine(
     shared = None if shared is None else shared.contiguous()
     return moe.combine(
         rows.contiguous(),
-        order.contiguous(),
+        moe.invert(order.contiguous()),
         offsets.contiguous(),
         shared,
         topk=topk,
@@ -153,27 +196,34 @@ def combine(
 
 
 def ffn(be: Settings, x: Tensor, w1: ScaledArray, w3: ScaledArray, w2: ScaledArray, *, limit: float) -> Tensor:
-    del be
-    codes = _quantise(x)
-    hidden = moe.swiglu_quant(_product(codes, w1, x.dtype), _product(codes, w3, x.dtype), None, limit=limit)
-    return _product(hidden, w2, x.dtype)
+    """The input is quantised once, w1 and w3 are one launch, whose pieces SwiGLU adds up; it hands w2 its codes."""
+    both = scaled_matmul.products(
+        *_quantise(x, fp4=_fp4(w1)), [_parts(w1), _parts(w3)],
+        out_dtype=x.dtype, fp4=_fp4(w1), split=not be.batch_invariant, reader=True,
+    )  # fmt: skip
+    hidden = moe.swiglu_quant(both, limit=limit, paired=scaled_matmul.paired(x, fp4=_fp4(w2)))
+    return _product(be, hidden, w2, x.dtype)
 
 
 def routed(
     be: Settings, x: Tensor, weights: Tensor, indices: Tensor, shared: Tensor | None, w1: Experts, w3: Experts, w2: Experts,
     *, first_expert: int, limit: float, out_dtype: str,
 ) -> Tensor:  # fmt: skip
-    """``moe``: rows are quantised once for w1 and w3, and SwiGLU hands w2 its codes."""
-    rows, row_weights, order, offsets = dispatch(
-        be, x, weights, indices, first_expert=first_expert, n_experts=w1.shape[0]
-    )
-    codes = _quantise(rows)
+    """``moe``: tokens are quantised once and never copied to their experts: w1 and w3, one launch, read them where they are."""
+    del be
+    gate, up, down = (_stack(w) for w in (w1, w3, w2))
+    topk = indices.shape[1]
+    order, place, offsets = moe.sort(indices.contiguous(), first_expert=first_expert, n_experts=w1.shape[0])
+    both = scaled_matmul.expert_products(
+        *_quantise(x, fp4=_fp4(gate)), [(w.data, w.scale) for w in (gate, up)], offsets,
+        fp4=_fp4(gate), order=order, topk=topk,
+    )  # fmt: skip
     hidden = moe.swiglu_quant(
-        _expert_product(codes, w1, offsets), _expert_product(codes, w3, offsets), row_weights, limit=limit
+        both[None], weights.contiguous(), order, limit=limit, paired=scaled_matmul.paired(x, fp4=_fp4(down))
     )
-    return combine(
-        be, _expert_product(hidden, w2, offsets), order, offsets, shared, topk=indices.shape[1], out_dtype=out_dtype
-    )
+    rows = scaled_matmul.expert_products(*hidden, [(down.data, down.scale)], offsets, fp4=_fp4(down))
+    shared = None if shared is None else shared.contiguous()
+    return moe.combine(rows, place, offsets, shared, topk=topk, out_dtype=getattr(torch, out_dtype))
 
 
 def cache_write(be: Settings, cache_: Tensor, rows: Tensor, index: Tensor, *, layout: RowLayout) -> Tensor:
@@ -335,16 +385,9 @@ def hc_pre_norm(
     iters: int,
 ) -> Mixed:
     del be
-    return mhc.hc_pre_norm(
-        h.contiguous(),
-        fn.contiguous(),
-        scale.contiguous(),
-        base.contiguous(),
-        weight.contiguous(),
-        norm_eps=norm_eps,
-        eps=eps,
-        iters=iters,
-    )
+    arrays = (t.contiguous() for t in (h, fn, scale, base, weight))
+    y, post, comb, codes = mhc.hc_pre_norm(*arrays, norm_eps=norm_eps, eps=eps, iters=iters)
+    return _carrying(y, codes), post, comb
 
 
 def hc_head(be: Settings, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float) -> Tensor:

@@ -22,6 +22,7 @@ from typing import Any
 
 from dsv4_backend_cuda import decode, interpret, roofline, sass
 from dsv4_backend_cuda.launch import ARCHITECTURES, KernelSpec
+from dsv4_core.files.writing import write
 
 BASELINES = Path(
     __file__
@@ -165,8 +166,7 @@ def build_one(spec: KernelSpec, variant: str, arch: int) -> Result:
         conversions=code.conversions(), stall_cycles=code.stall_cycles(), bytes=work.bytes, flops=work.flops, bound=model.bound,
         share=model.share, failures=list(_gates(spec, arch, code, meta.shared, tensor_memory, blocks)),
     )  # fmt: skip
-    stored.parent.mkdir(parents=True, exist_ok=True)
-    stored.write_text(json.dumps(asdict(result)))
+    write(stored, json.dumps(asdict(result)))
     return result
 
 
@@ -222,7 +222,7 @@ def write_baseline(results: Iterable[Result]) -> None:
     known = json.loads(baseline().read_text()) if baseline().exists() else {}
     kept = {k: v for k, v in known.items() if k in built or k.split("/")[0] not in kernels}
     lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted((kept | rows).items())]
-    baseline().write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    write(baseline(), "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def build(architectures: Iterable[int] = ARCHITECTURES, only: str = "", *, jobs: int = 1) -> Iterator[Result]:

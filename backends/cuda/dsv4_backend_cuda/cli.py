@@ -12,6 +12,7 @@ import click
 from dsv4_backend_cuda import build, interpret, prove
 from dsv4_backend_cuda.launch import ARCHITECTURES, compatible
 from dsv4_core.contract.spec import BackendError
+from dsv4_core.files.writing import write
 
 
 @click.group("kernels")
@@ -79,7 +80,7 @@ def build_command(
     console.print(build.table(results))
     console.print(build.decode_table(results))
     if report:
-        report.write_text(json.dumps(build.report(results), indent=1) + "\n")
+        write(report, json.dumps(build.report(results), indent=1) + "\n")
     failed = [r for r in results if r.failures]
     click.echo(
         f"{len(results)} kernel variants, {len(failed)} failed, {sum(bool(r.unsupported) for r in results)} unsupported"

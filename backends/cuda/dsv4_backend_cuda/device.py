@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from dsv4_backend_cuda import interpret, launch
+from dsv4_backend_cuda import hopper, interpret, launch
 from dsv4_core.contract.backend import BackendError, Diagnosis
 
+ARITHMETICS = ("exact", "hopper")
 DRIVER = Path("/proc/driver/nvidia/version")
 ELSEWHERE = "or run on the CPU: --interpret (minutes, for proofs), --backend torch"
 
@@ -32,12 +33,28 @@ def require_triton() -> None:
         )
 
 
-def require_interpreter() -> None:
-    """Make this process interpret kernels; raise ``BackendError`` where it cannot."""
+def require_arithmetic(name: str, *, interpreted: bool) -> None:
+    """Raise ``BackendError`` for an arithmetic that there is not, or that a GPU would have to be asked for."""
+    if name not in ARITHMETICS:
+        raise BackendError(f"backend 'cuda': arithmetic {name!r} is not one of {', '.join(ARITHMETICS)}")
+    if name != "exact" and not interpreted:
+        raise BackendError(
+            f"backend 'cuda': arithmetic {name!r} is the interpreter's; add --interpret, or leave it out"
+        )
+
+
+def require_interpreter(arithmetic: str = "exact") -> None:
+    """Make this process interpret kernels; raise ``BackendError`` where it cannot, or where it imitates another arithmetic already."""
     try:
         interpret.activate()
     except interpret.InterpreterError as error:
         raise BackendError(f"backend 'cuda' with --interpret: {error}") from error
+    if arithmetic == "hopper":
+        hopper.install()
+    elif hopper.installed():
+        raise BackendError(
+            "backend 'cuda': this process imitates sm_90's arithmetic, for good; start another for exact arithmetic"
+        )
 
 
 def require_gpu(device: str) -> int:
@@ -79,7 +96,9 @@ def environment(index: int | None, arch: int) -> dict[str, str]:
     """What a report says of where kernels ran. ``index``: of the GPU; None where they were interpreted or ran dry."""
     found = {"torch": torch.__version__, "triton": triton_version(), "configurations": f"sm_{arch}"}
     if index is None:
-        return found | {"device": "none: kernels were interpreted" if interpret.active() else "none: a dry run"}
+        how = "kernels were interpreted" + (", with sm_90's arithmetic" if hopper.installed() else "")
+        how = how if interpret.active() else "a dry run"
+        return found | {"device": f"none: {how}"}
     gpu = torch.cuda.get_device_properties(index)
     return found | {
         "CUDA": str(torch.version.cuda),

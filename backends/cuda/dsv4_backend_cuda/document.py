@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_core.files.markdown import in_lines
+from dsv4_core.files.writing import write
 
 REPORT, DOCUMENT = (
     Path("reports/cuda/kernels.json"),
@@ -72,4 +73,4 @@ def fresh(document: str, report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(fresh(DOCUMENT.read_text(), json.loads(REPORT.read_text())))
+    write(DOCUMENT, fresh(DOCUMENT.read_text(), json.loads(REPORT.read_text())))

@@ -15,11 +15,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dsv4_backend_cuda import launch
+from dsv4_backend_cuda.providers import CALLS, LIBRARIES
 from dsv4_backend_cuda.rules import RULES
+from dsv4_core.files.writing import write
 
 STAGE_SECONDS = 600.0
 SANITISED_AT_ONCE = 12
@@ -94,9 +97,9 @@ class Prover:
         return self.current
 
     def run(
-        self, name: str, argv: Iterable[str], *, on_gpu: bool = False, tool: str = "", env: dict[str, str] | None = None
-    ) -> Ran:
-        """Run a command, unless it has ended before. ``on_gpu``: a dry run leaves it out; ``tool``: so does a machine without it."""
+        self, name: str, argv: Iterable[Any], *, on_gpu: bool = False, tool: str = "", package: str = "", env: dict[str, str] | None = None
+    ) -> Ran:  # fmt: skip
+        """Run a command, unless it has ended before. ``on_gpu``: a dry run leaves it out; ``tool``, ``package``: so does a machine without it."""
         words, folder = [str(w) for w in argv], self.out / self.current.name
         before = self.current.ran.get(name)
         if before and before.state in {"passed", "failed"}:
@@ -108,6 +111,8 @@ class Prover:
             ran.state, ran.why = "left out", "a dry run has no GPU"
         elif tool and not shutil.which(tool):
             ran.state, ran.why = "left out", f"{tool} is not on the path"
+        elif package and find_spec(package) is None:
+            ran.state, ran.why = "left out", f"{package} is not installed"
         elif left <= 0:
             ran.state, ran.why = "late", "its stage's time was over; run the stage again to go on"
         else:
@@ -137,9 +142,7 @@ class Prover:
 
     def _remember(self) -> None:
         state = {"dry": self.dry, "stages": {n: asdict(s) for n, s in self.stages.items()}}
-        fresh = self.memory.with_suffix(".new")
-        fresh.write_text(json.dumps(state, indent=1) + "\n")
-        fresh.replace(self.memory)
+        write(self.memory, json.dumps(state, indent=1) + "\n")
 
     # What a GPU runs, a dry run interprets: slowly, so of few ops.
 
@@ -276,6 +279,26 @@ def standard(p: Prover) -> None:
     )
 
 
+def libraries(p: Prover) -> None:
+    """Other libraries that are installed here: their ops' cases, and each call against the kernel that it stands for."""
+    for name, library in LIBRARIES.items():
+        ops = [w for op, call in CALLS.items() if call.library == name for w in ("--op", op)]
+        argv = [
+            *DSV4,
+            "conformance",
+            "run",
+            "--backend",
+            "cuda",
+            "--option",
+            f"prefer={name}",
+            "--tier",
+            "standard",
+            "--quiet",
+            *ops,
+        ]
+        p.run(name, [*argv, "--report", p.out / "libraries" / f"{name}-report"], on_gpu=True, package=library.package)
+
+
 def tokens(printed: str) -> str:
     """What was generated, without the timing's line."""
     return "\n".join(line for line in printed.splitlines() if " ms per token" not in line)
@@ -326,7 +349,8 @@ def counters(p: Prover) -> None:
 
 
 STAGES: dict[str, Callable[[Prover], None]] = {
-    "versions": versions, "smoke": smoke, "sanitise": sanitise, "standard": standard, "times": timed, "tune": tuned, "counters": counters,
+    "versions": versions, "smoke": smoke, "sanitise": sanitise, "standard": standard, "libraries": libraries, "times": timed, "tune": tuned,
+    "counters": counters,
 }  # fmt: skip
 
 
@@ -431,5 +455,5 @@ def prove(out: Path, *, dry: bool, only: tuple[str, ...] = (), again: bool = Fal
         if not only or name in only:
             p.stage(name, steps, again=again)
             text = report(p, where)
-            (out / "report.md").write_text(text)
+            write(out / "report.md", text)
     return p, text

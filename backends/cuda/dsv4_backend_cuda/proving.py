@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from dsv4_backend_cuda import dry
+from dsv4_core.files.writing import write
 
 
 def ceilings() -> dict[str, float]:
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     if options.what == "ceilings":
-        options.json.write_text(json.dumps(ceilings(), indent=1) + "\n")
+        write(options.json, json.dumps(ceilings(), indent=1) + "\n")
         return
     if options.dry_run:
         dry.activate(90, "count")
@@ -47,7 +48,7 @@ def main() -> None:
     rows = []
     for row in times():
         rows.append(asdict(row))
-        options.json.write_text(json.dumps(rows, indent=0) + "\n")  # what is known stays, whatever comes
+        write(options.json, json.dumps(rows, indent=0) + "\n")  # what is known stays, whatever comes
 
 
 if __name__ == "__main__":

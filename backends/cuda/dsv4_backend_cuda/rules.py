@@ -55,12 +55,12 @@ def linear(x: Any, weight: Any, *, out_dtype: str) -> Answer:
     del out_dtype
     dtype, rows = dtype_name(weight), x.shape[0]
     if dtype == "bfloat16":
-        return (f"bf16_linear_{_phase(rows)}",)
+        return (f"bf16_linear_{_phase(rows)}", "add_pieces")
     if "@" not in dtype:
         return f"no kernel multiplies by {dtype} weights"
     if x.shape[1] % FP8_BLOCK:
         return f"{x.shape[1]} input channels are no multiple of {FP8_BLOCK}"
-    return ("act_quant", f"{'fp4_' if dtype.startswith('float4') else ''}linear_{_phase(rows)}")
+    return ("act_quant", f"{'fp4_' if dtype.startswith('float4') else ''}linear_{_phase(rows)}", "add_pieces")
 
 
 def grouped_linear(x: Any, weight: Any) -> Answer:
@@ -92,7 +92,9 @@ def expert_linear(x: Any, weight: Any, offsets: Any) -> Answer:
 
 def _gate(x: Any, weight: Any) -> Answer:
     product = linear(x, weight, out_dtype="float32")
-    return product if isinstance(product, str) else (*product, "route")
+    if isinstance(product, str):
+        return product
+    return (*(product[:1] if len(product) == 2 else product), "route")  # it adds up a BF16 product's pieces itself
 
 
 def gate(x: Any, weight: Any, bias: Any, *, topk: int, route_scale: float) -> Answer:
@@ -121,11 +123,13 @@ def combine(rows: Any, order: Any, offsets: Any, shared: Any, *, topk: int, out_
 
 
 def ffn(x: Any, w1: Any, w3: Any, w2: Any, *, limit: float) -> Answer:
-    del w3, limit
+    del limit
     first, second = linear(x, w1, out_dtype=""), linear(Rows(x.shape[0], w2.shape[1]), w2, out_dtype="")
-    if isinstance(first, str) or isinstance(second, str) or len(first) == 1 or len(second) == 1:
+    if isinstance(first, str) or isinstance(second, str) or "act_quant" not in first or "act_quant" not in second:
         return "composed of required ops: only quantised weights gain by fusing"
-    return (*first, "swiglu", second[1])
+    if dtype_name(w1) != dtype_name(w3):
+        return f"composed of required ops: w1 is {dtype_name(w1)}, w3 is {dtype_name(w3)}"
+    return (*first[:2], "swiglu", *second[1:])
 
 
 def moe(
@@ -141,16 +145,14 @@ def moe(
     limit: float,
     out_dtype: str,
 ) -> Answer:
-    del weights, shared, w3, first_expert, limit, out_dtype
+    del weights, shared, first_expert, limit, out_dtype
     copies = x.shape[0] * indices.shape[1]
     first, second = _experts(copies, w1), _experts(copies, w2)
     if isinstance(first, str):
         return first
-    return (
-        second
-        if isinstance(second, str)
-        else ("sort", "gather", "act_quant", *first, "swiglu", *second, "invert", "combine")
-    )
+    if dtype_name(w1) != dtype_name(w3):
+        return f"composed of required ops: w1 is {dtype_name(w1)}, w3 is {dtype_name(w3)}"
+    return second if isinstance(second, str) else ("sort", "act_quant", *first, "swiglu", *second, "combine")
 
 
 def compress(kv_score: Any, ape: Any, window_idxs: Any, *, dim: int) -> Answer:

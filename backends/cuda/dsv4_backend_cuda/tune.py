@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_backend_cuda import launch
+from dsv4_core.files import writing as files
 
 STEPS = {"BLOCK_N": (64, 128), "BLOCK_T": (16, 128), "num_warps": (4, 8), "num_stages": (1, 5)}
-"""Options that no result's bits depend on, and their range. Those that cut a sum into pieces (SPLIT, ROWS, PIECE) are left alone. A
-program of the scaled products reads one scale of 128 outputs: BLOCK_N ends there.
+"""Options that the bits of no whole sum depend on, and their range (BLOCK_N decides how many pieces a sum that may be split has). Those that
+cut a sum into pieces (SPLIT, ROWS, PIECE) are left alone. A program of the scaled products reads one scale of 128 outputs: BLOCK_N
+ends there.
 """
 
 
@@ -63,7 +65,7 @@ def write(arch: int, chosen: dict[str, Timed], product: str, out: Path | None = 
                 "config": timed.config,
                 "how": f"measured on {product}, triton {version('triton')}: {timed.milliseconds:.4f} ms",
             }
-    target.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n")
+    files.write(target, "[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n")
 
 
 def measured(
@@ -134,7 +136,7 @@ def calls(device: str) -> dict[str, Callable[[], Any]]:
         x, s = codes(6 * rows, 4096), scales(6 * rows, 32)
         w = (codes(256, 2048, 2048), scales(256, 2048, 128)) if fp4 else (codes(256, 2048, 4096), scales(256, 16, 32))
         offsets = torch.arange(257, dtype=torch.int32, device=device) * (6 * rows) // 256
-        return lambda: scaled_matmul.expert_linear(x, s, *w, offsets, fp4=fp4)
+        return lambda: scaled_matmul.expert_products(x, s, [w], offsets, fp4=fp4)
 
     found = {}
     for phase, rows in (("decode", 1), ("prefill", 4096)):

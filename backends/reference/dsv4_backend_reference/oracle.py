@@ -254,8 +254,13 @@ class Oracle(ReferenceBackend):
         return np.where(gate.astype(np.float64) < -LARGEST_EXPONENT, 0, y) if flushed else y
 
     def softmax_with_sink(self, scores: Host, count: Host, sink: Host) -> Host:
-        """Probabilities, rounded to bfloat16 where a backend declares that: for the op itself, or for the part that it calls."""
+        """Probabilities, rounded to bfloat16 where a backend declares that: for the op itself, or for the part that it calls.
+
+        A backend may round them before they are divided by their sum, so that the grid lies anywhere beside them: a factor from 1
+        to 2 for each list moves it. Without that a probability that is on the grid itself would be allowed no error at all.
+        """
         weight = super().softmax_with_sink(scores, count, sink)
         if self.rng is None or not any(self.declared.get(op) for op in ("sparse_attn", self.op)):
             return weight
-        return stochastic(weight, "bfloat16", self.rng)
+        moved = 1 + self.rng.random((*weight.shape[:-1], 1))
+        return stochastic(weight * moved, "bfloat16", self.rng) / moved

@@ -21,6 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsv4_core.files.writing import write
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -113,25 +115,6 @@ def _content(path: Path) -> bytes:
         return file.read()
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a file that is whole or not there, also after the power went."""
-    fd, name = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    at = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(at)
-    finally:
-        os.close(at)
-
-
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """One process at a time; the others wait and find what it made."""
@@ -207,9 +190,10 @@ def library() -> tuple[Path, str]:
                     made = Path(own) / path.name
                     compile_kernels(command, made)
                     content = made.read_bytes()
-                path.with_suffix(".sha256").unlink(missing_ok=True)
-                _write(path, content)
-                _write(path.with_suffix(".sha256"), hashlib.sha256(content).hexdigest().encode())
+                for old in (path.with_suffix(".sha256"), path):  # whatever it is: a pipe, a link, another's
+                    old.unlink(missing_ok=True)
+                write(path, content, 0o600)
+                write(path.with_suffix(".sha256"), hashlib.sha256(content).hexdigest(), 0o600)
     except OSError as error:
         raise NotCompiledError(
             f"C kernels cannot be kept: {error}; set XDG_CACHE_HOME to a folder that can be written"

@@ -28,6 +28,8 @@ class TorchProcessGroup(StoredRanks):
     def __init__(self, backend: TorchQuant, where: Rendezvous) -> None:
         super().__init__(dist, where, LIBRARY.get(backend.device.type, "gloo"))
         self.backend = backend
+        if backend.device.type == "cuda" and backend.device.index is not None:
+            self.device_id = backend.device
 
     def groups(self, members: Sequence[Sequence[int]]) -> TorchGroup:
         """Make groups that together hold every rank once; give this rank's."""

@@ -14,7 +14,7 @@ from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 
 from dsv4_conformance.check import Check, Finding, Group, Session, describe
-from dsv4_conformance.laws import of_drafts, of_engine, of_models, of_ops
+from dsv4_conformance.laws import of_drafts, of_engine, of_models, of_moved_arrays, of_ops
 from dsv4_conformance.laws import strategies as some
 from dsv4_conformance.laws.small_model import Stage
 from dsv4_conformance.verdict.calls import seed_of
@@ -107,6 +107,11 @@ LAWS = (
     Law(of_models.batch_and_padding, _ragged, (_batch,), "smoke"),
     Law(of_models.extents_do_not_show, _extents, (_extent,), "smoke"),
     Law(of_models.replay_is_forward, _moved, (_moves,), "smoke"),
+    Law(
+        of_moved_arrays.arrays_may_move,
+        {"ratios": some.ratios, "chunks": some.chunks, "seed": some.seeds},
+        ({"ratios": ALL_KINDS, "chunks": [30, 1, 1, 4], "seed": 0},),
+    ),
     Law(
         of_models.reach,
         {
@@ -253,7 +258,7 @@ LAWS = (
             "chunk": st.integers(1, 64),
             "seed": some.seeds,
         },
-        ({"ratios": (4,), "prompts": [60, 3, 20, 1], "slots": 2, "chunk": 9, "seed": 0},),
+        ({"ratios": (4,), "prompts": [5, 60, 3, 20], "slots": 2, "chunk": 9, "seed": 5},),
     ),
     Law(
         of_engine.mask_holds,

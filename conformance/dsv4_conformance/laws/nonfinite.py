@@ -187,6 +187,8 @@ def judge_result(call: Call, spot: Spot, got: Host, want: Expected, depends: Hos
             ],
             worst={"element": list(at), "got": float(x[at])},
         )
+    if "discrete" in call.spec.judged:  # by what was chosen, in whatever order: ``judge_others``
+        return Verdict()
     return elsewhere(got, want, ~(depends | may))
 
 

@@ -54,10 +54,17 @@ class RandomWeights:
 
 
 @functools.lru_cache(maxsize=64)
-def weights(ratios: tuple[int, ...], *, window: int = 16, topk: int = TOPK, positions: int = 4096) -> RandomWeights:
-    """Layers of these compress ratios, as narrow as the formats' blocks allow; the same object each time."""
+def weights(
+    ratios: tuple[int, ...], *, window: int = 16, topk: int = TOPK, positions: int = 4096, dspark: bool = False
+) -> RandomWeights:
+    """Layers of these compress ratios, as narrow as the formats' blocks allow; the same object each time. ``dspark``: with its
+    stages, which read every layer, in place of the MTP block.
+    """
+    preset = PRESETS["tiny-dspark" if dspark else "tiny"]
+    stages = len(preset.compress_ratios) - preset.num_hidden_layers
+    reads: dict[str, Any] = {"dspark_target_layer_ids": tuple(range(len(ratios))), "dspark_noise_token_id": VOCAB - 1}
     made = replace(
-        PRESETS["tiny"],
+        preset,
         vocab_size=VOCAB,
         hidden_size=128,
         num_hidden_layers=len(ratios),
@@ -65,9 +72,10 @@ def weights(ratios: tuple[int, ...], *, window: int = 16, topk: int = TOPK, posi
         n_routed_experts=4,
         index_n_heads=2,
         index_topk=topk,
-        compress_ratios=(*ratios, 0),
+        compress_ratios=(*ratios, *[0] * stages),
         sliding_window=window,
         max_position_embeddings=positions,
+        **(reads if dspark else {}),
     )
     return RandomWeights(made)
 

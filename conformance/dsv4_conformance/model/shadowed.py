@@ -15,6 +15,7 @@ from dsv4_conformance.check import Check, Finding, Group, Session
 from dsv4_conformance.exchange import replay
 from dsv4_conformance.laws.small_model import new_cache, some_ids, weights
 from dsv4_conformance.model.record import Recorder, TracedModel
+from dsv4_core.graph.dspark import block_step
 from dsv4_core.graph.step import Step
 
 if TYPE_CHECKING:
@@ -66,11 +67,12 @@ def same(a: Host, b: Host) -> bool:
 class Run:
     """A model under a watcher, and its caches. Made where the watcher already listens, so that it sees weights being loaded."""
 
-    def __init__(self, watcher: Watcher, shared: dict[str, Any]) -> None:
-        if "shadowed" not in shared:
-            shared["shadowed"] = TracedModel(weights(RATIOS), watcher), watcher.known
+    def __init__(self, watcher: Watcher, shared: dict[str, Any], *, dspark: bool = False) -> None:
+        key = "shadowed dspark" if dspark else "shadowed"
+        if key not in shared:
+            shared[key] = TracedModel(weights(RATIOS, dspark=dspark), watcher), watcher.known
         self.watcher = watcher
-        self.model, watcher.known = cast("tuple[TracedModel, dict[int, Any]]", shared["shadowed"])
+        self.model, watcher.known = cast("tuple[TracedModel, dict[int, Any]]", shared[key])
         self.model.recorder = watcher
 
     def cache(self, sequences: int, capacity: int = 200) -> Cache:
@@ -157,7 +159,37 @@ def drafts(run: Run) -> None:
     run.feed(cache, ids[:, 39:41], drafts=True)
 
 
-SCENES: tuple[Callable[[Run], None], ...] = (prefill, chunks, batch_of_3, batch_of_8, decode, rewind, drafts)
+def dspark(run: Run) -> None:
+    """DSpark after a prompt, in a step of one token and in one of three: context rows, blocks, table, confidence."""
+    drafter, be = run.model.dspark, run.model.backend
+    assert drafter is not None
+    cache, ids, w = run.cache(2), some_ids((2, 40), 9), run.watcher
+    for columns in (slice(0, 21), slice(21, 22), slice(22, 25)):
+        step, taps = Step(cache, ids[:, columns]), list[Any]()
+        w.time = "prefill" if columns.start == 0 else f"at{columns.start}"
+        w.positions = step.host_positions.reshape(-1)
+        run.model.forward(step, taps)
+        w.place = "drafter"
+        drafter.remember(taps, step)
+        cache.advance(step.sequences, step.ends)
+        block = np.full((2, run.model.config.dspark_block_size), run.model.config.dspark_noise_token_id)
+        block[:, 0] = ids[:, columns.stop]
+        g, _ = drafter.block(block_step(cache, block, np.arange(2), cache.lengths[:2]))
+        w.place = "drafter"
+        drafter.after(be.from_numpy(ids[:, columns.stop].astype(np.int32)), g[: len(ids)])
+        w.end_step()
+
+
+SCENES: tuple[Callable[[Run], None], ...] = (
+    prefill,
+    chunks,
+    batch_of_3,
+    batch_of_8,
+    decode,
+    rewind,
+    drafts,
+    dspark,
+)
 
 
 @dataclass(frozen=True)
@@ -180,8 +212,8 @@ class Shadowed:
 
     @property
     def level(self) -> int:
-        """2, or 3 for the MTP block."""
-        return 3 if self.scene is drafts else 2
+        """2, or 3 for what drafts."""
+        return 3 if self.scene in {drafts, dspark} else 2
 
     def run(self, session: Session) -> Finding:
         """Play the scene under a watcher; judge."""
@@ -190,7 +222,7 @@ class Shadowed:
         watcher, ended = Watcher(session.backend), ""
         try:
             with watcher:
-                self.scene(Run(watcher, session.shared))
+                self.scene(Run(watcher, session.shared, dspark=self.scene is dspark))
         except Exception as error:  # noqa: BLE001  whatever the backend raises is its result
             ended = f"op {watcher.under_way}, {watcher.place}, {watcher.time}: {describe(error)}"
         finding = Finding(self.id, self.op, self.group, self.level, "passed", dtypes=session.numerics)

@@ -23,6 +23,7 @@ import numpy as np
 
 from dsv4_conformance.files import tensorfile
 from dsv4_conformance.model import golden
+from dsv4_core.files import writing
 from dsv4_core.graph.cache import Cache
 from dsv4_core.graph.step import Step
 
@@ -111,7 +112,7 @@ def write(file: Path, backend: str, checkpoint: Checkpoint, exact: Host, prefix:
     runs = [distances(teacher_forced(native, chunks)[:, FIRST:], exact) for chunks in CHUNKINGS]
     kl, l2 = (np.mean([r[i] for r in runs], axis=0).astype(np.float32) for i in range(2))
     data = lzma.compress(tensorfile.encode({**others, f"{prefix}kl": kl, f"{prefix}l2": l2}), preset=9)
-    file.write_bytes(data)
+    writing.write(file, data)
     print(f"{file}: {len(data)} bytes, KL {kl.mean():.4f}, L2 {l2.mean():.4f}")
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from dsv4_core.contract.dtypes import Experts, Host, ScaledArray
+from dsv4_core.files.writing import whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,9 +34,9 @@ def write(directory: Path, case: str, call: Call, verdict: Verdict) -> Path:
     tensors["scalars"] = np.array(
         json.dumps({k: str(v) if not isinstance(v, (int, float)) else v for k, v in call.scalars.items()})
     )
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{case.replace('/', '__')}.npz"
-    np.savez(path, **cast("Any", tensors))
+    with whole(path) as file:
+        np.savez(file, **cast("Any", tensors))
     return path
 
 

@@ -7,7 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4_backend_cuda import launch
+from dsv4_backend_cuda import launch, pieces
+from dsv4_backend_cuda.kernels.add_pieces import total
 from dsv4_backend_cuda.kernels.formats import e8m0_value
 from dsv4_backend_cuda.kernels.words import bf16_of_e4m3
 from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv
@@ -15,22 +16,28 @@ from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv
 DECODE_TOKENS = 16
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "span"])
 def dense_matmul_kernel(
-    x, w, ws, y, rows, N, K, GROUPS: tl.constexpr, FP8: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, WORDS: tl.constexpr = 0
-):
+    x, w, ws, y, rows, N, K, span,
+    GROUPS: tl.constexpr, FP8: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, WORDS: tl.constexpr = 0,
+):  # fmt: skip
     """A program computes BLOCK_N of group program_id(2)'s N outputs for BLOCK_T rows. Weights are the tall operand, as in ``scaled_matmul``. FP8: K is a multiple of 4.
 
-    WORDS: codes are widened in words of four, where a conversion for each takes as long as the products (16 lanes a cycle on sm_90) or does not exist.
+    WORDS: codes are widened in words of four, where a conversion for each takes as long as the products (16 lanes a cycle on sm_90) or does not exist. SPLIT: one group, and
+    program_id(2) is the piece of the sum, ``span`` steps of 128, into ``y`` [pieces, rows, N].
     """
-    group = tl.program_id(2)
+    group, begin, stop = tl.program_id(2), 0, K
+    if SPLIT:
+        group, begin = 0, tl.program_id(2) * span * 128
+        stop = tl.minimum(begin + span * 128, K)
+        y += tl.program_id(2).to(tl.int64) * rows * N
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     live_n, live_t = n < N, row < rows
     out = group * N + n  # row of the weight, column of the result
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     inner = tl.arange(0, 128)
-    for k in range(0, K, 128):
+    for k in range(begin, stop, 128):
         live_k = k + inner < K
         narrow = tl.load(x + (row * GROUPS + group)[None, :] * K + k + inner[:, None], mask=live_t[None, :] & live_k[:, None], other=0.0)
         if FP8:
@@ -50,26 +57,34 @@ def dense_matmul_kernel(
     tl.store(y + at, tl.trans(acc).to(y.dtype.element_ty), mask=live_t[:, None] & live_n[None, :])
 
 
-def _launch(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, out_dtype: torch.dtype, groups: int) -> torch.Tensor:
+def _launch(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, out_dtype: torch.dtype, groups: int, *, split: bool, reader: bool = False) -> torch.Tensor:
     rows, k = x.shape[0], x.shape[-1]
     n = weight.shape[0] // groups
-    y = torch.empty((rows, weight.shape[0]), dtype=out_dtype, device=x.device)
-    phase = "decode" if rows <= DECODE_TOKENS else "prefill"
-    options = launch.options(f"{'grouped_linear' if scale is not None else 'bf16_linear'}_{phase}", x)
-    dense_matmul_kernel[(cdiv(n, options["BLOCK_N"]), cdiv(rows, options["BLOCK_T"]), groups)](
-        x, weight, weight if scale is None else scale, y, rows, n, k, GROUPS=groups, FP8=scale is not None, **options
+    options = launch.options(f"{'grouped_linear' if scale is not None else 'bf16_linear'}_{'decode' if rows <= DECODE_TOKENS else 'prefill'}", x)
+    grid = (cdiv(n, options["BLOCK_N"]), cdiv(rows, options["BLOCK_T"]))
+    steps = cdiv(k, 128)
+    span = pieces.span(grid[0] * grid[1], steps, launch.architecture(str(x.device)), reader=reader) if split else steps
+    count = max(cdiv(steps, span), 1)
+    y = torch.empty((count, rows, weight.shape[0]), dtype=out_dtype if count == 1 else torch.float32, device=x.device)
+    dense_matmul_kernel[(*grid, max(groups, count))](
+        x, weight, weight if scale is None else scale, y, rows, n, k, span, GROUPS=groups, FP8=scale is not None, SPLIT=count > 1, **options
     )
     return y
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+def products(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype, split: bool, reader: bool = False) -> torch.Tensor:
+    """``linear`` as [pieces, tokens, out]: one piece, or several in float32 to be added up (``scaled_matmul.products``)."""
+    return _launch(x, weight, None, out_dtype, 1, split=split, reader=reader)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype, split: bool = False) -> torch.Tensor:
     """``ops/matmul.py: linear`` for a BF16 weight [out, in]: the router, the compressors, the vocabulary head."""
-    return _launch(x, weight, None, out_dtype, 1)
+    return total(products(x, weight, out_dtype=out_dtype, split=split), out_dtype)
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """``ops/matmul.py: grouped_linear`` for ``x`` [tokens, groups, in] and a weight [out, in], BF16 or E4M3 codes with ``scale``."""
-    return _launch(x, weight, scale, x.dtype, x.shape[1])
+    return _launch(x, weight, scale, x.dtype, x.shape[1], split=False)[0]
 
 
 def _specs(name: str, *, fp8: bool, groups: int) -> KernelSpec:
@@ -79,8 +94,8 @@ def _specs(name: str, *, fp8: bool, groups: int) -> KernelSpec:
 
     return KernelSpec(
         name=name, kernel=dense_matmul_kernel,
-        signature={"x": "*bf16", "w": "*u8" if fp8 else "*bf16", "ws": "*u8", "y": "*bf16" if fp8 else "*fp32", "rows": "i32", "N": "i32:16", "K": "i32:16"},
-        variants={"flash": {"GROUPS": groups, "FP8": fp8}},
+        signature={"x": "*bf16", "w": "*u8" if fp8 else "*bf16", "ws": "*u8", "y": "*bf16" if fp8 else "*fp32", "rows": "i32", "N": "i32:16", "K": "i32:16", "span": "i32"},
+        variants={"flash": {"GROUPS": groups, "FP8": fp8, "SPLIT": False}} | ({} if fp8 else {"split": {"GROUPS": 1, "FP8": False, "SPLIT": True}}),
         mma={80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTC.*MMA", 120: "HMMA"},
         work=work,
     )  # fmt: skip

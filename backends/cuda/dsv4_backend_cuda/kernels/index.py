@@ -8,6 +8,10 @@ from dsv4_backend_cuda import launch
 from dsv4_backend_cuda.kernels.formats import bf16_of_e2m1
 from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
 
+SIDE_BY_SIDE = 1024  # programs of pieces: eight a multiprocessor, whose passes hide each other's waiting
+PIECE = 8192  # rows of a piece, four blocks of a pass
+LEAST_PIECES = 4  # fewer save less than the second launch and its list cost
+
 
 @triton.jit(do_not_specialize=["seq", "rows"])
 def index_scores_kernel(
@@ -42,23 +46,29 @@ def index_scores_kernel(
 
 
 @triton.jit
-def sortable(scores, n, visible):
-    """Scores as unsigned integers of the same order, NaN above all, -0 as +0; what is not visible is 0, below all."""
-    x = tl.load(scores + n, mask=n < visible, other=0.0) + 0.0
+def sortable(scores, listed, n, count, LISTED: tl.constexpr):
+    """Rows n of a token (LISTED: listed[n], -1 for none) and their scores as unsigned integers of the same order, NaN above all, -0 as +0; what is not
+    there is 0, below all.
+    """
+    row = n
+    if LISTED:
+        row = tl.load(listed + n, mask=n < count, other=-1)
+    live = (row >= 0) & (n < count)
+    x = tl.load(scores + row, mask=live, other=0.0) + 0.0
     x = tl.where(x != x, float("inf"), x)
     bits = x.to(tl.uint32, bitcast=True)
     key = tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
-    return tl.where(n < visible, key, 0)
+    return row, tl.where(live, key, 0)
 
 
 @triton.jit
-def radix_pass(scores, count, bound, left, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
+def radix_pass(scores, listed, count, bound, left, LISTED: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
     """Fix the eight bits from SHIFT on of the bound, the ``left``-th largest of the keys that agree with it above them; give it and what is left of ``left``."""
     histogram = tl.zeros((256,), tl.int32)
     for start in range(0, count, BLOCK):
         n = start + tl.arange(0, BLOCK)
-        key = sortable(scores, n, count)
-        alike = n < count
+        _, key = sortable(scores, listed, n, count, LISTED)
+        alike = key != 0
         if SHIFT < 24:
             alike = alike & ((key >> (SHIFT + 8)) == (bound >> (SHIFT + 8)))
         histogram += tl.histogram(((key >> SHIFT) & 0xFF).to(tl.int32), 256, mask=alike)
@@ -68,29 +78,43 @@ def radix_pass(scores, count, bound, left, SHIFT: tl.constexpr, BLOCK: tl.conste
     return bound | (chosen.to(tl.uint32) << SHIFT), left
 
 
-@triton.jit(do_not_specialize=["rows", "topk"])
-def index_select_kernel(scores, visible, offset, picks, rows, topk, BLOCK: tl.constexpr):
-    """A program picks one token's rows: the k-th key by radix, eight bits a pass, then all above it and the first of its equals, in order."""
+@triton.jit(do_not_specialize=["rows", "topk", "length"])
+def index_select_kernel(scores, visible, offset, listed, picks, rows, topk, length, WHOLE: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr):
+    """A program picks of one token's rows: the k-th key by radix, eight bits a pass, then all above it and the first of its equals, in order.
+
+    WHOLE: of all rows, and ``offset`` is added; else of piece program_id(1), ``length`` rows. LISTED: of the ``length`` rows that the pieces' programs
+    picked, which are in rising order, so that the first of equals is still the lowest.
+    """
     token = tl.program_id(0).to(tl.int64)
-    count = tl.load(visible + token)
-    count = tl.minimum(count, rows)
-    base = tl.load(offset + token)
-    scores += token * rows
-    picks += token * topk
+    seen = tl.load(visible + token)
+    seen = tl.minimum(seen, rows)
+    first, base, count = 0, 0, seen
+    if WHOLE:
+        base = tl.load(offset + token)
+        picks += token * topk
+    else:
+        first = tl.program_id(1) * length
+        count = tl.minimum(tl.maximum(seen - first, 0), length)
+        base = first
+        picks += (token * tl.num_programs(1) + tl.program_id(1)) * topk
     wanted = tl.minimum(count, topk)
-    bound, left = radix_pass(scores, count, tl.zeros((), tl.uint32), wanted, 24, BLOCK)
-    bound, left = radix_pass(scores, count, bound, left, 16, BLOCK)
-    bound, left = radix_pass(scores, count, bound, left, 8, BLOCK)
-    bound, left = radix_pass(scores, count, bound, left, 0, BLOCK)
+    scores += token * rows + first
+    if LISTED:
+        count = length
+        listed += token * length
+    bound, left = radix_pass(scores, listed, count, tl.zeros((), tl.uint32), wanted, LISTED, 24, BLOCK)
+    bound, left = radix_pass(scores, listed, count, bound, left, LISTED, 16, BLOCK)
+    bound, left = radix_pass(scores, listed, count, bound, left, LISTED, 8, BLOCK)
+    bound, left = radix_pass(scores, listed, count, bound, left, LISTED, 0, BLOCK)
     place, equals = 0, 0
     for start in range(0, count, BLOCK):
         n = start + tl.arange(0, BLOCK)
-        key = sortable(scores, n, count)
-        level = ((key == bound) & (n < count)).to(tl.int32)
-        first = level * ((equals + tl.cumsum(level, axis=0)) <= left).to(tl.int32)
-        take = ((key > bound) & (n < count)).to(tl.int32) + first
+        row, key = sortable(scores, listed, n, count, LISTED)
+        level = ((key == bound) & (key != 0)).to(tl.int32)
+        early = level * ((equals + tl.cumsum(level, axis=0)) <= left).to(tl.int32)
+        take = (key > bound).to(tl.int32) + early
         at = place + tl.cumsum(take, axis=0) - 1
-        tl.store(picks + at, n + base, mask=(take > 0) & (at < wanted))
+        tl.store(picks + at, row + base, mask=(take > 0) & (at < wanted))
         place += tl.sum(take, axis=0)
         equals += tl.sum(level, axis=0)
     for start in range(0, topk, BLOCK):
@@ -120,10 +144,21 @@ def cached_index_scores(q: torch.Tensor, weights: torch.Tensor, cache: torch.Ten
 
 
 def index_select(scores: torch.Tensor, visible: torch.Tensor, offset: torch.Tensor, *, topk: int) -> torch.Tensor:
-    """``ops/attention.py: index_select``; picks come in rising order."""
+    """``ops/attention.py: index_select``; picks come in rising order.
+
+    A long context of few tokens is cut in pieces: each piece's best rows are picked side by side, and of those the best.
+    """
     batch, seq, rows = scores.shape
+    tokens = batch * seq
     picks = torch.empty((batch, seq, topk), dtype=torch.int32, device=scores.device)
-    index_select_kernel[(batch * seq,)](scores, visible, offset, picks, rows, topk, **launch.options("index_select", scores))
+    options, length = launch.options("index_select", scores), max(PIECE, 2 * next_power_of_2(topk))
+    pieces = cdiv(rows, length)
+    if tokens * pieces > SIDE_BY_SIDE or pieces < LEAST_PIECES:
+        index_select_kernel[(tokens,)](scores, visible, offset, picks, picks, rows, topk, 0, WHOLE=True, LISTED=False, **options)
+        return picks
+    some = torch.empty((tokens, pieces * topk), dtype=torch.int32, device=scores.device)
+    index_select_kernel[(tokens, pieces)](scores, visible, offset, picks, some, rows, topk, length, WHOLE=False, LISTED=False, **options)
+    index_select_kernel[(tokens,)](scores, visible, offset, some, picks, rows, topk, pieces * topk, WHOLE=True, LISTED=True, **options)
     return picks
 
 
@@ -143,8 +178,8 @@ SPECS = (
     KernelSpec(
         name="index_select",
         kernel=index_select_kernel,
-        signature={"scores": "*fp32", "visible": "*i32", "offset": "*i32", "picks": "*i32", "rows": "i32", "topk": "i32"},
-        variants={"any": {}},
+        signature={"scores": "*fp32", "visible": "*i32", "offset": "*i32", "listed": "*i32", "picks": "*i32", "rows": "i32", "topk": "i32", "length": "i32"},
+        variants={"any": {"WHOLE": True, "LISTED": False}, "piece": {"WHOLE": False, "LISTED": False}, "listed": {"WHOLE": True, "LISTED": True}},
         work=lambda c: Work(bytes=4.0 * c["BLOCK"]),
     ),
 )

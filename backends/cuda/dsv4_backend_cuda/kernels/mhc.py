@@ -5,7 +5,11 @@ import triton
 import triton.language as tl
 
 from dsv4_backend_cuda import launch
+from dsv4_backend_cuda.kernels.formats import quantise_e4m3
 from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
+
+Codes = tuple[torch.Tensor, torch.Tensor]
+"""E4M3 codes [tokens, dim] and scale bytes [tokens, dim / 128] of BF16 rows."""
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -38,10 +42,14 @@ def gathered(partial, at, stride, pieces):
 
 @triton.jit(do_not_specialize=["tokens", "pieces", "iters"])
 def reduce_kernel(
-    h, partial, scale, base, weight, y, post, comb, tokens, pieces, norm_eps, eps, iters,
+    h, partial, scale, base, weight, y, post, comb, codes, scales, tokens, pieces, norm_eps, eps, iters,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, HC: tl.constexpr, BLOCK_M: tl.constexpr, HEAD: tl.constexpr, NORM: tl.constexpr,
+    QUANTISE: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """A program finishes one token: ``pre`` and (unless HEAD) ``post`` and ``comb`` from the mixes, the weighted sum of streams, RMS norm if NORM."""
+    """A program finishes one token: ``pre`` and (unless HEAD) ``post`` and ``comb`` from the mixes, the weighted sum of streams, RMS norm if NORM.
+
+    QUANTISE: and FP8 codes of the result in groups of 128, as ``act_quant`` makes them.
+    """
     token = tl.program_id(0).to(tl.int64)
     stride = tl.cast(tokens, tl.int64) * BLOCK_M
     first = token * BLOCK_M
@@ -70,7 +78,14 @@ def reduce_kernel(
         acc = acc.to(y.dtype.element_ty).to(tl.float32)
         acc = acc * (1.0 / tl.sqrt_rn(tl.sum(acc * acc, axis=0) / DIM + norm_eps))
         acc = acc * tl.load(weight + d, mask=d < DIM, other=0.0).to(tl.float32)
-    tl.store(y + token * DIM + d, acc.to(y.dtype.element_ty), mask=d < DIM)
+    rounded = acc.to(y.dtype.element_ty)
+    tl.store(y + token * DIM + d, rounded, mask=d < DIM)
+    if QUANTISE:
+        GROUPS: tl.constexpr = BLOCK_D // 128
+        code, exponent = quantise_e4m3(tl.reshape(rounded.to(tl.float32), (1, GROUPS, 128)), NATIVE)
+        tl.store(codes + token * DIM + d, tl.reshape(code, (BLOCK_D,)), mask=d < DIM)
+        group = tl.arange(0, GROUPS)
+        tl.store(scales + token * (DIM // 128) + group, tl.reshape(exponent, (GROUPS,)).to(tl.uint8), mask=group < DIM // 128)
 
 
 @triton.jit
@@ -90,7 +105,7 @@ def expand_kernel(y, h, post, comb, out, DIM: tl.constexpr, HC: tl.constexpr, BL
 
 def _reduce(
     h: torch.Tensor, fn: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, weight: torch.Tensor | None, *, norm_eps: float, eps: float, iters: int, head: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Codes | None]:
     tokens, hc, dim = h.shape
     mixes, k = fn.shape
     block_m = max(16, next_power_of_2(mixes + 1))
@@ -101,24 +116,28 @@ def _reduce(
     y = h.new_empty((tokens, dim))
     post = torch.empty((tokens, hc), dtype=torch.float32, device=h.device)
     comb = torch.empty((tokens, hc, hc), dtype=torch.float32, device=h.device)
+    quantise = weight is not None and dim % 128 == 0
+    codes = torch.empty((tokens, dim) if quantise else (0,), dtype=torch.uint8, device=h.device)
+    scales = torch.empty((tokens, dim // 128) if quantise else (0,), dtype=torch.uint8, device=h.device)
     reduce_kernel[(tokens,)](
-        h, partial, scale, base, h if weight is None else weight, y, post, comb, tokens, pieces, norm_eps, eps, iters,
-        DIM=dim, BLOCK_D=next_power_of_2(dim), HC=hc, BLOCK_M=block_m, HEAD=head, NORM=weight is not None, **launch.options("hc_reduce", h),
+        h, partial, scale, base, h if weight is None else weight, y, post, comb, codes, scales, tokens, pieces, norm_eps, eps, iters,
+        DIM=dim, BLOCK_D=next_power_of_2(dim), HC=hc, BLOCK_M=block_m, HEAD=head, NORM=weight is not None, QUANTISE=quantise,
+        NATIVE=launch.native_fp8(h), **launch.options("hc_reduce", h),
     )  # fmt: skip
-    return y, post, comb
+    return y, post, comb, (codes, scales) if quantise else None
 
 
 def hc_pre(
     h: torch.Tensor, fn: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, *, norm_eps: float, eps: float, iters: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``ops/mhc.py: hc_pre``."""
-    return _reduce(h, fn, scale, base, None, norm_eps=norm_eps, eps=eps, iters=iters, head=False)
+    return _reduce(h, fn, scale, base, None, norm_eps=norm_eps, eps=eps, iters=iters, head=False)[:3]
 
 
 def hc_pre_norm(
     h: torch.Tensor, fn: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, weight: torch.Tensor, *, norm_eps: float, eps: float, iters: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``ops/fused.py: hc_pre_norm``."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Codes | None]:
+    """``ops/mhc.py: hc_pre_norm``, and FP8 codes of the norm's rows where they are whole groups of 128 channels."""
     return _reduce(h, fn, scale, base, weight, norm_eps=norm_eps, eps=eps, iters=iters, head=False)
 
 
@@ -136,6 +155,7 @@ def hc_post(y: torch.Tensor, h: torch.Tensor, post: torch.Tensor, comb: torch.Te
     return out
 
 
+_NORMED = {"HC": 4, "BLOCK_M": 32, "HEAD": False, "NORM": True, "QUANTISE": True}
 _FLOATS = {"scale": "*fp32", "base": "*fp32"}
 SPECS = (
     KernelSpec(
@@ -146,13 +166,14 @@ SPECS = (
     ),
     KernelSpec(
         name="hc_reduce", kernel=reduce_kernel, looped=False,
-        signature={"h": "*bf16", "partial": "*fp32", **_FLOATS, "weight": "*bf16", "y": "*bf16", "post": "*fp32", "comb": "*fp32",
-                   "tokens": "i32", "pieces": "i32", "norm_eps": "fp32", "eps": "fp32", "iters": "i32"},
+        signature={"h": "*bf16", "partial": "*fp32", **_FLOATS, "weight": "*bf16", "y": "*bf16", "post": "*fp32", "comb": "*fp32", "codes": "*u8",
+                   "scales": "*u8", "tokens": "i32", "pieces": "i32", "norm_eps": "fp32", "eps": "fp32", "iters": "i32"},
         variants={
-            "flash": {"DIM": 4096, "BLOCK_D": 4096, "HC": 4, "BLOCK_M": 32, "HEAD": False, "NORM": True},
-            "pro": {"DIM": 7168, "BLOCK_D": 8192, "HC": 4, "BLOCK_M": 32, "HEAD": False, "NORM": True},
-            "head": {"DIM": 4096, "BLOCK_D": 4096, "HC": 4, "BLOCK_M": 16, "HEAD": True, "NORM": False},
+            "flash": {"DIM": 4096, "BLOCK_D": 4096, **_NORMED},
+            "pro": {"DIM": 7168, "BLOCK_D": 8192, **_NORMED},
+            "head": {"DIM": 4096, "BLOCK_D": 4096, "HC": 4, "BLOCK_M": 16, "HEAD": True, "NORM": False, "QUANTISE": False},
         },
+        per_arch=lambda arch: {"NATIVE": arch >= 89},
         work=lambda c: Work(bytes=c["DIM"] * 10.0),
     ),
     KernelSpec(

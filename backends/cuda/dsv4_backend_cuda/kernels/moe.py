@@ -6,6 +6,8 @@ import triton.language as tl
 
 from dsv4_backend_cuda import launch
 from dsv4_backend_cuda.kernels.formats import quantise_e4m3
+from dsv4_backend_cuda.kernels.tiles import in_order
+from dsv4_backend_cuda.kernels.words import paired_place
 from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
 
 
@@ -18,17 +20,17 @@ def sqrt_softplus(x):
     return tl.sqrt_rn(tl.maximum(x, 0.0) + tail)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "pieces"])
 def route_kernel(
-    logits, bias, table, ids, weights, indices, tokens, experts, route_scale,
+    logits, bias, table, ids, weights, indices, tokens, pieces, experts, route_scale,
     TOPK: tl.constexpr, HASH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program routes ROWS tokens. HASH: to ``table[ids[t]]``; else to the largest biased scores, the lower id of equals."""
+    """A program routes ROWS tokens, whose logits come in ``pieces``. HASH: to ``table[ids[t]]``; else to the largest biased scores, the lower id of equals."""
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     e, k = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
     live = token < tokens
     inside = live[:, None] & (e < experts)[None, :]
-    score = sqrt_softplus(tl.load(logits + token[:, None] * experts + e[None, :], mask=inside, other=0.0))
+    score = sqrt_softplus(in_order(logits, token[:, None] * experts + e[None, :], inside, tl.cast(tokens, tl.int64) * experts, pieces))
     chosen = tl.zeros((ROWS, BLOCK_K), tl.int32)
     gained = tl.zeros((ROWS, BLOCK_K), tl.float32)
     if not HASH:
@@ -52,8 +54,8 @@ def route_kernel(
 
 
 @triton.jit(do_not_specialize=["copies", "first_expert", "n_experts"])
-def sort_kernel(indices, order, offsets, copies, first_expert, n_experts, BLOCK: tl.constexpr):
-    """Program e of n_experts + 1 places the copies for expert e (the last: for other ranks) behind those for lower ones, in order."""
+def sort_kernel(indices, order, place, offsets, copies, first_expert, n_experts, BLOCK: tl.constexpr):
+    """Program e of n_experts + 1 places the copies for expert e (the last: for other ranks) behind those for lower ones: place[order[i]] = i."""
     mine = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     before = tl.zeros((BLOCK,), tl.int32)
@@ -61,14 +63,16 @@ def sort_kernel(indices, order, offsets, copies, first_expert, n_experts, BLOCK:
         expert = tl.load(indices + start + i, mask=start + i < copies, other=-(1 << 30)) - first_expert
         group = tl.where((expert >= 0) & (expert < n_experts), expert, n_experts)
         before += ((group < mine) & (start + i < copies)).to(tl.int32)
-    place = tl.sum(before, axis=0)
-    tl.store(offsets + mine, place)
+    free = tl.sum(before, axis=0)
+    tl.store(offsets + mine, free)
     for start in range(0, copies, BLOCK):
         expert = tl.load(indices + start + i, mask=start + i < copies, other=-(1 << 30)) - first_expert
         group = tl.where((expert >= 0) & (expert < n_experts), expert, n_experts)
         hit = ((group == mine) & (start + i < copies)).to(tl.int32)
-        tl.store(order + place + tl.cumsum(hit, axis=0) - 1, start + i, mask=hit != 0)
-        place += tl.sum(hit, axis=0)
+        at = free + tl.cumsum(hit, axis=0) - 1
+        tl.store(order + at, start + i, mask=hit != 0)
+        tl.store(place + start + i, at, mask=hit != 0)
+        free += tl.sum(hit, axis=0)
 
 
 @triton.jit
@@ -105,26 +109,36 @@ def combine_kernel(rows, place, local, shared, y, dim, TOPK: tl.constexpr, SHARE
     tl.store(y + token * dim + column, acc.to(y.dtype.element_ty), mask=column < dim)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "pieces"])
 def swiglu_kernel(
-    gate, up, weights, y, codes, scales, rows, limit,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr, QUANTISE: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr,
+    gate, up, weights, order, y, codes, scales, rows, pieces, limit,
+    DIM: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr, SORTED: tl.constexpr, QUANTISE: tl.constexpr,
+    PAIRED: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program takes BLOCK channels of ROWS rows: clamp, silu, product, routing weight; then FP8 in groups of 128, if asked."""
+    """A program takes BLOCK channels of ROWS rows: clamp, silu, product, routing weight; then FP8 in groups of 128, if asked.
+
+    Rows of ``gate`` and ``up`` are STRIDE apart and may come in ``pieces``, whose sum is rounded first. SORTED: row r's weight is weights[order[r]].
+    PAIRED: codes as ``words.paired_place``.
+    """
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = row[:, None] * DIM + column[None, :]
     inside = (row < rows)[:, None] & (column < DIM)[None, :]
-    g = tl.minimum(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32), limit, propagate_nan=tl.PropagateNan.ALL)
-    u = tl.clamp(tl.load(up + at, mask=inside, other=0.0).to(tl.float32), -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+    read, stride = row[:, None] * STRIDE + column[None, :], tl.cast(rows, tl.int64) * STRIDE
+    g = in_order(gate, read, inside, stride, pieces).to(y.dtype.element_ty).to(tl.float32)
+    u = in_order(up, read, inside, stride, pieces).to(y.dtype.element_ty).to(tl.float32)
+    g = tl.minimum(g, limit, propagate_nan=tl.PropagateNan.ALL)
+    u = tl.clamp(u, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     out = g / (1.0 + tl.exp(-g)) * u
     if WEIGHTED:
-        out = out * tl.load(weights + row, mask=row < rows, other=0.0)[:, None]
-    rounded = out.to(gate.dtype.element_ty)
+        whose = tl.load(order + row, mask=row < rows, other=0) if SORTED else row
+        out = out * tl.load(weights + whose, mask=row < rows, other=0.0)[:, None]
+    rounded = out.to(y.dtype.element_ty)
     if QUANTISE:
         GROUPS: tl.constexpr = BLOCK // 128
         code, exponent = quantise_e4m3(tl.reshape(rounded.to(tl.float32), (ROWS, GROUPS, 128)), NATIVE)
-        tl.store(codes + at, tl.reshape(code, (ROWS, BLOCK)), mask=inside)
+        place = paired_place(column) if PAIRED else column
+        tl.store(codes + row[:, None] * DIM + place[None, :], tl.reshape(code, (ROWS, BLOCK)), mask=inside)
         group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
         where = row[:, None] * (DIM // 128) + group[None, :]
         tl.store(scales + where, exponent.to(tl.uint8), mask=(row < rows)[:, None] & (group < DIM // 128)[None, :])
@@ -135,38 +149,50 @@ def swiglu_kernel(
 def route(
     logits: torch.Tensor, bias: torch.Tensor | None, *, topk: int, route_scale: float, tid2eid: torch.Tensor | None = None, ids: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The second half of ``gate`` (with ``bias``) and ``gate_hash`` (with ``tid2eid`` and ``ids``): float32 logits [tokens, experts] -> weights, indices."""
-    tokens, experts = logits.shape
+    """The second half of ``gate`` (with ``bias``) and ``gate_hash`` (with ``tid2eid`` and ``ids``): float32 logits [pieces, tokens, experts] -> weights,
+    indices.
+    """
+    pieces, tokens, experts = logits.shape
     weights = torch.empty((tokens, topk), dtype=torch.float32, device=logits.device)
     indices = torch.empty((tokens, topk), dtype=torch.int32, device=logits.device)
     options = launch.options("route", logits)
     route_kernel[(cdiv(tokens, options["ROWS"]),)](
         logits, logits if bias is None else bias, indices if tid2eid is None else tid2eid, indices if ids is None else ids, weights, indices,
-        tokens, experts, route_scale, TOPK=topk, HASH=tid2eid is not None,
+        tokens, pieces, experts, route_scale, TOPK=topk, HASH=tid2eid is not None,
         BLOCK_E=next_power_of_2(experts), BLOCK_K=next_power_of_2(topk), **options,
     )  # fmt: skip
     return weights, indices
+
+
+def sort(indices: torch.Tensor, *, first_expert: int, n_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Copies of tokens by expert: ``order`` and ``offsets`` of ``ops/moe.py: dispatch``, and where each copy went."""
+    order, place = (torch.empty(indices.numel(), dtype=torch.int32, device=indices.device) for _ in range(2))
+    offsets = torch.empty(n_experts + 1, dtype=torch.int32, device=indices.device)
+    sort_kernel[(n_experts + 1,)](indices, order, place, offsets, indices.numel(), first_expert, n_experts, **launch.options("sort", indices))
+    return order, place, offsets
 
 
 def dispatch(x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, *, first_expert: int, n_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``ops/moe.py: dispatch``."""
     dim, topk = x.shape[1], indices.shape[1]
     copies = indices.numel()
-    order = torch.empty(copies, dtype=torch.int32, device=x.device)
-    offsets = torch.empty(n_experts + 1, dtype=torch.int32, device=x.device)
+    order, _, offsets = sort(indices, first_expert=first_expert, n_experts=n_experts)
     rows, row_weights = x.new_empty((copies, dim)), weights.new_empty(copies)
-    sort_kernel[(n_experts + 1,)](indices, order, offsets, copies, first_expert, n_experts, **launch.options("sort", x))
     gather_kernel[(copies,)](x, weights, order, rows, row_weights, dim, TOPK=topk, **launch.options("gather", x))
     return rows, row_weights, order, offsets
 
 
-def combine(rows: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor, shared: torch.Tensor | None, *, topk: int, out_dtype: torch.dtype) -> torch.Tensor:
-    """``ops/moe.py: combine``."""
+def invert(order: torch.Tensor) -> torch.Tensor:
+    """Where each copy went: ``place[order[i]] = i``."""
+    place, options = torch.empty_like(order), launch.options("invert", order)
+    invert_kernel[(cdiv(order.numel(), options["BLOCK"]),)](order, place, order.numel(), **options)
+    return place
+
+
+def combine(rows: torch.Tensor, place: torch.Tensor, offsets: torch.Tensor, shared: torch.Tensor | None, *, topk: int, out_dtype: torch.dtype) -> torch.Tensor:
+    """``ops/moe.py: combine``, of copies that went to ``place``."""
     copies, dim = rows.shape
-    place = torch.empty_like(order)
     y = torch.empty((copies // topk, dim), dtype=out_dtype, device=rows.device)
-    options = launch.options("invert", rows)
-    invert_kernel[(cdiv(copies, options["BLOCK"]),)](order, place, copies, **options)
     options = launch.options("combine", rows)
     combine_kernel[(copies // topk, cdiv(dim, options["BLOCK"]))](
         rows, place, offsets[-1:], rows if shared is None else shared, y, dim, TOPK=topk, SHARED=shared is not None, **options
@@ -174,40 +200,49 @@ def combine(rows: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor, shar
     return y
 
 
-def _swiglu(gate: torch.Tensor, up: torch.Tensor, weights: torch.Tensor | None, limit: float, *, quantise: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows, dim = gate.shape
-    y = gate.new_empty((0,) if quantise else (rows, dim))
+def _swiglu(
+    gate: torch.Tensor, up: torch.Tensor, weights: torch.Tensor | None, order: torch.Tensor | None, limit: float, *, quantise: bool, paired: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    pieces, rows, dim = gate.shape
+    y = torch.empty((0,) if quantise else (rows, dim), dtype=torch.bfloat16, device=gate.device)
     codes = torch.empty((rows, dim) if quantise else (0,), dtype=torch.uint8, device=gate.device)
     scales = torch.empty((rows, dim // 128) if quantise else (0,), dtype=torch.uint8, device=gate.device)
     options = launch.options("swiglu", gate)
     swiglu_kernel[(cdiv(rows, options["ROWS"]), cdiv(dim, options["BLOCK"]))](
-        gate, up, gate if weights is None else weights, y, codes, scales, rows, limit,
-        DIM=dim, WEIGHTED=weights is not None, QUANTISE=quantise, NATIVE=launch.native_fp8(gate), **options,
+        gate, up, gate if weights is None else weights, scales if order is None else order, y, codes, scales, rows, pieces, limit,
+        DIM=dim, STRIDE=gate.stride(1), WEIGHTED=weights is not None, SORTED=order is not None, QUANTISE=quantise, PAIRED=paired,
+        NATIVE=launch.native_fp8(gate), **options,
     )  # fmt: skip
     return y, codes, scales
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, weights: torch.Tensor | None, *, limit: float) -> torch.Tensor:
     """``ops/moe.py: swiglu``."""
-    return _swiglu(gate, up, weights, limit, quantise=False)[0]
+    return _swiglu(gate[None], up[None], weights, None, limit, quantise=False)[0]
 
 
-def swiglu_quant(gate: torch.Tensor, up: torch.Tensor, weights: torch.Tensor | None, *, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """``swiglu``, rounded to BF16, then ``act_quant`` (block 128): what ``w2`` multiplies. ``inter`` is a multiple of 128."""
-    return _swiglu(gate, up, weights, limit, quantise=True)[1:]
+def swiglu_quant(
+    both: torch.Tensor, weights: torch.Tensor | None = None, order: torch.Tensor | None = None, *, limit: float, paired: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``swiglu`` of [pieces, rows, gate | up], rounded to BF16, then ``act_quant`` (block 128): what ``w2`` multiplies. Half a row is a multiple of 128.
+
+    ``weights`` of copies in the router's order, where ``order`` says which copy a row is; else of rows.
+    """
+    dim = both.shape[2] // 2
+    return _swiglu(both[..., :dim], both[..., dim:], weights, order, limit, quantise=True, paired=paired)[1:]
 
 
 _ROUTE = {"TOPK": 6, "BLOCK_K": 8}
 SPECS = (
     KernelSpec(
         name="route", kernel=route_kernel, looped=False,
-        signature={"logits": "*fp32", "bias": "*fp32", "table": "*i64", "ids": "*i32", "weights": "*fp32", "indices": "*i32", "tokens": "i32", "experts": "i32:16", "route_scale": "fp32"},
+        signature={"logits": "*fp32", "bias": "*fp32", "table": "*i64", "ids": "*i32", "weights": "*fp32", "indices": "*i32", "tokens": "i32", "pieces": "i32", "experts": "i32:16", "route_scale": "fp32"},
         variants={"flash": {**_ROUTE, "HASH": False, "BLOCK_E": 256}, "pro": {**_ROUTE, "HASH": False, "BLOCK_E": 512}, "hash": {**_ROUTE, "HASH": True, "BLOCK_E": 256}},
         work=lambda c: Work(bytes=4.0 * c["ROWS"] * c["BLOCK_E"]),
     ),
     KernelSpec(
         name="sort", kernel=sort_kernel,
-        signature={"indices": "*i32", "order": "*i32", "offsets": "*i32", "copies": "i32", "first_expert": "i32", "n_experts": "i32"},
+        signature={"indices": "*i32", "order": "*i32", "place": "*i32", "offsets": "*i32", "copies": "i32", "first_expert": "i32", "n_experts": "i32"},
         variants={"all": {}}, work=lambda c: Work(bytes=4.0 * c["BLOCK"] / 257),  # read once from memory, by the other experts' programs from cache
     ),
     KernelSpec(
@@ -226,8 +261,12 @@ SPECS = (
     ),
     KernelSpec(
         name="swiglu", kernel=swiglu_kernel, looped=False,
-        signature={"gate": "*bf16", "up": "*bf16", "weights": "*fp32", "y": "*bf16", "codes": "*u8", "scales": "*u8", "rows": "i32", "limit": "fp32"},
-        variants={"experts": {"DIM": 2048, "WEIGHTED": True, "QUANTISE": True}, "shared": {"DIM": 2048, "WEIGHTED": False, "QUANTISE": True}},
+        signature={"gate": "*bf16", "up": "*bf16", "weights": "*fp32", "order": "*i32", "y": "*bf16", "codes": "*u8", "scales": "*u8"}
+        | {"rows": "i32", "pieces": "i32", "limit": "fp32"},
+        variants={
+            "experts": {"DIM": 2048, "STRIDE": 4096, "WEIGHTED": True, "SORTED": True, "QUANTISE": True, "PAIRED": True},
+            "shared": {"DIM": 2048, "STRIDE": 4096, "WEIGHTED": False, "SORTED": False, "QUANTISE": True, "PAIRED": False},
+        },
         per_arch=lambda arch: {"NATIVE": arch >= 89},
         work=lambda c: Work(bytes=c["ROWS"] * c["BLOCK"] * 5.0),
     ),

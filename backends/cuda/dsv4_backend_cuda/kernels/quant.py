@@ -14,18 +14,20 @@ from dsv4_backend_cuda.kernels.formats import (
     e8m0_value,
     quantise_e4m3,
 )
+from dsv4_backend_cuda.kernels.words import paired_place
 from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv
 
 
 @triton.jit(do_not_specialize=["groups"])
-def act_quant_kernel(x, codes, scales, groups, GROUP: tl.constexpr, NATIVE: tl.constexpr, GROUPS: tl.constexpr):
-    """A program takes GROUPS groups of GROUP channels, wherever in the rows they lie: a row is a whole number of groups."""
+def act_quant_kernel(x, codes, scales, groups, GROUP: tl.constexpr, PAIRED: tl.constexpr, NATIVE: tl.constexpr, GROUPS: tl.constexpr):
+    """A program takes GROUPS groups of GROUP channels, wherever in the rows they lie: a row is a whole number of groups. PAIRED: codes as ``words.paired_place``."""
     group = (tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)).to(tl.int64)
-    at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    channel = tl.arange(0, GROUP)
     inside = (group < groups)[:, None]
-    wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    wide = tl.load(x + group[:, None] * GROUP + channel[None, :], mask=inside, other=0.0).to(tl.float32)
     code, exponent = quantise_e4m3(tl.reshape(wide, (GROUPS, 1, GROUP)), NATIVE)
-    tl.store(codes + at, tl.reshape(code, (GROUPS, GROUP)), mask=inside)
+    place = paired_place(channel) if PAIRED else channel
+    tl.store(codes + group[:, None] * GROUP + place[None, :], tl.reshape(code, (GROUPS, GROUP)), mask=inside)
     tl.store(scales + group, tl.reshape(exponent, (GROUPS,)).to(tl.uint8), mask=group < groups)
 
 
@@ -79,13 +81,13 @@ def hadamard_kernel(x, y, rows, DIM: tl.constexpr, QUANTISE: tl.constexpr, NORM:
     tl.store(y + at, rotated, mask=inside)
 
 
-def act_quant(x: torch.Tensor, *, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``ops/quant.py: act_quant`` for contiguous ``x`` [tokens, dim] and a power-of-two ``block``."""
+def act_quant(x: torch.Tensor, *, block: int, paired: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """``ops/quant.py: act_quant`` for contiguous ``x`` [tokens, dim] and a power-of-two ``block``. ``paired``: codes in the order of ``words.paired_place``."""
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     scales = torch.empty((x.shape[0], x.shape[1] // block), dtype=torch.uint8, device=x.device)
     options = launch.options("act_quant", x)
     groups = scales.numel()
-    act_quant_kernel[(cdiv(groups, options["GROUPS"]),)](x, codes, scales, groups, GROUP=block, NATIVE=launch.native_fp8(x), **options)
+    act_quant_kernel[(cdiv(groups, options["GROUPS"]),)](x, codes, scales, groups, GROUP=block, PAIRED=paired, NATIVE=launch.native_fp8(x), **options)
     return codes, scales
 
 
@@ -123,7 +125,7 @@ SPECS = (
         name="act_quant",
         kernel=act_quant_kernel,
         signature={"x": "*bf16", "codes": "*u8", "scales": "*u8", "groups": "i32"},
-        variants={"block128": {"GROUP": 128}},
+        variants={"block128": {"GROUP": 128, "PAIRED": False}, "paired": {"GROUP": 128, "PAIRED": True}},
         per_arch=lambda arch: {"NATIVE": arch >= 89},
         looped=False,
         work=lambda c: Work(bytes=c["GROUPS"] * (3.0 * c["GROUP"] + 1)),

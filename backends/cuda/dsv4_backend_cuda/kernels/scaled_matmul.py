@@ -1,10 +1,11 @@
 """Linear layers with quantised weights: FP8 activations x FP8 (128 x 128 blocks) or FP4 (1 x 32) weights, dense and per expert.
 
 Weights are the tall operand of the tensor-core product and tokens the wide one, so that one token wastes no more than 15 columns and a token's sum is
-taken in the same order in every tile: the result's bits do not depend on the batch. K is walked in steps of 128, an activation's scale block.
+taken in the same order in every tile: the result's bits do not depend on the batch, unless a launch of few programs is split (``split``). K is walked in
+steps of 128, an activation's scale block.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,25 +13,35 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4_backend_cuda import launch
+from dsv4_backend_cuda import launch, pieces
+from dsv4_backend_cuda.kernels.add_pieces import total
 from dsv4_backend_cuda.kernels.formats import e8m0_value
 from dsv4_backend_cuda.kernels.fp4_matmul import fp4_matmul_kernel
-from dsv4_backend_cuda.kernels.tiles import locate
+from dsv4_backend_cuda.kernels.tiles import locate, of_two
 from dsv4_backend_cuda.kernels.words import half_of_e4m3
 from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
 
 DECODE_TOKENS = 16  # up to here one narrow tile holds all tokens (of an expert)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "span"])
 def scaled_matmul_kernel(
-    x, xs, w, ws, y, offsets, rows, N, K,
-    EXPERTS: tl.constexpr, SLOTS: tl.constexpr, FP4: tl.constexpr, MMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    x, xs, w, ws, w2, ws2, y, order, offsets, rows, N, K, span,
+    EXPERTS: tl.constexpr, SLOTS: tl.constexpr, FP4: tl.constexpr, MMA: tl.constexpr, TWO: tl.constexpr, TOPK: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """A program computes BLOCK_N outputs of BLOCK_T rows. EXPERTS 0: one dense weight. MMA: "half", "fp8" or "scaled" (block-scaled)."""
+    """A program computes BLOCK_N outputs of BLOCK_T rows. EXPERTS 0: one dense weight. MMA: "half", "fp8" or "scaled" (block-scaled).
+
+    TWO: two weights of N outputs, side by side in a row of ``y``. TOPK > 0: row t is of token order[t] // TOPK. SPLIT: piece program_id(2) of the sum,
+    ``span`` blocks of 128, into ``y`` [pieces, rows, outputs].
+    """
     # One weight scale a program: a block of 128 outputs must hold all of the program's, or all but the first 128 are scaled by a neighbour's scale.
     tl.static_assert(FP4 or MMA == "scaled" or BLOCK_N <= 128, "BLOCK_N: a program reads one scale of 128 outputs")
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile = tl.program_id(0)
+    if TWO:
+        tile, w, ws, y = of_two(tile, tl.cdiv(N, BLOCK_N), w, ws, y, w2, ws2, N)
+    stride = 2 * N if TWO else N
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     expert, first, end = 0, tl.program_id(1) * BLOCK_T, rows
     if EXPERTS > 0:
         expert, first, end = locate(tl.program_id(1), offsets, rows, EXPERTS, SLOTS, BLOCK_T)
@@ -38,7 +49,15 @@ def scaled_matmul_kernel(
     live_t, live_n = t < end, n < N
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     row, column = t.to(tl.int64), n.to(tl.int64)
+    source = row
+    if TOPK > 0:
+        source = (tl.load(order + t, mask=live_t, other=0) // TOPK).to(tl.int64)
     blocks = K // 128
+    begin, stop = 0, blocks
+    if SPLIT:
+        begin = tl.program_id(2) * span
+        stop = tl.minimum(begin + span, blocks)
+        y += tl.program_id(2).to(tl.int64) * rows * stride
     if expert < EXPERTS or EXPERTS == 0:
         PACK: tl.constexpr = 2 if FP4 else 1
         WORD: tl.constexpr = 4 if MMA == "half" else 1  # codes that a load takes at once
@@ -48,11 +67,11 @@ def scaled_matmul_kernel(
             wide_at, narrow_at = wide_at.to(tl.pointer_type(tl.uint32), bitcast=True), x.to(tl.pointer_type(tl.uint32), bitcast=True)
         scales = ws + tl.cast(expert, tl.int64) * (N * (K // 32) if FP4 else ((N + 127) // 128) * blocks)
         inner, packed, group = tl.arange(0, 128 // WORD), tl.arange(0, 128 // (PACK * WORD)), tl.arange(0, 4)
-        for block in range(blocks):
+        for block in range(begin, stop):
             wide = tl.load(wide_at + column[:, None] * (K // (PACK * WORD)) + block * (128 // (PACK * WORD)) + packed[None, :], mask=live_n[:, None], other=0)
-            narrow = tl.load(narrow_at + row[None, :] * (K // WORD) + block * (128 // WORD) + inner[:, None], mask=live_t[None, :], other=0)
+            narrow = tl.load(narrow_at + source[None, :] * (K // WORD) + block * (128 // WORD) + inner[:, None], mask=live_t[None, :], other=0)
             if MMA == "scaled":
-                scale_x = tl.load(xs + row[:, None] * blocks + block + 0 * group[None, :], mask=live_t[:, None], other=127)
+                scale_x = tl.load(xs + source[:, None] * blocks + block + 0 * group[None, :], mask=live_t[:, None], other=127)
                 if FP4:
                     scale_w = tl.load(scales + column[:, None] * (K // 32) + block * 4 + group[None, :], mask=live_n[:, None], other=127)
                     acc = tl.dot_scaled(wide, scale_w, "e2m1", narrow, scale_x, "e4m3", acc)
@@ -60,15 +79,15 @@ def scaled_matmul_kernel(
                     scale_w = tl.load(scales + (column // 128)[:, None] * blocks + block + 0 * group[None, :], mask=live_n[:, None], other=127)
                     acc = tl.dot_scaled(wide, scale_w, "e4m3", narrow, scale_x, "e4m3", acc)
             else:
-                scale = e8m0_value(tl.load(xs + row * blocks + block, mask=live_t, other=127))
-                scale_w = e8m0_value(tl.load(scales + (tl.program_id(0) * BLOCK_N // 128) * blocks + block))
+                scale = e8m0_value(tl.load(xs + source * blocks + block, mask=live_t, other=127))
+                scale_w = e8m0_value(tl.load(scales + (tile * BLOCK_N // 128) * blocks + block))
                 if MMA == "fp8":
                     part = tl.dot(wide.to(tl.float8e4nv, bitcast=True), narrow.to(tl.float8e4nv, bitcast=True))
                 else:
                     part = tl.dot(half_of_e4m3(wide), tl.trans(half_of_e4m3(tl.trans(narrow)))) * 65536.0
                 acc += part * (scale * scale_w)[None, :]
     out = tl.trans(acc).to(y.dtype.element_ty)
-    tl.store(y + row[:, None] * N + column[None, :], out, mask=live_t[:, None] & live_n[None, :])
+    tl.store(y + row[:, None] * stride + column[None, :], out, mask=live_t[:, None] & live_n[None, :])
 
 
 def mma_of(arch: int, *, fp4: bool) -> str:
@@ -78,49 +97,73 @@ def mma_of(arch: int, *, fp4: bool) -> str:
     return "fp8" if arch >= 89 else "half"
 
 
+Weight = tuple[torch.Tensor, torch.Tensor]
+"""Codes [out, in or in / 2] (experts in front of them) and scale bytes, both uint8."""
+
+
+def paired(device: torch.Tensor, *, fp4: bool) -> bool:
+    """Whether a product by such weights wants its activation's codes in the order of ``words.paired_place``."""
+    return fp4 and mma_of(launch.architecture(str(device.device)), fp4=True) == "fp8"
+
+
 def _launch(
-    codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, y: torch.Tensor, offsets: torch.Tensor,
-    *, experts: int, tiles: int, fp4: bool, options: dict[str, Any],
+    x: Weight, weights: Sequence[Weight], y: torch.Tensor, offsets: torch.Tensor, order: torch.Tensor | None,
+    *, experts: int, tiles: int, topk: int, fp4: bool, span: int, options: dict[str, Any],
 ) -> torch.Tensor:  # fmt: skip
-    rows, k = codes.shape
-    n = weight.shape[-2]
-    grid = (cdiv(n, options["BLOCK_N"]), tiles)
+    (codes, scales), first, last = x, weights[0], weights[-1]
+    rows, n, k = y.shape[1], first[0].shape[-2], codes.shape[1]
+    grid = (cdiv(n, options["BLOCK_N"]) * len(weights), tiles, y.shape[0])
     slots = next_power_of_2(experts + 2) if experts else 1
     mma = mma_of(launch.architecture(str(codes.device)), fp4=fp4)
+    arrays = codes, scales, *first, *last, y, offsets if order is None else order, offsets, rows, n, k, span
+    how = {"EXPERTS": experts, "SLOTS": slots, "TWO": len(weights) == 2, "TOPK": topk, "SPLIT": y.shape[0] > 1, **options}
     if fp4 and mma != "scaled":
-        fp4_matmul_kernel[grid](codes, scales, weight, weight_scale, y, offsets, rows, n, k, EXPERTS=experts, SLOTS=slots, FP8=mma == "fp8", **options)
+        fp4_matmul_kernel[grid](*arrays, FP8=mma == "fp8", **how)
     else:
-        scaled_matmul_kernel[grid](codes, scales, weight, weight_scale, y, offsets, rows, n, k, EXPERTS=experts, SLOTS=slots, FP4=fp4, MMA=mma, **options)
+        scaled_matmul_kernel[grid](*arrays, FP4=fp4, MMA=mma, **how)
     return y
 
 
+def products(codes: torch.Tensor, scales: torch.Tensor, weights: Sequence[Weight], *, out_dtype: torch.dtype, fp4: bool, split: bool, reader: bool = False) -> torch.Tensor:
+    """Products with one weight or two [out, in] as [pieces, tokens, outputs]: one piece in ``out_dtype``, or several in float32 for the reader to add up.
+
+    ``split``: allowed to cut the sum in pieces, where there are too few programs for the multiprocessors; ``reader``: whoever reads it adds them up.
+    """
+    rows, n, steps = codes.shape[0], weights[0][0].shape[0], codes.shape[1] // 128
+    options = launch.options(f"{'fp4_' if fp4 else ''}linear_{'decode' if rows <= DECODE_TOKENS else 'prefill'}", codes)
+    tiles, arch = cdiv(rows, options["BLOCK_T"]), launch.architecture(str(codes.device))
+    span = pieces.span(cdiv(n, options["BLOCK_N"]) * len(weights) * tiles, steps, arch, reader=reader) if split else steps
+    count = max(cdiv(steps, span), 1)
+    y = torch.empty((count, rows, n * len(weights)), dtype=out_dtype if count == 1 else torch.float32, device=codes.device)
+    return _launch((codes, scales), weights, y, scales, None, experts=0, tiles=tiles, topk=0, fp4=fp4, span=span, options=options)
+
+
 def linear(
-    codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, *, out_dtype: torch.dtype, fp4: bool = False
+    codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, *, out_dtype: torch.dtype, fp4: bool = False, split: bool = False
 ) -> torch.Tensor:
     """Quantised activation [tokens, in] x weight [out, in]: ``ops/matmul.py: linear`` after ``act_quant``. All four operands uint8; in % 128 = 0."""
-    rows = codes.shape[0]
-    y = torch.empty((rows, weight.shape[0]), dtype=out_dtype, device=codes.device)
-    options = launch.options(f"{'fp4_' if fp4 else ''}linear_{'decode' if rows <= DECODE_TOKENS else 'prefill'}", codes)
-    return _launch(codes, scales, weight, weight_scale, y, scales, experts=0, tiles=cdiv(rows, options["BLOCK_T"]), fp4=fp4, options=options)
+    return total(products(codes, scales, [(weight, weight_scale)], out_dtype=out_dtype, fp4=fp4, split=split), out_dtype)
 
 
-def expert_linear(
-    codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, offsets: torch.Tensor, *, fp4: bool
+def expert_products(
+    codes: torch.Tensor, scales: torch.Tensor, weights: Sequence[Weight], offsets: torch.Tensor, *, fp4: bool, order: torch.Tensor | None = None, topk: int = 0
 ) -> torch.Tensor:
-    """``ops/matmul.py: expert_linear`` after ``act_quant``: weight [experts, out, in or in / 2], offsets [experts + 1] int32.
+    """``ops/matmul.py: expert_linear`` after ``act_quant``, with one weight or two [experts, out, in or in / 2], whose outputs stand side by side.
 
-    The grid is the largest number of tiles that any distribution of rows over experts needs, so nothing is read back from the device.
+    ``order`` (of ``moe.sort``, with its ``topk``): row r is of token ``order[r] // topk``; codes are the tokens'. The grid is the largest number of tiles
+    that any distribution of rows over experts needs, so nothing is read back from the device.
     """
-    rows, experts = codes.shape[0], weight.shape[0]
-    y = torch.empty((rows, weight.shape[1]), dtype=torch.bfloat16, device=codes.device)
+    rows, (experts, n, _) = codes.shape[0] if order is None else order.shape[0], weights[0][0].shape
+    y = torch.empty((1, rows, n * len(weights)), dtype=torch.bfloat16, device=codes.device)
     options = launch.options(f"{'fp4' if fp4 else 'fp8'}_experts_{'decode' if rows <= DECODE_TOKENS * experts else 'prefill'}", codes)
     tiles = min(rows, experts + 1 + rows // options["BLOCK_T"])
-    return _launch(codes, scales, weight, weight_scale, y, offsets, experts=experts, tiles=tiles, fp4=fp4, options=options)
+    return _launch((codes, scales), weights, y, offsets, order, experts=experts, tiles=tiles, topk=topk, fp4=fp4, span=0, options=options)[0]
 
 
 def _specs(base: str, phase: str) -> Iterator[KernelSpec]:
     fp4, experts = base.startswith("fp4"), 256 if "experts" in base else 0
-    shape = {"EXPERTS": experts, "SLOTS": 512 if experts else 1}
+    shape = {"EXPERTS": experts, "SLOTS": 512 if experts else 1, "TWO": False, "TOPK": 0, "SPLIT": False}
+    pair = shape | {"TWO": True} | ({"TOPK": 6} if experts else {"SPLIT": phase == "decode"})
 
     def work(arch: int, c: Mapping[str, Any]) -> Work:
         n, t, k = c["BLOCK_N"], c["BLOCK_T"], 128
@@ -136,8 +179,9 @@ def _specs(base: str, phase: str) -> Iterator[KernelSpec]:
         yield KernelSpec(
             name=f"{base}_{phase}",
             kernel=fp4_matmul_kernel if widened else scaled_matmul_kernel,
-            signature={"x": "*u8", "xs": "*u8", "w": "*u8", "ws": "*u8", "y": "*bf16", "offsets": "*i32", "rows": "i32", "N": "i32:16", "K": "i32:16"},
-            variants={"flash": shape | ({"FP8": kind == "fp8"} if widened else {"FP4": fp4, "MMA": kind})},
+            signature=dict.fromkeys(("x", "xs", "w", "ws", "w2", "ws2"), "*u8")
+            | {"y": "*bf16", "order": "*i32", "offsets": "*i32", "rows": "i32", "N": "i32:16", "K": "i32:16", "span": "i32"},
+            variants={name: what | ({"FP8": kind == "fp8"} if widened else {"FP4": fp4, "MMA": kind}) for name, what in (("flash", shape), ("pair", pair))},
             architectures=architectures,
             mma={80: "HMMA", 89: "QMMA", 90: "QGMMA", 100: "UTC.*MMA", 120: "QMMA" if fp4 else "QMMA|OMMA"},
             work=partial(work, architectures[0]),

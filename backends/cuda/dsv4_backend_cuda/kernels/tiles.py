@@ -1,4 +1,4 @@
-"""Tiles of rows that are grouped by expert."""
+"""Tiles of rows that are grouped by expert; two weights in one launch; sums that several programs take in pieces."""
 
 import triton
 import triton.language as tl
@@ -17,3 +17,21 @@ def locate(pid, offsets, rows, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK
     mine = e == expert
     row = tl.sum(tl.where(mine, start + (pid - (after - tiles)) * BLOCK_T, 0), axis=0)
     return expert, row, tl.sum(tl.where(mine, stop, 0), axis=0)
+
+
+@triton.jit
+def of_two(tile, tiles, w, ws, y, w2, ws2, width):
+    """Tile and operands of a product with two weights of ``width`` outputs: tiles from ``tiles`` on are the second weight's, whose results stand behind."""
+    if tile >= tiles:
+        tile -= tiles
+        w, ws, y = w2, ws2, y + width
+    return tile, w, ws, y
+
+
+@triton.jit
+def in_order(partial, at, inside, stride, pieces):
+    """Sum of the pieces of a product at ``at``, first to last; a piece is ``stride`` elements."""
+    total = tl.load(partial + at, mask=inside, other=0.0).to(tl.float32)
+    for piece in range(1, pieces):
+        total += tl.load(partial + piece * stride + at, mask=inside, other=0.0)
+    return total

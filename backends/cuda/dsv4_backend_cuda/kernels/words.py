@@ -22,6 +22,12 @@ def halves_of(word):
 
 
 @triton.jit
+def paired_place(channel):
+    """Place of a channel in the order of ``group_e4m3``: of every 32 the even ones, then the odd ones."""
+    return (channel & -32) | ((channel & 1) << 4) | ((channel & 31) >> 1)
+
+
+@triton.jit
 def group_e4m3(word):
     """uint32 [n, 4] -> E4M3 [n, 32], value / 64: the words' even channels, then the odd ones."""
     even = ((word << 4) & 0x80808080) | ((word << 2) & 0x1C1C1C1C)
