@@ -74,5 +74,4 @@ serve: $(VENV)
 
 vllm:
 	integrations/vllm/environment.sh $(VENV)/vllm
-	$(VENV)/vllm/bin/pip install -q --no-deps examples/vendor_backend
 	$(VENV)/vllm/bin/python integrations/vllm/prove.py --report reports/vllm.json
