@@ -108,7 +108,7 @@ class TransformersJudged(Backend):
         listed = torch.zeros(len(q), len(kv) + 1)
         listed.scatter_add_(1, topk_idxs.long() % (len(kv) + 1), torch.ones(topk_idxs.shape))  # -1: the last column
         mask = listed[:, :-1].log()[None, None].to(q.dtype)  # a row that is listed twice counts twice
-        module = SimpleNamespace(num_key_value_groups=q.shape[1], sinks=attn_sink.to(q.dtype), training=False)
+        module = SimpleNamespace(num_key_value_groups=q.shape[1], sinks=attn_sink, training=False)
         rows = kv[None, None]
         out, _ = theirs.eager_attention_forward(module, q.transpose(0, 1)[None], rows, rows, mask, softmax_scale)
         return out[0]

@@ -3,10 +3,8 @@
     python prove.py [--model DIR] [--prompts 32] [--longest 600] [--at-once 8] [--report FILE] [PART ...]
 
 Run it in an environment that ``environment.sh`` made. Each part runs in a process of its own: ``company`` (prompts of many
-lengths arrive while others run, every fifth is given up and asked again), ``preempted`` (the same with so few blocks that
-vLLM must preempt), ``served`` (completions and chat by the openai client against vLLM's OpenAI server), ``vendor`` (the
-example backend of a third party) and ``overhead`` (a step inside vLLM against one of dsv4's engine). Exit status 1 where
-anything differs.
+lengths arrive while others run, every fifth is given up and asked again) and ``overhead`` (a step inside vLLM against one of
+dsv4's engine). Exit status 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import datetime
 import json
 import os
 import platform
-import socket
 import statistics
 import subprocess
 import sys
@@ -31,9 +28,7 @@ import numpy as np
 from dsv4_core.files.writing import write
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("company", "preempted", "served", "vendor", "overhead")
-BOS, USER, ASSISTANT = "<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"  # noqa: RUF001  as published
-TEMPLATE = f"{{{{ '{BOS}' }}}}{{% for m in messages %}}{USER}{{{{ m.content }}}}{ASSISTANT}</think>{{% endfor %}}"
+PARTS = ("company", "overhead")
 Told = list[tuple[int, float]]
 """Of one request: tokens and their log-probabilities, float32."""
 
@@ -121,78 +116,19 @@ def compared(want: list[Told], got: list[Told]) -> dict[str, Any]:
     }
 
 
-def company(given: argparse.Namespace, backend: str = "reference", **more: Any) -> dict[str, Any]:
+def company(given: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """Requests that come and go."""
     from dsv4_core.checkpoint.weights import Checkpoint
 
     ids = prompts(given.prompts, given.longest, Checkpoint(given.model).config.vocab_size)
-    want = alone(given.model, ids, given.tokens, backend)
-    made = engine(given.model, backend, given.at_once, disable_log_stats=False, **more)
+    want = alone(given.model, ids, given.tokens, "reference")
+    made = engine(given.model, "reference", given.at_once, disable_log_stats=False, **more)
     found = compared(want, inside(made, ids, given.tokens))
     counts = {m.name: getattr(m, "value", None) for m in made.get_metrics()}
     found |= {"lengths": [len(one) for one in ids], "tokens each": given.tokens, "at once": given.at_once}
     found["preemptions"] = counts["vllm:num_preemptions"]
     found["holds"] = not (found["other tokens"] or found["other logprobs"])
     return found
-
-
-def preempted(given: argparse.Namespace) -> dict[str, Any]:
-    """Blocks for hardly more than the longest request."""
-    found = company(given, num_gpu_blocks_override=(given.longest + given.tokens) // 16 + 4)
-    return {**found, "holds": found["holds"] and found["preemptions"] > 0}
-
-
-def vendor(given: argparse.Namespace) -> dict[str, Any]:
-    """A third party's backend, of which dsv4-vllm knows nothing: the same tokens as by itself."""
-    given.prompts, given.longest = min(given.prompts, 8), min(given.longest, 60)
-    found = company(given, backend="example")
-    return {**found, "holds": not found["other tokens"]}
-
-
-def served(given: argparse.Namespace) -> dict[str, Any]:
-    """The OpenAI server of vLLM, asked by the openai client."""
-    import openai
-
-    import dsv4_core as dsv4
-
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    chat = "What is kludge?"
-    with tempfile.TemporaryDirectory() as folder:
-        template = Path(folder) / "chat.jinja"
-        template.write_text(TEMPLATE, encoding="utf-8")
-        how = {"dsv4": {"backend": "reference", "options": options("reference")}}
-        words = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(given.model), "--port", str(port)]
-        words += ["--no-enable-prefix-caching", "--enforce-eager", "--max-num-seqs", "4", "--max-model-len", "512"]
-        words += ["--served-model-name", "m", "--chat-template", str(template), "--additional-config", json.dumps(how)]
-        words += ["--tokenizer-mode", "auto", "--generation-config", "vllm"]
-        log = Path(folder) / "log"
-        with log.open("w") as file, subprocess.Popen([sys.executable, *words], stdout=file, stderr=file) as process:
-            try:
-                client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", timeout=300)
-                for _ in range(1200):
-                    try:
-                        client.models.list()
-                        break
-                    except openai.APIConnectionError:
-                        if process.poll() is not None:
-                            sys.exit(log.read_text()[-6000:])
-                        time.sleep(0.5)
-                ask = {"model": "m", "max_tokens": given.tokens, "temperature": 0}
-                whole = client.completions.create(**ask, prompt=[0, 3, 50, 60]).choices[0].text
-                parts = client.completions.create(**ask, prompt=[0, 3, 50, 60], stream=True)
-                streamed = "".join(c.choices[0].text for c in parts if c.choices)
-                turns = [{"role": "user", "content": chat}]
-                reply = client.chat.completions.create(**ask, messages=turns).choices[0].message.content
-            finally:
-                process.terminate()
-    with dsv4.load(given.model, backend="reference", **options("reference")) as session:
-        want = [
-            session.generate(prompt, max_tokens=given.tokens).run().texts[0]
-            for prompt in ([0, 3, 50, 60], [{"role": "user", "content": chat}])
-        ]
-    found = {"completion": whole, "streamed": streamed, "chat": reply, "dsv4": want}
-    return {**found, "holds": [whole, reply] == want and streamed == whole}
 
 
 def overhead(given: argparse.Namespace) -> dict[str, Any]:

@@ -80,9 +80,15 @@ def test_what_the_jit_refuses_is_found(tmp_path):
 
 def test_a_length_as_a_constant_is_found(tmp_path):
     """What a conversation would have recompiled for every closed window."""
-    topk = Fault("", "index", "picks, rows, topk, BLOCK: ", "picks, rows, topk: tl.constexpr, BLOCK: ", "index_select")
+    topk = Fault(
+        "",
+        "index",
+        "picks, rows, topk, length, WHOLE: ",
+        "picks, rows, topk: tl.constexpr, length, WHOLE: ",
+        "index_select",
+    )
     kernel = planted(topk, tmp_path) / "dsv4_backend_cuda" / "kernels" / "index.py"
-    kernel.write_text(kernel.read_text().replace('["rows", "topk"]', '["rows"]'))
+    kernel.write_text(kernel.read_text().replace('["rows", "topk", "length"]', '["rows", "length"]'))
     found = run("conversation", "--depth", "count", first_on_path=str(tmp_path))
     assert found["specialisations"]["index_select_kernel"] > AS_A_CONTEXT_GROWS
 

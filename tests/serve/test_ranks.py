@@ -51,14 +51,14 @@ def ranks(request):
     def read(rank):
         heard[rank] += processes[rank].stderr
 
-    lines = iter(processes[0].stderr.readline, "")
     found = []
-    for line in lines:
+    for line in iter(processes[0].stderr.readline, ""):
         found.append(line)
         if "serving tiny-jargon at" in line:
             break
     else:
-        pytest.fail("".join(found) + processes[1].stderr.read())
+        said = [process.communicate()[1] for process in processes]
+        pytest.fail("".join(found) + said[1])
     threads = [threading.Thread(target=read, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
@@ -68,6 +68,8 @@ def ranks(request):
         process.wait()
     for thread in threads:
         thread.join()
+    for process in processes:
+        process.stderr.close()
 
 
 @pytest.mark.proof
