@@ -42,6 +42,7 @@ cuda: $(VENV)
 ascend: $(VENV)
 	for chip in 910B 910C 950; do $(CONFORMANCE) --backend ascend --simulate $$chip --require 3 --report reports/conformance/ascend-$$chip-simulated || exit 1; done
 	$(RUN) python backends/ascend/tools/plant.py --report reports/ascend/planted.json
+	$(RUN) dsv4 ascend launches --before reports/ascend/launches.json --report reports/ascend/launches.new && mv reports/ascend/launches.new reports/ascend/launches.json
 	for chip in 910B 910C 950; do $(RUN) dsv4 ascend selftest --simulate $$chip --report reports/ascend/selftest-$$chip.json || exit 1; done
 	$(RUN) pytest -m proof tests/ascend
 

@@ -114,7 +114,7 @@ def test_what_cannot_be_done_is_said_and_changes_nothing(talking, line, message)
 
 
 def test_loading_what_is_no_conversation(talking, tmp_path):
-    for text in ("{}", "[1]", "[", '[{"role": "robot"}]'):
+    for text in ("{}", "[1]", "[", '[{"role": {}}]', '[{"role": "robot"}]'):
         (tmp_path / "x.json").write_text(text)
         assert f"{tmp_path / 'x.json'}" in spoken(talking, f"/load {tmp_path / 'x.json'}")[1]
 

@@ -13,7 +13,7 @@ import click
 from dsv4_core.cli.commands import Command, option
 from dsv4_core.cli.options import BackendFlags, RankFlags, backend_options, json_option, rank_options
 from dsv4_core.files import reading
-from dsv4_core.files.words import for_terminal
+from dsv4_core.files.words import for_terminal, printable
 
 if TYPE_CHECKING:
     from dsv4_core.session import Generation, Session
@@ -221,7 +221,7 @@ def _heading(given: Any) -> str:
     if _are_turns(given):
         given = next((turn.get("content") for turn in reversed(given) if turn.get("role") == "user"), given)
     line = " ".join(map(str, given)) if isinstance(given, list) else str(given)
-    return line.splitlines()[0][:100] if line.strip() else repr(line)
+    return printable(line.splitlines()[0][:100]) if line.strip() else repr(line)
 
 
 def print_json(session: Session, events: Generation, model: str | None) -> None:

@@ -83,7 +83,8 @@ class Backend(EveryOp):
     contract; nothing is claimed of it, and reports say so. ``ties``: which of equal scores is picked, the lower index or any;
     with ``any`` a text may differ from the published model's where scores tie. ``flushes_subnormals``: numbers below the least
     normal one of float32 may count as zero, as operands and as results.
-    ``weight_formats``: of quantised weights that it multiplies; the published two are required.
+    ``weight_formats``: of quantised weights that it multiplies; the published two are required. ``packs_rows``: whether cache rows are
+    stored in FP8 and FP4 in native mode; else in the activation dtype, which holds the same values in twice the bytes.
     """
 
     name = "?"
@@ -98,6 +99,7 @@ class Backend(EveryOp):
     deterministic: bool = False
     ties: ClassVar[Literal["lower", "any"]] = "lower"
     flushes_subnormals: bool = False
+    packs_rows: bool = True
 
     def __init__(self, *, numerics: Numerics = "native", **options: Any) -> None:
         """Raise ``BackendError`` for a numerics mode or an option that this backend does not have."""

@@ -83,18 +83,18 @@ class Cache:
 
     @cached_property
     def kv_layout(self) -> RowLayout:
-        """Key/value rows: packed in native mode, plain in the exact ones."""
+        """Key/value rows: packed in native mode, plain in the exact ones and where the backend packs none."""
         c = self.config
-        return (
-            RowLayout("kv", c.head_dim, c.qk_rope_head_dim)
-            if self.backend.numerics == "native"
-            else RowLayout("plain", c.head_dim)
-        )
+        return RowLayout("kv", c.head_dim, c.qk_rope_head_dim) if self._packed else RowLayout("plain", c.head_dim)
 
     @cached_property
     def key_layout(self) -> RowLayout:
-        """Indexer keys: packed in native mode, plain in the exact ones."""
-        return RowLayout("key" if self.backend.numerics == "native" else "plain", self.config.index_head_dim)
+        """Indexer keys: packed as key/value rows are."""
+        return RowLayout("key" if self._packed else "plain", self.config.index_head_dim)
+
+    @property
+    def _packed(self) -> bool:
+        return self.backend.numerics == "native" and self.backend.packs_rows
 
     def state_layout(self, ratio: int, dim: int) -> RowLayout:
         """The compressor's open windows: a token's kv and score, [2 * width]."""

@@ -184,6 +184,7 @@ class ShapeBackend(Backend):
     def __init__(self, *, numerics: Numerics = "native", like: type[Backend] | Backend | None = None) -> None:
         super().__init__(numerics=numerics)
         self.like = like
+        self.packs_rows = like is None or like.packs_rows
         self.layer: int | None = None  # whose ops are running; set by LayeredModel
         self.notes: list[Any] = []  # what a subclass keeps of every op: named tuples with a field ``layer``
 

@@ -65,7 +65,7 @@ class _Turn:
 
     def __init__(self, at: int, message: Mapping[str, Any]) -> None:
         role = message.get("role")
-        if role not in _MAY_HAVE:
+        if not isinstance(role, str) or role not in _MAY_HAVE:
             raise ValueError(f"message {at} has role {role!r}; roles are {', '.join(_MAY_HAVE)}")
         given = {key for key, value in message.items() if value is not None}
         if extra := given - _MAY_HAVE[role] - {"role", "content", "mask"}:

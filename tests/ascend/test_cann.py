@@ -1,11 +1,14 @@
 """The cann tier's contracts on simulated CANN against the reference backend."""
 
+from types import SimpleNamespace
+
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from dsv4_backend_ascend import simulate, vendor
 from dsv4_backend_ascend.cann import attention, matmul, mhc, moe, norm
+from dsv4_backend_ascend.kept import Kept
 from dsv4_backend_ascend.weights import from_mx, to_mx
 
 from dsv4_core.contract import dtypes, registry
@@ -26,6 +29,11 @@ def _seed():
 
 def _bf16(*shape):
     return torch.randn(*shape).bfloat16()
+
+
+def keeper():
+    """What an op of the cann tier needs of a backend."""
+    return SimpleNamespace(kept=Kept())
 
 
 def host(tensor):
@@ -53,7 +61,8 @@ def test_rms_norm(reference, weight):
     x = _bf16(7, 96)
     gamma = None if weight is None else torch.rand(96).to(weight)
     close(
-        norm.rms_norm(x, gamma, eps=1e-6), reference.rms_norm(host(x), None if gamma is None else host(gamma), eps=1e-6)
+        norm.rms_norm(keeper(), x, gamma, eps=1e-6),
+        reference.rms_norm(host(x), None if gamma is None else host(gamma), eps=1e-6),
     )
 
 
@@ -61,7 +70,7 @@ def test_rms_norm(reference, weight):
 def test_apply_rope(reference, inverse):
     simulate.install("910C")
     x, positions, freqs = _bf16(5, 3, 48), torch.tensor([0, 1, 77, 4096, 1 << 20], dtype=torch.int32), torch.rand(8)
-    got = norm.apply_rope(x, norm.angles(positions, freqs), inverse=inverse)
+    got = norm.apply_rope(keeper(), x, positions, freqs, inverse=inverse)
     close(got, reference.apply_rope(host(x), positions.numpy(), freqs.numpy(), inverse=inverse))
     assert torch.equal(got[..., :32], x[..., :32])
 
@@ -200,7 +209,7 @@ def test_sparse_attn_carries_the_sink_as_a_row(reference, sink):
         "large": torch.tensor([30.0, 88.7, -60.0, 7.123456]),
         "none": torch.full((4,), -1e5),
     }[sink]
-    got = attention.sparse_attn(q, kv, sinks, picks, softmax_scale=512**-0.5)
+    got = attention.sparse_attn(keeper(), q, kv, sinks, picks, softmax_scale=512**-0.5)
     want = reference.sparse_attn(host(q), host(kv), sinks.numpy(), picks.numpy(), softmax_scale=512**-0.5)
     close(got, want)
     assert bool((got[0] == 0).all())
@@ -213,7 +222,7 @@ def test_index_topk(reference, batch, seq, rows):
     visible = torch.randint(0, rows + 1, (batch, seq), dtype=torch.int32)
     visible[0, 0] = 0
     offset = torch.randint(0, 50, (batch, seq), dtype=torch.int32)
-    got = attention.index_topk(q, weights, keys, visible, offset, topk=16)
+    got = attention.index_topk(keeper(), q, weights, keys, visible, offset, topk=16)
     want = reference.index_topk(
         host(q), weights.numpy(), host(keys), visible.numpy(), offset.numpy(), scale=0.3, topk=16
     )
@@ -237,7 +246,7 @@ def test_the_extension_turns_a_copy(reference, inverse):
     simulate.install("950")
     x, positions, freqs = _bf16(5, 3, 48), torch.tensor([0, 1, 77, 4096, 1 << 20], dtype=torch.int32), torch.rand(8)
     before = x.clone()
-    got = vendor.apply_rope(x, norm.angles(positions, freqs), inverse=inverse)
+    got = vendor.apply_rope(keeper(), x, positions, freqs, inverse=inverse)
     close(got, reference.apply_rope(host(x), positions.numpy(), freqs.numpy(), inverse=inverse))
     assert torch.equal(got[..., :32], x[..., :32])
     assert torch.equal(x, before)
@@ -254,3 +263,17 @@ def test_hyper_connections(reference):
         np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-4, atol=1e-6)
     y = _bf16(5, 32)
     close(mhc.hc_post(y, h, got[1], got[2]), reference.hc_post(host(y), host(h), want[1], want[2]))
+
+
+@pytest.mark.parametrize("spread", [0.1, 5.0, 40.0])
+@pytest.mark.parametrize("iters", [1, 2, 20])
+def test_hyper_connections_by_norms(reference, iters, spread):
+    """Sinkhorn as norms of square roots: logits of every steepness, and fewer iterations than it needs to settle."""
+    simulate.install("910B")
+    h, fn, scale, base = _bf16(5, 4, 32), torch.randn(24, 128) * 0.1, torch.rand(3), torch.randn(24) * spread
+    form = {"norm_eps": 1e-6, "eps": 1e-6, "iters": iters}
+    got = mhc.hc_pre_by_norms(keeper(), h, fn, scale, base, **form)
+    want = reference.hc_pre(host(h), fn.numpy(), scale.numpy(), base.numpy(), **form)
+    close(got[0], want[0])
+    for ours, theirs in zip(got[1:], want[1:], strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-4, atol=1e-7)

@@ -135,7 +135,7 @@ def layers(backend: dry.DryBackend) -> dict[str, dict]:
 def capture(backend: dry.DryBackend) -> dict[str, dict[str, int]]:
     """Flash cut to a layer of each ratio, steps of two sequences: what the host does in an eager step, while one is captured, and in a replay."""
     import numpy as np
-    from dsv4_backend_cuda.graphs import Recorded
+    from dsv4_backend_torch.graphs import Recorded
     from test_graphs import Cuda
 
     from dsv4_core.checkpoint.config import PRESETS

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dsv4_backend_cuda import graphs
 from dsv4_backend_cuda.backend import CudaBackend
-from dsv4_backend_cuda.graphs import WARM_UPS, Recorded
+from dsv4_backend_torch import graphs
+from dsv4_backend_torch.graphs import WARM_UPS, Recorded
 from dsv4_conformance.model import golden
 
 from dsv4_core.checkpoint.weights import Checkpoint

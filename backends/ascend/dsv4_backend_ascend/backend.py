@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from dsv4_backend_torch.backend import TorchBackend
+from dsv4_backend_torch.graphs import Recorded
 
 from dsv4_backend_ascend import probe, proof, selftest, simulate, trust
-from dsv4_backend_ascend.cann import matmul
+from dsv4_backend_ascend.cann import attention, matmul, moe
 from dsv4_backend_ascend.capability import GENERATIONS, Answer, table
 from dsv4_backend_ascend.capability import cann_version as parse_cann
 from dsv4_backend_ascend.composed import ComposedBackend
+from dsv4_backend_ascend.kept import Kept
 from dsv4_backend_ascend.plan import IMPLEMENTATIONS, plan
 from dsv4_backend_ascend.selftest_cases import CASES
 from dsv4_backend_ascend.weights import MxArray, MxExperts, TiledExperts
 from dsv4_core.contract.backend import BackendError, DeviceCheck, Diagnosis, Option
 from dsv4_core.contract.dtypes import Experts, Host, ScaledArray, dtype_name
-from dsv4_core.contract.ops import OPS, EveryOp
+from dsv4_core.contract.ops import OPS
 from dsv4_core.contract.spec import Operand, Support
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from dsv4_core.contract.dtypes import RowLayout
 
 
 UNQUANTISED = "activations of linear layers with FP8 or FP4 weights are not quantised"
@@ -67,6 +73,11 @@ class AscendBackend(ComposedBackend):
         Option("soc", "plan for this generation without an NPU, or name the one that is there: 910B, 910C or 950"),
         Option("cann", "plan for this CANN version"),
         Option("activations", "fp8: quantised as published; bf16: left out, on 910B and 910C", "fp8"),
+        Option(
+            "rows",
+            "cache rows: bf16, or packed in FP8 and FP4: the same values in half the memory, more launches",
+            "bf16",
+        ),
         Option("expand_bytes", "bytes of expert weights expanded to BF16 at a time on 910B and 910C", 1 << 30),
     )
     weight_formats = ("e4m3", "e2m1", "int8")
@@ -115,9 +126,12 @@ class AscendBackend(ComposedBackend):
         claimed = {c.name for c in table().claimed(self.generation) if c.tier == "cann"}
         for problem in dict.fromkeys(said for name, said in self.drift.items() if name in claimed):
             warnings.warn(f"backend 'ascend': {problem}; what it serves is composed", stacklevel=2)
+        if chosen["rows"] not in {"bf16", "packed"}:
+            raise BackendError(f"backend 'ascend': rows {chosen['rows']!r} is not one of bf16, packed")
+        self.packs_rows = chosen["rows"] == "packed"
+        self.kept = Kept()
         self.plans: dict[tuple[Any, ...], Answer] = {}
         self.ran: dict[str, None] = {}
-        self._once = []
 
     def _find_chip(self, chosen: dict[str, Any]) -> str:
         """Set the generation; say whether the chip is simulated, planned for, or found."""
@@ -132,6 +146,9 @@ class AscendBackend(ComposedBackend):
             self.generation = str(chosen["soc"])  # type: ignore[assignment]
             return "planned"
         probe.import_torch_npu()
+        rank = os.environ.get("LOCAL_RANK", "")
+        if chosen["device"] == "npu" and rank.isdecimal():  # of torchrun: a device for each rank of a machine
+            chosen["device"] = f"npu:{rank}"
         probe.prepare(str(chosen["device"]))
         found = probe.npus()
         if not found:
@@ -189,6 +206,28 @@ class AscendBackend(ComposedBackend):
             for case in CASES
         ]
 
+    def record(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """On an NPU as a graph of its own (``torch.npu.NPUGraph``); simulated, each time anew.
+
+        Nothing that was kept of an earlier run may be read by a captured one, and nothing that a captured one made may be kept.
+        """
+        if self.standing != "found":
+            return super().record(function)
+        return Recorded(self.alone(function), self.device, torch.npu, "NPUGraph")
+
+    def alone(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, with nothing kept before it or after it."""
+
+        def run(*arrays: Any) -> Any:
+            self.forget()
+            try:
+                with self.computing():
+                    return function(*arrays)
+            finally:
+                self.forget()
+
+        return run
+
     def kernels_ran(self) -> Sequence[str]:
         """Calls of the capability table, in the order in which they first ran."""
         ran, self.ran = self.ran, {}
@@ -243,8 +282,31 @@ class AscendBackend(ComposedBackend):
         del self._well_scaled[id(weight)]
         return repacked
 
-    ffn = EveryOp.ffn  # type: ignore[assignment]  # PyTorch's own fused ones would pass by the ops below
-    moe = EveryOp.moe  # type: ignore[assignment]
+    def gated(self, pairs: torch.Tensor, weights: torch.Tensor | None, limit: float) -> torch.Tensor:
+        """``swiglu`` of gate and up side by side, in the tier that the plan says."""
+        answer = self.planned("swiglu", (*pairs.unbind(1), weights), {"limit": limit})
+        if answer.tier == "composed":
+            return super().gated(pairs, weights, limit)
+        self.ran.update(dict.fromkeys(call.name for call in answer.calls))
+        return moe.gated(pairs, weights, limit=limit)
+
+    def cached_sparse_attn(
+        self, q: torch.Tensor, kv: torch.Tensor, ring: torch.Tensor, ring_index: torch.Tensor, rows: torch.Tensor | None,
+        row_index: torch.Tensor | None, attn_sink: torch.Tensor, topk_idxs: torch.Tensor, *, layout: RowLayout, softmax_scale: float,
+    ) -> torch.Tensor:  # fmt: skip
+        """The default, with the row that carries the sink joined to the others at once."""
+        parts = [self.cache_read(ring, ring_index, layout=layout), kv]
+        if rows is not None and row_index is not None:
+            parts.append(self.cache_read(rows, row_index, layout=layout))
+        scale = {"softmax_scale": softmax_scale}
+        every = Operand(dtype_name(kv), (sum(part.shape[0] for part in parts), kv.shape[1]))
+        answer = self.planned("sparse_attn", (q, every, attn_sink, topk_idxs), scale)
+        if answer.tier == "composed":
+            return self.sparse_attn(q, self.concat(parts, axis=0), attn_sink, topk_idxs, **scale)  # type: ignore[no-any-return]
+        self.ran.update(dict.fromkeys(call.name for call in answer.calls))
+        keys = torch.cat([*parts, attention.no_row(self, kv)])
+        return attention.attend(self, q, keys, attn_sink, topk_idxs, **scale)
+
     rms_norm = _tiered("rms_norm")
     apply_rope = _tiered("apply_rope")
     linear = _tiered("linear")

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 from dsv4_backend_torch.backend import TorchBackend
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import torch
 
     from dsv4_backend_ascend.capability import Answer, Generation
+    from dsv4_backend_ascend.kept import Kept
 
 
 class ChipBackend(TorchBackend):
     """PyTorch on a chip of some generation, found, simulated or only planned for.
 
     ``cann_version``: None is any. ``drift``: calls of the table that the installed ops cannot take, ``kept_composed``: contracts
-    that no npu op may run, each with the reason.
+    that no npu op may run, each with the reason. ``planning``: a dry run asks whether a call is allowed.
     """
 
     tier: str
@@ -27,10 +28,13 @@ class ChipBackend(TorchBackend):
     drift: dict[str, str]
     kept_composed: dict[str, str]
 
-    def once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """What ``make`` gives for these operands, made once while they are in use."""
-        del key
-        return make()
+    kept: Kept
+    planning = False
+
+    def gated(self, pairs: torch.Tensor, weights: torch.Tensor | None, limit: float) -> torch.Tensor:
+        """``swiglu`` of gate and up side by side, [rows, 2, channels]."""
+        gate, up = pairs.unbind(1)
+        return self.swiglu(gate, up, weights, limit=limit)
 
     def planned(self, op: str, arrays: tuple[Any, ...], scalars: dict[str, Any]) -> Answer:
         """Which tier runs a call, with which ops."""

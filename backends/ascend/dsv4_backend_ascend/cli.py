@@ -28,8 +28,18 @@ def command() -> None:
 @click.option("--device", help="Which NPU, e.g. npu:1.")
 @click.option("--seed", default=0, show_default=True, help="Of the operands.")
 @click.option("--small", is_flag=True, help="Without the cases at high addresses, which need up to 10 GB.")
+@click.option("--contract", "contracts", multiple=True, help="Only this contract's cases; may be given several times.")
+@click.option("--together", is_flag=True, help="On an NPU: all in one process. Else each contract has one of its own.")
 @click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write the outcomes as JSON here.")
-def selftest(simulate: str | None, device: str | None, seed: int, small: bool, report: Path | None) -> None:
+def selftest(
+    simulate: str | None,
+    device: str | None,
+    seed: int,
+    small: bool,
+    contracts: tuple[str, ...],
+    together: bool,
+    report: Path | None,
+) -> None:
     """Compare every CANN op that the backend calls with plain PyTorch ops on the same chip and with recorded expectations.
 
     Exit status: 0 no difference, 1 some, 2 could not run.
@@ -41,7 +51,14 @@ def selftest(simulate: str | None, device: str | None, seed: int, small: bool, r
     backend = AscendBackend(**{name: value for name, value in given.items() if value is not None})
     click.echo(backend.describe().split("\n")[0])
     outcomes = []
-    for outcome in tests.run(backend, seed=seed, small=small):
+    cases = tests.chosen(contracts)
+    apart = backend.standing == "found" and not together and len({case.contract for case in cases}) > 1
+    ran = (
+        tests.apart(cases, seed=seed, small=small, device=device)
+        if apart
+        else tests.run(backend, cases, seed=seed, small=small)
+    )
+    for outcome in ran:
         outcomes.append(outcome)
         click.echo(_line(outcome))
     differ = sum(bool(o.found) for o in outcomes)
@@ -53,6 +70,76 @@ def selftest(simulate: str | None, device: str | None, seed: int, small: bool, r
     if report:
         write(report, json.dumps(_report(backend, outcomes), indent=1) + "\n")
     raise click.exceptions.Exit(1 if differ else 0)
+
+
+@command.command("launches")
+@click.option("--model", default="flash", show_default=True, help="A published model's sizes: flash or pro.")
+@click.option("--soc", "socs", multiple=True, help="910B, 910C, 950; may be given several times. All, where none is.")
+@click.option(
+    "--tier",
+    "tiers",
+    multiple=True,
+    help="composed, cann, vendor; may be given several times. The latter two, where none is.",
+)
+@click.option("--start", default=5000, show_default=True, help="Tokens before the step.")
+@click.option("--batch", default=1, show_default=True, help="Sequences, a token each.")
+@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write the counts as JSON here.")
+@click.option(
+    "--before", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="An earlier report, to stand beside."
+)
+def launches(
+    model: str,
+    socs: tuple[str, ...],
+    tiers: tuple[str, ...],
+    start: int,
+    batch: int,
+    report: Path | None,
+    before: Path | None,
+) -> None:
+    """Count what one decode step launches, by contract and by where it runs, and capture it dry. Needs no NPU.
+
+    Counted are operators as torch-npu is handed them. Exit status: 1 where one runs on AICPU or at no place that is known, or where
+    the step could not be recorded.
+    """
+    from dsv4_backend_ascend import counted
+
+    old = json.loads(before.read_text(encoding="utf-8")) if before else None
+    found = counted.report(model, socs, tiers, start=start, batch=batch, before=old, said=click.echo)
+    if report:
+        report.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    raise click.exceptions.Exit(0 if counted.clean(found) else 1)
+
+
+@command.command("prove")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Folder of logs and report; what ended there is not run again.",
+)
+@click.option(
+    "--simulate",
+    metavar="CHIP",
+    help="Go through the stages on simulated CANN: 910B, 910C or 950. Proves nothing of hardware.",
+)
+@click.option("--stage", "chosen", multiple=True, help="Only this stage; may be given several times.")
+@click.option("--again", is_flag=True, help="Forget what the chosen stages did before.")
+@click.option(
+    "--seconds", default=600.0, show_default=True, help="The most a stage may take; what is left is run the next time."
+)
+def prove(out: Path, simulate: str | None, chosen: tuple[str, ...], again: bool, seconds: float) -> None:
+    """Everything that a machine with an NPU can show, in stages of ten minutes, into one folder and one report.
+
+    Needs no network. Run it again to go on. Exit status: 0 all passed, 1 something failed, 2 could not run, 3 not finished.
+    """
+    from dsv4_backend_ascend import prove as proving
+
+    prover = proving.Prover(out, simulate=simulate, seconds=seconds)
+    for name in proving.stages(chosen):
+        stage = prover.stage(name, again=again)
+        click.echo(proving.line(stage))
+    click.echo(f"{prover.write_report()}: {prover.heading}")
+    raise click.exceptions.Exit(prover.status(proving.stages(chosen)))
 
 
 def _line(outcome: Outcome) -> str:

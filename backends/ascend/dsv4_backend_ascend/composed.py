@@ -1,66 +1,69 @@
 """The composed tier on an NPU: PyTorch's ops, chosen so that none runs on AICPU and few are launched.
 
-Results are those of the portable backend, bit for bit but for the order of Sinkhorn's sums of four.
+Results are those of the portable backend, bit for bit but for the order of Sinkhorn's sums of four, and a factor that stands
+in the Hadamard matrix.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from dsv4_backend_torch.quant import hadamard_matrix
 
-from dsv4_backend_ascend.chip import ChipBackend
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from dsv4_core.contract.dtypes import Format
-
-KEPT = 8  # results that are kept for the ops after: two angles, and what a block quantises
-MAGNITUDES, SIGNS = 0x0E000E00, 0x80008000 - (1 << 32)  # of two float16 values in an int32
-FLOAT16_BIAS = 2.0**14  # E2M1's exponent has bias 1, float16's 15
+from dsv4_backend_ascend.experts import SHIFT, DecodeExperts, spread_e2m1
+from dsv4_backend_ascend.rounding import Rounding
+from dsv4_backend_ascend.rows import Rows
 
 
-class ComposedBackend(ChipBackend):
+class ComposedBackend(DecodeExperts, Rounding, Rows):
     """Overrides of the portable backend's ops where an NPU wants other ones."""
 
-    _once: list[tuple[tuple[Any, ...], Any]]
-
-    def once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """What ``make`` gives for these operands, made once while they are in use: q and k turn by one angle, and layers that
-        multiply the same rows quantise them once. Operands are compared as objects, and held, so that they stay those.
-        """
-        for known, value in self._once:
-            if len(known) == len(key) and all(a is b for a, b in zip(known, key, strict=True)):
-                return value
-        value = make()
-        self._once = [*self._once[1 - KEPT :], (key, value)]
-        return value
-
     def forget(self) -> None:
-        """Drop what is kept: a recorded step must make everything itself."""
-        self._once = []
-
-    def quantised_activation(self, x: torch.Tensor, weight: Format = "e4m3") -> torch.Tensor:
-        """As published, or (``activations=bf16``) as it is beside FP8 and FP4 weights."""
-        if self.activations == "bf16" and weight != "int8":
-            return x
-        rounded = super().quantised_activation
-        kind = "int8" if weight == "int8" else "e4m3"
-        return self.once((x, kind), lambda: rounded(x, weight))  # type: ignore[no-any-return]
+        """Drop what is kept of a step: a recorded one must make everything itself."""
+        self.kept.forget()
 
     def turning(self, positions: torch.Tensor, freqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine of each pair's angle."""
+        """Cosine and sine of each pair's angle: q and k turn by one, in every layer of a compress ratio."""
         made = super().turning
-        return self.once((positions, freqs), lambda: made(positions, freqs))  # type: ignore[no-any-return]
+        return self.kept.of((positions, freqs), lambda: made(positions, freqs))  # type: ignore[no-any-return]
+
+    def gate(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, topk: int, route_scale: float) -> Any:
+        """Note of the picks among how many experts they are: where all are here, none is another rank's."""
+        weights, indices = super().gate(x, weight, bias, topk=topk, route_scale=route_scale)
+        self.kept.of((indices, "routed among"), lambda: weight.shape[0])
+        return weights, indices
+
+    def gate_hash(
+        self, x: torch.Tensor, weight: torch.Tensor, tid2eid: torch.Tensor, ids: torch.Tensor, *, route_scale: float
+    ) -> Any:
+        """As ``gate``."""
+        weights, indices = super().gate_hash(x, weight, tid2eid, ids, route_scale=route_scale)
+        self.kept.of((indices, "routed among"), lambda: weight.shape[0])
+        return weights, indices
+
+    def product(self, x: torch.Tensor, weights: tuple[Any, ...], *, wide: bool) -> torch.Tensor:
+        """Rows that several layers multiply wide are widened once."""
+        if wide and x.dtype != self.wide_type:
+            narrow = x
+            x = self.kept.once((narrow, "wide"), lambda: narrow.to(self.wide_type))
+        return super().product(x, weights, wide=wide)
+
+    def hadamard(self, x: torch.Tensor) -> torch.Tensor:
+        """The scale is in the matrix."""
+        dim = x.shape[1]
+        matrix = self.kept.always(
+            ("hadamard", dim), None, lambda: hadamard_matrix(dim, self.wide_type, x.device) * dim**-0.5
+        )
+        return self.rounded(self.widen(x) @ matrix)
 
     def sinkhorn(self, comb: torch.Tensor, eps: float, iters: int) -> torch.Tensor:
         """Two launches a half step: a product with ones adds, and adds ``eps``."""
         if self.numerics != "native" or not comb.shape[0]:
             return super().sinkhorn(comb, eps, iters)
         tokens, hc, _ = comb.shape
-        ones = comb.new_ones(hc, hc).expand(tokens, hc, hc)
-        least = comb.new_full((1, 1, 1), eps)
+        ones = self.kept.always(("ones", hc), None, lambda: comb.new_ones(hc, hc)).expand(tokens, hc, hc)
+        least = self.kept.always(("eps", eps), None, lambda: comb.new_full((1, 1, 1), eps))
         for half in range(1, 2 * iters):
             comb = comb / (torch.baddbmm(least, ones, comb) if half % 2 else torch.baddbmm(least, comb, ones))
         return comb
@@ -77,15 +80,7 @@ class ComposedBackend(ChipBackend):
         return torch.where(picks < visible[..., None], picks + offset[..., None], -1).to(torch.int32)
 
     def decode_e2m1(self, packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Values [..., n] of packed E2M1 bytes [..., n / 2], by moving bits: a table would be read element by element.
-
-        A byte's two values become two float16 in an int32: magnitudes, three bits, at the top of the exponents' low end,
-        signs at the top. The multiplications shift; what leaves an int32 at its top is not needed.
-        """
+        """Values [..., n] of packed E2M1 bytes [..., n / 2], without a table, which would be read element by element."""
         if dtype not in {torch.bfloat16, torch.float32}:
             return super().decode_e2m1(packed, dtype)
-        signs = packed.to(torch.int32)
-        bits = (signs * ((1 << 9) + (1 << 21))).bitwise_and_(MAGNITUDES)
-        bits.bitwise_or_(signs.mul_((1 << 12) + (1 << 24)).bitwise_and_(SIGNS))
-        del signs  # as large as the result
-        return bits.view(torch.float16).mul_(FLOAT16_BIAS).to(dtype)
+        return spread_e2m1(packed).mul_(SHIFT).to(dtype)

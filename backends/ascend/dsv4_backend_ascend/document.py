@@ -23,6 +23,7 @@ def page(
     planted: dict[str, Any],
     l1: dict[str, Any],
     errors: dict[str, dict[str, float]],
+    counted: dict[str, Any],
 ) -> str:
     """The page with its generated part made new. ``runs``: of the conformance suite, ``selftests``: at full sizes, by chip."""
     before, _, rest = text.partition(BEGIN)
@@ -33,10 +34,35 @@ def page(
         *_runs(runs),
         *_selftests(selftests),
         *_planted(planted),
+        *_launches(counted),
         *_w8a8(runs, errors),
         *_memory(),
     ]
     return in_lines("\n".join([before + BEGIN, "", *lines, END]) + rest.partition(END)[2])
+
+
+def _launches(counted: dict[str, Any]) -> list[str]:
+    """What ``dsv4 ascend launches`` counted."""
+    if not counted:
+        return []
+    rows = []
+    for name, step in counted["steps"].items():
+        layers = sorted(step["layers"].values())
+        most = ", ".join(f"{contract} {n}" for contract, n in list(step["contracts"].items())[:4])
+        again = "yes" if not (step["recorded"]["moved"] or step["recorded"]["read on the host"]) else "no"
+        rows.append(
+            f"| {name} | {step.get('before', '-')} | {step['launches']} | {layers[0]} to {layers[-1]} | {step['AICPU']} | {again} | {most} |"
+        )
+    return [
+        "### Launches of a decode step",
+        "",
+        f"{counted['says'][0].upper()}{counted['says'][1:]} ({counted['date']}).",
+        "",
+        "| chip, tier | before | launches | a layer | on AICPU | can be recorded | most by |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
 
 
 def _rungs(proofs: dict[str, Any], l1: dict[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsv4_backend_ascend.backend import AscendBackend
 from dsv4_backend_ascend.cann.call import dry_run, watched
 from dsv4_core.contract.dtypes import Experts, Host, ScaledArray, dtype_name
+from dsv4_core.contract.ops import OPS
 from dsv4_core.graph.model import Model
 from dsv4_core.planning.shapes import ShapeSource, run_step
 
@@ -31,7 +32,7 @@ else:
     import tomli as tomllib
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from dsv4_backend_ascend.capability import Generation
     from dsv4_core.checkpoint.config import ModelConfig
@@ -73,15 +74,19 @@ def place(pair: Pair, generation: Generation) -> Place:
 
 @dataclass
 class Step2b:
-    """What one step launched. ``layers``: by layer; None is what stands outside the layers (embedding, head, sampling)."""
+    """What one step launched. ``layers``: by layer; None is what stands outside the layers (embedding, head, sampling).
+    ``contracts``: by the contract that the graph called; "" is what the graph does itself.
+    """
 
     generation: Generation
     tier: str
     layers: dict[int | None, Counter[Pair]] = field(default_factory=dict)
+    contracts: dict[str, Counter[Pair]] = field(default_factory=dict)
 
-    def note(self, layer: int | None, pair: Pair) -> None:
+    def note(self, layer: int | None, pair: Pair, contract: str = "") -> None:
         """Count one operator."""
         self.layers.setdefault(layer, Counter())[pair] += 1
+        self.contracts.setdefault(contract, Counter())[pair] += 1
 
     @property
     def pairs(self) -> Counter[Pair]:
@@ -94,17 +99,28 @@ class Step2b:
 
     def launched(self, layer: int | Literal["all"] | None = "all") -> int:
         """How many operators launch something."""
-        counted = self.pairs if layer == "all" else self.layers.get(layer, Counter())
-        return sum(n for pair, n in counted.items() if place(pair, self.generation) != "none")
+        return self._launched(self.pairs if layer == "all" else self.layers.get(layer, Counter()))
+
+    def by_contract(self) -> dict[str, int]:
+        """Launches of each contract, most first."""
+        counts = {name: self._launched(pairs) for name, pairs in self.contracts.items()}
+        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+    def _launched(self, pairs: Counter[Pair]) -> int:
+        return sum(n for pair, n in pairs.items() if place(pair, self.generation) != "none")
 
 
 class _Watch(TorchDispatchMode):
     """Notes every operator that torch hands to a device, composite ones as what they are composed of."""
 
-    def __init__(self, step: Step2b) -> None:
+    def __init__(self, step: Step2b, backend: ShapesBackend) -> None:
         super().__init__()
-        self.step = step
+        self.step, self.backend = step, backend
         self.layer: int | None = None
+
+    def note(self, op: str, dtype: str, *_: Any) -> None:
+        """Count one operator of the layer and the contract that run."""
+        self.step.note(self.layer, Pair(op, dtype), self.backend.running)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note an operator and run it."""
@@ -120,7 +136,7 @@ class _Watch(TorchDispatchMode):
         by = _table()[0].get(name.removeprefix("aten::").partition(".")[0].removesuffix("_"), {}).get("by", 0)
         deciding = given[min(by, len(given) - 1)] if given else made[0] if made else None
         if deciding is not None:
-            self.step.note(self.layer, Pair(name, str(deciding.dtype).removeprefix("torch.")))
+            self.note(name, str(deciding.dtype).removeprefix("torch."))
         return result
 
 
@@ -128,8 +144,10 @@ KEPT = frozenset({"aten::linear", "aten::matmul"})
 """Composite operators for which torch-npu has a kernel of its own."""
 
 
-class _Shapes(AscendBackend):
-    """The backend on a chip that is planned for, with arrays of shapes alone."""
+class ShapesBackend(AscendBackend):
+    """The backend on a chip that is planned for, with arrays of shapes alone. ``running``: the contract that the graph called."""
+
+    running = ""
 
     def from_numpy(self, array: Any) -> torch.Tensor:
         """An array of that shape."""
@@ -169,6 +187,25 @@ class _Shapes(AscendBackend):
         raise AssertionError(f"a step read an array of shape {tuple(array.shape)} on the host")
 
 
+def _named(name: str) -> Callable[..., Any]:
+    run = getattr(AscendBackend, name)
+
+    @functools.wraps(run)
+    def named(self: ShapesBackend, *args: Any, **kwargs: Any) -> Any:
+        outer = self.running
+        self.running = outer or name
+        try:
+            return run(self, *args, **kwargs)
+        finally:
+            self.running = outer
+
+    return named
+
+
+for _op in OPS:
+    setattr(ShapesBackend, _op, _named(_op))
+
+
 class _Layered(Model):
     """The graph, which tells the watch which layer runs."""
 
@@ -189,20 +226,15 @@ def count(
     config: ModelConfig, generation: Generation, *, tier: str, start: int, batch: int = 1, seq: int = 1, **options: Any
 ) -> Step2b:
     """Run one step of a model's own sizes with ``start`` tokens before it, and count what it launches."""
-    backend = _Shapes(soc=generation, tier=tier, **options)
+    backend = ShapesBackend(soc=generation, tier=tier, **options)
     with torch.no_grad(), dry_run(generation):
         model = _Layered(ShapeSource(config), backend)
         run_step(model, batch=batch, seq=seq, start=start)  # what is made once, and the plans
         step = Step2b(generation, tier)
-        model.watch = _Watch(step)
-        with model.watch, watched(lambda op, dtype: _noted(model, op, dtype)):
+        model.watch = _Watch(step, backend)
+        with model.watch, watched(model.watch.note):
             run_step(model, batch=batch, seq=seq, start=start)
     return step
-
-
-def _noted(model: _Layered, op: str, dtype: str) -> None:
-    if model.watch is not None:
-        model.watch.step.note(model.watch.layer, Pair(op, dtype))
 
 
 def lines(step: Step2b) -> Iterator[str]:

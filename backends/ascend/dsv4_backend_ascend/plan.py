@@ -17,6 +17,7 @@ from dsv4_backend_ascend import vendor
 from dsv4_backend_ascend.cann import attention, expand, matmul, mhc, moe, norm
 from dsv4_backend_ascend.cann.call import RefusedError, dry_run
 from dsv4_backend_ascend.capability import Answer, table
+from dsv4_backend_ascend.kept import Kept
 from dsv4_backend_ascend.weights import MxArray, MxExperts, TiledExperts
 from dsv4_core.contract.dtypes import FP4_GROUP, FP8_BLOCK, WEIGHT_DTYPES, ScaledArray, dtype_name
 from dsv4_core.contract.ops import OPS
@@ -28,18 +29,12 @@ Implementation = Callable[..., Any]
 """A contract in npu ops; the backend comes first."""
 
 
-def _apply_rope(
-    backend: ChipBackend, x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, *, inverse: bool
-) -> torch.Tensor:
-    turn = backend.once((positions, freqs, "channels"), lambda: norm.angles(positions, freqs))
-    return norm.apply_rope(x, turn, inverse=inverse)
-
-
-def _vendor_rope(
-    backend: ChipBackend, x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, *, inverse: bool
-) -> torch.Tensor:
-    turn = backend.once((positions, freqs, "channels"), lambda: norm.angles(positions, freqs))
-    return vendor.apply_rope(x, turn, inverse=inverse)
+def _hc_pre(backend: ChipBackend, *arrays: torch.Tensor, **scalars: Any) -> Any:
+    return (
+        mhc.hc_pre(*arrays, **scalars)
+        if backend.generation == "950"
+        else mhc.hc_pre_by_norms(backend, *arrays, **scalars)
+    )
 
 
 def _linear(_backend: ChipBackend, x: torch.Tensor, weight: Any, *, out_dtype: str) -> torch.Tensor:
@@ -50,7 +45,7 @@ def _linear(_backend: ChipBackend, x: torch.Tensor, weight: Any, *, out_dtype: s
 
 def _grouped_linear(backend: ChipBackend, x: torch.Tensor, weight: Any) -> torch.Tensor:
     if isinstance(weight, ScaledArray):
-        kept = None if x.is_meta else backend.matrix((weight,), torch.bfloat16)
+        kept = None if backend.planning else backend.matrix((weight,), torch.bfloat16)
         weight = backend.dequantise(weight, torch.bfloat16) if kept is None else kept
     return matmul.grouped_linear(x, weight)
 
@@ -91,9 +86,9 @@ def _combine(_backend: ChipBackend, *arrays: Any, topk: int, out_dtype: str) -> 
     return moe.combine(*arrays, topk=topk, out_dtype=torch_dtype(out_dtype))
 
 
-def _index_topk(_backend: ChipBackend, *arrays: Any, scale: float, topk: int) -> torch.Tensor:
+def _index_topk(backend: ChipBackend, *arrays: Any, scale: float, topk: int) -> torch.Tensor:
     del scale  # positive: it does not change the order
-    return attention.index_topk(*arrays, topk=topk)
+    return attention.index_topk(backend, *arrays, topk=topk)
 
 
 def _as_is(function: Implementation) -> Implementation:
@@ -101,8 +96,8 @@ def _as_is(function: Implementation) -> Implementation:
 
 
 _CANN: Mapping[str, Implementation] = {
-    "rms_norm": _as_is(norm.rms_norm),
-    "apply_rope": _apply_rope,
+    "rms_norm": norm.rms_norm,
+    "apply_rope": norm.apply_rope,
     "linear": _linear,
     "grouped_linear": _grouped_linear,
     "expert_linear": _expert_linear,
@@ -112,13 +107,13 @@ _CANN: Mapping[str, Implementation] = {
     "dispatch": _as_is(moe.dispatch),
     "combine": _combine,
     "index_topk": _index_topk,
-    "sparse_attn": _as_is(attention.sparse_attn),
-    "hc_pre": _as_is(mhc.hc_pre),
+    "sparse_attn": attention.sparse_attn,
+    "hc_pre": _hc_pre,
     "hc_post": _as_is(mhc.hc_post),
 }
 IMPLEMENTATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "cann": _CANN,
-    "vendor": {"hc_pre": _as_is(vendor.hc_pre), "apply_rope": _vendor_rope},
+    "vendor": {"hc_pre": _as_is(vendor.hc_pre), "apply_rope": vendor.apply_rope},
 }
 """The contracts that each tier of ops implements."""
 
@@ -169,6 +164,7 @@ def _tried(backend: ChipBackend, op: str, operands: Mapping[str, Any], answer: A
         return Answer("composed", reason="an operand is empty")
     mx = backend.generation == "950"
     scalars = {name: operands[name] for name in OPS[op].scalars}
+    kept, backend.kept, backend.planning = backend.kept, Kept(), True  # nothing that is kept may be without data
     try:
         with dry_run(backend.generation):
             arrays = [
@@ -178,6 +174,8 @@ def _tried(backend: ChipBackend, op: str, operands: Mapping[str, Any], answer: A
             IMPLEMENTATIONS[answer.tier][op](backend, *arrays, **scalars)
     except RefusedError as refusal:
         return Answer("composed", reason=str(refusal))
+    finally:
+        backend.kept, backend.planning = kept, False
     return answer
 
 

@@ -9,13 +9,20 @@ with what it may be off by.
 from __future__ import annotations
 
 import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from dsv4_backend_torch.backend import TorchBackend
 
 from dsv4_backend_ascend.selftest_cases import CASES, Call, Case
+from dsv4_core.contract.backend import BackendError
 from dsv4_core.contract.dtypes import Experts, Host, ScaledArray
 from dsv4_core.contract.ops import EveryOp
 
@@ -86,6 +93,42 @@ def run(
     for case in cases:
         if not (small and case.gigabytes):
             yield compare(backend, case, seed=seed)
+
+
+def chosen(contracts: Sequence[str] = ()) -> Sequence[Case]:
+    """Cases of these contracts, or all. Raises ``BackendError`` for a contract that has none."""
+    known = dict.fromkeys(case.contract for case in CASES)
+    if unknown := [name for name in contracts if name not in known]:
+        raise BackendError(f"ascend selftest: contract {unknown[0]!r} is not one of {', '.join(known)}")
+    return [case for case in CASES if not contracts or case.contract in contracts]
+
+
+def apart(
+    cases: Sequence[Case], *, seed: int = 0, small: bool = False, device: str | None = None, words: Sequence[str] = ()
+) -> Iterator[Outcome]:
+    """As ``run``, each contract in a process of its own: an exception on AI Core leaves a process without a usable device.
+
+    ``words``: more of the command line. Launches are waited for one by one, so that the one that raises is named. A process that
+    leaves no report fails its contract.
+    """
+    command = [sys.executable, "-m", "dsv4_core", "ascend", "selftest", "--together", "--seed", str(seed), *words]
+    command += [*(["--small"] if small else []), *(["--device", device] if device else [])]
+    for contract in dict.fromkeys(case.contract for case in cases):
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "report.json"
+            done = subprocess.run(  # noqa: S603  our own command
+                [*command, "--contract", contract, "--report", str(report)],
+                capture_output=True,
+                text=True,
+                check=False,
+                env={**os.environ, "ASCEND_LAUNCH_BLOCKING": "1"},
+            )
+            if report.exists():
+                found = json.loads(report.read_text(encoding="utf-8"))["outcomes"]
+                yield from (Outcome(**{**outcome, "ops": tuple(outcome["ops"])}) for outcome in found)
+            else:
+                last = (done.stderr.strip() or done.stdout.strip() or "nothing was said").splitlines()[-1]
+                yield Outcome(contract, "all cases", (), f"its process ended with {done.returncode}: {last}")
 
 
 def compare(backend: ChipBackend, case: Case, *, seed: int = 0) -> Outcome:

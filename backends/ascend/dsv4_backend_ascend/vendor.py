@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
+from dsv4_backend_ascend.cann import norm
 from dsv4_backend_ascend.cann.call import call
+
+if TYPE_CHECKING:
+    from dsv4_backend_ascend.chip import ChipBackend
 
 
 def hc_pre(
@@ -34,15 +40,17 @@ def hc_pre(
     return x.reshape(tokens, dim), post.reshape(tokens, streams), res.reshape(tokens, streams, streams)
 
 
-def apply_rope(x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], *, inverse: bool) -> torch.Tensor:
-    """Contract ``apply_rope``, given the angles' cosine and sine [tokens, 1, channels]: turned in a copy."""
-    cosine, sine = turn
+def apply_rope(
+    backend: ChipBackend, x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, *, inverse: bool
+) -> torch.Tensor:
+    """Contract ``apply_rope``: turned in a copy."""
+    cosine, sine = norm.angles(backend, positions, freqs, inverse=inverse)
     y = x.clone(memory_format=torch.contiguous_format).unsqueeze(0)
     call(
         "inplace_partial_rotary_mul",
         x=y,
         r1=cosine.unsqueeze(0),
-        r2=(-sine if inverse else sine).unsqueeze(0),
+        r2=sine.unsqueeze(0),
         rotary_mode="interleave",
         partial_slice=[x.shape[-1] - cosine.shape[-1], x.shape[-1]],
     )

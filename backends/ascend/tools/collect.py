@@ -100,7 +100,16 @@ def page() -> str:
     selftests = {chip: report for chip in GENERATIONS if (report := read(REPORTS / f"selftest-{chip}.json"))}
     planted = read(REPORTS / "planted.json")
     l1 = {s.cann: read(REPORTS / "l1" / f"{s.wheel.rpartition(' ')[2]}.json") for s in snapshots()}
-    return document.page(PAGE.read_text(encoding="utf-8"), proofs(), runs, selftests, planted, l1, w8a8_errors())
+    return document.page(
+        PAGE.read_text(encoding="utf-8"),
+        proofs(),
+        runs,
+        selftests,
+        planted,
+        l1,
+        w8a8_errors(),
+        read(REPORTS / "launches.json"),
+    )
 
 
 def w8a8_errors() -> dict[str, dict[str, float]]:

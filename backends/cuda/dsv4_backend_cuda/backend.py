@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from dsv4_backend_torch.backend import TorchBackend
+from dsv4_backend_torch.graphs import Recorded
 
 from dsv4_backend_cuda import device, launch, providers
-from dsv4_backend_cuda.graphs import Recorded
 from dsv4_backend_cuda.rules import RULES, WITHOUT_KERNEL, Answer
 from dsv4_core.contract.backend import BackendError, DeviceCheck, Option
 from dsv4_core.contract.ops import OPS, EveryOp

@@ -39,9 +39,8 @@ class TorchProcessGroup(StoredRanks):
         """Codes [n, dim] times scales [n, dim / block], in the activation dtype."""
         be = self.backend
         values = be.decode_e4m3(codes, be.act_type).reshape(*scale.shape, block)
-        scales = (scale.to(torch.int32) << 23).view(
-            torch.float32
-        )  # exponents as float32's; act_quant makes none of 0 or 255
+        # exponents as float32's; act_quant makes none of 0 or 255. A product: shifts run on a scalar core of some devices
+        scales = (scale.to(torch.int32) * (1 << 23)).view(torch.float32)
         return (values * scales.to(be.act_type)[..., None]).reshape(codes.shape)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -20,12 +20,15 @@ if TYPE_CHECKING:
     from dsv4_backend_ascend.capability import Generation
 
 
+Watch: TypeAlias = "Callable[[str, str, Any, Any], None]"
+
+
 class RefusedError(Exception):
     """A call that the documents do not allow on the planned generation: the reason."""
 
 
 _planned: ContextVar[Generation | None] = ContextVar("planned", default=None)
-_watching: ContextVar[Callable[[str, str], None] | None] = ContextVar("watching", default=None)
+_watching: ContextVar[Watch | None] = ContextVar("watching", default=None)
 
 
 def call(op: str, **arguments: Any) -> Any:
@@ -40,14 +43,14 @@ def call(op: str, **arguments: Any) -> Any:
         with _disable_current_modes():  # what makes its results' shapes is not launched
             results = SHAPES[op](bound)
         first = next(t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor))
-        watch(f"{namespace(op)}::{op}", str(first.dtype).removeprefix("torch."))
+        watch(f"{namespace(op)}::{op}", str(first.dtype).removeprefix("torch."), arguments, results)
         return results
     return SHAPES[op](bound)
 
 
 @contextmanager
-def watched(watch: Callable[[str, str], None]) -> Iterator[None]:
-    """Tell ``watch`` of the calls of a dry run: the op, and the dtype of its first operand."""
+def watched(watch: Watch) -> Iterator[None]:
+    """Tell ``watch`` of the calls of a dry run: the op, the dtype of its first operand, all arguments, and results."""
     token = _watching.set(watch)
     try:
         yield

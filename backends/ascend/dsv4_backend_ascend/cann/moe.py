@@ -37,9 +37,14 @@ def gate_hash(
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, weights: torch.Tensor | None, *, limit: float) -> torch.Tensor:
     """Contract ``swiglu``: in float32, so that the routing weight comes before the rounding."""
-    both = torch.cat([gate, up], dim=-1).float()
+    return gated(torch.cat([gate, up], dim=-1).unflatten(1, (2, -1)), weights, limit=limit)
+
+
+def gated(pairs: torch.Tensor, weights: torch.Tensor | None, *, limit: float) -> torch.Tensor:
+    """``swiglu`` of gate and up side by side [rows, 2, channels], in whatever order they lie."""
+    both = pairs.to(torch.float32, memory_format=torch.contiguous_format).flatten(1)
     y = call("npu_clipped_swiglu", x=both, alpha=1.0, limit=limit, bias=0.0, interleaved=False)
-    return (y if weights is None else y * weights.unsqueeze(-1)).to(gate.dtype)  # type: ignore[no-any-return]
+    return (y if weights is None else y * weights.unsqueeze(-1)).to(pairs.dtype)  # type: ignore[no-any-return]
 
 
 def dispatch(

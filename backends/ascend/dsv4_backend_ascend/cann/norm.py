@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from dsv4_backend_ascend.cann.call import call
 from dsv4_backend_ascend.weights import spread
 
+if TYPE_CHECKING:
+    from dsv4_backend_ascend.chip import ChipBackend
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, *, eps: float) -> torch.Tensor:
+
+def rms_norm(backend: ChipBackend, x: torch.Tensor, weight: torch.Tensor | None, *, eps: float) -> torch.Tensor:
     """Contract ``rms_norm``; no weight is a weight of ones."""
-    gamma = x.new_ones(x.shape[-1:]) if weight is None else weight
-    return call("npu_rms_norm", input=x, gamma=gamma, epsilon=eps)[0]  # type: ignore[no-any-return]
+    if weight is None:
+        weight = backend.kept.always(("gain", x.shape[-1], x.dtype), None, lambda: x.new_ones(x.shape[-1:]))
+    return call("npu_rms_norm", input=x, gamma=weight, epsilon=eps)[0]  # type: ignore[no-any-return]
 
 
-def angles(positions: torch.Tensor, freqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def angles(
+    backend: ChipBackend, positions: torch.Tensor, freqs: torch.Tensor, *, inverse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of each channel's angle, float32 [tokens, 1, channels]: pairs of neighbours share theirs."""
-    angle = spread(positions.float().unsqueeze(-1) * freqs, 2).unsqueeze(1)
-    return angle.cos(), angle.sin()
+
+    def made() -> tuple[torch.Tensor, torch.Tensor]:
+        angle = spread(positions.float().unsqueeze(-1) * freqs, 2).unsqueeze(1)
+        return angle.cos(), angle.sin()
+
+    cosine, sine = backend.kept.of((positions, freqs, "channels"), made)
+    return cosine, backend.kept.of((positions, freqs, "back"), lambda: -sine) if inverse else sine
 
 
-def apply_rope(x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], *, inverse: bool) -> torch.Tensor:
-    """Contract ``apply_rope``, given ``angles``: in float32, so that cosine, sine and the result are rounded once."""
-    cosine, sine = turn
+def apply_rope(
+    backend: ChipBackend, x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, *, inverse: bool
+) -> torch.Tensor:
+    """Contract ``apply_rope``: in float32, so that cosine, sine and the result are rounded once."""
+    cosine, sine = angles(backend, positions, freqs, inverse=inverse)
     passed, rotated = x.split([x.shape[-1] - cosine.shape[-1], cosine.shape[-1]], dim=-1)
     turned = call(
         "npu_rotary_mul",
-        input=rotated.float().contiguous(),
+        input=rotated.to(torch.float32, memory_format=torch.contiguous_format),
         r1=cosine,
-        r2=-sine if inverse else sine,
+        r2=sine,
         rotary_mode="interleave",
     )
     return torch.cat([passed, turned.to(x.dtype)], dim=-1)

@@ -184,6 +184,8 @@ def _mhc(dim: int) -> Sample:
 def _a2_a3() -> Iterator[Sample]:
     """910B and 910C: rotary, indexer, int8."""
     yield _mhc(128)
+    columns = torch.rand(5, 4, 4).transpose(1, 2)
+    yield Sample("mhc_by_norms", "npu_rms_norm", {"input": columns, "gamma": torch.full((4,), 0.5), "epsilon": 2.5e-7})
     angle = torch.randn(5, 1, 16).repeat_interleave(2, -1)
     yield Sample(
         "rotary",

@@ -1,4 +1,4 @@
-"""A function of host arrays as a CUDA graph: captured once, replayed on buffers of its own."""
+"""A function of host arrays as a graph of a device's: captured once, replayed on buffers of its own."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ WARM_UPS = 2  # runs before the capture: kernels are compiled and loaded, and to
 
 
 class Recorded:
-    """``Backend.record`` on a GPU. Not for several threads at once.
+    """``Backend.record`` on a device with graphs (CUDA, NPU). Not for several threads at once.
 
     The first call runs the function, captures it and replays; later ones copy the host arrays into pinned memory, from there
     into the graph's inputs, and replay: no kernel is launched by Python, nothing is allocated, and no copy waits. Each graph
     has a memory pool of its own, so that one's replay never overwrites another's result. A function that cannot be captured
     (it reads a value on the host) is run each time, and a warning says why.
 
-    ``cuda``: torch's module, or what stands in for it in a test.
+    ``cuda``: torch's module of the device, or what stands in for it in a test; ``graph_class``: its graph.
     """
 
-    def __init__(self, function: Callable[..., Any], device: torch.device, cuda: Any = torch.cuda) -> None:
-        self.function, self.device, self.cuda = function, device, cuda
+    def __init__(
+        self, function: Callable[..., Any], device: torch.device, cuda: Any = torch.cuda, graph_class: str = "CUDAGraph"
+    ) -> None:
+        self.function, self.device, self.cuda, self.graph_class = function, device, cuda, graph_class
         self.graph: Any = None
         self.refused = ""
         self.pinned: list[torch.Tensor] = []
@@ -59,10 +61,10 @@ class Recorded:
 
     def _allocate(self, hosts: tuple[Host, ...]) -> None:
         self.forms = [(h.shape, h.dtype) for h in hosts]
-        on_gpu = self.device.type == "cuda"
+        pinned = self.device.type not in {"cpu", "meta"}
         for host in hosts:
             like = _tensor(host)
-            self.pinned.append(torch.empty(like.shape, dtype=like.dtype, pin_memory=on_gpu))
+            self.pinned.append(torch.empty(like.shape, dtype=like.dtype, pin_memory=pinned))
             self.inputs.append(torch.empty(like.shape, dtype=like.dtype, device=self.device))
 
     def _capture(self) -> bool:
@@ -73,7 +75,7 @@ class Recorded:
             for _ in range(WARM_UPS):
                 self.function(*self.inputs)
         self.cuda.current_stream().wait_stream(stream)
-        graph = self.cuda.CUDAGraph()
+        graph = getattr(self.cuda, self.graph_class)()
         try:
             with self.cuda.graph(graph, stream=stream):
                 self.result = self.function(*self.inputs)

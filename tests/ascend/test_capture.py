@@ -1,0 +1,112 @@
+"""Recorded steps, without an NPU: what a graph would hold, and that nothing kept crosses its ends."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from dsv4_backend_ascend.backend import AscendBackend
+from dsv4_backend_ascend.capability import GENERATIONS
+from dsv4_backend_ascend.capture import compare, dry_capture
+from dsv4_backend_torch.graphs import Recorded
+
+from dsv4_core.checkpoint.config import PRESETS
+
+SMALL = dataclasses.replace(
+    PRESETS["flash"], vocab_size=256, num_hidden_layers=3, n_routed_experts=8, num_experts_per_tok=2, num_hash_layers=1,
+    num_nextn_predict_layers=0, compress_ratios=(0, 4, 128),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("tier", ["composed", "cann", "vendor"])
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("start", [5000, 100])
+def test_a_decode_step_reads_the_same_buffers_each_time(generation, tier, start):
+    found = dry_capture(SMALL, generation, tier=tier, start=start)
+    assert found.sound, found
+    assert found.buffers > 100  # weights of three layers, and their cache
+
+
+def test_what_is_kept_across_runs_is_found():
+    """Without ``alone`` the second run would read what the first one made of its indices."""
+    kept = []
+
+    def run():
+        x = torch.empty(3, device="meta")
+        if kept:
+            x + kept.pop()
+        kept.append(x * 2)
+
+    found = compare(run)
+    assert not found.sound
+    assert found.moved == ("aten::add.Tensor",)
+
+
+def test_what_is_read_on_the_host_is_found():
+    found = compare(lambda: torch.empty(3, device="meta").sum().item())
+    assert not found.sound
+    assert found.host
+
+
+class Npu:
+    """torch.npu's part of a capture: the second run is the captured one, and replays run it again."""
+
+    def __init__(self):
+        self.runs, self.recorded = [], None
+        outer = self
+
+        class Graph:
+            def replay(self):
+                outer.runs.append("replay")
+                with torch.inference_mode():
+                    outer.recorded.result.copy_(outer.recorded.function(*outer.recorded.inputs))
+
+        self.NPUGraph = Graph
+        self.Event = lambda: self
+
+    def record(self):
+        pass
+
+    synchronize = record
+
+    def Stream(self):  # noqa: N802
+        return self
+
+    current_stream = Stream
+
+    def wait_stream(self, _):
+        pass
+
+    def stream(self, _):
+        return self
+
+    def graph(self, graph, stream):
+        del graph, stream
+        self.runs.append("captured")
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_a_recorded_function_is_captured_once_and_keeps_nothing():
+    backend = AscendBackend(simulate="910B", tier="composed")
+    npu = Npu()
+
+    def double(x):
+        backend.kept.of((x, "doubled"), lambda: x * 2)
+        return backend.kept.of((x, "doubled"), lambda: None).clone()
+
+    recorded = npu.recorded = Recorded(backend.alone(double), torch.device("cpu"), npu, "NPUGraph")
+    for value in (1.0, 5.0, 7.0):
+        assert recorded(np.full(3, value, np.float32)).tolist() == [2 * value] * 3
+        assert not backend.kept.of_indices
+    assert npu.runs == ["captured", "replay", "replay", "replay"]
+
+
+def test_simulated_steps_run_each_time():
+    backend = AscendBackend(simulate="910B")
+    assert backend.record(lambda x: x + 1)(np.ones(2, np.float32)).tolist() == [2.0, 2.0]
