@@ -1,6 +1,7 @@
 """The command line, as typed."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -200,3 +201,15 @@ def test_whoever_reads_may_leave(command):
         run.stdout.close()
         said = run.stderr.read().decode()
     assert (run.returncode, said) == (141, "")
+
+
+def test_words_of_a_file_are_words(tmp_path):
+    """Neither a terminal's sequences nor rich's markup in a configuration or a directory's name count."""
+    directory = tmp_path / "a[red]b"
+    shutil.copytree(golden.checkpoint_path("tiny-flash"), directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"\x1b]0;x\x07[/bold]": "[/]"}))
+    output = dsv4("inspect", directory, "--no-audit").output
+    assert "a[red]b" in output
+    assert "\\x1b]0;x\\x07[/bold]" in output
+    assert "\x1b" not in output

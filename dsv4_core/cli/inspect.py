@@ -93,12 +93,11 @@ def _print(checkpoint: Checkpoint, findings: list[Finding], *, audited: bool) ->
     from dsv4_core.checkpoint.layout import parameters
     from dsv4_core.cli.console import Console
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True)
     counts, total = parameters(checkpoint.config), checkpoint.nbytes
     files = len({checkpoint.file(name) for name in checkpoint.names})
-    console.print(
-        f"[bold]{checkpoint.path}[/]: {len(checkpoint.names)} tensors, {_size(total)}, {files} file{'s' * (files != 1)}"
-    )
+    console.print(str(checkpoint.path), style="bold", end="")
+    console.print(f": {len(checkpoint.names)} tensors, {_size(total)}, {files} file{'s' * (files != 1)}")
     console.print(
         f"parameters: {_count(counts.total)} total, {_count(counts.active)} active per token (MTP or DSpark, "
         f"{_count(counts.draft)} more, is in neither; the embedding, of which a token reads one row, is not in active)\n"
@@ -111,7 +110,7 @@ def _print(checkpoint: Checkpoint, findings: list[Finding], *, audited: bool) ->
     errors = [f for f in findings if f.severity == "error"]
     for title, some in (("error", errors), ("note", [f for f in findings if f.severity == "note"])):
         for line in summary(some):
-            console.print(f"{title}: {line}", style="red" if title == "error" else "yellow", markup=False)
+            console.print(f"{title}: {line}", style="red" if title == "error" else "yellow")
     what = "names, dtypes, shapes, scale grids" + (", values" if audited else " (values not read: --no-audit)")
     if errors:
         console.print(f"{len(errors)} error{'s' * (len(errors) != 1)} in {what}; --json lists every one")

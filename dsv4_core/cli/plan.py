@@ -223,25 +223,22 @@ def print_report(report: dict[str, Any]) -> None:
     """Tables."""
     console, machine = wide_console(), report["hardware"]
     where = f"{machine['devices']} x {machine['name']} (tp {report['tp']}, ep {report['ep']})"
-    verdict = f"{'[green]' if report['fits'] else '[red]'}{report['why']}[/]"
-    console.print(
-        f"[bold]{report['model']}[/] at {size(report['context'])} tokens, {report['batch']} sequence(s), on {where}\n{verdict}\n"
-        f"hardware: {machine['source']}",
-        highlight=False,
-    )
+    console.print(report["model"], style="bold", end="")
+    console.print(f" at {size(report['context'])} tokens, {report['batch']} sequence(s), on {where}")
+    console.print(report["why"], style="green" if report["fits"] else "red")
+    console.print(f"hardware: {machine['source']}")
     memory = table("memory of a rank", "kind", "GB")
     for kind, n in sorted(report["memory_per_rank"].items(), key=lambda item: -item[1]):
         memory.add_row(kind, f"{n / 1e9:.3f}")
-    memory.add_row("[bold]in all", f"[bold]{sum(report['memory_per_rank'].values()) / 1e9:.3f}")
+    memory.add_row("in all", f"{sum(report['memory_per_rank'].values()) / 1e9:.3f}", style="bold")
     console.print(memory)
     console.print(
-        f"cache of a sequence: {report['cache_per_sequence'] / 1e9:.3f} GB; {report['sequences']} such sequences fit\n",
-        highlight=False,
+        f"cache of a sequence: {report['cache_per_sequence'] / 1e9:.3f} GB; {report['sequences']} such sequences fit\n"
     )
 
     work = table("per token and rank", "", "decode", "prefill")
     phases = [report["decode_per_token_and_rank"], report["prefill_per_token_and_rank"]]
-    work.add_row("[bold]equivalent FP8 GFLOP", *(f"[bold]{p['equivalent_fp8'] / 1e9:.2f}" for p in phases))
+    work.add_row("equivalent FP8 GFLOP", *(f"{p['equivalent_fp8'] / 1e9:.2f}" for p in phases), style="bold")
     for group, unit, scale in (
         ("operations", "GFLOP", 1e9),
         ("read", "MB read", 1e6),
@@ -300,7 +297,8 @@ def print_claims(*, as_json: bool) -> None:
                 f"{c.published:g} {c.unit}",
                 f"{c.ours:.2f} {c.unit}",
                 f"{c.tolerance:g}",
-                "holds" if c.holds else "[red]differs",
+                "holds" if c.holds else "differs",
+                style="" if c.holds else "red",
             )
         wide_console().print(shown)
         click.echo(
