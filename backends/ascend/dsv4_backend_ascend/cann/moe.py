@@ -7,6 +7,7 @@ import torch
 from dsv4_backend_ascend.cann.call import call
 
 SQRT_SOFTPLUS = 2  # norm_type of npu_moe_gating_top_k
+EPS = 0.0  # its own 1e-20 added to the sum would outweigh experts that all score very low
 
 
 def gate(
@@ -14,7 +15,13 @@ def gate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Contract ``gate`` after the router's product, float32 [tokens, experts]."""
     weights, picks, _ = call(
-        "npu_moe_gating_top_k", x=logits, k=topk, bias=bias, norm_type=SQRT_SOFTPLUS, routed_scaling_factor=route_scale
+        "npu_moe_gating_top_k",
+        x=logits,
+        k=topk,
+        bias=bias,
+        norm_type=SQRT_SOFTPLUS,
+        routed_scaling_factor=route_scale,
+        eps=EPS,
     )
     return weights, picks
 
@@ -31,6 +38,7 @@ def gate_hash(
         tid2eid=tid2eid,
         norm_type=SQRT_SOFTPLUS,
         routed_scaling_factor=route_scale,
+        eps=EPS,
     )
     return weights, picks
 
