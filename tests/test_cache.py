@@ -10,6 +10,7 @@ from recorded import feed, load_model
 from dsv4_core.checkpoint.config import PRESETS
 from dsv4_core.contract.dtypes import RowLayout, numpy_dtype
 from dsv4_core.contract.registry import create
+from dsv4_core.contract.spec import BackendError
 from dsv4_core.graph.cache import Cache, CacheError
 from dsv4_core.planning.shapes import ShapeBackend
 
@@ -112,3 +113,10 @@ def test_token_ids_are_checked(ids, message):
     model = load_model("tiny-flash", "native")
     with pytest.raises(ValueError, match=message):
         feed(model, Cache(model.backend, model.config, 1, 16), np.array(ids))
+
+
+def test_a_write_that_gives_nothing_back_is_named(monkeypatch):
+    model = load_model("tiny-flash", create("reference"))
+    monkeypatch.setattr(type(model.backend), "cache_write", lambda *_operands, **_scalars: None)
+    with pytest.raises(BackendError, match="'reference': cache_write gave None; it must return the array"):
+        feed(model, Cache(model.backend, model.config, 1, 8), np.array([[1, 2]]))

@@ -9,11 +9,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsv4_core.contract.dtypes import Host, RowLayout
+from dsv4_core.contract.spec import BackendError
 
 if TYPE_CHECKING:
     from dsv4_core.checkpoint.config import ModelConfig
     from dsv4_core.contract.backend import Backend
     from dsv4_core.contract.spec import Array
+
+
+def written(backend: Backend, array: Array, rows: Array, index: Array, *, layout: RowLayout) -> Array:
+    """Write rows by the backend's ``cache_write``; give the array that holds them, which may be another than ``array``.
+
+    Raises ``BackendError`` where the op gives none.
+    """
+    after = backend.cache_write(array, rows, index, layout=layout)
+    if after is None:
+        raise BackendError(f"backend {backend.name!r}: cache_write gave None; it must return the array that it wrote")
+    return after
 
 
 class CacheError(ValueError):
@@ -170,20 +182,20 @@ class Cache:
         if self.lengths[donor] < length:
             raise CacheError(f"restore: sequence {donor} holds {self.lengths[donor]} tokens; {length} are needed of it")
 
-        def written(array: Array | None, rows: Array | None, count: int, each: int, layout: RowLayout) -> Array | None:
+        def state(array: Array | None, rows: Array | None, count: int, each: int, layout: RowLayout) -> Array | None:
             if array is None or rows is None:
                 return array
-            return be.cache_write(array, rows, self._last(sequence, length, count, each), layout=layout)
+            return written(be, array, rows, self._last(sequence, length, count, each), layout=layout)
 
         for i, layer in enumerate(self.layers):
             last = self._last(sequence, length, c.sliding_window, self.ring_rows)
-            layer.ring = be.cache_write(layer.ring, snapshot.rings[i], last, layout=self.kv_layout)
+            layer.ring = written(be, layer.ring, snapshot.rings[i], last, layout=self.kv_layout)
             if not layer.ratio:
                 continue
             shape = (2 * layer.ratio, self.state_rows(layer.ratio))
-            layer.state = written(layer.state, snapshot.states[i], *shape, self.state_layout(4, c.head_dim))
+            layer.state = state(layer.state, snapshot.states[i], *shape, self.state_layout(4, c.head_dim))
             key_layout = self.state_layout(4, c.index_head_dim)
-            layer.key_state = written(layer.key_state, snapshot.key_states[i], *shape, key_layout)
+            layer.key_state = state(layer.key_state, snapshot.key_states[i], *shape, key_layout)
             if donor != sequence:
                 where = self.compressed_rows(layer.ratio), donor, sequence, length // layer.ratio
                 layer.rows = self._copied(layer.rows, self.kv_layout, *where)
@@ -199,7 +211,7 @@ class Cache:
         for begin in range(0, count, _COPIED):
             rows = np.arange(begin, min(begin + _COPIED, count), dtype=np.int32)
             read = self.backend.cache_read(array, self.backend.from_numpy(source * each + rows), layout=layout)
-            array = self.backend.cache_write(array, read, self.backend.from_numpy(target * each + rows), layout=layout)
+            array = written(self.backend, array, read, self.backend.from_numpy(target * each + rows), layout=layout)
         return array
 
     def _last(self, sequence: int, length: int, count: int, rows: int) -> Array:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from dsv4_core.graph.cache import written
 from dsv4_core.graph.step import Addresses, StepShape
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Dspark:
                 )
                 row = self.model.kv_row(row, step.positions, stage.freqs)
                 cache = step.cache.layers[stage.index]
-                cache.ring = be.cache_write(cache.ring, row, step.ring_write, layout=step.cache.kv_layout)
+                cache.ring = written(be, cache.ring, row, step.ring_write, layout=step.cache.kv_layout)
 
     def block(self, step: Addresses) -> tuple[Array, Array]:
         """Run a block's rows through all stages; give what its heads read [T, D] and the logits before the table [T, vocab]."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dsv4_core.contract.dtypes import FP4_GROUP, KV_BLOCK, Experts
+from dsv4_core.graph.cache import written
 from dsv4_core.graph.dspark import Dspark, DsparkWeights, mean_of_streams
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ class Model:
         o = be.cached_sparse_attn(
             q, kv, cache.ring, step.ring_read, rows, row_index, w.attn_sink, idxs, layout=layout, softmax_scale=d**-0.5
         )
-        cache.ring = be.cache_write(cache.ring, kv, step.ring_write, layout=layout)
+        cache.ring = written(be, cache.ring, kv, step.ring_write, layout=layout)
 
         o = be.apply_rope(o, step.positions, block.freqs, inverse=True)
         groups = heads * c.o_groups // c.num_attention_heads
@@ -313,7 +314,8 @@ class Model:
         be, c = self.backend, self.config
         rows, cache.state = self._close_windows(w, x, c.head_dim, cache.state, step, where)
         if rows is not None:
-            cache.rows = be.cache_write(
+            cache.rows = written(
+                be,
                 _held(cache.rows),
                 self.kv_row(rows, where.row_positions, block.freqs),
                 where.row_write,
@@ -333,7 +335,7 @@ class Model:
         if where.closing:
             pool = be.concat((be.cache_read(_held(state), where.state_read, layout=layout), kv_score), axis=0)
             rows = be.rms_norm(be.compress(pool, w.ape, where.window_idxs, dim=dim), w.norm, eps=c.rms_norm_eps)
-        return rows, be.cache_write(_held(state), kv_score, where.state_write, layout=layout)
+        return rows, written(be, _held(state), kv_score, where.state_write, layout=layout)
 
     def _picked_rows(
         self,
@@ -355,7 +357,7 @@ class Model:
         rows, cache.key_state = self._close_windows(w.compressor, x, di, cache.key_state, step, where)
         if rows is not None:
             keys = self._index_row(rows.reshape((rows.shape[0], 1, di)), where.row_positions, block.freqs)
-            cache.keys = be.cache_write(_held(cache.keys), keys, where.row_write, layout=layout)
+            cache.keys = written(be, _held(cache.keys), keys, where.row_write, layout=layout)
         if where.picks is None:
             return None
         q = be.linear(qr, w.wq_b, out_dtype=be.activation_dtype).reshape((step.tokens, Hi, di))

@@ -45,7 +45,7 @@ class FirstWriteStays(ReferenceBackend):
     def cache_write(self, cache, rows, index, *, layout):
         slots = np.array(index)
         held = (slots >= 0) & np.asarray(cache)[np.maximum(slots, 0)].any(-1)
-        super().cache_write(cache, rows, np.where(held, -1, slots).astype(np.int32), layout=layout)
+        return super().cache_write(cache, rows, np.where(held, -1, slots).astype(np.int32), layout=layout)
 
 
 class RoundedConfidence(ReferenceBackend):

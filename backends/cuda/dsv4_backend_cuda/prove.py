@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_backend_cuda import launch
-from dsv4_backend_cuda.providers import CALLS, LIBRARIES
 from dsv4_backend_cuda.rules import RULES
 from dsv4_core.files.writing import write
 
@@ -281,6 +280,8 @@ def standard(p: Prover) -> None:
 
 def libraries(p: Prover) -> None:
     """Other libraries that are installed here: their ops' cases, and each call against the kernel that it stands for."""
+    from dsv4_backend_cuda.providers import CALLS, LIBRARIES  # imports torch, which --help does without
+
     for name, library in LIBRARIES.items():
         ops = [w for op, call in CALLS.items() if call.library == name for w in ("--op", op)]
         argv = [
