@@ -1,4 +1,6 @@
-"""What pyproject.toml cannot say: a wheel that carries compiled kernels is for one platform, and for every Python from 3.10 on."""
+"""What pyproject.toml cannot say: a wheel that carries compiled kernels is for one platform, and
+for every Python from 3.10 on.
+"""
 
 from pathlib import Path
 

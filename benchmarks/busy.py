@@ -1,9 +1,11 @@
-"""Speed of `dsv4 bench` and `dsv4 generate` on an idle machine, and beside as many busy processes as there are cores.
+"""Speed of `dsv4 bench` and `dsv4 generate` on an idle machine, and beside as many busy processes
+as there are cores.
 
     python benchmarks/busy.py [MODEL] [--backend torch] [--runs 3]
 
-Threads that wait for each other lose far more than their share where others want the cores too: one that waits must soon sleep. The
-goal: at least a third of the idle speed. A fair share beside n processes on n cores is a half.
+Threads that wait for each other lose far more than their share where others want the cores too: one
+that waits must soon sleep. The goal: at least a third of the idle speed. A fair share beside n
+processes on n cores is a half.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ def bench() -> tuple[float, float]:
 
 
 def generate() -> float:
-    """Tokens a second of a whole command, its start and its loading left out: of two lengths the difference."""
+    """Tokens a second of a whole command, its start and its loading left out: of two lengths the
+    difference.
+    """
     seconds = []
     for tokens in (1, 1 + 4 * args.tokens):
         command = [

@@ -3,11 +3,13 @@
     python benchmarks/distil_drafter.py sample --out SAMPLES.npz [--rounds 3]
     python benchmarks/distil_drafter.py train SAMPLES.npz --out DIR [--minutes 25]
 
-``sample`` lets the model ask itself questions at temperature 1 and answers each at several temperatures; then it notes, for every token,
-the taps (the mean of the streams after each target layer) and the row that the head reads, in native numerics. ``train`` fits one
-stage in PyTorch: the divergence of the drafter's distributions from the model's own, given the true tokens before; the confidence
-learns the chance that a draft drawn so is kept, the sum of min(P, Q). Weights are rounded to FP8 and FP4 in the forward pass
-from the start. What is written holds ``mtp.*`` alone, in the published layout.
+``sample`` lets the model ask itself questions at temperature 1 and answers each at several
+temperatures; then it notes, for every token, the taps (the mean of the streams after each target
+layer) and the row that the head reads, in native numerics. ``train`` fits one stage in PyTorch: the
+divergence of the drafter's distributions from the model's own, given the true tokens before; the
+confidence learns the chance that a draft drawn so is kept, the sum of min(P, Q). Weights are
+rounded to FP8 and FP4 in the forward pass from the start. What is written holds ``mtp.*`` alone, in
+the published layout.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ class Tapped(Model):
 
 
 def sample(out: Path, rounds: int) -> None:
-    """Write ids [n, LENGTH] (-1: none), taps [n, LENGTH, targets * D] and the head's rows [n, LENGTH, D], float16."""
+    """Write ids [n, LENGTH] (-1: none), taps [n, LENGTH, targets * D] and the head's rows [n,
+    LENGTH, D], float16.
+    """
     session = dsv4.load(backend="torch")
     be, c = session.backend, session.config
     lines: list[list[int]] = []
@@ -136,7 +140,9 @@ class Stage(torch.nn.Module):
     """One stage with everything that DSpark has: plain PyTorch, for gradients."""
 
     def __init__(self, checkpoint: Any, config: ModelConfig) -> None:
-        """Begin with the MTP block, which has been trained to see two tokens ahead; it reads the last target layer."""
+        """Begin with the MTP block, which has been trained to see two tokens ahead; it reads the
+        last target layer.
+        """
         super().__init__()
         self.c = c = config
         self.specs = {n: s for n, s in tensor_specs(config).items() if n.startswith("mtp.")}
@@ -206,7 +212,9 @@ class Stage(torch.nn.Module):
     def attention(
         self, x: torch.Tensor, context: torch.Tensor, seen: torch.Tensor, start: torch.Tensor
     ) -> torch.Tensor:
-        """Rows x [N, B, D] at positions start.. ; context [N, W, d], of which ``seen`` [N, W] are there."""
+        """Rows x [N, B, D] at positions start.. ; context [N, W, d], of which ``seen`` [N, W] are
+        there.
+        """
         c, d = self.c, self.c.head_dim
         position = (start[:, None] + torch.arange(x.shape[1])).float()
         keys = torch.cat([context, self.row(x, position)], 1)
@@ -241,8 +249,9 @@ class Stage(torch.nn.Module):
     def forward(
         self, ids: torch.Tensor, taps: torch.Tensor, sequence: torch.Tensor, p: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [N, B, V] and confidences before the sigmoid [N, B] of blocks that follow position ``p`` [N] of sequences
-        ``sequence`` [N] of ids [S, L]; the tokens before each draft are the true ones.
+        """Logits [N, B, V] and confidences before the sigmoid [N, B] of blocks that follow position
+        ``p`` [N] of sequences ``sequence`` [N] of ids [S, L]; the tokens before each draft are the
+        true ones.
         """
         c = self.c
         x = norm(taps @ self.get("main_proj.weight").T, self.get("main_norm.weight"), c.rms_norm_eps)
@@ -283,7 +292,9 @@ def train(samples: Path, out: Path, minutes: float, per_step: int = 12) -> None:
     rates = [group["lr"] for group in adam.param_groups]
 
     def judged(picked: torch.Tensor, blocks: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Loss, mean chance that a draft is kept [B], mean of leading drafts that are the model's first choice."""
+        """Loss, mean chance that a draft is kept [B], mean of leading drafts that are the model's
+        first choice.
+        """
         own = ids[picked]
         lengths = (own >= 0).sum(1)
         sequence = torch.arange(len(picked)).repeat_interleave(blocks)

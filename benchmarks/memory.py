@@ -1,10 +1,12 @@
-"""Peak resident memory of generating from a checkpoint of Flash's own layer sizes, against the weights that it touches.
+"""Peak resident memory of generating from a checkpoint of Flash's own layer sizes, against the
+weights that it touches.
 
     python benchmarks/memory.py [--backend reference] [--tokens 8] [--dir DIR]
 
-Writes ``dsv4 init --preset flash --layers 4 --experts 64`` (all three kinds of attention, both kinds of routing) unless
-DIR holds one, generates in a process of its own in native mode with no dequantised weight kept, and prints the peak,
-the touched weights' bytes and the time per token. The goal: peak under touched + 1 GB.
+Writes ``dsv4 init --preset flash --layers 4 --experts 64`` (all three kinds of attention, both
+kinds of routing) unless DIR holds one, generates in a process of its own in native mode with no
+dequantised weight kept, and prints the peak, the touched weights' bytes and the time per token. The
+goal: peak under touched + 1 GB.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ GB = 1e9
 
 
 def touched(checkpoint, model) -> int:
-    """Bytes of weights that a forward reads: all but the embedding's rows, and of the experts those that were routed to."""
+    """Bytes of weights that a forward reads: all but the embedding's rows, and of the experts those
+    that were routed to.
+    """
     total = 0
     for name in checkpoint.names:
         if ".experts." not in name and name != "embed.weight":

@@ -1,17 +1,20 @@
-"""A million tokens for real: a chunked prefill of 2^20 tokens, decode from 8K to 1M, and one full-size layer of each kind at 1M.
+"""A million tokens for real: a chunked prefill of 2^20 tokens, decode from 8K to 1M, and one
+full-size layer of each kind at 1M.
 
-    python benchmarks/million.py prefill --out RUN.json [--backend reference] [--tokens 1M] [--chunk 1024]
-    python benchmarks/million.py decode  --out RUN.json [--backend reference]
-    python benchmarks/million.py alone   --out RUN.json [--backend reference]
-    python benchmarks/million.py layers  --out RUN.json [--backend reference]
-    python benchmarks/million.py draw RUN.json ... --to docs/
+    python benchmarks/million.py prefill --out RUN.json [--backend reference] [--tokens 1M] [--chunk
+    1024] python benchmarks/million.py decode  --out RUN.json [--backend reference] python
+    benchmarks/million.py alone   --out RUN.json [--backend reference] python benchmarks/million.py
+    layers  --out RUN.json [--backend reference] python benchmarks/million.py draw RUN.json ... --to
+    docs/
 
-``prefill`` runs a small model with all three kinds of layers (ratios 0, 4, 128; indexer 2 x 32) over the whole context, notes memory
-and time after every chunk, decodes a few tokens at 8K, 64K, 256K and 1M, and holds the cache's bytes to the formula. ``decode`` times
-decode steps by kind of layer and op, on a cache filled with random rows, each the best of several. ``alone`` times sparse attention without
-an indexer before it, whose scan of all keys empties the processor's caches, and with 256 MB read before each call instead. ``layers`` times decode steps of one
-full-size layer of each kind of Flash and of Pro; the same token each time, so that all runs but the first find its experts drawn.
-Native mode throughout. Every figure goes to RUN.json.
+``prefill`` runs a small model with all three kinds of layers (ratios 0, 4, 128; indexer 2 x 32)
+over the whole context, notes memory and time after every chunk, decodes a few tokens at 8K, 64K,
+256K and 1M, and holds the cache's bytes to the formula. ``decode`` times decode steps by kind of
+layer and op, on a cache filled with random rows, each the best of several. ``alone`` times sparse
+attention without an indexer before it, whose scan of all keys empties the processor's caches, and
+with 256 MB read before each call instead. ``layers`` times decode steps of one full-size layer of
+each kind of Flash and of Pro; the same token each time, so that all runs but the first find its
+experts drawn. Native mode throughout. Every figure goes to RUN.json.
 """
 
 from __future__ import annotations
@@ -67,7 +70,9 @@ def resident() -> int:
 
 
 def formula(config: ModelConfig, capacity: int, rewindable: int) -> int:
-    """Bytes of a sequence's cache in native mode, written out from the stored formats and not by the code under test."""
+    """Bytes of a sequence's cache in native mode, written out from the stored formats and not by
+    the code under test.
+    """
     d, r, di = config.head_dim, config.qk_rope_head_dim, config.index_head_dim
     row = (d - r) + 8 * math.ceil(math.ceil((d - r) / 64) / 8) + 2 * r
     key = di // 2 + di // 32
@@ -111,8 +116,8 @@ class Timed(Model):
 
 
 def decode_times(model: Timed, cache: Cache, tokens: int, runs: int, token: int | None = None) -> dict[str, float]:
-    """Seconds of one decode step at ``tokens - 1``, by ``ratio part``: the best of ``runs``, each of ``token`` or of another one.
-    The cache's lengths stay.
+    """Seconds of one decode step at ``tokens - 1``, by ``ratio part``: the best of ``runs``, each
+    of ``token`` or of another one. The cache's lengths stay.
     """
     best: dict[str, float] = {}
     rng = np.random.default_rng(tokens)
@@ -251,7 +256,9 @@ def fill(cache: Cache) -> None:
 
 
 def shares(times: dict[str, float], config: ModelConfig, tokens: int, speed: float) -> dict[str, float]:
-    """Cache bytes that indexer and attention read, over their time, as a share of the memory's bandwidth; by ratio and op."""
+    """Cache bytes that indexer and attention read, over their time, as a share of the memory's
+    bandwidth; by ratio and op.
+    """
     row, key = (
         RowLayout("kv", config.head_dim, config.qk_rope_head_dim).width,
         RowLayout("key", config.index_head_dim).width,
@@ -277,7 +284,9 @@ def decode(args: argparse.Namespace) -> dict[str, object]:
 
 
 def alone(args: argparse.Namespace) -> dict[str, object]:
-    """Sparse attention of the small model's CSA layer alone: its picks from few rows and from many, caches warm and emptied."""
+    """Sparse attention of the small model's CSA layer alone: its picks from few rows and from many,
+    caches warm and emptied.
+    """
     be, rng = registry.create(args.backend), np.random.default_rng(0)
     cache = Cache(be, SMALL, 1, MILLION)
     fill(cache)
@@ -310,7 +319,9 @@ def alone(args: argparse.Namespace) -> dict[str, object]:
 
 
 def layers(args: argparse.Namespace) -> dict[str, object]:
-    """One full-size layer of each kind of Flash and of Pro at 2^20 tokens; the vocabulary alone is small."""
+    """One full-size layer of each kind of Flash and of Pro at 2^20 tokens; the vocabulary alone is
+    small.
+    """
     report, speed = machine(args) | {"layers": {}}, bandwidth()
     for preset in args.presets:
         for ratio in (4, 128):
@@ -350,7 +361,9 @@ def layers(args: argparse.Namespace) -> dict[str, object]:
 
 
 def draw(reports: list[Path], to: Path) -> None:
-    """Two pictures: memory and time of the prefill; decode time of indexer and attention against context."""
+    """Two pictures: memory and time of the prefill; decode time of indexer and attention against
+    context.
+    """
     from matplotlib.figure import Figure
 
     for path in reports:

@@ -1,10 +1,13 @@
-"""What a server gives to 1, 4, 16 and 64 clients at once: tokens a second, time to the first token, time between tokens.
+"""What a server gives to 1, 4, 16 and 64 clients at once: tokens a second, time to the first token,
+time between tokens.
 
-    python benchmarks/serving.py [--backend torch] [--clients 1 4 16 64] [--beside NAME URL MODEL] [--report FILE]
+    python benchmarks/serving.py [--backend torch] [--clients 1 4 16 64] [--beside NAME URL MODEL]
+    [--report FILE]
 
-It starts ``dsv4 serve`` on the embedded model and asks for streamed completions of ids, greedily, each client one after the
-other. ``--beside``: another server of OpenAI's protocol that already runs (llama.cpp's, say), asked the same in turn. CPU
-seconds are the server's own: on a machine that does other work they say more than the clock.
+It starts ``dsv4 serve`` on the embedded model and asks for streamed completions of ids, greedily,
+each client one after the other. ``--beside``: another server of OpenAI's protocol that already runs
+(llama.cpp's, say), asked the same in turn. CPU seconds are the server's own: on a machine that does
+other work they say more than the clock.
 """
 
 import argparse

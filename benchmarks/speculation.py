@@ -1,12 +1,14 @@
 """Speculation on the embedded model: tokens a step, and time against plain decoding.
 
-    python benchmarks/speculation.py [--drafter DIR] [--backend torch --backend reference] [--tokens 48] [--temperature 0 --temperature 1]
+    python benchmarks/speculation.py [--drafter DIR] [--backend torch --backend reference] [--tokens
+    48] [--temperature 0 --temperature 1]
 
-Plain decoding, the embedded MTP block (K = 1) and, where one is named, a DSpark drafter (K = 1 .. 5; distil_drafter.py makes
-one) continue the same questions, one after the other, in one process. A way's first answer is not counted: kernels are compiled
-and decode steps recorded by then. ``tokens a step``: of the main model, the correction included. ``CPU ms``: processor time a
-token, which other processes change little; ``ms``: by the clock. The tokens of every way are held against plain decoding's,
-and a difference is printed.
+Plain decoding, the embedded MTP block (K = 1) and, where one is named, a DSpark drafter (K = 1 ..
+5; distil_drafter.py makes one) continue the same questions, one after the other, in one process. A
+way's first answer is not counted: kernels are compiled and decode steps recorded by then. ``tokens
+a step``: of the main model, the correction included. ``CPU ms``: processor time a token, which
+other processes change little; ``ms``: by the clock. The tokens of every way are held against plain
+decoding's, and a difference is printed.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ WORDS = ("kludge", "foo", "hacker", "bit bucket", "glitch", "cookie")
 
 
 def answered(session: dsv4.Session, count: int, temperature: float, tokens: int) -> tuple[list[list[int]], list[float]]:
-    """Answer each question; give the tokens, and [steps, tokens, proposed, accepted, CPU seconds, seconds] of decoding."""
+    """Answer each question; give the tokens, and [steps, tokens, proposed, accepted, CPU seconds,
+    seconds] of decoding.
+    """
     written: list[list[int]] = []
     sums = [0.0] * 6
     for word in WORDS:

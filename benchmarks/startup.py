@@ -1,4 +1,5 @@
-"""What starting costs: importing core, listing backends; medians of seven runs each, in processes of their own.
+"""What starting costs: importing core, listing backends; medians of seven runs each, in processes
+of their own.
 
     python benchmarks/startup.py
 

@@ -1,18 +1,22 @@
-"""Time dsv4 against llama.cpp on a CPU: the same weights in the published layout, the same tokens and threads, alternating.
+"""Time dsv4 against llama.cpp on a CPU: the same weights in the published layout, the same tokens
+and threads, alternating.
 
     python benchmarks/vs_llama_cpp.py DIR prepare
     python benchmarks/vs_llama_cpp.py DIR decode --contexts 0,1024 --batches 1,4
     python benchmarks/vs_llama_cpp.py DIR prefill --prompts 1024
 
-``prepare`` fills DIR: the sources of llama.cpp that the package ``llama-cpp-python`` carries, built here for this CPU (minutes); a
-random checkpoint in the published layout (FP8, FP4 experts); and what llama.cpp's own converter makes of it (experts in MXFP4, the same
-codes and scales; FP8 weights in Q8_0). The converter knows no vocabulary but published ones, so it is told to write none.
+``prepare`` fills DIR: the sources of llama.cpp that the package ``llama-cpp-python`` carries, built
+here for this CPU (minutes); a random checkpoint in the published layout (FP8, FP4 experts); and
+what llama.cpp's own converter makes of it (experts in MXFP4, the same codes and scales; FP8 weights
+in Q8_0). The converter knows no vocabulary but published ones, so it is told to write none.
 
-Each side runs in a process of its own, through its library's calls (llama.cpp's by the binding of the same package), and waits while
-the other one runs. Both are given the ids of every step and end it with the logits on the host. Runs alternate: a few decode steps, or a
-prompt, of one side, then of the other. Printed: medians of the runs, their ratio, how far the logits are apart (llama.cpp multiplies by
-activations in 8 bits), and the bounds: bytes of weights that a step reads against the memory bandwidth, and operations of a prompt
-against the GEMM peak, both measured in the same process.
+Each side runs in a process of its own, through its library's calls (llama.cpp's by the binding of
+the same package), and waits while the other one runs. Both are given the ids of every step and end
+it with the logits on the host. Runs alternate: a few decode steps, or a prompt, of one side, then
+of the other. Printed: medians of the runs, their ratio, how far the logits are apart (llama.cpp
+multiplies by activations in 8 bits), and the bounds: bytes of weights that a step reads against the
+memory bandwidth, and operations of a prompt against the GEMM peak, both measured in the same
+process.
 """
 
 from __future__ import annotations
@@ -40,8 +44,9 @@ MODEL: dict[str, Any] = {
     "num_nextn_predict_layers": 0, "routed_scaling_factor": 1.5,
 }  # fmt: skip
 CPUINFO = Path("/proc/cpuinfo").read_text()
-# Where a CPU has AMX this version of llama.cpp repacks weights for it, finds no way to multiply some that have three axes, and ends in an
-# assertion; there it runs without repacking (its own option --no-repack).
+# Where a CPU has AMX this version of llama.cpp repacks weights for it, finds no way to multiply
+# some that have three axes, and ends in an assertion; there it runs without repacking (its own
+# option --no-repack).
 AMX = " amx_tile" in CPUINFO
 CONVERT = """
 import sys
@@ -279,7 +284,9 @@ def run(*command: object, python: bool = False, module: bool = False) -> None:
 
 
 def bounds() -> tuple[float, float]:
-    """Bytes a second that all threads together read, and operations a second of a product of BF16 matrices."""
+    """Bytes a second that all threads together read, and operations a second of a product of BF16
+    matrices.
+    """
     import torch
 
     torch.set_num_threads(args.threads)
@@ -298,8 +305,8 @@ def best(body: Any) -> float:
 
 
 def work(batch: int, tokens: int) -> tuple[float, float]:
-    """Bytes of weights that a decode step of ``batch`` sequences reads at most, and operations of a prompt's products with weights and
-    of its attention over what each token sees.
+    """Bytes of weights that a decode step of ``batch`` sequences reads at most, and operations of a
+    prompt's products with weights and of its attention over what each token sees.
     """
     from dsv4_core.checkpoint.weights import Checkpoint
 
@@ -322,7 +329,9 @@ def work(batch: int, tokens: int) -> tuple[float, float]:
 
 
 def race(sides: dict[str, Child], times: int, batch: int, tokens: int, warm: int) -> dict[str, float]:
-    """Median seconds of a step of each side over all runs, after ``warm`` steps; ends where the logits are too far apart."""
+    """Median seconds of a step of each side over all runs, after ``warm`` steps; ends where the
+    logits are too far apart.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(warm):
         last = {name: side.ask(do="feed", batch=batch, tokens=tokens, times=1) for name, side in sides.items()}

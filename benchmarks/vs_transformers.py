@@ -1,18 +1,20 @@
-"""Time dsv4 against Hugging Face transformers' DeepseekV4: same random weights, same tokens, same threads, alternated in one run.
+"""Time dsv4 against Hugging Face transformers' DeepseekV4: same random weights, same tokens, same
+threads, alternated in one run.
 
-    python benchmarks/vs_transformers.py --backend torch --dtype bfloat16
-    python benchmarks/vs_transformers.py --backend cuda --device cuda --dtype bfloat16 --weights published
+    python benchmarks/vs_transformers.py --backend torch --dtype bfloat16 python
+    benchmarks/vs_transformers.py --backend cuda --device cuda --dtype bfloat16 --weights published
 
-Both sides hold plain weights of ``--dtype``. transformers runs with eager attention (it has no other for this
-model) and the fastest of its experts implementations, which are tried first. dsv4 runs ``native`` numerics in
-bfloat16 (BF16 between operations, FP8 key/value rows, FP4 indexer keys) and in float32 its exact mode, whose logits
-must agree. With ``--weights published`` dsv4 holds FP8 and FP4 weights as the published checkpoints do, and
-transformers their exact values in BF16. ``--device cuda`` runs both sides on a GPU, dsv4's decode steps recorded and
-replayed. Prefills and decode steps of the two sides alternate one by one, so that whatever else the machine does
-meets both. Printed: medians and their ratio, the same of the fastest, the range of the middle 80 % (on an idle machine
-both sides' lie within a tenth; a process beside them slows transformers far more, whose steps wait for all threads more
-often, so a ratio taken then says little), and beside them the bounds: memory bandwidth for decode, matrix products for
-prefill, both measured in the same run.
+Both sides hold plain weights of ``--dtype``. transformers runs with eager attention (it has no
+other for this model) and the fastest of its experts implementations, which are tried first. dsv4
+runs ``native`` numerics in bfloat16 (BF16 between operations, FP8 key/value rows, FP4 indexer keys)
+and in float32 its exact mode, whose logits must agree. With ``--weights published`` dsv4 holds FP8
+and FP4 weights as the published checkpoints do, and transformers their exact values in BF16.
+``--device cuda`` runs both sides on a GPU, dsv4's decode steps recorded and replayed. Prefills and
+decode steps of the two sides alternate one by one, so that whatever else the machine does meets
+both. Printed: medians and their ratio, the same of the fastest, the range of the middle 80 % (on an
+idle machine both sides' lie within a tenth; a process beside them slows transformers far more,
+whose steps wait for all threads more often, so a ratio taken then says little), and beside them the
+bounds: memory bandwidth for decode, matrix products for prefill, both measured in the same run.
 """
 
 from __future__ import annotations
@@ -75,8 +77,9 @@ CONFIG = ModelConfig(
 
 
 class RandomWeights:
-    """A weight source of random weights: each made when first asked for, and kept. ``plain``: the dtype of
-    what the checkpoint has in BF16 or less; ``published``: FP8 and FP4 where published checkpoints have them.
+    """A weight source of random weights: each made when first asked for, and kept. ``plain``: the
+    dtype of what the checkpoint has in BF16 or less; ``published``: FP8 and FP4 where published
+    checkpoints have them.
     """
 
     def __init__(self, config: ModelConfig, plain: str, *, published: bool = False) -> None:
@@ -160,7 +163,9 @@ class RandomWeights:
 
 
 def published_format(name: str) -> Format | None:
-    """The format of a weight in the published checkpoints: FP4 experts, FP8 projections and shared experts, the rest in BF16 or float32."""
+    """The format of a weight in the published checkpoints: FP4 experts, FP8 projections and shared
+    experts, the rest in BF16 or float32.
+    """
     if ".experts." in name and "shared" not in name:
         return "e2m1"
     fp8 = (
@@ -202,7 +207,9 @@ def to_torch(array: Host) -> torch.Tensor:
 
 
 def transformers_model(weights: RandomWeights) -> Any:
-    """Build transformers' model with ``weights`` (all made by now) in the precisions that it would load them in."""
+    """Build transformers' model with ``weights`` (all made by now) in the precisions that it would
+    load them in.
+    """
     import transformers
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
@@ -341,8 +348,8 @@ def clocked(seconds: list[float], call: Callable[[Host], Host], ids: Host) -> Ho
 
 
 def choose_experts(side: Transformers, ids: Host) -> None:
-    """Set transformers' fastest experts implementation, for prefill and for decode each; batched_mm copies a
-    weight per token and is for decode alone.
+    """Set transformers' fastest experts implementation, for prefill and for decode each; batched_mm
+    copies a weight per token and is for decode alone.
     """
     for phase, names in (("prefill", ("eager", "grouped_mm")), ("decode", ("eager", "grouped_mm", "batched_mm"))):
         seconds = {}
@@ -376,7 +383,9 @@ def bandwidth() -> float:
 
 
 def gemm_peak(dtype: str, backend: str) -> float:
-    """Operations a second of a product of square matrices, 2048 on a CPU and 8192 elsewhere, by the library that the backend uses."""
+    """Operations a second of a product of square matrices, 2048 on a CPU and 8192 elsewhere, by the
+    library that the backend uses.
+    """
     n = 2048 if args.device == "cpu" else 8192
     if backend == "reference":
         a = np.ones((n, n), np.float32)
@@ -386,8 +395,8 @@ def gemm_peak(dtype: str, backend: str) -> float:
 
 
 def work(weights: RandomWeights, tokens: int) -> tuple[float, float]:
-    """Bytes of weights that one decode step reads, and operations of a prefill of ``tokens``: products with
-    weights, attention over what each token sees.
+    """Bytes of weights that one decode step reads, and operations of a prefill of ``tokens``:
+    products with weights, attention over what each token sees.
     """
     c = weights.config
     active = used = 0
@@ -406,7 +415,9 @@ def work(weights: RandomWeights, tokens: int) -> tuple[float, float]:
 
 
 def machine() -> str:
-    """The device; for a CPU with those of its instructions that decide how matrices are multiplied."""
+    """The device; for a CPU with those of its instructions that decide how matrices are
+    multiplied.
+    """
     if torch.device(args.device).type == "cuda":
         return f"{torch.cuda.get_device_name(args.device)}, CUDA {torch.version.cuda}"
     cpuinfo = Path("/proc/cpuinfo")
@@ -422,7 +433,9 @@ def machine() -> str:
 
 
 def op_table(side: Dsv4, tokens: Host) -> list[str]:
-    """Per op of a decode step: its own milliseconds (without the ops inside it), its share, calls, microseconds a call."""
+    """Per op of a decode step: its own milliseconds (without the ops inside it), its share, calls,
+    microseconds a call.
+    """
     backend = side.backend
     own: dict[str, float] = dict.fromkeys(OPS, 0.0)
     calls = dict.fromkeys(OPS, 0)
@@ -459,7 +472,9 @@ def op_table(side: Dsv4, tokens: Host) -> list[str]:
 
 
 def call_cost(side: Dsv4, token: Host) -> tuple[int, float]:
-    """Ops that one decode step calls, and seconds by which calling an op through the backend exceeds calling its function."""
+    """Ops that one decode step calls, and seconds by which calling an op through the backend
+    exceeds calling its function.
+    """
     count = 0
     backend = side.backend
     for name in OPS:
@@ -537,7 +552,8 @@ def main() -> None:
         theirs, mine = (np.stack(logits[name]) for name in ("transformers", "dsv4"))
         error = np.linalg.norm(mine - theirs) / np.linalg.norm(theirs)
         top = (mine.argmax(-1) == theirs.argmax(-1)).mean()
-        # native mode has FP8 and FP4 rows, transformers none, and random weights are chaotic; unrelated logits are 1.4 apart
+        # native mode has FP8 and FP4 rows, transformers none, and random weights are chaotic;
+        # unrelated logits are 1.4 apart
         limit = 1e-4 if args.dtype == "float32" else 0.5
         print(f"       logits: relative L2 difference {error:.1e} (limit {limit:g}), same top token {top:.0%}")
         if error > limit:

@@ -8,8 +8,9 @@
 >>> reply.tokens
 [[...]]
 
-Names are imported when they are first used: ``import dsv4_core`` itself reads this file and the version. The rooms below hold
-contracts, checkpoints, the graph, ranks, planning, text and the command line; none of them has device code.
+Names are imported when they are first used: ``import dsv4_core`` itself reads this file and the
+version. The rooms below hold contracts, checkpoints, the graph, ranks, planning, text and the
+command line; none of them has device code.
 """
 
 from typing import TYPE_CHECKING, Any

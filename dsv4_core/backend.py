@@ -1,7 +1,8 @@
-"""The stable names for plug-ins: whoever adds a chip imports from here, and files below may move without breaking it.
+"""The stable names for plug-ins: whoever adds a chip imports from here, and files below may move
+without breaking it.
 
-``Backend`` is what a plug-in subclasses, ``hookimpl`` marks the function that hands it over (``dsv4_core.registry``
-has it too). CONTRIBUTING.md lists what is stable.
+``Backend`` is what a plug-in subclasses, ``hookimpl`` marks the function that hands it over
+(``dsv4_core.registry`` has it too). CONTRIBUTING.md lists what is stable.
 """
 
 from dsv4_core.contract.backend import Backend, BackendError, DeviceCheck, Diagnosis, Option

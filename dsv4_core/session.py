@@ -64,9 +64,10 @@ Progress: TypeAlias = "Callable[[str, int, int], None]"
 class Event:
     """One new token of one sequence.
 
-    ``sequence``: which prompt, counted from 0. ``text``: what has become certain with this token; it may be empty, where a
-    character is not whole yet or a stop text may have begun, and always is without a tokenizer. Of control tokens there is
-    no text. ``finish``: set on the last event of a sequence.
+    ``sequence``: which prompt, counted from 0. ``text``: what has become certain with this token;
+    it may be empty, where a character is not whole yet or a stop text may have begun, and always is
+    without a tokenizer. Of control tokens there is no text. ``finish``: set on the last event of a
+    sequence.
     """
 
     sequence: int
@@ -89,15 +90,17 @@ def load(
 ) -> Session:
     """Open a model and load its weights.
 
-    ``model``: a directory with config.json and safetensors shards, ``OWNER/NAME`` of a model in the local hub cache, or None for
-    the small one that ships with the package. ``drafter``: a directory whose MTP block or DSpark drafts for it, in place of
-    its own. ``backend``: a name (`dsv4 backends` lists them), a ``Backend``, or None:
-    DSV4_BACKEND, dsv4.toml, else what is here. ``options``: the backend's own, e.g. ``device="cuda:0"``. ``tp``, ``ep``: this
-    process is one of ``tp * ep`` that were started together. ``lazy``: weights load when they are first needed, and what is
-    wrong with a request is said before.
+    ``model``: a directory with config.json and safetensors shards, ``OWNER/NAME`` of a model in the
+    local hub cache, or None for the small one that ships with the package. ``drafter``: a directory
+    whose MTP block or DSpark drafts for it, in place of its own. ``backend``: a name (`dsv4
+    backends` lists them), a ``Backend``, or None: DSV4_BACKEND, dsv4.toml, else what is here.
+    ``options``: the backend's own, e.g. ``device="cuda:0"``. ``tp``, ``ep``: this process is one of
+    ``tp * ep`` that were started together. ``lazy``: weights load when they are first needed, and
+    what is wrong with a request is said before.
 
-    Raises ``ValueError`` where there is no such model, ``CheckpointError`` where something is wrong with it, ``BackendError``
-    where the backend is unknown, cannot start or lacks an op that the model needs; all before weights load.
+    Raises ``ValueError`` where there is no such model, ``CheckpointError`` where something is wrong
+    with it, ``BackendError`` where the backend is unknown, cannot start or lacks an op that the
+    model needs; all before weights load.
     """
     if isinstance(backend, Backend):
         if options or numerics not in {"native", backend.numerics}:
@@ -128,7 +131,9 @@ def open_session(
     ep: int = 1,
     progress: Progress | None = None,
 ) -> Session:
-    """Open a model on the backend that ``create`` makes (for the n-th rank of this machine); no weight is read yet."""
+    """Open a model on the backend that ``create`` makes (for the n-th rank of this machine); no
+    weight is read yet.
+    """
     directory, drafts = own_directory(find_model(model)), find_drafter(drafter)
     with ExitStack() as stack:
         ranks = stack.enter_context(team(create, tp, ep))
@@ -139,8 +144,8 @@ def open_session(
 
 
 def create_backend(name: str, numerics: Numerics, options: Mapping[str, Any], local_rank: int | None = None) -> Backend:
-    """Construct a backend; as one of several ranks of a machine on the device of that number, where the backend has
-    devices and none is named in full.
+    """Construct a backend; as one of several ranks of a machine on the device of that number, where
+    the backend has devices and none is named in full.
     """
     options = dict(options)
     if local_rank is not None:
@@ -152,10 +157,12 @@ def create_backend(name: str, numerics: Numerics, options: Mapping[str, Any], lo
 
 
 class Session:
-    """A model that is open on a backend. ``load`` makes one; leaving its ``with`` block, or ``close``, gives it up.
+    """A model that is open on a backend. ``load`` makes one; leaving its ``with`` block, or
+    ``close``, gives it up.
 
-    ``directory``: where it was found. ``config``: its configuration. ``backend``: what it runs on. ``tokenizer``: a
-    ``tokenizers.Tokenizer``, or None where the checkpoint has none. ``defaults``: what its generation_config.json asks for.
+    ``directory``: where it was found. ``config``: its configuration. ``backend``: what it runs on.
+    ``tokenizer``: a ``tokenizers.Tokenizer``, or None where the checkpoint has none. ``defaults``:
+    what its generation_config.json asks for.
     """
 
     def __init__(
@@ -181,17 +188,23 @@ class Session:
 
     @cached_property
     def model(self) -> Model:
-        """The graph with its weights, loaded when this is first asked for; what drafts is not, before ``load_drafter``."""
+        """The graph with its weights, loaded when this is first asked for; what drafts is not,
+        before ``load_drafter``.
+        """
         source, parallel = self.ranks.share(self.checkpoint)
         return Model(source, self.backend, parallel=parallel, draft=False, progress=self._reporter("loading"))
 
     @property
     def most_drafts(self) -> int:
-        """Tokens a step that what drafts in this checkpoint proposes at most: 0, MTP's one, or a block of DSpark's."""
+        """Tokens a step that what drafts in this checkpoint proposes at most: 0, MTP's one, or a
+        block of DSpark's.
+        """
         return {"": 0, "mtp": 1, "dspark": self.config.dspark_block_size}[self.config.draft]
 
     def load_drafter(self) -> int:
-        """Load what drafts, if that has not been done; give ``most_drafts``. Raises ``ValueError`` where nothing drafts."""
+        """Load what drafts, if that has not been done; give ``most_drafts``. Raises ``ValueError``
+        where nothing drafts.
+        """
         if not self.most_drafts:
             raise ValueError(
                 f"{self.directory} has no MTP block and no DSpark drafter, so that nothing proposes tokens: "
@@ -201,7 +214,9 @@ class Session:
         return self.most_drafts
 
     def load_weights(self) -> None:
-        """Load the weights, if that has not been done; after an error the other ranks, if there are any, are told."""
+        """Load the weights, if that has not been done; after an error the other ranks, if there are
+        any, are told.
+        """
         with ExitStack() as stack:
             stack.push(self.__exit__)
             self.model  # noqa: B018  loads them
@@ -246,17 +261,20 @@ class Session:
     ) -> Generation:
         """Continue one prompt or several, which run as one batch; give the new tokens as they come.
 
-        ``prompt``: a text (a control token that it spells is words), token ids, turns of a conversation
-        (``[{"role": "user", "content": ...}]``), or a list of such prompts. ``temperature`` 0 is greedy, and so is None where
-        the checkpoint's generation_config.json asks for no other; else each sequence draws by ``seed`` and its own number,
-        among the tokens that ``top_k`` (0: off), ``top_p`` (None: as that file asks, else 1) and ``min_p`` leave.
-        ``stop``: texts that end a sequence, and are not given out. ``stop_tokens``: ids that do, beside end-of-sentence
-        (not with ``ignore_eos``). ``thinking``: of conversations, let the model think first. ``speculative``: how many
-        tokens a step the MTP block or DSpark drafts (True: as many as it can); the tokens are the same. ``draft_confidence``:
-        DSpark's drafts end where the chance that all of them are kept falls below it. ``chunk``: tokens of a prefill step.
+        ``prompt``: a text (a control token that it spells is words), token ids, turns of a
+        conversation (``[{"role": "user", "content": ...}]``), or a list of such prompts.
+        ``temperature`` 0 is greedy, and so is None where the checkpoint's generation_config.json
+        asks for no other; else each sequence draws by ``seed`` and its own number, among the tokens
+        that ``top_k`` (0: off), ``top_p`` (None: as that file asks, else 1) and ``min_p`` leave.
+        ``stop``: texts that end a sequence, and are not given out. ``stop_tokens``: ids that do,
+        beside end-of-sentence (not with ``ignore_eos``). ``thinking``: of conversations, let the
+        model think first. ``speculative``: how many tokens a step the MTP block or DSpark drafts
+        (True: as many as it can); the tokens are the same. ``draft_confidence``: DSpark's drafts
+        end where the chance that all of them are kept falls below it. ``chunk``: tokens of a
+        prefill step.
 
-        Raises ``ValueError`` before anything runs: for an empty prompt, an id outside the vocabulary, more tokens than
-        the model has positions, or a text where there is no tokenizer.
+        Raises ``ValueError`` before anything runs: for an empty prompt, an id outside the
+        vocabulary, more tokens than the model has positions, or a text where there is no tokenizer.
         """
         if max_tokens < 1:
             raise ValueError(f"max_tokens = {max_tokens} must be 1 or more")
@@ -296,7 +314,9 @@ class Session:
         return Generation(self, prompts, max_tokens, sampling, texts, ends, drafting=drafting, chunk=chunk)
 
     def encode(self, prompt: str | Sequence[Any], *, thinking: bool = False) -> list[int]:
-        """Give the ids of one prompt; raise ``ValueError`` where there are none, or one is outside the vocabulary."""
+        """Give the ids of one prompt; raise ``ValueError`` where there are none, or one is outside
+        the vocabulary.
+        """
         if not isinstance(prompt, str) and not any(isinstance(one, Mapping) for one in prompt):
             array = np.asarray(prompt)
             if array.ndim != 1 or not array.size:
@@ -328,9 +348,11 @@ class Session:
         return encoded
 
     def logits(self, ids: Sequence[int] | Sequence[Sequence[int]] | Host, *, chunk: int = CHUNK) -> Host:
-        """Give the logits after every token of ``ids`` [total] or [batch, total]: [..., total, vocab], float32 (float64).
+        """Give the logits after every token of ``ids`` [total] or [batch, total]: [..., total,
+        vocab], float32 (float64).
 
-        Raises ``ValueError`` for an id outside the vocabulary or more tokens than the model has positions.
+        Raises ``ValueError`` for an id outside the vocabulary or more tokens than the model has
+        positions.
         """
         tokens = np.asarray(ids)
         if tokens.ndim not in {1, 2} or not tokens.size:
@@ -356,7 +378,9 @@ class Session:
 
 
 def prompts_of(prompt: str | Sequence[Any]) -> list[Any]:
-    """Tell one prompt (text, ids, turns) from a list of them; give the list. Raises ``ValueError`` where there is none."""
+    """Tell one prompt (text, ids, turns) from a list of them; give the list. Raises ``ValueError``
+    where there is none.
+    """
     if isinstance(prompt, str):
         return [prompt]
     if not len(prompt):
@@ -379,8 +403,9 @@ class _Written:
 class Generation(Iterator[Event]):
     """The events of a request, as they come; what has come is kept.
 
-    ``prompts``: the ids that were read. ``tokens``, ``texts``, ``finish``: of each sequence, so far. ``prefill_seconds``:
-    until the first token; ``decode_seconds``: from there. ``drafts``: how speculation fared.
+    ``prompts``: the ids that were read. ``tokens``, ``texts``, ``finish``: of each sequence, so
+    far. ``prefill_seconds``: until the first token; ``decode_seconds``: from there. ``drafts``: how
+    speculation fared.
     """
 
     def __init__(

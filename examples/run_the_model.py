@@ -1,4 +1,5 @@
-"""Open a model, continue a text, ask a question, look at logits. Run it as it is: it uses the embedded model.
+"""Open a model, continue a text, ask a question, look at logits. Run it as it is: it uses the
+embedded model.
 
 python examples/run_the_model.py [MODEL_DIR] [BACKEND]
 """

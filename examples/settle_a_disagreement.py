@@ -1,4 +1,5 @@
-"""Two backends disagree: find the first op, layer and position that is wrong, and which of the two is.
+"""Two backends disagree: find the first op, layer and position that is wrong, and which of the two
+is.
 
 The second backend here is the reference with one fault: its SwiGLU forgets the clamp of the gate.
 

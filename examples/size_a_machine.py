@@ -1,4 +1,5 @@
-"""How much memory does Flash take at a context, and what bounds its speed? Counted by the real graph, on shapes.
+"""How much memory does Flash take at a context, and what bounds its speed? Counted by the real
+graph, on shapes.
 
 python examples/size_a_machine.py
 """

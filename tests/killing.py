@@ -1,6 +1,8 @@
-"""SIGKILL at random moments, of everything that writes: python tests/killing.py --moments 40 --report reports/fuzz/DATE-killed.md.
+"""SIGKILL at random moments, of everything that writes: python tests/killing.py --moments 40
+--report reports/fuzz/DATE-killed.md.
 
-Whatever is left must not look complete unless it is, and the same work, done again, must come to the same files.
+Whatever is left must not look complete unless it is, and the same work, done again, must come to
+the same files.
 """
 
 from __future__ import annotations
@@ -161,7 +163,9 @@ class Reporting:
 
 
 class Building:
-    """Kernels in C are complete once their hash lies beside them. A small source stands for them: what is tried is the keeping."""
+    """Kernels in C are complete once their hash lies beside them. A small source stands for them:
+    what is tried is the keeping.
+    """
 
     def __init__(self, folder):
         self.out, sources = folder / "out", folder / "c"
@@ -205,7 +209,9 @@ KINDS: dict[str, Any] = {
 
 @dataclass
 class Struck:
-    """What so many kills left: states that looked complete and were, unfinished ones that the same work then finished, wrong ones."""
+    """What so many kills left: states that looked complete and were, unfinished ones that the same
+    work then finished, wrong ones.
+    """
 
     complete: int = 0
     finished: int = 0

@@ -108,7 +108,9 @@ def test_values_beyond_the_first_buffer_are_read(tmp_path):
 
 
 def test_a_hole_is_said_to_be_one_and_not_a_zero_scale(model):
-    """A preallocated download that stopped: every size is right, and half of a file was never written."""
+    """A preallocated download that stopped: every size is right, and half of a file was never
+    written.
+    """
     file = model / shard_names(model)[0]
     data = file.read_bytes()
     keep = len(data) // 2 // 4096 * 4096

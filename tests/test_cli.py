@@ -174,7 +174,9 @@ def every_command(group=cli.root, words=()):
 
 @pytest.mark.parametrize("hidden", [False, True])
 def test_help_of_every_command(hidden, monkeypatch):
-    """Where torch is installed it is hidden, so that this is the first environment of the README."""
+    """Where torch is installed it is hidden, so that this is the first environment of the
+    README.
+    """
     if hidden:
         for name in list(sys.modules):
             if name.partition(".")[0] in {*LIBRARIES, "dsv4_backend_cuda", "dsv4_backend_ascend", "dsv4_backend_torch"}:
@@ -204,7 +206,9 @@ def test_whoever_reads_may_leave(command):
 
 
 def test_words_of_a_file_are_words(tmp_path):
-    """Neither a terminal's sequences nor rich's markup in a configuration or a directory's name count."""
+    """Neither a terminal's sequences nor rich's markup in a configuration or a directory's name
+    count.
+    """
     directory = tmp_path / "a[red]b"
     shutil.copytree(golden.checkpoint_path("tiny-flash"), directory)
     config = json.loads((directory / "config.json").read_text())

@@ -129,7 +129,9 @@ def test_the_command_reads_a_pipe():
 
 @pytest.mark.parametrize("at_a_terminal", [True, False])
 def test_what_a_model_says_moves_no_cursor(at_a_terminal, capsys, monkeypatch):
-    """Escape sequences, bidirectional marks and returns that are generated: spelt at a terminal, left alone in a pipe."""
+    """Escape sequences, bidirectional marks and returns that are generated: spelt at a terminal,
+    left alone in a pipe.
+    """
     said = "a\x1b[2J\rb\u202ec\x9bd"
     monkeypatch.setattr("sys.stdout.isatty", lambda: at_a_terminal)
     wanted = r"a\x1b[2J\rb\u202ec\x9bd" if at_a_terminal else said
@@ -148,7 +150,9 @@ def test_what_a_model_says_moves_no_cursor(at_a_terminal, capsys, monkeypatch):
 
 
 def test_the_command_at_a_terminal(tmp_path):
-    """A prompt, a turn, Ctrl-C in the middle of a turn, which ends it and nothing else, editing, Ctrl-D."""
+    """A prompt, a turn, Ctrl-C in the middle of a turn, which ends it and nothing else, editing,
+    Ctrl-D.
+    """
     pexpect = pytest.importorskip("pexpect")
     pytest.importorskip("prompt_toolkit")
     words = ["-m", "dsv4_core", "chat", "-b", "reference", "--temperature", "0", "-n", "400", "--system", "Be brief."]

@@ -34,7 +34,9 @@ def refused(*args, stdin=None):
 
 
 def document(command, *args, status=0):
-    """Run with ``--json``; hold what is printed to the form of that command and to the JSON Schema."""
+    """Run with ``--json``; hold what is printed to the form of that command and to the JSON
+    Schema.
+    """
     result = dsv4(*args, "--json", ok=False)
     assert result.exit_code == status, (result.output, result.exception)
     found = json.loads(result.stdout)

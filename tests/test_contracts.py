@@ -1,4 +1,6 @@
-"""The declarations hold together, and a backend that departs from one is told so when its class is made."""
+"""The declarations hold together, and a backend that departs from one is told so when its class is
+made.
+"""
 
 import numpy as np
 import pytest
@@ -100,7 +102,9 @@ def test_text_becomes_what_an_option_is():
 
 
 def test_required_ops_that_no_call_reaches_are_looked_at():
-    """A vendor who runs a fused op whole learns of the required op that it hides, and of the one that ranks alone call."""
+    """A vendor who runs a fused op whole learns of the required op that it hides, and of the one
+    that ranks alone call.
+    """
     whole = type(create("reference"))
     hidden = ("hc_split_sinkhorn", "act_quant")
     some = type("Some", (whole,), {"name": "some"} | {op: getattr(EveryOp, op) for op in hidden})()
@@ -135,7 +139,9 @@ def test_supports_says_why_not_and_the_run_stops():
 
 
 def test_no_output_shape_depends_on_values():
-    """The whole graph runs on shapes alone, prefill and decode, MTP included: nothing is read on the host."""
+    """The whole graph runs on shapes alone, prefill and decode, MTP included: nothing is read on
+    the host.
+    """
     for seq, start in ((1, 0), (300, 0), (1, 511), (3, 600)):
         calls = trace_calls(PRESETS["tiny"], Backend, seq=seq, start=start, batch=2, mtp=True)
         assert calls[-1].op == "sample"

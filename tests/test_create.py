@@ -82,7 +82,9 @@ def test_shards_stay_under_their_size_and_a_larger_tensor_gets_its_own(tmp_path)
 
 
 def test_values_are_normal_with_one_over_the_root_of_the_inputs(tiny):
-    """Five standard errors of a deviation are 2.5 % at 32768 elements, and FP4's clamping takes 2 %."""
+    """Five standard errors of a deviation are 2.5 % at 32768 elements, and FP4's clamping takes 2
+    %.
+    """
     checkpoint = Checkpoint(tiny)
     checked = Counter()
     for name in checkpoint.names:
@@ -199,7 +201,9 @@ def test_progress_ends_at_the_total(tmp_path):
 
 
 def test_published_keys_that_dsv4_does_not_use_are_written(tmp_path):
-    """Other engines read some of them; of the published 48 keys only the version of transformers is left out."""
+    """Other engines read some of them; of the published 48 keys only the version of transformers is
+    left out.
+    """
     create(tmp_path / "model", PRESETS["tiny"], seed=0)
     written = json.loads((tmp_path / "model" / "config.json").read_text())
     assert (written["num_key_value_heads"], written["torch_dtype"], written["use_cache"]) == (1, "bfloat16", True)

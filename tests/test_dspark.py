@@ -1,4 +1,6 @@
-"""DSpark: against an oracle in plain NumPy that shares no code with the graph, and the laws of speculation."""
+"""DSpark: against an oracle in plain NumPy that shares no code with the graph, and the laws of
+speculation.
+"""
 
 import numpy as np
 import pytest
@@ -82,7 +84,9 @@ class Oracle:
         return (self.a(f"{prefix}_fn") @ x) / np.sqrt((x * x).mean() + self.c.rms_norm_eps)
 
     def hyper(self, at, half, h, sub):
-        """One sub-layer between its hyper-connections, for all rows of the block at once where it attends."""
+        """One sub-layer between its hyper-connections, for all rows of the block at once where it
+        attends.
+        """
         hc, eps = self.c.hc_mult, self.c.hc_eps
         scale, base = self.a(f"{at}.hc_{half}_scale"), self.a(f"{at}.hc_{half}_base")
         pres, posts, combs = [], [], []
@@ -136,7 +140,9 @@ class Oracle:
         return np.stack(out)
 
     def draft(self, anchor, streams):
-        """Drafts, logits and confidences; ``streams`` [3, n, hc, D] of the n tokens that were processed."""
+        """Drafts, logits and confidences; ``streams`` [3, n, hc, D] of the n tokens that were
+        processed.
+        """
         c, n = self.c, streams.shape[1]
         block = [anchor] + [c.dspark_noise_token_id] * (c.dspark_block_size - 1)
         h = np.repeat(self.w("embed")[block][:, None], c.hc_mult, axis=1)
@@ -171,7 +177,9 @@ class Watched(Model):
 @pytest.mark.parametrize("length", [1, 3, 64, 90])
 @pytest.mark.parametrize(("numerics", "tolerance"), [("float64", 1e-9), ("float32", 1e-6)])
 def test_logits_and_confidences_against_the_oracle(path, length, numerics, tolerance):
-    """float64 differs by the mean's weights, a float32 unit; 1e-6 is float32's after three blocks, relative to the largest."""
+    """float64 differs by the mean's weights, a float32 unit; 1e-6 is float32's after three blocks,
+    relative to the largest.
+    """
     model = Watched(Checkpoint(path), ReferenceBackend(numerics=numerics))
     model.seen, taps = [], []
     *ids, anchor = prompt(length + 1)
@@ -210,7 +218,9 @@ class Random:
 
 
 def state(cache):
-    """What decoding reads of a cache that holds ``length`` tokens: rows that later steps may see, by position."""
+    """What decoding reads of a cache that holds ``length`` tokens: rows that later steps may see,
+    by position.
+    """
     length, c = int(cache.lengths[0]), cache.config
     found = {}
     for i, layer in enumerate(cache.layers[: c.num_hidden_layers]):

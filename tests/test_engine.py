@@ -1,4 +1,6 @@
-"""The engine's edges: what is refused, what a failure harms, what is reported. Its laws are the suite's."""
+"""The engine's edges: what is refused, what a failure harms, what is reported. Its laws are the
+suite's.
+"""
 
 import numpy as np
 import pytest
@@ -211,7 +213,9 @@ def test_a_constraint_is_asked_and_told(model, drafts):
 
 
 def test_a_prefix_is_taken_up(model):
-    """From a slot that holds it whole, and from a snapshot while its donor goes on; never a whole prompt."""
+    """From a slot that holds it whole, and from a snapshot while its donor goes on; never a whole
+    prompt.
+    """
     long = prompt(8, 300)
     engine = Engine(model, slots=3, capacity=512, chunk=64)
     a, b = Request(long, 40), Request((*long[:280], *prompt(9, 30)), 5)

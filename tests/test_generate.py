@@ -16,7 +16,9 @@ def model():
 
 
 def test_sampling_follows_the_distribution():
-    """10,000 draws at temperature 2, top-p 0.8: the prefix's own probabilities, renormalised, and nothing outside it."""
+    """10,000 draws at temperature 2, top-p 0.8: the prefix's own probabilities, renormalised, and
+    nothing outside it.
+    """
     logits = np.log(np.array([0.1, 0.4, 0.3, 0.2])) * 2
     uniform = ((np.arange(10000) + 0.5) / 10000).astype(np.float32)
     got = create("reference").sample(np.tile(np.float32(logits), (10000, 1)), uniform, temperature=2.0, top_p=0.8)

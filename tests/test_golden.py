@@ -46,7 +46,9 @@ def test_a_trace_that_was_not_recorded():
 
 
 def test_every_data_file_is_in_the_wheel():
-    """Globs in pyproject.toml cover what lies in the packages' data; fnmatch's * also matches /, so parts are counted."""
+    """Globs in pyproject.toml cover what lies in the packages' data; fnmatch's * also matches /, so
+    parts are counted.
+    """
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     for package, folder in (("dsv4_core", "dsv4_core"), ("dsv4_conformance", "conformance/dsv4_conformance")):
         files = [p.relative_to(ROOT / folder) for p in (ROOT / folder / "data").rglob("*") if p.is_file()]

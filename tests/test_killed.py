@@ -1,4 +1,6 @@
-"""SIGKILL at random moments: what is left never looks complete unless it is, and the same command then finishes it."""
+"""SIGKILL at random moments: what is left never looks complete unless it is, and the same command
+then finishes it.
+"""
 
 import os
 import signal

@@ -134,7 +134,8 @@ def test_a_trained_models_drafts_are_accepted():
 def test_greedy_answer_is_the_recorded_one_where_its_margin_is_above_the_noise():
     """Teacher-forced along the recorded answer.
 
-    Noise: how far the gap between two tokens moves between two native implementations, on other text.
+    Noise: how far the gap between two tokens moves between two native implementations, on other
+    text.
     """
     want, model = vectors("tiny-jargon", "golden"), load_model("tiny-jargon", "native")
     other = teacher_forced(model, want["prompt"], prefill=300)["logits"] - want["quantized.logits"]

@@ -1,4 +1,6 @@
-"""Who may import whom, what importing costs, and that the graph uses nothing of an array but the protocol."""
+"""Who may import whom, what importing costs, and that the graph uses nothing of an array but the
+protocol.
+"""
 
 import ast
 import re
@@ -46,7 +48,9 @@ ROOMS = {
 
 
 def imports(path, *, lazy=True):
-    """Modules that a file imports; without ``lazy`` those inside functions and TYPE_CHECKING blocks are left out."""
+    """Modules that a file imports; without ``lazy`` those inside functions and TYPE_CHECKING blocks
+    are left out.
+    """
     tree = ast.parse(path.read_text())
     found = set()
 
@@ -125,7 +129,9 @@ def test_no_file_imports_itself_by_way_of_others():
 
 
 def room(name):
-    """The package below the root that a module lives in; a file in the root is a room of its own."""
+    """The package below the root that a module lives in; a file in the root is a room of its
+    own.
+    """
     parts = name.split(".")
     return parts[1] if len(parts) > 1 else ""
 
@@ -182,7 +188,9 @@ def test_listing_backends_imports_none():
 
 
 class StrictArray:
-    """An array with nothing but the protocol: any arithmetic, comparison, iteration or conversion raises."""
+    """An array with nothing but the protocol: any arithmetic, comparison, iteration or conversion
+    raises.
+    """
 
     __slots__ = ("_value",)
     __array__ = None  # NumPy must not look inside
@@ -227,7 +235,9 @@ def _outside(x):
 
 
 class StrictBackend(Backend):
-    """The reference behind strict arrays; fused ops run as their defaults, so that these are held to the protocol too."""
+    """The reference behind strict arrays; fused ops run as their defaults, so that these are held
+    to the protocol too.
+    """
 
     name = "strict"
 

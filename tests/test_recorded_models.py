@@ -46,7 +46,9 @@ def test_batched_with_a_sequence_of_another_length(recorded):
 
 
 def test_native_logits_are_nearer_to_exact_than_random(recorded):
-    """Two native implementations differ by 20 % on random weights; a gross error (a wrong scale) is far outside that."""
+    """Two native implementations differ by 20 % on random weights; a gross error (a wrong scale) is
+    far outside that.
+    """
     want = vectors(recorded, "golden")
     got = teacher_forced(load_model(recorded, "native"), want["prompt"], prefill=300, mtp=True)
     theirs = relative(want["quantized.logits"], want["exact.logits"])

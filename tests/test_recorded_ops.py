@@ -1,5 +1,5 @@
-"""Native arithmetic, op by op, on the published model's recorded inputs: both models, prefill and every recorded decode
-position.
+"""Native arithmetic, op by op, on the published model's recorded inputs: both models, prefill and
+every recorded decode position.
 """
 
 import functools
@@ -22,7 +22,9 @@ def bits(x):
 
 
 def within_one_bf16_unit(got, want, magnitudes=None):
-    """One unit of BF16 everywhere, or 2^-22 of the sum of the terms' magnitudes where terms cancel."""
+    """One unit of BF16 everywhere, or 2^-22 of the sum of the terms' magnitudes where terms
+    cancel.
+    """
     got, want = np.asarray(got, BFLOAT16), np.asarray(want, BFLOAT16)
     order = [np.where(b < 0, -(b & 0x7FFF), b) for b in (bits(got), bits(want))]  # units apart, through zero
     ok = np.abs(order[0] - order[1]) <= 1
@@ -180,8 +182,8 @@ def test_experts_within_two_per_cent(model_name, model):
 
 @functools.cache
 def replay(model_name, layer, what):
-    """Run a layer's attention or whole block on the recorded inputs, prefill and then one by one: {time: output}, and
-    the cache.
+    """Run a layer's attention or whole block on the recorded inputs, prefill and then one by one:
+    {time: output}, and the cache.
     """
     model, trace = load_model(model_name, "native"), vectors(model_name, "trace")
     cache = Cache(model.backend, model.config, 1, 320)
@@ -199,9 +201,9 @@ def replay(model_name, layer, what):
 def test_attention_and_block_within_two_per_cent(model_name, what):
     """The prefill, and the decode positions of a layer together.
 
-    A block is a chain: two BF16 units in attention change FP8 codes before the experts, and one token of one block
-    (tiny-pro, layer 2, position 256, same picks, same experts) comes out 2.2 % away; the other decode positions there
-    are within 0.7 %.
+    A block is a chain: two BF16 units in attention change FP8 codes before the experts, and one
+    token of one block (tiny-pro, layer 2, position 256, same picks, same experts) comes out 2.2 %
+    away; the other decode positions there are within 0.7 %.
     """
     calls = recorded_calls(model_name, what)
     for layer in LAYERS[model_name]:
@@ -218,7 +220,9 @@ def test_attention_and_block_within_two_per_cent(model_name, what):
 
 
 def code_order(a, b, fmt, block):
-    """Both arrays' codes in the coarser of their blocks' scales, as integers in the order of their values."""
+    """Both arrays' codes in the coarser of their blocks' scales, as integers in the order of their
+    values.
+    """
     blocks = [np.float32(x).reshape(len(x), -1, block) for x in (a, b)]
     scale = E8M0_VALUES[power_of_two_scale(np.maximum(*(np.abs(x).max(-1) for x in blocks)), fmt)][..., None]
     sign, magnitude = (0x80, 0x7F) if fmt == "e4m3" else (0x8, 0x7)
@@ -228,7 +232,9 @@ def code_order(a, b, fmt, block):
 
 @pytest.mark.parametrize("op", ["compressor", "indexer_compressor"])
 def test_compressed_rows(model_name, op):
-    """Equal in 99.5 % of the elements, and elsewhere one code apart: a step of the 8-bit or 4-bit grid."""
+    """Equal in 99.5 % of the elements, and elsewhere one code apart: a step of the 8-bit or 4-bit
+    grid.
+    """
     equal = total = 0
     for time, layer, t in recorded_calls(model_name, op):
         if "out" not in t:
@@ -272,7 +278,9 @@ class _Picks:
 
 
 def test_indexer_picks_are_as_good_as_the_best(model_name, monkeypatch):
-    """Valid, distinct, and none worse than the k-th best recorded choice by more than BF16 rounding of scores explains."""
+    """Valid, distinct, and none worse than the k-th best recorded choice by more than BF16 rounding
+    of scores explains.
+    """
     model, trace = load_model(model_name, "native"), vectors(model_name, "trace")
     layer = 2
     spy = _Picks(model.backend)

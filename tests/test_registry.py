@@ -41,7 +41,9 @@ def test_unknown_backend_lists_the_known():
 
 
 def distribution(folder, name, *, points="", requires=(), version="1.2", metadata_text=None):
-    """A distribution as an installer leaves it: metadata and entry points, in a folder of the path."""
+    """A distribution as an installer leaves it: metadata and entry points, in a folder of the
+    path.
+    """
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
     lines = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}", *(f"Requires-Dist: {r}" for r in requires)]

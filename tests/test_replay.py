@@ -1,4 +1,6 @@
-"""Replayed decode steps: what is recorded, what a backend that replays wrongly would be caught by, and what is never stale."""
+"""Replayed decode steps: what is recorded, what a backend that replays wrongly would be caught by,
+and what is never stale.
+"""
 
 import dataclasses
 
@@ -20,8 +22,9 @@ Reference = registry.reference()
 
 
 class Capturing(Reference):
-    """Replays as a device does: a function is run once on buffers of its own, then only its inputs change. NumPy cannot
-    repeat what it did, so it is run again, but on the recording's own buffers and with the recording's own result.
+    """Replays as a device does: a function is run once on buffers of its own, then only its inputs
+    change. NumPy cannot repeat what it did, so it is run again, but on the recording's own buffers
+    and with the recording's own result.
     """
 
     recorded = 0
@@ -55,7 +58,9 @@ class Stale(Capturing):
 
 class Half(Capturing):
     def take(self, buffer, host):
-        """Copies the token ids and positions alone, as a graph would that keeps the rest as constants."""
+        """Copies the token ids and positions alone, as a graph would that keeps the rest as
+        constants.
+        """
         buffer[: 2 * 16] = host[: 2 * 16]
 
 

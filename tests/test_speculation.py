@@ -1,4 +1,6 @@
-"""Speculation: tokens keep the model's distribution whatever drafts, and a drafter is loaded when it is asked for."""
+"""Speculation: tokens keep the model's distribution whatever drafts, and a drafter is loaded when
+it is asked for.
+"""
 
 import json
 import math
@@ -23,9 +25,11 @@ CONFIG = preset(PRESETS["tiny-dspark"], layers=3, experts=4, ratios=(0, 4, 128),
 
 
 class Table:
-    """A model of 8 tokens whose next token depends on the last alone, P[last], and a drafter that says Q[last] instead.
+    """A model of 8 tokens whose next token depends on the last alone, P[last], and a drafter that
+    says Q[last] instead.
 
-    It stands for a model and its DSpark in the engine; the confidence of a draft is a number of the token before it.
+    It stands for a model and its DSpark in the engine; the confidence of a draft is a number of the
+    token before it.
     """
 
     VOCAB, BLOCK = 8, 4
@@ -54,7 +58,9 @@ class Table:
 
 
 def transitions(model, sampling, *, requests=1000, tokens=6, confidence=0.0):
-    """How often each token followed each, over requests of which each has its seed; the second: drafted and accepted."""
+    """How often each token followed each, over requests of which each has its seed; the second:
+    drafted and accepted.
+    """
     counts = np.zeros((model.VOCAB, model.VOCAB))
     engine = Engine(model, slots=50, capacity=32, drafts=model.BLOCK, confidence=confidence, reuse=False)
     for seed in range(requests):
@@ -68,7 +74,9 @@ def transitions(model, sampling, *, requests=1000, tokens=6, confidence=0.0):
 
 
 def apart(counts, p):
-    """Chi-square of the counts, and the most that it may be: the chance of more is below e^-14 (Laurent and Massart, 2000)."""
+    """Chi-square of the counts, and the most that it may be: the chance of more is below e^-14
+    (Laurent and Massart, 2000).
+    """
     total = counts.sum(1, keepdims=True)
     freedom = int((p > 0).sum() - (total > 0).sum())
     assert not counts[p == 0].any()
@@ -119,7 +127,9 @@ def test_the_bound_notices_a_rule_that_is_wrong(monkeypatch):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """The same main model with DSpark, with MTP, and a directory that holds nothing but the shards of DSpark."""
+    """The same main model with DSpark, with MTP, and a directory that holds nothing but the shards
+    of DSpark.
+    """
     at = tmp_path_factory.mktemp("models")
     create(at / "dspark", CONFIG, seed=3, shard_size=1 << 20)
     create(at / "mtp", CONFIG.drafting("mtp", 1), seed=3)
@@ -143,7 +153,9 @@ def test_what_drafts_is_loaded_when_it_is_asked_for(models):
 
 
 def test_a_drafter_of_another_directory_drafts_as_its_own_does(models):
-    """The shards of the drafter are enough; so the June and August releases' drafters need no second main model."""
+    """The shards of the drafter are enough; so the June and August releases' drafters need no
+    second main model.
+    """
     found = []
     for model, drafter in (("dspark", None), ("mtp", models / "alone")):
         with load(models / model, drafter=drafter, backend="reference") as session:

@@ -1,4 +1,6 @@
-"""Checkpoints as people have them: each is read with the published one's bytes and numbers, or named in one sentence."""
+"""Checkpoints as people have them: each is read with the published one's bytes and numbers, or
+named in one sentence.
+"""
 
 import json
 from pathlib import Path
@@ -36,7 +38,9 @@ def config(path, remove=(), **changes):
 
 
 def retype(path, change_tensor):
-    """Give every tensor to ``change_tensor(name, tensor, array)``, which returns a new one, or None to leave it out."""
+    """Give every tensor to ``change_tensor(name, tensor, array)``, which returns a new one, or None
+    to leave it out.
+    """
     checkpoint = Checkpoint(path)
     for file in shard_names(path):
         tensors = {}
@@ -62,7 +66,9 @@ def values(checkpoint, name):
 
 
 def same_model(path, expected, *, notes=()):
-    """Every tensor has the published values and the published dtype's type; the notes say what was read."""
+    """Every tensor has the published values and the published dtype's type; the notes say what was
+    read.
+    """
     checkpoint = Checkpoint(path)
     assert set(checkpoint.names) <= set(expected)
     for name in checkpoint.names:
@@ -295,7 +301,9 @@ def test_f32_scales_that_are_no_powers_of_two_are_float_factors(model, expected)
 
 
 def test_fp4_scales_that_are_no_powers_of_two_are_float_factors_of_all_experts(model, expected):
-    """A factor of 32 channels of a row; experts are all plain then, since they are multiplied together."""
+    """A factor of 32 channels of a row; experts are all plain then, since they are multiplied
+    together.
+    """
     checkpoint = Checkpoint(model)
     weight, one = checkpoint.weight(EXPERT), np.full((256, 4), 127, np.uint8)
     factors = np.random.default_rng(0).uniform(0.5, 2, (256, 4)).astype(np.float32) * 2.0**-6
@@ -309,7 +317,9 @@ def test_fp4_scales_that_are_no_powers_of_two_are_float_factors_of_all_experts(m
 
 
 def test_layers_of_other_numbers_of_experts_are_named(model):
-    """Case 20: a layer that was cut otherwise than the others; config.json has one number for all."""
+    """Case 20: a layer that was cut otherwise than the others; config.json has one number for
+    all.
+    """
     file = weight_map(model)["layers.1.ffn.gate.weight"]
     tensors = read(model, file)
     gate = tensors["layers.1.ffn.gate.weight"]
@@ -359,7 +369,9 @@ def test_single_file_of_any_name_and_tied_head(model, expected):
 
 
 def test_mtp_that_is_not_wanted_or_not_there(model, expected):
-    """Cases 10 and 11: the main model's tokens are the same, and one note says why there is no drafting."""
+    """Cases 10 and 11: the main model's tokens are the same, and one note says why there is no
+    drafting.
+    """
     before = tokens(model)
     config(model, num_nextn_predict_layers=0)
     checkpoint = same_model(model, expected, notes=["of an MTP block: config.json asks for none"])
@@ -487,7 +499,9 @@ def test_the_document_is_fresh():
 
 @pytest.mark.proof
 def test_transformers_reads_a_copy_and_its_own_is_read_back(tmp_path):
-    """Both ways, with the library itself: no key missing or unexpected, the same values, nearly the same logits."""
+    """Both ways, with the library itself: no key missing or unexpected, the same values, nearly the
+    same logits.
+    """
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     from dsv4_core.graph.cache import Cache

@@ -68,7 +68,9 @@ def test_default_rounding(n):
 
 
 def test_everything_is_one_buffer():
-    """What a recorded step is given is all that it needs: the arrays that the buffer makes are the step's own."""
+    """What a recorded step is given is all that it needs: the arrays that the buffer makes are the
+    step's own.
+    """
     backend = Bucketed()
     config = PRESETS["tiny"]
     cache = Cache(backend, config, 3, 700)

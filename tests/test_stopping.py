@@ -21,7 +21,9 @@ def streamed(pieces, stops):
 
 @given(st.lists(st.text("abc", max_size=3), max_size=8), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
 def test_pieces_give_what_the_whole_text_would(pieces, stops):
-    """Nothing of a stop text is shown, everything before the first is; how the text is cut does not matter."""
+    """Nothing of a stop text is shown, everything before the first is; how the text is cut does not
+    matter.
+    """
     # the end of the first piece with which a stop text is whole: what comes later is not looked at
     for n in range(len(pieces) + 1):
         text = "".join(pieces[:n])

@@ -1,4 +1,6 @@
-"""The plug-in for vLLM, as far as it goes without vLLM: it stays out unless asked for, and refuses what was not tried."""
+"""The plug-in for vLLM, as far as it goes without vLLM: it stays out unless asked for, and refuses
+what was not tried.
+"""
 
 import sys
 from importlib import metadata

@@ -42,7 +42,9 @@ class Finding:
     claimed: bool = False
     """The backend's own file claims what was checked: by a level, or by name."""
     counts: bool = True
-    """A failure fails the run: it was claimed, or the backend brings an implementation of its own."""
+    """A failure fails the run: it was claimed, or the backend brings an implementation of its
+    own.
+    """
     inputs: str = ""
     """Hash of an op case's operands and scalars."""
     ran: str = ""
@@ -68,7 +70,9 @@ class Finding:
 
 
 class Check(Protocol):
-    """One thing that a run checks. ``op``: the op, or the law's or model's name. ``level``: which claim it belongs to."""
+    """One thing that a run checks. ``op``: the op, or the law's or model's name. ``level``: which
+    claim it belongs to.
+    """
 
     @property
     def id(self) -> str:
@@ -117,7 +121,9 @@ class Session:
 
     @cached_property
     def shared(self) -> dict[str, Any]:
-        """What checks of one session share (recorded vectors, loaded models), by a key of theirs."""
+        """What checks of one session share (recorded vectors, loaded models), by a key of
+        theirs.
+        """
         return {}
 
 

@@ -1,7 +1,9 @@
-"""What only the bytes can tell: dead scales, NaN, experts that do not exist, parts of files that were never written.
+"""What only the bytes can tell: dead scales, NaN, experts that do not exist, parts of files that
+were never written.
 
-Every one of these has shipped in a published or converted checkpoint of this family, and none raises while loading. Files are
-read once, in order, through one buffer; packed FP4 is not read, because each of its bytes is a valid pair.
+Every one of these has shipped in a published or converted checkpoint of this family, and none
+raises while loading. Files are read once, in order, through one buffer; packed FP4 is not read,
+because each of its bytes is a valid pair.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ BUFFER = 8 << 20  # bytes read at a time: masks and comparisons of it stay near 
 
 
 def audit(checkpoint: Checkpoint, *, progress: Progress | None = None) -> list[Finding]:
-    """Give what opening found (``checkpoint.findings``), then what reading every value finds; ``progress`` counts bytes.
+    """Give what opening found (``checkpoint.findings``), then what reading every value finds;
+    ``progress`` counts bytes.
 
-    Rules: hole, scale all zero, scale byte 0 (a note), scale byte 255, NaN or infinity; where opening found a tensor wrong,
-    no more is said of it.
+    Rules: hole, scale all zero, scale byte 0 (a note), scale byte 255, NaN or infinity; where
+    opening found a tensor wrong, no more is said of it.
     """
     findings = list(checkpoint.findings)
     known = {finding.tensor for finding in checkpoint.errors}
@@ -120,7 +123,9 @@ def _weight(scale: str) -> str:
 
 
 def _holes(path: Path) -> Iterator[tuple[int, int]]:
-    """Give the ranges of a sparse file that were never written; none where the system cannot tell."""
+    """Give the ranges of a sparse file that were never written; none where the system cannot
+    tell.
+    """
     size = path.stat().st_size
     if not hasattr(os, "SEEK_HOLE"):
         return

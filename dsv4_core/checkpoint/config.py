@@ -23,7 +23,9 @@ ADVICE = "copy it again from the published checkpoint"
 
 
 Draft = Literal["", "mtp", "dspark"]
-"""What predicts tokens ahead: nothing, the block that sees one token further, or DSpark, which drafts a block of them."""
+"""What predicts tokens ahead: nothing, the block that sees one token further, or DSpark, which
+drafts a block of them.
+"""
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,10 @@ def _quantization() -> dict[str, Any]:
 class ModelConfig:
     """Hyperparameters under config.json's names.
 
-    ``compress_ratios`` has one entry per layer, then one per block under ``mtp.``: one of MTP, or the stages of DSpark.
-    ``dspark_target_layer_ids`` say that it is DSpark, whatever ``num_nextn_predict_layers`` says: official releases keep
-    that key from the preview. ``other``: keys of the file that change nothing here. ``notes``: spellings that were read.
+    ``compress_ratios`` has one entry per layer, then one per block under ``mtp.``: one of MTP, or
+    the stages of DSpark. ``dspark_target_layer_ids`` say that it is DSpark, whatever
+    ``num_nextn_predict_layers`` says: official releases keep that key from the preview. ``other``:
+    keys of the file that change nothing here. ``notes``: spellings that were read.
     """
 
     vocab_size: int
@@ -201,7 +204,9 @@ class ModelConfig:
         return self.num_hidden_layers + self.stages
 
     def drafting(self, draft: Draft, stages: int = 0) -> ModelConfig:
-        """Give the configuration of the same model with another draft module, of ``stages`` blocks: DSpark's are window only."""
+        """Give the configuration of the same model with another draft module, of ``stages`` blocks:
+        DSpark's are window only.
+        """
         main, have = self.compress_ratios[: self.num_hidden_layers], self.compress_ratios[self.num_hidden_layers :]
         ratios = (*main, *(have[:stages] + (0,) * max(0, stages - len(have))))
         if draft == "dspark":
@@ -245,7 +250,9 @@ class ModelConfig:
 
     @classmethod
     def load(cls, model_dir: Path) -> ModelConfig:
-        """Read ``model_dir/config.json``; raise ``ConfigError`` where it is missing, not JSON, or not runnable."""
+        """Read ``model_dir/config.json``; raise ``ConfigError`` where it is missing, not JSON, or
+        not runnable.
+        """
         path = model_dir / "config.json"
         try:
             values = json_file(path, dict[str, Any], ADVICE, most=1 << 20)
@@ -260,7 +267,9 @@ class ModelConfig:
             raise ConfigError(str(error)) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Give config.json's values: the published keys, without DSpark's where there is none, then the others."""
+        """Give config.json's values: the published keys, without DSpark's where there is none, then
+        the others.
+        """
         values = asdict(self)
         del values["notes"]
         other = values.pop("other")
@@ -275,7 +284,9 @@ class ModelConfig:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def cut(self, *, layers: int | None = None, experts: int | None = None) -> ModelConfig:
-        """Keep the first ``layers`` layers (their compress ratios, and the MTP block) and ``experts`` routed experts."""
+        """Keep the first ``layers`` layers (their compress ratios, and the MTP block) and
+        ``experts`` routed experts.
+        """
         kept = self.num_hidden_layers if layers is None else layers
         if not 1 <= kept <= self.num_hidden_layers:
             raise ConfigError(f"layers = {layers}: the preset has 1 to {self.num_hidden_layers}")
@@ -291,9 +302,11 @@ class ModelConfig:
         )
 
     def rope_frequencies(self, compress_ratio: int) -> npt.NDArray[np.float32]:
-        """Frequencies [r / 2] of a layer: plain where the ratio is 0, else ``compress_rope_theta`` blended by YaRN.
+        """Frequencies [r / 2] of a layer: plain where the ratio is 0, else ``compress_rope_theta``
+        blended by YaRN.
 
-        Computed in float64 and rounded once, here and nowhere else: libraries' float32 powers differ by a unit or two.
+        Computed in float64 and rounded once, here and nowhere else: libraries' float32 powers
+        differ by a unit or two.
         """
         r = self.qk_rope_head_dim
         index = np.arange(r // 2)
@@ -337,9 +350,11 @@ _REQUIRED = frozenset(
 
 
 def _stages(kept: dict[str, Any], notes: list[str]) -> tuple[int, ...]:
-    """Give ``compress_ratios`` as dsv4 keeps them: as many past the layers as there are draft blocks, by the configuration.
+    """Give ``compress_ratios`` as dsv4 keeps them: as many past the layers as there are draft
+    blocks, by the configuration.
 
-    Ratio 1 is what some exports write for 0, a layer whose rows are not compressed. Entries past the layers may be missing.
+    Ratio 1 is what some exports write for 0, a layer whose rows are not compressed. Entries past
+    the layers may be missing.
     """
     ratios, layers = kept["compress_ratios"], kept["num_hidden_layers"]
     if 1 in ratios:
@@ -452,7 +467,8 @@ _UNUSED = {
     "use_cache": True,
 }  # published keys that change nothing here, and that other engines read
 PRESETS = {name: replace(config, other=dict(_UNUSED)) for name, config in PRESETS.items()}
-"""flash and pro: the preview of April; flash-0731 and pro-0813: the official releases, which differ by DSpark.
+"""flash and pro: the preview of April; flash-0731 and pro-0813: the official releases, which differ
+by DSpark.
 
 tiny: every kind of layer at the size of a test, with MTP or DSpark.
 """

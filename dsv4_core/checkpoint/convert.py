@@ -1,8 +1,11 @@
-"""Copies of a checkpoint in another form: the share of each rank, experts in FP8 instead of FP4, everything in BF16, or W8A8.
+"""Copies of a checkpoint in another form: the share of each rank, experts in FP8 instead of FP4,
+everything in BF16, or W8A8.
 
-A copy is written beside its place, in ``<out>.partial``, shard by shard, each under a temporary name until it is whole, and renamed
-to ``<out>`` when all are done; the source is only read. ``convert.json`` in the copy holds the source's identity and every shard's
-SHA-256. An interrupted conversion that is started again keeps the shards whose checksums hold, and none of another source's.
+A copy is written beside its place, in ``<out>.partial``, shard by shard, each under a temporary
+name until it is whole, and renamed to ``<out>`` when all are done; the source is only read.
+``convert.json`` in the copy holds the source's identity and every shard's SHA-256. An interrupted
+conversion that is started again keeps the shards whose checksums hold, and none of another
+source's.
 """
 
 from __future__ import annotations
@@ -45,17 +48,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LOSSLESS_SPREAD = 14
-"""Scales that differ by no more always fit: E2M1 times 2^k is exact in E4M3 from k = -8 (0.5 * 2^-8 is the least subnormal) to 6 (384)."""
+"""Scales that differ by no more always fit: E2M1 times 2^k is exact in E4M3 from k = -8 (0.5 * 2^-8
+is the least subnormal) to 6 (384).
+"""
 
 
 class ConvertError(ValueError):
-    """A conversion that would lose something, or that the source does not allow; the message says what, how often and where."""
+    """A conversion that would lose something, or that the source does not allow; the message says
+    what, how often and where.
+    """
 
 
 @dataclass(frozen=True)
 class Options:
-    """A copy for each of ``tp`` x ``ep`` ranks; ``experts`` in "fp8"; all in ``bf16``, or in ``int8`` (W8A8: lossy, and measured).
-    ``allow_lossy``: round what FP8 cannot hold.
+    """A copy for each of ``tp`` x ``ep`` ranks; ``experts`` in "fp8"; all in ``bf16``, or in
+    ``int8`` (W8A8: lossy, and measured). ``allow_lossy``: round what FP8 cannot hold.
     """
 
     tp: int | None = None
@@ -74,7 +81,9 @@ class Piece(NamedTuple):
 
 
 class Tally(dict[str, list[float]]):
-    """By kind of tensor: the sums of squared errors and of squared weights, and the largest relative error of one tensor."""
+    """By kind of tensor: the sums of squared errors and of squared weights, and the largest
+    relative error of one tensor.
+    """
 
     def add(self, kind: str, weight: Host, requantised: Host) -> None:
         """Count one tensor."""
@@ -106,13 +115,16 @@ def convert(
     tally: Tally | None = None,
     verify: bool = False,
 ) -> dict[str, int]:
-    """Write the copy, or one per rank in ``rank-R-of-N``; give counts (files written and kept, tensors, blocks that were rounded).
+    """Write the copy, or one per rank in ``rank-R-of-N``; give counts (files written and kept,
+    tensors, blocks that were rounded).
 
-    ``tally`` receives what W8A8 loses, which the copy's index and ``config.json`` carry, too. ``verify``: the source's identity
-    covers every byte of it (else headers and samples), so that no other source is taken for it when an interrupted conversion goes on.
+    ``tally`` receives what W8A8 loses, which the copy's index and ``config.json`` carry, too.
+    ``verify``: the source's identity covers every byte of it (else headers and samples), so that no
+    other source is taken for it when an interrupted conversion goes on.
 
-    Raises ``FileError`` where another process is writing ``out``. Raises ``ConvertError`` before anything is written: where
-    ``out`` exists, nothing was asked for, a scale byte is 255, or FP8 would lose something and ``allow_lossy`` is not set.
+    Raises ``FileError`` where another process is writing ``out``. Raises ``ConvertError`` before
+    anything is written: where ``out`` exists, nothing was asked for, a scale byte is 255, or FP8
+    would lose something and ``allow_lossy`` is not set.
     """
     refuse_existing(out)
     checkpoint = Checkpoint(source)
@@ -155,7 +167,9 @@ def refuse_existing(out: Path) -> None:
 
 
 def check_published(checkpoint: Checkpoint) -> None:
-    """Raise ``ConvertError`` where a linear layer is not FP8 or FP4: W8A8 is made from the published formats alone."""
+    """Raise ``ConvertError`` where a linear layer is not FP8 or FP4: W8A8 is made from the
+    published formats alone.
+    """
     for name, spec in checkpoint.layout.items():
         found = checkpoint.format(name) if spec.dtype in QUANTISED else "e4m3"
         if found not in {"e4m3", "e2m1"}:
@@ -165,7 +179,9 @@ def check_published(checkpoint: Checkpoint) -> None:
 
 
 def check_scales(checkpoint: Checkpoint, *, to_fp8: bool) -> dict[str, int]:
-    """Count expert blocks that FP8 cannot hold, by tensor (none unless ``to_fp8``); raise ``ConvertError`` for a scale byte of 255."""
+    """Count expert blocks that FP8 cannot hold, by tensor (none unless ``to_fp8``); raise
+    ``ConvertError`` for a scale byte of 255.
+    """
     lossy: dict[str, int] = {}
     for name in checkpoint.names:
         if not name.endswith(".scale") or checkpoint.stored(name).dtype != "F8_E8M0":
@@ -183,7 +199,9 @@ def check_scales(checkpoint: Checkpoint, *, to_fp8: bool) -> dict[str, int]:
 
 
 def _spread(scale: Host) -> Host:
-    """Largest less smallest exponent of the FP4 scales [out, in / 32] under each 128 x 128 block."""
+    """Largest less smallest exponent of the FP4 scales [out, in / 32] under each 128 x 128
+    block.
+    """
     rows, columns = range(0, scale.shape[0], FP8_BLOCK), range(0, scale.shape[1], FP8_BLOCK // FP4_GROUP)
     wide = scale.astype(np.int16)
     high = np.maximum.reduceat(np.maximum.reduceat(wide, rows, axis=0), columns, axis=1)
@@ -194,7 +212,8 @@ def _spread(scale: Host) -> Host:
 def fp4_to_fp8(weight: ScaledArray) -> tuple[ScaledArray, int]:
     """Give an FP4 weight in FP8 with 128 x 128 scales, and in how many blocks a value was rounded.
 
-    A block's scale is the least power of two under which its largest value fits (448), so that its small values keep all that E4M3 has.
+    A block's scale is the least power of two under which its largest value fits (448), so that its
+    small values keep all that E4M3 has.
     """
     out, cols = weight.shape
     values = weight.dequantise("float64")
@@ -216,7 +235,9 @@ def fp4_to_fp8(weight: ScaledArray) -> tuple[ScaledArray, int]:
 def pieces(
     source: ShardedSource, checkpoint: Checkpoint, name: str, options: Options, tally: Tally | None = None
 ) -> Iterator[Piece]:
-    """Give what becomes of a tensor on a rank: nothing where it holds none of it, weight and scale together under the weight's name."""
+    """Give what becomes of a tensor on a rank: nothing where it holds none of it, weight and scale
+    together under the weight's name.
+    """
     spec, at, place, config = checkpoint.spec(name), _stem(name), source.place, checkpoint.config
     shape = place.part(spec, config)
     if shape == (0,) or (spec.dtype == "F8_E8M0" and name.endswith(".scale")):

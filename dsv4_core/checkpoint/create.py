@@ -1,8 +1,10 @@
-"""Random checkpoints in the published layout, at any size: written tensor by tensor, never held in memory.
+"""Random checkpoints in the published layout, at any size: written tensor by tensor, never held in
+memory.
 
-Every tensor depends on its name and the seed alone, so that two machines, other shard sizes or a cut with the same shapes
-give the same bytes. Values are drawn through a table of 65536 quantiles of the normal distribution: one table per format and
-width, one lookup per stored element, codes and scales of quantised weights drawn directly.
+Every tensor depends on its name and the seed alone, so that two machines, other shard sizes or a
+cut with the same shapes give the same bytes. Values are drawn through a table of 65536 quantiles of
+the normal distribution: one table per format and width, one lookup per stored element, codes and
+scales of quantised weights drawn directly.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ CHUNK = 1 << 21  # elements drawn at a time: 16 MiB of indices at most
 BLOCK_STEP = 0.5  # half of all scale blocks are this much smaller, so that a scale applied to the wrong block shows
 _SPREAD = math.sqrt((1 + BLOCK_STEP**2) / 2)  # root mean square of the blocks' factors
 _HEADROOM: dict[Format, float] = {"e4m3": 4.0, "e2m1": 2.1}
-"""At least so many standard deviations fit under a format's maximum: about the amax of 128 x 128, and of 32, of them."""
+"""At least so many standard deviations fit under a format's maximum: about the amax of 128 x 128,
+and of 32, of them.
+"""
 
 _MOMENTS = (  # suffix, mean, standard deviation; every other tensor has mean 0 and deviation 1 / sqrt(in)
     ("norm.weight", 1.0, 0.1),
@@ -58,11 +62,13 @@ def create(
     filled: Callable[[TensorSpec], bool] = lambda _: True,
     progress: Progress | None = None,
 ) -> int:
-    """Write a checkpoint to ``path`` and give its tensors' bytes; shards close before they exceed ``shard_size`` bytes.
+    """Write a checkpoint to ``path`` and give its tensors' bytes; shards close before they exceed
+    ``shard_size`` bytes.
 
-    Tensors that are not ``filled`` are left as holes: they have their place in a sparse file, read as zeros and take no room on the disk.
-    ``progress`` is called with bytes. Raises ``FileExistsError`` where ``path`` holds anything, and ``OSError`` where the disk
-    has no room for it, before anything is written.
+    Tensors that are not ``filled`` are left as holes: they have their place in a sparse file, read
+    as zeros and take no room on the disk. ``progress`` is called with bytes. Raises
+    ``FileExistsError`` where ``path`` holds anything, and ``OSError`` where the disk has no room
+    for it, before anything is written.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path}: not an empty directory; give a new one, nothing is ever overwritten")
@@ -110,7 +116,9 @@ def preset(
     max_position: int | None,
     expert_dtype: str,
 ) -> ModelConfig:
-    """Cut a preset down; ``ratios`` replace the kept layers' compress ratios. Raises ``ConfigError``."""
+    """Cut a preset down; ``ratios`` replace the kept layers' compress ratios. Raises
+    ``ConfigError``.
+    """
     values = json.loads(config.cut(layers=layers, experts=experts).to_json()) | {"expert_dtype": expert_dtype}
     if max_position is not None:
         if max_position < 1:
@@ -153,13 +161,17 @@ def _table(spec: TensorSpec, specs: dict[str, TensorSpec]) -> Host:
 
 
 def _exponent(cols: int, fmt: Format) -> int:
-    """Scale exponent of the larger blocks of a weight of ``cols`` inputs: its headroom just fits under the maximum."""
+    """Scale exponent of the larger blocks of a weight of ``cols`` inputs: its headroom just fits
+    under the maximum.
+    """
     return math.ceil(math.log2(_HEADROOM[fmt] * cols**-0.5 / _SPREAD / FORMAT_MAX[fmt]))
 
 
 @functools.cache
 def _codes(cols: int, fmt: Format) -> Host:
-    """Codes of N(0, 1 / cols) under the larger blocks' scale; for FP4 pairs of codes, a byte each."""
+    """Codes of N(0, 1 / cols) under the larger blocks' scale; for FP4 pairs of codes, a byte
+    each.
+    """
     std = cols**-0.5 / _SPREAD / 2.0 ** _exponent(cols, fmt)
     normal = _normal() if fmt == "e4m3" else _normal()[128::256]  # 256 quantiles for each nibble
     codes = encode(normal * std, fmt)  # clamping FP4 costs at most 2 % of the deviation
@@ -175,7 +187,9 @@ def _numbers(mean: float, std: float, dtype: str) -> Host:
 
 @functools.cache
 def _normal() -> npt.NDArray[np.float64]:
-    """The 65536 quantiles of N(0, 1) at the middles of equal steps: the outermost are at 4.3 deviations."""
+    """The 65536 quantiles of N(0, 1) at the middles of equal steps: the outermost are at 4.3
+    deviations.
+    """
     inverse = NormalDist().inv_cdf
     half = np.array([inverse((i + 0.5) / 65536) for i in range(32768)])
     return np.concatenate([half, -half[::-1]])
@@ -210,7 +224,9 @@ def _shards(specs: list[TensorSpec], shard_size: int) -> list[list[TensorSpec]]:
 
 
 def header(specs: list[TensorSpec]) -> bytes:
-    """Give what stands before the bytes of these tensors in a safetensors file, padded to 8 bytes."""
+    """Give what stands before the bytes of these tensors in a safetensors file, padded to 8
+    bytes.
+    """
     entries, at = {}, 0
     for spec in specs:
         entries[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [at, at + stored_bytes(spec)]}

@@ -11,7 +11,9 @@ SHOWN = 3  # findings of one rule that an error message spells out; its ``findin
 
 
 class Finding(NamedTuple):
-    """Something wrong with a checkpoint: the rule, the tensor (empty: a whole file), the file, and the sentence."""
+    """Something wrong with a checkpoint: the rule, the tensor (empty: a whole file), the file, and
+    the sentence.
+    """
 
     rule: str
     tensor: str
@@ -25,7 +27,9 @@ class Finding(NamedTuple):
 
 
 class CheckpointError(ValueError):
-    """A directory that is no sound checkpoint. ``findings`` holds all there is, the message the first of each rule."""
+    """A directory that is no sound checkpoint. ``findings`` holds all there is, the message the
+    first of each rule.
+    """
 
     def __init__(self, path: Path, findings: Sequence[Finding]) -> None:
         self.findings = tuple(findings)
@@ -49,4 +53,6 @@ def summary(findings: Iterable[Finding]) -> list[str]:
 
 
 class ForeignError(ValueError):
-    """Weights in a format that dsv4 does not read: one sentence says which, and what to use instead."""
+    """Weights in a format that dsv4 does not read: one sentence says which, and what to use
+    instead.
+    """

@@ -1,8 +1,9 @@
-"""What looks like a DeepSeek-V4 checkpoint and cannot be read: recognised first, and named in one sentence.
+"""What looks like a DeepSeek-V4 checkpoint and cannot be read: recognised first, and named in one
+sentence.
 
-Every sentence says what it is, that dsv4 does not read it, and what to use instead. None of these files is broken, so
-none of the sentences asks for a change to one. Sources: the marks that the writing tools themselves put into config.json,
-file names and tensor names.
+Every sentence says what it is, that dsv4 does not read it, and what to use instead. None of these
+files is broken, so none of the sentences asks for a change to one. Sources: the marks that the
+writing tools themselves put into config.json, file names and tensor names.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ MARKS = {
 
 
 def path_problem(path: Path) -> str | None:
-    """Say why a path that is no model directory, or one with other files, cannot be read; None where it may be."""
+    """Say why a path that is no model directory, or one with other files, cannot be read; None
+    where it may be.
+    """
     if path.is_file():
         if path.suffix.lower() == ".gguf" or _starts_with(path, b"GGUF"):
             return f"{path}: a GGUF file, which dsv4 does not read; {_GET}, or run this file with llama.cpp"
@@ -77,7 +80,9 @@ def path_problem(path: Path) -> str | None:
 
 
 def config_problem(values: dict[str, Any]) -> str | None:
-    """Say which other model, or which other quantisation, a config.json describes; None where it may be DeepSeek-V4."""
+    """Say which other model, or which other quantisation, a config.json describes; None where it
+    may be DeepSeek-V4.
+    """
     return _other_model(values) or _other_quantisation(values)
 
 
@@ -155,7 +160,9 @@ def names_problem(names: Collection[str]) -> str | None:
 
 
 def modelslim_problem(path: Path) -> str | None:
-    """Say which of ModelSlim's schemes a directory holds, by its description; None without one, and for plain W8A8."""
+    """Say which of ModelSlim's schemes a directory holds, by its description; None without one, and
+    for plain W8A8.
+    """
     for file in sorted(path.glob("quant_model_description*.json")):
         text = file.read_text(errors="replace").lower()
         if "quarot" in text or "rotat" in text:

@@ -1,8 +1,10 @@
-"""Which checkpoint this is: a hash of its content, so that copies, ranks, traces and resumed runs of two models never mix.
+"""Which checkpoint this is: a hash of its content, so that copies, ranks, traces and resumed runs
+of two models never mix.
 
-The identity covers ``config.json``, and of every shard its name, size, header and bytes: all of them up to ``WHOLE``
-bytes, else the start of every tensor that is not a routed expert's, and ``BLOCKS`` blocks evenly over the file. A change
-of a few bytes elsewhere in a large shard is found by ``whole=True`` alone, which reads everything.
+The identity covers ``config.json``, and of every shard its name, size, header and bytes: all of
+them up to ``WHOLE`` bytes, else the start of every tensor that is not a routed expert's, and
+``BLOCKS`` blocks evenly over the file. A change of a few bytes elsewhere in a large shard is found
+by ``whole=True`` alone, which reads everything.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ LENGTH = 32  # hexadecimal digits that are kept: 128 bits
 
 
 def of_checkpoint(directory: Path, begins: Mapping[Path, Iterable[int]], *, whole: bool = False) -> str:
-    """Hash ``config.json`` and every shard of a directory; ``begins``: of each where its samples begin beside the even ones."""
+    """Hash ``config.json`` and every shard of a directory; ``begins``: of each where its samples
+    begin beside the even ones.
+    """
     digest = hashlib.sha256(contents(directory / "config.json"))
     for path, starts in sorted(begins.items()):
         digest.update(f"{path.name} {of_file(path, starts, whole=whole)}".encode())
@@ -31,7 +35,9 @@ def of_checkpoint(directory: Path, begins: Mapping[Path, Iterable[int]], *, whol
 
 
 def of_file(path: Path, begins: Iterable[int] = (), *, whole: bool = False) -> str:
-    """Hash a shard: size, header, and all of its bytes or samples, those that begin at ``begins`` among them."""
+    """Hash a shard: size, header, and all of its bytes or samples, those that begin at ``begins``
+    among them.
+    """
     size = regular(path)
     digest = hashlib.sha256(str(size).encode())
     with opened(path) as descriptor:

@@ -1,4 +1,6 @@
-"""The published checkpoint layout: every tensor's name, shape and dtype, and the parameter counts that follow."""
+"""The published checkpoint layout: every tensor's name, shape and dtype, and the parameter counts
+that follow.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,9 @@ Kind = Literal[
 ]
 PROJECTIONS = ("w1", "w2", "w3")
 QUANTISED: dict[str, Format] = {"F8_E4M3": "e4m3", "I8": "e2m1", "F4": "e2m1"}
-"""Formats of quantised weights. ``I8`` states the packed shape (two FP4 a byte), ``F4`` the unpacked one; ``I8`` with scales in
-F32 is int8."""
+"""Formats of quantised weights. ``I8`` states the packed shape (two FP4 a byte), ``F4`` the
+unpacked one; ``I8`` with scales in F32 is int8.
+"""
 
 NAMES = (
     (".self_attn.", ".attn."),
@@ -40,12 +43,16 @@ NAMES = (
     (".attn.norm.", ".attn.kv_norm."),
     ("hc_head.hc_", "hc_head_"),
 )
-"""Parts of names in other spellings, and the published ones. So do ``model.`` before and ``.weight_scale`` after a name."""
+"""Parts of names in other spellings, and the published ones. So do ``model.`` before and
+``.weight_scale`` after a name.
+"""
 WHOLE = {"embed_tokens.weight": "embed.weight", "lm_head.weight": "head.weight"}
 
 
 class TensorSpec(NamedTuple):
-    """A tensor as stored: safetensors' dtype name, and the shape that goes with it (packed for ``I8``)."""
+    """A tensor as stored: safetensors' dtype name, and the shape that goes with it (packed for
+    ``I8``).
+    """
 
     name: str
     shape: Shape
@@ -56,9 +63,10 @@ class TensorSpec(NamedTuple):
 class Parameters(NamedTuple):
     """Parameter counts, FP4 unpacked, scales and the hash layers' ``tid2eid`` tables not counted.
 
-    ``total``: layers, embedding, head; without MTP or DSpark, as the published figures are. ``active``: what one token
-    multiplies with: num_experts_per_tok of the routed experts, and no embedding, of which it reads one row. ``draft``
-    is the MTP block or DSpark alone, with all its experts.
+    ``total``: layers, embedding, head; without MTP or DSpark, as the published figures are.
+    ``active``: what one token multiplies with: num_experts_per_tok of the routed experts, and no
+    embedding, of which it reads one row. ``draft`` is the MTP block or DSpark alone, with all its
+    experts.
     """
 
     total: int
@@ -67,7 +75,9 @@ class Parameters(NamedTuple):
 
 
 def canonical_name(name: str) -> str:
-    """Give the published spelling of a name, of whichever tool that is known here; anything else comes back as it is."""
+    """Give the published spelling of a name, of whichever tool that is known here; anything else
+    comes back as it is.
+    """
     name = name.removeprefix("model.")
     for other, published in NAMES:
         if other in name:
@@ -78,7 +88,9 @@ def canonical_name(name: str) -> str:
 
 
 def scale_shape(shape: Shape, fmt: Format) -> Shape:
-    """Give the shape of the scales of a weight [out, in]: one per 128 x 128 block, per 32 channels of a row, or (int8) per row."""
+    """Give the shape of the scales of a weight [out, in]: one per 128 x 128 block, per 32 channels
+    of a row, or (int8) per row.
+    """
     out, cols = shape
     if fmt == "int8":
         return (out,)
@@ -88,10 +100,12 @@ def scale_shape(shape: Shape, fmt: Format) -> Shape:
 def tensor_specs(
     config: ModelConfig, expert_format: Format = "e2m1", *, experts: int | None = None
 ) -> dict[str, TensorSpec]:
-    """Give every tensor of a checkpoint of this configuration by name, in the order of the computation.
+    """Give every tensor of a checkpoint of this configuration by name, in the order of the
+    computation.
 
-    ``int8``: all that `dsv4 convert --to w8a8-int8` makes of it, experts and other linear layers. ``experts``: only the
-    first so many routed experts of each layer, which are all alike; the published models have 256 and 384.
+    ``int8``: all that `dsv4 convert --to w8a8-int8` makes of it, experts and other linear layers.
+    ``experts``: only the first so many routed experts of each layer, which are all alike; the
+    published models have 256 and 384.
     """
     stored: Format = "e4m3" if expert_format == "int8" else expert_format
     count = config.n_routed_experts if experts is None else experts
@@ -105,7 +119,9 @@ def tensor_specs(
 
 
 def becomes_int8(name: str) -> bool:
-    """Say whether W8A8 requantises a quantised weight: all but ``wo_a``, whose activation the model does not quantise."""
+    """Say whether W8A8 requantises a quantised weight: all but ``wo_a``, whose activation the model
+    does not quantise.
+    """
     return not name.endswith("attn.wo_a.weight")
 
 
@@ -115,7 +131,9 @@ def unpacked(spec: TensorSpec) -> Shape:
 
 
 def parameters(config: ModelConfig) -> Parameters:
-    """Count parameters from the configuration: 284.3B total and 13.27B active for flash, 1573B and 48.85B for pro."""
+    """Count parameters from the configuration: 284.3B total and 13.27B active for flash, 1573B and
+    48.85B for pro.
+    """
     total = active = draft = 0
     for spec in _specs(config, "e2m1", config.n_routed_experts):
         if spec.dtype in {"F8_E8M0", "I64"}:

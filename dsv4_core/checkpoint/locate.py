@@ -1,4 +1,6 @@
-"""Where a model is: a directory, a name in the local hub cache, or the checkpoint that ships with the package."""
+"""Where a model is: a directory, a name in the local hub cache, or the checkpoint that ships with
+the package.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,11 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 def find_model(model: str | Path | None) -> Path:
-    """Give the directory of ``model``: one that exists, or ``OWNER/NAME[@REVISION]`` in the hub's local cache.
+    """Give the directory of ``model``: one that exists, or ``OWNER/NAME[@REVISION]`` in the hub's
+    local cache.
 
-    None is the embedded checkpoint. Nothing is downloaded. Raises ``ValueError`` saying what was looked for and how to get it.
+    None is the embedded checkpoint. Nothing is downloaded. Raises ``ValueError`` saying what was
+    looked for and how to get it.
     """
     if model is None:
         return embedded()
@@ -46,7 +50,9 @@ def find_drafter(drafter: str | Path | None) -> Path | None:
 
 
 def hub_cache(environ: Mapping[str, str] = os.environ) -> Path:
-    """Give the directory in which Hugging Face's tools keep what they download (HF_HUB_CACHE, HF_HOME, XDG_CACHE_HOME)."""
+    """Give the directory in which Hugging Face's tools keep what they download (HF_HUB_CACHE,
+    HF_HOME, XDG_CACHE_HOME).
+    """
     if cache := environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE"):
         return Path(cache).expanduser()
     home = environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"

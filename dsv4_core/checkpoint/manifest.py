@@ -18,7 +18,9 @@ MANIFEST = "convert.json"
 
 
 def read(directory: Path) -> Converted | None:
-    """Read a copy's manifest; None where there is none. Raises ``FileError`` for one that is damaged."""
+    """Read a copy's manifest; None where there is none. Raises ``FileError`` for one that is
+    damaged.
+    """
     try:
         return json_file(directory / MANIFEST, Converted, "remove this copy, and convert again")
     except (FileNotFoundError, NotADirectoryError):
@@ -31,7 +33,9 @@ def save(directory: Path, manifest: Converted) -> None:
 
 
 def other_than_written(directory: Path, file: str, manifest: Converted) -> str:
-    """Say what is wrong with a shard that a manifest lists, by its header and samples; nothing where it is as it was written."""
+    """Say what is wrong with a shard that a manifest lists, by its header and samples; nothing
+    where it is as it was written.
+    """
     known = manifest.shards.get(file)
     if known is None:
         return f"{MANIFEST} does not list it; this copy is mixed with another"

@@ -43,7 +43,9 @@ def match(t: Tensors, unread: set[str]) -> None:
 
 
 def _unlike_layout(t: Tensors) -> list[str]:
-    """Give the tensors that are not exactly as published (of a scale its weight): nearly none of 145,000."""
+    """Give the tensors that are not exactly as published (of a scale its weight): nearly none of
+    145,000.
+    """
     published = t.expert_dtype in {
         "I8",
         "F8_E4M3",
@@ -95,7 +97,9 @@ def _match_one(t: Tensors, spec: TensorSpec, unread: set[str]) -> None:
 
 
 def _dtypes(t: Tensors, spec: TensorSpec, *, quantised: bool) -> tuple[str, ...]:
-    """Give the dtypes that a tensor may have: quantised ones may come unquantised; all experts must be alike."""
+    """Give the dtypes that a tensor may have: quantised ones may come unquantised; all experts must
+    be alike.
+    """
     if not quantised:
         return (spec.dtype,)
     if not _is_expert_weight(spec.name):
@@ -134,7 +138,9 @@ def _match_scale(
 
 
 def find_float_factors(t: Tensors) -> None:
-    """Find scales in F32 that are no powers of two: their weights are read as plain float32; experts all, or none."""
+    """Find scales in F32 that are no powers of two: their weights are read as plain float32;
+    experts all, or none.
+    """
     found = []
     for name, reading in t.readings.items():
         if reading.convert is exponents:
@@ -155,7 +161,9 @@ def find_float_factors(t: Tensors) -> None:
 
 
 def check_tables(t: Tensors) -> None:
-    """Hold to their rules what every backend would only trip over while it runs: hash tables, and sinks."""
+    """Hold to their rules what every backend would only trip over while it runs: hash tables, and
+    sinks.
+    """
     wrong = {finding.tensor for finding in t.errors}
     experts = t.config.n_routed_experts
     for name in t.where:

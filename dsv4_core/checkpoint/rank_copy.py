@@ -1,4 +1,6 @@
-"""Copies that hold one rank's parts alone (``dsv4 convert --tp --ep``): found, checked and opened by the rank they are for."""
+"""Copies that hold one rank's parts alone (``dsv4 convert --tp --ep``): found, checked and opened
+by the rank they are for.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def cut_for(directory: Path) -> Place | None:
 
 
 def origin(directory: Path) -> str:
-    """Say what a rank's copy was made of and how, in words that are the same for all ranks of one conversion."""
+    """Say what a rank's copy was made of and how, in words that are the same for all ranks of one
+    conversion.
+    """
     made = manifest.read(directory)
     assert made is not None
     options = ", ".join(f"{key} {value}" for key, value in msgspec.to_builtins(made.options).items() if key != "rank")
@@ -50,7 +54,9 @@ def origin(directory: Path) -> str:
 
 
 def open_copy(directory: Path, place: Place) -> Checkpoint:
-    """Open a rank's copy; raise ``CheckpointError`` where it is for another place, or a part is missing or has another shape."""
+    """Open a rank's copy; raise ``CheckpointError`` where it is for another place, or a part is
+    missing or has another shape.
+    """
     cut = cut_for(directory)
     if cut != place:
         made = f"--tp {cut.tp} --ep {cut.ep}, rank {cut.rank}" if cut else "no rank"

@@ -1,17 +1,21 @@
-"""Which part of a model each of several ranks holds, and a source of weights that reads nothing else.
+"""Which part of a model each of several ranks holds, and a source of weights that reads nothing
+else.
 
-``tp`` ranks share the same tokens: heads and their o-groups, the shared expert and the vocabulary are cut between them.
-``ep`` such groups each take other sequences. The routed experts are cut between all ``tp * ep`` ranks. Ranks of a group
-are neighbours: rank ``e * tp + t`` is the t-th of group e.
+``tp`` ranks share the same tokens: heads and their o-groups, the shared expert and the vocabulary
+are cut between them. ``ep`` such groups each take other sequences. The routed experts are cut
+between all ``tp * ep`` ranks. Ranks of a group are neighbours: rank ``e * tp + t`` is the t-th of
+group e.
 
-Whole on every rank stay what every head reads: ``wq_a``, ``wkv`` and the compressor (one key/value row serves all heads, so
-the cache is whole as well), the gate, norms, mHC and the indexer. The indexer's heads could be cut, and then a token's
-scores would have to be summed over the ranks: at 2^20 tokens of context 1 MiB a layer, to save none of the 17 MiB of keys
-that every rank reads for them anyway.
+Whole on every rank stay what every head reads: ``wq_a``, ``wkv`` and the compressor (one key/value
+row serves all heads, so the cache is whole as well), the gate, norms, mHC and the indexer. The
+indexer's heads could be cut, and then a token's scores would have to be summed over the ranks: at
+2^20 tokens of context 1 MiB a layer, to save none of the 17 MiB of keys that every rank reads for
+them anyway.
 
-A scale serves 128 x 128 weights, and an activation is quantised in blocks of 128 channels. A cut may therefore run between
-two blocks of rows or inside one, and between blocks of columns alone. Where ``wo_b``'s columns would be cut inside a block,
-every rank holds it whole and its input is gathered; the shared expert is then left to the first rank of each group.
+A scale serves 128 x 128 weights, and an activation is quantised in blocks of 128 channels. A cut
+may therefore run between two blocks of rows or inside one, and between blocks of columns alone.
+Where ``wo_b``'s columns would be cut inside a block, every rank holds it whole and its input is
+gathered; the shared expert is then left to the first rank of each group.
 """
 
 from __future__ import annotations
@@ -67,8 +71,8 @@ class Place:
         return slice(size * self.t // self.tp, size * (self.t + 1) // self.tp)
 
     def expert_bounds(self, count: int, t: int) -> list[int]:
-        """First expert of the t-th rank of each group, and the end of the last: one run, so that rows sorted by expert are
-        sorted by rank.
+        """First expert of the t-th rank of each group, and the end of the last: one run, so that
+        rows sorted by expert are sorted by rank.
         """
         return [count * (t * self.ep + e) // self.ranks for e in range(self.ep + 1)]
 
@@ -154,8 +158,8 @@ class Place:
 class ShardedSource:
     """A source of weights that gives one rank's part of each; views, so that no other byte is read.
 
-    ``read``: bytes handed over by tensor. ``is_cut``: the source holds this rank's parts alone, as ``dsv4 convert`` wrote
-    them. Raises ``ValueError`` on opening where the model cannot be cut so.
+    ``read``: bytes handed over by tensor. ``is_cut``: the source holds this rank's parts alone, as
+    ``dsv4 convert`` wrote them. Raises ``ValueError`` on opening where the model cannot be cut so.
     """
 
     def __init__(self, source: WeightSource, place: Place, *, is_cut: bool = False) -> None:

@@ -1,7 +1,8 @@
-"""How a tensor that is stored in another dtype is read as the published one: never with loss, never by guessing.
+"""How a tensor that is stored in another dtype is read as the published one: never with loss, never
+by guessing.
 
-A reading is exact for every value (a wider dtype, the same bytes under another name), or it is checked value by value when
-the tensor is read, and refused where it is not exact.
+A reading is exact for every value (a wider dtype, the same bytes under another name), or it is
+checked value by value when the tensor is read, and refused where it is not exact.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def _narrowed(array: Host) -> Host:
 
 
 def exponents(array: Host) -> Host:
-    """Give the E8M0 bytes of float scales; raise ``ReadingError`` where one is no power of two from 2^-127 to 2^127."""
+    """Give the E8M0 bytes of float scales; raise ``ReadingError`` where one is no power of two from
+    2^-127 to 2^127.
+    """
     values = np.asarray(array, np.float64)
     mantissa, exponent = np.frexp(values)
     exact = (mantissa == 0.5) & (exponent >= -126) & (exponent <= 128)

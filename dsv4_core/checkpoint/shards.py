@@ -1,7 +1,8 @@
 """One safetensors file: its header read and checked, its tensors as views of the mapped file.
 
-The format is 8 bytes of header length, a JSON header, then the tensors' bytes one after the other. The safetensors
-library's own NumPy reader has no FP8 and FP4 types, so this reads the header itself. Source: the format's description.
+The format is 8 bytes of header length, a JSON header, then the tensors' bytes one after the other.
+The safetensors library's own NumPy reader has no FP8 and FP4 types, so this reads the header
+itself. Source: the format's description.
 """
 
 from __future__ import annotations
@@ -42,11 +43,15 @@ MAX_HEADER = 100_000_000  # bytes; the safetensors library refuses longer ones, 
 
 
 class ShardError(ValueError):
-    """A file that is not a whole safetensors file; the message names what was found and what was expected."""
+    """A file that is not a whole safetensors file; the message names what was found and what was
+    expected.
+    """
 
 
 class Stored(NamedTuple):
-    """A tensor in a file: safetensors' dtype name, the shape it states, and its bytes' place from the file's start."""
+    """A tensor in a file: safetensors' dtype name, the shape it states, and its bytes' place from
+    the file's start.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -55,17 +60,23 @@ class Stored(NamedTuple):
 
 
 class Shard:
-    """A safetensors file. Opening reads the header alone; the file is mapped when a tensor is first asked for."""
+    """A safetensors file. Opening reads the header alone; the file is mapped when a tensor is first
+    asked for.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Read and check the header of ``path``; raise ``ShardError`` for a truncated or corrupt file."""
+        """Read and check the header of ``path``; raise ``ShardError`` for a truncated or corrupt
+        file.
+        """
         self.path = path
         self.metadata: dict[str, Any] = {}
         self.entries = self._read()
         self._map: Mapped | None = None
 
     def array(self, name: str) -> Host:
-        """View a tensor, read-only: BF16 as ml_dtypes' bfloat16; E4M3, E8M0, FP4 as uint8, FP4 in its packed shape."""
+        """View a tensor, read-only: BF16 as ml_dtypes' bfloat16; E4M3, E8M0, FP4 as uint8, FP4 in
+        its packed shape.
+        """
         stored = self.entries.get(name)
         if stored is None or stored.dtype not in VIEWS:
             has = f"is {stored.dtype}, which nothing here reads" if stored else "is not there"
@@ -89,7 +100,9 @@ class Shard:
             return True
 
     def release(self) -> None:
-        """Give back the pages of the file that are in memory; they are read again when they are used again."""
+        """Give back the pages of the file that are in memory; they are read again when they are
+        used again.
+        """
         if self._map is not None:
             self._map.release()
 
@@ -139,7 +152,9 @@ class Shard:
 
     @staticmethod
     def _check(entries: dict[str, Stored], at: int) -> int:
-        """Hold every tensor to its dtype and shape, and all of them to following each other; give the file's length."""
+        """Hold every tensor to its dtype and shape, and all of them to following each other; give
+        the file's length.
+        """
         for name, stored in sorted(entries.items(), key=lambda item: item[1][2:]):
             dtype, shape, begin, end = stored
             if dtype not in BITS:

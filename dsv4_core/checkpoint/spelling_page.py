@@ -1,4 +1,5 @@
-"""docs/checkpoints.md: which checkpoints are read, and which are named and refused; made from the tables that decide it.
+"""docs/checkpoints.md: which checkpoints are read, and which are named and refused; made from the
+tables that decide it.
 
 ``python -m dsv4_core.checkpoint.spelling_page > docs/checkpoints.md``
 """

@@ -1,6 +1,8 @@
-"""config.json as tools write it, read as the published one: nothing is guessed, and every reading is noted.
+"""config.json as tools write it, read as the published one: nothing is guessed, and every reading
+is noted.
 
-A spelling is another way to say the same thing. Where a file says what dsv4 has no meaning for, ``ConfigError`` names it.
+A spelling is another way to say the same thing. Where a file says what dsv4 has no meaning for,
+``ConfigError`` names it.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ _YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 
 
 class ConfigError(ValueError):
-    """A configuration that this model definition cannot run: the message names the key, its value and the rule."""
+    """A configuration that this model definition cannot run: the message names the key, its value
+    and the rule.
+    """
 
 
 def published(values: Values) -> tuple[Values, list[str]]:
-    """Give config.json's values under the published keys, and a sentence for every other spelling that was read.
+    """Give config.json's values under the published keys, and a sentence for every other spelling
+    that was read.
 
     Raises ``ConfigError`` for one that contradicts itself or means what dsv4 does not have.
     """
@@ -87,7 +92,9 @@ def _rope_head(values: Values) -> str | None:
 
 
 def _rope(values: Values) -> str | None:
-    """``rope_parameters`` for ``rope_theta``, ``compress_rope_theta`` and ``rope_scaling``; only YaRN, or none, is implemented."""
+    """``rope_parameters`` for ``rope_theta``, ``compress_rope_theta`` and ``rope_scaling``; only
+    YaRN, or none, is implemented.
+    """
     note, parameters = None, values.get("rope_parameters")
     if parameters is not None:
         if not isinstance(parameters, dict):
@@ -128,7 +135,9 @@ def _kind(scaling: Values) -> Any:
 
 
 def _scaling(scaling: Values) -> Values:
-    """Give scaling in the published keys: YaRN without a magnitude; none is YaRN by a factor of 1."""
+    """Give scaling in the published keys: YaRN without a magnitude; none is YaRN by a factor of
+    1.
+    """
     kind = _kind(scaling)
     if {"rope_type", "type"} <= scaling.keys() and scaling["rope_type"] != scaling["type"]:
         raise ConfigError(

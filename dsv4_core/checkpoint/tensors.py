@@ -1,4 +1,6 @@
-"""The tensors of a directory by published name: opened, held against the index, and where each is stored."""
+"""The tensors of a directory by published name: opened, held against the index, and where each is
+stored.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,12 @@ _COPIES = ("mtp.0.emb", "mtp.0.head.weight")  # of embed and head: some exports 
 
 
 class Tensors:
-    """An index with its shards, or one file. What is found wrong goes to ``findings``, what is worth a word to ``notes``.
+    """An index with its shards, or one file. What is found wrong goes to ``findings``, what is
+    worth a word to ``notes``.
 
-    ``where``: shard and name in it of each tensor, by published name. ``readings``: how those are read that are stored in
-    another dtype than the published. ``factors``: scales in float32 that are no powers of two.
+    ``where``: shard and name in it of each tensor, by published name. ``readings``: how those are
+    read that are stored in another dtype than the published. ``factors``: scales in float32 that
+    are no powers of two.
     """
 
     layout: dict[str, TensorSpec]
@@ -60,7 +64,9 @@ class Tensors:
         return self.where[name][0].path
 
     def value_dtype(self, name: str) -> str:
-        """Give what a tensor's stored bytes are: its dtype in the file, or the published one where the bytes are the same."""
+        """Give what a tensor's stored bytes are: its dtype in the file, or the published one where
+        the bytes are the same.
+        """
         reading = self.readings.get(name)
         return self.layout[name].dtype if reading and reading.same_bytes else self.stored(name).dtype
 
@@ -84,9 +90,11 @@ class Tensors:
         self.findings.append(Finding(rule, tensor, file, text))
 
     def open_shards(self, progress: Progress | None, *, only: str = "") -> set[str]:
-        """Open every shard and hold it against the index; give the names of tensors in files that could not be read.
+        """Open every shard and hold it against the index; give the names of tensors in files that
+        could not be read.
 
-        ``only``: shards that hold no tensor of a name that begins so stay closed, and may be missing.
+        ``only``: shards that hold no tensor of a name that begins so stay closed, and may be
+        missing.
         """
         index, total_size = self._index()
         by_file: dict[str, set[str]] = {}
@@ -140,7 +148,9 @@ class Tensors:
             return None
 
     def _index(self) -> tuple[dict[str, str], Any]:
-        """Read weight map and total_size; without an index the map is empty, and findings say what that means."""
+        """Read weight map and total_size; without an index the map is empty, and findings say what
+        that means.
+        """
         path = self.path / INDEX
         try:
             index = json_file(path, forms.Index, "fetch the index again")
@@ -157,7 +167,9 @@ class Tensors:
         return index.weight_map, total
 
     def _single(self) -> str:
-        """Give the name of the one file that holds all tensors where there is no index; empty where there is none."""
+        """Give the name of the one file that holds all tensors where there is no index; empty where
+        there is none.
+        """
         files = sorted(file.name for file in self.path.glob("*.safetensors"))
         return SINGLE if SINGLE in files else files[0] if len(files) == 1 else ""
 

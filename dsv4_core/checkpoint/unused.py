@@ -24,7 +24,9 @@ _MODULES: dict[Draft, str] = {"": "", "mtp": "an MTP block", "dspark": "a DSpark
 
 
 def set_aside(t: Tensors) -> None:
-    """Take out tensors that the text model does not use, with one note each kind; use a tied head."""
+    """Take out tensors that the text model does not use, with one note each kind; use a tied
+    head.
+    """
     vision = [name for name in t.where if name.startswith(_VISION) or name.endswith(".gate.bias_vl")]
     if vision:
         vision += [name for i in range(t.config.num_hash_layers) if (name := f"layers.{i}.ffn.gate.bias") in t.where]
@@ -38,7 +40,9 @@ def set_aside(t: Tensors) -> None:
 
 
 def _set_offsets_aside(t: Tensors) -> None:
-    """ModelSlim's W8A8 is ours with offsets of zero beside the scales; whatever else it writes is named."""
+    """ModelSlim's W8A8 is ours with offsets of zero beside the scales; whatever else it writes is
+    named.
+    """
     scheme = foreign.modelslim_problem(t.path)
     offsets = [name for name in t.where if name.endswith(".weight_offset")]
     if scheme:
@@ -73,13 +77,17 @@ _ALIKE = (
     "rms_norm_eps",
     "rope_theta",
 )
-"""Keys that a drafter's blocks are run by: of the drafter's configuration and of the model's they must say the same."""
+"""Keys that a drafter's blocks are run by: of the drafter's configuration and of the model's they
+must say the same.
+"""
 
 
 def take_drafter(t: Tensors, directory: Path) -> set[str]:
-    """Let the tensors under mtp. be those of another directory; give the names of those that could not be read.
+    """Let the tensors under mtp. be those of another directory; give the names of those that could
+    not be read.
 
-    Shards there that hold nothing else are enough. Raises ``ConfigError`` where it drafts for a model of other numbers.
+    Shards there that hold nothing else are enough. Raises ``ConfigError`` where it drafts for a
+    model of other numbers.
     """
     other = Tensors(directory, ModelConfig.load(directory))
     unread = {name for name in other.open_shards(None, only="mtp.") if name.startswith("mtp.")}
@@ -110,7 +118,9 @@ def take_drafter(t: Tensors, directory: Path) -> set[str]:
 
 
 def settle_draft(t: Tensors, unread: set[str]) -> None:
-    """Decide by tensors what draft module there is; where it cannot run, the main model runs without it."""
+    """Decide by tensors what draft module there is; where it cannot run, the main model runs
+    without it.
+    """
     names = [name for name in (*t.where, *unread) if name.startswith("mtp.")]
     parts = {part for name in names for part in name.split(".")[2:3]}
     stages = 1 + max((int(n) for name in names if (n := name.split(".")[1]).isdigit()), default=-1)

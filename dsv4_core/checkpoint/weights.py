@@ -1,4 +1,6 @@
-"""Checkpoints: configuration, index and shards, checked against the layout on opening; bytes are read when used."""
+"""Checkpoints: configuration, index and shards, checked against the layout on opening; bytes are
+read when used.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,13 @@ from dsv4_core.contract.dtypes import FP4_GROUP, FP8_BLOCK, Experts, Host, Scale
 
 
 class Checkpoint(Tensors):
-    """A model directory: ``config.json`` and either an index with its shards or one ``model.safetensors``.
+    """A model directory: ``config.json`` and either an index with its shards or one
+    ``model.safetensors``.
 
-    Opening reads headers only and raises ``CheckpointError`` (``ConfigError`` for the configuration) before any weight
-    is read; ``check=False`` leaves what is wrong in ``findings`` instead, for the audit. Names are the published ones,
-    whatever spelling the files use. Arrays are read-only views of the mapped files: a byte is read when first used.
+    Opening reads headers only and raises ``CheckpointError`` (``ConfigError`` for the
+    configuration) before any weight is read; ``check=False`` leaves what is wrong in ``findings``
+    instead, for the audit. Names are the published ones, whatever spelling the files use. Arrays
+    are read-only views of the mapped files: a byte is read when first used.
     """
 
     def __init__(
@@ -72,7 +76,9 @@ class Checkpoint(Tensors):
         return name in self.where
 
     def spec(self, name: str) -> TensorSpec:
-        """Give a tensor as it is read: as stored, but for what stands in another dtype than the published one."""
+        """Give a tensor as it is read: as stored, but for what stands in another dtype than the
+        published one.
+        """
         stored, spec = self.stored(name), self.layout[name]
         if f"{name[:-7]}.scale" in self.factors:
             return TensorSpec(name, unpacked(spec), "F32", spec.kind)
@@ -86,7 +92,9 @@ class Checkpoint(Tensors):
         return list({id(shard): shard for shard, _ in self.where.values()}.values())
 
     def hold(self) -> None:
-        """Raise ``CheckpointError`` where a shard is no longer the file that was opened: what was read of it is not one model's."""
+        """Raise ``CheckpointError`` where a shard is no longer the file that was opened: what was
+        read of it is not one model's.
+        """
         text = (
             "was written to since it was opened; what was computed may mix two models: run again once nobody writes it"
         )
@@ -99,9 +107,11 @@ class Checkpoint(Tensors):
             shard.release()
 
     def array(self, name: str) -> Host:
-        """View a tensor by its full name: BF16 as ml_dtypes' bfloat16; E4M3, E8M0 and packed FP4 as uint8.
+        """View a tensor by its full name: BF16 as ml_dtypes' bfloat16; E4M3, E8M0 and packed FP4 as
+        uint8.
 
-        A copy where it is stored in another dtype; raises ``CheckpointError`` where that one says more than the published.
+        A copy where it is stored in another dtype; raises ``CheckpointError`` where that one says
+        more than the published.
         """
         shard, spelt = self.where[name]
         array = shard.array(spelt)
@@ -125,11 +135,15 @@ class Checkpoint(Tensors):
         return ScaledArray(codes.view(np.int8) if fmt == "int8" else codes, self.array(f"{name}.scale"), fmt)
 
     def experts(self, prefix: str, projection: str) -> Experts:
-        """Give ``prefix.experts.{e}.projection`` of every routed expert, each viewed when it is first used."""
+        """Give ``prefix.experts.{e}.projection`` of every routed expert, each viewed when it is
+        first used.
+        """
         return Experts(_Lazy(self, [f"{prefix}.experts.{e}.{projection}" for e in range(self.config.n_routed_experts)]))
 
     def identity(self, *, whole: bool = False) -> str:
-        """Hash the content (``whole``: every byte, which takes as long as reading it); see ``identity.py`` for what it covers."""
+        """Hash the content (``whole``: every byte, which takes as long as reading it); see
+        ``identity.py`` for what it covers.
+        """
         begins: dict[Path, list[int]] = {}
         for name in self.names:
             found = begins.setdefault(self.file(name), [])

@@ -1,7 +1,8 @@
-"""``dsv4 ...``: subcommands found by name and imported when they are run, so that ``dsv4 backends`` stays fast.
+"""``dsv4 ...``: subcommands found by name and imported when they are run, so that ``dsv4 backends``
+stays fast.
 
-A core command ``name`` is ``dsv4_core.cli.name:command``; other packages add theirs through the entry-point group
-``dsv4.commands``.
+A core command ``name`` is ``dsv4_core.cli.name:command``; other packages add theirs through the
+entry-point group ``dsv4.commands``.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ COMMANDS = (
 
 
 class LazyGroup(Group):
-    """A group whose commands are imported only when they are named (or all of them for ``--help``)."""
+    """A group whose commands are imported only when they are named (or all of them for
+    ``--help``).
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Core's commands in the order of a user's day, then those of other packages."""
@@ -49,7 +52,9 @@ class LazyGroup(Group):
         return [*COMMANDS, *sorted(registry.entries(registry.COMMANDS).keys() - set(COMMANDS))]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command; one of another package that cannot be had says so in its place, and stops no other."""
+        """Import a command; one of another package that cannot be had says so in its place, and
+        stops no other.
+        """
         del ctx
         if cmd_name in COMMANDS:
             return cast("click.Command", import_module(f"dsv4_core.cli.{cmd_name}").command)
@@ -65,7 +70,9 @@ class LazyGroup(Group):
         return None
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run a command; whoever read its output may leave early (``| head``), which is no error to tell."""
+        """Run a command; whoever read its output may leave early (``| head``), which is no error to
+        tell.
+        """
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
@@ -75,7 +82,9 @@ class LazyGroup(Group):
 
 
 def nobody_reads() -> bool:
-    """Whether standard output is a pipe whose reader has left; what is still buffered then goes nowhere."""
+    """Whether standard output is a pipe whose reader has left; what is still buffered then goes
+    nowhere.
+    """
     output = select.poll()
     output.register(1, 0)
     if not any(event & select.POLLERR for _, event in output.poll(0)):
@@ -85,7 +94,9 @@ def nobody_reads() -> bool:
 
 
 def unusable(name: str, problem: str) -> click.Command:
-    """Stand in for a command that cannot be imported: ``--help`` says why, and calling it is an error."""
+    """Stand in for a command that cannot be imported: ``--help`` says why, and calling it is an
+    error.
+    """
 
     def say(**_: object) -> None:
         raise BackendError(problem)
@@ -114,8 +125,9 @@ COMPLETION = "_DSV4_COMPLETE"  # how a shell asks what may come next; `dsv4 comp
 
 
 def main() -> None:
-    """Run the command line. Errors that a user can act on are printed as one message and exit with 2; what nobody foresaw is
-    one line, too, and exits with 70. Nothing exits with 0 that did not come to its end.
+    """Run the command line. Errors that a user can act on are printed as one message and exit with
+    2; what nobody foresaw is one line, too, and exits with 70. Nothing exits with 0 that did not
+    come to its end.
     """
     if COMPLETION in os.environ:
         root(prog_name="dsv4", complete_var=COMPLETION)  # answers the shell, and leaves

@@ -13,7 +13,9 @@ from dsv4_core.contract.look import look
 @click.command("backends", cls=Command)
 @json_option
 def command(as_json: bool) -> None:
-    """List installed backends, what each needs, and whether it can run here. Loads none of their libraries."""
+    """List installed backends, what each needs, and whether it can run here. Loads none of their
+    libraries.
+    """
     if not as_json:
         table()
         return

@@ -45,7 +45,8 @@ def command(
     flags: BackendFlags,
     as_json: bool,
 ) -> None:
-    """Measure prefill and decode of MODEL (the embedded one if left out): tokens per second, median of the runs.
+    """Measure prefill and decode of MODEL (the embedded one if left out): tokens per second, median
+    of the runs.
 
     Prompts are random ids. A decode step ends when its token is on the host, as in generation.
     """
@@ -105,7 +106,9 @@ def rate(tokens: int, seconds: list[float], hardware: str | None, best: Ceiling 
 
 
 def measure(model: Model, prompt: int, tokens: int, batch: int, chunk: int) -> tuple[float, float]:
-    """Seconds of a prefill up to its first token on the host, and of the ``tokens`` decode steps after it."""
+    """Seconds of a prefill up to its first token on the host, and of the ``tokens`` decode steps
+    after it.
+    """
     import numpy as np
 
     from dsv4_core.graph.cache import Cache
@@ -133,7 +136,9 @@ def measure(model: Model, prompt: int, tokens: int, batch: int, chunk: int) -> t
 def roofline(
     model: Model, prompt: int, tokens: int, batch: int, chunk: int, hardware: str, fmt: str
 ) -> dict[str, Ceiling]:
-    """The best that one such device could do, from operations and bytes counted on the graph; nothing here is measured."""
+    """The best that one such device could do, from operations and bytes counted on the graph;
+    nothing here is measured.
+    """
     from typing import cast
 
     from dsv4_core.contract.dtypes import Format

@@ -53,9 +53,11 @@ class Talk:
     last: str = "no turn yet"
 
     def say(self, text: str) -> Iterator[Delta]:
-        """Add a user's turn and give the reply as it comes; both are kept, the reply also where it is cut off.
+        """Add a user's turn and give the reply as it comes; both are kept, the reply also where it
+        is cut off.
 
-        Raises ``ValueError`` where the conversation cannot be encoded or does not fit; nothing is kept then.
+        Raises ``ValueError`` where the conversation cannot be encoded or does not fit; nothing is
+        kept then.
         """
         from dsv4_core.graph.engine import Request
         from dsv4_core.text.chat import encode
@@ -98,7 +100,9 @@ class Talk:
             )
 
     def command(self, line: str) -> str:
-        """Do what a line that begins with / says; give what to print. Raises ``ValueError`` for what is none."""
+        """Do what a line that begins with / says; give what to print. Raises ``ValueError`` for
+        what is none.
+        """
         word, _, rest = line.partition(" ")
         rest = rest.strip()
         if word == "/think" and rest in {"on", "off"}:
@@ -129,7 +133,9 @@ class Talk:
 
 
 def read_conversation(path: Path, texts: FixedTexts | None) -> list[Message]:
-    """Read what /save wrote; raise ``FileError`` where it is no conversation that the encoder takes."""
+    """Read what /save wrote; raise ``FileError`` where it is no conversation that the encoder
+    takes.
+    """
     from dsv4_core.text.chat import encode
 
     messages = cast("list[Message]", json_file(path, list[dict[str, Any]], "/save writes one"))
@@ -205,7 +211,9 @@ def command(
     encoding_profile: Profile | None,
     flags: BackendFlags,
 ) -> None:
-    """Talk to MODEL (a checkpoint's directory; the embedded one if left out). /help says what may be typed."""
+    """Talk to MODEL (a checkpoint's directory; the embedded one if left out). /help says what may
+    be typed.
+    """
     from dsv4_core.cli.running import open_model, report
     from dsv4_core.graph.engine import Engine
     from dsv4_core.graph.sampling import Sampling

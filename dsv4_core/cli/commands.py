@@ -1,4 +1,6 @@
-"""Commands and groups as dsv4 shows them: options in named groups, a suggestion for a misspelt command, the words typed."""
+"""Commands and groups as dsv4 shows them: options in named groups, a suggestion for a misspelt
+command, the words typed.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,16 @@ class Option(click.Option):
 
 
 def option(*names: str, heading: str = "", **kwargs: Any) -> Callable[[Any], Any]:
-    """``click.option`` with the heading under which ``--help`` lists it; the first headings are a newcomer's."""
+    """``click.option`` with the heading under which ``--help`` lists it; the first headings are a
+    newcomer's.
+    """
     return click.option(*names, cls=Option, heading=heading, **kwargs)
 
 
 class Command(click.Command):
-    """A command whose ``--help`` lists options by heading, in the order in which headings first appear."""
+    """A command whose ``--help`` lists options by heading, in the order in which headings first
+    appear.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Keep the words as they were typed."""
@@ -77,7 +83,9 @@ def command_line(words: Sequence[str]) -> str:
 
 
 def words_of(ctx: click.Context, *, without: Sequence[str] = ()) -> list[str]:
-    """Give the options that the user wrote, one spelling each, but for those of the parameters ``without``."""
+    """Give the options that the user wrote, one spelling each, but for those of the parameters
+    ``without``.
+    """
     words: list[str] = []
     for parameter in ctx.command.params:
         name = parameter.name or ""

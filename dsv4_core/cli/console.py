@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 class Console(rich.console.Console):
-    """Rich's console for words from anywhere: no markup in them counts, and none moves the cursor. A reader who leaves
-    is what it is to every command: a broken pipe.
+    """Rich's console for words from anywhere: no markup in them counts, and none moves the cursor.
+    A reader who leaves is what it is to every command: a broken pipe.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -30,5 +30,7 @@ class Console(rich.console.Console):
 
 
 def wide_console() -> Console:
-    """Give a console as wide as the terminal; into a file or a pipe, wide enough for every column."""
+    """Give a console as wide as the terminal; into a file or a pipe, wide enough for every
+    column.
+    """
     return Console(width=None if Console().is_terminal else 200)

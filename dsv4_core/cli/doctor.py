@@ -27,10 +27,12 @@ PATIENCE = 120  # seconds for one backend's imports and its look at a device: a 
 @backend_options
 @json_option
 def command(only: str | None, load: bool, flags: BackendFlags, as_json: bool) -> None:
-    """Say what this machine has and what each backend lacks; exits with 1 if the configured backend cannot run.
+    """Say what this machine has and what each backend lacks; exits with 1 if the configured backend
+    cannot run.
 
-    Files and metadata are looked at, which takes a second. A backend that you name (``-b``) is also loaded and constructed, and
-    with ``--load`` all are: each in a process of its own, so that a broken library harms nobody else.
+    Files and metadata are looked at, which takes a second. A backend that you name (``-b``) is also
+    loaded and constructed, and with ``--load`` all are: each in a process of its own, so that a
+    broken library harms nobody else.
     """
     if only:
         click.echo(json.dumps(_loaded_here(only, flags)))
@@ -57,7 +59,9 @@ def command(only: str | None, load: bool, flags: BackendFlags, as_json: bool) ->
 
 
 def _diagnosed(name: str, flags: BackendFlags | None, *, load: bool) -> Diagnosed:
-    """Look at a backend and, where that is asked for, load it; what loading says has the last word."""
+    """Look at a backend and, where that is asked for, load it; what loading says has the last
+    word.
+    """
     from dsv4_core.cli.running import bar
 
     seen = look(name)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def command(model: str | None, layer: int | None, flags: BackendFlags, as_json: bool) -> None:
     """Say op by op who would run MODEL's prefill and decode, and where nobody can, why.
 
-    Required ops that this backend is never asked for, because it runs fused ops whole, are there with no calls.
-    Reads no weight; exits with 1 if an op is missing.
+    Required ops that this backend is never asked for, because it runs fused ops whole, are there
+    with no calls. Reads no weight; exits with 1 if an op is missing.
     """
     from dsv4_core.cli import schema
     from dsv4_core.cli.running import model_config
@@ -57,7 +57,9 @@ def command(model: str | None, layer: int | None, flags: BackendFlags, as_json: 
 
 
 def explained(backend: Backend, calls: list[Call], run: Run) -> Explained:
-    """One entry for each op and weight's dtype: who runs it, and (of backends that keep account) how far that was proven."""
+    """One entry for each op and weight's dtype: who runs it, and (of backends that keep account)
+    how far that was proven.
+    """
     from dsv4_core.cli.schema import Explained, ExplainedOp
 
     rows: Counter[tuple[str, str, Support]] = Counter()

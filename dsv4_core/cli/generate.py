@@ -95,7 +95,8 @@ def command(
     drafter: str | None,
     **request: Any,
 ) -> None:
-    """Generate from MODEL: a checkpoint's directory, OWNER/NAME of one in the hub's local cache, or the embedded one.
+    """Generate from MODEL: a checkpoint's directory, OWNER/NAME of one in the hub's local cache, or
+    the embedded one.
 
     \b
     dsv4 generate --chat "What is kludge?"
@@ -137,7 +138,9 @@ def command(
 def read_prompts(
     texts: tuple[str, ...], chats: tuple[str, ...], ids: tuple[str, ...], file: Path | None, system: str
 ) -> list[Any]:
-    """Give what was asked for as prompts of ``Session.generate``; raise ``ValueError`` for what is none."""
+    """Give what was asked for as prompts of ``Session.generate``; raise ``ValueError`` for what is
+    none.
+    """
     if sum(given == "-" for given in (*texts, *chats, *ids)) > 1:
         raise click.UsageError("standard input can be read once: give - once")
     if file is not None:
@@ -196,7 +199,8 @@ def _lines(file: Path) -> list[Any]:
 
 
 def show(session: Session, events: Generation, prompts: list[Any]) -> None:
-    """Print one sequence as it comes; several one after the other, each once it is whole and those before it are.
+    """Print one sequence as it comes; several one after the other, each once it is whole and those
+    before it are.
 
     ``color``: what a model says is left as it is in a pipe, colours included.
     """

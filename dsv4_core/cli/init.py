@@ -43,7 +43,9 @@ def command(
     shard_size: int,
     seed: int,
 ) -> None:
-    """Write a random checkpoint in the published layout to MODEL_DIR, which must be new or empty."""
+    """Write a random checkpoint in the published layout to MODEL_DIR, which must be new or
+    empty.
+    """
     from dsv4_core.checkpoint import create
     from dsv4_core.cli.running import bar
 

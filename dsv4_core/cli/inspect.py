@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 @click.option("--no-audit", is_flag=True, help="Read headers only, no values.")
 @json_option
 def command(model: str | None, no_audit: bool, as_json: bool) -> None:
-    """Show MODEL's configuration, tensors and parameters, and audit its values (the embedded checkpoint if left out).
+    """Show MODEL's configuration, tensors and parameters, and audit its values (the embedded
+    checkpoint if left out).
 
     Exits with 1 if something is wrong with the checkpoint, with 2 if there is none.
     """

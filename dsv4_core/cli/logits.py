@@ -36,7 +36,9 @@ def command(
     flags: BackendFlags,
     asked: RankFlags,
 ) -> None:
-    """Teacher-forced logits: of the last prompt token and of each token after it, [batch, 1 + total - prefill, vocab]."""
+    """Teacher-forced logits: of the last prompt token and of each token after it, [batch, 1 + total
+    - prefill, vocab].
+    """
     import numpy as np
 
     from dsv4_core.cli.running import bar, open_model, report

@@ -1,4 +1,6 @@
-"""Options that several commands share: which backend, in which numerics, with which of its own options."""
+"""Options that several commands share: which backend, in which numerics, with which of its own
+options.
+"""
 
 from __future__ import annotations
 
@@ -62,8 +64,8 @@ class BackendFlags:
     options: dict[str, Any]
 
     def choose(self) -> registry.Choice:
-        """Choose by flag, environment, dsv4.toml or auto; a choice that the user did not make is printed with its
-        reason.
+        """Choose by flag, environment, dsv4.toml or auto; a choice that the user did not make is
+        printed with its reason.
         """
         choice = registry.choose(self.backend)
         if choice.why.startswith("auto"):
@@ -78,7 +80,9 @@ class BackendFlags:
         return words
 
     def create(self, local_rank: int | None = None) -> Backend:
-        """Construct the chosen backend; as the ``local_rank``-th of several ranks on the device of that number."""
+        """Construct the chosen backend; as the ``local_rank``-th of several ranks on the device of
+        that number.
+        """
         from dsv4_core.session import create_backend
 
         return create_backend(self.choose().name, cast("Numerics", self.numerics), self.options, local_rank)
@@ -94,7 +98,9 @@ class RankFlags:
 
 
 def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--tp``, ``--ep`` and ``--stats`` to a command, which receives them as one argument ``asked``."""
+    """Add ``--tp``, ``--ep`` and ``--stats`` to a command, which receives them as one argument
+    ``asked``.
+    """
 
     def gathered(tp: int, ep: int, stats: bool, store_key_file: str | None, **rest: Any) -> Any:
         if store_key_file:
@@ -174,7 +180,9 @@ def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--json`` to a command, which receives it as ``as_json``; what it prints then is in docs/json.md."""
+    """Add ``--json`` to a command, which receives it as ``as_json``; what it prints then is in
+    docs/json.md.
+    """
     return option("--json", "as_json", is_flag=True, help="Print one JSON document (docs/json.md) instead of text.")(
         command
     )
@@ -186,7 +194,9 @@ ranks = functools.partial(option, heading="Several ranks (each started by torchr
 
 
 def _decorated(gathered: Callable[..., Any], command: Callable[..., Any], *options: Callable[..., Any]) -> Any:
-    """Give ``gathered`` the name, text and options of the command that it calls, and ``options`` before them."""
+    """Give ``gathered`` the name, text and options of the command that it calls, and ``options``
+    before them.
+    """
     gathered.__name__, gathered.__doc__ = command.__name__, command.__doc__
     gathered.__dict__.update(command.__dict__)
     for decorate in reversed(options):

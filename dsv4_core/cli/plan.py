@@ -91,7 +91,8 @@ def command(
 ) -> None:
     """Say whether a model fits a machine, and how fast it could be at best.
 
-    The figures come from running the real graph on shapes; nothing is measured and no weight is read.
+    The figures come from running the real graph on shapes; nothing is measured and no weight is
+    read.
     """
     if only_claims:
         print_claims(as_json=as_json)

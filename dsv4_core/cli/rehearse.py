@@ -34,10 +34,11 @@ from dsv4_core.planning import rehearse
 )
 @backend_options
 def command(preset: str, out: Path, tokens: int, prompt: int, memory: int, flags: BackendFlags) -> None:
-    """Write a full-size checkpoint as sparse files and generate a few tokens through all its layers.
+    """Write a full-size checkpoint as sparse files and generate a few tokens through all its
+    layers.
 
-    Big weights are holes that read as zero, so the text means nothing; time, memory and bytes touched are real, and printed next to what
-    the planner says.
+    Big weights are holes that read as zero, so the text means nothing; time, memory and bytes
+    touched are real, and printed next to what the planner says.
     """
     from dsv4_core.cli.running import bar
     from dsv4_core.planning.support import check_support, expert_format

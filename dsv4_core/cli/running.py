@@ -61,7 +61,9 @@ def open_model(model: str | None, flags: BackendFlags, asked: RankFlags = ALONE,
 
 
 def model_config(model: str | None) -> tuple[ModelConfig, Format]:
-    """Give a preset's configuration, or a checkpoint's with the format of its experts; only headers are read."""
+    """Give a preset's configuration, or a checkpoint's with the format of its experts; only headers
+    are read.
+    """
     from pathlib import Path
 
     from dsv4_core.checkpoint.config import PRESETS

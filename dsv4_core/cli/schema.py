@@ -1,7 +1,7 @@
 """What ``--json`` prints: one envelope, and one form of result for each command.
 
-docs/json.md and docs/json.schema.json are made from this file (``python -m dsv4_core.cli.schema DIRECTORY``). Within one
-``schema`` number keys are only added.
+docs/json.md and docs/json.schema.json are made from this file (``python -m dsv4_core.cli.schema
+DIRECTORY``). Within one ``schema`` number keys are only added.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ class Form(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class Run(Form):
-    """What ran: the model's directory (null: the embedded one, or none), the backend in its own words, the numerics."""
+    """What ran: the model's directory (null: the embedded one, or none), the backend in its own
+    words, the numerics.
+    """
 
     model: str | None
     backend: str
@@ -34,7 +36,9 @@ class Run(Form):
 
 
 class Sequence(Form):
-    """One prompt's continuation: new ids and their text (null without a tokenizer); why it ended."""
+    """One prompt's continuation: new ids and their text (null without a tokenizer); why it
+    ended.
+    """
 
     prompt_tokens: int
     tokens: list[int]
@@ -43,7 +47,9 @@ class Sequence(Form):
 
 
 class Drafts(Form):
-    """Speculation: tokens that the MTP block or DSpark proposed, those that were accepted, and steps of the main model."""
+    """Speculation: tokens that the MTP block or DSpark proposed, those that were accepted, and
+    steps of the main model.
+    """
 
     proposed: int
     accepted: int
@@ -61,7 +67,9 @@ class Generated(Form):
 
 
 class Roofline(Form):
-    """The most that a machine could do (counted, not measured), what limits it, and the share that was reached."""
+    """The most that a machine could do (counted, not measured), what limits it, and the share that
+    was reached.
+    """
 
     hardware: str
     tokens_per_second: float
@@ -79,7 +87,9 @@ class Rate(Form):
 
 
 class Benched(Form):
-    """``dsv4 bench``: tokens of each prompt, tokens decoded after it, sequences side by side, runs."""
+    """``dsv4 bench``: tokens of each prompt, tokens decoded after it, sequences side by side,
+    runs.
+    """
 
     run: Run
     prompt: int
@@ -95,7 +105,9 @@ Status = Literal["runs", "simulates only", "cannot run"]
 
 
 class BackendEntry(Form):
-    """An installed backend: what it is from, what it needs, what of that is missing and the command that installs it."""
+    """An installed backend: what it is from, what it needs, what of that is missing and the command
+    that installs it.
+    """
 
     name: str
     distribution: str
@@ -130,7 +142,9 @@ class Line(Form):
 
 
 class Diagnosed(Form):
-    """One backend: ``loaded`` says whether its libraries were loaded and it was constructed, or only looked for."""
+    """One backend: ``loaded`` says whether its libraries were loaded and it was constructed, or
+    only looked for.
+    """
 
     name: str
     status: Status
@@ -148,7 +162,9 @@ class Doctored(Form):
 
 
 class ExplainedOp(Form):
-    """One op on weights of one dtype: how often it is called, who runs it (null: nobody) or why nobody does, how far proven."""
+    """One op on weights of one dtype: how often it is called, who runs it (null: nobody) or why
+    nobody does, how far proven.
+    """
 
     op: str
     weight: str
@@ -176,7 +192,9 @@ class Machine(Form):
 
 
 class PerToken(Form):
-    """Of one token on one rank: operations by precision (and what they weigh in FP8's), bytes by kind."""
+    """Of one token on one rank: operations by precision (and what they weigh in FP8's), bytes by
+    kind.
+    """
 
     operations: dict[str, float]
     equivalent_fp8: float
@@ -186,7 +204,9 @@ class PerToken(Form):
 
 
 class CeilingOf(Form):
-    """Tokens per second of the machine at best, what limits it, and seconds of a step by each limit."""
+    """Tokens per second of the machine at best, what limits it, and seconds of a step by each
+    limit.
+    """
 
     tokens_per_second: float
     limit: str
@@ -202,7 +222,9 @@ class Ceilings(Form):
 
 
 class Growth(Form):
-    """Decode at another context: FP8 operations and bytes of a token and rank, bytes of a sequence's cache."""
+    """Decode at another context: FP8 operations and bytes of a token and rank, bytes of a
+    sequence's cache.
+    """
 
     context: int
     equivalent_fp8: float
@@ -214,7 +236,9 @@ class Growth(Form):
 
 
 class Planned(Form):
-    """``dsv4 plan``: bytes of a rank by kind, bytes of a sequence's cache, sequences that would fit."""
+    """``dsv4 plan``: bytes of a rank by kind, bytes of a sequence's cache, sequences that would
+    fit.
+    """
 
     model: str
     context: int
@@ -292,7 +316,9 @@ class Failure(Form):
 
 
 class Judged(Form):
-    """``dsv4 conformance run``: levels (null: none), checks by status, those that failed the run, stale xfails."""
+    """``dsv4 conformance run``: levels (null: none), checks by status, those that failed the run,
+    stale xfails.
+    """
 
     backend: str
     version: str

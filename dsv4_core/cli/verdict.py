@@ -1,8 +1,8 @@
 """An exit status that is out of the reach of plug-ins.
 
-A plug-in that ends its process, from Python or from C, decides that process's status. So a command runs in a child that
-says on a pipe what it came to; its parent, which imports no plug-in, believes that alone. Forking before anything is
-imported takes a millisecond and a few megabytes.
+A plug-in that ends its process, from Python or from C, decides that process's status. So a command
+runs in a child that says on a pipe what it came to; its parent, which imports no plug-in, believes
+that alone. Forking before anything is imported takes a millisecond and a few megabytes.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ _BY_KERNEL = 0x80  # si_code of what a terminal sends, to the child as well
 
 
 def wanted() -> bool:
-    """Whether a child is of use: not for a rank, whose launcher looks after its own process, nor under DSV4_ONE_PROCESS=1
-    (for debuggers and tests), nor for a server, which has no verdict.
+    """Whether a child is of use: not for a rank, whose launcher looks after its own process, nor
+    under DSV4_ONE_PROCESS=1 (for debuggers and tests), nor for a server, which has no verdict.
     """
     alone = "RANK" not in os.environ and os.environ.get("DSV4_ONE_PROCESS") != "1"
     return alone and sys.platform == "linux" and len(sys.argv) > 1 and "serve" not in sys.argv[1:3]
 
 
 def in_a_child() -> Callable[[int], None]:
-    """Fork. The child returns, with a function that says its status; the parent waits and leaves as the child said."""
+    """Fork. The child returns, with a function that says its status; the parent waits and leaves as
+    the child said.
+    """
     read, said = os.pipe()
     parent = os.getpid()
     child = os.fork()

@@ -1,1 +1,3 @@
-"""What a backend promises: ops, dtypes, arrays, the ``Backend`` class and how it is found. Nothing here knows the model."""
+"""What a backend promises: ops, dtypes, arrays, the ``Backend`` class and how it is found. Nothing
+here knows the model.
+"""

@@ -41,7 +41,9 @@ class Option:
     kind: type[bool | int | str] | None = None
 
     def read(self, value: Any) -> Any:
-        """Give a value, or its text from a command line, as the option's kind; raise ``ValueError`` saying what it must be."""
+        """Give a value, or its text from a command line, as the option's kind; raise ``ValueError``
+        saying what it must be.
+        """
         kind = self.kind or (str if self.default is None else type(self.default))
         text = str(value)
         if kind is bool and text.lower() in {"true", "false"}:
@@ -62,8 +64,8 @@ class Option:
 
 @dataclass(frozen=True)
 class DeviceCheck:
-    """A check that a backend brings for its own device, run by the suite beside its own; ``case`` names it among those of
-    ``op``. ``run`` says in words what is wrong: nothing where all is well.
+    """A check that a backend brings for its own device, run by the suite beside its own; ``case``
+    names it among those of ``op``. ``run`` says in words what is wrong: nothing where all is well.
     """
 
     op: str
@@ -73,18 +75,21 @@ class DeviceCheck:
 
 
 class Backend(EveryOp):
-    """A way to run every op. Subclass it, implement the required ops, override fused ones where that pays.
+    """A way to run every op. Subclass it, implement the required ops, override fused ones where
+    that pays.
 
-    ``name``: as registered. ``options``: what the constructor takes beside ``numerics``. ``claims_level`` and
-    ``claims``: what the backend's own file says it fulfils (the conformance suite holds it to that): op names, and a bitwise
-    law of one op as ``batch_invariance/act_qdq``.
-    ``batch_invariant``, ``deterministic``: bitwise claims. ``narrower``: op -> the narrower intermediates it declares,
-    from the contract's own list. ``departures``: op -> what an option of the user's makes it compute instead of its
-    contract; nothing is claimed of it, and reports say so. ``ties``: which of equal scores is picked, the lower index or any;
-    with ``any`` a text may differ from the published model's where scores tie. ``flushes_subnormals``: numbers below the least
-    normal one of float32 may count as zero, as operands and as results.
-    ``weight_formats``: of quantised weights that it multiplies; the published two are required. ``packs_rows``: whether cache rows are
-    stored in FP8 and FP4 in native mode; else in the activation dtype, which holds the same values in twice the bytes.
+    ``name``: as registered. ``options``: what the constructor takes beside ``numerics``.
+    ``claims_level`` and ``claims``: what the backend's own file says it fulfils (the conformance
+    suite holds it to that): op names, and a bitwise law of one op as ``batch_invariance/act_qdq``.
+    ``batch_invariant``, ``deterministic``: bitwise claims. ``narrower``: op -> the narrower
+    intermediates it declares, from the contract's own list. ``departures``: op -> what an option of
+    the user's makes it compute instead of its contract; nothing is claimed of it, and reports say
+    so. ``ties``: which of equal scores is picked, the lower index or any; with ``any`` a text may
+    differ from the published model's where scores tie. ``flushes_subnormals``: numbers below the
+    least normal one of float32 may count as zero, as operands and as results. ``weight_formats``:
+    of quantised weights that it multiplies; the published two are required. ``packs_rows``: whether
+    cache rows are stored in FP8 and FP4 in native mode; else in the activation dtype, which holds
+    the same values in twice the bytes.
     """
 
     name = "?"
@@ -102,7 +107,9 @@ class Backend(EveryOp):
     packs_rows: bool = True
 
     def __init__(self, *, numerics: Numerics = "native", **options: Any) -> None:
-        """Raise ``BackendError`` for a numerics mode or an option that this backend does not have."""
+        """Raise ``BackendError`` for a numerics mode or an option that this backend does not
+        have.
+        """
         if numerics not in self.numerics_modes:
             raise BackendError(
                 f"backend {self.name!r}: numerics {numerics!r} is not one of {', '.join(self.numerics_modes)}"
@@ -116,7 +123,8 @@ class Backend(EveryOp):
     def read_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
         """Give options as their kinds; those that are None are left out, for their defaults.
 
-        Raises ``BackendError`` for one that this backend does not have, and for a value that it cannot be.
+        Raises ``BackendError`` for one that this backend does not have, and for a value that it
+        cannot be.
         """
         known = {option.name: option for option in cls.options}
         if unknown := sorted(options.keys() - known.keys()):
@@ -128,7 +136,9 @@ class Backend(EveryOp):
             raise BackendError(f"backend {cls.name!r}: option {error}") from None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Hold every op that the class defines to its contract's signature; raise ``TypeError`` with both signatures."""
+        """Hold every op that the class defines to its contract's signature; raise ``TypeError``
+        with both signatures.
+        """
         super().__init_subclass__(**kwargs)
         for name, spec in OPS.items():
             if not cls.implements(name):
@@ -149,16 +159,22 @@ class Backend(EveryOp):
 
     @classmethod
     def implements(cls, op: str) -> bool:
-        """Say whether the class brings its own implementation of ``op``, rather than the contract's default or none."""
+        """Say whether the class brings its own implementation of ``op``, rather than the contract's
+        default or none.
+        """
         return getattr(cls, op) is not getattr(EveryOp, op)
 
     @classmethod
     def diagnose(cls) -> tuple[Diagnosis, ...]:
-        """Look at libraries, drivers and devices that this backend uses. Raises nothing: what is wrong is a line of its own."""
+        """Look at libraries, drivers and devices that this backend uses. Raises nothing: what is
+        wrong is a line of its own.
+        """
         return ()
 
     def describe(self) -> str:
-        """Name the backend and what it computes on, for `dsv4 explain`; a second line may say what ``Support.proof`` means."""
+        """Name the backend and what it computes on, for `dsv4 explain`; a second line may say what
+        ``Support.proof`` means.
+        """
         return f"backend {self.name}"
 
     def device_checks(self) -> Sequence[DeviceCheck]:
@@ -166,25 +182,31 @@ class Backend(EveryOp):
         return ()
 
     def kernels_ran(self) -> Sequence[str]:
-        """Name the vendor's kernels that ran since this was last asked; nothing for a backend that keeps no account."""
+        """Name the vendor's kernels that ran since this was last asked; nothing for a backend that
+        keeps no account.
+        """
         return ()
 
     def environment(self) -> Mapping[str, str]:
-        """Name the libraries, driver and device that a run rests on, for reports: what -> version or name."""
+        """Name the libraries, driver and device that a run rests on, for reports: what -> version
+        or name.
+        """
         return {}
 
     def proof(self, ran: Mapping[str, bool]) -> Mapping[str, str]:
-        """Say of every op how far its implementation is proven, for a report of the suite. ``ran``: of each kernel of
-        ``kernels_ran`` whether all passed that used it; empty where a run was partial or fell short.
+        """Say of every op how far its implementation is proven, for a report of the suite. ``ran``:
+        of each kernel of ``kernels_ran`` whether all passed that used it; empty where a run was
+        partial or fell short.
         """
         del ran
         return {}
 
     def supports(self, op: str, **operands: Operand | Any) -> Support:
-        """Say who would run ``op`` on operands of these dtypes and shapes (scalars by value), or why nobody can.
+        """Say who would run ``op`` on operands of these dtypes and shapes (scalars by value), or
+        why nobody can.
 
-        Override to refuse by dtype or shape; a refusal becomes an error before any weight is read, never an exception
-        in a forward.
+        Override to refuse by dtype or shape; a refusal becomes an error before any weight is read,
+        never an exception in a forward.
         """
         for name, value in operands.items():
             fmt = format_of(str(getattr(value, "dtype", "")))
@@ -211,26 +233,33 @@ class Backend(EveryOp):
         raise NotImplementedError
 
     def computing(self) -> AbstractContextManager[Any]:
-        """What a forward runs in: a library that records gradients is told here that none are wanted."""
+        """What a forward runs in: a library that records gradients is told here that none are
+        wanted.
+        """
         return nullcontext()
 
     def round_up(self, n: int) -> int:
-        """How large an extent of a step is made that has to hold ``n``: window rows, compressed rows, windows that close.
+        """How large an extent of a step is made that has to hold ``n``: window rows, compressed
+        rows, windows that close.
 
-        At least ``n``, and never less for a larger ``n``; what is too much is masked. Few values mean few shapes, for a
-        backend that compiles or records a step for each; more than 0 for 0 means that a part is never absent. The default is
-        the next power of two, at least 128: a context's shapes change each time that its length doubles.
+        At least ``n``, and never less for a larger ``n``; what is too much is masked. Few values
+        mean few shapes, for a backend that compiles or records a step for each; more than 0 for 0
+        means that a part is never absent. The default is the next power of two, at least 128: a
+        context's shapes change each time that its length doubles.
         """
         return max(128, 1 << (n - 1).bit_length()) if n else 128
 
     def record(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Give what does as ``function`` does, on host arrays of the same shapes and dtypes as ever.
+        """Give what does as ``function`` does, on host arrays of the same shapes and dtypes as
+        ever.
 
-        ``function`` takes arrays of this backend, calls its ops, and gives an array or a tuple of them. It reads nothing
-        that changes but its arguments and what it has read in place before (the cache), reads no value on the host, and may be run
-        again with the same arguments. What is given may run it when it is first called, capture what it does, and
-        from then on repeat that on buffers of its own: results hold until the next call. Where that cannot be had, it runs
-        ``function`` each time, which is the default; it never repeats anything that has become wrong.
+        ``function`` takes arrays of this backend, calls its ops, and gives an array or a tuple of
+        them. It reads nothing that changes but its arguments and what it has read in place before
+        (the cache), reads no value on the host, and may be run again with the same arguments. What
+        is given may run it when it is first called, capture what it does, and from then on repeat
+        that on buffers of its own: results hold until the next call. Where that cannot be had, it
+        runs ``function`` each time, which is the default; it never repeats anything that has become
+        wrong.
         """
 
         def run(*hosts: Host) -> Any:
@@ -239,7 +268,8 @@ class Backend(EveryOp):
         return run
 
     def process_group(self, where: Rendezvous) -> ProcessGroup:
-        """Reach the store that the ranks of a run share, through the backend's own library; importing it is done here.
+        """Reach the store that the ranks of a run share, through the backend's own library;
+        importing it is done here.
 
         Raises ``BackendError`` where this backend cannot run as one of several ranks.
         """
@@ -249,19 +279,23 @@ class Backend(EveryOp):
         )
 
     def load(self, weight: Host | ScaledArray) -> Any:
-        """Take over a weight of the checkpoint; memory-mapped, so reading it here or later is the backend's choice."""
+        """Take over a weight of the checkpoint; memory-mapped, so reading it here or later is the
+        backend's choice.
+        """
         if isinstance(weight, ScaledArray):
             return ScaledArray(self.from_numpy(weight.data), self.from_numpy(weight.scale), weight.format)
         return self.from_numpy(weight)
 
     def load_experts(self, experts: Experts) -> Experts:
-        """Take over one projection of all routed experts. The default loads each expert when it is first used."""
+        """Take over one projection of all routed experts. The default loads each expert when it is
+        first used.
+        """
         return Experts(_LoadOnUse(self, experts))
 
 
 class _LoadOnUse(Sequence[Any]):
-    """Experts that are loaded one by one; shape and dtype come from the first, whose bytes stay untouched until it is
-    used.
+    """Experts that are loaded one by one; shape and dtype come from the first, whose bytes stay
+    untouched until it is used.
     """
 
     def __init__(self, backend: Backend, experts: Experts) -> None:

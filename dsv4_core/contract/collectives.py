@@ -1,4 +1,6 @@
-"""What a backend brings so that several processes can run one model: a store that they share, and collectives on its arrays."""
+"""What a backend brings so that several processes can run one model: a store that they share, and
+collectives on its arrays.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class Store(Protocol):
 
 
 class Group(Protocol):
-    """Some of the ranks, and collectives on one backend's arrays among them; every member calls each, in one order.
+    """Some of the ranks, and collectives on one backend's arrays among them; every member calls
+    each, in one order.
 
     All raise ``ConnectionError`` where a member cannot be reached.
     """
@@ -36,11 +39,15 @@ class Group(Protocol):
         """Stack the members' arrays, of one shape and dtype: [size, ...]."""
 
     def all_to_all(self, parts: Sequence[Array], send: Sequence[int], receive: Sequence[int]) -> list[Array]:
-        """Give the next ``send[m]`` rows of every array to member m, and get ``receive[m]`` from it; 0 is possible."""
+        """Give the next ``send[m]`` rows of every array to member m, and get ``receive[m]`` from
+        it; 0 is possible.
+        """
 
 
 class ProcessGroup(Protocol):
-    """All ranks, as a backend's library connects them. ``holder``: the rank in whose process ``store`` lives, if any."""
+    """All ranks, as a backend's library connects them. ``holder``: the rank in whose process
+    ``store`` lives, if any.
+    """
 
     rank: int
     ranks: int
@@ -51,7 +58,9 @@ class ProcessGroup(Protocol):
         """Connect with all other ranks, which do the same."""
 
     def groups(self, members: Sequence[Sequence[int]]) -> Group:
-        """Make groups that together hold every rank once, which every rank does in one order; give this rank's."""
+        """Make groups that together hold every rank once, which every rank does in one order; give
+        this rank's.
+        """
 
     def dequantise(self, codes: Array, scale: Array, *, block: int) -> Array:
         """Undo ``act_quant``, exactly, in the activation dtype."""

@@ -1,4 +1,6 @@
-"""What is said of a backend on this machine. Imports nothing, so that a backend can be looked at without its libraries."""
+"""What is said of a backend on this machine. Imports nothing, so that a backend can be looked at
+without its libraries.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ Status = Literal["runs", "simulates only", "cannot run"]
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One line of `dsv4 doctor`: what was looked at, what was found, and (where something is wrong) what to do."""
+    """One line of `dsv4 doctor`: what was looked at, what was found, and (where something is wrong)
+    what to do.
+    """
 
     what: str
     found: str
@@ -19,10 +23,12 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Look:
-    """Whether a backend can run here as far as files and metadata tell, why not, and what was looked at.
+    """Whether a backend can run here as far as files and metadata tell, why not, and what was
+    looked at.
 
-    ``simulates only``: its device is not here, and it can stand in for it on a CPU. A backend says so by a function without
-    arguments that gives a ``Look``, under its own name in the entry points ``dsv4.looks``; that module loads no library.
+    ``simulates only``: its device is not here, and it can stand in for it on a CPU. A backend says
+    so by a function without arguments that gives a ``Look``, under its own name in the entry points
+    ``dsv4.looks``; that module loads no library.
     """
 
     status: Status

@@ -1,8 +1,9 @@
 """Number formats: names, rounding, power-of-two scales, packed FP4 and block-scaled weights.
 
-A dtype is a name, ml_dtypes' own (``"bfloat16"``, ``"float8_e4m3fn"`` ...), because every library has an object of its
-own for each and old ones lack some. Quantised data is *bytes*: E4M3 codes, E8M0 scales and packed pairs of E2M1 are
-``uint8`` arrays, and the contract that takes them says which they are.
+A dtype is a name, ml_dtypes' own (``"bfloat16"``, ``"float8_e4m3fn"`` ...), because every library
+has an object of its own for each and old ones lack some. Quantised data is *bytes*: E4M3 codes,
+E8M0 scales and packed pairs of E2M1 are ``uint8`` arrays, and the contract that takes them says
+which they are.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Format = Literal["e4m3", "e2m1", "int8"]
-"""Of quantised weights: the published FP8 and FP4, and W8A8, which `dsv4 convert --to w8a8-int8` makes."""
+"""Of quantised weights: the published FP8 and FP4, and W8A8, which `dsv4 convert --to w8a8-int8`
+makes.
+"""
 Host = npt.NDArray[Any]
-"""An array in host memory: what core computes addresses and tables with, before a backend takes it over."""
+"""An array in host memory: what core computes addresses and tables with, before a backend takes it
+over.
+"""
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FORMAT_MAX: dict[Format, float] = {"e4m3": 448.0, "e2m1": 6.0}
@@ -44,8 +49,8 @@ E2M1_PAIRS: npt.NDArray[np.float32] = np.stack([np.tile(E2M1_VALUES, 16), np.rep
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """Give NumPy's dtype object for a dtype name; raise ``ValueError`` for a name that neither NumPy nor ml_dtypes
-    knows.
+    """Give NumPy's dtype object for a dtype name; raise ``ValueError`` for a name that neither
+    NumPy nor ml_dtypes knows.
     """
     try:
         return np.dtype(getattr(ml_dtypes, name, name))
@@ -56,15 +61,19 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 
 def dtype_name(array: Any) -> str:
-    """Name the dtype of any library's array: ``torch.bfloat16`` and ml_dtypes' ``bfloat16`` are both ``"bfloat16"``."""
+    """Name the dtype of any library's array: ``torch.bfloat16`` and ml_dtypes' ``bfloat16`` are
+    both ``"bfloat16"``.
+    """
     return str(array.dtype).removeprefix("torch.")
 
 
 def power_of_two_scale(amax: Host, fmt: Format) -> npt.NDArray[np.uint8]:
-    """Give the E8M0 byte of the smallest power of two s with ``amax / s <= max`` of the format, from float32 bits.
+    """Give the E8M0 byte of the smallest power of two s with ``amax / s <= max`` of the format,
+    from float32 bits.
 
-    ``s = 2 ** ceil(log2(amax * float32(1 / max)))``: the biased exponent, plus one where any mantissa bit is set.
-    ``amax`` is raised to the format's floor first. Source: the published quantisation kernels' rounding of scales.
+    ``s = 2 ** ceil(log2(amax * float32(1 / max)))``: the biased exponent, plus one where any
+    mantissa bit is set. ``amax`` is raised to the format's floor first. Source: the published
+    quantisation kernels' rounding of scales.
     """
     amax32 = np.maximum(amax.astype(np.float32), np.float32(AMAX_FLOOR[fmt]))
     bits = (amax32 * np.float32(1 / FORMAT_MAX[fmt])).view(np.uint32)
@@ -72,7 +81,8 @@ def power_of_two_scale(amax: Host, fmt: Format) -> npt.NDArray[np.uint8]:
 
 
 def encode(x: Host, fmt: Format) -> npt.NDArray[np.uint8]:
-    """Clamp to the format's largest value and round to nearest even: one code a byte (FP4 unpacked).
+    """Clamp to the format's largest value and round to nearest even: one code a byte (FP4
+    unpacked).
 
     NaN stays NaN in E4M3.
     """
@@ -84,8 +94,8 @@ def encode(x: Host, fmt: Format) -> npt.NDArray[np.uint8]:
 
 
 def round_to_grid(x: Host, fmt: Format) -> Host:
-    """``decode(encode(x))`` in ``x``'s own dtype (float32 or float64), by arithmetic alone: clamp, then to nearest even
-    on the format's grid.
+    """``decode(encode(x))`` in ``x``'s own dtype (float32 or float64), by arithmetic alone: clamp,
+    then to nearest even on the format's grid.
     """
     top = x.dtype.type(FORMAT_MAX[fmt])
     mantissa, smallest = (3, 2.0**-6) if fmt == "e4m3" else (1, 1.0)  # bits; least normal number
@@ -107,7 +117,9 @@ def pack_fp4(codes: Host) -> npt.NDArray[np.uint8]:
 
 @functools.cache
 def _two_bytes(fmt: Format) -> Host:
-    """Values of every pair of bytes, as one element of 8 (two E4M3) or 16 bytes (four E2M1): halves the look-ups."""
+    """Values of every pair of bytes, as one element of 8 (two E4M3) or 16 bytes (four E2M1): halves
+    the look-ups.
+    """
     one = E4M3_VALUES[:, None] if fmt == "e4m3" else E2M1_PAIRS
     both = np.concatenate(
         [np.tile(one, (256, 1)), np.repeat(one, 256, axis=0)], axis=1
@@ -116,7 +128,9 @@ def _two_bytes(fmt: Format) -> Host:
 
 
 def unpack(stored: Host, fmt: Format) -> npt.NDArray[np.float32]:
-    """Values [..., n] in float32 of codes as they are stored: E4M3 one a byte [..., n], E2M1 two a byte [..., n / 2]."""
+    """Values [..., n] in float32 of codes as they are stored: E4M3 one a byte [..., n], E2M1 two a
+    byte [..., n / 2].
+    """
     if stored.shape[-1] % 2 or sys.byteorder != "little":
         return decode(stored, fmt) if fmt == "e4m3" else E2M1_PAIRS[stored].reshape(*stored.shape[:-1], -1)
     return np.take(_two_bytes(fmt), np.ascontiguousarray(stored).view(np.uint16)).view(np.float32)
@@ -126,9 +140,10 @@ def unpack(stored: Host, fmt: Format) -> npt.NDArray[np.float32]:
 class ScaledArray:
     """A quantised weight, packed as in the checkpoint: codes and their scales.
 
-    ``data``: uint8, E4M3 codes [..., out, in] or E2M1 pairs [..., out, in / 2]; int8 [..., out, in]. ``scale``: uint8 E8M0,
-    [..., ceil(out / 128), ceil(in / 128)] for E4M3, [..., out, in / 32] for E2M1; float32 [..., out], one per output
-    channel, for int8. Either may be any backend's array.
+    ``data``: uint8, E4M3 codes [..., out, in] or E2M1 pairs [..., out, in / 2]; int8 [..., out,
+    in]. ``scale``: uint8 E8M0, [..., ceil(out / 128), ceil(in / 128)] for E4M3, [..., out, in / 32]
+    for E2M1; float32 [..., out], one per output channel, for int8. Either may be any backend's
+    array.
     """
 
     data: Any
@@ -156,13 +171,15 @@ class ScaledArray:
         return ScaledArray(self.data[index], self.scale[index], self.format)
 
     def rows(self, start: int, stop: int) -> ScaledArray:
-        """Rows ``start .. stop - 1`` of [out, in]; ``start`` is a multiple of the scale grid's height."""
+        """Rows ``start .. stop - 1`` of [out, in]; ``start`` is a multiple of the scale grid's
+        height.
+        """
         height = FP8_BLOCK if self.format == "e4m3" else 1
         return ScaledArray(self.data[start:stop], self.scale[start // height : -(-stop // height)], self.format)
 
     def dequantise(self, dtype: str = "float32") -> Host:
-        """Multiply codes by scales, exactly (a product of two powers-of-two grids; int8: rounded to ``dtype``): [out, in].
-        Host arrays only.
+        """Multiply codes by scales, exactly (a product of two powers-of-two grids; int8: rounded to
+        ``dtype``): [out, in]. Host arrays only.
         """
         out, cols = self.shape
         if self.format == "int8":
@@ -178,8 +195,8 @@ class ScaledArray:
 
 
 def quantise_weight(weight: Host, fmt: Format) -> ScaledArray:
-    """Quantise [out, in] (in a multiple of 32) in the checkpoint's own grids: FP8 in 128 x 128 blocks, FP4 in groups of
-    32.
+    """Quantise [out, in] (in a multiple of 32) in the checkpoint's own grids: FP8 in 128 x 128
+    blocks, FP4 in groups of 32.
     """
     out, cols = weight.shape
     wide = weight.astype(np.float32)
@@ -199,8 +216,8 @@ def quantise_weight(weight: Host, fmt: Format) -> ScaledArray:
 def quantise_int8(weight: Host) -> ScaledArray:
     """Quantise [out, in] to int8, symmetric, one scale per output channel: lossy.
 
-    A scale is the least BF16 number at or above ``max |row| / 127`` (1 for a row of zeros), stored as float32: kernels that
-    return BF16 take their scales in BF16, and so nobody rounds them again.
+    A scale is the least BF16 number at or above ``max |row| / 127`` (1 for a row of zeros), stored
+    as float32: kernels that return BF16 take their scales in BF16, and so nobody rounds them again.
     """
     wide = weight.astype(np.float32)
     least = np.abs(wide).max(1) / np.float32(INT8_MAX)
@@ -210,10 +227,11 @@ def quantise_int8(weight: Host) -> ScaledArray:
 
 
 def quantise_tokens(x: Host) -> tuple[Host, npt.NDArray[np.float32]]:
-    """Activations of W8A8, [tokens, in]: whole numbers in float32 and a scale per token, ``max |row| / 127`` (1 for zeros).
+    """Activations of W8A8, [tokens, in]: whole numbers in float32 and a scale per token, ``max
+    |row| / 127`` (1 for zeros).
 
-    Both divisions in float32 and the quotient to nearest even, whatever the mode: a value at half a step has to fall the same
-    way everywhere.
+    Both divisions in float32 and the quotient to nearest even, whatever the mode: a value at half a
+    step has to fall the same way everywhere.
     """
     wide = x.astype(np.float32)
     scale = np.abs(wide).max(1, initial=0) / np.float32(INT8_MAX)
@@ -228,7 +246,9 @@ def format_of(dtype: str) -> Format | None:
 
 
 class Experts:
-    """The weights of one projection of all routed experts: item e is expert e's [out, in], read when it is first used."""
+    """The weights of one projection of all routed experts: item e is expert e's [out, in], read
+    when it is first used.
+    """
 
     def __init__(self, experts: Sequence[Any]) -> None:
         self.experts = experts
@@ -252,10 +272,10 @@ class Experts:
 class RowLayout:
     """How a row is stored in the cache.
 
-    ``kv``: key/value row of ``dim`` channels, the last ``rope_dim`` as BF16, the others as E4M3 in blocks of 64: codes,
-    then E8M0 scales padded to 8 bytes, then the BF16 channels. ``key``: indexer key of ``dim`` channels: E2M1 pairs,
-    then one E8M0 scale per 32. ``plain``: the array's own dtype, nothing packed (exact modes, and the compressor's
-    float32 state).
+    ``kv``: key/value row of ``dim`` channels, the last ``rope_dim`` as BF16, the others as E4M3 in
+    blocks of 64: codes, then E8M0 scales padded to 8 bytes, then the BF16 channels. ``key``:
+    indexer key of ``dim`` channels: E2M1 pairs, then one E8M0 scale per 32. ``plain``: the array's
+    own dtype, nothing packed (exact modes, and the compressor's float32 state).
     """
 
     kind: Literal["kv", "key", "plain"]
@@ -264,7 +284,9 @@ class RowLayout:
 
     @property
     def width(self) -> int:
-        """Elements of a stored row: bytes if packed, ``dim`` if plain. 584 for kv 512/64, 68 for a key of 128."""
+        """Elements of a stored row: bytes if packed, ``dim`` if plain. 584 for kv 512/64, 68 for a
+        key of 128.
+        """
         if self.kind == "plain":
             return self.dim
         if self.kind == "key":

@@ -1,4 +1,6 @@
-"""What can be said of a backend without loading its libraries: `dsv4 backends` and `dsv4 doctor` both say this."""
+"""What can be said of a backend without loading its libraries: `dsv4 backends` and `dsv4 doctor`
+both say this.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from dsv4_core.contract.spec import BackendError
 
 
 def look(name: str) -> Look:
-    """Look at an installed backend: its requirements by metadata, then what it says itself. Raises nothing."""
+    """Look at an installed backend: its requirements by metadata, then what it says itself. Raises
+    nothing.
+    """
     backend = registry.installed()[name]
     if backend.problem:
         return Look("cannot run", backend.problem)

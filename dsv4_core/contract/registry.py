@@ -85,7 +85,9 @@ class Entry(NamedTuple):
 
 @functools.cache
 def _read() -> tuple[dict[str, list[Entry]], tuple[str, ...]]:
-    """Give the entry points of dsv4's groups, and a line for each distribution that cannot be read. Imports nothing."""
+    """Give the entry points of dsv4's groups, and a line for each distribution that cannot be read.
+    Imports nothing.
+    """
     found: dict[str, list[Entry]] = {group: [] for group in _GROUPS}
     faults: list[str] = []
     seen: set[str] = set()
@@ -110,7 +112,9 @@ def _read() -> tuple[dict[str, list[Entry]], tuple[str, ...]]:
 
 
 def entries(group: str) -> dict[str, list[Entry]]:
-    """Entry points of a group by name: of several the one that is dsv4's own alone, which no other can replace."""
+    """Entry points of a group by name: of several the one that is dsv4's own alone, which no other
+    can replace.
+    """
     found: dict[str, list[Entry]] = {}
     for entry in _read()[0][group]:
         found.setdefault(printable(entry.point.name), []).append(entry)
@@ -118,7 +122,9 @@ def entries(group: str) -> dict[str, list[Entry]]:
 
 
 def faults() -> list[str]:
-    """Say in a line each what is wrong with installed distributions that register something: broken, or a clash of names."""
+    """Say in a line each what is wrong with installed distributions that register something:
+    broken, or a clash of names.
+    """
     found, lines = _read()
     said = [*lines]
     for group in _GROUPS:
@@ -139,14 +145,18 @@ def _clash(group: str, name: str, same: Sequence[Entry]) -> str:
 
 
 def loaded(entry: Entry) -> Any:
-    """Import what an entry point names; raise ``BackendError`` naming the distribution, whatever goes wrong."""
+    """Import what an entry point names; raise ``BackendError`` naming the distribution, whatever
+    goes wrong.
+    """
     with blaming(f"{entry.point.name!r} of distribution {entry.distribution}", "failed to import"):
         return entry.point.load()
 
 
 @contextmanager
 def blaming(who: str, did: str) -> Iterator[None]:
-    """Turn whatever others' code raises, an exit included, into a ``BackendError`` that begins with ``who`` and ``did``."""
+    """Turn whatever others' code raises, an exit included, into a ``BackendError`` that begins with
+    ``who`` and ``did``.
+    """
     try:
         yield
     except (BackendError, KeyboardInterrupt, GeneratorExit):
@@ -157,7 +167,9 @@ def blaming(who: str, did: str) -> Iterator[None]:
 
 
 def _found(requirement: Requirement) -> bool:
-    """Look for a requirement in metadata, whatever its modules are called; without metadata (a source checkout) for its module."""
+    """Look for a requirement in metadata, whatever its modules are called; without metadata (a
+    source checkout) for its module.
+    """
     try:
         version = metadata.version(requirement.name)
         return version is None or requirement.specifier.contains(version, prereleases=True)
@@ -201,8 +213,8 @@ def _only_with(requirement: Requirement, extra: str) -> bool:
 
 
 def backend_class(name: str) -> type[Backend]:
-    """Import the chosen backend, and no other; raise ``BackendError`` where it is unknown, lacks a library or fails to
-    import.
+    """Import the chosen backend, and no other; raise ``BackendError`` where it is unknown, lacks a
+    library or fails to import.
     """
     known = installed()
     if name not in known:
@@ -239,8 +251,9 @@ def backend_class(name: str) -> type[Backend]:
 
 
 def create(name: str, /, **options: Any) -> Backend:
-    """Construct a backend; options that are None are left to its defaults. Raise ``BackendError`` where its constructor
-    fails, whatever it raises, and ``ValueError`` where that is about an option.
+    """Construct a backend; options that are None are left to its defaults. Raise ``BackendError``
+    where its constructor fails, whatever it raises, and ``ValueError`` where that is about an
+    option.
     """
     cls = backend_class(name)
     given = cls.read_options({name: value for name, value in options.items() if name != "numerics"})
@@ -264,18 +277,22 @@ def create(name: str, /, **options: Any) -> Backend:
 
 
 class Oracle(Protocol):
-    """What results are judged by: every op in a wider format than any backend's, unrounded, and its sensitivity to
-    rounding.
+    """What results are judged by: every op in a wider format than any backend's, unrounded, and its
+    sensitivity to rounding.
     """
 
     def evaluate(
         self, op: str, operands: Sequence[Any], scalars: Mapping[str, Any], *, samples: int, seed: int
     ) -> tuple[Any, list[Any]]:
-        """Give the op's exact result on host operands, and ``samples`` results perturbed as the contract allows."""
+        """Give the op's exact result on host operands, and ``samples`` results perturbed as the
+        contract allows.
+        """
 
 
 def oracle_entry() -> Entry:
-    """The oracle that judges: dsv4's own, or the one that DSV4_ORACLE names. No distribution becomes it by being installed."""
+    """The oracle that judges: dsv4's own, or the one that DSV4_ORACLE names. No distribution
+    becomes it by being installed.
+    """
     name = os.environ.get("DSV4_ORACLE")
     found = entries(ORACLES)
     own = [same for same in found.values() if same[0].distribution == OWN]
@@ -299,14 +316,16 @@ def oracle_entry() -> Entry:
 
 
 def oracle(numerics: Numerics, narrower: Mapping[str, tuple[str, ...]]) -> Oracle:
-    """Construct the oracle for a mode and a backend's declared narrower intermediates: dsv4's own, unless DSV4_ORACLE
-    names another that is installed (entry points ``dsv4.oracles``).
+    """Construct the oracle for a mode and a backend's declared narrower intermediates: dsv4's own,
+    unless DSV4_ORACLE names another that is installed (entry points ``dsv4.oracles``).
     """
     return cast("Oracle", loaded(oracle_entry())(numerics=numerics, narrower=narrower))
 
 
 def reference() -> type[Backend]:
-    """Import the backend that the oracle is made of: it is registered under the oracle's own name."""
+    """Import the backend that the oracle is made of: it is registered under the oracle's own
+    name.
+    """
     return backend_class(oracle_entry().point.name)
 
 
@@ -319,7 +338,8 @@ class Choice:
 
 
 def choose(flag: str | None, *, directory: Path | None = None) -> Choice:
-    """Choose by ``--backend``, then ``DSV4_BACKEND``, then ``[run] backend`` in dsv4.toml, then auto.
+    """Choose by ``--backend``, then ``DSV4_BACKEND``, then ``[run] backend`` in dsv4.toml, then
+    auto.
 
     Nothing is imported.
     """
@@ -348,7 +368,9 @@ def _configured(path: Path) -> str | None:
 
 
 def _auto() -> Choice:
-    """Take a device's backend where its libraries and its device node are there, else the reference."""
+    """Take a device's backend where its libraries and its device node are there, else the
+    reference.
+    """
     known = installed()
     for name, device in (("ascend", "/dev/davinci0"), ("cuda", "/dev/nvidia0")):
         if name in known and not known[name].missing and Path(device).exists():

@@ -1,4 +1,6 @@
-"""Where the ranks of a run meet: the environment variables that torchrun sets, and that anyone else can."""
+"""Where the ranks of a run meet: the environment variables that torchrun sets, and that anyone else
+can.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ MOST_RANKS = 65536  # beyond any cut that the published models allow
 class Rendezvous:
     """This process's rank among ``ranks``, and the store at ``host:port``.
 
-    ``hosted``: the launcher holds the store (torchrun does); else rank 0 does. ``attempt``: how often the launcher has
-    restarted the ranks, whose store then still holds what the last ones wrote.
+    ``hosted``: the launcher holds the store (torchrun does); else rank 0 does. ``attempt``: how
+    often the launcher has restarted the ranks, whose store then still holds what the last ones
+    wrote.
     """
 
     rank: int
@@ -32,7 +35,8 @@ class Rendezvous:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Rendezvous | None:
-        """Read RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; None where there is no RANK or only one rank.
+        """Read RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; None where there is no RANK or only one
+        rank.
 
         Raises ``ValueError`` naming what is missing or no number.
         """
@@ -74,7 +78,9 @@ class Rendezvous:
 
     @property
     def on_one_host(self) -> bool:
-        """Whether the store is reached over the loopback interface, so that all ranks are on this host."""
+        """Whether the store is reached over the loopback interface, so that all ranks are on this
+        host.
+        """
         return self.host in {"localhost", "::1"} or self.host.startswith("127.")
 
     @property

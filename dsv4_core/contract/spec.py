@@ -1,4 +1,6 @@
-"""What a contract is made of: the Array protocol, the ``@op`` declaration and the record it leaves."""
+"""What a contract is made of: the Array protocol, the ``@op`` declaration and the record it
+leaves.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ Judgement = Literal["exact", "rounded", "discrete"]
 
 
 class Array(Protocol):
-    """All that the graph may do with an array; ``numpy.ndarray`` and ``torch.Tensor`` satisfy it as they are."""
+    """All that the graph may do with an array; ``numpy.ndarray`` and ``torch.Tensor`` satisfy it as
+    they are.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -39,8 +43,9 @@ class Operand(NamedTuple):
 
 
 class Support(NamedTuple):
-    """A backend's answer about one op: ``by`` says which implementation would run it, ``reason`` why none does, ``proof``
-    how far that implementation was proven and what it rests on, where the backend keeps account of it.
+    """A backend's answer about one op: ``by`` says which implementation would run it, ``reason``
+    why none does, ``proof`` how far that implementation was proven and what it rests on, where the
+    backend keeps account of it.
     """
 
     by: str = ""
@@ -52,7 +57,9 @@ class Support(NamedTuple):
 
 
 class BackendError(RuntimeError):
-    """A backend that cannot be had or cannot run what was asked: the message says which, why, and what to do."""
+    """A backend that cannot be had or cannot run what was asked: the message says which, why, and
+    what to do.
+    """
 
 
 class UnsupportedOpError(NotImplementedError):
@@ -64,7 +71,9 @@ Tier = Literal["smoke", "standard", "full"]
 
 @dataclass(frozen=True)
 class OpSpec:
-    """One contract, as declared: everything that documents, the planner and the conformance suite know about an op."""
+    """One contract, as declared: everything that documents, the planner and the conformance suite
+    know about an op.
+    """
 
     name: str
     family: str
@@ -117,22 +126,25 @@ def op(
 ) -> Callable[[F], F]:
     """Declare the method below as a contract.
 
-    ``axes``: the named axes of each array operand, e.g. ``"tokens dim"``; an axis may be an integer or an expression in
-    names of other axes and scalars (``"tokens*topk"``, ``"experts+1"``). A trailing ``?`` on the whole marks an operand
-    that may be None. ``returns``: the axes of the result or results ("" for none). ``dtypes``: per operand and for
-    ``return`` (one entry for all results, or ``return.0`` ...): ``act`` (bfloat16; float32 or float64 in the exact
-    modes), ``wide`` (float32; float64 in float64 mode), a dtype name, ``weight`` (an array or ``ScaledArray``),
-    ``cache`` (uint8 packed, or the dtype that a plain layout stores) or ``out_dtype`` (the scalar of that name).
-    ``mutates``: operands that a backend may write in place and give back, instead of another array; the results are these,
-    in order. ``accumulate``: the least precise format that sums may be kept in. ``narrower``: what a backend may declare narrower
-    than that. ``fused``: the body is the default, written in required ops; otherwise the body is never run and a
-    backend that leaves the op out raises ``UnsupportedOpError``.
+    ``axes``: the named axes of each array operand, e.g. ``"tokens dim"``; an axis may be an integer
+    or an expression in names of other axes and scalars (``"tokens*topk"``, ``"experts+1"``). A
+    trailing ``?`` on the whole marks an operand that may be None. ``returns``: the axes of the
+    result or results ("" for none). ``dtypes``: per operand and for ``return`` (one entry for all
+    results, or ``return.0`` ...): ``act`` (bfloat16; float32 or float64 in the exact modes),
+    ``wide`` (float32; float64 in float64 mode), a dtype name, ``weight`` (an array or
+    ``ScaledArray``), ``cache`` (uint8 packed, or the dtype that a plain layout stores) or
+    ``out_dtype`` (the scalar of that name). ``mutates``: operands that a backend may write in place
+    and give back, instead of another array; the results are these, in order. ``accumulate``: the
+    least precise format that sums may be kept in. ``narrower``: what a backend may declare narrower
+    than that. ``fused``: the body is the default, written in required ops; otherwise the body is
+    never run and a backend that leaves the op out raises ``UnsupportedOpError``.
 
-    The counting rule, in the same names: ``work`` gives operations by what they are done in: an array operand's name
-    (as precise as it and the numerics make the product), ``act``, ``fp4`` (both sides on the FP4 grid in native mode)
-    or ``vector`` (elementwise, wide). A product and its sum are two. ``reads`` and ``writes`` give the part of an
-    operand that is touched, where it is not all of it, respectively none; ``distinct(rows, n)`` is how many of n
-    experts get any of ``rows`` token copies. A fused op is counted through its default.
+    The counting rule, in the same names: ``work`` gives operations by what they are done in: an
+    array operand's name (as precise as it and the numerics make the product), ``act``, ``fp4``
+    (both sides on the FP4 grid in native mode) or ``vector`` (elementwise, wide). A product and its
+    sum are two. ``reads`` and ``writes`` give the part of an operand that is touched, where it is
+    not all of it, respectively none; ``distinct(rows, n)`` is how many of n experts get any of
+    ``rows`` token copies. A fused op is counted through its default.
     """
     results = (returns,) if isinstance(returns, str) else returns
 
@@ -182,5 +194,7 @@ class Ops:
 
     @property
     def wide_dtype(self) -> str:
-        """Dtype inside ops and of scores, states and logits: ``float32``, or ``float64`` in float64 mode."""
+        """Dtype inside ops and of scores, states and logits: ``float32``, or ``float64`` in float64
+        mode.
+        """
         return "float64" if self.numerics == "float64" else "float32"

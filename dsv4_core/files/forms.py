@@ -1,7 +1,8 @@
-"""The forms of the files that are read: which keys a file must have, their types and their ranges. What they mean is
-said where they are used.
+"""The forms of the files that are read: which keys a file must have, their types and their ranges.
+What they mean is said where they are used.
 
-Names and other strings that reach messages may hold no control characters, so that no file writes to a terminal.
+Names and other strings that reach messages may hold no control characters, so that no file writes
+to a terminal.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ Figure = Annotated[float, Meta(ge=1e-6, le=1e9)]  # of a machine: from a toy's t
 Real = Annotated[float, Meta(ge=-1e30, le=1e30)]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{8,128}\Z")]
 FileName = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f-\x9f/\\]+\Z")]
-"""Of a file in the same directory: no separator, and so no way out of it; ``.`` and ``..`` are directories, which reading refuses."""
+"""Of a file in the same directory: no separator, and so no way out of it; ``.`` and ``..`` are
+directories, which reading refuses.
+"""
 
 
 class Form(msgspec.Struct):
@@ -58,7 +61,9 @@ class Rope(Form):
 
 
 class Config(Form):
-    """``config.json``: every key that is read, where it is there. Which of them must be is the configuration's business."""
+    """``config.json``: every key that is read, where it is there. Which of them must be is the
+    configuration's business.
+    """
 
     vocab_size: Size | UnsetType = UNSET
     hidden_size: Annotated[int, Meta(ge=1, le=1 << 20)] | UnsetType = UNSET

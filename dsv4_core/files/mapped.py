@@ -1,8 +1,9 @@
 """Mapped files that change under us.
 
-A page past the end of a file that became shorter raises the signal SIGBUS where it is read. A handler says which file it
-was and ends the process with a status of its own; it costs nothing until then. A file that was written over in place shows
-in its stamp, which is looked at when loading and when a run ends; one that was replaced (renamed over) stays as it was mapped.
+A page past the end of a file that became shorter raises the signal SIGBUS where it is read. A
+handler says which file it was and ends the process with a status of its own; it costs nothing until
+then. A file that was written over in place shows in its stamp, which is looked at when loading and
+when a run ends; one that was replaced (renamed over) stays as it was mapped.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ _open: weakref.WeakSet[Mapped] = weakref.WeakSet()
 
 
 class Mapped:
-    """A regular file mapped for reading, as it was when its header was read; ``stamp`` says when that was."""
+    """A regular file mapped for reading, as it was when its header was read; ``stamp`` says when
+    that was.
+    """
 
     def __init__(self, path: Path, stamp: tuple[int, ...]) -> None:
         """Raise ``FileError`` where the file is another one by now."""
@@ -46,7 +49,9 @@ class Mapped:
 
 
 def of(status: os.stat_result) -> tuple[int, ...]:
-    """Device, inode, size and time of the last write, in ns: what tells a file from another at the same path."""
+    """Device, inode, size and time of the last write, in ns: what tells a file from another at the
+    same path.
+    """
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -70,10 +75,12 @@ _watching = threading.Event()
 
 
 def watch() -> None:
-    """Set the handler, once. It is one of the C library: Python's own only run once the faulting read has returned.
+    """Set the handler, once. It is one of the C library: Python's own only run once the faulting
+    read has returned.
 
-    It may do what a handler usually may not (allocate, take Python's lock), because the signal comes from the very
-    instruction that reads a weight, never from inside the allocator or the interpreter.
+    It may do what a handler usually may not (allocate, take Python's lock), because the signal
+    comes from the very instruction that reads a weight, never from inside the allocator or the
+    interpreter.
     """
     if not _watching.is_set():
         _watching.set()

@@ -1,4 +1,6 @@
-"""Lines of Markdown: prose is kept to 100 characters, in what people write and in what is made from code."""
+"""Lines of Markdown: prose is kept to 100 characters, in what people write and in what is made from
+code.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ _KEPT = ("|", "#", "<", "    ", "!")  # tables, headings, comments, code, pictur
 
 
 def in_lines(text: str) -> str:
-    """Wrap paragraphs and items of lists that have a longer line; leave all else, and lines with a hard break, as they are."""
+    """Wrap paragraphs and items of lists that have a longer line; leave all else, and lines with a
+    hard break, as they are.
+    """
     lines: list[str] = []
     paragraph: list[str] = []
     code = False

@@ -1,7 +1,9 @@
-"""Reading files that may be anything: regular files alone, of a size that is bounded, checked against a form.
+"""Reading files that may be anything: regular files alone, of a size that is bounded, checked
+against a form.
 
-Every error is a ``FileError`` whose text begins with the file's path. Forms are msgspec types: a key that a form names
-must have its type and range, keys that it does not name are left alone (files of this kind grow).
+Every error is a ``FileError`` whose text begins with the file's path. Forms are msgspec types: a
+key that a form names must have its type and range, keys that it does not name are left alone (files
+of this kind grow).
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class FileError(ValueError):
 
 
 def regular(path: Path) -> int:
-    """Give the size of a regular file; raise ``FileError`` for a directory, a pipe, a socket or a device.
+    """Give the size of a regular file; raise ``FileError`` for a directory, a pipe, a socket or a
+    device.
 
     Raises ``FileNotFoundError`` and other ``OSError`` as the system gives them.
     """
@@ -49,7 +52,9 @@ def regular(path: Path) -> int:
 
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """Open a regular file for reading, as a descriptor; a pipe that takes its place in between does not block."""
+    """Open a regular file for reading, as a descriptor; a pipe that takes its place in between does
+    not block.
+    """
     regular(path)
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -90,12 +95,16 @@ def text(path: Path, most: int = MOST) -> str:
 
 
 def json_file(path: Path, form: type[T], advice: str, *, most: int = MOST) -> T:
-    """Read a JSON file as ``form``; ``advice`` completes every message: what the reader should do."""
+    """Read a JSON file as ``form``; ``advice`` completes every message: what the reader should
+    do.
+    """
     return json_text(contents(path, most), form, f"{path}", advice)
 
 
 def json_text(data: bytes | str, form: type[T], name: str, advice: str) -> T:
-    """Read JSON of at most ``DEEPEST`` levels as ``form`` (``object``: any); ``name`` begins every message."""
+    """Read JSON of at most ``DEEPEST`` levels as ``form`` (``object``: any); ``name`` begins every
+    message.
+    """
     raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
     if _deepest(raw) > DEEPEST:
         raise FileError(f"{name}: nested over {DEEPEST} levels deep; {advice}")
@@ -115,7 +124,9 @@ def _decoded(raw: bytes) -> Any:
 
 
 def checked(values: Any, form: type[T], name: str, advice: str) -> T:
-    """Hold plain values (of JSON or TOML) to a form; raise ``FileError`` saying which key breaks what."""
+    """Hold plain values (of JSON or TOML) to a form; raise ``FileError`` saying which key breaks
+    what.
+    """
     try:
         return msgspec.convert(values, form)
     except (msgspec.ValidationError, RecursionError, OverflowError) as error:
@@ -123,7 +134,9 @@ def checked(values: Any, form: type[T], name: str, advice: str) -> T:
 
 
 def toml_file(path: Path, form: type[T], advice: str) -> T:
-    """Read a TOML file as ``form``; a key that the form does not name is an error where the form forbids it."""
+    """Read a TOML file as ``form``; a key that the form does not name is an error where the form
+    forbids it.
+    """
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -139,7 +152,8 @@ def toml_file(path: Path, form: type[T], advice: str) -> T:
 
 
 def integers(path: Path, advice: str) -> npt.NDArray[Any]:
-    """Read a .npy file of integers, of at least one element; its header is held against the file's size first.
+    """Read a .npy file of integers, of at least one element; its header is held against the file's
+    size first.
 
     No pickle is ever read.
     """
@@ -222,7 +236,9 @@ _KINDS = {
 
 
 def inside(directory: Path, name: str, who: str) -> Path:
-    """Give the path of a file that ``who`` names, which must lie in ``directory``, links followed."""
+    """Give the path of a file that ``who`` names, which must lie in ``directory``, links
+    followed.
+    """
     path = directory / name
     if name.startswith("/") or ".." in name.split("/") or not path.resolve().is_relative_to(directory.resolve()):
         raise FileError(f"{who}: {name!r} leads out of {directory}; it may name files in it alone")
@@ -231,8 +247,9 @@ def inside(directory: Path, name: str, who: str) -> Path:
 
 @contextmanager
 def fitting(name: str, advice: str) -> Iterator[None]:
-    """Compute with what a file holds: where its parts have the right forms and do not fit each other, that is the file's
-    fault, whatever is raised. For code of dsv4's own: a backend's errors are findings.
+    """Compute with what a file holds: where its parts have the right forms and do not fit each
+    other, that is the file's fault, whatever is raised. For code of dsv4's own: a backend's errors
+    are findings.
     """
     try:
         yield

@@ -1,8 +1,10 @@
-"""tokenizer.json held to what a byte-level tokenizer needs, before the tokenizers library builds anything of it.
+"""tokenizer.json held to what a byte-level tokenizer needs, before the tokenizers library builds
+anything of it.
 
-The library runs what the file says: a chain of replacements that multiplies text a thousandfold takes all memory, and
-some damaged parts make it panic. Kinds that can do so are refused by name, and so are regular expressions that may
-backtrack without end; the published tokenizers use none of them.
+The library runs what the file says: a chain of replacements that multiplies text a thousandfold
+takes all memory, and some damaged parts make it panic. Kinds that can do so are refused by name,
+and so are regular expressions that may backtrack without end; the published tokenizers use none of
+them.
 """
 
 from __future__ import annotations
@@ -76,7 +78,9 @@ class GenerationConfig(Form):
 
 
 def safe(path: Path) -> str:
-    """Read ``path`` and give its text where nothing in it can run away; raise ``FileError`` naming what could."""
+    """Read ``path`` and give its text where nothing in it can run away; raise ``FileError`` naming
+    what could.
+    """
     raw = contents(path, MOST)
     form = json_text(raw, Tokenizer, f"{path}", ADVICE)
     if form.model.type != "BPE":
@@ -112,10 +116,11 @@ def _hold(value: Any, part: str, name: str, depth: int = 0) -> None:
 
 
 def backtracks(expression: str) -> str:
-    """Say why a regular expression may take time that grows exponentially with the text; nothing where it cannot.
+    """Say why a regular expression may take time that grows exponentially with the text; nothing
+    where it cannot.
 
-    It cannot without a repeated group that itself repeats or chooses, a reference to what a group found, or a recursion.
-    No published tokenizer has one.
+    It cannot without a repeated group that itself repeats or chooses, a reference to what a group
+    found, or a recursion. No published tokenizer has one.
     """
     groups = [False]  # of each that is open: whether it holds a repetition or a choice
     at = 0

@@ -1,4 +1,6 @@
-"""Writing files so that a half never looks whole: under a name of one's own, on the disk, then renamed; one writer at a time."""
+"""Writing files so that a half never looks whole: under a name of one's own, on the disk, then
+renamed; one writer at a time.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,13 @@ if TYPE_CHECKING:
 
 @contextmanager
 def whole(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """Open a temporary file beside ``path``; once all is written and on the disk, it becomes ``path``.
+    """Open a temporary file beside ``path``; once all is written and on the disk, it becomes
+    ``path``.
 
     ``mode``: the permissions of the file, less what the user's mask takes away.
 
-    After an error nothing is left, and what was at ``path`` stands as it was. Raises ``FileError`` where ``path`` is a
-    directory or something that cannot be replaced (a device, a pipe).
+    After an error nothing is left, and what was at ``path`` stands as it was. Raises ``FileError``
+    where ``path`` is a directory or something that cannot be replaced (a device, a pipe).
     """
     if path.exists() and not path.is_file():
         raise FileError(f"{path}: not a regular file; it cannot be written over")
@@ -50,7 +53,9 @@ def write(path: Path, content: str | bytes, mode: int = 0o666) -> None:
 
 
 def settle(directory: Path) -> None:
-    """Have the disk keep the names in a directory: what was renamed stays renamed after a power cut."""
+    """Have the disk keep the names in a directory: what was renamed stays renamed after a power
+    cut.
+    """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network file systems have no such call for directories
@@ -63,8 +68,8 @@ def settle(directory: Path) -> None:
 def writing_alone(directory: Path) -> Iterator[None]:
     """Keep other processes from writing ``directory`` (which need not exist) meanwhile.
 
-    The lock is a file beside it, held by the system: it is free as soon as its process is gone, however that ended.
-    Raises ``FileError`` naming the process that holds it.
+    The lock is a file beside it, held by the system: it is free as soon as its process is gone,
+    however that ended. Raises ``FileError`` naming the process that holds it.
     """
     import fcntl
 

@@ -1,4 +1,6 @@
-"""One step of some slots: rows of tokens in; what follows each, and drafts, out. Knows ranks and padding, not requests."""
+"""One step of some slots: rows of tokens in; what follows each, and drafts, out. Knows ranks and
+padding, not requests.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,9 @@ DRAFTED = (
 class Row:
     """Tokens that a slot is fed; what follows its last ``wanted`` ones is asked for.
 
-    ``plain``: temperature and top-p by which the backend chooses, with one ``uniform`` a wanted token; None: the logits
-    are given instead. ``following``: the ids that come after the tokens, as far as they are known.
+    ``plain``: temperature and top-p by which the backend chooses, with one ``uniform`` a wanted
+    token; None: the logits are given instead. ``following``: the ids that come after the tokens, as
+    far as they are known.
     """
 
     slot: int
@@ -43,7 +46,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Wish:
-    """How a row's next tokens will be chosen: the sampling, and a uniform number for each that may be drafted."""
+    """How a row's next tokens will be chosen: the sampling, and a uniform number for each that may
+    be drafted.
+    """
 
     sampling: Sampling
     uniform: Sequence[float]
@@ -51,7 +56,9 @@ class Wish:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``ids`` int32 [n] that the backend chose after the wanted tokens; ``logits`` [n, vocab] for rows that are not plain."""
+    """``ids`` int32 [n] that the backend chose after the wanted tokens; ``logits`` [n, vocab] for
+    rows that are not plain.
+    """
 
     ids: Host
     logits: Host | None
@@ -121,7 +128,8 @@ class Batch:
         chosen: Sequence[Sequence[int]],
         wishes: Sequence[Wish | None],
     ) -> list[list[int]]:
-        """Let the drafter see the same tokens; give what it proposes after each row's ``chosen`` tokens, if there are any.
+        """Let the drafter see the same tokens; give what it proposes after each row's ``chosen``
+        tokens, if there are any.
 
         ``wishes``: how each row's next tokens will be chosen, None where no draft is wanted.
         """
@@ -155,10 +163,11 @@ class Batch:
         chosen: Sequence[Sequence[int]],
         wishes: Sequence[Wish | None],
     ) -> list[list[int]]:
-        """DSpark: context rows of all tokens (those of rejected ones are written again), then a block a sequence.
+        """DSpark: context rows of all tokens (those of rejected ones are written again), then a
+        block a sequence.
 
-        A draft is drawn as the token will be, with the same uniform number, so that the two agree where the distributions
-        do. The confidence of a draft is judged before it is drawn.
+        A draft is drawn as the token will be, with the same uniform number, so that the two agree
+        where the distributions do. The confidence of a draft is judged before it is drawn.
         """
         model, be, c = self.model, self.model.backend, self.model.config
         dspark, step = model.dspark, outcome.step
@@ -199,7 +208,9 @@ class Batch:
         return proposed
 
     def advance(self, rows: Sequence[Row], outcome: Outcome, stands: Sequence[int]) -> None:
-        """Note that of each row's tokens the first ``stands`` ones stand; the others were drafts that are forgotten."""
+        """Note that of each row's tokens the first ``stands`` ones stand; the others were drafts
+        that are forgotten.
+        """
         step = outcome.step
         assert step is not None
         self.cache.advance(step.sequences, step.ends)

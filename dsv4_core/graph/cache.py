@@ -1,4 +1,6 @@
-"""What a sequence remembers: window ring, compressed rows, indexer keys, open windows; and how far it can be rewound."""
+"""What a sequence remembers: window ring, compressed rows, indexer keys, open windows; and how far
+it can be rewound.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 
 
 def written(backend: Backend, array: Array, rows: Array, index: Array, *, layout: RowLayout) -> Array:
-    """Write rows by the backend's ``cache_write``; give the array that holds them, which may be another than ``array``.
+    """Write rows by the backend's ``cache_write``; give the array that holds them, which may be
+    another than ``array``.
 
     Raises ``BackendError`` where the op gives none.
     """
@@ -36,7 +39,8 @@ class CacheError(ValueError):
 class LayerCache:
     """One layer's arrays; rows of sequence s begin at ``s * rows per sequence``.
 
-    None where the layer's ratio has no such thing. What is written is replaced by what ``cache_write`` returns.
+    None where the layer's ratio has no such thing. What is written is replaced by what
+    ``cache_write`` returns.
     """
 
     ratio: int
@@ -52,8 +56,8 @@ SHARED = 128  # a prefix can be taken over at multiples of it: windows of every 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a sequence of ``length`` tokens remembers beside its compressed rows: [rows, dim] a layer, None where there
-    is none.
+    """What a sequence of ``length`` tokens remembers beside its compressed rows: [rows, dim] a
+    layer, None where there is none.
     """
 
     length: int
@@ -67,10 +71,11 @@ _COPIED = 1 << 16  # compressed rows that are copied at a time
 
 @dataclass
 class Cache:
-    """Room for ``sequences`` sequences of up to ``capacity`` tokens, each rewindable by ``rewindable`` tokens.
+    """Room for ``sequences`` sequences of up to ``capacity`` tokens, each rewindable by
+    ``rewindable`` tokens.
 
-    ``lengths[s]``: tokens that sequence s holds. ``furthest[s]``: the most it ever held, which limits how far back its
-    rings reach.
+    ``lengths[s]``: tokens that sequence s holds. ``furthest[s]``: the most it ever held, which
+    limits how far back its rings reach.
     """
 
     backend: Backend
@@ -95,7 +100,9 @@ class Cache:
 
     @cached_property
     def kv_layout(self) -> RowLayout:
-        """Key/value rows: packed in native mode, plain in the exact ones and where the backend packs none."""
+        """Key/value rows: packed in native mode, plain in the exact ones and where the backend
+        packs none.
+        """
         c = self.config
         return RowLayout("kv", c.head_dim, c.qk_rope_head_dim) if self._packed else RowLayout("plain", c.head_dim)
 
@@ -175,8 +182,8 @@ class Cache:
         return Snapshot(length, tuple(rings), tuple(states), tuple(key_states))
 
     def restore(self, sequence: int, snapshot: Snapshot, *, donor: int) -> None:
-        """Make a sequence what one of the snapshot's length was; ``donor``, which may have gone on, has its compressed
-        rows.
+        """Make a sequence what one of the snapshot's length was; ``donor``, which may have gone on,
+        has its compressed rows.
         """
         be, c, length = self.backend, self.config, snapshot.length
         if self.lengths[donor] < length:
@@ -205,7 +212,9 @@ class Cache:
     def _copied(
         self, array: Array | None, layout: RowLayout, each: int, source: int, target: int, count: int
     ) -> Array | None:
-        """Give an array in which the first ``count`` rows of sequence ``target`` are those of ``source``."""
+        """Give an array in which the first ``count`` rows of sequence ``target`` are those of
+        ``source``.
+        """
         if array is None:
             return None
         for begin in range(0, count, _COPIED):
@@ -236,8 +245,8 @@ class Cache:
         self.furthest[sequences] = np.maximum(self.furthest[sequences], ends)
 
     def rewind(self, sequence: int, length: int) -> None:
-        """Forget all but the first ``length`` tokens of a sequence; raise ``CacheError`` where its rings no longer
-        reach back so far.
+        """Forget all but the first ``length`` tokens of a sequence; raise ``CacheError`` where its
+        rings no longer reach back so far.
         """
         have, floor = int(self.lengths[sequence]), max(0, int(self.furthest[sequence]) - self.rewindable)
         if not 0 <= length <= have:

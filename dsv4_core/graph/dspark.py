@@ -1,7 +1,9 @@
-"""DSpark: the drafter of the official releases. One pass proposes a block of tokens, a bigram table makes them depend on each other.
+"""DSpark: the drafter of the official releases. One pass proposes a block of tokens, a bigram table
+makes them depend on each other.
 
-It reads what some layers of the main stack put out (``Model.forward`` with ``taps``), keeps a ring of W rows for each of its stages,
-and shares the main model's embedding and head. Source: the published inference code, as quoted in public.
+It reads what some layers of the main stack put out (``Model.forward`` with ``taps``), keeps a ring
+of W rows for each of its stages, and shares the main model's embedding and head. Source: the
+published inference code, as quoted in public.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ class Graph(Protocol):
 
 @dataclass(frozen=True)
 class DsparkWeights:
-    """Its stages (blocks of the graph), what the first reads the taps with, and the last one's heads."""
+    """Its stages (blocks of the graph), what the first reads the taps with, and the last one's
+    heads.
+    """
 
     stages: tuple[Any, ...]
     main_proj: Any
@@ -60,7 +64,8 @@ class DsparkWeights:
 def mean_of_streams(hc: int, dim: int) -> tuple[Host, Host, Host]:
     """Give the ``hc_head`` weights (fn, scale, base) that reduce streams to their plain mean.
 
-    With ``fn`` zero and ``eps`` 0 every stream has the weight ``sigmoid(base)``: 1 / hc to a float32 unit.
+    With ``fn`` zero and ``eps`` 0 every stream has the weight ``sigmoid(base)``: 1 / hc to a
+    float32 unit.
     """
     base = math.log(1 / (hc - 1)) if hc > 1 else 40.0
     return np.zeros((hc, hc * dim), np.float32), np.zeros(1, np.float32), np.full(hc, base, np.float32)
@@ -70,7 +75,9 @@ class Dspark:
     """The drafter of one model."""
 
     def __init__(self, model: Graph, weights: DsparkWeights, mean: Any) -> None:
-        """Raise ``ValueError`` where a stage has a compress ratio, which DSpark has not; ``mean``: ``mean_of_streams``, loaded."""
+        """Raise ``ValueError`` where a stage has a compress ratio, which DSpark has not; ``mean``:
+        ``mean_of_streams``, loaded.
+        """
         c = model.config
         if any(ratios := c.compress_ratios[c.num_hidden_layers :]):
             raise ValueError(
@@ -84,7 +91,9 @@ class Dspark:
         return self.model.backend.hc_head(h, mean.fn, mean.scale, mean.base, norm_eps=1.0, eps=0.0)
 
     def remember(self, taps: Sequence[Array], step: Addresses) -> None:
-        """Write a context row a token into every stage's ring; ``taps``: of the target layers, in the configuration's order."""
+        """Write a context row a token into every stage's ring; ``taps``: of the target layers, in
+        the configuration's order.
+        """
         be, c, w = self.model.backend, self.model.config, self.weights
         with be.computing():
             x = be.linear(be.concat(list(taps), axis=1), w.main_proj, out_dtype=be.activation_dtype)
@@ -98,7 +107,9 @@ class Dspark:
                 cache.ring = written(be, cache.ring, row, step.ring_write, layout=step.cache.kv_layout)
 
     def block(self, step: Addresses) -> tuple[Array, Array]:
-        """Run a block's rows through all stages; give what its heads read [T, D] and the logits before the table [T, vocab]."""
+        """Run a block's rows through all stages; give what its heads read [T, D] and the logits
+        before the table [T, vocab].
+        """
         be, c, head = self.model.backend, self.model.config, self.weights.head
         with be.computing():
             h = be.hc_expand(self.model.embedding(step.ids), hc=c.hc_mult)
@@ -108,7 +119,9 @@ class Dspark:
             return g, self.model.vocabulary_logits(be.rms_norm(g, head.norm, eps=c.rms_norm_eps))
 
     def after(self, ids: Array, g: Array) -> tuple[Array, Array]:
-        """What the table adds to the logits [n, vocab] after tokens ``ids`` [n], and the confidence before its sigmoid [n, 1]."""
+        """What the table adds to the logits [n, vocab] after tokens ``ids`` [n], and the confidence
+        before its sigmoid [n, 1].
+        """
         be, w = self.model.backend, self.weights
         with be.computing():
             e = be.embedding(ids, w.markov_w1)
@@ -117,9 +130,11 @@ class Dspark:
 
 
 def block_step(cache: Cache, ids: Host, sequences: Host, start: Host) -> Addresses:
-    """Give the addresses of draft blocks ``ids`` [n, B] of ``sequences`` [n] that hold ``start`` [n] tokens.
+    """Give the addresses of draft blocks ``ids`` [n, B] of ``sequences`` [n] that hold ``start``
+    [n] tokens.
 
-    Every row of a block sees the last W rows of its sequence's rings and all of the block's; none is stored.
+    Every row of a block sees the last W rows of its sequence's rings and all of the block's; none
+    is stored.
     """
     n, seq = ids.shape
     c, be = cache.config, cache.backend

@@ -1,9 +1,11 @@
-"""Many requests on one model: continuous batching, chunked prefill beside decodes, prefix reuse, drafts.
+"""Many requests on one model: continuous batching, chunked prefill beside decodes, prefix reuse,
+drafts.
 
-No threads, no clock, no HTTP: ``submit``, ``cancel``, ``step``, ``stats``. Everything is decided by the calls and their
-order alone, so laws can drive it, and ranks that are called alike do alike.
+No threads, no clock, no HTTP: ``submit``, ``cancel``, ``step``, ``stats``. Everything is decided by
+the calls and their order alone, so laws can drive it, and ranks that are called alike do alike.
 
-In batch-invariant mode a request's tokens do not depend on its company, on slots, chunks or budgets.
+In batch-invariant mode a request's tokens do not depend on its company, on slots, chunks or
+budgets.
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ class BusyError(RuntimeError):
 class Request:
     """What to continue, and how.
 
-    ``stop``: ids that end it; the stop id is given out. ``draft``: take drafts, where the engine makes them: they change
-    its speed, not its tokens. ``prompt_logprobs``: report the prompt's own log-probabilities, with so many likely ids.
+    ``stop``: ids that end it; the stop id is given out. ``draft``: take drafts, where the engine
+    makes them: they change its speed, not its tokens. ``prompt_logprobs``: report the prompt's own
+    log-probabilities, with so many likely ids.
     """
 
     prompt: tuple[int, ...]
@@ -55,9 +58,9 @@ class Request:
 class Event:
     """A token of request ``id`` was chosen, or it is over, or both.
 
-    ``finish``: "stop", "length", "cancelled" or "error" (``error`` is what was raised). With the first token come ``prompt``, the
-    prompt's tokens' log-probabilities where asked for (the first token has none), and ``hit``, how many of the prompt's
-    tokens were not computed again.
+    ``finish``: "stop", "length", "cancelled" or "error" (``error`` is what was raised). With the
+    first token come ``prompt``, the prompt's tokens' log-probabilities where asked for (the first
+    token has none), and ``hit``, how many of the prompt's tokens were not computed again.
     """
 
     id: int
@@ -70,7 +73,9 @@ class Event:
 
 @dataclass
 class Stats:
-    """Counts since the engine was made; ``waiting``, ``running`` and ``free`` (slots) are of now."""
+    """Counts since the engine was made; ``waiting``, ``running`` and ``free`` (slots) are of
+    now.
+    """
 
     waiting: int = 0
     running: int = 0
@@ -87,7 +92,9 @@ class Stats:
 
 @dataclass(eq=False)
 class _Run:
-    """A request under way. ``rows``: its tokens whose rows are cached. ``draft``: what may follow its newest token."""
+    """A request under way. ``rows``: its tokens whose rows are cached. ``draft``: what may follow
+    its newest token.
+    """
 
     id: int
     request: Request
@@ -114,7 +121,9 @@ class _Run:
         return (r.sampling.temperature, r.sampling.top_p) if alone else None
 
     def uniform(self, ahead: int) -> float:
-        """The draw for the ``ahead``-th token from now: one for each token, whatever is drafted and rejected."""
+        """The draw for the ``ahead``-th token from now: one for each token, whatever is drafted and
+        rejected.
+        """
         while len(self.uniforms) <= ahead:
             self.uniforms.append(self.draws.random())
         return self.uniforms[ahead]
@@ -122,7 +131,9 @@ class _Run:
 
 @dataclass(eq=False)
 class _Kept:
-    """A prefix that can be taken up again. ``slot`` holds its compressed rows, ``snapshot`` the rest."""
+    """A prefix that can be taken up again. ``slot`` holds its compressed rows, ``snapshot`` the
+    rest.
+    """
 
     tokens: tuple[int, ...]
     slot: int
@@ -146,16 +157,18 @@ class Engine:
         reuse: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """``budget``: tokens in one step, decodes first (default: one chunk). ``queue``: how many may wait (default: any).
+        """``budget``: tokens in one step, decodes first (default: one chunk). ``queue``: how many
+        may wait (default: any).
 
-        ``drafts``: how many tokens a step the MTP block (one) or DSpark (as many as its block has) may propose.
-        ``confidence``: DSpark's drafts end where the chance that all of them are kept falls below it.
+        ``drafts``: how many tokens a step the MTP block (one) or DSpark (as many as its block has)
+        may propose. ``confidence``: DSpark's drafts end where the chance that all of them are kept
+        falls below it.
 
-        ``reuse``: take up prefixes that slots still hold (alone, or where ranks share every sequence).
-        ``progress(done, of)`` is called after each chunk of a prompt.
+        ``reuse``: take up prefixes that slots still hold (alone, or where ranks share every
+        sequence). ``progress(done, of)`` is called after each chunk of a prompt.
 
-        Raises ``CacheError`` where the capacity exceeds the model's positions, ``ValueError`` for numbers below 1 and
-        for drafts without an MTP block.
+        Raises ``CacheError`` where the capacity exceeds the model's positions, ``ValueError`` for
+        numbers below 1 and for drafts without an MTP block.
         """
         for name, value in (("slots", slots), ("chunk", chunk), ("budget", budget), ("queue", queue)):
             if value is not None and value < 1:
@@ -203,8 +216,8 @@ class Engine:
     def submit(self, request: Request) -> int:
         """Queue a request and give its id; nothing is computed yet.
 
-        Raises ``CacheError`` where prompt and ``max_tokens`` do not fit, ``ValueError`` for an empty prompt or ids
-        outside the vocabulary, ``BusyError`` where the queue is full.
+        Raises ``CacheError`` where prompt and ``max_tokens`` do not fit, ``ValueError`` for an
+        empty prompt or ids outside the vocabulary, ``BusyError`` where the queue is full.
         """
         prompt, vocab = request.prompt, self.model.config.vocab_size
         if not prompt:
@@ -226,14 +239,18 @@ class Engine:
         return self._ids
 
     def cancel(self, id: int) -> None:
-        """End a request, waiting or running; its slot is free at once. One that is over or unknown is no error."""
+        """End a request, waiting or running; its slot is free at once. One that is over or unknown
+        is no error.
+        """
         for run in (*self._waiting, *self._running):
             if run.id == id:
                 self._end(run, "cancelled")
                 return
 
     def step(self) -> list[Event]:
-        """Admit what waits, decode a token for each running request, prefill within the budget; give what happened."""
+        """Admit what waits, decode a token for each running request, prefill within the budget;
+        give what happened.
+        """
         while self._waiting and self._free:
             self._admit(self._waiting.popleft())
         decoding = sorted((run for run in self._running if run.out), key=lambda run: run.slot)
@@ -259,7 +276,9 @@ class Engine:
         return Row(run.slot, tokens, len(tokens), run.plain, uniform)
 
     def _prefill_row(self, run: _Run, left: int) -> Row:
-        """The next tokens of a prompt: a chunk or what the budget leaves, and no further than the next snapshot."""
+        """The next tokens of a prompt: a chunk or what the budget leaves, and no further than the
+        next snapshot.
+        """
         prompt, start = run.request.prompt, run.rows
         end = min(start + min(self.chunk, left), len(prompt))
         if self.reuse:
@@ -272,7 +291,9 @@ class Engine:
         return Row(run.slot, prompt[start:end], wanted, run.plain, [run.uniform(0)] * wanted, following)
 
     def _forward(self, runs: list[_Run], rows: list[Row]) -> None:
-        """One step. Where it fails, each row is tried alone: a request that cannot be served harms no other."""
+        """One step. Where it fails, each row is tried alone: a request that cannot be served harms
+        no other.
+        """
         try:
             outcome = self._batch.forward(rows)
             chosen = [
@@ -300,7 +321,9 @@ class Engine:
             self._commit(run, row, chosen[i], drafts[i])
 
     def _choose(self, run: _Run, row: Row, seen: Outcome) -> list[Chosen]:
-        """The tokens that follow: one, and one more for each draft that was right. Changes nothing."""
+        """The tokens that follow: one, and one more for each draft that was right. Changes
+        nothing.
+        """
         request, line = run.request, list[Chosen]()
         if not run.out and run.rows + len(row.tokens) < len(request.prompt):
             return line
@@ -322,7 +345,9 @@ class Engine:
         return line
 
     def _wish(self, run: _Run, line: list[int]) -> Wish | None:
-        """How the tokens after ``line`` will be chosen, as far as a drafter can follow; None where drafts are not wanted."""
+        """How the tokens after ``line`` will be chosen, as far as a drafter can follow; None where
+        drafts are not wanted.
+        """
         request = run.request
         room = request.max_tokens - len(run.out) - len(line) - 1
         if not request.draft or request.constraint or not line or line[-1] in request.stop:
@@ -331,7 +356,9 @@ class Engine:
         return Wish(request.sampling, [run.uniform(len(line) + k) for k in range(count)])
 
     def _tell(self, run: _Run, row: Row, seen: Outcome) -> None:
-        """Note the log-probabilities of the prompt's tokens after those that were fed, where they are asked for."""
+        """Note the log-probabilities of the prompt's tokens after those that were fed, where they
+        are asked for.
+        """
         count = run.request.prompt_logprobs
         if count is None or seen.logits is None or run.out:
             return
@@ -428,14 +455,18 @@ class Engine:
         self._stats.hit_tokens += run.hit
 
     def _any_free(self) -> int:
-        """The free slot that holds least; where groups of ranks have slots of their own, one far from those in use."""
+        """The free slot that holds least; where groups of ranks have slots of their own, one far
+        from those in use.
+        """
         used = [s for s in range(self.slots) if s not in self._free]
         if self.model.parallel.sequences is not None and used:
             return max(self._free, key=lambda s: (min(abs(s - u) for u in used), -s))
         return min(self._free, key=lambda s: (len(self._held.get(s, ())), s))
 
     def _take(self, slot: int, stays: int) -> None:
-        """Take a free slot, of which the first ``stays`` tokens stay. Prefixes that lay there move or are forgotten."""
+        """Take a free slot, of which the first ``stays`` tokens stay. Prefixes that lay there move
+        or are forgotten.
+        """
         self._free.remove(slot)
         self._held.pop(slot, None)
         for kept in [k for k in self._kept if k.slot == slot and len(k.tokens) > stays]:

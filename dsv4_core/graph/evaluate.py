@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def every_logits(
     model: Model, tokens: Host, *, chunk: int = CHUNK, progress: Callable[[int, int], None] | None = None
 ) -> Host:
-    """Logits after every one of ``tokens`` [batch, total], fed in chunks: [batch, total, vocab], float32 (float64 in float64
-    mode).
+    """Logits after every one of ``tokens`` [batch, total], fed in chunks: [batch, total, vocab],
+    float32 (float64 in float64 mode).
     """
     check_ids(tokens, model.config.vocab_size)
     tokens = model.parallel.mine(tokens)
@@ -51,8 +51,9 @@ def teacher_forced(
 ) -> dict[str, Host]:
     """Feed ``tokens`` [batch, total], the first ``prefill`` in chunks, the rest one by one.
 
-    Gives ``logits`` [batch, 1 + total - prefill, vocab], float32 (float64 in float64 mode), and where ``mtp`` also
-    ``mtp_logits`` [batch, vocab]: the MTP block over the prompt's streams with tokens 1 .. prefill, last position.
+    Gives ``logits`` [batch, 1 + total - prefill, vocab], float32 (float64 in float64 mode), and
+    where ``mtp`` also ``mtp_logits`` [batch, vocab]: the MTP block over the prompt's streams with
+    tokens 1 .. prefill, last position.
     """
     be = model.backend
     total = tokens.shape[1]

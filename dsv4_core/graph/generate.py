@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Prefilled:
-    """The last real token's streams of every sequence [n, hc, D], and the MTP block's (where asked for)."""
+    """The last real token's streams of every sequence [n, hc, D], and the MTP block's (where asked
+    for).
+    """
 
     streams: Array
     mtp_streams: Array | None
@@ -39,9 +41,11 @@ def prefill(
     mtp_next: Host | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prefilled:
-    """Feed ``ids`` [n, S] in chunks; ``counts``: how many of each row are real (padding on the right).
+    """Feed ``ids`` [n, S] in chunks; ``counts``: how many of each row are real (padding on the
+    right).
 
-    ``mtp_next`` [n, S]: run the MTP block too, on these next tokens. n = 0 on a rank whose group has no sequence.
+    ``mtp_next`` [n, S]: run the MTP block too, on these next tokens. n = 0 on a rank whose group
+    has no sequence.
 
     ``progress(done, of)`` is called after each chunk, in tokens per sequence.
     """
@@ -89,11 +93,12 @@ def generate(
     chunk: int = CHUNK,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[list[int | None]]:
-    """Yield one token per sequence and step, None for a sequence that has stopped; a stop token is yielded, then its
-    sequence stops. Of several ranks each yields the tokens of all sequences. Sequence b draws by seed (seed, b).
+    """Yield one token per sequence and step, None for a sequence that has stopped; a stop token is
+    yielded, then its sequence stops. Of several ranks each yields the tokens of all sequences.
+    Sequence b draws by seed (seed, b).
 
-    Raises ``CacheError`` where prompt and ``max_tokens`` exceed the model's positions, ``ValueError`` for ids outside
-    the vocabulary.
+    Raises ``CacheError`` where prompt and ``max_tokens`` exceed the model's positions,
+    ``ValueError`` for ids outside the vocabulary.
     """
     lengths = [len(p) for p in prompts]
     engine = Engine(
@@ -125,7 +130,9 @@ def generate(
 
 @dataclass
 class Drafts:
-    """How speculative decoding fared: drafts proposed and accepted, tokens given, and the steps that gave them."""
+    """How speculative decoding fared: drafts proposed and accepted, tokens given, and the steps
+    that gave them.
+    """
 
     proposed: int = 0
     accepted: int = 0
@@ -146,11 +153,13 @@ def speculate(
     drafts: Drafts | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[int]:
-    """Decode one sequence with up to ``count`` drafts a step (as many as the drafter makes where None): yields the same
-    tokens as ``generate``, sampled ones too, as far as the model's positions go.
+    """Decode one sequence with up to ``count`` drafts a step (as many as the drafter makes where
+    None): yields the same tokens as ``generate``, sampled ones too, as far as the model's positions
+    go.
 
-    The same bits where the backend is batch invariant; elsewhere a step of several tokens may round differently from several
-    of one. ``confidence``: see ``Engine``. Raises ``ValueError`` where the model has no drafter, or one of fewer drafts.
+    The same bits where the backend is batch invariant; elsewhere a step of several tokens may round
+    differently from several of one. ``confidence``: see ``Engine``. Raises ``ValueError`` where the
+    model has no drafter, or one of fewer drafts.
     """
     capacity = min(len(prompt) + max_tokens + 1, model.config.max_position_embeddings)
     engine = Engine(

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 class Parallel:
     """What one rank of several computes, and where partial results are put together.
 
-    Alone: everything, and nothing to reduce. ``reduce_*`` get partial sums, wide where the contract gives them so, and round
-    the whole once. ``local_ids``: token ids counted from this rank's part of the vocabulary. ``gather_low_rank``: joins the
-    inputs of an output projection that is held whole. ``experts``: what stands in for ``moe`` where token copies travel.
-    ``sequences``: which of a batch are this rank's, and ``gather_sequences`` joins host rows over all of the batch.
+    Alone: everything, and nothing to reduce. ``reduce_*`` get partial sums, wide where the contract
+    gives them so, and round the whole once. ``local_ids``: token ids counted from this rank's part
+    of the vocabulary. ``gather_low_rank``: joins the inputs of an output projection that is held
+    whole. ``experts``: what stands in for ``moe`` where token copies travel. ``sequences``: which
+    of a batch are this rank's, and ``gather_sequences`` joins host rows over all of the batch.
     """
 
     first_expert: int = 0
@@ -91,7 +92,8 @@ class Attention:
 
 @dataclass(frozen=True)
 class Moe:
-    """Weights of one layer's experts; a hash-routed gate has ``tid2eid``, a score-routed one ``bias``.
+    """Weights of one layer's experts; a hash-routed gate has ``tid2eid``, a score-routed one
+    ``bias``.
 
     ``shared`` is None on a rank that leaves the shared expert to another.
     """
@@ -148,7 +150,9 @@ class Mtp:
 
 
 class Model:
-    """DeepSeek-V4: ``forward`` gives streams, ``logits`` reduces them, ``mtp`` looks one token further."""
+    """DeepSeek-V4: ``forward`` gives streams, ``logits`` reduces them, ``mtp`` looks one token
+    further.
+    """
 
     def __init__(
         self,
@@ -159,9 +163,11 @@ class Model:
         draft: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Load every weight through ``backend.load``; ``progress(done, of)`` is called after each layer.
+        """Load every weight through ``backend.load``; ``progress(done, of)`` is called after each
+        layer.
 
-        ``draft``: load the MTP block or DSpark, too, where the checkpoint holds one; else ``load_drafter`` does when asked.
+        ``draft``: load the MTP block or DSpark, too, where the checkpoint holds one; else
+        ``load_drafter`` does when asked.
         """
         self.config, self.backend, self.parallel = source.config, backend, parallel
         self._load = load = _Loader(source, backend, parallel)
@@ -193,13 +199,16 @@ class Model:
 
     @property
     def drafts(self) -> int:
-        """Tokens that what is loaded can propose at a time: 0, MTP's one, or a block of DSpark's."""
+        """Tokens that what is loaded can propose at a time: 0, MTP's one, or a block of
+        DSpark's.
+        """
         return self.config.dspark_block_size if self.dspark else int(self.mtp_block is not None)
 
     def forward(self, step: Addresses, taps: list[Array] | None = None) -> Array:
         """Run the main stack on a step's tokens; give the streams [T, hc, D].
 
-        The cache's rows are written, its lengths are not. ``taps`` receives what DSpark reads, [T, D] a target layer.
+        The cache's rows are written, its lengths are not. ``taps`` receives what DSpark reads, [T,
+        D] a target layer.
         """
         be = self.backend
         with be.computing():
@@ -214,8 +223,8 @@ class Model:
         return h
 
     def mtp(self, h: Array, next_ids: Array, step: Addresses) -> Array:
-        """Run the MTP block on the main stack's streams and the *next* tokens' ids, at the same positions; give its
-        streams.
+        """Run the MTP block on the main stack's streams and the *next* tokens' ids, at the same
+        positions; give its streams.
         """
         be, c, mtp = self.backend, self.config, self.mtp_block
         if mtp is None:
@@ -236,7 +245,9 @@ class Model:
             return self.vocabulary_logits(be.rms_norm(x, head.norm, eps=c.rms_norm_eps))
 
     def vocabulary_logits(self, x: Array) -> Array:
-        """Logits [T, vocab], wide, of normed rows [T, D], put together from the ranks that hold them."""
+        """Logits [T, vocab], wide, of normed rows [T, D], put together from the ranks that hold
+        them.
+        """
         logits = self.backend.logits(x, self.lm_head)
         return self.parallel.gather_logits(logits) if self.parallel.gather_logits else logits
 
@@ -260,7 +271,9 @@ class Model:
         )
 
     def attention(self, block: Block, x: Array, step: Addresses) -> Array:
-        """Window rows, compressed rows (all, or the indexer's picks), sink, grouped output projection."""
+        """Window rows, compressed rows (all, or the indexer's picks), sink, grouped output
+        projection.
+        """
         be, c, w, p = self.backend, self.config, block.attn, self.parallel
         T, d, act = step.tokens, c.head_dim, be.activation_dtype
         if T == 0:  # a rank that takes part in the experts' exchange alone
@@ -295,7 +308,9 @@ class Model:
         return p.reduce_attention(o) if p.reduce_attention else o
 
     def kv_row(self, kv: Array, positions: Array, freqs: Array) -> Array:
-        """RoPE on the last channels of key/value rows [n, d], FP8 quantise-dequantise on the others."""
+        """RoPE on the last channels of key/value rows [n, d], FP8 quantise-dequantise on the
+        others.
+        """
         be, (n, d) = self.backend, kv.shape
         kv = be.apply_rope(kv.reshape((n, 1, d)), positions, freqs, inverse=False).reshape((n, d))
         return be.act_qdq(kv, format="e4m3", block=KV_BLOCK, channels=d - self.config.qk_rope_head_dim)
@@ -325,8 +340,8 @@ class Model:
     def _close_windows(
         self, w: Compressor, x: Array, dim: int, state: Array | None, step: Addresses, where: Compression
     ) -> tuple[Array | None, Array]:
-        """Rows [n * closing, dim], normed, of the windows that close in this step (None where none does), and the state with
-        this step's tokens in it.
+        """Rows [n * closing, dim], normed, of the windows that close in this step (None where none
+        does), and the state with this step's tokens in it.
         """
         be, c = self.backend, self.config
         layout = step.cache.state_layout(where.ratio, dim)
@@ -347,8 +362,8 @@ class Model:
         step: Addresses,
         where: Compression,
     ) -> tuple[Array, Array] | None:
-        """Which compressed rows are read and, counted among all rows, which each token attends to: ``row_index``,
-        ``idxs`` [T, ...].
+        """Which compressed rows are read and, counted among all rows, which each token attends to:
+        ``row_index``, ``idxs`` [T, ...].
         """
         if w is None:
             return (where.row_read, where.row_idxs) if where.bound and where.row_idxs is not None else None

@@ -1,8 +1,9 @@
 """Decode steps that are recorded once and replayed with new addresses.
 
-A step's shape changes a few times in a context's life (``Step``), so what a backend makes of one step, a CUDA graph or a
-tape of calls, serves those that follow. The graph does not know: ``Backend.record`` is given a function of the step's
-buffer, and what it gives is called with the buffers of later steps.
+A step's shape changes a few times in a context's life (``Step``), so what a backend makes of one
+step, a CUDA graph or a tape of calls, serves those that follow. The graph does not know:
+``Backend.record`` is given a function of the step's buffer, and what it gives is called with the
+buffers of later steps.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ KEPT = 16  # recordings: two batch sizes and a context of a million tokens
 class Replay:
     """Steps of one model on one cache. Not for several threads at once.
 
-    A shape is run as it is when it is met first and recorded when it is met again, so that what comes once (a prompt's last chunk)
-    is never recorded. Recordings are of the very weights and cache arrays that were there: where any of them is another
-    object now, all are dropped. Of several ranks each runs its steps as they are: their exchanges depend on the data.
+    A shape is run as it is when it is met first and recorded when it is met again, so that what
+    comes once (a prompt's last chunk) is never recorded. Recordings are of the very weights and
+    cache arrays that were there: where any of them is another object now, all are dropped. Of
+    several ranks each runs its steps as they are: their exchanges depend on the data.
     """
 
     def __init__(self, model: Model, cache: Cache) -> None:
@@ -40,7 +42,8 @@ class Replay:
     def logits(self, step: Step) -> Array:
         """``model.logits(model.forward(step))`` [T, vocab], wide; valid until the next call.
 
-        The cache's rows are written, its lengths are not. Raises ``ValueError`` for a step of another cache.
+        The cache's rows are written, its lengths are not. Raises ``ValueError`` for a step of
+        another cache.
         """
         model, cache, shape = self.model, self.cache, step.shape
         if step.cache is not cache:
@@ -52,7 +55,9 @@ class Replay:
         return self._run(("logits", shape), run, step)
 
     def streams(self, step: Step) -> Array:
-        """``model.forward(step)`` [T, hc, D]: as ``logits``, for a step whose streams a drafter sees too."""
+        """``model.forward(step)`` [T, hc, D]: as ``logits``, for a step whose streams a drafter
+        sees too.
+        """
         model, cache, shape = self.model, self.cache, step.shape
         if step.cache is not cache:
             raise ValueError("replay: the step is of another cache than the recordings; make a Replay for each cache")

@@ -1,4 +1,6 @@
-"""How a token is chosen from logits: one request's wishes, and the choice where the backend's ``sample`` is not enough."""
+"""How a token is chosen from logits: one request's wishes, and the choice where the backend's
+``sample`` is not enough.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +18,22 @@ MOST_LOGPROBS = 20  # likely ids that may be asked for beside the chosen one, as
 
 
 COLDEST, HOTTEST = 1e-4, 1e4
-"""Temperatures that sampling takes beside 0. Logits are divided by them in float32: 1e-4 leaves a logit of 10^34 finite, and
-differs from greedy only where two logits agree to a thousandth. Above 1e4 no model's logits matter any more.
+"""Temperatures that sampling takes beside 0. Logits are divided by them in float32: 1e-4 leaves a
+logit of 10^34 finite, and differs from greedy only where two logits agree to a thousandth. Above
+1e4 no model's logits matter any more.
 """
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """``temperature = 0`` is greedy. A request's draws depend on its ``seed`` alone, never on its company.
+    """``temperature = 0`` is greedy. A request's draws depend on its ``seed`` alone, never on its
+    company.
 
-    ``top_k`` (0: off), then ``top_p``, then ``min_p`` narrow the choice, after penalties, ``bias`` (added to the logits
-    of its ids) and temperature. ``presence_penalty`` is taken off the logit of each id that was generated already,
-    ``frequency_penalty`` as often as it was. ``logprobs``: how many likely ids to report beside the chosen one (None:
-    none, and no log-probability of the chosen one); they are the model's own, before all the above.
+    ``top_k`` (0: off), then ``top_p``, then ``min_p`` narrow the choice, after penalties, ``bias``
+    (added to the logits of its ids) and temperature. ``presence_penalty`` is taken off the logit of
+    each id that was generated already, ``frequency_penalty`` as often as it was. ``logprobs``: how
+    many likely ids to report beside the chosen one (None: none, and no log-probability of the
+    chosen one); they are the model's own, before all the above.
     """
 
     temperature: float = 0.0
@@ -72,10 +77,14 @@ GREEDY = Sampling()
 
 
 class Constraint(Protocol):
-    """What a request may say next, e.g. a grammar. It is asked before each token and told of each one."""
+    """What a request may say next, e.g. a grammar. It is asked before each token and told of each
+    one.
+    """
 
     def allowed(self) -> Host:
-        """Bits of the allowed ids, int32 [ceil(vocab / 32)], id ``32 i + j`` being bit j of element i."""
+        """Bits of the allowed ids, int32 [ceil(vocab / 32)], id ``32 i + j`` being bit j of element
+        i.
+        """
 
     def accept(self, token: int) -> None:
         """Note that the token was chosen."""
@@ -83,7 +92,9 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True)
 class Chosen:
-    """A token; its log-probability and the likely ids' (id, log-probability), where they were asked for."""
+    """A token; its log-probability and the likely ids' (id, log-probability), where they were asked
+    for.
+    """
 
     token: int
     logprob: float | None = None
@@ -93,9 +104,11 @@ class Chosen:
 def choose(
     logits: Host, sampling: Sampling, uniform: float, generated: Mapping[int, int], allowed: Host | None = None
 ) -> Chosen:
-    """Choose from one row of logits [vocab], in float64 on the host; rules as of the ``sample`` op, and ``Sampling``.
+    """Choose from one row of logits [vocab], in float64 on the host; rules as of the ``sample`` op,
+    and ``Sampling``.
 
-    ``generated``: how often each id was generated. Raises ``ValueError`` where ``allowed`` allows nothing.
+    ``generated``: how often each id was generated. Raises ``ValueError`` where ``allowed`` allows
+    nothing.
     """
     raw = np.asarray(logits, np.float64)
     x = raw.copy()
@@ -143,7 +156,9 @@ def log_softmax(logits: Host) -> Host:
 
 
 def top_ids(logprobs: Host, count: int) -> tuple[tuple[int, float], ...]:
-    """The ``count`` likeliest ids of a row and their log-probabilities, the lower id first on a tie."""
+    """The ``count`` likeliest ids of a row and their log-probabilities, the lower id first on a
+    tie.
+    """
     if count == 0:
         return ()
     least = np.partition(logprobs, -count)[-count] if count < len(logprobs) else -np.inf

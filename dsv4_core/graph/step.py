@@ -1,13 +1,14 @@
-"""One forward step's addresses: which rows every token reads and writes, computed on the host from lengths alone.
+"""One forward step's addresses: which rows every token reads and writes, computed on the host from
+lengths alone.
 
-All integer arithmetic of attention stands here, once for all backends: the graph and the ops get index arrays.
-Positions are known on the host, so nothing is read back from a device. All of a step's arrays are parts of one buffer,
-copied once; ``StepShape`` says where they stand. Extents that grow with the context are rounded up by the backend
-(``Backend.round_up``) and what is too much is masked, so that shapes seldom change: a recorded step is replayed on the
-buffers of later ones.
+All integer arithmetic of attention stands here, once for all backends: the graph and the ops get
+index arrays. Positions are known on the host, so nothing is read back from a device. All of a
+step's arrays are parts of one buffer, copied once; ``StepShape`` says where they stand. Extents
+that grow with the context are rounded up by the backend (``Backend.round_up``) and what is too much
+is masked, so that shapes seldom change: a recorded step is replayed on the buffers of later ones.
 
-Letters: n sequences, S tokens each (padded on the right), T = n * S. A token's rows are counted in the concatenation
-``[window rows before the step: n * before | this step's: T | compressed: ...]``.
+Letters: n sequences, S tokens each (padded on the right), T = n * S. A token's rows are counted in
+the concatenation ``[window rows before the step: n * before | this step's: T | compressed: ...]``.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ ALIGNED = 16  # elements: parts of the buffer begin at whole cache lines
 class CompressionShape:
     """Extents of one compress ratio.
 
-    ``closing``: windows per sequence that may close. ``before``: tokens per sequence that are read back from the open
-    windows. ``bound``: compressed rows per sequence that are read. ``topk``: the indexer's picks, 0 where it has none.
-    ``gathered``: picks are read one by one, not all ``bound`` rows.
+    ``closing``: windows per sequence that may close. ``before``: tokens per sequence that are read
+    back from the open windows. ``bound``: compressed rows per sequence that are read. ``topk``: the
+    indexer's picks, 0 where it has none. ``gathered``: picks are read one by one, not all ``bound``
+    rows.
     """
 
     ratio: int
@@ -76,7 +78,8 @@ class CompressionShape:
 class StepShape:
     """All that the shapes of a step's arrays depend on: steps of one shape differ in values alone.
 
-    ``before``: window rows per sequence that are read back from the ring. ``width``: window rows of a token.
+    ``before``: window rows per sequence that are read back from the ring. ``width``: window rows of
+    a token.
     """
 
     batch: int
@@ -92,7 +95,9 @@ class StepShape:
 
     @property
     def parts(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-        """Where each array begins in the buffer, and its shape; a ratio's arrays are named ``ratio.name``."""
+        """Where each array begins in the buffer, and its shape; a ratio's arrays are named
+        ``ratio.name``.
+        """
         return _placed(self)
 
     @property
@@ -124,10 +129,11 @@ def _placed(shape: StepShape) -> dict[str, tuple[int, tuple[int, ...]]]:
 class Compression:
     """Addresses of one compress ratio.
 
-    ``state_read`` [n * before], ``state_write`` [T]: tokens of open windows (-1: before the sequence, or too old to
-    keep). ``window_idxs`` [n * closing, span]: each closing window's tokens in ``[state_read | step]``; -1 where there
-    is none. ``row_write``, ``row_positions`` [n * closing]; a window that does not close is written nowhere (-1).
-    ``row_read`` [n * bound]. ``visible`` [n, S]. ``row_idxs`` [T, bound]: all visible rows (ratio 128).
+    ``state_read`` [n * before], ``state_write`` [T]: tokens of open windows (-1: before the
+    sequence, or too old to keep). ``window_idxs`` [n * closing, span]: each closing window's tokens
+    in ``[state_read | step]``; -1 where there is none. ``row_write``, ``row_positions`` [n *
+    closing]; a window that does not close is written nowhere (-1). ``row_read`` [n * bound].
+    ``visible`` [n, S]. ``row_idxs`` [T, bound]: all visible rows (ratio 128).
     """
 
     shape: CompressionShape
@@ -161,8 +167,8 @@ class Compression:
 class Picks:
     """Where the indexer's picks are read from (ratio 4).
 
-    Gathered: each token's picks are read one by one and ``idxs`` is known beforehand; otherwise all ``bound`` rows are
-    read and the picks themselves, shifted by ``offset`` [n, S], are the indices.
+    Gathered: each token's picks are read one by one and ``idxs`` is known beforehand; otherwise all
+    ``bound`` rows are read and the picks themselves, shifted by ``offset`` [n, S], are the indices.
     """
 
     topk: int
@@ -172,7 +178,9 @@ class Picks:
 
 
 class Addresses:
-    """A step as the graph sees it: the arrays in a ``buffer`` [shape.size] int32 on the device, for a cache."""
+    """A step as the graph sees it: the arrays in a ``buffer`` [shape.size] int32 on the device, for
+    a cache.
+    """
 
     def __init__(self, cache: Cache, shape: StepShape, buffer: Array | None) -> None:
         self.cache, self.shape = cache, shape
@@ -217,19 +225,23 @@ class Addresses:
 
     @cached_property
     def ring_read(self) -> Array:
-        """Ring slots of the ``before`` rows that precede each sequence's tokens, oldest first; -1 before its beginning:
-        [n * before].
+        """Ring slots of the ``before`` rows that precede each sequence's tokens, oldest first; -1
+        before its beginning: [n * before].
         """
         return self.part("ring_read")
 
     @cached_property
     def ring_write(self) -> Array:
-        """Ring slots of this step's rows, -1 for those that later ones of the step overwrite: [T]."""
+        """Ring slots of this step's rows, -1 for those that later ones of the step overwrite:
+        [T].
+        """
         return self.part("ring_write")
 
     @cached_property
     def window_idxs(self) -> Array:
-        """Window rows of each token, oldest first, -1 before its sequence's beginning: [T, width]."""
+        """Window rows of each token, oldest first, -1 before its sequence's beginning: [T,
+        width].
+        """
         return self.part("window_idxs")
 
     def compression(self, ratio: int) -> Compression:
@@ -247,15 +259,16 @@ class Addresses:
 
 
 class Step(Addresses):
-    """A rectangle of tokens: ``ids`` [n, S] for cache rows ``sequences``, of which the first ``counts[b]`` of row b are
-    real.
+    """A rectangle of tokens: ``ids`` [n, S] for cache rows ``sequences``, of which the first
+    ``counts[b]`` of row b are real.
     """
 
     def __init__(
         self, cache: Cache, ids: Host, sequences: Sequence[int] | None = None, counts: Sequence[int] | None = None
     ) -> None:
-        """Raise ``CacheError`` where a sequence would grow past the cache's capacity, ``ValueError`` for ids outside
-        the vocabulary and for sequences or counts that the cache or the rectangle does not have.
+        """Raise ``CacheError`` where a sequence would grow past the cache's capacity,
+        ``ValueError`` for ids outside the vocabulary and for sequences or counts that the cache or
+        the rectangle does not have.
         """
         batch, seq = ids.shape
         self.backend, self.config = cache.backend, cache.config
@@ -336,19 +349,23 @@ class Step(Addresses):
             self._fill_compression(each)
 
     def _slots(self, position: Host, rows: int) -> Host:
-        """Slots of positions [n, ...] in rings of ``rows`` rows a sequence; -1 for negative positions."""
+        """Slots of positions [n, ...] in rings of ``rows`` rows a sequence; -1 for negative
+        positions.
+        """
         sequence = self.sequences.reshape(-1, *(1,) * (position.ndim - 1))
         return np.where(position < 0, -1, sequence * rows + position % rows)
 
     def _newest(self, rows: int) -> Host:
-        """Slots [T] of this step's tokens in such rings, -1 for padding and for tokens that are overwritten within the
-        step.
+        """Slots [T] of this step's tokens in such rings, -1 for padding and for tokens that are
+        overwritten within the step.
         """
         kept = self.host_positions >= self.ends[:, None] - rows
         return self._slots(np.where(kept, self.host_positions, -1), rows).reshape(-1)
 
     def _recent(self, position: Host, before: int) -> Host:
-        """Index of positions [n, ...] in ``[before rows of each sequence | this step's tokens]``."""
+        """Index of positions [n, ...] in ``[before rows of each sequence | this step's
+        tokens]``.
+        """
         shape = (-1, *(1,) * (position.ndim - 1))
         start, b = self.starts.reshape(shape), np.arange(self.batch).reshape(shape)
         return np.where(
@@ -393,7 +410,9 @@ class Step(Addresses):
 
 
 def _check_rectangle(cache: Cache, ids: Host, sequences: Host, counts: Host) -> None:
-    """Raise ``ValueError`` where a step names a sequence twice or one that the cache lacks, or counts more tokens than there are."""
+    """Raise ``ValueError`` where a step names a sequence twice or one that the cache lacks, or
+    counts more tokens than there are.
+    """
     batch, seq = ids.shape
     if sequences.shape != (batch,) or counts.shape != (batch,):
         raise ValueError(
@@ -415,7 +434,9 @@ def _check_rectangle(cache: Cache, ids: Host, sequences: Host, counts: Host) -> 
 
 
 def check_ids(ids: Host, vocab_size: int) -> None:
-    """Raise ``ValueError`` naming the first token id that is not an integer in ``0 .. vocab_size - 1``."""
+    """Raise ``ValueError`` naming the first token id that is not an integer in ``0 .. vocab_size -
+    1``.
+    """
     if ids.dtype.kind not in "iu":
         raise ValueError(f"token ids: dtype {ids.dtype} must be an integer dtype; save them with e.g. int64")
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:

@@ -1,1 +1,3 @@
-"""The graph run on shapes: what a machine would read, multiply, store and send. Nothing here touches a weight's value."""
+"""The graph run on shapes: what a machine would read, multiply, store and send. Nothing here
+touches a weight's value.
+"""

@@ -1,4 +1,6 @@
-"""Published figures against those of our own graph: efficiency at a million tokens, parameter counts, decode limits."""
+"""Published figures against those of our own graph: efficiency at a million tokens, parameter
+counts, decode limits.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ class Predecessor:
     active: float = 37e9
 
     def equivalent(self, context: int) -> float:
-        """Operations of a decode step in FP8's: the active parameters and the indexer in FP8, attention in BF16."""
+        """Operations of a decode step in FP8's: the active parameters and the indexer in FP8,
+        attention in BF16.
+        """
         attention = 2 * min(context, self.index_topk) * self.heads * self.channels
         indexer = 2 * context * self.index_heads * self.index_dim
         return 2 * self.active + self.layers * (2 * attention + indexer)
@@ -54,7 +58,9 @@ class Claim:
 
 
 class Published(NamedTuple):
-    """A model's published figures: shares of V3.2's in per cent at a million tokens, and parameters in billions."""
+    """A model's published figures: shares of V3.2's in per cent at a million tokens, and parameters
+    in billions.
+    """
 
     flops: float
     cache: float
@@ -66,7 +72,9 @@ PUBLISHED = {"pro": Published(27, 10, 1600, 49), "flash": Published(10, 7, 284, 
 
 
 def claims() -> list[Claim]:
-    """Count both models: shares within one percentage point, parameters within half a unit of the last digit that is printed."""
+    """Count both models: shares within one percentage point, parameters within half a unit of the
+    last digit that is printed.
+    """
     found: list[Claim] = []
     before = Predecessor()
     for name, published in PUBLISHED.items():

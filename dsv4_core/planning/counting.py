@@ -1,8 +1,10 @@
-"""The planner backend: the real graph on shapes, counting by the rules that stand beside the contracts.
+"""The planner backend: the real graph on shapes, counting by the rules that stand beside the
+contracts.
 
-Operations by precision, bytes read and written by kind (the layout's kinds of weights; ``cache``; ``activation``; ``address``: indices
-and tables), and the memory that is alive. A fused op that is taken whole does its default's work and reads the weights and cache rows
-that its default reads, but none of its intermediates exist. The class is not registered: it runs the graph and gives no tokens.
+Operations by precision, bytes read and written by kind (the layout's kinds of weights; ``cache``;
+``activation``; ``address``: indices and tables), and the memory that is alive. A fused op that is
+taken whole does its default's work and reads the weights and cache rows that its default reads, but
+none of its intermediates exist. The class is not registered: it runs the graph and gives no tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
 
 WEIGHTS = frozenset(get_args(Kind))
 EQUIVALENT_FP8 = {"fp4": 0.5, "fp8": 1, "fp8 x fp4": 1, "bfloat16": 2, "float32": 4, "float64": 8}
-"""What a matrix operation counts in operations of FP8: by the wider side's bits. Vector work is not counted in it."""
+"""What a matrix operation counts in operations of FP8: by the wider side's bits. Vector work is not
+counted in it.
+"""
 
 
 def _tally() -> defaultdict[str, float]:
@@ -36,7 +40,9 @@ def _tally() -> defaultdict[str, float]:
 
 @dataclass
 class Count:
-    """What was done: operations by precision, bytes read and written by kind, bytes sent to other ranks by purpose."""
+    """What was done: operations by precision, bytes read and written by kind, bytes sent to other
+    ranks by purpose.
+    """
 
     work: defaultdict[str, float] = field(default_factory=_tally)
     read: defaultdict[str, float] = field(default_factory=_tally)
@@ -90,8 +96,9 @@ def _rule(text: str) -> CodeType:
 class Planner(ShapeBackend):
     """Counts. ``like``: fused ops as that backend has them (None: all of them whole).
 
-    ``topk``: experts of a token, all different. ``sharing``: ranks that hold the same tokens and share out their expert rows;
-    ``groups``: how many such groups spread the experts over each other's ranks. Both 1: one device does it all.
+    ``topk``: experts of a token, all different. ``sharing``: ranks that hold the same tokens and
+    share out their expert rows; ``groups``: how many such groups spread the experts over each
+    other's ranks. Both 1: one device does it all.
     """
 
     name = "plan"
@@ -173,12 +180,16 @@ class Planner(ShapeBackend):
         self.notes.append(Entry(spec.name, self.layer, count))
 
     def distinct(self, rows: int, experts: int) -> float:
-        """How many of this rank's experts are expected to get any of ``rows`` token copies (of each group) under even routing."""
+        """How many of this rank's experts are expected to get any of ``rows`` token copies (of each
+        group) under even routing.
+        """
         k, everywhere = min(self.topk, rows) or 1, rows * self.groups
         return float(experts * (1 - (1 - k / experts) ** (everywhere / k)) / (self.sharing * self.groups))
 
     def precision(self, what: str, values: Mapping[str, Any]) -> str:
-        """Give the precision of a counting rule's word: of the product of activations with an operand, ``act``, ``fp4`` or ``vector``."""
+        """Give the precision of a counting rule's word: of the product of activations with an
+        operand, ``act``, ``fp4`` or ``vector``.
+        """
         native = self.numerics == "native"
         if what == "vector":
             return what
@@ -192,7 +203,9 @@ class Planner(ShapeBackend):
         return dtype if native else self.numerics
 
     def array(self, shape: Sequence[int], dtype: str) -> ShapeArray:
-        """Make a result; outside a fused op it takes memory for as long as anything refers to it."""
+        """Make a result; outside a fused op it takes memory for as long as anything refers to
+        it.
+        """
         return self._alive(ShapeArray(shape, dtype))
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> ShapeArray:

@@ -1,4 +1,6 @@
-"""The picture: FLOPs of a decoded token and cache of a sequence against context, V3.2, Pro and Flash; needs the ``plots`` extra."""
+"""The picture: FLOPs of a decoded token and cache of a sequence against context, V3.2, Pro and
+Flash; needs the ``plots`` extra.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def curves() -> dict[str, tuple[list[float], list[float]]]:
 
 
 def draw(path: Path) -> None:
-    """Write the picture, SVG or PNG by its suffix; raise ``ValueError`` where matplotlib is not installed."""
+    """Write the picture, SVG or PNG by its suffix; raise ``ValueError`` where matplotlib is not
+    installed.
+    """
     if path.suffix not in {".svg", ".png"}:
         raise ValueError(f"--picture {path}: its name must end in .svg or .png")
     try:

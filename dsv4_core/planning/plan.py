@@ -1,7 +1,9 @@
-"""What a model needs and can reach: memory, operations and bytes from the real graph on shapes, set against a machine's figures.
+"""What a model needs and can reach: memory, operations and bytes from the real graph on shapes, set
+against a machine's figures.
 
-Every figure of the model comes from running the graph on the planner backend; this module has no formula of an op. It adds what
-the graph does not know: which rank holds what, what ranks send each other, and how fast a device may be at best.
+Every figure of the model comes from running the graph on the planner backend; this module has no
+formula of an op. It adds what the graph does not know: which rank holds what, what ranks send each
+other, and how fast a device may be at best.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ CLOSINGS = (
 
 @dataclass(frozen=True)
 class Hardware:
-    """Equal devices; each has ``memory`` bytes, ``bandwidth`` and ``link`` (each way) in bytes/s, ``peak`` operations/s by precision."""
+    """Equal devices; each has ``memory`` bytes, ``bandwidth`` and ``link`` (each way) in bytes/s,
+    ``peak`` operations/s by precision.
+    """
 
     name: str
     devices: int
@@ -58,7 +62,8 @@ class Hardware:
 
     @classmethod
     def parse(cls, text: str) -> Hardware:
-        """Read ``h100x8``, a name of the data file and a number of devices, or a JSON file with one such entry and ``devices``.
+        """Read ``h100x8``, a name of the data file and a number of devices, or a JSON file with one
+        such entry and ``devices``.
 
         Raises ``ValueError`` for an unknown name or a file without one of the figures.
         """
@@ -94,7 +99,9 @@ class Hardware:
 
 
 class RankSource(ShapeSource):
-    """The weights of the first rank of its group, but for the routed experts: those are all here, and the planner shares them out."""
+    """The weights of the first rank of its group, but for the routed experts: those are all here,
+    and the planner shares them out.
+    """
 
     def __init__(self, config: ModelConfig, place: Place, expert_format: Format = "e2m1") -> None:
         super().__init__(config, expert_format)
@@ -114,7 +121,9 @@ class RankSource(ShapeSource):
 
 
 class Graph:
-    """The graph of one rank on the planner, ready to count steps of it. ``like``: fused ops as that backend has them; None: all whole."""
+    """The graph of one rank on the planner, ready to count steps of it. ``like``: fused ops as that
+    backend has them; None: all whole.
+    """
 
     def __init__(
         self,
@@ -135,7 +144,9 @@ class Graph:
         self._counted: dict[tuple[int, int, int], tuple[Count, Counter[str]]] = {}
 
     def _parallel(self) -> Parallel:
-        """Reduction points that count what a rank sends, as ``exchange`` sends it, and give arrays of the right shapes."""
+        """Reduction points that count what a rank sends, as ``exchange`` sends it, and give arrays
+        of the right shapes.
+        """
         p, c, be = self.place, self.config, self.planner
 
         def sent(what: str, count: float) -> None:
@@ -170,7 +181,9 @@ class Graph:
         )
 
     def step(self, batch: int, seq: int, start: int, *, capacity: int | None = None) -> list[Entry]:
-        """Count one step of ``batch`` sequences (of this rank's group) that hold ``start`` tokens; ``planner.peak`` is its memory."""
+        """Count one step of ``batch`` sequences (of this rank's group) that hold ``start`` tokens;
+        ``planner.peak`` is its memory.
+        """
         cache = Cache(self.planner, self.config, batch, capacity or start + seq, rewindable=REWINDABLE)
         self.planner.reset()
         run_step(self.model, batch=batch, seq=seq, start=start, cache=cache)
@@ -184,7 +197,9 @@ class Graph:
         return self._counted[key]
 
     def decode(self, batch: int, context: int) -> Count:
-        """Count one decode step at ``context`` tokens: the mean over the 128 positions before (32 close a window of 4, one of 128)."""
+        """Count one decode step at ``context`` tokens: the mean over the 128 positions before (32
+        close a window of 4, one of 128).
+        """
         mean, base = Count(), max(0, context - 128) // 128 * 128
         for times, position in CLOSINGS:
             mean.add(self.counted(batch, 1, base + position)[0], times / 128)
@@ -201,7 +216,9 @@ class Graph:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The best that a machine could do: seconds of a step by each limit, and tokens/s of the whole machine under the largest."""
+    """The best that a machine could do: seconds of a step by each limit, and tokens/s of the whole
+    machine under the largest.
+    """
 
     seconds: dict[str, float]
     tokens: int
@@ -231,7 +248,9 @@ class Ceiling:
 
 @dataclass
 class Plan:
-    """A model on a machine at a context. ``batch``: sequences decoded together on the whole machine."""
+    """A model on a machine at a context. ``batch``: sequences decoded together on the whole
+    machine.
+    """
 
     config: ModelConfig
     context: int
@@ -243,7 +262,9 @@ class Plan:
     graph: Graph = field(init=False)
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` where the ranks are not the machine's devices, or the split does not fit the model."""
+        """Raise ``ValueError`` where the ranks are not the machine's devices, or the split does not
+        fit the model.
+        """
         if self.place.ranks != self.hardware.devices:
             have = f"{self.hardware.name} has {self.hardware.devices} devices here"
             raise ValueError(
@@ -262,7 +283,9 @@ class Plan:
 
     @cached_property
     def memory(self) -> dict[str, float]:
-        """Bytes of a rank: weights by kind, its group's caches, and the most that a prefill or decode step has alive beside them."""
+        """Bytes of a rank: weights by kind, its group's caches, and the most that a prefill or
+        decode step has alive beside them.
+        """
         sizes = dict(self.graph.source.stored())
         sizes["cache"] = float(self.batch_per_group * self.graph.cache_bytes(self.context))
         alive = []
@@ -308,7 +331,9 @@ class Plan:
 
     @cached_property
     def prefill(self) -> Count:
-        """One rank's prefill of a whole context, one sequence per group: chunks counted at powers of two, straight lines between."""
+        """One rank's prefill of a whole context, one sequence per group: chunks counted at powers
+        of two, straight lines between.
+        """
         whole, previous, chunk = Count(), None, min(self.chunk, self.context)
         last = (self.context - 1) // chunk * chunk
         starts = sorted({0, last, *(s for s in (chunk << i for i in range(21)) if s < last)})
@@ -327,7 +352,9 @@ class Plan:
         return whole
 
     def ceiling(self, phase: str) -> Ceiling:
-        """Tokens/s of the machine in ``prefill`` (one sequence in each group) or ``decode``, at best."""
+        """Tokens/s of the machine in ``prefill`` (one sequence in each group) or ``decode``, at
+        best.
+        """
         if phase == "prefill":
             return Ceiling.of(self.prefill, self.hardware, self.context * self.place.ep)
         return Ceiling.of(self.decode, self.hardware, self.batch)

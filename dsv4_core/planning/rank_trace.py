@@ -1,4 +1,6 @@
-"""One rank's graph on shapes: what its backend is asked before a weight loads, with the sizes that the rank has."""
+"""One rank's graph on shapes: what its backend is asked before a weight loads, with the sizes that
+the rank has.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
 def trace_rank(
     config: ModelConfig, backend: Backend, place: Place, *, seq: int, start: int, expert_format: Format
 ) -> list[Call]:
-    """Record the calls that one rank's ``backend`` gets in a step of one sequence, the MTP block's among them."""
+    """Record the calls that one rank's ``backend`` gets in a step of one sequence, the MTP block's
+    among them.
+    """
     recorder = Recorder(numerics=backend.numerics, like=backend)
     source = ShardedSource(ShapeSource(config, expert_format), place)
     model = LayeredModel(source, recorder, parallel=shape_parallel(recorder, place, config))
@@ -30,7 +34,9 @@ def trace_rank(
 
 
 def shape_parallel(be: ShapeBackend, place: Place, config: ModelConfig) -> Parallel:
-    """Give the reduction points of ``exchange.Ranks``, which send nothing and give arrays of the right shapes."""
+    """Give the reduction points of ``exchange.Ranks``, which send nothing and give arrays of the
+    right shapes.
+    """
     several, cuts = place.tp > 1, place.cuts_output(config)
 
     def reduce(x: Array) -> Array:

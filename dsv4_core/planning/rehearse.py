@@ -1,8 +1,10 @@
-"""A full-size rehearsal: the whole published layout as sparse files, and a few tokens through all of its layers.
+"""A full-size rehearsal: the whole published layout as sparse files, and a few tokens through all
+of its layers.
 
-Names, shapes, dtypes, shards and index are the published ones. Small tensors are filled (embedding, head, norms, gates, mHC, dense scales,
-sinks, positional tables, hash tables), expert scales and big weights are holes and read as zero. So the text means nothing, while opening,
-mapping, routing, dequantising, caching and every shape are those of the real model, and memory and time are measured.
+Names, shapes, dtypes, shards and index are the published ones. Small tensors are filled (embedding,
+head, norms, gates, mHC, dense scales, sinks, positional tables, hash tables), expert scales and big
+weights are holes and read as zero. So the text means nothing, while opening, mapping, routing,
+dequantising, caching and every shape are those of the real model, and memory and time are measured.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ def filled(spec: TensorSpec) -> bool:
 
 
 def write(path: Path, config: ModelConfig, *, seed: int = 0, progress: Progress | None = None) -> int:
-    """Write the sparse checkpoint to a new directory; give the bytes that its files have (on the disk they take far fewer)."""
+    """Write the sparse checkpoint to a new directory; give the bytes that its files have (on the
+    disk they take far fewer).
+    """
     return create(path, config, seed=seed, filled=filled, progress=progress)
 
 
@@ -62,7 +66,9 @@ def resident(kind: str = "VmRSS") -> int:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step: its tokens, seconds, bytes of weights touched and predicted, most resident memory, and the sampled id."""
+    """One step: its tokens, seconds, bytes of weights touched and predicted, most resident memory,
+    and the sampled id.
+    """
 
     tokens: int
     seconds: float
@@ -73,7 +79,9 @@ class StepReport:
 
 
 class Rehearsal(Model):
-    """The model, which after each layer notes memory and gives weights' pages back when more than ``memory`` bytes are resident."""
+    """The model, which after each layer notes memory and gives weights' pages back when more than
+    ``memory`` bytes are resident.
+    """
 
     def __init__(
         self,

@@ -1,8 +1,10 @@
-"""The graph on shapes alone: every op from its declaration, no data. Explaining a backend and planning rest on this.
+"""The graph on shapes alone: every op from its declaration, no data. Explaining a backend and
+planning rest on this.
 
-``ShapeBackend`` carries out any contract generically: operands are held to the declared axes and dtypes, results have
-the declared ones. ``ShapeSource`` gives a model's weights as shapes from its configuration, without a file.
-``trace_calls`` runs the real graph on both and records who was called with what.
+``ShapeBackend`` carries out any contract generically: operands are held to the declared axes and
+dtypes, results have the declared ones. ``ShapeSource`` gives a model's weights as shapes from its
+configuration, without a file. ``trace_calls`` runs the real graph on both and records who was
+called with what.
 """
 
 from __future__ import annotations
@@ -37,11 +39,15 @@ STORED = {"BF16": "bfloat16", "F32": "float32", "F8_E4M3": "uint8", "F8_E8M0": "
 
 
 class ShapeError(ValueError):
-    """An operand that contradicts its contract: names the op, the operand, the axis, and both sizes."""
+    """An operand that contradicts its contract: names the op, the operand, the axis, and both
+    sizes.
+    """
 
 
 class Storage:
-    """Memory that arrays share: its bytes and purpose. ``freed`` is called when the last array over it is gone."""
+    """Memory that arrays share: its bytes and purpose. ``freed`` is called when the last array over
+    it is gone.
+    """
 
     __slots__ = ("freed", "kind", "nbytes")
 
@@ -93,7 +99,9 @@ class ShapeArray:
 
 
 class Axis(NamedTuple):
-    """A word of a contract's axes and the names that it needs; ``code`` None: a name alone (as ``in``)."""
+    """A word of a contract's axes and the names that it needs; ``code`` None: a name alone (as
+    ``in``).
+    """
 
     word: str
     names: frozenset[str]
@@ -135,7 +143,9 @@ def operand(value: Any) -> Any:
 
 
 def bind_axes(spec: OpSpec, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Hold operands to their declared axes; give all sizes by name, scalars among them. Raise ``ShapeError``."""
+    """Hold operands to their declared axes; give all sizes by name, scalars among them. Raise
+    ``ShapeError``.
+    """
     sizes: dict[str, Any] = {name: values[name] for name in spec.scalars}
     said_by = dict.fromkeys(sizes, "the scalar")
     waiting: list[tuple[str, int, Axis, int]] = []
@@ -164,7 +174,9 @@ def bind_axes(spec: OpSpec, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def solve(word: str, sizes: dict[str, Any], unknown: str, size: int) -> bool:
-    """Bind the one unknown of a product (``batch*rows``) or sum (``experts+1``); False where no whole number fits."""
+    """Bind the one unknown of a product (``batch*rows``) or sum (``experts+1``); False where no
+    whole number fits.
+    """
     if "+" in word:
         sizes[unknown] = size - int(word.partition("+")[2])
         return bool(sizes[unknown] >= 0)
@@ -176,7 +188,8 @@ def solve(word: str, sizes: dict[str, Any], unknown: str, size: int) -> bool:
 class ShapeBackend(Backend):
     """Every op on shapes.
 
-    ``like``: run as that backend: the fused ops that it implements are taken whole, the others fall to their defaults.
+    ``like``: run as that backend: the fused ops that it implements are taken whole, the others fall
+    to their defaults.
     """
 
     name = "shapes"
@@ -190,7 +203,9 @@ class ShapeBackend(Backend):
 
     @property
     def alive(self) -> Hashable:
-        """What a subclass's notes depend on beside operands: of a backend that counts memory, what is alive."""
+        """What a subclass's notes depend on beside operands: of a backend that counts memory, what
+        is alive.
+        """
         return None
 
     def round_up(self, n: int) -> int:
@@ -231,7 +246,9 @@ class ShapeBackend(Backend):
         return {"act": self.activation_dtype, "wide": self.wide_dtype}.get(kind, kind)
 
     def check_dtypes(self, spec: OpSpec, values: Mapping[str, Any]) -> None:
-        """Hold operands to the declared dtypes; ``weight``, ``cache`` and ``any`` leave the choice to the data."""
+        """Hold operands to the declared dtypes; ``weight``, ``cache`` and ``any`` leave the choice
+        to the data.
+        """
         for name, kind in spec.dtypes.items():
             if kind not in {"weight", "cache", "any"} and (value := values.get(name)) is not None:
                 want = self.result_dtype(kind, values)
@@ -302,7 +319,9 @@ class _Repeated(Sequence[Any]):
 
 
 class ShapeSource:
-    """A model's weights as shapes, from its configuration alone; ``WeightSource`` as a checkpoint is one."""
+    """A model's weights as shapes, from its configuration alone; ``WeightSource`` as a checkpoint
+    is one.
+    """
 
     def __init__(self, config: ModelConfig, expert_format: Format = "e2m1") -> None:
         self.config = config
@@ -327,7 +346,9 @@ class ShapeSource:
 
 
 class Call(NamedTuple):
-    """One op as the graph called it: operands as ``Operand`` or None, scalars by value; ``layer`` None outside."""
+    """One op as the graph called it: operands as ``Operand`` or None, scalars by value; ``layer``
+    None outside.
+    """
 
     op: str
     operands: dict[str, Any]
@@ -337,7 +358,8 @@ class Call(NamedTuple):
 class LayeredModel(Model):
     """The graph, which tells its backend which layer is running.
 
-    Layers of equal shapes do equal work in one step, so one of them is run and its notes are repeated for the others.
+    Layers of equal shapes do equal work in one step, so one of them is run and its notes are
+    repeated for the others.
     """
 
     backend: ShapeBackend
@@ -349,7 +371,9 @@ class LayeredModel(Model):
         self._seen: dict[Hashable, list[Any]] = {}
 
     def block(self, block: Block, h: Array, step: Addresses) -> Array:
-        """Run one layer with ``backend.layer`` set to its index, or repeat the notes of one that is just like it."""
+        """Run one layer with ``backend.layer`` set to its index, or repeat the notes of one that is
+        just like it.
+        """
         be = self.backend
         if step is not self._step:
             self._step, self._seen = step, {}
@@ -370,7 +394,8 @@ class LayeredModel(Model):
 
 
 def shapes_in(value: Any) -> Hashable:
-    """Give the shapes, dtypes and kinds of all arrays in a weight, a layer or its cache, and all numbers beside them.
+    """Give the shapes, dtypes and kinds of all arrays in a weight, a layer or its cache, and all
+    numbers beside them.
 
     A layer's own number is left out: it says where the layer stands, not what it does.
     """
@@ -409,10 +434,12 @@ def trace_calls(
     mtp: bool = False,
     expert_format: Format = "e2m1",
 ) -> list[Call]:
-    """Record the calls that ``backend`` (or its class) would get in one step, in its numerics where none are named.
+    """Record the calls that ``backend`` (or its class) would get in one step, in its numerics where
+    none are named.
 
-    The step is ``seq`` tokens of each of ``batch`` sequences that hold ``start`` tokens; ``mtp``: what drafts, too.
-    Logits and sampling are of each sequence's last token. Raises ``ShapeError`` where operands contradict their contract.
+    The step is ``seq`` tokens of each of ``batch`` sequences that hold ``start`` tokens; ``mtp``:
+    what drafts, too. Logits and sampling are of each sequence's last token. Raises ``ShapeError``
+    where operands contradict their contract.
     """
     recorder = Recorder(numerics=numerics or backend.numerics, like=backend)
     run_step(LayeredModel(ShapeSource(config, expert_format), recorder), batch=batch, seq=seq, start=start, mtp=mtp)
@@ -420,7 +447,8 @@ def trace_calls(
 
 
 def run_step(model: Model, *, batch: int, seq: int, start: int, mtp: bool = False, cache: Cache | None = None) -> None:
-    """Run one step of the graph on shapes, to the sampled ids; makes a cache that just holds it where none is given.
+    """Run one step of the graph on shapes, to the sampled ids; makes a cache that just holds it
+    where none is given.
 
     ``mtp``: what drafts, too: the MTP block, or DSpark's context rows and one block of drafts.
     """

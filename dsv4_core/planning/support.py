@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 def check_support(config: ModelConfig, backend: Backend, expert_format: Format, place: Place | None = None) -> None:
-    """Raise ``BackendError`` with a table of what is missing and why; no weight has been read yet."""
+    """Raise ``BackendError`` with a table of what is missing and why; no weight has been read
+    yet.
+    """
     calls = [(call.op, call.operands) for call in planned_calls(config, backend, expert_format, place)]
     if missing := missing_ops(backend, calls):
         rows = "\n".join(f"  {op}: {reason}" for op, reason in missing)
@@ -36,7 +38,8 @@ def planned_calls(
     place: Place | None = None,
     like: type[Backend] | None = None,
 ) -> list[Call]:
-    """Every op that a prefill and a later decode step would call, with dtypes and shapes: at a ``place`` of several, its own.
+    """Every op that a prefill and a later decode step would call, with dtypes and shapes: at a
+    ``place`` of several, its own.
 
     ``like``: as that backend would be called, instead of ``backend``.
     """
@@ -64,9 +67,11 @@ def planned_calls(
 def uncalled(
     config: ModelConfig, backend: Backend, expert_format: Format, calls: list[Call]
 ) -> list[tuple[str, Support]]:
-    """Required ops that are not among ``calls``, because the backend runs fused ops whole or is alone, and who would run each.
+    """Required ops that are not among ``calls``, because the backend runs fused ops whole or is
+    alone, and who would run each.
 
-    Of those that the contracts' own defaults reach, every call is asked about, and the first refusal is the answer.
+    Of those that the contracts' own defaults reach, every call is asked about, and the first
+    refusal is the answer.
     """
     answers: dict[str, Support] = {}
     called = {call.op for call in calls}

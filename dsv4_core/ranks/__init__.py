@@ -1,1 +1,3 @@
-"""Several processes as one model: what they send each other and how a lost one is noticed. How weights are cut is in ``checkpoint``."""
+"""Several processes as one model: what they send each other and how a lost one is noticed. How
+weights are cut is in ``checkpoint``.
+"""

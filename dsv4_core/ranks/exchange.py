@@ -1,6 +1,8 @@
-"""What ranks send each other: partial sums, vocabulary parts, and token copies on their way to their experts and back.
+"""What ranks send each other: partial sums, vocabulary parts, and token copies on their way to
+their experts and back.
 
-A backend brings the collectives (``Backend.process_group``); this decides what goes where, and counts it.
+A backend brings the collectives (``Backend.process_group``); this decides what goes where, and
+counts it.
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ T = TypeVar("T")
 
 
 class Traffic:
-    """Bytes that this rank sent to others and seconds it spent so, by purpose; and what the MoE exchange carried.
+    """Bytes that this rank sent to others and seconds it spent so, by purpose; and what the MoE
+    exchange carried.
 
-    Seconds include waiting for slower ranks. On a device they are the host's: its own may still be running.
+    Seconds include waiting for slower ranks. On a device they are the host's: its own may still be
+    running.
     """
 
     def __init__(self) -> None:
@@ -46,7 +50,9 @@ class Traffic:
 
 
 class Link:
-    """A group with its traffic counted, and broken connections told from other errors. Alone, it sends nothing."""
+    """A group with its traffic counted, and broken connections told from other errors. Alone, it
+    sends nothing.
+    """
 
     def __init__(self, group: Group | None, size: int, place: int, traffic: Traffic, watch: Watch) -> None:
         self.group, self.size, self.place, self.traffic, self.watch = group, size, place, traffic, watch
@@ -65,7 +71,9 @@ class Link:
         return result
 
     def all_reduce(self, purpose: str, x: Array, *, wide: str, out_dtype: str) -> Array:
-        """Sum; counted as a ring does it: each rank passes on 2 (n - 1) / n of the array, in the wide dtype."""
+        """Sum; counted as a ring does it: each rank passes on 2 (n - 1) / n of the array, in the
+        wide dtype.
+        """
         sent = 2 * (self.size - 1) / self.size * int(np.prod(x.shape)) * numpy_dtype(wide).itemsize
         return self.run(purpose, sent, lambda group: group.all_reduce(x, out_dtype=out_dtype))
 
@@ -96,10 +104,14 @@ def itemsize(x: Array) -> int:
 
 
 class Ranks:
-    """This rank among the others: its links, what it has sent, and the reduction points that the graph is given."""
+    """This rank among the others: its links, what it has sent, and the reduction points that the
+    graph is given.
+    """
 
     def __init__(self, backend: Backend, place: Place, world: ProcessGroup, watch: Watch) -> None:
-        """Connect, and make the groups: tokens are shared along tp, experts' rows travel along ep."""
+        """Connect, and make the groups: tokens are shared along tp, experts' rows travel along
+        ep.
+        """
         self.backend, self.place, self.world, self.watch = backend, place, world, watch
         self.traffic = Traffic()
         self.fp8 = False
@@ -117,7 +129,9 @@ class Ranks:
         self.ep = Link(by_expert, ep, place.e, self.traffic, watch)
 
     def parallel(self, config: ModelConfig, *, quantised: bool) -> Parallel:
-        """Give what the graph needs to know; ``quantised``: experts multiply FP8 activations, so that rows may travel as FP8."""
+        """Give what the graph needs to know; ``quantised``: experts multiply FP8 activations, so
+        that rows may travel as FP8.
+        """
         place, act, wide = self.place, self.backend.activation_dtype, self.backend.wide_dtype
 
         def reduce(purpose: str) -> Callable[[Array], Array] | None:
@@ -145,7 +159,9 @@ class Ranks:
         )
 
     def local_ids(self, config: ModelConfig) -> Callable[[Array], Array]:
-        """Count token ids from the first row of the vocabulary that is held here; the others fall outside."""
+        """Count token ids from the first row of the vocabulary that is held here; the others fall
+        outside.
+        """
         be, first = self.backend, self.place.vocabulary(config.vocab_size).start
         return lambda ids: be.from_numpy(be.to_numpy(ids) - np.int32(first))
 
@@ -157,7 +173,9 @@ class Ranks:
         return self.backend.concat([every[t] for t in range(self.place.tp)], axis=1)
 
     def gather_logits(self, config: ModelConfig) -> Callable[[Array], Array]:
-        """Join the tp ranks' parts of the vocabulary, which may differ by one in size: the shorter are padded."""
+        """Join the tp ranks' parts of the vocabulary, which may differ by one in size: the shorter
+        are padded.
+        """
         be = self.backend
         parts = [replace(self.place, rank=t).vocabulary(config.vocab_size) for t in range(self.place.tp)]
         sizes = [part.stop - part.start for part in parts]
@@ -174,7 +192,9 @@ class Ranks:
         return gather
 
     def gather_rows(self, rows: Host) -> Host:
-        """Join the groups' rows [n, ...] of a host array in the order of the groups; n may differ, and be 0."""
+        """Join the groups' rows [n, ...] of a host array in the order of the groups; n may differ,
+        and be 0.
+        """
         be = self.backend
         counts = be.to_numpy(self.ep.all_gather("ids gather", be.from_numpy(np.array([len(rows)], np.int32))))[:, 0]
         padded = np.zeros((int(counts.max()), *rows.shape[1:]), rows.dtype)
@@ -201,19 +221,24 @@ class Ranks:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Part when all are done; after an error the library's own parting could wait for ranks that are gone."""
+        """Part when all are done; after an error the library's own parting could wait for ranks
+        that are gone.
+        """
         if error is None:
             self.watch.done()
             self.world.close()
 
 
 class ExpertExchange:
-    """``moe`` over the ranks of an ep group: each token's copies travel to the ranks that hold their experts, and back.
+    """``moe`` over the ranks of an ep group: each token's copies travel to the ranks that hold
+    their experts, and back.
 
-    Counts go first, an integer for each expert of the receiver, so that splits may be uneven and empty; they are read on the
-    host. Then one row for each copy: its channels (where weights are FP8 or FP4, quantised as the experts' first product would, which loses
-    nothing: quantising them again gives the same codes) and its routing weight. The receiver runs ``moe`` on what came as
-    tokens of one expert each, and returns rows in the activation dtype, which the sender combines, wide, in its own order.
+    Counts go first, an integer for each expert of the receiver, so that splits may be uneven and
+    empty; they are read on the host. Then one row for each copy: its channels (where weights are
+    FP8 or FP4, quantised as the experts' first product would, which loses nothing: quantising them
+    again gives the same codes) and its routing weight. The receiver runs ``moe`` on what came as
+    tokens of one expert each, and returns rows in the activation dtype, which the sender combines,
+    wide, in its own order.
     """
 
     def __init__(self, ranks: Ranks, n_experts: int) -> None:
@@ -274,15 +299,17 @@ class ExpertExchange:
 
 
 def copy_bytes(config: ModelConfig, *, act: str, wide: str, fp8: bool) -> tuple[int, int]:
-    """Formula: bytes of a token copy on its way to its expert (FP8 codes and a scale per 128 channels, or the activation
-    itself; and its routing weight), and of its result on the way back.
+    """Formula: bytes of a token copy on its way to its expert (FP8 codes and a scale per 128
+    channels, or the activation itself; and its routing weight), and of its result on the way back.
     """
     dim, item = config.hidden_size, numpy_dtype(act).itemsize
     return (dim + dim // FP8_BLOCK if fp8 else dim * item) + numpy_dtype(wide).itemsize, dim * item
 
 
 def report(ranks: Ranks, config: ModelConfig, *, seconds: float) -> list[str]:
-    """Lines for people: what this rank sent, by purpose, and the time so; the expert step's bytes against the formula."""
+    """Lines for people: what this rank sent, by purpose, and the time so; the expert step's bytes
+    against the formula.
+    """
     traffic, place, be = ranks.traffic, ranks.place, ranks.backend
     spent, total = sum(traffic.seconds.values()), sum(traffic.sent.values())
     lines = [f"communication: {total} bytes sent, {spent:.2f} s of {seconds:.2f} s"]

@@ -1,7 +1,9 @@
-"""What ranks say to each other through the store, signed with a secret that they share: words of strangers are not believed.
+"""What ranks say to each other through the store, signed with a secret that they share: words of
+strangers are not believed.
 
-The store itself asks nobody who they are. With a secret (DSV4_STORE_KEY, or the file that ``--store-key-file`` names) every
-value is written with a keyed hash of itself and its key; one that does not fit was written by somebody without the secret.
+The store itself asks nobody who they are. With a secret (DSV4_STORE_KEY, or the file that
+``--store-key-file`` names) every value is written with a keyed hash of itself and its key; one that
+does not fit was written by somebody without the secret.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ _DIGITS = 32  # of the hash: 128 bits
 
 
 def secret() -> bytes:
-    """Read the secret: from the file that DSV4_STORE_KEY_FILE names, else from DSV4_STORE_KEY; empty where there is none.
+    """Read the secret: from the file that DSV4_STORE_KEY_FILE names, else from DSV4_STORE_KEY;
+    empty where there is none.
 
     Raises ``ValueError`` for one of under 16 bytes, and for a file that others may read.
     """
@@ -46,7 +49,9 @@ def secret() -> bytes:
 
 
 class SignedStore:
-    """A store whose values carry a keyed hash; reading one that does not fit raises ``RankError``."""
+    """A store whose values carry a keyed hash; reading one that does not fit raises
+    ``RankError``.
+    """
 
     def __init__(self, store: Store, key: bytes) -> None:
         self.store, self.key = store, key

@@ -1,4 +1,5 @@
-"""Ranks over torch.distributed, as far as they do not depend on whose arrays they send: the store, connecting, parting.
+"""Ranks over torch.distributed, as far as they do not depend on whose arrays they send: the store,
+connecting, parting.
 
 Core imports no torch: a backend hands over the module that it imported.
 """
@@ -24,7 +25,9 @@ ANSWER = timedelta(seconds=10)  # of the store
 
 @contextmanager
 def reaching() -> Iterator[None]:
-    """Tell a connection that broke, or that was never made, from other errors: torch.distributed has no class for it."""
+    """Tell a connection that broke, or that was never made, from other errors: torch.distributed
+    has no class for it.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -32,7 +35,9 @@ def reaching() -> Iterator[None]:
 
 
 def resolved(where: Rendezvous) -> None:
-    """Raise ``RankError`` where MASTER_ADDR is no host that this machine knows: the library would try for a minute."""
+    """Raise ``RankError`` where MASTER_ADDR is no host that this machine knows: the library would
+    try for a minute.
+    """
     try:
         socket.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
@@ -42,7 +47,9 @@ def resolved(where: Rendezvous) -> None:
 
 
 def listen(where: Rendezvous) -> socket.socket:
-    """Listen at MASTER_ADDR and MASTER_PORT, and on no other interface, for the store that this rank holds."""
+    """Listen at MASTER_ADDR and MASTER_PORT, and on no other interface, for the store that this
+    rank holds.
+    """
     family, _, _, _, address = socket.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM)[0]
     try:
         return socket.create_server(address[:2], family=family, backlog=1024)
@@ -54,16 +61,19 @@ def listen(where: Rendezvous) -> socket.socket:
 
 
 class StoredRanks:
-    """All ranks of a run. Constructing it reaches the store, ``connect`` the other ranks through ``library`` (gloo, nccl ...).
+    """All ranks of a run. Constructing it reaches the store, ``connect`` the other ranks through
+    ``library`` (gloo, nccl ...).
 
-    ``device_id``: the device that this rank's collectives run on, for a library that asks for one (NCCL: without it, it guesses
-    from the rank's number, and connects late).
+    ``device_id``: the device that this rank's collectives run on, for a library that asks for one
+    (NCCL: without it, it guesses from the rank's number, and connects late).
     """
 
     device_id: Any = None
 
     def __init__(self, distributed: Any, where: Rendezvous, library: str) -> None:
-        """``distributed``: the module torch.distributed. Raise ``RankError`` where the store cannot be reached."""
+        """``distributed``: the module torch.distributed. Raise ``RankError`` where the store cannot
+        be reached.
+        """
         self.distributed, self.library, self.attempt = distributed, library, where.attempt
         self.rank, self.ranks, self.holder = where.rank, where.ranks, where.holder
 

@@ -1,4 +1,6 @@
-"""One process as one of several ranks: meeting the others, agreeing with them, and what each did."""
+"""One process as one of several ranks: meeting the others, agreeing with them, and what each
+did.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class Team:
         return self.ranks.place if self.ranks else Place()
 
     def open(self, directory: Path, drafter: Path | None = None) -> Checkpoint:
-        """Open a checkpoint, or this rank's copy of its parts, which has its own drafter: ``ValueError`` for another."""
+        """Open a checkpoint, or this rank's copy of its parts, which has its own drafter:
+        ``ValueError`` for another.
+        """
         from dsv4_core.checkpoint.rank_copy import cut_for, open_copy
         from dsv4_core.checkpoint.weights import Checkpoint
 
@@ -56,12 +60,16 @@ class Team:
         return open_copy(directory, self.place) if self.is_cut else Checkpoint(directory, drafter=drafter)
 
     def agree(self, what: dict[str, Any]) -> None:
-        """Hold what this rank was given against the others'; raise ``RankError`` where they differ. Alone: nothing to do."""
+        """Hold what this rank was given against the others'; raise ``RankError`` where they differ.
+        Alone: nothing to do.
+        """
         if self.ranks:
             self.ranks.watch.agree(what)
 
     def share(self, checkpoint: Checkpoint) -> tuple[ShardedSource, Parallel]:
-        """Give the source and the reduction points of this rank, once all ranks are known to run the same."""
+        """Give the source and the reduction points of this rank, once all ranks are known to run
+        the same.
+        """
         from dsv4_core.checkpoint.rank_copy import origin
         from dsv4_core.checkpoint.rank_part import ShardedSource, share
         from dsv4_core.graph.model import ALONE
@@ -87,7 +95,9 @@ class Team:
         return self.source, parallel
 
     def report(self) -> str:
-        """Give every rank's lines: bytes of weights read, bytes sent and the time for it. All ranks have to ask."""
+        """Give every rank's lines: bytes of weights read, bytes sent and the time for it. All ranks
+        have to ask.
+        """
         if self.source is None:
             return ""
         from dsv4_core.ranks.exchange import report
@@ -111,10 +121,11 @@ def own_directory(directory: Path) -> Path:
 
 @contextmanager
 def team(create: Callable[[int], Backend], tp: int, ep: int) -> Iterator[Team]:
-    """Meet the other ranks (for none: nothing is done), and part from them, whatever happens in between.
+    """Meet the other ranks (for none: nothing is done), and part from them, whatever happens in
+    between.
 
-    ``create``: makes the backend for the n-th rank of this machine. Raises ``ValueError`` where the ranks that were started
-    are not those asked for, ``RankError`` where some cannot be met.
+    ``create``: makes the backend for the n-th rank of this machine. Raises ``ValueError`` where the
+    ranks that were started are not those asked for, ``RankError`` where some cannot be met.
     """
     where = Rendezvous.from_environment()
     started, wanted = where.ranks if where else 1, tp * ep

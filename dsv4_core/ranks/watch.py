@@ -1,8 +1,10 @@
-"""Ranks that watch each other: a lost, stopped or failed rank ends all others, with its number and the cause.
+"""Ranks that watch each other: a lost, stopped or failed rank ends all others, with its number and
+the cause.
 
-Every rank writes a counter to a shared store twice a second, from a thread of its own, and reads those of the others. A
-collective that a peer left never returns, so the thread itself ends the process. What a rank wrote last says how it ended:
-nothing new (it was killed, stopped, or cut off), its error, or that it was done.
+Every rank writes a counter to a shared store twice a second, from a thread of its own, and reads
+those of the others. A collective that a peer left never returns, so the thread itself ends the
+process. What a rank wrote last says how it ended: nothing new (it was killed, stopped, or cut off),
+its error, or that it was done.
 """
 
 from __future__ import annotations
@@ -39,13 +41,15 @@ class RankError(BackendError):
 
 
 class Watch:
-    """One rank's view of all; ``holder``: the rank in whose process the store lives, None where it lives elsewhere."""
+    """One rank's view of all; ``holder``: the rank in whose process the store lives, None where it
+    lives elsewhere.
+    """
 
     def __init__(
         self, store: Store, *, rank: int, ranks: int, holder: int | None, place: str, join: float = JOIN
     ) -> None:
-        """Announce this rank at ``place`` (host and process) and wait for the others; raise ``RankError`` naming those
-        that do not come.
+        """Announce this rank at ``place`` (host and process) and wait for the others; raise
+        ``RankError`` naming those that do not come.
         """
         self.store, self.rank, self.ranks, self.holder = store, rank, ranks, holder
         self.suspect = False
@@ -69,7 +73,9 @@ class Watch:
             threading.Thread(target=run, name=f"dsv4{run.__name__}", daemon=True).start()
 
     def _meet(self, join: float) -> None:
-        """Wait for all ranks; raise ``RankError`` naming those that do not come, or were started for another number."""
+        """Wait for all ranks; raise ``RankError`` naming those that do not come, or were started
+        for another number.
+        """
         until = time.monotonic() + join
         while True:
             missing = self._missing("beat", 0.0)
@@ -89,7 +95,9 @@ class Watch:
             ]
 
     def _hold_sizes(self) -> None:
-        """Raise ``RankError`` where a rank that has come was started for another number of ranks."""
+        """Raise ``RankError`` where a rank that has come was started for another number of
+        ranks.
+        """
         with self._storing():
             here = [r for r, key in enumerate(self._keys("size")) if self.store.check([key])]
             said = self.store.multi_get([self._key("size", r) for r in here])
@@ -106,7 +114,8 @@ class Watch:
                 )
 
     def agree(self, what: Mapping[str, Any]) -> None:
-        """Hold what this rank was started with (name -> anything that JSON can write) against the others'.
+        """Hold what this rank was started with (name -> anything that JSON can write) against the
+        others'.
 
         Raises ``RankError`` naming the ranks that differ from rank 0, and in what.
         """
@@ -150,7 +159,9 @@ class Watch:
             self.fail(str(error).splitlines()[0] if isinstance(error, BackendError | ValueError) else repr(error))
 
     def broken(self) -> None:
-        """Note that a connection broke: silence counts sooner now. Gives the watch time to find out whose, then returns."""
+        """Note that a connection broke: silence counts sooner now. Gives the watch time to find out
+        whose, then returns.
+        """
         self.suspect = True
         self._stopping.wait(SILENCE + SUSPECT)
 
@@ -255,7 +266,9 @@ class Watch:
         os._exit(EXIT)  # the main thread may be in a collective that never returns
 
     def _wait_for_others(self, seconds: float) -> None:
-        """Wait until the others have said how they end; the rank that holds the store a little longer, for their last words."""
+        """Wait until the others have said how they end; the rank that holds the store a little
+        longer, for their last words.
+        """
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             try:
@@ -268,7 +281,9 @@ class Watch:
             time.sleep(BEAT / 5)
 
     def _guard(self) -> None:
-        """End the process where the store does not answer at all, so that the watch itself hangs."""
+        """End the process where the store does not answer at all, so that the watch itself
+        hangs.
+        """
         waited = time.monotonic()
         while not self._stopping.wait(BEAT):
             before, waited = waited, time.monotonic()
@@ -281,7 +296,9 @@ class Watch:
                 os._exit(EXIT)
 
     def _last_resort(self, status: int, seconds: float = 2 * FAREWELL) -> threading.Timer:
-        """End the process in a while, should leaving it hang in the store or in a library's teardown."""
+        """End the process in a while, should leaving it hang in the store or in a library's
+        teardown.
+        """
         timer = threading.Timer(seconds, os._exit, (status,))
         timer.daemon = True
         timer.start()

@@ -1,7 +1,8 @@
-"""A conversation as a prompt: the published encoding of turns, tools, reasoning and effort, as pieces.
+"""A conversation as a prompt: the published encoding of turns, tools, reasoning and effort, as
+pieces.
 
-Rules: the ``encoding_dsv4.py`` that comes with the checkpoints. Words of users, tools and the model are never searched
-for control tokens.
+Rules: the ``encoding_dsv4.py`` that comes with the checkpoints. Words of users, tools and the model
+are never searched for control tokens.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ if TYPE_CHECKING:
 
 
 class Message(TypedDict, total=False):
-    """One turn. ``role``: system, user, developer, assistant, tool or latest_reminder; ``content``: its words.
+    """One turn. ``role``: system, user, developer, assistant, tool or latest_reminder; ``content``:
+    its words.
 
-    ``content`` may be a list of ``{"type": "text", "text": ...}``, which are joined by an empty line. Of an assistant:
-    ``reasoning_content``, ``tool_calls`` (in the form of OpenAI), ``wo_eos`` (the turn goes on: no end of sentence).
-    Of a tool: ``tool_call_id``. Of system and developer: ``tools`` (OpenAI's form), ``response_format`` (a JSON
-    schema). Of user and developer: ``task``, one of six short tasks instead of a reply. ``mask`` is a mark for training.
+    ``content`` may be a list of ``{"type": "text", "text": ...}``, which are joined by an empty
+    line. Of an assistant: ``reasoning_content``, ``tool_calls`` (in the form of OpenAI), ``wo_eos``
+    (the turn goes on: no end of sentence). Of a tool: ``tool_call_id``. Of system and developer:
+    ``tools`` (OpenAI's form), ``response_format`` (a JSON schema). Of user and developer: ``task``,
+    one of six short tasks instead of a reply. ``mask`` is a mark for training.
     """
 
     role: str
@@ -61,7 +64,9 @@ _MAY_HAVE = {  # beside role, content and mask
 
 
 class _Turn:
-    """A checked turn: ``blocks`` are a user's words (control False) and tool results, with the ids of their calls."""
+    """A checked turn: ``blocks`` are a user's words (control False) and tool results, with the ids
+    of their calls.
+    """
 
     def __init__(self, at: int, message: Mapping[str, Any]) -> None:
         role = message.get("role")
@@ -157,13 +162,15 @@ def encode(
 ) -> list[Piece]:
     """Write ``messages`` as a prompt; where the last turn is a user's, the reply is opened.
 
-    ``thinking``: the reply begins with reasoning. ``effort`` (thinking only): a level of ``texts``' profile; None is
-    the encoder's default. ``tools`` and ``response_format`` (a JSON schema) go into the leading system turn.
-    ``drop_reasoning``: of replies before the last user's turn; where any turn has tools, nothing is dropped.
-    ``context``: turns before these, already encoded. ``texts``: the checkpoint's fixed texts.
+    ``thinking``: the reply begins with reasoning. ``effort`` (thinking only): a level of ``texts``'
+    profile; None is the encoder's default. ``tools`` and ``response_format`` (a JSON schema) go
+    into the leading system turn. ``drop_reasoning``: of replies before the last user's turn; where
+    any turn has tools, nothing is dropped. ``context``: turns before these, already encoded.
+    ``texts``: the checkpoint's fixed texts.
 
-    Raises ``ValueError`` naming the message, what is wrong with it and what may stand there; and where tools, a
-    response format or an effort are asked for and the checkpoint has no ``texts`` for them.
+    Raises ``ValueError`` naming the message, what is wrong with it and what may stand there; and
+    where tools, a response format or an effort are asked for and the checkpoint has no ``texts``
+    for them.
     """
     prefix = _effort_text(effort, texts, thinking=thinking)
     turns = list(messages)
@@ -238,7 +245,9 @@ def _on_system_turn(
 
 
 def _merged(turns: list[_Turn]) -> list[_Turn]:
-    """Tool turns become blocks of the user's turn before them, and a user's turn those of an earlier one without task."""
+    """Tool turns become blocks of the user's turn before them, and a user's turn those of an
+    earlier one without task.
+    """
     result: list[_Turn] = []
     for turn in turns:
         last = result[-1] if result and result[-1].role == "user" else None
@@ -255,7 +264,9 @@ def _merged(turns: list[_Turn]) -> list[_Turn]:
 
 
 def _in_call_order(turns: list[_Turn]) -> list[_Turn]:
-    """Sort every turn's tool results by the order of the calls before it; one whose call is unknown counts as first."""
+    """Sort every turn's tool results by the order of the calls before it; one whose call is unknown
+    counts as first.
+    """
     order: dict[str, int] = {}
     for turn in turns:
         if turn.calls:
@@ -273,7 +284,9 @@ def _without_old_developers(turns: list[_Turn]) -> list[_Turn]:
 
 
 def _opening(turn: _Turn, texts: FixedTexts | None) -> list[Piece]:
-    """A turn's marker and words, with its tools and response format (an assistant's words follow its reasoning)."""
+    """A turn's marker and words, with its tools and response format (an assistant's words follow
+    its reasoning).
+    """
     if turn.role == "assistant":
         return []
     if turn.role == "latest_reminder":

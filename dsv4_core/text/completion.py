@@ -1,7 +1,9 @@
-"""A completion back to reasoning, content and tool calls: whole, or piece by piece as it is generated.
+"""A completion back to reasoning, content and tool calls: whole, or piece by piece as it is
+generated.
 
-Markup is what the control token ``DSML`` opens; the same characters spelt by the model are words. Completions that are
-not as published are read as far as they go, and what was wrong with them is noted.
+Markup is what the control token ``DSML`` opens; the same characters spelt by the model are words.
+Completions that are not as published are read as far as they go, and what was wrong with them is
+noted.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ _HELD = re.compile(r"(?:\n{1,2}|\n{0,2}</?)\Z")  # may stand before markup
 
 
 class Delta(NamedTuple):
-    """A bit of the reply. ``call`` names the tool of the call number ``call``; ``arguments`` is a bit of its JSON text;
-    ``called`` says that the call is complete.
+    """A bit of the reply. ``call`` names the tool of the call number ``call``; ``arguments`` is a
+    bit of its JSON text; ``called`` says that the call is complete.
     """
 
     kind: Literal["reasoning", "content", "call", "arguments", "called"]
@@ -42,7 +44,9 @@ class Call:
 
 @dataclass
 class Reply:
-    """What an assistant's turn says. ``faults``: how the completion differs from the published form, each kind once."""
+    """What an assistant's turn says. ``faults``: how the completion differs from the published
+    form, each kind once.
+    """
 
     reasoning: str = ""
     content: str = ""
@@ -75,10 +79,11 @@ class Reply:
 
 
 class CompletionParser:
-    """Pieces of a completion in, bits of the reply out. ``thinking``: the prompt opened the reasoning.
+    """Pieces of a completion in, bits of the reply out. ``thinking``: the prompt opened the
+    reasoning.
 
-    The same pieces give the same reply however their words are cut. Nothing that may yet turn out to be markup is given
-    out.
+    The same pieces give the same reply however their words are cut. Nothing that may yet turn out
+    to be markup is given out.
     """
 
     def __init__(self, *, thinking: bool) -> None:
@@ -227,7 +232,9 @@ class CompletionParser:
         return True
 
     def _take(self, count: int) -> None:
-        """A tag was read: what stood before it is certain, except for the empty line that belongs to the calls."""
+        """A tag was read: what stood before it is certain, except for the empty line that belongs
+        to the calls.
+        """
         before = self._before
         if self._state in {"reasoning", "content"}:
             before = before.removesuffix("\n\n") if self._tag == "<" else before
@@ -306,7 +313,9 @@ def _refuse(constant: str) -> None:
 
 
 def parse(completion: str | Iterable[Piece], *, thinking: bool) -> Reply:
-    """Read a whole completion. A string is trusted text: a control token that is spelt in it is one."""
+    """Read a whole completion. A string is trusted text: a control token that is spelt in it is
+    one.
+    """
     parser = CompletionParser(thinking=thinking)
     for piece in scan(completion) if isinstance(completion, str) else completion:
         parser.push(piece)

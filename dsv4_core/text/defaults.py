@@ -1,4 +1,6 @@
-"""What a checkpoint asks for where a request says nothing: ``generation_config.json`` beside ``config.json``."""
+"""What a checkpoint asks for where a request says nothing: ``generation_config.json`` beside
+``config.json``.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ FILE = "generation_config.json"
 
 @dataclass(frozen=True)
 class Defaults:
-    """``temperature`` 0 is greedy. ``ends``: ids that end a text, of both files. ``said``: whether the file is there and says how to sample."""
+    """``temperature`` 0 is greedy. ``ends``: ids that end a text, of both files. ``said``: whether
+    the file is there and says how to sample.
+    """
 
     temperature: float
     top_p: float
@@ -27,7 +31,8 @@ class Defaults:
 
 
 def defaults(directory: Path, config: ModelConfig) -> Defaults:
-    """Read what the checkpoint asks for; greedy where it asks for nothing, or for no sampling (``do_sample`` false).
+    """Read what the checkpoint asks for; greedy where it asks for nothing, or for no sampling
+    (``do_sample`` false).
 
     Raises ``FileError`` for a file that is none, with the key, its value and the rule.
     """

@@ -1,6 +1,7 @@
 """Long fixed texts of the chat format: the tools section, the response format, the effort texts.
 
-They are data of a checkpoint, in its ``encoding/encoding_dsv4.py``. That file is read as data (parsed, never run).
+They are data of a checkpoint, in its ``encoding/encoding_dsv4.py``. That file is read as data
+(parsed, never run).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ Effort = Literal["low", "high", "max"]
 ENCODER = "encoding/encoding_dsv4.py"
 _LARGEST = 1 << 20  # bytes of an encoder file that are read; the published ones have 28 kB
 
-# sha256 of the two effort texts' UTF-8 bytes, final newlines included (model cards' revisions of April and July)
+# sha256 of the two effort texts' UTF-8 bytes, final newlines included (model cards' revisions of
+# April and July)
 _ABSOLUTE = "f7a24f3b3050d4a83781e9b755b316aae2ec1d9dc87562541d90bcb04d7350f7"
 _BEYOND = "53fb31b8392ec5b4a926481943efc67636748f137c1a49d493a7af4d4fa55d2c"
 _EFFORTS: dict[Profile, dict[str, str | None]] = {  # level -> hash of its text, None: no text
@@ -36,9 +38,9 @@ _EFFORTS: dict[Profile, dict[str, str | None]] = {  # level -> hash of its text,
 class FixedTexts:
     """What a checkpoint's encoder writes besides the turns themselves.
 
-    ``efforts``: the text that each level of effort puts before the first turn ("" where it puts none). ``tools`` and
-    ``response_format`` have one gap each, for the tools' schemas (one JSON object a line) and for the format's schema.
-    ``source`` says for people where all this was read.
+    ``efforts``: the text that each level of effort puts before the first turn ("" where it puts
+    none). ``tools`` and ``response_format`` have one gap each, for the tools' schemas (one JSON
+    object a line) and for the format's schema. ``source`` says for people where all this was read.
     """
 
     profile: Profile
@@ -74,8 +76,8 @@ def _filled(template: str, gap: str, words: str) -> list[Piece]:
 def read_encoder(model_dir: Path) -> FixedTexts | None:
     """Read the fixed texts from the checkpoint's encoder file; None where it has none.
 
-    Raises ``ValueError`` where the file is not one of the two known encoders: naming what it lacks, or which text is
-    not the published one.
+    Raises ``ValueError`` where the file is not one of the two known encoders: naming what it lacks,
+    or which text is not the published one.
     """
     path = model_dir / ENCODER
     if not path.is_file():
@@ -163,9 +165,11 @@ def checked(texts: FixedTexts) -> FixedTexts:
 
 
 def library_texts(profile: Profile) -> FixedTexts:
-    """The same texts as DeepSeek's library ``deepseek-recipe`` writes them, for a copy that lacks the encoder file.
+    """The same texts as DeepSeek's library ``deepseek-recipe`` writes them, for a copy that lacks
+    the encoder file.
 
-    Raises ``ValueError`` where the library is not installed, or writes other texts than the published ones.
+    Raises ``ValueError`` where the library is not installed, or writes other texts than the
+    published ones.
     """
     try:
         import deepseek_recipe as recipe
@@ -214,7 +218,8 @@ def _literal(text: str) -> str:
 
 
 def fixed_texts(model_dir: Path, profile: Profile | None = None) -> FixedTexts | None:
-    """The texts that the checkpoint brings, else those of ``profile`` by the library; None where neither is there.
+    """The texts that the checkpoint brings, else those of ``profile`` by the library; None where
+    neither is there.
 
     Raises ``ValueError`` where the checkpoint brings the other profile's.
     """

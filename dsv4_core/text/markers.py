@@ -1,6 +1,8 @@
-"""Control tokens of the published chat format, and text as pieces: what is a control token and what is words.
+"""Control tokens of the published chat format, and text as pieces: what is a control token and what
+is words.
 
-A prompt is a list of pieces, never one string: a control token that somebody spells in a message stays words.
+A prompt is a list of pieces, never one string: a control token that somebody spells in a message
+stays words.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class Scanner:
         self._held = ""
 
     def push(self, text: str) -> list[Piece]:
-        """Add text; give the pieces that are certain now: the end of it may be the beginning of a control token."""
+        """Add text; give the pieces that are certain now: the end of it may be the beginning of a
+        control token.
+        """
         *before, rest = _MARKER.split(self._held + text)  # words and control tokens in turn
         tails = (at for at in range(max(0, len(rest) - _LONGEST), len(rest)) if rest[at] in "<｜")
         kept = next((len(rest) - at for at in tails if any(m.startswith(rest[at:]) for m in MARKERS)), 0)
@@ -66,6 +70,8 @@ class Scanner:
 
 
 def scan(text: str) -> list[Piece]:
-    """Read trusted text, in which a control token that is spelt is one (a recorded prompt, a completion)."""
+    """Read trusted text, in which a control token that is spelt is one (a recorded prompt, a
+    completion).
+    """
     scanner = Scanner()
     return joined([*scanner.push(text), *scanner.finish()])

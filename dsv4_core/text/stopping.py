@@ -9,7 +9,9 @@ if TYPE_CHECKING:
 
 
 class StopTexts:
-    """Text in pieces; what may be the beginning of a stop text is held back until it is known not to be."""
+    """Text in pieces; what may be the beginning of a stop text is held back until it is known not
+    to be.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         """Raise ``ValueError`` for an empty stop text, which would stop at once."""
@@ -20,7 +22,9 @@ class StopTexts:
         self.found = False
 
     def push(self, piece: str) -> str:
-        """Add a piece; give what is certain now. Once a stop text is ``found``, nothing after it is given."""
+        """Add a piece; give what is certain now. Once a stop text is ``found``, nothing after it is
+        given.
+        """
         if self.found:
             return ""
         text = self.held + piece
@@ -39,7 +43,9 @@ class StopTexts:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Count the characters at the end of ``text`` that ``stop`` begins with, less than all of it."""
+    """Count the characters at the end of ``text`` that ``stop`` begins with, less than all of
+    it.
+    """
     for n in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:n]):
             return n

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(model_dir: Path) -> Tokenizer | None:
-    """Read ``model_dir/tokenizer.json``; None where there is none; raise ``ValueError`` where it cannot be read."""
+    """Read ``model_dir/tokenizer.json``; None where there is none; raise ``ValueError`` where it
+    cannot be read.
+    """
     from tokenizers import Tokenizer
 
     path = model_dir / "tokenizer.json"
@@ -36,9 +38,11 @@ def load_tokenizer(model_dir: Path) -> Tokenizer | None:
 
 
 class Vocabulary:
-    """A checkpoint's tokenizer. Words and control tokens are told apart: text that spells a control token is words.
+    """A checkpoint's tokenizer. Words and control tokens are told apart: text that spells a control
+    token is words.
 
-    ``control``: the added tokens by id. ``full`` is the tokenizer as it was read; only trusted text is given to it.
+    ``control``: the added tokens by id. ``full`` is the tokenizer as it was read; only trusted text
+    is given to it.
     """
 
     def __init__(self, full: Tokenizer) -> None:
@@ -55,7 +59,8 @@ class Vocabulary:
     def words(self, text: str) -> list[int]:
         """Encode text, none of which is a control token.
 
-        Raises ``ValueError`` where the tokenizer has no token for it, or gives a control token after all.
+        Raises ``ValueError`` where the tokenizer has no token for it, or gives a control token
+        after all.
         """
         ids = self._encoded(self._plain, text)
         if found := next((token for token in ids if token in self.control), None):
@@ -66,11 +71,14 @@ class Vocabulary:
 
     @cached_property
     def _longest(self) -> int:
-        """Characters of the longest token; where tokens are of bytes, each of them is written as one character."""
+        """Characters of the longest token; where tokens are of bytes, each of them is written as
+        one character.
+        """
         return max(map(len, self._plain.get_vocab(with_added_tokens=False)), default=1)
 
     def least(self, pieces: Iterable[Piece]) -> int:
-        """How many tokens these are at least, told by their length alone: encoding a text of megabytes takes minutes.
+        """How many tokens these are at least, told by their length alone: encoding a text of
+        megabytes takes minutes.
 
         0 with a tokenizer that rewrites its text, which may make it shorter.
         """
@@ -79,7 +87,9 @@ class Vocabulary:
         return sum(1 if piece.control else -(-len(piece.text) // self._longest) for piece in pieces)
 
     def ids(self, pieces: Iterable[Piece]) -> list[int]:
-        """Encode words and control tokens; raise ``ValueError`` for a control token that the tokenizer lacks."""
+        """Encode words and control tokens; raise ``ValueError`` for a control token that the
+        tokenizer lacks.
+        """
         ids: list[int] = []
         for piece in joined(pieces):
             if not piece.control:

@@ -1,4 +1,6 @@
-"""Five faults that backends have had, in ops that are otherwise the reference's. README.md says how the suite's words lead to each."""
+"""Five faults that backends have had, in ops that are otherwise the reference's. README.md says how
+the suite's words lead to each.
+"""
 
 import numpy as np
 from dsv4_backend_reference.backend import ReferenceBackend

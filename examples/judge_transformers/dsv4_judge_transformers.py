@@ -1,4 +1,6 @@
-"""transformers' own functions of DeepSeek-V4 behind dsv4's contracts. Nothing is computed here but what their modules do not hold."""
+"""transformers' own functions of DeepSeek-V4 behind dsv4's contracts. Nothing is computed here but
+what their modules do not hold.
+"""
 
 from types import SimpleNamespace
 
@@ -15,7 +17,9 @@ torch.set_grad_enabled(False)
 
 
 def given(module, **tensors):
-    """Their module with these tensors as its parameters and buffers, in the dtypes that they have."""
+    """Their module with these tensors as its parameters and buffers, in the dtypes that they
+    have.
+    """
     for name, tensor in tensors.items():
         delattr(module, name)
         module.register_buffer(name, tensor)
@@ -23,7 +27,9 @@ def given(module, **tensors):
 
 
 class TransformersJudged(Backend):
-    """Norms, RoPE, routers, hyper-connections, grouped projection, SwiGLU and attention of transformers; claims nothing."""
+    """Norms, RoPE, routers, hyper-connections, grouped projection, SwiGLU and attention of
+    transformers; claims nothing.
+    """
 
     name = "transformers"
     claims_level = None

@@ -1,4 +1,4 @@
-"""A vendor's backend in one file: the ops that its hardware does well, the others not yet; the suite says what that amounts to."""
+"""A vendor's backend in one file: the ops that its hardware does well; the others not yet."""
 
 import numpy as np
 

@@ -1,10 +1,13 @@
-"""Inside vLLM and by itself dsv4 gives the same: tokens and log-probabilities, bit by bit, in batch-invariant mode.
+"""Inside vLLM and by itself dsv4 gives the same: tokens and log-probabilities, bit by bit, in
+batch-invariant mode.
 
-    python prove.py [--model DIR] [--prompts 32] [--longest 600] [--at-once 8] [--report FILE] [PART ...]
+    python prove.py [--model DIR] [--prompts 32] [--longest 600] [--at-once 8] [--report FILE] [PART
+    ...]
 
-Run it in an environment that ``environment.sh`` made. Each part runs in a process of its own: ``company`` (prompts of many
-lengths arrive while others run, every fifth is given up and asked again) and ``overhead`` (a step inside vLLM against one of
-dsv4's engine). Exit status 1 where anything differs.
+Run it in an environment that ``environment.sh`` made. Each part runs in a process of its own:
+``company`` (prompts of many lengths arrive while others run, every fifth is given up and asked
+again) and ``overhead`` (a step inside vLLM against one of dsv4's engine). Exit status 1 where
+anything differs.
 """
 
 from __future__ import annotations
@@ -47,7 +50,9 @@ def options(backend: str) -> dict[str, bool]:
 
 
 def alone(model: Path, ids: list[list[int]], tokens: int, backend: str) -> list[Told]:
-    """What dsv4 gives for each prompt by itself; log-probabilities by the function that vLLM uses."""
+    """What dsv4 gives for each prompt by itself; log-probabilities by the function that vLLM
+    uses.
+    """
     import torch
 
     import dsv4_core as dsv4
@@ -83,7 +88,9 @@ def engine(model: Path, backend: str, at_once: int, **more: Any) -> Any:
 
 
 def inside(made: Any, ids: list[list[int]], tokens: int) -> list[Told]:
-    """What vLLM's engine gives: requests arrive one a step, every fifth one is given up and asked again."""
+    """What vLLM's engine gives: requests arrive one a step, every fifth one is given up and asked
+    again.
+    """
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False)
@@ -132,7 +139,9 @@ def company(given: argparse.Namespace, **more: Any) -> dict[str, Any]:
 
 
 def overhead(given: argparse.Namespace) -> dict[str, Any]:
-    """A decode step of several requests inside vLLM and in dsv4's engine, CPU milliseconds: which of the two is asked first alternates."""
+    """A decode step of several requests inside vLLM and in dsv4's engine, CPU milliseconds: which
+    of the two is asked first alternates.
+    """
     from vllm import SamplingParams
 
     import dsv4_core as dsv4

@@ -55,8 +55,8 @@ class App:
         body_seconds: float = 30.0,
         keep_alive: float = KEEP_ALIVE,
     ) -> None:
-        """``key``: what clients must give. ``largest``: bytes of a body. ``body_seconds``: how long one may take to come,
-        and the head before it.
+        """``key``: what clients must give. ``largest``: bytes of a body. ``body_seconds``: how long
+        one may take to come, and the head before it.
         """
         self.served, self.worker, self.metrics = served, worker, metrics
         self.key, self.largest, self.body_seconds, self.keep_alive = key, largest, body_seconds, keep_alive
@@ -181,7 +181,9 @@ class App:
     def _together(
         self, runs: Sequence[Running], began: float, silence: float
     ) -> contextlib.aclosing[AsyncGenerator[tuple[int, Event] | None, None]]:
-        """What happens to several, with each one's number; None after each ``silence`` seconds without news."""
+        """What happens to several, with each one's number; None after each ``silence`` seconds
+        without news.
+        """
         return contextlib.aclosing(with_silences(merged([self._events(run, began) for run in runs]), silence))
 
     async def _submitted(self, requests: Iterable[EngineRequest]) -> list[Running]:

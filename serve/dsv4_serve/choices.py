@@ -1,4 +1,6 @@
-"""The engine's events to a protocol's chunks: of one reply, and of the several that ``n`` asks for."""
+"""The engine's events to a protocol's chunks: of one reply, and of the several that ``n`` asks
+for.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ class Choices:
             reply.response.accumulate(chunk)
 
     def stream(self, which: int, event: Event) -> Iterator[str]:
-        """The server-sent events that follow from an event of one reply. Usage comes once, for all."""
+        """The server-sent events that follow from an event of one reply. Usage comes once, for
+        all.
+        """
         kind = type(self._replies[which].response)
         for chunk in self._replies[which].push(event):
             name, text = kind.sse_event_name(chunk), chunk.to_json()

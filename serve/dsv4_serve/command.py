@@ -76,7 +76,9 @@ def command(
     flags: BackendFlags,
     asked: RankFlags,
 ) -> None:
-    """Serve MODEL (a checkpoint's directory; the embedded one if left out) to clients of OpenAI's and Anthropic's protocols."""
+    """Serve MODEL (a checkpoint's directory; the embedded one if left out) to clients of OpenAI's
+    and Anthropic's protocols.
+    """
     try:
         from dsv4_serve.running import application, follow_first, listen
     except ImportError as error:

@@ -1,4 +1,6 @@
-"""``/v1/completions``: text or ids to continue, with echo and log-probabilities. Control tokens spelt in a text are words."""
+"""``/v1/completions``: text or ids to continue, with echo and log-probabilities. Control tokens
+spelt in a text are words.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ Ids = tuple[int, ...]
 
 
 def asked(body: dict[str, Any], served: Served) -> list[Completion]:
-    """Read a request's body: ``n`` completions a prompt; raise ``RefusedError`` for what is wrong or not supported."""
+    """Read a request's body: ``n`` completions a prompt; raise ``RefusedError`` for what is wrong
+    or not supported.
+    """
     known(body, FIELDS, INERT)
     served.check_model(body.get("model"))
     echo, logprobs = flag(body, "echo"), whole(body, "logprobs", None, 0, 20)
@@ -138,7 +142,9 @@ class Completion:
     def __init__(
         self, request: Request, served: Served, stop: Sequence[str], *, echo: bool, generate: bool, first: bool = True
     ) -> None:
-        """``first``: of the replies to one prompt, the one with which the prompt's tokens are counted."""
+        """``first``: of the replies to one prompt, the one with which the prompt's tokens are
+        counted.
+        """
         self.first = first
         self.request, self._served, self._stop = request, served, stop
         self._echo, self._generate = echo, generate
@@ -156,7 +162,9 @@ class Completion:
         }
 
     def push(self, event: Event) -> str:
-        """Take an event; give the text that is certain now. ``finish`` is set when the completion is over."""
+        """Take an event; give the text that is certain now. ``finish`` is set when the completion
+        is over.
+        """
         new = ""
         if event.chosen and self.generated == 0 and self._echo:
             for i, token in enumerate(self.request.prompt):

@@ -1,4 +1,6 @@
-"""Connections that bring no request: each has so many seconds for the head of its next one, however slowly it sends."""
+"""Connections that bring no request: each has so many seconds for the head of its next one, however
+slowly it sends.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ HEAD_SECONDS = 30.0
 
 
 class Connection(H11Protocol):
-    """Uvicorn's, which waits for a request's first line as long as the client likes; this one closes."""
+    """Uvicorn's, which waits for a request's first line as long as the client likes; this one
+    closes.
+    """
 
     head_seconds = HEAD_SECONDS
     _patience: asyncio.TimerHandle | None = None

@@ -1,4 +1,6 @@
-"""What a reply must keep to: a JSON schema, a regular expression, calls of given tools. By llguidance."""
+"""What a reply must keep to: a JSON schema, a regular expression, calls of given tools. By
+llguidance.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,15 @@ class Grammars:
     """Makes constraints for one vocabulary."""
 
     def __init__(self, tokenizer_json: str, vocab_size: int, ends: frozenset[int]) -> None:
-        """Read a tokenizer.json of ``vocab_size`` ids; each of ``ends`` may end a reply that is complete."""
+        """Read a tokenizer.json of ``vocab_size`` ids; each of ``ends`` may end a reply that is
+        complete.
+        """
         self._tokens = llguidance.LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=min(ends))
         self._ids = {a["content"]: a["id"] for a in json.loads(tokenizer_json)["added_tokens"]}
 
     def constraint(self, kind: str, schema: str, *, thinking: bool) -> Grammar:
-        """``kind``: json, regex, tool_call (text, then calls or none) or tool_call_required (the prompt opened the calls).
+        """``kind``: json, regex, tool_call (text, then calls or none) or tool_call_required (the
+        prompt opened the calls).
 
         Raises ``RefusedError`` for a schema that cannot be enforced, saying why.
         """
@@ -80,12 +85,16 @@ class Grammars:
 
 
 def _compact(schema: Any) -> str:
-    """A schema whose values have no more white space than ``json.dumps`` writes: a model cannot go on with it for ever."""
+    """A schema whose values have no more white space than ``json.dumps`` writes: a model cannot go
+    on with it for ever.
+    """
     return json.dumps({**schema, "x-guidance": {"whitespace_flexible": False}} if isinstance(schema, dict) else schema)
 
 
 class Grammar:
-    """A grammar and how far a reply has come in it. ``asked``: kind, schema and thinking, of which another rank makes it."""
+    """A grammar and how far a reply has come in it. ``asked``: kind, schema and thinking, of which
+    another rank makes it.
+    """
 
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, asked: tuple[str, str, bool]) -> None:
         self.asked = asked

@@ -1,4 +1,6 @@
-"""The OpenAPI document of the server: its routes, the fields that each takes, and what it answers. Served at /openapi.json."""
+"""The OpenAPI document of the server: its routes, the fields that each takes, and what it answers.
+Served at /openapi.json.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Chat Completions, Responses and Messages, by DeepSeek's library: requests in, protocol chunks out.
+"""Chat Completions, Responses and Messages, by DeepSeek's library: requests in, protocol chunks
+out.
 
 The one file that imports ``deepseek_recipe``. Prompts are written by our own encoder.
 """
@@ -116,7 +117,9 @@ KINDS: dict[str, tuple[Any, Any, frozenset[str]]] = {
 
 @dataclass
 class Asked:
-    """Requests as the engine takes them, one a reply, and what turns their tokens into the protocol's chunks."""
+    """Requests as the engine takes them, one a reply, and what turns their tokens into the
+    protocol's chunks.
+    """
 
     requests: tuple[Request, ...]
     stream: bool
@@ -250,7 +253,9 @@ def _effort(kind: str, body: dict[str, Any]) -> str | None:
 
 
 def _any_tool(body: dict[str, Any]) -> bool:
-    """Whether Anthropic's ``tool_choice`` demands a call of any tool, which the library takes for auto."""
+    """Whether Anthropic's ``tool_choice`` demands a call of any tool, which the library takes for
+    auto.
+    """
     choice = body.get("tool_choice")
     if not isinstance(choice, dict):
         return False

@@ -1,8 +1,10 @@
-"""Serving by several ranks: the first one takes requests and tells the others, which do to their engines what it does.
+"""Serving by several ranks: the first one takes requests and tells the others, which do to their
+engines what it does.
 
-Before each step the first rank says what has come since the last: requests in the order in which its engine took them, and
-cancellations. An engine decides by its calls and their order alone, so that all make the same steps. A rank that fails ends
-all (``dsv4_core.ranks.watch``): the others would wait in an exchange.
+Before each step the first rank says what has come since the last: requests in the order in which
+its engine took them, and cancellations. An engine decides by its calls and their order alone, so
+that all make the same steps. A rank that fails ends all (``dsv4_core.ranks.watch``): the others
+would wait in an exchange.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ Order = Submit | Cancel | End
 
 
 class Lead:
-    """The first rank's side. ``patience``: seconds without a request after which the others hear that there is none."""
+    """The first rank's side. ``patience``: seconds without a request after which the others hear
+    that there is none.
+    """
 
     patience = 60.0  # well below the half hour that a collective waits
 
@@ -87,7 +91,9 @@ class Lead:
 
 
 def follow(engine: Engine, ranks: Ranks, constraint: Callable[[str, str, bool], Constraint]) -> None:
-    """The other ranks' side: do what the first one does, until it ends. ``constraint``: makes what a reply must keep to."""
+    """The other ranks' side: do what the first one does, until it ends. ``constraint``: makes what
+    a reply must keep to.
+    """
     decoder = msgspec.msgpack.Decoder(list[Order])
     while True:
         for order in decoder.decode(ranks.hear(b"")):

@@ -34,7 +34,9 @@ class RefusedError(Exception):
 
 
 def number(body: dict[str, Any], name: str, default: float, low: float, high: float) -> float:
-    """A number of the body, or the default; raise ``RefusedError`` where it is none or out of range."""
+    """A number of the body, or the default; raise ``RefusedError`` where it is none or out of
+    range.
+    """
     value = body.get(name)
     if value is None:
         return default
@@ -44,7 +46,9 @@ def number(body: dict[str, Any], name: str, default: float, low: float, high: fl
 
 
 def whole(body: dict[str, Any], name: str, default: int | None, low: int, high: int) -> int | None:
-    """A whole number of the body, or the default; raise ``RefusedError`` where it is none or out of range."""
+    """A whole number of the body, or the default; raise ``RefusedError`` where it is none or out of
+    range.
+    """
     value = body.get(name)
     if value is None:
         return default
@@ -54,7 +58,9 @@ def whole(body: dict[str, Any], name: str, default: int | None, low: int, high: 
 
 
 def flag(body: dict[str, Any], name: str) -> bool:
-    """A truth value of the body, False where it is left out; raise ``RefusedError`` where it is something else."""
+    """A truth value of the body, False where it is left out; raise ``RefusedError`` where it is
+    something else.
+    """
     value = body.get(name)
     if value not in (None, True, False) or (isinstance(value, int) and not isinstance(value, bool)):
         raise RefusedError(f"{name} = {value!r} must be true or false", param=name)
@@ -62,7 +68,9 @@ def flag(body: dict[str, Any], name: str) -> bool:
 
 
 def known(body: dict[str, Any], fields: frozenset[str], inert: dict[str, tuple[Any, ...]]) -> None:
-    """Raise ``RefusedError`` for a field that would have no effect. ``inert``: fields that may have these values only."""
+    """Raise ``RefusedError`` for a field that would have no effect. ``inert``: fields that may have
+    these values only.
+    """
     for name, value in body.items():
         if value is None or name in fields:
             continue

@@ -1,4 +1,6 @@
-"""A server put together and run: weights, engine, worker, routes; SIGTERM lets what is under way end."""
+"""A server put together and run: weights, engine, worker, routes; SIGTERM lets what is under way
+end.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 
 
 def application(session: Session, *, queue: int = 64, **options: Any) -> App:
-    """Load a session's weights and make its server; of several ranks the first one's. ``options``: see ``served_by`` and ``App``."""
+    """Load a session's weights and make its server; of several ranks the first one's. ``options``:
+    see ``served_by`` and ``App``.
+    """
     own = {name: options.pop(name) for name in list(options) if name in _OPTIONS}
     served = served_by(session, queue=queue, **own)
     metrics = Metrics()
@@ -49,8 +53,8 @@ def served_by(
 ) -> Served:
     """Load a session's weights and make its engine, on each rank alike.
 
-    Raises ``ValueError`` for a checkpoint without a tokenizer and for what the engine and the encoder refuse, before weights
-    load where it can be known.
+    Raises ``ValueError`` for a checkpoint without a tokenizer and for what the engine and the
+    encoder refuse, before weights load where it can be known.
     """
     directory, config = session.directory, session.config
     if session.tokenizer is None:
@@ -104,9 +108,11 @@ def follow_first(session: Session, **options: Any) -> None:
 
 
 def listen(app: App, host: str, port: int, drain_seconds: int) -> None:
-    """Serve until SIGTERM or SIGINT; then refuse what is new and end what is under way, for so many seconds.
+    """Serve until SIGTERM or SIGINT; then refuse what is new and end what is under way, for so many
+    seconds.
 
-    Where other ranks follow, an engine that fails ends the server: they wait in an exchange that is not to be.
+    Where other ranks follow, an engine that fails ends the server: they wait in an exchange that is
+    not to be.
     """
     asyncio.run(_Server(configuration(app, host=host, port=port, timeout_graceful_shutdown=drain_seconds), app).serve())
     if app.worker.lead and app.worker.failed:

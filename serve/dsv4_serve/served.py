@@ -55,7 +55,9 @@ class Served:
             raise RefusedError(f"the model {name!r} is not served here; {self.name!r} is", status=404, param="model")
 
     def check_length(self, pieces: Sequence[Piece]) -> None:
-        """Raise ``RefusedError`` for a prompt that is too long whatever its tokens are; one that passes may still be."""
+        """Raise ``RefusedError`` for a prompt that is too long whatever its tokens are; one that
+        passes may still be.
+        """
         if (least := self.vocabulary.least(pieces)) > self.engine.capacity:
             raise RefusedError(
                 f"the maximum context length is {self.engine.capacity} tokens; the prompt has {least} at least: shorten it",

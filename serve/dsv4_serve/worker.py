@@ -47,7 +47,9 @@ class Worker:
     def __init__(
         self, engine: Engine, observe: Callable[[Engine, float], None] | None = None, lead: Lead | None = None
     ) -> None:
-        """``observe(engine, seconds)`` is called after each step, on the thread; ``lead`` tells other ranks what to do alike."""
+        """``observe(engine, seconds)`` is called after each step, on the thread; ``lead`` tells
+        other ranks what to do alike.
+        """
         self.engine, self._observe, self.lead = engine, observe, lead
         self.failed: BaseException | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -56,7 +58,9 @@ class Worker:
         self._thread.start()
 
     async def submit(self, request: Request) -> Running:
-        """Let the engine take a request. Raises what ``Engine.submit`` does, ``RuntimeError`` where the thread has ended."""
+        """Let the engine take a request. Raises what ``Engine.submit`` does, ``RuntimeError`` where
+        the thread has ended.
+        """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
         taken: Future[int] = Future()

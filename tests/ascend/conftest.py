@@ -1,4 +1,6 @@
-"""These tests run on simulated CANN; where torch-npu is installed they would meet the real ops, and are left out."""
+"""These tests run on simulated CANN; where torch-npu is installed they would meet the real ops, and
+are left out.
+"""
 
 import importlib.util
 

@@ -1,4 +1,6 @@
-"""The ascend backend: how near to exact it computes, what it plans, and each way of not finding a chip."""
+"""The ascend backend: how near to exact it computes, what it plans, and each way of not finding a
+chip.
+"""
 
 import os
 import subprocess

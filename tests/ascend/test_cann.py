@@ -43,7 +43,9 @@ def host(tensor):
 
 
 def close(got, want, ulps=1.0):
-    """Within ``ulps`` BF16 units of each element, and of a hundredth of the largest where sums cancel."""
+    """Within ``ulps`` BF16 units of each element, and of a hundredth of the largest where sums
+    cancel.
+    """
     got, want = got.double().numpy(), np.asarray(want, np.float64)
     allowed = ulps * BF16_ULP * (np.abs(want) + 0.01 * np.abs(want).max())
     assert got.shape == want.shape
@@ -268,7 +270,9 @@ def test_hyper_connections(reference):
 @pytest.mark.parametrize("spread", [0.1, 5.0, 40.0])
 @pytest.mark.parametrize("iters", [1, 2, 20])
 def test_hyper_connections_by_norms(reference, iters, spread):
-    """Sinkhorn as norms of square roots: logits of every steepness, and fewer iterations than it needs to settle."""
+    """Sinkhorn as norms of square roots: logits of every steepness, and fewer iterations than it
+    needs to settle.
+    """
     simulate.install("910B")
     h, fn, scale, base = _bf16(5, 4, 32), torch.randn(24, 128) * 0.1, torch.rand(3), torch.randn(24) * spread
     form = {"norm_eps": 1e-6, "eps": 1e-6, "iters": iters}

@@ -1,4 +1,6 @@
-"""Recorded steps, without an NPU: what a graph would hold, and that nothing kept crosses its ends."""
+"""Recorded steps, without an NPU: what a graph would hold, and that nothing kept crosses its
+ends.
+"""
 
 import dataclasses
 
@@ -49,7 +51,9 @@ def test_what_is_read_on_the_host_is_found():
 
 
 class Npu:
-    """torch.npu's part of a capture: the second run is the captured one, and replays run it again."""
+    """torch.npu's part of a capture: the second run is the captured one, and replays run it
+    again.
+    """
 
     def __init__(self):
         self.runs, self.recorded = [], None

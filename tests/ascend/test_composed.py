@@ -1,4 +1,6 @@
-"""What the composed tier does in other ways than the portable backend: the same bits, and fewer launches."""
+"""What the composed tier does in other ways than the portable backend: the same bits, and fewer
+launches.
+"""
 
 import numpy as np
 import pytest

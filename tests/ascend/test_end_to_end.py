@@ -1,5 +1,5 @@
-"""Whole models on simulated CANN, each generation: recorded vectors, MTP, generation, and every call of the capability table
-at the published head sizes.
+"""Whole models on simulated CANN, each generation: recorded vectors, MTP, generation, and every
+call of the capability table at the published head sizes.
 """
 
 import dataclasses
@@ -40,7 +40,9 @@ def by_table(generation):
 @pytest.mark.parametrize("name", ["tiny-flash", "tiny-pro"])
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_recorded_models_prefill_decode_and_mtp(generation, name):
-    """As near to the exact vectors as the recorded native logits are; the cann tier served what these head sizes allow."""
+    """As near to the exact vectors as the recorded native logits are; the cann tier served what
+    these head sizes allow.
+    """
     backend = AscendBackend(simulate=generation)
     want = vectors(name, "golden")
     got = teacher_forced(
@@ -69,7 +71,9 @@ def test_recorded_models_in_the_exact_modes(generation, name, numerics):
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_the_embedded_model_generates_and_speculates_the_recorded_tokens(generation):
-    """From the 17th token on no recorded choice was closer than 1.5: two native implementations agree on all of them."""
+    """From the 17th token on no recorded choice was closer than 1.5: two native implementations
+    agree on all of them.
+    """
     model = Model(Checkpoint(embedded()), AscendBackend(simulate=generation))
     want = vectors("tiny-jargon", "golden")
     tokens, margins = want["quantized.greedy_tokens"][:41], want["quantized.greedy_margins"][:41].astype(float)
@@ -87,7 +91,9 @@ def test_the_embedded_model_generates_and_speculates_the_recorded_tokens(generat
 
 @pytest.fixture(scope="module")
 def wide_heads(tmp_path_factory):
-    """Checkpoints with the published head sizes, MTP, everything else small: as published, W8A8, and in BF16."""
+    """Checkpoints with the published head sizes, MTP, everything else small: as published, W8A8,
+    and in BF16.
+    """
     config = dataclasses.replace(
         PRESETS["flash"], vocab_size=256, hidden_size=256, num_hidden_layers=3, q_lora_rank=128, o_lora_rank=32,
         n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=128, num_hash_layers=1, index_topk=16,
@@ -119,7 +125,9 @@ def wide_exact(wide_heads):
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_every_call_of_the_table_runs_at_the_published_head_sizes(wide_heads, wide_exact, generation):
-    """Each contract that the table claims runs in the cann tier, always; together the copies reach every call."""
+    """Each contract that the table claims runs in the cann tier, always; together the copies reach
+    every call.
+    """
     folder, ids = wide_heads
     reached = set()
     for form in ("published", "bf16", *(("w8a8",) if generation != "950" else ())):

@@ -1,4 +1,6 @@
-"""Memory of the lossless expansion at the published sizes: the bound that the option names is kept."""
+"""Memory of the lossless expansion at the published sizes: the bound that the option names is
+kept.
+"""
 
 import pytest
 from dsv4_backend_ascend.expansion import measure

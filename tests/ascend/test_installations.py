@@ -1,5 +1,6 @@
-"""What is said of each state of an installation: no torch-npu, one that is broken, one whose ops differ, chips and CANN; and
-that no other backend touches torch-npu. Each in a process of its own, with stand-ins for torch-npu on its path.
+"""What is said of each state of an installation: no torch-npu, one that is broken, one whose ops
+differ, chips and CANN; and that no other backend touches torch-npu. Each in a process of its own,
+with stand-ins for torch-npu on its path.
 """
 
 import os

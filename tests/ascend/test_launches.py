@@ -1,4 +1,6 @@
-"""Rung L2b: nothing of a decode step runs on AICPU, nothing is unknown, and the host reads nothing."""
+"""Rung L2b: nothing of a decode step runs on AICPU, nothing is unknown, and the host reads
+nothing.
+"""
 
 import dataclasses
 

@@ -16,7 +16,9 @@ QUICK = [sys.executable, "-S", "-c"]
 
 @pytest.fixture
 def stages(monkeypatch, tmp_path):
-    """Three stages: one passes, one fails, one writes a file a time, so that a second run of a command shows."""
+    """Three stages: one passes, one fails, one writes a file a time, so that a second run of a
+    command shows.
+    """
     marks = tmp_path / "marks"
 
     def good(p):

@@ -1,4 +1,6 @@
-"""Simulated CANN: real schemas, agreement of kernels and shape functions, the documents' refusals."""
+"""Simulated CANN: real schemas, agreement of kernels and shape functions, the documents'
+refusals.
+"""
 
 import subprocess
 import sys
@@ -105,7 +107,9 @@ def test_tiles_hold_the_same_values_in_another_order():
 
 @pytest.mark.parametrize("wheel", snapshots(), ids=lambda s: s.wheel)
 def test_every_wheel_takes_the_calls_but_those_it_lacks(wheel):
-    """Older wheels spell arguments that are not passed in another way; what they truly lack is a hash table for the gate."""
+    """Older wheels spell arguments that are not passed in another way; what they truly lack is a
+    hash table for the gate.
+    """
     lacking = {
         call.name: problem
         for call in table().calls

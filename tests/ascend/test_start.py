@@ -1,4 +1,6 @@
-"""What happens before the first op: devices of ranks, float32 products, HCCL's settings, modes that a chip lacks."""
+"""What happens before the first op: devices of ranks, float32 products, HCCL's settings, modes that
+a chip lacks.
+"""
 
 import types
 

@@ -1,4 +1,6 @@
-"""Faulty npu kernels, each after one that was met or could be: name -> (generation, op, contract that shows it, fault)."""
+"""Faulty npu kernels, each after one that was met or could be: name -> (generation, op, contract
+that shows it, fault).
+"""
 
 from types import SimpleNamespace
 
@@ -14,7 +16,9 @@ def _changed(a, **changes):
 
 
 def _with(**changes):
-    """Run the kernel on changed arguments: each change is a value, or a function of the call's arguments."""
+    """Run the kernel on changed arguments: each change is a value, or a function of the call's
+    arguments.
+    """
     return lambda kernel: lambda a: kernel(_changed(a, **{k: v(a) if callable(v) else v for k, v in changes.items()}))
 
 

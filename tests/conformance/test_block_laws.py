@@ -1,4 +1,6 @@
-"""The law of DSpark's blocks holds on the reference, and notices backends that are wrong where a block differs from a step."""
+"""The law of DSpark's blocks holds on the reference, and notices backends that are wrong where a
+block differs from a step.
+"""
 
 import numpy as np
 import pytest
@@ -26,7 +28,9 @@ class CausalBlock(ReferenceBackend):
 
 
 class FirstStream(ReferenceBackend):
-    """Taps one stream and not the mean of all; a factor of all four would not show, since the taps are normed."""
+    """Taps one stream and not the mean of all; a factor of all four would not show, since the taps
+    are normed.
+    """
 
     def hc_head(self, h, fn, scale, base, *, norm_eps, eps):
         return h[:, 0] if eps == 0 else super().hc_head(h, fn, scale, base, norm_eps=norm_eps, eps=eps)

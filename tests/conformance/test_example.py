@@ -1,4 +1,6 @@
-"""A vendor's package in one file, installed where there is no checkout on the path, is told its level; a wrong line in it is found."""
+"""A vendor's package in one file, installed where there is no checkout on the path, is told its
+level; a wrong line in it is found.
+"""
 
 import os
 import re
@@ -17,7 +19,9 @@ FILE = "dsv4_backend_example.py"
 
 @pytest.fixture(scope="module")
 def vendor(tmp_path_factory):
-    """A fresh environment with the vendor's package in it; libraries come from the one that runs the tests."""
+    """A fresh environment with the vendor's package in it; libraries come from the one that runs
+    the tests.
+    """
     home = tmp_path_factory.mktemp("vendor")
     shutil.copytree(EXAMPLE, home / "package", ignore=shutil.ignore_patterns("*.egg-info", "build", "__pycache__"))
     venv.create(home / "venv", with_pip=False)

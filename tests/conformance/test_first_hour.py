@@ -1,4 +1,6 @@
-"""What a vendor meets in the first hour: a package to begin with, the next op, dumps, neighbours, pairs, watching."""
+"""What a vendor meets in the first hour: a package to begin with, the next op, dumps, neighbours,
+pairs, watching.
+"""
 
 import importlib.util
 from dataclasses import dataclass

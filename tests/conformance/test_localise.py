@@ -1,4 +1,6 @@
-"""Localising: faults of the museum, planted in one layer of the embedded model, are named with their op and layer."""
+"""Localising: faults of the museum, planted in one layer of the embedded model, are named with
+their op and layer.
+"""
 
 import functools
 import re

@@ -1,4 +1,6 @@
-"""Arrays that move: the shipped backends go on with what a write returns, and one that relies on aliasing is found."""
+"""Arrays that move: the shipped backends go on with what a write returns, and one that relies on
+aliasing is found.
+"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,6 @@
-"""The suite itself: stable ids and seeds, budgets, guards, claims, xfails, isolation, reports; and that its documents are fresh."""
+"""The suite itself: stable ids and seeds, budgets, guards, claims, xfails, isolation, reports; and
+that its documents are fresh.
+"""
 
 import datetime
 import io
@@ -196,7 +198,9 @@ def test_a_narrower_declaration_is_its_own_ops_and_is_reported():
 
 
 def test_probabilities_on_the_grid_are_allowed_what_others_are():
-    """Two rows alike: each has half, a number of BF16. Weights that are rounded before their sum divides them are off even so."""
+    """Two rows alike: each has half, a number of BF16. Weights that are rounded before their sum
+    divides them are off even so.
+    """
     oracle = registry.oracle("native", {"sparse_attn": OPS["sparse_attn"].narrower})
     q, kv = np.zeros((1, 1, 16), BFLOAT16), np.ones((2, 16), BFLOAT16)
     kv[1] = -1

@@ -119,7 +119,9 @@ def test_examples_are_written_and_read():
 
 
 def test_tolerances_follow_the_precision():
-    """Rounding alone moves logits in proportion to the unit roundoff, and correct runs stay inside."""
+    """Rounding alone moves logits in proportion to the unit roundoff, and correct runs stay
+    inside.
+    """
     double, single = (lawmodel.tolerance(n, (0,)) for n in ("float64", "float32"))
     assert 2.0**27 < single / double < 2.0**31  # 2^29 between the units
     at = lawmodel.Stage.of(session().backend)
@@ -147,7 +149,9 @@ def test_bits_are_compared_as_bits():
 
 
 def test_sinkhorn_bound_is_not_vacuous():
-    """Mixes that converge slowly leave row sums visibly off one, and the bound with them; mild mixes do not."""
+    """Mixes that converge slowly leave row sums visibly off one, and the bound with them; mild
+    mixes do not.
+    """
     at = lawmodel.Stage.of(session().backend)
     assert op_laws.sinkhorn(at, tokens=50, spread=4, seed=0) is None
 

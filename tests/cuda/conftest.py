@@ -1,4 +1,6 @@
-"""Kernel tests run in the repaired interpreter, and only after every proof of the repair has passed in this very run."""
+"""Kernel tests run in the repaired interpreter, and only after every proof of the repair has passed
+in this very run.
+"""
 
 from __future__ import annotations
 

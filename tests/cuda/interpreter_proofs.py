@@ -1,4 +1,6 @@
-"""What the repaired interpreter must compute, checked against ml_dtypes and torch: every value, tie and neighbour."""
+"""What the repaired interpreter must compute, checked against ml_dtypes and torch: every value, tie
+and neighbour.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +102,9 @@ def same(got: np.ndarray, expected: np.ndarray, what: str) -> None:
 
 
 def interesting_float32(name: str) -> np.ndarray:
-    """Every finite value of the format, every tie, one ulp to either side, overflow, infinities, NaN, random bits."""
+    """Every finite value of the format, every tie, one ulp to either side, overflow, infinities,
+    NaN, random bits.
+    """
     _, kind, width = SMALL[name]
     values = np.arange(1 << (8 * np.dtype(width).itemsize)).astype(width).view(kind).astype(np.float32)
     values = np.sort(values[np.isfinite(values)]).astype(np.float64)

@@ -1,7 +1,9 @@
-"""What Triton's JIT makes of every launch, in a process of its own: python tests/cuda/jit_path.py WHAT [--depth count|parse|compile] [--arch 90]
+"""What Triton's JIT makes of every launch, in a process of its own: python tests/cuda/jit_path.py
+WHAT [--depth count|parse|compile] [--arch 90]
 
-WHAT: ``cases`` (every op case of the standard tier), ``conversation`` (the embedded model's steps while a context grows) or ``layers``
-(Flash's and Pro's layers in full size). Prints one line of JSON. PYTHONPATH chooses Triton's version.
+WHAT: ``cases`` (every op case of the standard tier), ``conversation`` (the embedded model's steps
+while a context grows) or ``layers`` (Flash's and Pro's layers in full size). Prints one line of
+JSON. PYTHONPATH chooses Triton's version.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ def loaded(backend, value):
 
 
 def conversation(backend: dry.DryBackend) -> int:
-    """Short prompts of every length, then steps of one token while the context grows to 2400; one sequence, and two."""
+    """Short prompts of every length, then steps of one token while the context grows to 2400; one
+    sequence, and two.
+    """
     from dsv4_core.graph.model import Model
     from dsv4_core.planning.shapes import run_step
 
@@ -85,7 +89,9 @@ def backend_config(name):
 
 
 def layers(backend: dry.DryBackend) -> dict[str, dict]:
-    """A layer of each ratio of Flash and Pro in full size: launches, torch's kernels, and host microseconds once all is compiled."""
+    """A layer of each ratio of Flash and Pro in full size: launches, torch's kernels, and host
+    microseconds once all is compiled.
+    """
     import time
 
     import numpy as np
@@ -133,7 +139,9 @@ def layers(backend: dry.DryBackend) -> dict[str, dict]:
 
 
 def capture(backend: dry.DryBackend) -> dict[str, dict[str, int]]:
-    """Flash cut to a layer of each ratio, steps of two sequences: what the host does in an eager step, while one is captured, and in a replay."""
+    """Flash cut to a layer of each ratio, steps of two sequences: what the host does in an eager
+    step, while one is captured, and in a replay.
+    """
     import numpy as np
     from dsv4_backend_torch.graphs import Recorded
     from test_graphs import Cuda

@@ -16,7 +16,9 @@ POISON = {
 
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:
-    """The same tensor in the middle of a poisoned buffer, so that a read outside it is seen in the result."""
+    """The same tensor in the middle of a poisoned buffer, so that a read outside it is seen in the
+    result.
+    """
     margin = 4096
     buffer = torch.full((tensor.numel() + 2 * margin,), POISON[tensor.dtype], dtype=tensor.dtype)
     view = buffer[margin : margin + tensor.numel()].view(tensor.shape)
@@ -88,7 +90,9 @@ def fp4_weight(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def close(got: torch.Tensor, exact: torch.Tensor, *, ulps: float = 0.51, wide: float = 2e-6) -> None:
-    """``got`` is ``exact`` rounded once: within ``ulps`` of a BF16 unit, plus ``wide`` of the largest value for float32 sums."""
+    """``got`` is ``exact`` rounded once: within ``ulps`` of a BF16 unit, plus ``wide`` of the
+    largest value for float32 sums.
+    """
     assert torch.isfinite(got.double()).all()
     unit = 2.0**-7 if got.dtype == torch.bfloat16 else 2.0**-23
     _, exponent = torch.frexp(exact.abs())

@@ -1,6 +1,8 @@
-"""Mutants of kernels: copies of the package with one fault each, judged by the suite as it stands, interpreted, in processes of their own.
+"""Mutants of kernels: copies of the package with one fault each, judged by the suite as it stands,
+interpreted, in processes of their own.
 
-python tests/cuda/plant.py [NAME ...]   # minutes; writes docs/cuda-faults.md, exit status 1 if a fault goes unnoticed
+python tests/cuda/plant.py [NAME ...]   # minutes; writes docs/cuda-faults.md, exit status 1 if a
+fault goes unnoticed
 
 With names, those faults alone are planted, and the others' rows stay as they are.
 """
@@ -50,7 +52,9 @@ def planted(fault: Fault, path: Path) -> Path:
 
 
 def noticed(fault: Fault) -> str:
-    """The first case that fails, with how it did unless by its numbers; empty where the suite passes."""
+    """The first case that fails, with how it did unless by its numbers; empty where the suite
+    passes.
+    """
     with tempfile.TemporaryDirectory() as path:
         planted(fault, Path(path))
         chosen = ["--case", f"{fault.op}/{fault.case}"] if fault.case else ["--op", fault.op]

@@ -1,4 +1,6 @@
-"""Offline compilation, its gates, and the launch table. Compiling takes a process of its own: here kernels are interpreted."""
+"""Offline compilation, its gates, and the launch table. Compiling takes a process of its own: here
+kernels are interpreted.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,8 @@ def test_the_model_names_its_bound():
     assert model.memory == pytest.approx(8192 / (3350 / 132 / 1.83))
     assert model.share == pytest.approx(model.memory / 1000)
     assert roofline.estimate(h100, Work(bytes=8192), instructions=10, warps=4).share == 1
-    # the review's own example, FP4 decode of one block: 436 instructions, 12 barriers, 4 fences of each kind, 4 waits for products
+    # the review's own example, FP4 decode of one block: 436 instructions, 12 barriers, 4 fences of
+    # each kind, 4 waits for products
     stalls = 12 * 30 + 4 * 40 + 4 * 20 + 4 * 60
     alone = roofline.estimate(h100, Work(bytes=0), instructions=436, warps=4, stalls=stalls)
     assert (alone.bound, alone.predicted) == ("waiting", pytest.approx(1276))

@@ -1,4 +1,6 @@
-"""The cuda backend as a backend: what it refuses, what it says of itself, and a decode step that reads nothing back."""
+"""The cuda backend as a backend: what it refuses, what it says of itself, and a decode step that
+reads nothing back.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,9 @@ def test_supports_names_kernels_and_reasons(backend):
 
 
 def test_kernels_run_on_the_backends_own_device(monkeypatch):
-    """Triton launches on torch's current device: it is chosen at construction, and for a call where another one is current."""
+    """Triton launches on torch's current device: it is chosen at construction, and for a call where
+    another one is current.
+    """
     chosen, entered = [], []
 
     class Device:
@@ -161,7 +165,9 @@ def test_a_report_names_the_gpu(monkeypatch):
 
 
 def test_nan_and_infinity_through_the_codecs(backend):
-    """A broken layer must look broken: NaN is NaN afterwards, infinity makes its group NaN, and other groups are as without them."""
+    """A broken layer must look broken: NaN is NaN afterwards, infinity makes its group NaN, and
+    other groups are as without them.
+    """
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(3)).bfloat16()
     bad = x.clone()
     bad[0, 5], bad[1, 200] = float("nan"), float("inf")
@@ -182,7 +188,9 @@ def test_nan_and_infinity_through_the_codecs(backend):
 
 
 def test_a_norms_codes_are_those_of_its_result(backend, monkeypatch):
-    """Products that read a norm's result take the codes that came with it, with the same bits; a copy is quantised anew, and so is one for FP4 weights."""
+    """Products that read a norm's result take the codes that came with it, with the same bits; a
+    copy is quantised anew, and so is one for FP4 weights.
+    """
     from dsv4_backend_cuda.kernels import quant
 
     made, act_quant = [], quant.act_quant
@@ -228,7 +236,9 @@ def test_rules_name_kernels_of_the_launch_table():
 
 
 def test_a_decode_step_reads_nothing_back(backend, monkeypatch):
-    """On the meta device, kernels left out: whatever reads a value, or has a shape that depends on one, raises."""
+    """On the meta device, kernels left out: whatever reads a value, or has a shape that depends on
+    one, raises.
+    """
     from triton.runtime.interpreter import InterpretedFunction
 
     launches = []

@@ -1,4 +1,6 @@
-"""Whole models on interpreted kernels, prefill and decode: short sequences of two models always, the rest as a proof. No GPU is involved."""
+"""Whole models on interpreted kernels, prefill and decode: short sequences of two models always,
+the rest as a proof. No GPU is involved.
+"""
 
 from __future__ import annotations
 
@@ -78,8 +80,9 @@ def test_recorded_models(name):
 @pytest.mark.proof
 @pytest.mark.parametrize("name", RECORDED)
 def test_mtp_of_many_sequences(name):
-    """MTP gives one row of logits a sequence, and the recorded vectors have two sequences. An expert that changes at a near tie moves a row
-    three times as far as the median (reference and PyTorch too), so that many are compared by their medians.
+    """MTP gives one row of logits a sequence, and the recorded vectors have two sequences. An
+    expert that changes at a near tie moves a row three times as far as the median (reference and
+    PyTorch too), so that many are compared by their medians.
     """
     model = load(name)
     ids = np.random.default_rng(5).integers(0, model.config.vocab_size, (24, 20))
@@ -110,7 +113,9 @@ def test_recorded_models_in_the_exact_modes(name, numerics, launched):
 
 @pytest.mark.proof
 def test_the_embedded_model_generates_the_recorded_tokens():
-    """From the 17th token on no recorded choice was closer than 1.5: two native implementations agree on all of them."""
+    """From the 17th token on no recorded choice was closer than 1.5: two native implementations
+    agree on all of them.
+    """
     want = vectors("tiny-jargon", "golden")
     tokens, margins = want["quantized.greedy_tokens"][:41], want["quantized.greedy_margins"][:41].astype(float)
     first = 17

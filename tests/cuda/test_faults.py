@@ -1,4 +1,6 @@
-"""Faults in kernels: each can still be planted, and the committed table is of these. ``plant.py`` lets the suite judge them; that takes minutes."""
+"""Faults in kernels: each can still be planted, and the committed table is of these. ``plant.py``
+lets the suite judge them; that takes minutes.
+"""
 
 from __future__ import annotations
 

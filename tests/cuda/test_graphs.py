@@ -1,4 +1,6 @@
-"""Steps as CUDA graphs, without a GPU: what stands in for torch.cuda 'captures' by remembering what ran, and replays by running that again."""
+"""Steps as CUDA graphs, without a GPU: what stands in for torch.cuda 'captures' by remembering what
+ran, and replays by running that again.
+"""
 
 from __future__ import annotations
 

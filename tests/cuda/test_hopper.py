@@ -1,4 +1,6 @@
-"""sm_90's arithmetic in the interpreter: what the imitation does to numbers, by hand, and what the kernels make of it."""
+"""sm_90's arithmetic in the interpreter: what the imitation does to numbers, by hand, and what the
+kernels make of it.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Triton's JIT on the values that the backend really passes, without a GPU: each run is ``jit_path.py`` in a process of its own.
+"""Triton's JIT on the values that the backend really passes, without a GPU: each run is
+``jit_path.py`` in a process of its own.
 
-DSV4_OLDEST_TRITON names a folder with the oldest supported Triton (``pip install --no-deps --target DIR triton==3.4.0``); without it
-only the installed one is tried.
+DSV4_OLDEST_TRITON names a folder with the oldest supported Triton (``pip install --no-deps --target
+DIR triton==3.4.0``); without it only the installed one is tried.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ SCRIPT = Path(__file__).with_name("jit_path.py")
 OLDEST = os.environ.get("DSV4_OLDEST_TRITON")
 TRITONS = ["", pytest.param(OLDEST, marks=pytest.mark.skipif(not OLDEST, reason="DSV4_OLDEST_TRITON is not set"))]
 AS_A_CONTEXT_GROWS = 6
-"""Specialisations of one kernel that differ in nothing but lengths: a conversation may not meet more. Today's most is dense_matmul's six:
-three weights' dtypes and shapes, each for few tokens and for many."""
+"""Specialisations of one kernel that differ in nothing but lengths: a conversation may not meet
+more. Today's most is dense_matmul's six: three weights' dtypes and shapes, each for few tokens and
+for many.
+"""
 
 
 def run(*args: str, first_on_path: str = "") -> dict:
@@ -57,7 +60,9 @@ def test_full_size_layers_take_no_torch_but_for_joining():
 
 
 def test_a_replayed_step_launches_nothing_and_copies_one_buffer():
-    """The step is captured without a value read on the host (the meta device has none) and without a copy from it."""
+    """The step is captured without a value read on the host (the meta device has none) and without
+    a copy from it.
+    """
     found = run("capture", "--depth", "count")["ran"]
     eager, captured = found["eager"], found["captured"]
     assert eager["triton"] > 150
@@ -70,7 +75,9 @@ def test_a_replayed_step_launches_nothing_and_copies_one_buffer():
 
 
 def test_what_the_jit_refuses_is_found(tmp_path):
-    """A batch of one makes a specialised bound a Python number: a step of one token would not compile."""
+    """A batch of one makes a specialised bound a Python number: a step of one token would not
+    compile.
+    """
     mhc = Fault("", "mhc", "tl.cast(tokens, tl.int64)", "tokens.to(tl.int64)", "hc_pre")
     kernel = planted(mhc, tmp_path) / "dsv4_backend_cuda" / "kernels" / "mhc.py"
     kernel.write_text(kernel.read_text().replace('do_not_specialize=["tokens", "pieces", "iters"]', ""))

@@ -54,7 +54,9 @@ def test_index_scores(batch, seq, heads, dim, rows, packed):
     ("rows", "topk", "piece"), [(5000, 512, 0), (2048, 1024, 0), (3000, 1, 0), (7, 7, 0), (1000, 12, 64), (999, 32, 64)]
 )
 def test_index_select(rows, topk, piece, monkeypatch):
-    """One program a token, and pieces of a token's rows side by side, then the best of their best."""
+    """One program a token, and pieces of a token's rows side by side, then the best of their
+    best.
+    """
     if piece:
         monkeypatch.setattr(index, "PIECE", piece)
     scores = oracle.normal(2, 3, rows, seed=10, dtype=torch.float32)
@@ -80,7 +82,9 @@ def test_index_select_takes_nan_and_infinities():
 
 
 def test_index_select_takes_nan_and_infinities_in_pieces(monkeypatch):
-    """The last piece is short, one holds nothing but the least, and one token sees less than a piece."""
+    """The last piece is short, one holds nothing but the least, and one token sees less than a
+    piece.
+    """
     monkeypatch.setattr(index, "PIECE", 8)
     scores = torch.full((1, 3, 37), -torch.inf)
     scores[0, :, 3], scores[0, :, 17], scores[0, :, 36], scores[0, :, 20] = torch.nan, torch.inf, 2.0, -1.0

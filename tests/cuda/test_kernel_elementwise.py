@@ -49,7 +49,9 @@ def test_rope(heads, dim, rope_dim, inverse):
 
 
 def edge_rows(dim: int) -> torch.Tensor:
-    """Rows whose largest values sit on, above and below powers of two and rounding ties, beside ordinary ones."""
+    """Rows whose largest values sit on, above and below powers of two and rounding ties, beside
+    ordinary ones.
+    """
     x = oracle.normal(24, dim, seed=6)
     x *= torch.exp2(torch.arange(-12, 12).double())[:, None].to(torch.bfloat16)
     x[0] = 0

@@ -14,7 +14,9 @@ PROGRAMS = 37
 
 @triton.jit
 def wayward_kernel(counts, total, kinds, spread, BLOCK: tl.constexpr):
-    """Adds in place, then parts ways: loops of different lengths, from different beginnings, and three branches."""
+    """Adds in place, then parts ways: loops of different lengths, from different beginnings, and
+    three branches.
+    """
     pid = tl.program_id(0)
     tl.store(total + pid, tl.load(total + pid) + 1)  # twice, if a store before the ways part were not taken back
     count = tl.load(counts + pid)

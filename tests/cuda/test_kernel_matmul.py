@@ -37,7 +37,9 @@ def mma(request, monkeypatch):
 
 
 def ordered(codes, *, fp4: bool) -> torch.Tensor:
-    """Codes as their quantiser stores them for such a weight: for FP4 ones the even channels of every 32 first."""
+    """Codes as their quantiser stores them for such a weight: for FP4 ones the even channels of
+    every 32 first.
+    """
     if not scaled_matmul.paired(codes, fp4=fp4):
         return codes
     return oracle.guarded(codes.unflatten(1, (-1, 16, 2)).transpose(2, 3).flatten(1))
@@ -61,7 +63,9 @@ def test_linear(make, tokens, out, k):
 @pytest.mark.parametrize("make", [fp8_weight, fp4_weight])
 @pytest.mark.usefixtures("mma")
 def test_two_weights_and_a_sum_in_pieces(make, tokens):
-    """Tiles that end inside the first weight's outputs, and a last piece that is shorter than the others."""
+    """Tiles that end inside the first weight's outputs, and a last piece that is shorter than the
+    others.
+    """
     codes, scales, wide = activation(tokens, 128 * 19, seed=11)
     first, second = make(136, 128 * 19, 12), make(136, 128 * 19, 22)
     fp4 = make is fp4_weight

@@ -1,4 +1,6 @@
-"""Routing, dispatch, SwiGLU, combination and unquantised linear layers against their definitions."""
+"""Routing, dispatch, SwiGLU, combination and unquantised linear layers against their
+definitions.
+"""
 
 from __future__ import annotations
 

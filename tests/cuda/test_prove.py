@@ -1,4 +1,6 @@
-"""``dsv4 kernels prove`` as a machine: what it remembers, leaves out and reports. Its stages run whole in `make proof`, dry."""
+"""``dsv4 kernels prove`` as a machine: what it remembers, leaves out and reports. Its stages run
+whole in `make proof`, dry.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Other libraries' kernels: what is called is what was published, with the contract's operands; nothing is imported unless chosen.
+"""Other libraries' kernels: what is called is what was published, with the contract's operands;
+nothing is imported unless chosen.
 
-The stand-ins below have the published signatures and compute, in float64 torch, what the libraries' own words promise. Neither library runs here.
+The stand-ins below have the published signatures and compute, in float64 torch, what the libraries'
+own words promise. Neither library runs here.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ def fp8_gemm_nt(
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Both libraries, on a pretended sm_90 whose arrays are the CPU's; our kernels are interpreted."""
+    """Both libraries, on a pretended sm_90 whose arrays are the CPU's; our kernels are
+    interpreted.
+    """
     made = {
         "flash_mla": types.SimpleNamespace(flash_mla_sparse_fwd=flash_mla_sparse_fwd),
         "deep_gemm": types.SimpleNamespace(fp8_gemm_nt=fp8_gemm_nt),

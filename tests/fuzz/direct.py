@@ -1,4 +1,5 @@
-"""What is fuzzed without a command line: readers that a command reaches only from another process or over a network.
+"""What is fuzzed without a command line: readers that a command reaches only from another process
+or over a network.
 
 Each gets the words after its name, prints what it came to, and raises what it raises.
 """

@@ -1,11 +1,14 @@
-"""Fuzz every surface: python tests/fuzz/fuzz.py --inputs 5000 [--seconds 120] [--only NAME] [--seed 0].
+"""Fuzz every surface: python tests/fuzz/fuzz.py --inputs 5000 [--seconds 120] [--only NAME] [--seed
+0].
 
-A campaign of hours keeps what it did in a ledger, goes on where it ended, and is reported from there:
+A campaign of hours keeps what it did in a ledger, goes on where it ended, and is reported from
+there:
 
     python tests/fuzz/fuzz.py --inputs 5000 --ledger campaign.jsonl
     python tests/fuzz/fuzz.py --ledger campaign.jsonl --report reports/fuzz/2026-11-28.md
 
-Bad inputs are added to ``corpus/``, which the tests replay; the exit status is 1 where there are any. A report tries them once more.
+Bad inputs are added to ``corpus/``, which the tests replay; the exit status is 1 where there are
+any. A report tries them once more.
 """
 
 from __future__ import annotations
@@ -65,7 +68,9 @@ def _read(path: Path | None) -> list[Range]:
 def _campaign(
     folder: Path, chosen: dict[str, Surface | None], given: argparse.Namespace, ledger: list[Range]
 ) -> list[Range]:
-    """Run what is not in the ledger: a batch of every surface in turn, so that all are as far whenever it is ended."""
+    """Run what is not in the ledger: a batch of every surface in turn, so that all are as far
+    whenever it is ended.
+    """
     until, commit = time.monotonic() + given.seconds, _commit()
     done = {(r["surface"], r["seed"], r["first"]) for r in ledger}
     ran: list[Range] = []

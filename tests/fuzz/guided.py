@@ -1,6 +1,7 @@
 """Coverage-guided: atheris looks for inputs that take new ways through the readers of files.
 
-python tests/fuzz/guided.py READER -runs=100000     (libFuzzer's own options; an uncaught error ends it and is written to a file)
+python tests/fuzz/guided.py READER -runs=100000     (libFuzzer's own options; an uncaught error ends
+it and is written to a file)
 """
 
 from __future__ import annotations

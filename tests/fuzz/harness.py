@@ -1,4 +1,6 @@
-"""Inputs in processes that may die of them: what each came to, by the rules that every surface is held to."""
+"""Inputs in processes that may die of them: what each came to, by the rules that every surface is
+held to.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ class Tally:
 
 
 def call(words: tuple[str, ...] | list[str]) -> tuple[int, str, str, str]:
-    """Run a command with its output caught: status, output, errors, and the place of an unforeseen error."""
+    """Run a command with its output caught: status, output, errors, and the place of an unforeseen
+    error.
+    """
     out, err = io.StringIO(), io.StringIO()
     place = ""
     os.environ["DSV4_TRACEBACK"] = "0"
@@ -118,7 +122,9 @@ def judged(
 
 
 class Worker:
-    """A child that takes inputs one after another and answers each with a line; it is replaced when one kills it."""
+    """A child that takes inputs one after another and answers each with a line; it is replaced when
+    one kills it.
+    """
 
     def __init__(self, folder: Path, surface: Surface | None) -> None:
         self.folder, self.surface = folder, surface
@@ -186,7 +192,9 @@ def outcome_of(worker: Worker, surface: str, names: tuple[str, ...], words: Any,
 
 
 class Fuzzed:
-    """A surface in its sound state, kept so that it can be damaged and mended again. A context: it is mended at the end."""
+    """A surface in its sound state, kept so that it can be damaged and mended again. A context: it
+    is mended at the end.
+    """
 
     def __init__(self, folder: Path, surface: Surface) -> None:
         self.folder, self.surface, self.path = folder, surface, folder / surface.file
@@ -292,7 +300,9 @@ HOME = b"@FOLDER@"  # stands for the folder that the states are in, which is ano
 
 
 def patch(good: bytes, bad: bytes) -> tuple[int, int, bytes]:
-    """What of ``good`` is replaced, from where, so many bytes, by what: a corpus of large files in a few bytes."""
+    """What of ``good`` is replaced, from where, so many bytes, by what: a corpus of large files in
+    a few bytes.
+    """
     front = next((i for i, (a, b) in enumerate(zip(good, bad, strict=False)) if a != b), min(len(good), len(bad)))
     most = min(len(good), len(bad)) - front
     back = next((i for i in range(most) if good[-1 - i] != bad[-1 - i]), most)

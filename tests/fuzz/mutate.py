@@ -1,4 +1,6 @@
-"""Damage that knows the structure of what it damages: JSON trees, safetensors headers, .npy headers, tables, words."""
+"""Damage that knows the structure of what it damages: JSON trees, safetensors headers, .npy
+headers, tables, words.
+"""
 
 from __future__ import annotations
 
@@ -141,7 +143,9 @@ def json_lines(rng: Random, data: bytes) -> bytes:
 
 
 def python(rng: Random, data: bytes) -> bytes:
-    """Python text that is parsed and never run: its words, its bytes, and nests of brackets and signs."""
+    """Python text that is parsed and never run: its words, its bytes, and nests of brackets and
+    signs.
+    """
     how = rng.random()
     if how < 0.4:
         return raw(rng, data)
@@ -161,7 +165,9 @@ def python(rng: Random, data: bytes) -> bytes:
 
 
 def store(rng: Random, data: bytes) -> bytes:
-    """What ranks wrote to their store, key -> text: what a stranger would write there, and what was damaged in one."""
+    """What ranks wrote to their store, key -> text: what a stranger would write there, and what was
+    damaged in one.
+    """
     said = json.loads(data)
     for _ in range(rng.choice((1, 1, 2))):
         key = rng.choice(list(said))
@@ -182,7 +188,9 @@ def store(rng: Random, data: bytes) -> bytes:
 
 
 def safetensors(rng: Random, data: bytes) -> bytes:
-    """A safetensors file: its header's tree, its length, or its bytes near the front and the end."""
+    """A safetensors file: its header's tree, its length, or its bytes near the front and the
+    end.
+    """
     length = int.from_bytes(data[:8], "little")
     choice = rng.random()
     if choice < 0.15:

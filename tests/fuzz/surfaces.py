@@ -1,4 +1,6 @@
-"""What is fuzzed: for every surface a sound state, the file of it that is damaged, and the command that meets it."""
+"""What is fuzzed: for every surface a sound state, the file of it that is damaged, and the command
+that meets it.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,14 @@ Damage = Callable[[Random, bytes], bytes]
 
 @dataclass(frozen=True)
 class Surface:
-    """``file`` of the state is damaged by ``damage``; then ``commands`` (in turn, one an input) are run. A command whose
-    first word begins with @ is a function of ``DIRECT``: what no command line reaches in a process.
+    """``file`` of the state is damaged by ``damage``; then ``commands`` (in turn, one an input) are
+    run. A command whose first word begins with @ is a function of ``DIRECT``: what no command line
+    reaches in a process.
 
-    ``fresh``: folders of the state that a command writes, to be remade for every input. ``same``: where the command
-    accepts, what it prints must be what the sound state gives: nothing that was damaged may change a result. ``result``:
-    the same of the files in a folder, but for the manifest's own.
+    ``fresh``: folders of the state that a command writes, to be remade for every input. ``same``:
+    where the command accepts, what it prints must be what the sound state gives: nothing that was
+    damaged may change a result. ``result``: the same of the files in a folder, but for the
+    manifest's own.
     """
 
     name: str
@@ -64,7 +68,9 @@ def run(*words: str) -> int:
 
 
 def prepare(folder: Path) -> None:
-    """Make the sound states, once. Torch, where it is, is imported here, and not by every child that needs it."""
+    """Make the sound states, once. Torch, where it is, is imported here, and not by every child
+    that needs it.
+    """
     with contextlib.suppress(ImportError):
         import torch  # noqa: F401
     small(folder / "model")

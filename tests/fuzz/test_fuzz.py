@@ -72,7 +72,9 @@ def test_command_lines(state, inputs):
 
 
 def test_the_last_net_would_be_seen(state, monkeypatch):
-    """The harness tells what it is there to tell: an unforeseen error, an unnamed file, an escape, a wrong success."""
+    """The harness tells what it is there to tell: an unforeseen error, an unnamed file, an escape,
+    a wrong success.
+    """
     from dsv4_core.cli import backends
 
     monkeypatch.setattr(backends, "_sorted", lambda: 1 / 0)

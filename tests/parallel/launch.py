@@ -1,4 +1,6 @@
-"""Starting ranks: one set of processes a world size runs many jobs, whose results the tests share."""
+"""Starting ranks: one set of processes a world size runs many jobs, whose results the tests
+share.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def environment(rank: int, ranks: int, port: int, host: str = "127.0.0.1", **mor
 
 
 def wide_checkpoint(path: Path) -> Path:
-    """Write a model large enough that output projection and shared expert are cut between 4 ranks, not gathered or left to one."""
+    """Write a model large enough that output projection and shared expert are cut between 4 ranks,
+    not gathered or left to one.
+    """
     config = replace(PRESETS["tiny"], compress_ratios=(0, 4, 128, 0), num_hidden_layers=3, max_position_embeddings=512)
     config = replace(
         config, num_attention_heads=4, o_groups=4, o_lora_rank=128, moe_intermediate_size=512, vocab_size=512

@@ -25,7 +25,9 @@ def model(tmp_path_factory):
 
 @pytest.mark.parametrize(("tp", "ep", "temperature"), [(2, 1, 0.8), (1, 2, 0.0)])
 def test_two_ranks_draft_alike_and_say_what_one_says(model, tp, ep, temperature):
-    """float64, so that sums in another order move no choice; sampled drafts are drawn on every rank, by the same numbers."""
+    """float64, so that sums in another order move no choice; sampled drafts are drawn on every
+    rank, by the same numbers.
+    """
     asked = [word for ids in PROMPTS for word in ("--tokens", ids)]
     asked += ["-n", "10", "-b", "reference", "--numerics", "float64", "--temperature", str(temperature), "--seed", "4"]
     asked += ["--speculative", "5", "--tp", str(tp), "--ep", str(ep), "--json"]

@@ -1,4 +1,6 @@
-"""Ranks that are killed, stopped, started differently or not at all: the others end within 30 s and say who and why."""
+"""Ranks that are killed, stopped, started differently or not at all: the others end within 30 s and
+say who and why.
+"""
 
 import itertools
 import os
@@ -127,7 +129,9 @@ def test_of_four_ranks_one_with_another_checkpoint_is_named(clean, tmp_path):
 
 @pytest.mark.proof
 def test_strangers_at_the_port_do_no_harm(clean):
-    """Garbage, a huge length, and silence, before the ranks meet and while they run: the run goes on, and ends as it would."""
+    """Garbage, a huge length, and silence, before the ranks meet and while they run: the run goes
+    on, and ends as it would.
+    """
     port = free_port()
     clean += start(4, *FOUR, port=port)
     talking = threading.Event()

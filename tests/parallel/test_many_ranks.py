@@ -1,4 +1,6 @@
-"""Several ranks against one: logits, text, bytes read and bytes sent, in every way to split 2 and 4 ranks."""
+"""Several ranks against one: logits, text, bytes read and bytes sent, in every way to split 2 and 4
+ranks.
+"""
 
 import re
 from pathlib import Path
@@ -64,9 +66,11 @@ def test_native_logits_pass_the_suites_gate(results):
 
 
 def test_native_logits_of_random_models_are_as_near_to_exact_as_those_of_one_rank(results, alone):
-    """Blocks of 128 channels are never cut, so that the same codes are multiplied and the order of sums alone differs.
+    """Blocks of 128 channels are never cut, so that the same codes are multiplied and the order of
+    sums alone differs.
 
-    Now and then that turns an expert's or a row's pick, and then one position is far off: the median is compared.
+    Now and then that turns an expert's or a row's pick, and then one position is far off: the
+    median is compared.
     """
     for job, got in results:
         if job["numerics"] == "native" and job["variant"] == "":
@@ -96,7 +100,9 @@ def test_a_rank_reads_its_share(results):
 
 
 def test_bytes_sent_are_the_formulas(results):
-    """A copy takes D codes, D / 128 scales and a routing weight in native mode, D wide numbers and the weight in the exact ones."""
+    """A copy takes D codes, D / 128 scales and a routing weight in native mode, D wide numbers and
+    the weight in the exact ones.
+    """
     for job, got in results:
         if job["ep"] == 1 or job["variant"] == "distance":
             continue

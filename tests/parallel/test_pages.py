@@ -1,4 +1,6 @@
-"""What a rank asks for and what becomes resident of its files: its share, from a cut copy to the page; from the whole model more."""
+"""What a rank asks for and what becomes resident of its files: its share, from a cut copy to the
+page; from the whole model more.
+"""
 
 import json
 import subprocess
@@ -87,7 +89,9 @@ def test_a_cut_copy_s_resident_pages_are_the_rank_s_share(model, tmp_path, tp, e
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="resident pages are counted in /proc/self/smaps")
 @pytest.mark.parametrize("tp", [2, 4])
 def test_from_the_whole_model_a_rank_asks_for_its_share_and_pages_come_on_top(model, tp):
-    """The columns of a row that another rank holds are on the same page: what the document says, and why copies are cut."""
+    """The columns of a row that another rank holds are on the same page: what the document says,
+    and why copies are cut.
+    """
     whole = touched(model, model, (tp, 1, tp - 1))
     assert whole["asked"] == pytest.approx(whole["share"], rel=0.02)
     assert whole["resident"] > 1.05 * whole["share"]

@@ -1,4 +1,6 @@
-"""Which rank holds what: parts that are cut and joined again, rules for what may be cut, and what a backend is asked at a place."""
+"""Which rank holds what: parts that are cut and joined again, rules for what may be cut, and what a
+backend is asked at a place.
+"""
 
 from dataclasses import replace
 
@@ -76,7 +78,9 @@ def test_shares_add_up(name):
 
 @pytest.mark.parametrize(("preset", "tp"), [("flash", 8), ("pro", 16)])
 def test_published_models_are_cut_everywhere(preset, tp):
-    """At their sizes output projection and shared expert are cut, and no rank reads the same scale block partly."""
+    """At their sizes output projection and shared expert are cut, and no rank reads the same scale
+    block partly.
+    """
     config, place = PRESETS[preset], Place(tp, 2, 3)
     place.check(config)
     assert place.cuts_output(config)

@@ -1,4 +1,6 @@
-"""Copies that hold one rank's parts: the same parts as cut from the whole, and refused at any other place."""
+"""Copies that hold one rank's parts: the same parts as cut from the whole, and refused at any other
+place.
+"""
 
 import shutil
 import subprocess

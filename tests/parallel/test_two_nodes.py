@@ -1,4 +1,6 @@
-"""Two nodes on one machine: two network namespaces joined by a veth pair, whose ranks meet over addresses and no loopback."""
+"""Two nodes on one machine: two network namespaces joined by a veth pair, whose ranks meet over
+addresses and no loopback.
+"""
 
 import os
 import re
@@ -24,7 +26,9 @@ def ip(*arguments):
 
 @pytest.fixture
 def nodes():
-    """Two namespaces with an address each; where they are not allowed, the test is skipped, and that is said aloud."""
+    """Two namespaces with an address each; where they are not allowed, the test is skipped, and
+    that is said aloud.
+    """
     names = {node: f"dsv4-{os.getpid()}-{node}" for node in NODES}
     links = {node: f"dsv4{os.getpid() % 100000}{node}" for node in NODES}
     try:

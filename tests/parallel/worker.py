@@ -1,4 +1,6 @@
-"""One rank of a test: reads jobs.json, runs each job on its place among the ranks, and the first rank writes what came out."""
+"""One rank of a test: reads jobs.json, runs each job on its place among the ranks, and the first
+rank writes what came out.
+"""
 
 import json
 import sys
@@ -78,7 +80,9 @@ VARIANTS = {
 
 
 def run(job, ranks=None, backend=None):
-    """Give what one job computes: on several ranks, or with ``ranks`` None on this process alone."""
+    """Give what one job computes: on several ranks, or with ``ranks`` None on this process
+    alone.
+    """
     backend = backend or registry.create(job["backend"], numerics=job["numerics"])
     checkpoint = Checkpoint(job["checkpoint"])
     source, parallel = VARIANTS[job["variant"]](checkpoint), ALONE

@@ -1,4 +1,6 @@
-"""The indexer in blocks of keys: the picks of all keys at once, bit for bit, on data whose scores are exact in any order."""
+"""The indexer in blocks of keys: the picks of all keys at once, bit for bit, on data whose scores
+are exact in any order.
+"""
 
 import numpy as np
 import pytest
@@ -25,7 +27,9 @@ def backend(request):
 
 
 def picks(be, block, rows, visible, topk, *, monkeypatch, spread=3, read=None):
-    """Picks with ``block`` keys at a time; ``visible`` [batch, seq]. Small whole numbers: exact sums, and many ties."""
+    """Picks with ``block`` keys at a time; ``visible`` [batch, seq]. Small whole numbers: exact
+    sums, and many ties.
+    """
     visible = np.array(visible, np.int32)
     (batch, seq), rng = visible.shape, np.random.default_rng(rows)
     keys = rng.integers(-spread, spread + 1, (batch * rows + 7, DIM)).astype(BFLOAT16)

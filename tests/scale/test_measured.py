@@ -1,4 +1,6 @@
-"""What the planner says against what happens: cache and touched bytes, and peak memory of a process of its own."""
+"""What the planner says against what happens: cache and touched bytes, and peak memory of a process
+of its own.
+"""
 
 import json
 import subprocess
@@ -40,7 +42,9 @@ def middle(tmp_path_factory):
 
 
 def touched(checkpoint, experts) -> int:
-    """Bytes of the tensors that one token's forward reads: of the embedding a row, and ``experts`` matrices of experts."""
+    """Bytes of the tensors that one token's forward reads: of the embedding a row, and ``experts``
+    matrices of experts.
+    """
     size = checkpoint.config.hidden_size * 2 + experts * checkpoint.weight("layers.0.ffn.experts.0.w1").nbytes
     for name in checkpoint.names:
         if (
@@ -55,7 +59,9 @@ def touched(checkpoint, experts) -> int:
 
 @pytest.mark.parametrize("where", ["embedded", "middle"])
 def test_bytes_touched_by_a_token(where, request):
-    """The 256th token: it closes windows of 4 and of 128, and the indexer has rows to choose from, so that every kind of weight is read."""
+    """The 256th token: it closes windows of 4 and of 128, and the indexer has rows to choose from,
+    so that every kind of weight is read.
+    """
     checkpoint = Checkpoint(embedded() if where == "embedded" else request.getfixturevalue("middle"))
     backend, used = create_backend("reference"), []
     plain = backend.expert_linear
@@ -111,7 +117,9 @@ print(json.dumps({"before": before, "peak": resident("VmHWM"), "cache": kept[1].
 
 
 def test_peak_memory_of_a_process(middle, tmp_path):
-    """Weights that are touched (after a prompt of 64 all experts are), the cache, and the activations of a step."""
+    """Weights that are touched (after a prompt of 64 all experts are), the cache, and the
+    activations of a step.
+    """
     prompt, tokens, capacity = 64, 2, 1 << 17
     create(tmp_path / "tiny", PRESETS["tiny"], seed=1)
     command = [

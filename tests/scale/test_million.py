@@ -111,7 +111,9 @@ def filled(name, numerics, length):
 
 
 def test_the_last_token_of_a_million_in_float32_is_that_in_float64(name):
-    """The whole graph at position 2^20 - 1, where windows of 4 and of 128 close, over the same rows."""
+    """The whole graph at position 2^20 - 1, where windows of 4 and of 128 close, over the same
+    rows.
+    """
     results = []
     for backend, numerics in ((name, "float32"), ("reference", "float64")):
         model, cache = filled(backend, numerics, MILLION - 1)

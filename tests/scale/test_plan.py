@@ -44,7 +44,9 @@ def test_decode_limits_are_those_worked_out_by_hand(name, weights, read_128k, re
 
 @pytest.mark.parametrize("config", [FLASH, PRO], ids=["flash", "pro"])
 def test_a_token_multiplies_with_every_active_parameter_once(config):
-    """Two operations for each active parameter, less what is no matrix product: norms, biases, sinks, positional tables, mHC's scales."""
+    """Two operations for each active parameter, less what is no matrix product: norms, biases,
+    sinks, positional tables, mHC's scales.
+    """
     work = total(Graph(config).step(1, 1, 0)).work
     rows = config.num_attention_heads * config.head_dim * 4  # attention over the one row there is: keys and values
     assert sum(n for kind, n in work.items() if kind != "vector") - rows * config.num_hidden_layers == pytest.approx(
@@ -53,7 +55,9 @@ def test_a_token_multiplies_with_every_active_parameter_once(config):
 
 
 def test_the_indexer_alone_grows_with_context_beyond_its_top_k():
-    """From 128K to 1M: FP4 work by the keys, BF16 work by the rows of ratio 128, FP8 work not at all."""
+    """From 128K to 1M: FP4 work by the keys, BF16 work by the rows of ratio 128, FP8 work not at
+    all.
+    """
     near, far = (Graph(FLASH).decode(1, n).work for n in (1 << 17, 1 << 20))
     keys = (MILLION - (1 << 17)) / 4 * 2 * FLASH.index_n_heads * FLASH.index_head_dim
     rows = (MILLION - (1 << 17)) / 128 * 4 * FLASH.num_attention_heads * FLASH.head_dim

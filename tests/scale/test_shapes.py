@@ -36,7 +36,9 @@ def shaped(value):
 
 
 def checked(numerics):
-    """A reference backend whose every result is held to the shape and dtype that the declaration gives."""
+    """A reference backend whose every result is held to the shape and dtype that the declaration
+    gives.
+    """
     shapes, seen = ShapeBackend(numerics=numerics, like=Reference), set()
 
     def wrap(name):

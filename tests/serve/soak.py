@@ -1,8 +1,10 @@
-"""Clients at random for as long as is asked: some leave, lie, flood or fail; the others are told what they are told alone.
+"""Clients at random for as long as is asked: some leave, lie, flood or fail; the others are told
+what they are told alone.
 
     python tests/serve/soak.py [--seconds 3600] [--clients 6] [--seed 0] [--report FILE]
 
-Exit status 1 where a client was told otherwise, a slot was lost, or memory, threads or open files went on growing.
+Exit status 1 where a client was told otherwise, a slot was lost, or memory, threads or open files
+went on growing.
 """
 
 import argparse

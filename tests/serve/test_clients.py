@@ -1,4 +1,6 @@
-"""Clients as people have them: the openai and anthropic packages against a server on the embedded model."""
+"""Clients as people have them: the openai and anthropic packages against a server on the embedded
+model.
+"""
 
 import json
 

@@ -100,7 +100,9 @@ def test_the_key(limited):
 
 
 def test_overload_and_silence(limited):
-    """One runs, one waits, the third is told to come back; the one that waits gets comments until it is its turn."""
+    """One runs, one waits, the third is told to come back; the one that waits gets comments until
+    it is its turn.
+    """
     url = f"{limited.url}/v1/chat/completions"
     with httpx.stream("POST", url, json=LONG, headers=KEY, timeout=600) as first:
         running = first.iter_lines()  # held: an iterator that is dropped closes its connection
@@ -143,7 +145,9 @@ def test_draining(limited, monkeypatch):
 
 
 def test_a_failure_of_one_step_and_of_the_engine(server, monkeypatch):
-    """A request that cannot be served ends with an error; an engine that breaks is told by /health."""
+    """A request that cannot be served ends with an error; an engine that breaks is told by
+    /health.
+    """
     engine = server.app.worker.engine
     alone = said(server)
     monkeypatch.setattr(engine.model, "forward", lambda step: (_ for _ in ()).throw(RuntimeError("hiccup")))
@@ -157,7 +161,9 @@ def test_a_failure_of_one_step_and_of_the_engine(server, monkeypatch):
 
 
 def test_sigterm_lets_a_stream_end():
-    """The command itself: it says where it listens, serves, and after SIGTERM ends what is under way, refuses the rest."""
+    """The command itself: it says where it listens, serves, and after SIGTERM ends what is under
+    way, refuses the rest.
+    """
     words = ["serve", "--port", "0", "-b", "reference", "--no-thinking", "--slots", "2", "--context", "100"]
     command = [sys.executable, "-m", "dsv4_core", *words]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:

@@ -1,4 +1,6 @@
-"""Clients that bring many packages, against the server on the embedded model, without a network. `make proof` installs them."""
+"""Clients that bring many packages, against the server on the embedded model, without a network.
+`make proof` installs them.
+"""
 
 import asyncio
 import gc
@@ -148,7 +150,9 @@ def test_the_document_names_every_field_and_route(server):
 
 @pytest.mark.proof
 def test_schemathesis_finds_no_fault(server):
-    """Requests drawn from the document, right and wrong: no 500, no status, type or form that the document does not name."""
+    """Requests drawn from the document, right and wrong: no 500, no status, type or form that the
+    document does not name.
+    """
     pytest.importorskip("schemathesis")
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     command = [Path(sys.executable).parent / "st", "run", f"{server.url}/openapi.json", "--checks", checks]
@@ -163,7 +167,9 @@ def test_schemathesis_finds_no_fault(server):
 
 @pytest.mark.proof
 def test_aiperf(server, tmp_path):
-    """It brings 127 packages, so it stands in an environment of its own: DSV4_AIPERF names its command."""
+    """It brings 127 packages, so it stands in an environment of its own: DSV4_AIPERF names its
+    command.
+    """
     command = os.environ.get("DSV4_AIPERF")
     if not command:
         pytest.skip("DSV4_AIPERF does not name aiperf's command")

@@ -1,4 +1,6 @@
-"""Two processes that serve as one: the first answers, the other steps; what is said is what one rank says."""
+"""Two processes that serve as one: the first answers, the other steps; what is said is what one
+rank says.
+"""
 
 import json
 import os
@@ -74,7 +76,9 @@ def ranks(request):
 
 @pytest.mark.proof
 def test_what_two_ranks_say_is_what_one_says(ranks, server):
-    """The same words as of one rank in float64, sampled and kept to a schema too; a client that leaves; an end in order."""
+    """The same words as of one rank in float64, sampled and kept to a schema too; a client that
+    leaves; an end in order.
+    """
     url, processes, heard = ranks
     from conftest import Running
     from dsv4_serve.running import application

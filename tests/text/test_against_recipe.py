@@ -38,7 +38,9 @@ EFFORT = {
 
 @st.composite
 def conversations(draw):
-    """Messages of ours in turns: system, then user (or tool results) and assistant; the last is to be answered."""
+    """Messages of ours in turns: system, then user (or tool results) and assistant; the last is to
+    be answered.
+    """
     messages = [{"role": "system", "content": draw(WORDS)}] if draw(st.booleans()) else []
     names = []
     for turn in range(draw(st.integers(1, 3))):
@@ -60,7 +62,9 @@ def conversations(draw):
 
 
 def theirs(message, *, thinking):
-    """In chat mode without reasoning: theirs writes it where there are tools, the published encoder never."""
+    """In chat mode without reasoning: theirs writes it where there are tools, the published encoder
+    never.
+    """
     content = message["content"]
     if message["role"] == "system":
         return recipe.SystemMessage(content)
@@ -114,7 +118,9 @@ def test_same_ids(messages, tools, schema, thinking, profile, data):
 @settings(deadline=None)
 @given(reasoning=WORDS, content=WORDS, calls=st.lists(st.tuples(NAME, ARGUMENTS), max_size=2), thinking=st.booleans())
 def test_same_reply(reasoning, content, calls, thinking):
-    """From ids; where reasoning begins with new lines or content ends in white space before calls, theirs drops them."""
+    """From ids; where reasoning begins with new lines or content ends in white space before calls,
+    theirs drops them.
+    """
     message = {"role": "assistant", "content": content, "reasoning_content": reasoning}
     message["tool_calls"] = [{"function": {"name": n, "arguments": json.dumps(a)}} for n, a in calls]
     pieces = encode([{"role": "user", "content": ""}, message], thinking=thinking)

@@ -7,7 +7,9 @@ HIDDEN = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")
 
 
 def test_special_as_published():
-    """The release marks neither roles, nor thinking, nor DSML: a library that skips special tokens shows them."""
+    """The release marks neither roles, nor thinking, nor DSML: a library that skips special tokens
+    shows them.
+    """
     with dsv4.load(backend="reference", lazy=True) as session:
         tokenizer = session.tokenizer
         for text in (*SHOWN, *HIDDEN):

@@ -1,4 +1,6 @@
-"""tokenizer.json: what could run away is refused by name, and a library that panics is no traceback."""
+"""tokenizer.json: what could run away is refused by name, and a library that panics is no
+traceback.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""Faults planted in the C kernels, one at a time: the conformance suite must notice each in the op that it is in."""
+"""Faults planted in the C kernels, one at a time: the conformance suite must notice each in the op
+that it is in.
+"""
 
 import os
 import shutil
@@ -14,8 +16,9 @@ from dsv4_conformance.run import runner  # noqa: E402
 
 
 class Fault(NamedTuple):
-    """``found`` stands once in ``source`` and becomes ``planted``; ``op``: where the suite must fail, at ``tier``; ``level``:
-    the kind of CPU that it is compiled for (this one where it says nothing).
+    """``found`` stands once in ``source`` and becomes ``planted``; ``op``: where the suite must
+    fail, at ``tier``; ``level``: the kind of CPU that it is compiled for (this one where it says
+    nothing).
     """
 
     source: str

@@ -1,4 +1,6 @@
-"""Rounding rules, bit for bit against the reference: random values, every BF16 bit pattern, ties, zeros, subnormals, huge, inf and NaN."""
+"""Rounding rules, bit for bit against the reference: random values, every BF16 bit pattern, ties,
+zeros, subnormals, huge, inf and NaN.
+"""
 
 import numpy as np
 import pytest
@@ -103,7 +105,9 @@ def test_act_qdq(kind, fmt, block, channels):
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "no rows"])
 def test_a_decode_steps_rows_are_what_they_are_among_many(kind):
-    """The path of a few tokens and that of many, in the batch's first, middle and last rows: same bits."""
+    """The path of a few tokens and that of many, in the batch's first, middle and last rows: same
+    bits.
+    """
     x = TORCH.from_numpy(rows(kind))
     layout = RowLayout("kv", 512, 64)
     every = torch.zeros((len(x) + 1, layout.width), dtype=torch.uint8)
@@ -141,7 +145,9 @@ def test_torchs_cast_rounds_as_the_arithmetic_does(values):
 
 
 def test_float64_is_rounded_once():
-    """A midpoint's neighbours in float64 are the midpoint itself in float32: rounding twice would go to even."""
+    """A midpoint's neighbours in float64 are the midpoint itself in float32: rounding twice would
+    go to even.
+    """
     middle = 17 * 2.0**-4  # between 1 and 1.125
     x = np.array([[448, middle, np.nextafter(middle, 2), np.nextafter(middle, 0), *[0.0] * 124]])
     backends = [registry.create(name, numerics="float64") for name in ("reference", "torch")]

@@ -1,4 +1,6 @@
-"""The C kernels of a decode step on a CPU: against float64 and against PyTorch's way, built for every register width, and left out."""
+"""The C kernels of a decode step on a CPU: against float64 and against PyTorch's way, built for
+every register width, and left out.
+"""
 
 import os
 import subprocess
@@ -25,7 +27,9 @@ HERE = [level for level, (_, needed) in kept.LEVELS.items() if needed <= kept.cp
 
 @pytest.fixture(scope="module", params=["16 bytes", *HERE, *(() if "avx512" in HERE else ("64 bytes",))])
 def kernels(request, tmp_path_factory):
-    """Built for each level that this CPU runs, and for registers of other widths, which the compiler makes of what it has."""
+    """Built for each level that this CPU runs, and for registers of other widths, which the
+    compiler makes of what it has.
+    """
     made = tmp_path_factory.mktemp("c") / "kernels.so"
     size, _, unit = request.param.partition(" ")
     flags = ["-march=native", f"-DBYTES={size}"] if unit else kept.LEVELS[request.param][0]
@@ -190,7 +194,9 @@ def test_gate_takes_the_lower_of_equals_and_leaves_nan(kernels):
     "layout", [RowLayout("kv", 192, 64), RowLayout("key", 128), RowLayout("plain", 96)], ids=lambda layout: layout.kind
 )
 def test_cache_rows(kernels, layout):
-    """Written and read as PyTorch's way does, bit for bit; absent rows are left out and read as zeros."""
+    """Written and read as PyTorch's way does, bit for bit; absent rows are left out and read as
+    zeros.
+    """
     backend = TorchBackend(numerics="float32" if layout.kind == "plain" else "native", few_tokens_by="torch")
     rows = backend.rounded(random(5, layout.dim) * torch.tensor([1.0, 1e-20, 1e4, 0.0, 3e-5])[:, None])
     index = torch.tensor([3, -1, 0, 6, 5], dtype=torch.int32)

@@ -1,4 +1,6 @@
-"""What runs on a device only, run on the CPU: the formulations without host synchronisation give what the CPU's own give."""
+"""What runs on a device only, run on the CPU: the formulations without host synchronisation give
+what the CPU's own give.
+"""
 
 import numpy as np
 import pytest
@@ -53,7 +55,9 @@ def test_gathered_experts(fmt):
 
 
 def test_a_decode_step_reads_nothing_back(monkeypatch):
-    """No ``item``, ``tolist``, ``nonzero`` or truth value of a tensor between a step's addresses and its logits."""
+    """No ``item``, ``tolist``, ``nonzero`` or truth value of a tensor between a step's addresses
+    and its logits.
+    """
     model = Model(Checkpoint(golden.checkpoint_path("tiny-flash")), Device())
     from dsv4_core.graph.cache import Cache
     from dsv4_core.graph.step import Step
@@ -95,7 +99,9 @@ def test_one_token_hyper_connections(numerics):
 @pytest.mark.parametrize("numerics", ["native", "float32"])
 @pytest.mark.parametrize("listed", ["all in order", "some", "a row that is absent"])
 def test_one_token_attention(numerics, listed):
-    """A step that attends to every row it reads takes them as they lie; any other, as the general formulation does."""
+    """A step that attends to every row it reads takes them as they lie; any other, as the general
+    formulation does.
+    """
     rng, cpu, device = np.random.default_rng(6), TorchBackend(numerics=numerics), Device(numerics=numerics)
     layout = RowLayout("kv", 128, 64) if numerics == "native" else RowLayout("plain", 128)
     q, kv, rows = (

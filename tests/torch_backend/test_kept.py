@@ -1,4 +1,6 @@
-"""Kept kernels: the user's own, closed to others, what their hash says; built again where they are not, by one process at a time."""
+"""Kept kernels: the user's own, closed to others, what their hash says; built again where they are
+not, by one process at a time.
+"""
 
 import os
 import shutil
@@ -17,7 +19,9 @@ pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """An empty cache folder, and a compiler that makes a library of one function at once and counts how often."""
+    """An empty cache folder, and a compiler that makes a library of one function at once and counts
+    how often.
+    """
     fake = tmp_path / "fakecc"
     source = tmp_path / "one.c"
     source.write_text("int one(void) { return 1; }\n")

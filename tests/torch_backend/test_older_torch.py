@@ -1,4 +1,6 @@
-"""A torch without the small dtypes, and a CPU without BF16 products: the backend imports, runs, and gives the same numbers."""
+"""A torch without the small dtypes, and a CPU without BF16 products: the backend imports, runs, and
+gives the same numbers.
+"""
 
 import subprocess
 import sys

@@ -1,4 +1,6 @@
-"""A decode step as a tape of C kernels: all of it, the same bits, nothing stale, and what happens where PyTorch is needed."""
+"""A decode step as a tape of C kernels: all of it, the same bits, nothing stale, and what happens
+where PyTorch is needed.
+"""
 
 import numpy as np
 import pytest
@@ -50,7 +52,9 @@ def test_a_step_of_a_few_tokens_is_all_on_the_tape(numerics, sequences, seq):
 
 
 def test_a_context_grows_over_every_window_and_bucket():
-    """Replayed over 300 tokens, the same bits as run: windows of 4 and 128 close, extents double, the ring goes round."""
+    """Replayed over 300 tokens, the same bits as run: windows of 4 and 128 close, extents double,
+    the ring goes round.
+    """
     model, cache, replay = stage(prompt=90)
     other = new_cache(model, 3, 400)
     feed(model, other, some_ids((3, 90), 0))
@@ -80,7 +84,9 @@ def test_bits_do_not_depend_on_threads(threads):
 
 
 def test_what_a_kernel_leaves_to_pytorch_is_run_by_it():
-    """A value that is not finite ends the tape: the step is run again, and gives what PyTorch gives."""
+    """A value that is not finite ends the tape: the step is run again, and gives what PyTorch
+    gives.
+    """
     model, cache, replay = stage()
     for _ in range(3):
         replay.logits(step(cache, [0]))

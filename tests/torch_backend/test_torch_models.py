@@ -1,4 +1,6 @@
-"""The torch backend on the recorded models, and against the reference on batches, chunkings and weight caches."""
+"""The torch backend on the recorded models, and against the reference on batches, chunkings and
+weight caches.
+"""
 
 import re
 
@@ -83,10 +85,12 @@ PROMPTS = ("the quick brown fox", "A backend is", "In the beginning", "hacker")
 
 @pytest.mark.parametrize(("numerics", "decisive"), [("float32", 1.0), ("native", 0.4)])
 def test_the_embedded_model_writes_the_references_text(numerics, decisive):
-    """Greedy: the same token wherever the reference's best is ahead of its second by more than the noise, and the same text up
-    to the first place where it is not. Noise: how far the mode moves the reference's own logits from float64, at this step and
-    three quarters of the others. Most steps must be decided, so that this says something. In native mode a step where an expert is at
-    a near tie moves by far more than the others, on whichever backend takes the other one: one in fifty may.
+    """Greedy: the same token wherever the reference's best is ahead of its second by more than the
+    noise, and the same text up to the first place where it is not. Noise: how far the mode moves
+    the reference's own logits from float64, at this step and three quarters of the others. Most
+    steps must be decided, so that this says something. In native mode a step where an expert is at
+    a near tie moves by far more than the others, on whichever backend takes the other one: one in
+    fifty may.
     """
     reference, judged, exact = (
         load_model("tiny-jargon", *which) for which in ((numerics,), (numerics, "torch"), ("float64",))
@@ -149,7 +153,9 @@ def test_a_number_of_threads_that_is_none(threads):
 
 
 def test_a_forward_records_no_gradients_and_a_cache_outlives_it():
-    """Forwards run in inference mode; what they leave in a cache may be read, and written again, outside of it."""
+    """Forwards run in inference mode; what they leave in a cache may be read, and written again,
+    outside of it.
+    """
     model = load_model("tiny-flash", "float32", "torch")
     cache = Cache(model.backend, model.config, 1, 64)
     ids = np.arange(40)[None]

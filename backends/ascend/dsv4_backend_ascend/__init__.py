@@ -1,4 +1,6 @@
-"""Ascend NPUs through torch-npu and CANN: the portable PyTorch backend, with CANN's own ops where they serve."""
+"""Ascend NPUs through torch-npu and CANN: the portable PyTorch backend, with CANN's own ops where
+they serve.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Import the plug-in when its entry point asks for it: `dsv4 --help` comes by here for the command, and needs no torch."""
+    """Import the plug-in when its entry point asks for it: `dsv4 --help` comes by here for the
+    command, and needs no torch.
+    """
     if name == "plugin":
         return import_module("dsv4_backend_ascend.plugin")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,6 @@
-"""The ascend backend: PyTorch on an NPU, CANN's own ops where the capability table and the documents allow them."""
+"""The ascend backend: PyTorch on an NPU, CANN's own ops where the capability table and the
+documents allow them.
+"""
 
 from __future__ import annotations
 
@@ -52,13 +54,15 @@ def _tiered(op: str) -> Callable[..., Any]:
 class AscendBackend(ComposedBackend):
     """Ascend NPUs.
 
-    ``tier``: ``vendor`` (the operators' own extension where it is installed and serves, then CANN's ops), ``cann`` (CANN's
-    ops where they serve) or ``composed`` (plain PyTorch, the yardstick). ``composed``: contracts that are composed
-    whatever the tier. ``trust``: a report of `dsv4 ascend selftest`; what failed there is composed. ``simulate``: a
-    generation; compute on the CPU with simulated CANN. ``soc``: a generation; plan for it without computing, or name the
-    chip that is there. ``cann``: plan for this version. ``expand_bytes``: BF16 weights of experts that exist at a time on
-    chips without FP8. ``activations``: ``bf16`` leaves out that linear layers quantise and dequantise what they
-    multiply, on chips without FP8; not the published arithmetic, and nothing is claimed of it.
+    ``tier``: ``vendor`` (the operators' own extension where it is installed and serves, then CANN's
+    ops), ``cann`` (CANN's ops where they serve) or ``composed`` (plain PyTorch, the yardstick).
+    ``composed``: contracts that are composed whatever the tier. ``trust``: a report of `dsv4 ascend
+    selftest`; what failed there is composed. ``simulate``: a generation; compute on the CPU with
+    simulated CANN. ``soc``: a generation; plan for it without computing, or name the chip that is
+    there. ``cann``: plan for this version. ``expand_bytes``: BF16 weights of experts that exist at
+    a time on chips without FP8. ``activations``: ``bf16`` leaves out that linear layers quantise
+    and dequantise what they multiply, on chips without FP8; not the published arithmetic, and
+    nothing is claimed of it.
     """
 
     name = "ascend"
@@ -84,7 +88,9 @@ class AscendBackend(ComposedBackend):
     on_cpu = False  # on simulated CANN too: the paths are those of a device
 
     def __init__(self, **options: Any) -> None:
-        """Raise ``BackendError`` where torch-npu or CANN is missing, or the SoC is unknown; each says what to do."""
+        """Raise ``BackendError`` where torch-npu or CANN is missing, or the SoC is unknown; each
+        says what to do.
+        """
         chosen = {o.name: o.default for o in self.options} | options
         if chosen["tier"] not in {None, "vendor", "cann", "composed"}:
             raise BackendError(f"backend 'ascend': tier {chosen['tier']!r} is not one of vendor, cann, composed")
@@ -192,7 +198,9 @@ class AscendBackend(ComposedBackend):
         return f"backend {self.name}, {standing} {self.generation}, {cann}, tier {self.tier}\n{proof.LEGEND}{departs}{kept}"
 
     def device_checks(self) -> Sequence[DeviceCheck]:
-        """The self-test: on a chip all of it; on simulated CANN what needs gigabytes at tier full."""
+        """The self-test: on a chip all of it; on simulated CANN what needs gigabytes at tier
+        full.
+        """
         if self.standing == "planned" or self.numerics != "native":
             return ()
         simulated = self.standing == "simulated"
@@ -209,7 +217,8 @@ class AscendBackend(ComposedBackend):
     def record(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """On an NPU as a graph of its own (``torch.npu.NPUGraph``); simulated, each time anew.
 
-        Nothing that was kept of an earlier run may be read by a captured one, and nothing that a captured one made may be kept.
+        Nothing that was kept of an earlier run may be read by a captured one, and nothing that a
+        captured one made may be kept.
         """
         if self.standing != "found":
             return super().record(function)
@@ -234,7 +243,9 @@ class AscendBackend(ComposedBackend):
         return tuple(ran)
 
     def proof(self, ran: Mapping[str, bool]) -> Mapping[str, str]:
-        """Rungs of every op on this chip: those recorded, and L3 or L6 where this run is its proof."""
+        """Rungs of every op on this chip: those recorded, and L3 or L6 where this run is its
+        proof.
+        """
         return proof.of_run(self.generation, self.standing, ran)
 
     @classmethod
@@ -243,7 +254,9 @@ class AscendBackend(ComposedBackend):
         return tuple(probe.diagnose())
 
     def fits_bf16(self, op: str, arrays: tuple[Any, ...]) -> bool:
-        """Say whether weights that a call expands to BF16 keep their values there: scales near 2^-127 do not."""
+        """Say whether weights that a call expands to BF16 keep their values there: scales near
+        2^-127 do not.
+        """
         if op not in {"grouped_linear", "expert_linear"}:
             return True
         weight = getattr(arrays[1], "stack", arrays[1])
@@ -261,7 +274,9 @@ class AscendBackend(ComposedBackend):
         return self._as_mx(loaded) if published and self.generation == "950" else loaded
 
     def load_experts(self, experts: Experts) -> Experts:
-        """One stack; on 950 with MX scales, FP4 codes in tiles where the grouped product will read them."""
+        """One stack; on 950 with MX scales, FP4 codes in tiles where the grouped product will read
+        them.
+        """
         loaded = self.stacked_experts(experts)
         if not (isinstance(loaded.stack, ScaledArray) and loaded.stack.format != "int8" and self.generation == "950"):
             return loaded

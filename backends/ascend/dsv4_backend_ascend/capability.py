@@ -1,4 +1,6 @@
-"""What CANN does for which contract, on which chip, with which CANN: answers from ``data/capabilities.toml``."""
+"""What CANN does for which contract, on which chip, with which CANN: answers from
+``data/capabilities.toml``.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,9 @@ _EARLY = re.compile(r"alpha|beta|rc", re.IGNORECASE)
 def cann_version(text: str) -> tuple[int, ...]:
     """Order CANN versions: ``8.2.RC1 < 8.5.0 < 9.1.0_beta.1 < 9.1.0``.
 
-    What follows the leading numbers does not count, but for words that say "before the release": patch, build and
-    service numbers (``8.2.RC1.1``, ``9.0.0.SPC001``, ``9.1.0.B080``) are of the version that they follow. Raises
-    ``ValueError`` where no version is at the front.
+    What follows the leading numbers does not count, but for words that say "before the release":
+    patch, build and service numbers (``8.2.RC1.1``, ``9.0.0.SPC001``, ``9.1.0.B080``) are of the
+    version that they follow. Raises ``ValueError`` where no version is at the front.
     """
     match = _VERSION.match(text.strip().removeprefix("V").removeprefix("v"))
     if match is None:
@@ -56,7 +58,9 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """One npu op in one way of calling it, the arguments that are passed by name, and the contracts that it serves."""
+    """One npu op in one way of calling it, the arguments that are passed by name, and the contracts
+    that it serves.
+    """
 
     name: str
     op: str
@@ -77,8 +81,8 @@ class Absence(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Tier of one contract: ``cann`` or ``vendor`` with the calls that make it up, or ``composed`` with the reason why not
-    better.
+    """Tier of one contract: ``cann`` or ``vendor`` with the calls that make it up, or ``composed``
+    with the reason why not better.
     """
 
     tier: Literal["cann", "composed", "vendor"]
@@ -106,15 +110,18 @@ class Table:
         return tuple(dict.fromkeys(call.op for call in self.calls))
 
     def extension(self, contract: str, generation: Generation, dtypes: Dtypes, *, cann: str | None = None) -> Answer:
-        """Say which op of an extension serves a contract, if one does; else as ``answer``, without its absences."""
+        """Say which op of an extension serves a contract, if one does; else as ``answer``, without
+        its absences.
+        """
         serving = [call for call in self.calls if call.tier == "vendor" and contract in call.serves]
         return _serve(serving, contract, generation, dtypes, cann)
 
     def answer(self, contract: str, generation: Generation, dtypes: Dtypes, *, cann: str | None = None) -> Answer:
-        """Say how a contract runs for operands of these dtypes: the table's part of it, before shapes are looked at.
+        """Say how a contract runs for operands of these dtypes: the table's part of it, before
+        shapes are looked at.
 
-        A contract of several calls (quantise, multiply) is served when all of them are; calls that differ in dtypes
-        only are alternatives. ``cann`` None: any.
+        A contract of several calls (quantise, multiply) is served when all of them are; calls that
+        differ in dtypes only are alternatives. ``cann`` None: any.
         """
         for absence in self.absent:
             if contract in absence.contracts and generation in absence.generations and _fits(absence.operands, dtypes):

@@ -1,8 +1,10 @@
-"""A dry capture: whether a decode step can be recorded as a graph of an NPU's, as far as can be seen without one.
+"""A dry capture: whether a decode step can be recorded as a graph of an NPU's, as far as can be
+seen without one.
 
-A graph replays launches on the addresses that they had. So a step must read nothing on the host, launch nothing on AICPU, and read
-buffers that outlive it: its own input, weights, cache, and what the backend keeps for good. The step runs twice on tensors without
-data; what it reads and did not make must be the very same storages both times.
+A graph replays launches on the addresses that they had. So a step must read nothing on the host,
+launch nothing on AICPU, and read buffers that outlive it: its own input, weights, cache, and what
+the backend keeps for good. The step runs twice on tensors without data; what it reads and did not
+make must be the very same storages both times.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Captured:
-    """What a dry capture showed. ``buffers``: storages that the step reads and did not make. ``moved``: operators that read others
-    in the second run than in the first, each once; ``host``: what was read on the host, or nothing.
+    """What a dry capture showed. ``buffers``: storages that the step reads and did not make.
+    ``moved``: operators that read others in the second run than in the first, each once; ``host``:
+    what was read on the host, or nothing.
     """
 
     buffers: int
@@ -46,7 +49,9 @@ class Captured:
 
 
 class _Reads(TorchDispatchMode):
-    """Notes storages that operators read and that no operator of the run made. Holds all, so that no address comes twice."""
+    """Notes storages that operators read and that no operator of the run made. Holds all, so that
+    no address comes twice.
+    """
 
     def __init__(self) -> None:
         super().__init__()

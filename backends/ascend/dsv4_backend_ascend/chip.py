@@ -1,4 +1,6 @@
-"""What a plan, an op of the cann tier and the self-test know of the backend: its chip, and what it may use of it."""
+"""What a plan, an op of the cann tier and the self-test know of the backend: its chip, and what it
+may use of it.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ if TYPE_CHECKING:
 class ChipBackend(TorchBackend):
     """PyTorch on a chip of some generation, found, simulated or only planned for.
 
-    ``cann_version``: None is any. ``drift``: calls of the table that the installed ops cannot take, ``kept_composed``: contracts
-    that no npu op may run, each with the reason. ``planning``: a dry run asks whether a call is allowed.
+    ``cann_version``: None is any. ``drift``: calls of the table that the installed ops cannot take,
+    ``kept_composed``: contracts that no npu op may run, each with the reason. ``planning``: a dry
+    run asks whether a call is allowed.
     """
 
     tier: str

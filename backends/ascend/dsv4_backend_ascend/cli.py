@@ -40,7 +40,8 @@ def selftest(
     together: bool,
     report: Path | None,
 ) -> None:
-    """Compare every CANN op that the backend calls with plain PyTorch ops on the same chip and with recorded expectations.
+    """Compare every CANN op that the backend calls with plain PyTorch ops on the same chip and with
+    recorded expectations.
 
     Exit status: 0 no difference, 1 some, 2 could not run.
     """
@@ -96,17 +97,18 @@ def launches(
     report: Path | None,
     before: Path | None,
 ) -> None:
-    """Count what one decode step launches, by contract and by where it runs, and capture it dry. Needs no NPU.
+    """Count what one decode step launches, by contract and by where it runs, and capture it dry.
+    Needs no NPU.
 
-    Counted are operators as torch-npu is handed them. Exit status: 1 where one runs on AICPU or at no place that is known, or where
-    the step could not be recorded.
+    Counted are operators as torch-npu is handed them. Exit status: 1 where one runs on AICPU or at
+    no place that is known, or where the step could not be recorded.
     """
     from dsv4_backend_ascend import counted
 
     old = json.loads(before.read_text(encoding="utf-8")) if before else None
     found = counted.report(model, socs, tiers, start=start, batch=batch, before=old, said=click.echo)
     if report:
-        report.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write(report, json.dumps(found, indent=1) + "\n")
     raise click.exceptions.Exit(0 if counted.clean(found) else 1)
 
 
@@ -128,9 +130,11 @@ def launches(
     "--seconds", default=600.0, show_default=True, help="The most a stage may take; what is left is run the next time."
 )
 def prove(out: Path, simulate: str | None, chosen: tuple[str, ...], again: bool, seconds: float) -> None:
-    """Everything that a machine with an NPU can show, in stages of ten minutes, into one folder and one report.
+    """Everything that a machine with an NPU can show, in stages of ten minutes, into one folder and
+    one report.
 
-    Needs no network. Run it again to go on. Exit status: 0 all passed, 1 something failed, 2 could not run, 3 not finished.
+    Needs no network. Run it again to go on. Exit status: 0 all passed, 1 something failed, 2 could
+    not run, 3 not finished.
     """
     from dsv4_backend_ascend import prove as proving
 

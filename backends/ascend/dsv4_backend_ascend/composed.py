@@ -1,7 +1,8 @@
-"""The composed tier on an NPU: PyTorch's ops, chosen so that none runs on AICPU and few are launched.
+"""The composed tier on an NPU: PyTorch's ops, chosen so that none runs on AICPU and few are
+launched.
 
-Results are those of the portable backend, bit for bit but for the order of Sinkhorn's sums of four, and a factor that stands
-in the Hadamard matrix.
+Results are those of the portable backend, bit for bit but for the order of Sinkhorn's sums of four,
+and a factor that stands in the Hadamard matrix.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ class ComposedBackend(DecodeExperts, Rounding, Rows):
         self.kept.forget()
 
     def turning(self, positions: torch.Tensor, freqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine of each pair's angle: q and k turn by one, in every layer of a compress ratio."""
+        """Cosine and sine of each pair's angle: q and k turn by one, in every layer of a compress
+        ratio.
+        """
         made = super().turning
         return self.kept.of((positions, freqs), lambda: made(positions, freqs))  # type: ignore[no-any-return]
 
     def gate(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, topk: int, route_scale: float) -> Any:
-        """Note of the picks among how many experts they are: where all are here, none is another rank's."""
+        """Note of the picks among how many experts they are: where all are here, none is another
+        rank's.
+        """
         weights, indices = super().gate(x, weight, bias, topk=topk, route_scale=route_scale)
         self.kept.of((indices, "routed among"), lambda: weight.shape[0])
         return weights, indices
@@ -71,7 +76,9 @@ class ComposedBackend(DecodeExperts, Rounding, Rows):
     def index_select(
         self, scores: torch.Tensor, visible: torch.Tensor, offset: torch.Tensor, *, topk: int
     ) -> torch.Tensor:
-        """On A2 and A3 a stable sort of the scores themselves: the keys that tell equals apart are whole numbers."""
+        """On A2 and A3 a stable sort of the scores themselves: the keys that tell equals apart are
+        whole numbers.
+        """
         if self.generation == "950" or scores.dtype != torch.float32 or topk == scores.shape[-1]:
             return super().index_select(scores, visible, offset, topk=topk)
         row = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
@@ -80,7 +87,9 @@ class ComposedBackend(DecodeExperts, Rounding, Rows):
         return torch.where(picks < visible[..., None], picks + offset[..., None], -1).to(torch.int32)
 
     def decode_e2m1(self, packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Values [..., n] of packed E2M1 bytes [..., n / 2], without a table, which would be read element by element."""
+        """Values [..., n] of packed E2M1 bytes [..., n / 2], without a table, which would be read
+        element by element.
+        """
         if dtype not in {torch.bfloat16, torch.float32}:
             return super().decode_e2m1(packed, dtype)
         return spread_e2m1(packed).mul_(SHIFT).to(dtype)

@@ -1,8 +1,9 @@
-"""What the documents ask of a call, checked by us: torch-npu's shape functions let most violations through.
+"""What the documents ask of a call, checked by us: torch-npu's shape functions let most violations
+through.
 
-Each function takes the generation and the bound arguments of one npu op and yields the rules that they break, in
-words. Tensors need a ``dtype`` and a ``shape`` only, so that a plan can be checked before any array exists. Sources:
-the documents named in ``data/capabilities.toml``.
+Each function takes the generation and the bound arguments of one npu op and yields the rules that
+they break, in words. Tensors need a ``dtype`` and a ``shape`` only, so that a plan can be checked
+before any array exists. Sources: the documents named in ``data/capabilities.toml``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ HEADS_IN_BATCH = 1000  # npu_rotary_mul in interleave mode: exclusive bound of b
 LAST_AXIS_LIMIT = 65536  # matrix products: exclusive bound of an inner axis
 TOKENS_ALL = (1 << 63) - 1  # pre_tokens and next_tokens: the only value supported
 INT8, FLOAT16, FLOAT32, BFLOAT16, E4M3, E4M3_NPU, E8M0, E2M1 = 1, 5, 6, 15, 24, 292, 293, 296
-"""torch-npu's numbers for dtypes, where an op takes a dtype as ``int`` (its ``_meta_registrations.py``)."""
+"""torch-npu's numbers for dtypes, where an op takes a dtype as ``int`` (its
+``_meta_registrations.py``).
+"""
 
 
 def dtype_of(tensor: Any) -> str:
@@ -30,8 +33,8 @@ def dtype_of(tensor: Any) -> str:
 
 
 def transposed(tensor: Any) -> bool:
-    """Whether the last two axes are a transposed view; unknown (False) where there are no strides yet or an axis has
-    one element.
+    """Whether the last two axes are a transposed view; unknown (False) where there are no strides
+    yet or an axis has one element.
     """
     if not hasattr(tensor, "stride") or min(tensor.shape[-2:]) == 1:
         return False

@@ -81,7 +81,9 @@ def report(
 
 
 def clean(found: dict[str, Any]) -> bool:
-    """Whether nothing runs on AICPU or at a place that is not known, and every step can be recorded."""
+    """Whether nothing runs on AICPU or at a place that is not known, and every step can be
+    recorded.
+    """
     return not any(
         step["AICPU"] or step["unknown"] or step["recorded"]["moved"] or step["recorded"]["read on the host"]
         for step in found["steps"].values()

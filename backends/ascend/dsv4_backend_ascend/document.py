@@ -1,5 +1,5 @@
-"""The generated part of docs/ascend.md: which op runs what on which chip, how far that was proven, and what runs on
-simulated CANN showed.
+"""The generated part of docs/ascend.md: which op runs what on which chip, how far that was proven,
+and what runs on simulated CANN showed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def page(
     errors: dict[str, dict[str, float]],
     counted: dict[str, Any],
 ) -> str:
-    """The page with its generated part made new. ``runs``: of the conformance suite, ``selftests``: at full sizes, by chip."""
+    """The page with its generated part made new. ``runs``: of the conformance suite, ``selftests``:
+    at full sizes, by chip.
+    """
     before, _, rest = text.partition(BEGIN)
     lines = [
         *_rungs(proofs, l1),
@@ -101,7 +103,9 @@ def _drift(cann: str, l1: dict[str, Any]) -> list[str]:
 
 
 def _calls(proofs: dict[str, Any]) -> list[str]:
-    """One row per call of the capability table: contracts, and per chip standing, CANN and rungs."""
+    """One row per call of the capability table: contracts, and per chip standing, CANN and
+    rungs.
+    """
     lines = [
         "### cann tier",
         "",
@@ -200,7 +204,9 @@ def _planted(planted: dict[str, Any]) -> list[str]:
 
 
 def _w8a8(runs: dict[str, dict[str, Any]], errors: dict[str, dict[str, float]]) -> list[str]:
-    """What W8A8 loses: error of the weights by kind, and distance of the embedded model's logits from exact ones."""
+    """What W8A8 loses: error of the weights by kind, and distance of the embedded model's logits
+    from exact ones.
+    """
     lines = [
         "### W8A8 on the embedded checkpoint",
         "",

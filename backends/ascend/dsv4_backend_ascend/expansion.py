@@ -1,6 +1,8 @@
-"""Memory of the lossless way on chips without FP8: experts stay packed, and are expanded to BF16 a group at a time.
+"""Memory of the lossless way on chips without FP8: experts stay packed, and are expanded to BF16 a
+group at a time.
 
-Counted by running the cann tier's own ``expert_linear`` at a published model's sizes on tensors without data.
+Counted by running the cann tier's own ``expert_linear`` at a published model's sizes on tensors
+without data.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from dsv4_core.contract.spec import Operand
 
 
 class Expansion(NamedTuple):
-    """Bytes of one projection of a layer's experts: ``packed`` as stored, ``bf16`` if all were expanded, and the most that
-    is alive at a time in a product of ``rows`` token copies, beside operands and result.
+    """Bytes of one projection of a layer's experts: ``packed`` as stored, ``bf16`` if all were
+    expanded, and the most that is alive at a time in a product of ``rows`` token copies, beside
+    operands and result.
     """
 
     rows: int

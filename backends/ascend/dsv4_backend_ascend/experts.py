@@ -1,7 +1,9 @@
-"""A decode step's experts on chips without FP4: those that a token chose are gathered packed, all three projections at once.
+"""A decode step's experts on chips without FP4: those that a token chose are gathered packed, all
+three projections at once.
 
-Nothing is sorted and nothing counted: a row of tokens x picks has its own expert's matrices beside it. The codes of w1, w3 and
-w2 are as many, so that one expansion serves all; their rows are a whole number of groups of 32, so that scales stay beside them.
+Nothing is sorted and nothing counted: a row of tokens x picks has its own expert's matrices beside
+it. The codes of w1, w3 and w2 are as many, so that one expansion serves all; their rows are a whole
+number of groups of 32, so that scales stay beside them.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ PACKED_MAGNITUDES, PACKED_SIGNS = 0x0E000E00, 0x80008000 - (1 << 32)  # of two f
 
 
 def spread_e2m1(packed: torch.Tensor) -> torch.Tensor:
-    """Values times 2^-14, float16 [..., n], of packed E2M1 bytes [..., n / 2], by moving bits: a table is read element by element.
+    """Values times 2^-14, float16 [..., n], of packed E2M1 bytes [..., n / 2], by moving bits: a
+    table is read element by element.
 
-    A byte's two values become two float16 in an int32: magnitudes, three bits, at the top of the exponents' low end, signs at
-    the top. The multiplications shift; what leaves an int32 at its top is not needed.
+    A byte's two values become two float16 in an int32: magnitudes, three bits, at the top of the
+    exponents' low end, signs at the top. The multiplications shift; what leaves an int32 at its top
+    is not needed.
     """
     signs = packed.to(torch.int32)
     bits = (signs * ((1 << 9) + (1 << 21))).bitwise_and_(PACKED_MAGNITUDES)
@@ -37,7 +41,9 @@ def spread_e2m1(packed: torch.Tensor) -> torch.Tensor:
 
 
 class DecodeExperts(ChipBackend):
-    """``moe`` of few tokens, and ``ffn`` with w1 and w3 in one product; everything else as the contract's default has it."""
+    """``moe`` of few tokens, and ``ffn`` with w1 and w3 in one product; everything else as the
+    contract's default has it.
+    """
 
     def ffn(self, x: torch.Tensor, w1: Any, w3: Any, w2: Any, *, limit: float) -> torch.Tensor:
         if not (self.joins(w1) and self.joins(w3)):
@@ -48,7 +54,9 @@ class DecodeExperts(ChipBackend):
         return self.linear(self.gated(both.unflatten(1, (2, -1)), None, limit), w2, out_dtype=self.activation_dtype)
 
     def joins(self, weight: Any) -> bool:
-        """Whether a projection may be multiplied with its neighbour, by a plain product of expanded weights."""
+        """Whether a projection may be multiplied with its neighbour, by a plain product of expanded
+        weights.
+        """
         fmt = getattr(weight, "format", None)
         return bool(weight.dtype == torch.bfloat16 if fmt is None else self.generation != "950" and fmt != "int8")
 
@@ -88,8 +96,8 @@ class DecodeExperts(ChipBackend):
         return (y if shared is None else y.add_(shared)).to(getattr(torch, out_dtype))
 
     def _gatherable(self, indices: torch.Tensor, experts: Sequence[Experts]) -> list[ScaledArray] | None:
-        """The three stacks, where a step has no more rows than there are experts, and what they choose may be expanded at once: that
-        takes twice their BF16 bytes.
+        """The three stacks, where a step has no more rows than there are experts, and what they
+        choose may be expanded at once: that takes twice their BF16 bytes.
         """
         if self.generation == "950" or self.numerics != "native" or not indices.numel():
             return None
@@ -102,7 +110,9 @@ class DecodeExperts(ChipBackend):
         return stacks if few and stacks[2].shape[1:] == (dim, inter) else None
 
     def _own(self, indices: torch.Tensor, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Which of the experts here each row of tokens x picks has, and where that is another rank's, [rows, 1]."""
+        """Which of the experts here each row of tokens x picks has, and where that is another
+        rank's, [rows, 1].
+        """
         flat = indices.reshape(-1)
         if first == 0 and self.kept.known((indices, "routed among")) == count:
             return flat, None

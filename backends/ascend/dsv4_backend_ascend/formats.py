@@ -1,6 +1,8 @@
-"""Storage formats of tensors: on an NPU the order of a tensor's bytes is a property of its storage, which views share.
+"""Storage formats of tensors: on an NPU the order of a tensor's bytes is a property of its storage,
+which views share.
 
-torch-npu knows it of its own tensors; of tensors without data and of simulated ones it is kept here.
+torch-npu knows it of its own tensors; of tensors without data and of simulated ones it is kept
+here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""What an op leaves for the ops after it: results for the same operands, and tensors that never change.
+"""What an op leaves for the ops after it: results for the same operands, and tensors that never
+change.
 
-A decode step asks many layers the same of the same indices. What is made of them is made once: fewer launches.
+A decode step asks many layers the same of the same indices. What is made of them is made once:
+fewer launches.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ FIXED_BYTES, FIXED = 1 << 20, 1024  # the largest tensor that is kept for good, 
 
 
 class Kept:
-    """Results of one backend. Tensors are compared as objects, and held, so that they stay those."""
+    """Results of one backend. Tensors are compared as objects, and held, so that they stay
+    those.
+    """
 
     def __init__(self) -> None:
         self.results: list[tuple[tuple[Any, ...], Any]] = []
@@ -39,9 +43,11 @@ class Kept:
         return _find(self.of_indices, key)
 
     def always(self, key: Hashable, held: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """A tensor that depends on shapes and on a weight alone; ``held`` is the weight, whose id may stand in ``key``.
+        """A tensor that depends on shapes and on a weight alone; ``held`` is the weight, whose id
+        may stand in ``key``.
 
-        It outlives a step and is not forgotten, so that recorded steps may read it. Made anew each time where it is large.
+        It outlives a step and is not forgotten, so that recorded steps may read it. Made anew each
+        time where it is large.
         """
         if key in self.fixed:
             self.fixed.move_to_end(key)

@@ -1,8 +1,10 @@
-"""Rung L2b: what a step launches on a chip, and which of it runs on AI Core, on AICPU, or nowhere that is known.
+"""Rung L2b: what a step launches on a chip, and which of it runs on AI Core, on AICPU, or nowhere
+that is known.
 
-The real graph runs on tensors without data at a model's own sizes, in the tiers that the plan gives, and every operator
-that torch dispatches is looked up in ``data/aicore.toml``. Counted are operators, as torch-npu is handed them: what one
-of them launches inside is CANN's. No NPU is needed, and none is asked.
+The real graph runs on tensors without data at a model's own sizes, in the tiers that the plan
+gives, and every operator that torch dispatches is looked up in ``data/aicore.toml``. Counted are
+operators, as torch-npu is handed them: what one of them launches inside is CANN's. No NPU is
+needed, and none is asked.
 """
 
 from __future__ import annotations
@@ -74,8 +76,9 @@ def place(pair: Pair, generation: Generation) -> Place:
 
 @dataclass
 class Step2b:
-    """What one step launched. ``layers``: by layer; None is what stands outside the layers (embedding, head, sampling).
-    ``contracts``: by the contract that the graph called; "" is what the graph does itself.
+    """What one step launched. ``layers``: by layer; None is what stands outside the layers
+    (embedding, head, sampling). ``contracts``: by the contract that the graph called; "" is what
+    the graph does itself.
     """
 
     generation: Generation
@@ -111,7 +114,9 @@ class Step2b:
 
 
 class _Watch(TorchDispatchMode):
-    """Notes every operator that torch hands to a device, composite ones as what they are composed of."""
+    """Notes every operator that torch hands to a device, composite ones as what they are composed
+    of.
+    """
 
     def __init__(self, step: Step2b, backend: ShapesBackend) -> None:
         super().__init__()
@@ -145,7 +150,9 @@ KEPT = frozenset({"aten::linear", "aten::matmul"})
 
 
 class ShapesBackend(AscendBackend):
-    """The backend on a chip that is planned for, with arrays of shapes alone. ``running``: the contract that the graph called."""
+    """The backend on a chip that is planned for, with arrays of shapes alone. ``running``: the
+    contract that the graph called.
+    """
 
     running = ""
 
@@ -156,7 +163,9 @@ class ShapesBackend(AscendBackend):
         return torch.empty(tuple(array.shape), dtype=torch_dtype(dtype_name(array)), device="meta")
 
     def load(self, weight: Any) -> Any:
-        """A weight of that shape; its scales are far from BF16's end, as those of the published models are."""
+        """A weight of that shape; its scales are far from BF16's end, as those of the published
+        models are.
+        """
         if not isinstance(weight, ScaledArray):
             return self.from_numpy(weight)
         loaded = ScaledArray(self.from_numpy(weight.data), self.from_numpy(weight.scale), weight.format)
@@ -225,7 +234,9 @@ class _Layered(Model):
 def count(
     config: ModelConfig, generation: Generation, *, tier: str, start: int, batch: int = 1, seq: int = 1, **options: Any
 ) -> Step2b:
-    """Run one step of a model's own sizes with ``start`` tokens before it, and count what it launches."""
+    """Run one step of a model's own sizes with ``start`` tokens before it, and count what it
+    launches.
+    """
     backend = ShapesBackend(soc=generation, tier=tier, **options)
     with torch.no_grad(), dry_run(generation):
         model = _Layered(ShapeSource(config), backend)
@@ -238,7 +249,9 @@ def count(
 
 
 def lines(step: Step2b) -> Iterator[str]:
-    """A step in words: launches of the whole and of each kind of layer, then what runs on AICPU or is not known."""
+    """A step in words: launches of the whole and of each kind of layer, then what runs on AICPU or
+    is not known.
+    """
     outside = step.launched(None)
     kinds = Counter(step.launched(layer) for layer in step.layers if layer is not None)
     each = ", ".join(f"{n} x {launches}" for launches, n in sorted(kinds.items(), key=lambda kind: -kind[0]))

@@ -1,4 +1,6 @@
-"""What of the ascend backend is here, told by files alone: neither torch nor torch-npu is imported."""
+"""What of the ascend backend is here, told by files alone: neither torch nor torch-npu is
+imported.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Which tier runs which call: the capability table for dtypes, then a dry run of the cann tier for shapes.
+"""Which tier runs which call: the capability table for dtypes, then a dry run of the cann tier for
+shapes.
 
-The dry run is the implementation itself on tensors without data, with each npu call checked against the documents; so
-what is planned is what will run.
+The dry run is the implementation itself on tensors without data, with each npu call checked against
+the documents; so what is planned is what will run.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def _expert_linear(backend: ChipBackend, x: torch.Tensor, weight: Any, offsets: 
 
 
 def _logits(backend: ChipBackend, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The router's product, float32 [tokens, experts]; without data its shape alone, for nothing may be kept of it."""
+    """The router's product, float32 [tokens, experts]; without data its shape alone, for nothing
+    may be kept of it.
+    """
     if x.is_meta:
         return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
     return backend.product(x, (weight,), wide=True)
@@ -119,7 +122,9 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Implementation]] = {
 
 
 def without_data(value: Any, *, mx: bool) -> Any:
-    """An operand, or a placeholder of one, as tensors of the meta device. ``mx``: quantised weights get MX scales."""
+    """An operand, or a placeholder of one, as tensors of the meta device. ``mx``: quantised weights
+    get MX scales.
+    """
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     dtype, shape = dtype_name(value), tuple(value.shape)

@@ -1,5 +1,5 @@
-"""What is installed here: torch-npu, CANN, the chip. Nothing is imported until it is asked for, and every failure says
-what to do.
+"""What is installed here: torch-npu, CANN, the chip. Nothing is imported until it is asked for, and
+every failure says what to do.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ _SOCS: tuple[tuple[str, Generation], ...] = (
 
 
 def generation_of(soc: str) -> Generation:
-    """Generation of a SoC name. Raises ``BackendError`` for one that the capability table does not cover."""
+    """Generation of a SoC name. Raises ``BackendError`` for one that the capability table does not
+    cover.
+    """
     for pattern, generation in _SOCS:
         if re.fullmatch(pattern, soc):
             return generation
@@ -47,7 +49,9 @@ def generation_of(soc: str) -> Generation:
 
 
 def import_torch_npu() -> Any:
-    """Import torch-npu. Raises ``BackendError`` where it is missing, or where it is there and CANN is not."""
+    """Import torch-npu. Raises ``BackendError`` where it is missing, or where it is there and CANN
+    is not.
+    """
     if importlib.util.find_spec("torch_npu") is None:
         raise BackendError(f"backend 'ascend' needs torch-npu, not found here: pip install 'dsv4[ascend]'; {PLAN}")
     try:
@@ -61,8 +65,8 @@ def import_torch_npu() -> Any:
 
 
 def prepare(device: str) -> None:
-    """Before anything opens a device: make this process's its own, load the operators' extension where it is installed, and
-    have float32 products in float32.
+    """Before anything opens a device: make this process's its own, load the operators' extension
+    where it is installed, and have float32 products in float32.
     """
     npu: Any = torch.npu  # type: ignore[attr-defined]
     _, _, index = device.partition(":")
@@ -91,7 +95,9 @@ def extension() -> str:
 
 
 def npus() -> list[str]:
-    """SoC name of every NPU that torch-npu finds; import it first. Raises ``BackendError`` where CANN fails over the question."""
+    """SoC name of every NPU that torch-npu finds; import it first. Raises ``BackendError`` where
+    CANN fails over the question.
+    """
     npu: Any = torch.npu  # type: ignore[attr-defined]
     try:
         return [npu.get_device_name(i) for i in range(npu.device_count())] if npu.is_available() else []
@@ -104,7 +110,9 @@ def npus() -> list[str]:
 
 
 def cann_version() -> str | None:
-    """CANN's version as torch-npu tells it, else from an install.info under ASCEND_HOME_PATH; None where neither says."""
+    """CANN's version as torch-npu tells it, else from an install.info under ASCEND_HOME_PATH; None
+    where neither says.
+    """
     told = getattr(getattr(sys.modules.get("torch_npu"), "npu", None), "utils", None)
     if told is not None and hasattr(told, "get_cann_version"):
         try:
@@ -127,7 +135,9 @@ def cann_version() -> str | None:
 
 
 def drift() -> dict[str, str]:
-    """Calls of the table that the installed torch-npu (or the simulator) cannot take: its op, and what is wrong with it."""
+    """Calls of the table that the installed torch-npu (or the simulator) cannot take: its op, and
+    what is wrong with it.
+    """
     found = {}
     for call in table().calls:
         op = overload(call.op)
@@ -140,7 +150,9 @@ def drift() -> dict[str, str]:
 
 
 def diagnose() -> Iterator[Diagnosis]:
-    """What `dsv4 doctor` shows. Raises nothing: each thing that is missing is a line with what to do."""
+    """What `dsv4 doctor` shows. Raises nothing: each thing that is missing is a line with what to
+    do.
+    """
     chips = []
     for line in _installation():
         chips += [

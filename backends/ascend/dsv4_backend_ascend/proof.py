@@ -1,5 +1,5 @@
-"""How far each way of running a contract has been proven, per generation: ``data/proof.json``, collected from the reports
-of the runs themselves by ``tools/collect.py``.
+"""How far each way of running a contract has been proven, per generation: ``data/proof.json``,
+collected from the reports of the runs themselves by ``tools/collect.py``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ LEGEND = f"proof: {'; '.join(f'{rung} {says}' for rung, says in RUNGS.items())};
 
 @functools.cache
 def recorded() -> dict[str, Any]:
-    """``cann``: generation -> call of the capability table -> rungs; ``composed``: generation -> rungs; ``versions``."""
+    """``cann``: generation -> call of the capability table -> rungs; ``composed``: generation ->
+    rungs; ``versions``.
+    """
     return dict(
         json.loads(resources.files("dsv4_backend_ascend").joinpath("data/proof.json").read_text(encoding="utf-8"))
     )
@@ -56,7 +58,8 @@ def summary(generation: Generation) -> list[tuple[str, str]]:
 
 
 def of_run(generation: Generation, standing: str, ran: Mapping[str, bool]) -> dict[str, str]:
-    """Rungs of every op on a chip, for the report of a run: L0 to L2 as recorded, L3 or L6 if this run is the proof.
+    """Rungs of every op on a chip, for the report of a run: L0 to L2 as recorded, L3 or L6 if this
+    run is the proof.
 
     ``ran``: of each call of the capability table whether all passed that used it.
     """

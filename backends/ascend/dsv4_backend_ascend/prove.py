@@ -1,8 +1,10 @@
-"""``dsv4 ascend prove``: what a machine with an NPU can show of this backend, in stages of ten minutes, into one folder and one report.
+"""``dsv4 ascend prove``: what a machine with an NPU can show of this backend, in stages of ten
+minutes, into one folder and one report.
 
-A stage is a few commands, each a process of its own: an exception on AI Core leaves a process without a usable device. A command's
-output is kept, and what ended is not run again, so that a run that was cut off goes on where it stopped. Nothing needs a network.
-With ``simulate`` the same stages run on simulated CANN; the report's first line says that nothing of hardware was proven.
+A stage is a few commands, each a process of its own: an exception on AI Core leaves a process
+without a usable device. A command's output is kept, and what ended is not run again, so that a run
+that was cut off goes on where it stopped. Nothing needs a network. With ``simulate`` the same
+stages run on simulated CANN; the report's first line says that nothing of hardware was proven.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ class Prover:
     """Runs stages and remembers them in ``prove.json`` under ``out``."""
 
     def __init__(self, out: Path, *, simulate: str | None = None, seconds: float = 600.0) -> None:
-        """Raise ``BackendError`` for a chip that there is not, and for a folder that holds another kind of run."""
+        """Raise ``BackendError`` for a chip that there is not, and for a folder that holds another
+        kind of run.
+        """
         if simulate is not None and simulate not in GENERATIONS:
             raise BackendError(f"ascend prove: simulate {simulate!r} is not one of {', '.join(GENERATIONS)}")
         self.out, self.simulate, self.seconds = out, simulate, seconds
@@ -179,7 +183,9 @@ def installation(p: Prover) -> None:
 
 
 def selftest(p: Prover) -> None:
-    """Every contract of the npu ops in a process of its own, against plain PyTorch ops and recorded expectations; small cases."""
+    """Every contract of the npu ops in a process of its own, against plain PyTorch ops and recorded
+    expectations; small cases.
+    """
     for contract in dict.fromkeys(case.contract for case in CASES):
         report = p.out / "selftest" / f"{contract}.json"
         p.run(
@@ -198,7 +204,9 @@ def selftest(p: Prover) -> None:
 
 
 def addresses(p: Prover) -> None:
-    """The same with rows past 2^31 bytes and elements, and a million tokens: up to 10 GB of an NPU's memory."""
+    """The same with rows past 2^31 bytes and elements, and a million tokens: up to 10 GB of an
+    NPU's memory.
+    """
     for contract in dict.fromkeys(case.contract for case in CASES if case.gigabytes):
         report = p.out / "addresses" / f"{contract}.json"
         p.run(
@@ -213,20 +221,26 @@ def smoke(p: Prover) -> None:
 
 
 def standard(p: Prover) -> None:
-    """The conformance suite's standard tier, op by op, so that it goes on where it stopped; and all of the rest at once."""
+    """The conformance suite's standard tier, op by op, so that it goes on where it stopped; and all
+    of the rest at once.
+    """
     suite = (*DSV4, "conformance", "run", "--backend", "ascend", "--tier", "standard", "--isolate", "--quiet")
     for op in OPS:
         p.run(op, *suite, "--op", op, "--report", p.out / "standard" / op, on_npu=True)
 
 
 def whole(p: Prover) -> None:
-    """The standard tier whole, with models and laws: the report that proves a level. Give it the time that ``standard`` took."""
+    """The standard tier whole, with models and laws: the report that proves a level. Give it the
+    time that ``standard`` took.
+    """
     p.run("suite", *DSV4, "conformance", "run", "--backend", "ascend", "--tier", "standard", "--require", "3", "--quiet",
           "--report", p.out / "whole" / "suite", on_npu=True)  # fmt: skip
 
 
 def texts(p: Prover) -> None:
-    """The embedded model's text, twice the same and as plain PyTorch ops make it; then launches one by one and as a graph."""
+    """The embedded model's text, twice the same and as plain PyTorch ops make it; then launches one
+    by one and as a graph.
+    """
     device = ["-O", f"simulate={p.simulate}"] if p.simulate else []
     generate = (*DSV4, "generate", "--tokens", "0,3,327", "-n", "4" if p.simulate else "200", "--backend", "ascend")
     made = [p.run(f"generate-{i}", *generate, *device) for i in (1, 2)]
@@ -237,7 +251,9 @@ def texts(p: Prover) -> None:
 
 
 def counts(p: Prover) -> None:
-    """What a decode step of Flash launches on this chip by this installation's plan, and whether it can be recorded."""
+    """What a decode step of Flash launches on this chip by this installation's plan, and whether it
+    can be recorded.
+    """
     soc = ("--soc", p.simulate) if p.simulate else ()
     p.run("launches", *DSV4, "ascend", "launches", *soc, "--report", p.out / "counts" / "launches.json")
 
@@ -256,7 +272,9 @@ STAGES: dict[str, Callable[[Prover], None]] = {
 
 
 def stages(chosen: Sequence[str]) -> tuple[str, ...]:
-    """The stages to run; all where none was chosen. Raises ``BackendError`` for one that there is not."""
+    """The stages to run; all where none was chosen. Raises ``BackendError`` for one that there is
+    not.
+    """
     if unknown := [name for name in chosen if name not in STAGES]:
         raise BackendError(f"ascend prove: stage {unknown[0]!r} is not one of {', '.join(STAGES)}")
     return tuple(chosen) or tuple(STAGES)

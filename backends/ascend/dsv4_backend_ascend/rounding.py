@@ -1,7 +1,9 @@
-"""FP8 and FP4 rounding of activations in BF16 arithmetic: half of the launches of the portable way, and half of the bytes.
+"""FP8 and FP4 rounding of activations in BF16 arithmetic: half of the launches of the portable way,
+and half of the bytes.
 
-A quotient in [-448, 448] has 8 bits. Adding 1.5 * 2^(7 - m) times its power of two leaves room for m bits behind the first,
-so that the sum, rounded to BF16 to nearest even as every BF16 addition is, lies on the grid; taking it away again is exact.
+A quotient in [-448, 448] has 8 bits. Adding 1.5 * 2^(7 - m) times its power of two leaves room for
+m bits behind the first, so that the sum, rounded to BF16 to nearest even as every BF16 addition is,
+lies on the grid; taking it away again is exact.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ EXPONENT, SIGN = 0x7F80, -0x8000  # of BF16 bits as int16
 
 
 class Grid(NamedTuple):
-    """``shift``: 1.5 * 2^(7 - mantissa bits). ``least``: the smallest normal number. ``least_scale``: what the floor under amax
-    makes of a block of zeros.
+    """``shift``: 1.5 * 2^(7 - mantissa bits). ``least``: the smallest normal number.
+    ``least_scale``: what the floor under amax makes of a block of zeros.
     """
 
     shift: float
@@ -48,13 +50,17 @@ def exponents(numbers: torch.Tensor, add: int) -> torch.Tensor:
 
 
 def to_grid(quotient: torch.Tensor, fmt: Format, least: float) -> torch.Tensor:
-    """Round BF16 numbers to the format's mantissa, and below ``least`` to multiples of what one has there. Zeros lose their sign."""
+    """Round BF16 numbers to the format's mantissa, and below ``least`` to multiples of what one has
+    there. Zeros lose their sign.
+    """
     power = (quotient.view(torch.int16) & EXPONENT).view(torch.bfloat16).clamp_(min=least)
     return torch.add(quotient, power, alpha=GRIDS[fmt].shift).sub_(power, alpha=GRIDS[fmt].shift)
 
 
 def on_grid(blocks: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """Quantise and dequantise BF16 blocks [..., block]: ``q * scale``, exactly, with the sign of zeros; NaN beside an infinity."""
+    """Quantise and dequantise BF16 blocks [..., block]: ``q * scale``, exactly, with the sign of
+    zeros; NaN beside an infinity.
+    """
     grid = GRIDS[fmt]
     scale = exponents(largest(blocks).mul_(1 / FORMAT_MAX[fmt]), 0x7FFFFF)
     scale = scale.clamp_(min=grid.least_scale).to(torch.bfloat16)
@@ -65,13 +71,17 @@ def on_grid(blocks: torch.Tensor, fmt: Format) -> torch.Tensor:
 
 
 def multiplied(blocks: torch.Tensor) -> torch.Tensor:
-    """``on_grid`` in E4M3 for a product, where neither the sign of a zero nor what stands beside an infinity shows."""
+    """``on_grid`` in E4M3 for a product, where neither the sign of a zero nor what stands beside an
+    infinity shows.
+    """
     unit = exponents(largest(blocks).clamp_(min=AMAX_FLOOR["e4m3"]), TO_UNIT).to(torch.bfloat16)
     return to_grid(blocks / unit, "e4m3", GRIDS["e4m3"].least / UNIT).mul_(unit)
 
 
 class Rounding(ChipBackend):
-    """``act_qdq`` and what linear layers multiply, of BF16 activations; the portable way in other dtypes."""
+    """``act_qdq`` and what linear layers multiply, of BF16 activations; the portable way in other
+    dtypes.
+    """
 
     def act_qdq(self, x: torch.Tensor, *, format: Format, block: int, channels: int) -> torch.Tensor:
         if x.dtype != torch.bfloat16 or not x.numel():
@@ -80,7 +90,9 @@ class Rounding(ChipBackend):
         return grid if channels == x.shape[1] else torch.cat([grid, x[:, channels:]], 1)
 
     def quantised_activation(self, x: torch.Tensor, weight: Format = "e4m3") -> torch.Tensor:
-        """As published, or (``activations=bf16``) as it is beside FP8 and FP4 weights; of the same rows once."""
+        """As published, or (``activations=bf16``) as it is beside FP8 and FP4 weights; of the same
+        rows once.
+        """
         if self.activations == "bf16" and weight != "int8":
             return x
         rounded = super().quantised_activation

@@ -1,4 +1,6 @@
-"""Cache rows that are plain, and what is read by their indices, with what indices need made once for all layers of a step."""
+"""Cache rows that are plain, and what is read by their indices, with what indices need made once
+for all layers of a step.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ if TYPE_CHECKING:
 
 
 class Written(NamedTuple):
-    """Where rows go. ``target`` [n], int64: slots, no row to none. ``source`` [n]: which row goes there: a row that is not stored
-    repeats what the slot of one that is stored gets; None for a single row. ``some`` [n or 1, 1]: whether a row is stored.
+    """Where rows go. ``target`` [n], int64: slots, no row to none. ``source`` [n]: which row goes
+    there: a row that is not stored repeats what the slot of one that is stored gets; None for a
+    single row. ``some`` [n or 1, 1]: whether a row is stored.
     """
 
     target: torch.Tensor

@@ -1,5 +1,5 @@
-"""Schemas of the ops that the backend calls: committed snapshots of real wheels, calls bound to them, and whether an
-installed op takes the calls that are made.
+"""Schemas of the ops that the backend calls: committed snapshots of real wheels, calls bound to
+them, and whether an installed op takes the calls that are made.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 
 
 class Snapshot(NamedTuple):
-    """Schemas of the called ops as one wheel prints them. ``cann``: the CANN that it is paired with, or what is known."""
+    """Schemas of the called ops as one wheel prints them. ``cann``: the CANN that it is paired
+    with, or what is known.
+    """
 
     wheel: str
     cann: str
@@ -39,8 +41,8 @@ def extension_schemas() -> dict[str, str]:
 
 @functools.cache
 def schemas() -> dict[str, str]:
-    """What the backend was written for, and what is simulated: schemas of the newest wheel that has a snapshot, and of the
-    operators' own extension.
+    """What the backend was written for, and what is simulated: schemas of the newest wheel that has
+    a snapshot, and of the operators' own extension.
     """
     return snapshots()[-1].schemas | extension_schemas()
 
@@ -62,7 +64,9 @@ def _parsed(schema: str) -> Any:
 
 
 def bind(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SimpleNamespace:
-    """Name every argument of a call, defaults included; the dispatcher has checked the call against the schema."""
+    """Name every argument of a call, defaults included; the dispatcher has checked the call against
+    the schema.
+    """
     parameters = _parameters(op)
     return SimpleNamespace(
         **(dict(parameters) | {name: value for (name, _), value in zip(parameters, args, strict=False)} | kwargs)
@@ -70,16 +74,20 @@ def bind(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SimpleNamesp
 
 
 def overload(op: str) -> Any:
-    """The op of this name in its namespace, as the dispatcher has it; None where nobody registered it."""
+    """The op of this name in its namespace, as the dispatcher has it; None where nobody registered
+    it.
+    """
     packet = getattr(getattr(torch.ops, namespace(op)), op, None)
     return None if packet is None else packet.default
 
 
 def incompatible(found: str, written_for: str, passed: tuple[str, ...]) -> str:
-    """Why an op of schema ``found`` cannot take calls that pass ``passed`` by name and were written for another schema.
+    """Why an op of schema ``found`` cannot take calls that pass ``passed`` by name and were written
+    for another schema.
 
-    It can where every argument that is passed is there with the same type (optional or not: a value is passed), every
-    other one has a default, and the results are as many and of the same types. Empty where nothing is wrong.
+    It can where every argument that is passed is there with the same type (optional or not: a value
+    is passed), every other one has a default, and the results are as many and of the same types.
+    Empty where nothing is wrong.
     """
     theirs, ours = _parsed(found), _parsed(written_for)
     types = {argument.name: _type(argument) for argument in theirs.arguments}

@@ -1,9 +1,9 @@
-"""Self-test for hardware: every contract of the cann tier against the composed tier on the same chip, and both against
-recorded expectations, with the same operands.
+"""Self-test for hardware: every contract of the cann tier against the composed tier on the same
+chip, and both against recorded expectations, with the same operands.
 
-A difference names the contract, its npu ops, the tier at fault, the case and the element. Expectations
-(``data/selftest.npz``, written by ``tools/record_selftest.py``) are the oracle's exact results at some elements, each
-with what it may be off by.
+A difference names the contract, its npu ops, the tier at fault, the case and the element.
+Expectations (``data/selftest.npz``, written by ``tools/record_selftest.py``) are the oracle's exact
+results at some elements, each with what it may be off by.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ STRIDE = 7919  # a prime, so that samples walk through every axis
 
 
 class Outcome(NamedTuple):
-    """What one case showed. ``ops``: the npu ops that ran; ``found``: what differs, empty where all agree; ``skipped``:
-    why the cann tier was not asked (the composed tier was held against the recorded expectation all the same).
+    """What one case showed. ``ops``: the npu ops that ran; ``found``: what differs, empty where all
+    agree; ``skipped``: why the cann tier was not asked (the composed tier was held against the
+    recorded expectation all the same).
     """
 
     contract: str
@@ -49,7 +50,9 @@ class Outcome(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """What is expected of one result at some of its elements (flat indices), and how far off each may be."""
+    """What is expected of one result at some of its elements (flat indices), and how far off each
+    may be.
+    """
 
     at: Host
     value: Host
@@ -79,7 +82,9 @@ def sampled(size: int) -> Host:
 
 
 def allowance(want: Host, *, exact: bool) -> Host:
-    """How far off each element may be: a few units of its own, and of a hundredth of its row's largest where sums cancel."""
+    """How far off each element may be: a few units of its own, and of a hundredth of its row's
+    largest where sums cancel.
+    """
     if exact or not want.size:
         return np.zeros(want.shape)
     size = np.abs(want)
@@ -106,10 +111,11 @@ def chosen(contracts: Sequence[str] = ()) -> Sequence[Case]:
 def apart(
     cases: Sequence[Case], *, seed: int = 0, small: bool = False, device: str | None = None, words: Sequence[str] = ()
 ) -> Iterator[Outcome]:
-    """As ``run``, each contract in a process of its own: an exception on AI Core leaves a process without a usable device.
+    """As ``run``, each contract in a process of its own: an exception on AI Core leaves a process
+    without a usable device.
 
-    ``words``: more of the command line. Launches are waited for one by one, so that the one that raises is named. A process that
-    leaves no report fails its contract.
+    ``words``: more of the command line. Launches are waited for one by one, so that the one that
+    raises is named. A process that leaves no report fails its contract.
     """
     command = [sys.executable, "-m", "dsv4_core", "ascend", "selftest", "--together", "--seed", str(seed), *words]
     command += [*(["--small"] if small else []), *(["--device", device] if device else [])]
@@ -164,7 +170,9 @@ def problem(backend: ChipBackend, case: Case) -> str:
 
 
 def _loaded(backend: ChipBackend, array: Any, *, in_rows: bool = False) -> Any:
-    """An operand on the device. ``in_rows``: experts as plain PyTorch ops read them, in no order of an npu op's."""
+    """An operand on the device. ``in_rows``: experts as plain PyTorch ops read them, in no order of
+    an npu op's.
+    """
     if array is None:
         return None
     if isinstance(array, Experts):
@@ -173,7 +181,9 @@ def _loaded(backend: ChipBackend, array: Any, *, in_rows: bool = False) -> Any:
 
 
 def _comparable(backend: ChipBackend, case: Case, call: Call, result: Any, *, whole: bool) -> list[Host]:
-    """Results on the host in float64; of picks their exact scores, so that near-ties may be picked either way."""
+    """Results on the host in float64; of picks their exact scores, so that near-ties may be picked
+    either way.
+    """
     flat = result if isinstance(result, tuple) else (result,)
     host = [backend.to_numpy(r) for r in flat]
     if whole:
@@ -199,7 +209,9 @@ def pick_scores(arrays: Sequence[Host], picks: Host) -> Host:
 
 
 def _verdict(results: dict[str, list[Host]], expected: list[Recorded], *, exact: bool) -> str:
-    """The first difference in words: of a tier from what was recorded, else of the ops' tier from the composed one."""
+    """The first difference in words: of a tier from what was recorded, else of the ops' tier from
+    the composed one.
+    """
     lines = []
     for tier, found in results.items():
         for i, (got, want) in enumerate(zip(found, expected, strict=False)):

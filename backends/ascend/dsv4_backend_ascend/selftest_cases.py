@@ -1,7 +1,9 @@
-"""Cases of the self-test: operands in host memory, the same on every machine, at the published head sizes.
+"""Cases of the self-test: operands in host memory, the same on every machine, at the published head
+sizes.
 
-Sizes and data are chosen for what has gone wrong on NPUs: rows and key blocks at high addresses, long contexts, sinks of
-both signs, experts without rows, ties, clamped activations, tokens of uneven size.
+Sizes and data are chosen for what has gone wrong on NPUs: rows and key blocks at high addresses,
+long contexts, sinks of both signs, experts without rows, ties, clamped activations, tokens of
+uneven size.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ _SPREAD = 65536 * (4 / 12) ** 0.5  # standard deviation of the sum of four unifo
 
 
 class Draws:
-    """Random operands from the raw bits of PCG64, which NumPy keeps the same for ever (its distributions it does not)."""
+    """Random operands from the raw bits of PCG64, which NumPy keeps the same for ever (its
+    distributions it does not).
+    """
 
     def __init__(self, *seed: int) -> None:
         self.bits = np.random.PCG64(np.random.SeedSequence(seed))
@@ -66,8 +70,8 @@ class Draws:
 
 @dataclass(frozen=True)
 class Call:
-    """Operands of one call. ``low``: of a call with the same results from low addresses, what the composed tier is given;
-    ``part``: those results among the first call's, along the first axis.
+    """Operands of one call. ``low``: of a call with the same results from low addresses, what the
+    composed tier is given; ``part``: those results among the first call's, along the first axis.
     """
 
     arrays: tuple[Any, ...]
@@ -83,7 +87,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a contract, made when it is reached. ``gigabytes``: of device memory, where that is more than one."""
+    """One call of a contract, made when it is reached. ``gigabytes``: of device memory, where that
+    is more than one.
+    """
 
     contract: str
     name: str
@@ -112,7 +118,9 @@ def _rope(d: Draws, inverse: bool) -> Call:
 
 
 def _many_tokens(d: Draws, tokens: int) -> Call:
-    """Rotated channels alone: npu_rotary_mul's page has a bound of 1000 on batch times heads, and no word on tokens."""
+    """Rotated channels alone: npu_rotary_mul's page has a bound of 1000 on batch times heads, and
+    no word on tokens.
+    """
     freqs = (10000.0 ** (-np.arange(32) / 32)).astype(np.float32)
     return Call((d.act(tokens, HEADS, 64), np.arange(tokens, dtype=np.int32), freqs), {"inverse": False})
 
@@ -129,7 +137,9 @@ def _gate_hash(d: Draws) -> Call:
 
 
 def _uneven(d: Draws, tokens: int, cols: int) -> Host:
-    """One token far larger than the others and one far smaller: a scale taken over several tokens shows."""
+    """One token far larger than the others and one far smaller: a scale taken over several tokens
+    shows.
+    """
     x = d.act(tokens, cols)
     x[3] *= 64
     x[5] *= 2.0**-10

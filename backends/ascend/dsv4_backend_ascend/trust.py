@@ -1,4 +1,6 @@
-"""Which contracts no npu op may run: those that the user names, and those that failed in a self-test's report."""
+"""Which contracts no npu op may run: those that the user names, and those that failed in a
+self-test's report.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ CONTRACTS = tuple(dict.fromkeys(op for tier in IMPLEMENTATIONS.values() for op i
 
 
 def named(text: str | None) -> dict[str, str]:
-    """Contracts of ``-O composed=OP,OP``, each with the reason. Raises ``BackendError`` for one that no npu op runs."""
+    """Contracts of ``-O composed=OP,OP``, each with the reason. Raises ``BackendError`` for one
+    that no npu op runs.
+    """
     ops = [op.strip() for op in str(text).split(",") if op.strip()] if text else []
     if unknown := [op for op in ops if op not in CONTRACTS]:
         raise BackendError(
@@ -27,7 +31,8 @@ def named(text: str | None) -> dict[str, str]:
 
 
 def failed(path: str | None, generation: Generation) -> dict[str, str]:
-    """Contracts whose npu ops failed in the report of a self-test, each with the first case that did.
+    """Contracts whose npu ops failed in the report of a self-test, each with the first case that
+    did.
 
     Raises ``BackendError`` for a report that cannot be read, or is of another chip.
     """

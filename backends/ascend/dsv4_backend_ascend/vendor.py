@@ -1,4 +1,6 @@
-"""The vendor tier: contracts in ops of the operators' own extension, ``cann_ops_transformer``, where it is installed."""
+"""The vendor tier: contracts in ops of the operators' own extension, ``cann_ops_transformer``,
+where it is installed.
+"""
 
 from __future__ import annotations
 

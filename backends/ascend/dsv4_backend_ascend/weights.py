@@ -1,8 +1,7 @@
 """Weights as 950 multiplies them: MX.
 
-MX lays one E8M0 scale per 32 channels as [..., k / 64, 2]. The checkpoint's grids repeat into it (128 x 128 blocks of
-FP8, 1 x 32 groups of FP4), so the
-repacking is exact and reversible.
+MX lays one E8M0 scale per 32 channels as [..., k / 64, 2]. The checkpoint's grids repeat into it
+(128 x 128 blocks of FP8, 1 x 32 groups of FP4), so the repacking is exact and reversible.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ MX_PAIR = 64  # channels under one pair of E8M0 scales
 
 @dataclass(frozen=True)
 class MxWeight:
-    """``data``: E4M3 [..., out, in], or E2M1 pairs in uint8 [..., out, in / 2]; ``scale``: uint8 E8M0 [..., out, in /
-    64, 2].
+    """``data``: E4M3 [..., out, in], or E2M1 pairs in uint8 [..., out, in / 2]; ``scale``: uint8
+    E8M0 [..., out, in / 64, 2].
     """
 
     data: torch.Tensor
@@ -42,7 +41,9 @@ class MxWeight:
 
 @dataclass(frozen=True)
 class MxArray(ScaledArray):
-    """A quantised weight as the checkpoint stores it, with the MX scales that 950 reads; the codes are the same bytes."""
+    """A quantised weight as the checkpoint stores it, with the MX scales that 950 reads; the codes
+    are the same bytes.
+    """
 
     mx: MxWeight
 
@@ -80,12 +81,16 @@ class TiledExperts(Experts):
 
 
 def spread(x: torch.Tensor, times: int) -> torch.Tensor:
-    """Repeat each element along the last axis; as ``repeat_interleave``, which on an NPU ends at 2^22 results."""
+    """Repeat each element along the last axis; as ``repeat_interleave``, which on an NPU ends at
+    2^22 results.
+    """
     return x.unsqueeze(-1).expand(*x.shape, times).reshape(*x.shape[:-1], -1)
 
 
 def to_mx(data: torch.Tensor, scale: torch.Tensor, fmt: Format) -> MxWeight:
-    """Repack the checkpoint's codes and scales, uint8 [..., out, in] and their grid; ``in`` is a multiple of 32."""
+    """Repack the checkpoint's codes and scales, uint8 [..., out, in] and their grid; ``in`` is a
+    multiple of 32.
+    """
     if fmt == "e4m3":
         out, cols = data.shape[-2:]
         per_row = spread(scale.transpose(-1, -2), FP8_BLOCK).transpose(-1, -2)[..., :out, :]
@@ -104,5 +109,7 @@ def from_mx(weight: MxWeight) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _paired(scale: torch.Tensor) -> torch.Tensor:
-    """[..., groups] -> [..., ceil(groups / 2), 2]; the padding is 0, as npu_dynamic_mx_quant pads."""
+    """[..., groups] -> [..., ceil(groups / 2), 2]; the padding is 0, as npu_dynamic_mx_quant
+    pads.
+    """
     return torch.nn.functional.pad(scale, (0, scale.shape[-1] % 2)).unflatten(-1, (-1, 2)).contiguous()

@@ -1,6 +1,8 @@
-"""Collect what reports prove into ``data/proof.json``, and write the generated part of docs/ascend.md.
+"""Collect what reports prove into ``data/proof.json``, and write the generated part of
+docs/ascend.md.
 
-L1 and L2 come from reports/ascend, L3 from the conformance suite's reports of runs on simulated CANN.
+L1 and L2 come from reports/ascend, L3 from the conformance suite's reports of runs on simulated
+CANN.
 
 python backends/ascend/tools/collect.py
 """
@@ -38,7 +40,9 @@ def conformance(generation: Generation) -> dict[str, Any]:
 
 
 def passed(report: dict[str, Any]) -> dict[str, bool]:
-    """Of each call of the table whether every claimed check passed that ran it, in a whole run that reached level 3."""
+    """Of each call of the table whether every claimed check passed that ran it, in a whole run that
+    reached level 3.
+    """
     outcome: dict[str, bool] = {}
     if reached(report):
         for finding in report["findings"]:

@@ -1,11 +1,13 @@
-"""Rung L1: compare our schemas and shape functions with those of the real torch-npu wheel; write a report.
+"""Rung L1: compare our schemas and shape functions with those of the real torch-npu wheel; write a
+report.
 
-Run in the environment of ``npu_venv.py``. For every way in which the backend calls an op, on every generation, the
-wheel's shape function and ours see the same meta tensors; shapes, dtypes and refusals have to agree. Calls that we
-refuse are tried too: what the wheel lets through is why ``constraints.py`` exists.
+Run in the environment of ``npu_venv.py``. For every way in which the backend calls an op, on every
+generation, the wheel's shape function and ours see the same meta tensors; shapes, dtypes and
+refusals have to agree. Calls that we refuse are tried too: what the wheel lets through is why
+``constraints.py`` exists.
 
-    python backends/ascend/tools/npu_venv.py --venv DIR run backends/ascend/tools/compare_shapes.py --report
-    reports/ascend/l1/2.13.0.json
+    python backends/ascend/tools/npu_venv.py --venv DIR run backends/ascend/tools/compare_shapes.py
+    --report reports/ascend/l1/2.13.0.json
 """
 
 from __future__ import annotations
@@ -92,8 +94,8 @@ def compare(sample: Sample) -> dict[str, Any]:
 
 
 def refused_by_us() -> list[dict[str, str]]:
-    """Ask the wheel's shape functions about calls that we refuse: forbidden by documents, or not how the op is called
-    here.
+    """Ask the wheel's shape functions about calls that we refuse: forbidden by documents, or not
+    how the op is called here.
     """
     found = []
     for violation in VIOLATIONS:

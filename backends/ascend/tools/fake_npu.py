@@ -1,13 +1,13 @@
 """Rung L2: whole models on fake ``npu`` tensors with the real torch-npu wheel; write a report.
 
-Run in the environment of ``npu_venv.py``. Prefill and decode of small models pass through the backend as on an NPU,
-without data: the wheel's own schemas and shape
-functions see every call. Noted are operations with an operand in host memory (device-clean: there must be none beside
-transfers) and operators for which the wheel
-has no NPU kernel, so that they would fall back to the CPU.
+Run in the environment of ``npu_venv.py``. Prefill and decode of small models pass through the
+backend as on an NPU, without data: the wheel's own schemas and shape functions see every call.
+Noted are operations with an operand in host memory (device-clean: there must be none beside
+transfers) and operators for which the wheel has no NPU kernel, so that they would fall back to the
+CPU.
 
-    python backends/ascend/tools/npu_venv.py --venv DIR run backends/ascend/tools/fake_npu.py --report
-    reports/ascend/l2/2.13.0.json
+    python backends/ascend/tools/npu_venv.py --venv DIR run backends/ascend/tools/fake_npu.py
+    --report reports/ascend/l2/2.13.0.json
 """
 
 from __future__ import annotations
@@ -75,14 +75,18 @@ class FakeNpu(AscendBackend):
 
 
 def table_without_data(name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Stand in for the torch backend's format tables; pairs of values are one element of twice the width."""
+    """Stand in for the torch backend's format tables; pairs of values are one element of twice the
+    width.
+    """
     shape = getattr(dtypes, name).shape
     table = torch.empty(shape, dtype=dtype, device=device)
     return table if len(shape) == 1 else table.view({2: torch.int32, 4: torch.int64}[dtype.itemsize])[:, 0]
 
 
 class Watch(TorchDispatchMode):
-    """Counts npu ops, operations with an operand in host memory, and operators without an NPU kernel."""
+    """Counts npu ops, operations with an operand in host memory, and operators without an NPU
+    kernel.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,8 +113,8 @@ class Watch(TorchDispatchMode):
 
 
 def has_kernel(name: str) -> bool:
-    """Whether the wheel has a kernel for NPU tensors, for the operator or its out= variant, or PyTorch composes it of
-    others.
+    """Whether the wheel has a kernel for NPU tensors, for the operator or its out= variant, or
+    PyTorch composes it of others.
     """
     keys = ("PrivateUse1", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
     out = f"{name}_out" if "." in name else f"{name}.out"

@@ -1,13 +1,15 @@
 """A virtual environment in which the real torch-npu wheel imports on a machine without CANN.
 
-``build`` installs the wheel and stands in for CANN: the shared objects that the wheel links against, holding one C
-function that returns 0 for each C symbol that CANN would provide. ``run`` executes a script there. What that gives is
-schemas, shape functions and fake ``npu`` tensors; nothing can be computed.
+``build`` installs the wheel and stands in for CANN: the shared objects that the wheel links
+against, holding one C function that returns 0 for each C symbol that CANN would provide. ``run``
+executes a script there. What that gives is schemas, shape functions and fake ``npu`` tensors;
+nothing can be computed.
 
-    python backends/ascend/tools/npu_venv.py --venv DIR build --wheel 2.10.0.post4
-    python backends/ascend/tools/npu_venv.py --venv DIR run backends/ascend/tools/snapshot_schemas.py
+    python backends/ascend/tools/npu_venv.py --venv DIR build --wheel 2.10.0.post4 python
+    backends/ascend/tools/npu_venv.py --venv DIR run backends/ascend/tools/snapshot_schemas.py
 
-``DIR`` lies outside the repository: each wheel has an environment of its own, with the torch that it pins.
+``DIR`` lies outside the repository: each wheel has an environment of its own, with the torch that
+it pins.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def undefined(library: Path) -> set[str]:
 
 
 def stand_in(symbol: str) -> str:
-    """C source of one stand-in: there is one device, it can be set, and it has no memory; everything else does nothing."""
+    """C source of one stand-in: there is one device, it can be set, and it has no memory;
+    everything else does nothing.
+    """
     if symbol == "aclrtGetDeviceCount":
         return f"long {symbol}(unsigned *count) {{ *count = 1; return 0; }}\n"
     failed = int(symbol.startswith("aclrtMalloc"))
@@ -62,7 +66,8 @@ def build(root: Path, wheel: str) -> None:
         venv.create(root, with_pip=True)
         pip = [str(root / "bin" / "python"), "-m", "pip", "install", "--quiet"]
         subprocess.run([*pip, f"torch=={WHEELS[wheel]}", *REQUIREMENTS], check=True)
-        # some wheels pin torch's "+cpu" build, which PyPI does not have; any build of that version serves here
+        # some wheels pin torch's "+cpu" build, which PyPI does not have; any build of that version
+        # serves here
         subprocess.run([*pip, "--no-deps", f"torch-npu=={wheel}"], check=True)
     torch_npu = package(root)
     libraries = [
@@ -85,7 +90,9 @@ def build(root: Path, wheel: str) -> None:
 
 
 def environment(root: Path) -> dict[str, str]:
-    """Environment variables under which the wheel imports: stand-ins found, no autoload by a plain ``import torch``."""
+    """Environment variables under which the wheel imports: stand-ins found, no autoload by a plain
+    ``import torch``.
+    """
     return {
         **os.environ,
         "LD_LIBRARY_PATH": f"{root / 'cann-stubs'}:{package(root) / 'lib'}",

@@ -1,4 +1,5 @@
-"""Plant every vendor bug of tests/ascend/vendor_bugs.py in simulated CANN, run the self-test on each, write a report.
+"""Plant every vendor bug of tests/ascend/vendor_bugs.py in simulated CANN, run the self-test on
+each, write a report.
 
 python backends/ascend/tools/plant.py --report reports/ascend/planted.json
 """

@@ -1,4 +1,5 @@
-"""Write what the self-test expects of every case: the oracle's exact results at some elements, ``data/selftest.npz``.
+"""Write what the self-test expects of every case: the oracle's exact results at some elements,
+``data/selftest.npz``.
 
 python backends/ascend/tools/record_selftest.py
 """

@@ -1,7 +1,8 @@
-"""Write the schemas of the npu ops that the backend calls, as the installed torch-npu registers them, into
-``data/npu_schemas.json``: one snapshot a wheel, in place of that wheel's older one.
+"""Write the schemas of the npu ops that the backend calls, as the installed torch-npu registers
+them, into ``data/npu_schemas.json``: one snapshot a wheel, in place of that wheel's older one.
 
-Run in the environment of ``npu_venv.py``. ``--check`` compares instead of writing and fails on a difference.
+Run in the environment of ``npu_venv.py``. ``--check`` compares instead of writing and fails on a
+difference.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ CANN = {
     "2.10.0.post4": "9.1.0, op-plugin 26.1.0",
     "2.13.0": "none named yet in torch-npu's table",
 }
-"""Which CANN a wheel is paired with, by COMPATIBILITY of Ascend/pytorch at 9e73e708 (2026-08-21)."""
+"""Which CANN a wheel is paired with, by COMPATIBILITY of Ascend/pytorch at 9e73e708
+(2026-08-21).
+"""
 
 
 def snapshot() -> dict[str, Any]:

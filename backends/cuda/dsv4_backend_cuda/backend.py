@@ -1,4 +1,6 @@
-"""The cuda backend: Triton kernels where ``rules`` allow them, PyTorch elsewhere and in the exact modes."""
+"""The cuda backend: Triton kernels where ``rules`` allow them, PyTorch elsewhere and in the exact
+modes.
+"""
 
 from __future__ import annotations
 
@@ -50,9 +52,11 @@ def _bound(op: str) -> Callable[..., Any]:
 class CudaBackend(TorchBackend):
     """NVIDIA GPUs of compute capability 8.0 to 12.x.
 
-    ``interpret``: run the kernels in Triton's repaired interpreter, on the CPU. ``batch_invariant``: a token's bits do not depend on what else is in the
-    batch nor on how a prompt is cut; False lets attention of many tokens take whole lists of rows at a time, and products of few tokens sum in pieces.
-    ``prefer``: other libraries' kernels for the ops that they have (``providers``).
+    ``interpret``: run the kernels in Triton's repaired interpreter, on the CPU.
+    ``batch_invariant``: a token's bits do not depend on what else is in the batch nor on how a
+    prompt is cut; False lets attention of many tokens take whole lists of rows at a time, and
+    products of few tokens sum in pieces. ``prefer``: other libraries' kernels for the ops that they
+    have (``providers``).
     """
 
     name = "cuda"
@@ -86,7 +90,9 @@ class CudaBackend(TorchBackend):
     arch: int
 
     def __init__(self, **options: Any) -> None:
-        """Raise ``BackendError`` without Triton, without a GPU that it compiles for, or where the interpreter cannot be repaired; each says what to do."""
+        """Raise ``BackendError`` without Triton, without a GPU that it compiles for, or where the
+        interpreter cannot be repaired; each says what to do.
+        """
         chosen = {o.name: o.default for o in self.options} | options
         device.require_triton()
         if providers.named(str(chosen["prefer"])) and (chosen["interpret"] or launch.pretended is not None):

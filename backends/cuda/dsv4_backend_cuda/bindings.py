@@ -1,6 +1,8 @@
-"""Launchers bound to the contracts, for what ``rules`` lets through. Importing this imports Triton and the kernels.
+"""Launchers bound to the contracts, for what ``rules`` lets through. Importing this imports Triton
+and the kernels.
 
-Operands may be views, kernels take contiguous ones: ``contiguous`` is free in the graph, whose arrays all are.
+Operands may be views, kernels take contiguous ones: ``contiguous`` is free in the graph, whose
+arrays all are.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ class Settings(Protocol):
 
 Quantised = tuple[Tensor, Tensor]
 CODES = "fp8_codes"
-"""Attribute of a norm's result. Arrays of the graph are never written again, so that codes stay those of their array."""
+"""Attribute of a norm's result. Arrays of the graph are never written again, so that codes stay
+those of their array.
+"""
 Mixed = tuple[Tensor, Tensor, Tensor]
 
 
@@ -67,7 +71,9 @@ def _fp4(weight: ScaledArray) -> bool:
 
 
 def _quantise(x: Tensor, *, fp4: bool) -> Quantised:
-    """Codes of an activation in the order that its weight's format asks for, and scale bytes: the norm's that made it, or new ones."""
+    """Codes of an activation in the order that its weight's format asks for, and scale bytes: the
+    norm's that made it, or new ones.
+    """
     paired = scaled_matmul.paired(x, fp4=fp4)
     known: Quantised | None = getattr(x, CODES, None)
     if known and not paired:
@@ -76,7 +82,9 @@ def _quantise(x: Tensor, *, fp4: bool) -> Quantised:
 
 
 def _carrying(y: Tensor, codes: Quantised | None) -> Tensor:
-    """The result of a norm with its FP8 codes attached, which its own launch made: products by FP8 weights that read it need none."""
+    """The result of a norm with its FP8 codes attached, which its own launch made: products by FP8
+    weights that read it need none.
+    """
     if codes:
         setattr(y, CODES, codes)
     return y
@@ -196,7 +204,9 @@ def combine(
 
 
 def ffn(be: Settings, x: Tensor, w1: ScaledArray, w3: ScaledArray, w2: ScaledArray, *, limit: float) -> Tensor:
-    """The input is quantised once, w1 and w3 are one launch, whose pieces SwiGLU adds up; it hands w2 its codes."""
+    """The input is quantised once, w1 and w3 are one launch, whose pieces SwiGLU adds up; it hands
+    w2 its codes.
+    """
     both = scaled_matmul.products(
         *_quantise(x, fp4=_fp4(w1)), [_parts(w1), _parts(w3)],
         out_dtype=x.dtype, fp4=_fp4(w1), split=not be.batch_invariant, reader=True,
@@ -209,7 +219,9 @@ def routed(
     be: Settings, x: Tensor, weights: Tensor, indices: Tensor, shared: Tensor | None, w1: Experts, w3: Experts, w2: Experts,
     *, first_expert: int, limit: float, out_dtype: str,
 ) -> Tensor:  # fmt: skip
-    """``moe``: tokens are quantised once and never copied to their experts: w1 and w3, one launch, read them where they are."""
+    """``moe``: tokens are quantised once and never copied to their experts: w1 and w3, one launch,
+    read them where they are.
+    """
     del be
     gate, up, down = (_stack(w) for w in (w1, w3, w2))
     topk = indices.shape[1]
@@ -314,7 +326,9 @@ def cached_index_topk(
 def _in_blocks(
     be: Settings, q: Tensor, picks: Tensor, kernel: str, attend: Callable[[Tensor, Tensor, bool], Tensor]
 ) -> Tensor:
-    """Attention in pieces of every token's list, some tokens at a time; whole lists only where bits may depend on how many tokens there are."""
+    """Attention in pieces of every token's list, some tokens at a time; whole lists only where bits
+    may depend on how many tokens there are.
+    """
     q, picks = q.contiguous(), picks.contiguous()
     tokens, heads, dim = q.shape
     if not be.batch_invariant and tokens > be.few_tokens:

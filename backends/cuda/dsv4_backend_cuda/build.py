@@ -1,6 +1,7 @@
 """Compile every kernel for every architecture without a GPU or driver, and gate what came out.
 
-Runs in a process in which the interpreter is not active. What it reports of speed is a model, not a measurement.
+Runs in a process in which the interpreter is not active. What it reports of speed is a model, not a
+measurement.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ HEADING = "Compiled offline; model, not measured"
 
 @dataclass(frozen=True)
 class Result:
-    """One kernel variant on one architecture: what the machine code holds, what the model makes of it, which gates failed."""
+    """One kernel variant on one architecture: what the machine code holds, what the model makes of
+    it, which gates failed.
+    """
 
     kernel: str
     variant: str
@@ -81,7 +84,9 @@ def cache_root() -> Path:
 
 
 def fingerprint(spec: KernelSpec, constexprs: dict[str, Any], options: dict[str, Any], arch: int) -> str:
-    """Hash of all that decides a result: source with its callees, arguments, options, Triton, and the inspection's own code."""
+    """Hash of all that decides a result: source with its callees, arguments, options, Triton, and
+    the inspection's own code.
+    """
     own = "".join(Path(m.__file__).read_text() for m in (sass, roofline) if m.__file__) + Path(__file__).read_text()
     work = spec.work(constexprs)
     parts = [
@@ -100,7 +105,9 @@ def fingerprint(spec: KernelSpec, constexprs: dict[str, Any], options: dict[str,
 
 
 def compile_kernel(spec: KernelSpec, constexprs: dict[str, Any], options: dict[str, Any], arch: int) -> Any:
-    """Compile ahead of time for ``arch``; pointers are taken as aligned to 16 bytes, as torch allocates them."""
+    """Compile ahead of time for ``arch``; pointers are taken as aligned to 16 bytes, as torch
+    allocates them.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -192,7 +199,9 @@ def baseline(triton: str = "") -> Path:
 
 
 def against_baseline(results: Iterable[Result]) -> list[Result]:
-    """Add a failure where a hot loop spills more or issues more than the checked-in baseline, or is not in it."""
+    """Add a failure where a hot loop spills more or issues more than the checked-in baseline, or is
+    not in it.
+    """
     known = json.loads(baseline().read_text()) if baseline().exists() else {}
     judged = []
     for r in results:
@@ -226,7 +235,9 @@ def write_baseline(results: Iterable[Result]) -> None:
 
 
 def build(architectures: Iterable[int] = ARCHITECTURES, only: str = "", *, jobs: int = 1) -> Iterator[Result]:
-    """Build all variants of all kernels (whose name contains ``only``) for the architectures, in ``jobs`` processes, in order."""
+    """Build all variants of all kernels (whose name contains ``only``) for the architectures, in
+    ``jobs`` processes, in order.
+    """
     wanted = list(architectures)
     tasks = [
         (i, v, a)
@@ -300,7 +311,9 @@ def table(results: Iterable[Result]) -> Any:
 
 
 def decode_table(results: Iterable[Result]) -> Any:
-    """What a decode step's products cannot do without, of what is predicted, as a rich table: an architecture a column."""
+    """What a decode step's products cannot do without, of what is predicted, as a rich table: an
+    architecture a column.
+    """
     from rich.table import Table
 
     rows = list(decode.steps(results))

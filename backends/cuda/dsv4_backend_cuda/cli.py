@@ -1,4 +1,6 @@
-"""``dsv4 kernels``: compile and judge the Triton kernels without a GPU; write their launch table with one."""
+"""``dsv4 kernels``: compile and judge the Triton kernels without a GPU; write their launch table
+with one.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def _architectures(ctx: click.Context, option: click.Parameter, value: str) -> l
 
 
 def require_triton(*, untested: bool) -> None:
-    """Raise ``BackendError`` without Triton, or with a version that no baseline and no proof is for, unless ``untested``."""
+    """Raise ``BackendError`` without Triton, or with a version that no baseline and no proof is
+    for, unless ``untested``.
+    """
     proven = interpret.TESTED_TRITON[-1]
     if find_spec("triton") is None:
         raise BackendError(f"kernels are compiled by Triton, which is not installed here; pip install triton=={proven}")
@@ -62,7 +66,9 @@ def build_command(
     untested_triton: bool,
     update_baseline: bool,
 ) -> None:
-    """Compile every kernel and configuration, no driver needed, and gate each; exit 1 if a gate fails."""
+    """Compile every kernel and configuration, no driver needed, and gate each; exit 1 if a gate
+    fails.
+    """
     from dsv4_core.cli.console import wide_console
 
     require_triton(untested=untested_triton)
@@ -101,7 +107,9 @@ def build_command(
     help="Write the table here; else into the package's own.",
 )
 def tune_command(device_name: str, kernel: str, out: Path | None, *, untested_triton: bool) -> None:
-    """Time candidate configurations on this machine's GPU and write the fastest into the launch table."""
+    """Time candidate configurations on this machine's GPU and write the fastest into the launch
+    table.
+    """
     from dsv4_backend_cuda import tune
 
     require_triton(untested=untested_triton)
@@ -132,7 +140,9 @@ def tune_command(device_name: str, kernel: str, out: Path | None, *, untested_tr
     help="compile: into Triton's cache. parse, count: to see what would be.",
 )
 def warm_command(model: Path | None, presets: tuple[str, ...], arch: int | None, jobs: int, depth: str) -> None:
-    """Compile what MODEL's steps launch into Triton's cache, before the first request waits for it."""
+    """Compile what MODEL's steps launch into Triton's cache, before the first request waits for
+    it.
+    """
     from dsv4_backend_cuda import warm
     from dsv4_core.checkpoint.config import PRESETS
     from dsv4_core.checkpoint.weights import Checkpoint
@@ -183,7 +193,8 @@ def warm_command(model: Path | None, presets: tuple[str, ...], arch: int | None,
     "--dry-run", is_flag=True, help="Go through the stages without a GPU: interpreted or launched dry, nothing timed."
 )
 def prove_command(out: Path, stages: tuple[str, ...], *, again: bool, dry_run: bool) -> None:
-    """Show everything that this machine's GPU can show of the kernels, in stages of ten minutes, and write one report.
+    """Show everything that this machine's GPU can show of the kernels, in stages of ten minutes,
+    and write one report.
 
     Exit status: 0 all passed, 1 something failed or is not finished, 2 could not run.
     """

@@ -1,4 +1,6 @@
-"""What the model of the machine code predicts for the large products of a decode step of the published models: one token, one GPU."""
+"""What the model of the machine code predicts for the large products of a decode step of the
+published models: one token, one GPU.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from dsv4_core.checkpoint.config import PRESETS, ModelConfig
 
 @dataclass(frozen=True)
 class Step:
-    """A product of a decode step on one architecture. ``share``: time of memory alone over predicted time; never above 1."""
+    """A product of a decode step on one architecture. ``share``: time of memory alone over
+    predicted time; never above 1.
+    """
 
     model: str
     layer: str
@@ -27,8 +31,9 @@ class Step:
 
 @dataclass(frozen=True)
 class _Product:
-    """``copies``: experts or groups. ``split``: may be cut over its inputs (``pieces``); ``reader``: its pieces are added up by the kernel that reads them,
-    else by a launch of their own.
+    """``copies``: experts or groups. ``split``: may be cut over its inputs (``pieces``);
+    ``reader``: its pieces are added up by the kernel that reads them, else by a launch of their
+    own.
     """
 
     layer: str
@@ -72,9 +77,10 @@ BYTES = {
 def steps(results: Iterable[Any]) -> Iterator[Step]:
     """Predict every product whose kernel is among the results.
 
-    A program passes its hot loop once per 128 inputs (of its piece, where the sum is split); the multiprocessor with most programs sets the pace, and those
-    that it holds at a time fill each other's waiting; memory is read at its full rate; each launch comes on top. The sparse attention's list is the window
-    and ``index_topk`` rows.
+    A program passes its hot loop once per 128 inputs (of its piece, where the sum is split); the
+    multiprocessor with most programs sets the pace, and those that it holds at a time fill each
+    other's waiting; memory is read at its full rate; each launch comes on top. The sparse
+    attention's list is the window and ``index_topk`` rows.
     """
     built = {(r.kernel, r.variant, r.arch): r for r in results if not r.unsupported and r.loop_instructions}
     for name in ("flash", "pro"):

@@ -1,4 +1,6 @@
-"""What must be there before a kernel can run: Triton, a GPU that it compiles for, or the repaired interpreter. And what `dsv4 doctor` says of it."""
+"""What must be there before a kernel can run: Triton, a GPU that it compiles for, or the repaired
+interpreter. And what `dsv4 doctor` says of it.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def require_triton() -> None:
 
 
 def require_arithmetic(name: str, *, interpreted: bool) -> None:
-    """Raise ``BackendError`` for an arithmetic that there is not, or that a GPU would have to be asked for."""
+    """Raise ``BackendError`` for an arithmetic that there is not, or that a GPU would have to be
+    asked for.
+    """
     if name not in ARITHMETICS:
         raise BackendError(f"backend 'cuda': arithmetic {name!r} is not one of {', '.join(ARITHMETICS)}")
     if name != "exact" and not interpreted:
@@ -44,7 +48,9 @@ def require_arithmetic(name: str, *, interpreted: bool) -> None:
 
 
 def require_interpreter(arithmetic: str = "exact") -> None:
-    """Make this process interpret kernels; raise ``BackendError`` where it cannot, or where it imitates another arithmetic already."""
+    """Make this process interpret kernels; raise ``BackendError`` where it cannot, or where it
+    imitates another arithmetic already.
+    """
     try:
         interpret.activate()
     except interpret.InterpreterError as error:
@@ -58,7 +64,9 @@ def require_interpreter(arithmetic: str = "exact") -> None:
 
 
 def require_gpu(device: str) -> int:
-    """Give the architecture whose configurations a device runs; raise ``BackendError`` where there is none."""
+    """Give the architecture whose configurations a device runs; raise ``BackendError`` where there
+    is none.
+    """
     if torch.device(device).type != "cuda":
         raise BackendError(f"backend 'cuda': device {device!r} is not a CUDA device; leave --device out, {ELSEWHERE}")
     if interpret.active() or os.environ.get("TRITON_INTERPRET") == "1":
@@ -93,7 +101,9 @@ def driver() -> str:
 
 
 def environment(index: int | None, arch: int) -> dict[str, str]:
-    """What a report says of where kernels ran. ``index``: of the GPU; None where they were interpreted or ran dry."""
+    """What a report says of where kernels ran. ``index``: of the GPU; None where they were
+    interpreted or ran dry.
+    """
     found = {"torch": torch.__version__, "triton": triton_version(), "configurations": f"sm_{arch}"}
     if index is None:
         how = "kernels were interpreted" + (", with sm_90's arithmetic" if hopper.installed() else "")
@@ -109,7 +119,9 @@ def environment(index: int | None, arch: int) -> dict[str, str]:
 
 
 def diagnose() -> tuple[Diagnosis, ...]:
-    """Triton and whether the interpreter's repair knows it, driver, GPUs and their compute capability."""
+    """Triton and whether the interpreter's repair knows it, driver, GPUs and their compute
+    capability.
+    """
     found = triton_version()
     known = f"known to the interpreter's repair: {', '.join(interpret.TESTED_TRITON)}"
     if not found:

@@ -1,4 +1,6 @@
-"""The tables of ``docs/kernels.md`` from the committed report; ``python -m dsv4_backend_cuda.document`` brings the document up to date."""
+"""The tables of ``docs/kernels.md`` from the committed report; ``python -m
+dsv4_backend_cuda.document`` brings the document up to date.
+"""
 
 from __future__ import annotations
 

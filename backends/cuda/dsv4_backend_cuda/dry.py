@@ -1,8 +1,10 @@
-"""A dry run: Triton specialises and compiles what a program really launches, for a GPU that is not there, and launches nothing.
+"""A dry run: Triton specialises and compiles what a program really launches, for a GPU that is not
+there, and launches nothing.
 
-The interpreter never specialises and the offline build is told its signatures; neither meets what Triton's JIT makes of
-the values that a backend passes. Here a driver without a device stands in, arrays live on torch's meta device (shapes
-and addresses, no memory, and whoever reads a value on the host raises), and every launch is noted.
+The interpreter never specialises and the offline build is told its signatures; neither meets what
+Triton's JIT makes of the values that a backend passes. Here a driver without a device stands in,
+arrays live on torch's meta device (shapes and addresses, no memory, and whoever reads a value on
+the host raises), and every launch is noted.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from dsv4_core.planning.shapes import ShapeSource
 
 @dataclass
 class Record:
-    """What a process launched since the last ``clear``; ``specialisations`` and ``failures`` are kept for good."""
+    """What a process launched since the last ``clear``; ``specialisations`` and ``failures`` are
+    kept for good.
+    """
 
     launches: Counter[str] = field(default_factory=Counter)
     """Launches by kernel."""
@@ -95,10 +99,11 @@ def _parse(source: Any, target: Any, options: dict[str, Any]) -> Any:
 def activate(capability: int, depth: Depth = "compile") -> Record:
     """Make every Triton launch of this process dry, for good; give what will be recorded.
 
-    ``capability``: of the GPU that is pretended, as 90 for 9.0. ``depth``: how far each specialisation is taken: to
-    machine code, in seconds; ``parse``: to Triton's own intermediate code, in milliseconds, which finds what a kernel's
-    source may not do with a value; ``count``: not at all. Raises ``BackendError`` where this process interprets its
-    kernels or runs dry for another GPU, and ``ValueError`` for a GPU without kernels.
+    ``capability``: of the GPU that is pretended, as 90 for 9.0. ``depth``: how far each
+    specialisation is taken: to machine code, in seconds; ``parse``: to Triton's own intermediate
+    code, in milliseconds, which finds what a kernel's source may not do with a value; ``count``:
+    not at all. Raises ``BackendError`` where this process interprets its kernels or runs dry for
+    another GPU, and ``ValueError`` for a GPU without kernels.
     """
     global _record
     architecture = launch.compatible(capability)
@@ -191,7 +196,9 @@ class VirtualSource(ShapeSource):
 
 
 class DryBackend(CudaBackend):
-    """The cuda backend of a dry run: what is on the device already is taken as it is. ``activate`` comes first."""
+    """The cuda backend of a dry run: what is on the device already is taken as it is. ``activate``
+    comes first.
+    """
 
     def from_numpy(self, array: Any) -> Any:
         return array if isinstance(array, torch.Tensor) else super().from_numpy(array)

@@ -1,9 +1,12 @@
-"""The interpreter with the rounding of sm_90's own units, which are coarser than float32's: exponentials, quotients, sums of tensor cores.
+"""The interpreter with the rounding of sm_90's own units, which are coarser than float32's:
+exponentials, quotients, sums of tensor cores.
 
-What is imitated, and from where: ``ex2.approx`` and ``div.full`` err by up to two units in the last place (the PTX manual; here by a number that
-follows from the operand's bits, so that a run can be repeated); an HGMMA adds 16 products of BF16 or FP16 to its sum and cuts the rest below float32
-off; a QGMMA aligns 32 products of FP8 and its sum to the largest of them and keeps 13 bits behind the point, so that FP8 sums are the coarsest there
-are (DeepSeek-V3's report, section 3.3.2, measured it). A model of the units, not a measurement of one.
+What is imitated, and from where: ``ex2.approx`` and ``div.full`` err by up to two units in the last
+place (the PTX manual; here by a number that follows from the operand's bits, so that a run can be
+repeated); an HGMMA adds 16 products of BF16 or FP16 to its sum and cuts the rest below float32 off;
+a QGMMA aligns 32 products of FP8 and its sum to the largest of them and keeps 13 bits behind the
+point, so that FP8 sums are the coarsest there are (DeepSeek-V3's report, section 3.3.2, measured
+it). A model of the units, not a measurement of one.
 """
 
 from __future__ import annotations
@@ -73,7 +76,9 @@ def install() -> None:
 
 
 def off(values: np.ndarray) -> np.ndarray:
-    """float32 values up to ``WORST`` units from where they are, by a number that follows from their bits; zero, infinity and NaN as they are."""
+    """float32 values up to ``WORST`` units from where they are, by a number that follows from their
+    bits; zero, infinity and NaN as they are.
+    """
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     by = ((bits * np.uint32(2654435761)) >> 16) % np.uint32(2 * WORST + 1)
     moved = (bits.astype(np.int64) + by - WORST).astype(np.uint32).view(np.float32)
@@ -88,7 +93,9 @@ def exp2(x: np.ndarray) -> np.ndarray:
 
 
 def cut(left: np.ndarray, right: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """``start + left @ right`` of [..., m, k] and [..., k, n], float32: after every ``STEP`` products what float32 does not hold is cut off."""
+    """``start + left @ right`` of [..., m, k] and [..., k, n], float32: after every ``STEP``
+    products what float32 does not hold is cut off.
+    """
     total = start.astype(np.float32)
     for k in range(0, left.shape[-1], STEP):
         wide = np.matmul(left[..., k : k + STEP], right[..., k : k + STEP, :]) + total
@@ -104,7 +111,9 @@ def toward_zero(wide: np.ndarray) -> np.ndarray:
 
 
 def aligned(left: np.ndarray, right: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """The same of FP8: every ``FP8_STEP`` products and the sum so far are cut to ``FP8_BITS`` bits behind the point of the largest, then added."""
+    """The same of FP8: every ``FP8_STEP`` products and the sum so far are cut to ``FP8_BITS`` bits
+    behind the point of the largest, then added.
+    """
     total = start.astype(np.float64)
     for k in range(0, left.shape[-1], FP8_STEP):
         some, other = left[..., k : k + FP8_STEP], right[..., k : k + FP8_STEP, :]

@@ -1,9 +1,10 @@
 """Triton's interpreter with BF16 and FP8 arithmetic that is right.
 
-Out of the box the interpreter adds, multiplies and contracts BF16 and FP8 as raw integers, truncates float32 to BF16
-and rounds float32 to E4M3 wrongly on ties, subnormals and overflow. The replacements here widen to float32, compute,
-and round once to nearest even, FP8 saturating: what the emitted ``cvt.rn.satfinite.e4m3x2.f32`` does. They hook
-into Triton's internals, so only versions that the exhaustive tests ran on are accepted.
+Out of the box the interpreter adds, multiplies and contracts BF16 and FP8 as raw integers,
+truncates float32 to BF16 and rounds float32 to E4M3 wrongly on ties, subnormals and overflow. The
+replacements here widen to float32, compute, and round once to nearest even, FP8 saturating: what
+the emitted ``cvt.rn.satfinite.e4m3x2.f32`` does. They hook into Triton's internals, so only
+versions that the exhaustive tests ran on are accepted.
 """
 
 import os
@@ -35,8 +36,8 @@ def active() -> bool:
 def activate() -> None:
     """Make every kernel imported from now on run in the repaired interpreter, on CPU tensors.
 
-    Raises ``InterpreterError`` for a Triton version without proof, if Triton was imported before, or if the quick
-    self-check fails.
+    Raises ``InterpreterError`` for a Triton version without proof, if Triton was imported before,
+    or if the quick self-check fails.
     """
     global _active  # noqa: PLW0603 - mirrors Triton's own process-wide switch
     if _active:
@@ -77,7 +78,9 @@ def widen(data: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def narrow(data: np.ndarray, dtype: Any) -> np.ndarray:
-    """Floats -> the bits of a small float, to nearest even, FP8 clamped to its largest finite value."""
+    """Floats -> the bits of a small float, to nearest even, FP8 clamped to its largest finite
+    value.
+    """
     small = _small_types()[dtype.scalar]
     wide = np.asarray(data)
     values = wide.astype(np.float32)
@@ -96,12 +99,16 @@ def narrow(data: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def _tf32(data: np.ndarray) -> np.ndarray:
-    """float32 as a TF32 tensor core reads it when nothing rounded it before: low 13 bits dropped."""
+    """float32 as a TF32 tensor core reads it when nothing rounded it before: low 13 bits
+    dropped.
+    """
     return (np.ascontiguousarray(data).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def _exact_fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """X * y + z of small floats in float64, rounded to odd: correct after any later rounding to 8 bits or fewer."""
+    """X * y + z of small floats in float64, rounded to odd: correct after any later rounding to 8
+    bits or fewer.
+    """
     product = x.astype(np.float64) * y.astype(np.float64)  # exact: 16 bits
     other = z.astype(np.float64)
     total = product + other
@@ -135,7 +142,9 @@ def _repair() -> None:
         return wrapped
 
     def rewrap(result: np.ndarray, dtype: Any) -> Any:
-        """A result computed in float32, back in ``dtype``; comparisons give booleans, which stay."""
+        """A result computed in float32, back in ``dtype``; comparisons give booleans, which
+        stay.
+        """
         return handle(result, tl.int1) if result.dtype == np.bool_ else handle(narrow(result, dtype), dtype)
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
@@ -195,7 +204,9 @@ def _repair() -> None:
         return handle(narrow(total, kind) if kind in small else total.astype(d.data.dtype), kind)
 
     def apply(function: Callable[..., Any]) -> Callable[..., Any]:
-        """A reduction or scan over small floats: combined and rounded in float32, as Triton promotes before summing."""
+        """A reduction or scan over small floats: combined and rounded in float32, as Triton
+        promotes before summing.
+        """
 
         def wrapped(self: Any, inputs: Any) -> Any:
             dtypes = [x.dtype for x in inputs]
@@ -243,7 +254,9 @@ def _repair() -> None:
 
 
 def _patch_once(it: Any) -> None:
-    """Put the interpreted functions into Triton's modules once, not at each call of each device function: a third of the time."""
+    """Put the interpreted functions into Triton's modules once, not at each call of each device
+    function: a third of the time.
+    """
     import triton.language as tl
 
     def both() -> None:
@@ -265,7 +278,9 @@ def _patch_once(it: Any) -> None:
 
 
 def decode_table(name: str) -> np.ndarray:
-    """Values of the non-negative finite codes of a format, from its definition and nothing else, as float64."""
+    """Values of the non-negative finite codes of a format, from its definition and nothing else, as
+    float64.
+    """
     mantissa, bias, codes = {"bfloat16": (7, 127, 0x7F80), "float8_e4m3fn": (3, 7, 0x7F), "float8_e5m2": (2, 15, 0x7C)}[
         name
     ]
@@ -275,7 +290,9 @@ def decode_table(name: str) -> np.ndarray:
 
 
 def self_check() -> None:
-    """Compare the repaired conversions with tables made from the formats' definitions; milliseconds, every code."""
+    """Compare the repaired conversions with tables made from the formats' definitions;
+    milliseconds, every code.
+    """
     import triton.language as tl
     from triton.runtime import interpreter as it
 

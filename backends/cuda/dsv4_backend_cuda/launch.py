@@ -1,4 +1,6 @@
-"""What a kernel needs to be compiled and launched: its specification, and its row of the checked-in launch table."""
+"""What a kernel needs to be compiled and launched: its specification, and its row of the checked-in
+launch table.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ pretended: int | None = None
 
 @dataclass(frozen=True)
 class Work:
-    """What one iteration of the hot loop of one thread block must move and compute, from the algorithm."""
+    """What one iteration of the hot loop of one thread block must move and compute, from the
+    algorithm.
+    """
 
     bytes: float
     """Read from and written to device memory."""
@@ -35,11 +39,14 @@ class Work:
 class KernelSpec:
     """How a kernel is compiled offline and what its machine code must contain.
 
-    ``signature``: runtime arguments and their types ("*bf16", "*u8", "i32", "fp32"; "i32:16" for a multiple of 16). ``variants``: name -> constexprs of a
-    published model's shape, in addition to the launch table's row. ``mma``: architecture -> regular expression of the tensor-core instruction expected.
-    ``work``: the constexprs -> the hot loop's work. ``unsupported``: architecture -> why it has no such kernel. ``per_arch``: architecture -> constexprs.
-    ``architectures``: those that this specification is for; others may have one of the same name with another kernel. ``looped``: whether the source
-    loops over data; if not, "the hot loop" is the whole kernel.
+    ``signature``: runtime arguments and their types ("*bf16", "*u8", "i32", "fp32"; "i32:16" for a
+    multiple of 16). ``variants``: name -> constexprs of a published model's shape, in addition to
+    the launch table's row. ``mma``: architecture -> regular expression of the tensor-core
+    instruction expected. ``work``: the constexprs -> the hot loop's work. ``unsupported``:
+    architecture -> why it has no such kernel. ``per_arch``: architecture -> constexprs.
+    ``architectures``: those that this specification is for; others may have one of the same name
+    with another kernel. ``looped``: whether the source loops over data; if not, "the hot loop" is
+    the whole kernel.
     """
 
     name: str
@@ -70,7 +77,9 @@ def table() -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def config(kernel: str, arch: int) -> dict[str, int]:
-    """Block sizes, warps and stages of a kernel on an architecture; raise ``KeyError`` that names both."""
+    """Block sizes, warps and stages of a kernel on an architecture; raise ``KeyError`` that names
+    both.
+    """
     try:
         return table()[kernel, arch]["config"]
     except KeyError:
@@ -81,8 +90,8 @@ def config(kernel: str, arch: int) -> dict[str, int]:
 
 @cache
 def architecture(device: str) -> int:
-    """The table's architecture for a device: the newest one that is not newer. The interpreter runs sm_90's configurations, a dry run
-    those of the architecture that it is for.
+    """The table's architecture for a device: the newest one that is not newer. The interpreter runs
+    sm_90's configurations, a dry run those of the architecture that it is for.
     """
     if interpret.active():
         return 90
@@ -95,7 +104,9 @@ def architecture(device: str) -> int:
 
 
 def cdiv(n: int, size: int) -> int:
-    """Blocks of ``size`` that hold ``n``. Triton's own costs microseconds: it serves kernels too."""
+    """Blocks of ``size`` that hold ``n``. Triton's own costs microseconds: it serves kernels
+    too.
+    """
     return -(-n // size)
 
 
@@ -105,9 +116,11 @@ def next_power_of_2(n: int) -> int:
 
 
 def compatible(capability: int) -> int:
-    """Architecture whose configurations a compute capability can run; raise ``ValueError`` below 8.0.
+    """Architecture whose configurations a compute capability can run; raise ``ValueError`` below
+    8.0.
 
-    Tensor-core instructions of 9.0 and 10.x exist there only, so that 8.6 and 8.7 take 8.0's rows, 10.3 takes 10.0's and 12.1 takes 12.0's.
+    Tensor-core instructions of 9.0 and 10.x exist there only, so that 8.6 and 8.7 take 8.0's rows,
+    10.3 takes 10.0's and 12.1 takes 12.0's.
     """
     fits = [a for a in ARCHITECTURES if a <= capability and (a // 10 == capability // 10)]
     if not fits:

@@ -1,8 +1,11 @@
-"""The programs of a grid in lockstep: Triton's interpreter runs them one after another, at tens of microseconds for every operation of each.
+"""The programs of a grid in lockstep: Triton's interpreter runs them one after another, at tens of
+microseconds for every operation of each.
 
-Here an operation is carried out once for many programs. A value has one axis in front of those that the kernel's source sees: one entry per program, or a
-single one where all agree. Where programs part ways (a loop's length, a branch), what they stored is taken back, and each kind starts again on its own.
-Loads and stores of a program keep their order; between programs a GPU promises none either.
+Here an operation is carried out once for many programs. A value has one axis in front of those that
+the kernel's source sees: one entry per program, or a single one where all agree. Where programs
+part ways (a loop's length, a branch), what they stored is taken back, and each kind starts again on
+its own. Loads and stores of a program keep their order; between programs a GPU promises none
+either.
 """
 
 from __future__ import annotations
@@ -15,13 +18,17 @@ from typing import Any
 import numpy as np
 
 ELEMENTS = 1 << 20
-"""Values that an operation works on at once, about: as many programs run together as their largest block allows."""
+"""Values that an operation works on at once, about: as many programs run together as their largest
+block allows.
+"""
 FIRST = 16
 """Programs of a launch that run together before its largest block is known."""
 
 
 class PartedWays(BaseException):  # no Exception: the interpreter would wrap it
-    """Programs of a batch want different control flow; ``kinds``: which program wants which, as integers."""
+    """Programs of a batch want different control flow; ``kinds``: which program wants which, as
+    integers.
+    """
 
     def __init__(self, kinds: np.ndarray) -> None:
         super().__init__()

@@ -10,14 +10,18 @@ LEAST = 4
 
 
 WORTH_A_LAUNCH = 4
-"""Pieces from which the time saved is more than the launch that adds them up, by the model of the machine code (docs/kernels.md)."""
+"""Pieces from which the time saved is more than the launch that adds them up, by the model of the
+machine code (docs/kernels.md).
+"""
 
 
 def span(programs: int, steps: int, arch: int, *, reader: bool = False) -> int:
-    """Steps of 128 inputs that one program sums, of ``steps``. ``reader``: the kernel that reads the result adds the pieces up.
+    """Steps of 128 inputs that one program sums, of ``steps``. ``reader``: the kernel that reads
+    the result adds the pieces up.
 
-    Follows from shapes and the architecture's product in ``roofline.DEVICES`` alone, not from the GPU that is there: results have
-    the same bits on every GPU of an architecture. All of them where the pieces would not all run at once.
+    Follows from shapes and the architecture's product in ``roofline.DEVICES`` alone, not from the
+    GPU that is there: results have the same bits on every GPU of an architecture. All of them where
+    the pieces would not all run at once.
     """
     pieces = min(roofline.DEVICES[arch].multiprocessors // max(programs, 1), steps // LEAST)
     return cdiv(steps, pieces) if pieces >= (2 if reader else WORTH_A_LAUNCH) else steps

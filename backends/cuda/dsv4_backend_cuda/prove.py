@@ -1,8 +1,11 @@
-"""``dsv4 kernels prove``: everything that a machine with a GPU can show of these kernels, in stages of ten minutes, into one folder and one report.
+"""``dsv4 kernels prove``: everything that a machine with a GPU can show of these kernels, in stages
+of ten minutes, into one folder and one report.
 
-A stage is a few commands. Each command's output is kept under the folder, and what ended is not run again, so that a run that was cut off goes on
-where it stopped. Nothing needs a network. ``--dry-run`` goes through the same stages on a machine without a GPU: kernels run in the interpreter or
-are launched dry, tools that want a GPU are left out, and the report says so in its first line.
+A stage is a few commands. Each command's output is kept under the folder, and what ended is not run
+again, so that a run that was cut off goes on where it stopped. Nothing needs a network.
+``--dry-run`` goes through the same stages on a machine without a GPU: kernels run in the
+interpreter or are launched dry, tools that want a GPU are left out, and the report says so in its
+first line.
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ HERE = (sys.executable, "-m", "dsv4_backend_cuda.proving")
 
 @dataclass
 class Ran:
-    """One command: how it ended and where its output is. ``state``: passed, failed, late (ran past its stage's time), or left out."""
+    """One command: how it ended and where its output is. ``state``: passed, failed, late (ran past
+    its stage's time), or left out.
+    """
 
     name: str
     argv: list[str]
@@ -98,7 +103,9 @@ class Prover:
     def run(
         self, name: str, argv: Iterable[Any], *, on_gpu: bool = False, tool: str = "", package: str = "", env: dict[str, str] | None = None
     ) -> Ran:  # fmt: skip
-        """Run a command, unless it has ended before. ``on_gpu``: a dry run leaves it out; ``tool``, ``package``: so does a machine without it."""
+        """Run a command, unless it has ended before. ``on_gpu``: a dry run leaves it out; ``tool``,
+        ``package``: so does a machine without it.
+        """
         words, folder = [str(w) for w in argv], self.out / self.current.name
         before = self.current.ran.get(name)
         if before and before.state in {"passed", "failed"}:
@@ -173,7 +180,9 @@ def failing(report: Path) -> list[str]:
 
 
 def versions(p: Prover) -> None:
-    """Versions and ceilings; every kernel compiled for this GPU, gated, and the specialisations of the models' steps in Triton's cache."""
+    """Versions and ceilings; every kernel compiled for this GPU, gated, and the specialisations of
+    the models' steps in Triton's cache.
+    """
     p.run("machine", ["nvidia-smi"], tool="nvidia-smi")
     p.run("packages", [sys.executable, "-m", "pip", "freeze"])
     p.run("doctor", [*DSV4, "doctor"])
@@ -198,7 +207,9 @@ def versions(p: Prover) -> None:
 
 
 def smoke(p: Prover) -> None:
-    """Every op alone in a process: one op's fault stays its own. What fails is run again with launches one by one."""
+    """Every op alone in a process: one op's fault stays its own. What fails is run again with
+    launches one by one.
+    """
     p.suite("suite", "--tier", "smoke", "--isolate", "--time-limit", "60")
     for case in failing(p.out / "smoke" / "suite" / "report.json")[:20]:
         name = "blocking-" + case.replace("/", "-")
@@ -206,7 +217,9 @@ def smoke(p: Prover) -> None:
 
 
 def sanitise(p: Prover) -> None:
-    """compute-sanitizer on a smoke case of every op with a kernel. Without torch's pools, which would hide an overrun."""
+    """compute-sanitizer on a smoke case of every op with a kernel. Without torch's pools, which
+    would hide an overrun.
+    """
     listed = p.run(
         "cases",
         [
@@ -253,7 +266,9 @@ def sanitise(p: Prover) -> None:
 
 
 def standard(p: Prover) -> None:
-    """The standard tier; the same tokens twice and as torch makes them; where the first op leaves its budget in a model."""
+    """The standard tier; the same tokens twice and as torch makes them; where the first op leaves
+    its budget in a model.
+    """
     p.suite("suite", "--tier", "standard", "--isolate", *(() if p.dry else ("--require", "3")), jobs=14)
     generate = [*DSV4, "generate", "--tokens", "0,3,327", "-n", "4" if p.dry else "200", "--backend"]
     mine = [*generate, "cuda", *(["--interpret"] if p.dry else [])]
@@ -279,7 +294,9 @@ def standard(p: Prover) -> None:
 
 
 def libraries(p: Prover) -> None:
-    """Other libraries that are installed here: their ops' cases, and each call against the kernel that it stands for."""
+    """Other libraries that are installed here: their ops' cases, and each call against the kernel
+    that it stands for.
+    """
     from dsv4_backend_cuda.providers import CALLS, LIBRARIES  # imports torch, which --help does without
 
     for name, library in LIBRARIES.items():
@@ -306,7 +323,9 @@ def tokens(printed: str) -> str:
 
 
 def timed(p: Prover) -> None:
-    """Device time of every op of full-size layers beside floors and torch's ops; steps of a model that fits."""
+    """Device time of every op of full-size layers beside floors and torch's ops; steps of a model
+    that fits.
+    """
     p.run("ops", [*HERE, "times", "--json", p.out / "times.json", *(["--dry-run"] if p.dry else [])])
     model = p.out / "flash3"
     p.run(
@@ -324,7 +343,9 @@ def timed(p: Prover) -> None:
 
 
 def tuned(p: Prover) -> None:
-    """The launch table of this GPU, written beside the report, and the smoke cases of what it changes. The package's own table stays."""
+    """The launch table of this GPU, written beside the report, and the smoke cases of what it
+    changes. The package's own table stays.
+    """
     table = p.out / "launch_table.json"
     for kernel in ("experts", "linear"):
         p.run(
@@ -356,7 +377,9 @@ STAGES: dict[str, Callable[[Prover], None]] = {
 
 
 def report(p: Prover, where: dict[str, str] | None = None) -> str:
-    """Markdown: where, how each stage ended, what failed with its last lines, predictions beside results."""
+    """Markdown: where, how each stage ended, what failed with its last lines, predictions beside
+    results.
+    """
     first = (
         "**A dry run: no GPU, no time, no proof.**" if p.dry else f"Measured on {(where or {}).get('device', 'a GPU')}."
     )
@@ -401,7 +424,9 @@ PARTS = {  # of a layer without compression: what the model of the machine code 
 
 
 def compared(out: Path) -> list[str]:
-    """Predicted beside measured, products of one token; and every op that takes more than twice its floor and 5 microseconds."""
+    """Predicted beside measured, products of one token; and every op that takes more than twice its
+    floor and 5 microseconds.
+    """
     if not (out / "times.json").exists() or not (out / "kernels.json").exists():
         return []
     rows = json.loads((out / "times.json").read_text())
@@ -444,7 +469,9 @@ def _cell(value: float | None) -> str:
 
 
 def prove(out: Path, *, dry: bool, only: tuple[str, ...] = (), again: bool = False) -> tuple[Prover, str]:
-    """Run the stages (those named, or all) and write ``report.md``; raise ``BackendError`` without a GPU."""
+    """Run the stages (those named, or all) and write ``report.md``; raise ``BackendError`` without
+    a GPU.
+    """
     where: dict[str, Any] = {}
     if not dry:
         from dsv4_backend_cuda import device

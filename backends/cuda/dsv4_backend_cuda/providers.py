@@ -1,8 +1,10 @@
-"""Kernels of other libraries, for the ops that they have: chosen with ``-O prefer=flash_mla,deep_gemm``, and imported then alone.
+"""Kernels of other libraries, for the ops that they have: chosen with ``-O
+prefer=flash_mla,deep_gemm``, and imported then alone.
 
-Each call is written down with its published signature, where it fits, and how the contract's operands become its own. A call
-that does not fit is ours, op by op. ``difference`` holds one against the kernel that it stands for, on the same GPU; the suite
-runs that as a check of the backend's, beside the op's own cases, which judge the library like any other implementation.
+Each call is written down with its published signature, where it fits, and how the contract's
+operands become its own. A call that does not fit is ours, op by op. ``difference`` holds one
+against the kernel that it stands for, on the same GPU; the suite runs that as a check of the
+backend's, beside the op's own cases, which judge the library like any other implementation.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from dsv4_core.contract.spec import BackendError
 
 PICKS = 128  # FlashMLA walks a token's list in blocks; -1 is nothing to it, as here
 FLOAT_SCALES = "float_scales"
-"""Attribute of a weight's scale bytes: the same as float32, made at the first product. Weights are never written again."""
+"""Attribute of a weight's scale bytes: the same as float32, made at the first product. Weights are
+never written again.
+"""
 
 
 def sparse_attn(
@@ -107,7 +111,9 @@ def fits_linear(x: Any, weight: Any, *, out_dtype: str) -> str:
 
 @dataclass(frozen=True)
 class Call:
-    """A function of a library. ``signature``: its published parameters. ``fits``: operands as the contract has them -> why it cannot, or nothing."""
+    """A function of a library. ``signature``: its published parameters. ``fits``: operands as the
+    contract has them -> why it cannot, or nothing.
+    """
 
     library: str
     function: str
@@ -148,7 +154,9 @@ CALLS: dict[str, Call] = {
 
 @dataclass(frozen=True)
 class Provider:
-    """A call whose library is there. ``name``: library, version and function, as reports have it."""
+    """A call whose library is there. ``name``: library, version and function, as reports have
+    it.
+    """
 
     call: Call
     name: str
@@ -170,8 +178,8 @@ def named(prefer: str) -> tuple[str, ...]:
 
 
 def load(prefer: str, arch: int) -> Mapping[str, Provider]:
-    """Import the libraries named and give what they do, by op; raise ``BackendError`` where one is absent, has nothing for this architecture, or has
-    changed its functions.
+    """Import the libraries named and give what they do, by op; raise ``BackendError`` where one is
+    absent, has nothing for this architecture, or has changed its functions.
     """
     found: dict[str, Provider] = {}
     for name in named(prefer):
@@ -204,8 +212,9 @@ def load(prefer: str, arch: int) -> Mapping[str, Provider]:
 
 
 def changed(function: Any, signature: str) -> str:
-    """How a function's parameters differ from the published ones in what a call of ours relies on; nothing where they cannot be read: of compiled functions
-    and of wrappers that take whatever they are given.
+    """How a function's parameters differ from the published ones in what a call of ours relies on;
+    nothing where they cannot be read: of compiled functions and of wrappers that take whatever they
+    are given.
     """
     try:
         got = inspect.signature(function).parameters
@@ -233,10 +242,12 @@ def _version(package: str) -> str:
 
 
 def difference(be: Any, op: str) -> str:
-    """What a provider computes otherwise than our kernels on the same GPU, in words; nothing where they agree.
+    """What a provider computes otherwise than our kernels on the same GPU, in words; nothing where
+    they agree.
 
-    Bounds: a unit of BF16 for the two results' rounding; for attention half a unit of every probability on each side (``sum p |v|`` is taken in float64);
-    for sums in float32 a part in 10^4 of the largest result.
+    Bounds: a unit of BF16 for the two results' rounding; for attention half a unit of every
+    probability on each side (``sum p |v|`` is taken in float64); for sums in float32 a part in 10^4
+    of the largest result.
     """
     draw = torch.Generator().manual_seed(0)
 

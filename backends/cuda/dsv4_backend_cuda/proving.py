@@ -1,4 +1,6 @@
-"""Commands of ``dsv4 kernels prove`` that run in processes of their own: python -m dsv4_backend_cuda.proving ceilings|times --json FILE."""
+"""Commands of ``dsv4 kernels prove`` that run in processes of their own: python -m
+dsv4_backend_cuda.proving ceilings|times --json FILE.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Which kernels run an op on operands of these dtypes and shapes, or why torch's own op does. Imports no Triton.
+"""Which kernels run an op on operands of these dtypes and shapes, or why torch's own op does.
+Imports no Triton.
 
-A rule takes an op's operands (arrays, or ``Operand``) and scalars as the contract has them, and gives the kernels' names in the launch table, or the
-reason as a string. The backend asks the same rule when it answers ``supports`` and when it runs.
+A rule takes an op's operands (arrays, or ``Operand``) and scalars as the contract has them, and
+gives the kernels' names in the launch table, or the reason as a string. The backend asks the same
+rule when it answers ``supports`` and when it runs.
 """
 
 from __future__ import annotations

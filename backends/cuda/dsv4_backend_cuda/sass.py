@@ -1,4 +1,6 @@
-"""Machine code as nvdisasm prints it: instructions, the hot loop, and what one pass through it issues and moves."""
+"""Machine code as nvdisasm prints it: instructions, the hot loop, and what one pass through it
+issues and moves.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ _TARGET = re.compile(r"\((\.L_x_\d+)\)")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 MMA = re.compile(r"^(HMMA|QMMA|OMMA|HGMMA|QGMMA|UTC\w*MMA)")
 STALLS = {"BAR.SYNC": 30, "MEMBAR": 40, "FENCE.VIEW.ASYNC": 20, "WARPGROUP.DEPBAR": 60}
-"""Cycles that a barrier, a fence or a wait for a product holds a block up: round figures, which nobody measured here."""
+"""Cycles that a barrier, a fence or a wait for a product holds a block up: round figures, which
+nobody measured here.
+"""
 SLOW_CONVERSIONS = ("F2F", "F2I", "I2F", "MUFU")
 SPILL = re.compile(r"^(STL|LDL)\b")
 
@@ -31,7 +35,9 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Code:
-    """A kernel's machine code. ``loop``: the instructions of the hot loop, or all of them if there is none."""
+    """A kernel's machine code. ``loop``: the instructions of the hot loop, or all of them if there
+    is none.
+    """
 
     registers: int
     stack: int
@@ -56,7 +62,9 @@ class Code:
         return dict(Counter(_kind(i.opcode) for i in self.loop).most_common())
 
     def stall_cycles(self) -> int:
-        """Cycles of one pass in which a block waits for its own warps, fences or products, as ``STALLS`` has them."""
+        """Cycles of one pass in which a block waits for its own warps, fences or products, as
+        ``STALLS`` has them.
+        """
         return sum(cycles for i in self.loop for opcode, cycles in STALLS.items() if i.opcode.startswith(opcode))
 
     def conversions(self) -> int:
@@ -64,7 +72,9 @@ class Code:
         return sum(i.opcode.startswith(SLOW_CONVERSIONS) for i in self.loop)
 
     def loop_bytes(self) -> int:
-        """Bytes that a warp's global loads and stores name in one pass of the hot loop, predicates taken as true."""
+        """Bytes that a warp's global loads and stores name in one pass of the hot loop, predicates
+        taken as true.
+        """
         return sum(32 * _width(i.opcode) for i in self.loop if i.opcode.startswith(("LDG", "STG", "LDGSTS")))
 
 
@@ -110,7 +120,9 @@ def _tool(name: str) -> str:
 
 
 def inspect(cubin: bytes, *, looped: bool) -> Code:
-    """Disassemble a cubin with the tools of the Triton wheel. ``looped``: whether the source has a loop over data."""
+    """Disassemble a cubin with the tools of the Triton wheel. ``looped``: whether the source has a
+    loop over data.
+    """
     with TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -141,7 +153,9 @@ def inspect(cubin: bytes, *, looped: bool) -> Code:
 
 
 def _loops(instructions: list[Instruction], labels: dict[str, int]) -> list[tuple[int, int, int, int]]:
-    """Backward branches: (first, last, tensor-core instructions, global loads). The endless loop that pads the end is left out."""
+    """Backward branches: (first, last, tensor-core instructions, global loads). The endless loop
+    that pads the end is left out.
+    """
     found = []
     for last, instruction in enumerate(instructions):
         if not instruction.opcode.startswith("BRA"):
@@ -157,6 +171,8 @@ def _loops(instructions: list[Instruction], labels: dict[str, int]) -> list[tupl
 
 
 def _heat(loop: tuple[int, int, int, int]) -> tuple[bool, int, int, int]:
-    """Rank of a loop: most tensor-core work, most loads; then the shortest (the innermost of equals)."""
+    """Rank of a loop: most tensor-core work, most loads; then the shortest (the innermost of
+    equals).
+    """
     first, last, mma, loads = loop
     return (mma > 0, mma, loads, first - last)

@@ -1,8 +1,10 @@
-"""Device time of every op at the published models' sizes, on this machine's GPU: beside the floor that bytes and operations set, and beside torch's op.
+"""Device time of every op at the published models' sizes, on this machine's GPU: beside the floor
+that bytes and operations set, and beside torch's op.
 
-A layer of each ratio is made in full size of random weights and run for one step; every op call that the graph made is kept with the operands
-that it had, and timed alone: captured into a CUDA graph many times over copies of its operands, so that no weight stays in a cache. Without a
-GPU (``dry.activate`` first) calls are launched dry: kernels and floors are listed, times are not.
+A layer of each ratio is made in full size of random weights and run for one step; every op call
+that the graph made is kept with the operands that it had, and timed alone: captured into a CUDA
+graph many times over copies of its operands, so that no weight stays in a cache. Without a GPU
+(``dry.activate`` first) calls are launched dry: kernels and floors are listed, times are not.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ PRECISION = {"fp8 x fp4": "fp8", "fp8": "fp8", "fp4": "fp8", "bfloat16": "bf16"}
 
 @dataclass(frozen=True)
 class Timing:
-    """One op call. Microseconds; ``torch_us`` is None where torch's op cannot be captured, ``us`` where nothing was launched (a dry run)."""
+    """One op call. Microseconds; ``torch_us`` is None where torch's op cannot be captured, ``us``
+    where nothing was launched (a dry run).
+    """
 
     model: str
     ratio: int
@@ -106,7 +110,9 @@ class Call:
 
 
 def recorded(backend: Any, run: Callable[[], Any]) -> list[Call]:
-    """Run the graph once; give the calls that it made of ops (not those that ops make of each other)."""
+    """Run the graph once; give the calls that it made of ops (not those that ops make of each
+    other).
+    """
     calls: list[Call] = []
     depth = 0
 
@@ -151,14 +157,18 @@ def _step(model: Model, batch: int, seq: int, start: int) -> Step:
 
 
 def floor(done: Count, device: roofline.Device) -> float:
-    """Microseconds that a call's bytes or its operations take at a product's full rates, whichever is longer."""
+    """Microseconds that a call's bytes or its operations take at a product's full rates, whichever
+    is longer.
+    """
     memory = done.moved / (device.gigabytes_per_second * 1e9)
     work = sum(n / (device.teraflops[PRECISION[p]] * 1e12) for p, n in done.work.items() if p in PRECISION)
     return 1e6 * max(memory, work)
 
 
 def measure(backend: Any, call: Call) -> float | None:
-    """Microseconds of one call: the median of graphs of calls over copies of the operands; None where it cannot be captured."""
+    """Microseconds of one call: the median of graphs of calls over copies of the operands; None
+    where it cannot be captured.
+    """
     size = sum(_nbytes(a) for a in call.arrays)
     copies = [call.arrays] + [_copied(call.arrays) for _ in range(min(REPEATS, TURNED_OVER // max(size, 1)) - 1)]
     method = getattr(backend, call.op)

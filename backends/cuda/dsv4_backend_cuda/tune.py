@@ -13,9 +13,9 @@ from dsv4_backend_cuda import launch
 from dsv4_core.files import writing as files
 
 STEPS = {"BLOCK_N": (64, 128), "BLOCK_T": (16, 128), "num_warps": (4, 8), "num_stages": (1, 5)}
-"""Options that the bits of no whole sum depend on, and their range (BLOCK_N decides how many pieces a sum that may be split has). Those that
-cut a sum into pieces (SPLIT, ROWS, PIECE) are left alone. A program of the scaled products reads one scale of 128 outputs: BLOCK_N
-ends there.
+"""Options that the bits of no whole sum depend on, and their range (BLOCK_N decides how many pieces
+a sum that may be split has). Those that cut a sum into pieces (SPLIT, ROWS, PIECE) are left alone.
+A program of the scaled products reads one scale of 128 outputs: BLOCK_N ends there.
 """
 
 
@@ -28,7 +28,9 @@ class Timed:
 
 
 def candidates(kernel: str, config: dict[str, int]) -> list[dict[str, int]]:
-    """The table's configuration, then each that differs in one option by a step: a factor of 2, a stage."""
+    """The table's configuration, then each that differs in one option by a step: a factor of 2, a
+    stage.
+    """
     found = [config]
     for name, (low, high) in STEPS.items():
         if name not in config or (
@@ -42,7 +44,9 @@ def candidates(kernel: str, config: dict[str, int]) -> list[dict[str, int]]:
 
 
 def best(kernel: str, config: dict[str, int], time: Callable[[dict[str, int]], float]) -> Timed:
-    """Walk from ``config`` to the fastest neighbour until none is faster. A configuration that does not launch takes for ever."""
+    """Walk from ``config`` to the fastest neighbour until none is faster. A configuration that does
+    not launch takes for ever.
+    """
     reached = Timed(config, time(config))
     while True:
         fastest = min(
@@ -56,7 +60,9 @@ def best(kernel: str, config: dict[str, int], time: Callable[[dict[str, int]], f
 
 
 def write(arch: int, chosen: dict[str, Timed], product: str, out: Path | None = None) -> None:
-    """Put configurations into the launch table (or a copy, ``out``), with how they were chosen and by which Triton."""
+    """Put configurations into the launch table (or a copy, ``out``), with how they were chosen and
+    by which Triton.
+    """
     target = out or launch.TABLE
     rows = json.loads((target if target.exists() else launch.TABLE).read_text())
     for row in rows:
@@ -71,7 +77,8 @@ def write(arch: int, chosen: dict[str, Timed], product: str, out: Path | None = 
 def measured(
     call: Callable[[], Any], row: dict[str, Any], time: Callable[[Callable[[], Any]], float]
 ) -> Callable[[dict[str, int]], float]:
-    """Give the milliseconds of a configuration, infinite where it does not launch or gives another result than ``row``'s own.
+    """Give the milliseconds of a configuration, infinite where it does not launch or gives another
+    result than ``row``'s own.
 
     The order of every sum is the same in all candidates, so results are compared bit for bit.
     """
@@ -93,7 +100,9 @@ def measured(
 
 
 def tune(device: str, only: str, out: Path | None = None) -> Iterator[tuple[str, Timed, Timed]]:
-    """Tune the products of Flash; yield kernel, what the table had and what is best. Needs a GPU."""
+    """Tune the products of Flash; yield kernel, what the table had and what is best. Needs a
+    GPU.
+    """
     import torch
     from triton.testing import do_bench
 

@@ -1,4 +1,6 @@
-"""Compile what a model's steps launch before the first of them waits for it: dry runs in several processes, which fill Triton's cache on disk."""
+"""Compile what a model's steps launch before the first of them waits for it: dry runs in several
+processes, which fill Triton's cache on disk.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Warmed:
 
 
 def parts(name: str, config: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
-    """Cut a model into what meets different kernels: two layers of each ratio, the first routed by hash where any is."""
+    """Cut a model into what meets different kernels: two layers of each ratio, the first routed by
+    hash where any is.
+    """
     for ratio in dict.fromkeys(config.compress_ratios):
         yield (
             f"{name}, ratio {ratio}",

@@ -1,4 +1,6 @@
-"""The reference backend: every op in NumPy, written to be read. The other backends are judged by it, and it by recorded vectors."""
+"""The reference backend: every op in NumPy, written to be read. The other backends are judged by
+it, and it by recorded vectors.
+"""
 
 from dsv4_backend_reference.backend import ReferenceBackend
 from dsv4_core.contract.registry import hookimpl

@@ -78,10 +78,12 @@ class ReferenceAttention(Numeric, AttentionOps):
         return picks.astype(np.int32).reshape(*visible.shape, topk)
 
     def best(self, scores: Host, topk: int) -> Host:
-        """Columns of each row's ``topk`` largest scores, of equals the lowest; a NaN is larger than all and so reaches the output.
+        """Columns of each row's ``topk`` largest scores, of equals the lowest; a NaN is larger than
+        all and so reaches the output.
 
-        The topk-th largest of the maxima over groups of columns bounds the topk-th score from below, so that only scores above it
-        are sorted; where those are too few, the bound is the topk-th score itself, and the lowest columns that equal it are the rest.
+        The topk-th largest of the maxima over groups of columns bounds the topk-th score from
+        below, so that only scores above it are sorted; where those are too few, the bound is the
+        topk-th score itself, and the lowest columns that equal it are the rest.
         """
         n, rows = scores.shape
         group = max(1, min(64, rows // (4 * topk)))
@@ -115,7 +117,9 @@ class ReferenceAttention(Numeric, AttentionOps):
         return self.rounded(out)
 
     def attend(self, q: Host, kv: Host, sink: Host, idxs: Host) -> Host:
-        """Attention of a block of tokens: over the union of their rows where they share most of them, else over gathered rows."""
+        """Attention of a block of tokens: over the union of their rows where they share most of
+        them, else over gathered rows.
+        """
         if self.batch_invariant:  # the union is the batch's
             return self.attend_gathered(q, kv, sink, idxs)
         tokens, heads, dim = q.shape
@@ -155,7 +159,9 @@ class ReferenceAttention(Numeric, AttentionOps):
         return out
 
     def softmax_with_sink(self, scores: Host, count: Host, sink: Host) -> Host:
-        """``count * exp(s) / (sum count * exp(s) + exp(sink))`` over the last axis; columns of count 0 do not matter."""
+        """``count * exp(s) / (sum count * exp(s) + exp(sink))`` over the last axis; columns of
+        count 0 do not matter.
+        """
         scores = np.where(count > 0, scores, -np.inf)
         top = np.maximum(scores.max(-1, keepdims=True, initial=-np.inf), sink)
         weight = np.exp(scores - top) * count

@@ -30,7 +30,9 @@ class ReferenceBackend(
     ReferenceCache,
     Backend,
 ):
-    """NumPy and ml_dtypes (quantisation and matmul come in as bases of the others). ``weight_cache``: bytes of dequantised weights to keep (default 2 GiB)."""
+    """NumPy and ml_dtypes (quantisation and matmul come in as bases of the others).
+    ``weight_cache``: bytes of dequantised weights to keep (default 2 GiB).
+    """
 
     name = "reference"
     weight_formats = ("e4m3", "e2m1", "int8")
@@ -59,7 +61,9 @@ class ReferenceBackend(
         return n
 
     def process_group(self, where: Rendezvous) -> ReferenceProcessGroup:
-        """Reach the ranks' store; raise ``BackendError`` where torch, whose gloo connects the ranks, is not installed."""
+        """Reach the ranks' store; raise ``BackendError`` where torch, whose gloo connects the
+        ranks, is not installed.
+        """
         try:
             from dsv4_backend_reference.process_group import ReferenceProcessGroup
         except ImportError as error:

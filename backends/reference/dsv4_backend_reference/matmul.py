@@ -1,6 +1,7 @@
 """Linear layers in NumPy: exact dequantisation, then BLAS.
 
-Codes times power-of-two scales are exact in float32, so multiplying dequantised operands computes what the contract says.
+Codes times power-of-two scales are exact in float32, so multiplying dequantised operands computes
+what the contract says.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class ReferenceMatmul(ReferenceQuant, MatmulOps):
         return self.rounded(y)
 
     def times(self, x: Host, weight: Host | ScaledArray) -> Host:
-        """``x @ weight.T``, wide; a weight that is not kept dequantised is taken tile by tile of its rows."""
+        """``x @ weight.T``, wide; a weight that is not kept dequantised is taken tile by tile of
+        its rows.
+        """
         if (matrix := self.matrix(weight)) is not None:
             return self.dot(x, matrix.T)
         out, cols = weight.shape
@@ -56,7 +59,9 @@ class ReferenceMatmul(ReferenceQuant, MatmulOps):
         return y
 
     def matrix(self, weight: Host | ScaledArray) -> Host | None:
-        """The whole weight, wide: itself where it is so already, else from the weight cache; None where that cannot hold it."""
+        """The whole weight, wide: itself where it is so already, else from the weight cache; None
+        where that cannot hold it.
+        """
         if not isinstance(weight, ScaledArray) and weight.dtype == self.wide_type:
             return weight
         out, cols = weight.shape
@@ -65,7 +70,9 @@ class ReferenceMatmul(ReferenceQuant, MatmulOps):
         )
 
     def widened_rows(self, weight: Host | ScaledArray, rows: slice) -> Host:
-        """Rows of a weight, dequantised; ``rows`` begins on a block where blocks of an FP8 weight are 128 rows high."""
+        """Rows of a weight, dequantised; ``rows`` begins on a block where blocks of an FP8 weight
+        are 128 rows high.
+        """
         if not isinstance(weight, ScaledArray):
             return self.widen(weight[rows])
         return weight.rows(rows.start, rows.stop).dequantise(self.wide_dtype)

@@ -32,7 +32,9 @@ class Numeric(Ops):
         return x.astype(self.wide_type, copy=False)
 
     def dot(self, a: Host, b: Host) -> Host:
-        """Every product that sums over an axis: ``a @ b``, wide. Order of summation is free; subclasses choose one, or round in between."""
+        """Every product that sums over an axis: ``a @ b``, wide. Order of summation is free;
+        subclasses choose one, or round in between.
+        """
         return tiles.product(a, b) if self.batch_invariant else a @ b
 
     def total(self, x: Host, axis: int) -> Host:

@@ -1,14 +1,20 @@
-"""The oracle: the reference's own code in float64, results unrounded, and the same with random rounding where the contract rounds.
+"""The oracle: the reference's own code in float64, results unrounded, and the same with random
+rounding where the contract rounds.
 
-The spread of the perturbed results is a case's sensitivity to rounding, element by element. The noise, each kind from the contract:
+The spread of the perturbed results is a case's sensitivity to rounding, element by element. The
+noise, each kind from the contract:
 
-- every sum (``dot``, ``total``): adding n terms one after another in a format of unit roundoff u errs with standard deviation
-  ``u * sqrt(n) / 3 * sum|terms|`` when the partial sums grow evenly (each rounding contributes u / sqrt(3)), and no order is worse; 2u more for
-  the products, divisions and exponentials around the sum;
-- every operand on its way in: a relative 2u, which stands for the elementwise roundings that follow it (a dozen of them: sqrt(12) u / sqrt(3));
-- every rounding between the required ops of a fused one: stochastic, to the format that the contract rounds to there (and in one more sample, to
-  nearest and without any other noise, as the default composition does). Where such a result is quantised, its block's largest value may lie so near
-  a power of two that its roundings decide the scale of the whole block: samples lean to either side in turn;
+- every sum (``dot``, ``total``): adding n terms one after another in a format of unit roundoff u
+  errs with standard deviation ``u * sqrt(n) / 3 * sum|terms|`` when the partial sums grow evenly
+  (each rounding contributes u / sqrt(3)), and no order is worse; 2u more for the products,
+  divisions and exponentials around the sum;
+- every operand on its way in: a relative 2u, which stands for the elementwise roundings that follow
+  it (a dozen of them: sqrt(12) u / sqrt(3));
+- every rounding between the required ops of a fused one: stochastic, to the format that the
+  contract rounds to there (and in one more sample, to nearest and without any other noise, as the
+  default composition does). Where such a result is quantised, its block's largest value may lie so
+  near a power of two that its roundings decide the scale of the whole block: samples lean to either
+  side in turn;
 - cosines and sines: an absolute u (range reduction leaves no relative accuracy near their zeros).
 
 What a backend declares narrower replaces u, or adds a rounding, where it declares it.
@@ -48,7 +54,9 @@ PRECISION = {"bfloat16": 8, "float32": 24, "float64": 53}  # significant bits
 
 
 def stochastic(x: Host, dtype: str, rng: np.random.Generator) -> Host:
-    """Round float64 values to one of the two neighbours in ``dtype``, up with the probability that makes the mean right."""
+    """Round float64 values to one of the two neighbours in ``dtype``, up with the probability that
+    makes the mean right.
+    """
     _, exponent = np.frexp(x)
     unit = np.ldexp(
         1.0, np.maximum(exponent, -125) - PRECISION[dtype]
@@ -65,7 +73,9 @@ def lowest_bit(x: Host) -> float:
 
 
 def summed_exactly(a: Host, b: Host, magnitude: Host, unit: float) -> bool:
-    """Say whether every order of summation gives ``a @ b`` exactly: all partial sums are multiples of one bit and fit the format."""
+    """Say whether every order of summation gives ``a @ b`` exactly: all partial sums are multiples
+    of one bit and fit the format.
+    """
     few = a.reshape(-1)[:256], b.reshape(-1)[:256]  # enough to dismiss all but data made for it
     return all(magnitude.max(initial=0) <= lowest_bit(left) * lowest_bit(right) / unit for left, right in (few, (a, b)))
 
@@ -169,7 +179,9 @@ class Oracle(ReferenceBackend):
         return self.total(x * x, -1) / x.shape[1]
 
     def _noise(self, y: Host, magnitude: Any, unit: float, n: int) -> Any:
-        """The error of summing n terms. Magnitudes are computed for the first sample and kept for the others."""
+        """The error of summing n terms. Magnitudes are computed for the first sample and kept for
+        the others.
+        """
         assert self.rng is not None
         if self.sums == len(self.magnitudes):
             self.magnitudes.append(magnitude())
@@ -184,7 +196,9 @@ class Oracle(ReferenceBackend):
         )
 
     def on_grid(self, x: Host, fmt: Format, block: int) -> Host:
-        """Quantisation is exact given its input; the scale of a rounded intermediate may fall on either side of a power of two."""
+        """Quantisation is exact given its input; the scale of a rounded intermediate may fall on
+        either side of a power of two.
+        """
         rounded = self.rng is not None and any(x is y for y in self.between)
         with self.quiet():
             if not rounded:
@@ -221,7 +235,9 @@ class Oracle(ReferenceBackend):
 
     @contextmanager
     def sums_alone(self) -> Iterator[None]:
-        """Suspend the noise of operands: the op has no elementwise part, and a sum that is exact in every order has no error at all."""
+        """Suspend the noise of operands: the op has no elementwise part, and a sum that is exact in
+        every order has no error at all.
+        """
         self.elementwise = False
         yield
         self.elementwise = True
@@ -254,10 +270,12 @@ class Oracle(ReferenceBackend):
         return np.where(gate.astype(np.float64) < -LARGEST_EXPONENT, 0, y) if flushed else y
 
     def softmax_with_sink(self, scores: Host, count: Host, sink: Host) -> Host:
-        """Probabilities, rounded to bfloat16 where a backend declares that: for the op itself, or for the part that it calls.
+        """Probabilities, rounded to bfloat16 where a backend declares that: for the op itself, or
+        for the part that it calls.
 
-        A backend may round them before they are divided by their sum, so that the grid lies anywhere beside them: a factor from 1
-        to 2 for each list moves it. Without that a probability that is on the grid itself would be allowed no error at all.
+        A backend may round them before they are divided by their sum, so that the grid lies
+        anywhere beside them: a factor from 1 to 2 for each list moves it. Without that a
+        probability that is on the grid itself would be allowed no error at all.
         """
         weight = super().softmax_with_sink(scores, count, sink)
         if self.rng is None or not any(self.declared.get(op) for op in ("sparse_attn", self.op)):

@@ -1,4 +1,6 @@
-"""Ranks over torch.distributed with gloo: the one module of the reference that needs torch. Arrays share memory with it."""
+"""Ranks over torch.distributed with gloo: the one module of the reference that needs torch. Arrays
+share memory with it.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class ReferenceProcessGroup(StoredRanks):
 
 
 class ReferenceGroup:
-    """Collectives among some of the ranks. What is only moved travels as bytes: torch has no ml_dtypes."""
+    """Collectives among some of the ranks. What is only moved travels as bytes: torch has no
+    ml_dtypes.
+    """
 
     def __init__(self, backend: Numeric, group: Any, size: int) -> None:
         self.backend, self.group, self.size = backend, group, size

@@ -56,8 +56,8 @@ class ReferenceQuant(Numeric, QuantOps):
         return (round_to_grid(blocks / scale, fmt) * scale).reshape(x.shape)
 
     def quantised_activation(self, x: Host, weight: Format) -> Host:
-        """What a linear layer with a scaled weight multiplies: in native mode FP8 in blocks of 128, or int8 per token beside an
-        int8 weight; ``x`` in the exact modes.
+        """What a linear layer with a scaled weight multiplies: in native mode FP8 in blocks of 128,
+        or int8 per token beside an int8 weight; ``x`` in the exact modes.
         """
         if self.numerics != "native":
             return self.widen(x)

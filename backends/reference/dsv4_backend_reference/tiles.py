@@ -1,8 +1,10 @@
 """Fixed tiles: the same bits for a token whatever else is in the batch.
 
-BLAS picks a kernel, and with it an order of summation, by the number of rows, and goes through a product's rows with several of them; pairwise
-sums split by length. Here every product is done so many rows at a time as this BLAS gives the same bits in every place, padded with zeros,
-and every sum that may be padded runs over ``TERMS`` terms at a time, one group after another: zeros at the end change nothing.
+BLAS picks a kernel, and with it an order of summation, by the number of rows, and goes through a
+product's rows with several of them; pairwise sums split by length. Here every product is done so
+many rows at a time as this BLAS gives the same bits in every place, padded with zeros, and every
+sum that may be padded runs over ``TERMS`` terms at a time, one group after another: zeros at the
+end change nothing.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ COLUMNS = 16  # a multiple of the columns that BLAS microkernels hold in registe
 
 @functools.cache
 def tile_rows(dtype: np.dtype[np.floating]) -> int:
-    """How many rows of a product get the same bits wherever a row stands among them: tried out, on shapes of every kind.
+    """How many rows of a product get the same bits wherever a row stands among them: tried out, on
+    shapes of every kind.
 
-    16 with OpenBLAS's kernels for AVX-512; 8 with those for AVX2, which from 12 rows on take 6 at a time.
+    16 with OpenBLAS's kernels for AVX-512; 8 with those for AVX2, which from 12 rows on take 6 at a
+    time.
     """
     rng = np.random.default_rng(0)
     shapes = [(k, n) for k in (32, 96, 128, 512, 1024) for n in (1, 4, 16, 24, 100, 512)]
@@ -45,7 +49,9 @@ def padded(x: Host, axis: int, multiple: int, fill: float = 0) -> Host:
 
 
 def product(a: Host, b: Host) -> Host:
-    """``a @ b`` for [m, k] and [k, n]: row i has the same bits for every m. Stacks of products (one a token) are so already."""
+    """``a @ b`` for [m, k] and [k, n]: row i has the same bits for every m. Stacks of products (one
+    a token) are so already.
+    """
     if a.ndim > 2:
         return a @ b
     rows = tile_rows(a.dtype)
@@ -54,7 +60,9 @@ def product(a: Host, b: Host) -> Host:
 
 
 def long_product(a: Host, b: Host) -> Host:
-    """``a @ b`` for stacks whose inner axis is a multiple of ``TERMS``: the same bits however many zeros end it."""
+    """``a @ b`` for stacks whose inner axis is a multiple of ``TERMS``: the same bits however many
+    zeros end it.
+    """
     y = np.zeros((*a.shape[:-1], b.shape[-1]), a.dtype)
     for k in range(0, a.shape[-1], TERMS):  # a few hundred rows: 1 to 9 groups
         y += a[..., k : k + TERMS] @ b[..., k : k + TERMS, :]
@@ -68,6 +76,8 @@ def long_sum(x: Host) -> Host:
 
 
 def compacted(idxs: Host) -> Host:
-    """Indices [t, n] with each row's valid ones first, in their order, filled with -1 to a multiple of ``TERMS``."""
+    """Indices [t, n] with each row's valid ones first, in their order, filled with -1 to a multiple
+    of ``TERMS``.
+    """
     order = np.argsort(idxs < 0, axis=1, kind="stable")
     return padded(np.take_along_axis(idxs, order, 1), 1, TERMS, fill=-1)

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 class WeightCache:
-    """Maps a weight, by identity, to its wide matrix. ``nbytes`` never exceeds ``capacity``; a weight that is larger alone is not kept."""
+    """Maps a weight, by identity, to its wide matrix. ``nbytes`` never exceeds ``capacity``; a
+    weight that is larger alone is not kept.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -22,7 +24,9 @@ class WeightCache:
         )  # the weight is held too, so that its id stays its own
 
     def get(self, weight: Any, size: int, make: Callable[[], Host]) -> Host | None:
-        """Give ``weight``'s matrix of ``size`` bytes, making it if need be; None where it can never fit."""
+        """Give ``weight``'s matrix of ``size`` bytes, making it if need be; None where it can never
+        fit.
+        """
         if size > self.capacity:
             return None
         if (entry := self.entries.get(id(weight))) is not None:

@@ -1,12 +1,15 @@
-"""The torch backend: every op in plain PyTorch, for any PyTorch device; the base that cuda and ascend extend."""
+"""The torch backend: every op in plain PyTorch, for any PyTorch device; the base that cuda and
+ascend extend.
+"""
 
 import os
 
 # a broken device extension would fail `import torch` for everyone
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
-# OpenMP reads this once, when torch loads it: how many turns its threads wait in a loop before they sleep, some 100 us. Without a bound
-# the threads of a busy machine wait for one that has no core, and keep it from getting one
+# OpenMP reads this once, when torch loads it: how many turns its threads wait in a loop before they
+# sleep, some 100 us. Without a bound the threads of a busy machine wait for one that has no core,
+# and keep it from getting one
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 

@@ -77,7 +77,9 @@ class TorchAttention(Numeric, AttentionOps):
 
     @staticmethod
     def selection_keys(scores: Tensor, row: Tensor) -> Tensor:
-        """Float32 scores as integers of the same order, NaN largest, made distinct by their rows: of equals the lower is the larger."""
+        """Float32 scores as integers of the same order, NaN largest, made distinct by their rows:
+        of equals the lower is the larger.
+        """
         bits = scores.nan_to_num(torch.inf, torch.inf, -torch.inf).add_(0.0).view(torch.int32)  # -0 + 0.0 is 0
         ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)  # negative: magnitude inverted
         return ordered.mul_(1 << 32).sub_(row)
@@ -106,8 +108,8 @@ class TorchAttention(Numeric, AttentionOps):
         return max(1, AT_ONCE // max(1, idxs.shape[1] * max(q.shape[1], q.shape[2])))
 
     def attend(self, q: Tensor, padded: Tensor, sink: Tensor, idxs: Tensor) -> Tensor:
-        """Attention of a block of tokens, wide. The last row of ``padded`` is zero: it takes the sink's place in
-        the softmax, and adds nothing.
+        """Attention of a block of tokens, wide. The last row of ``padded`` is zero: it takes the
+        sink's place in the softmax, and adds nothing.
         """
         tokens, _, dim = q.shape
         zero = padded.shape[0] - 1
@@ -127,7 +129,9 @@ class TorchAttention(Numeric, AttentionOps):
         return scores.softmax(-1) @ rows
 
     def attend_union(self, q: Tensor, padded: Tensor, sink: Tensor, idxs: Tensor, union: Tensor) -> Tensor:
-        """Attention of tokens that share most of their rows: one product with all rows that any of them lists, the others masked."""
+        """Attention of tokens that share most of their rows: one product with all rows that any of
+        them lists, the others masked.
+        """
         tokens, heads, dim = q.shape
         zero, count = padded.shape[0] - 1, union.shape[0]
         place = torch.empty(zero + 1, dtype=torch.int64)

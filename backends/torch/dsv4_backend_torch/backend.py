@@ -1,4 +1,6 @@
-"""The torch backend's arrays, weights and options; its ops are in the files named like the contracts."""
+"""The torch backend's arrays, weights and options; its ops are in the files named like the
+contracts.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ BUILT_IN = {"cpu", "cuda", "meta", "mps", "xpu"}  # devices that torch knows wit
 
 
 def load_extensions(backend: str, kind: str) -> None:
-    """Load the installed device extensions, as torch would by itself: for a device that it does not bring.
+    """Load the installed device extensions, as torch would by itself: for a device that it does not
+    bring.
 
     Raises ``BackendError`` with the reason where one does not load.
     """
@@ -47,8 +50,8 @@ def load_extensions(backend: str, kind: str) -> None:
 
 
 class TorchBackend(TorchFused, Backend):
-    """PyTorch. ``device``: any that this torch knows. ``weight_cache``: bytes of dequantised (on a CPU: or
-    repacked) weights to keep. ``threads``: of a CPU.
+    """PyTorch. ``device``: any that this torch knows. ``weight_cache``: bytes of dequantised (on a
+    CPU: or repacked) weights to keep. ``threads``: of a CPU.
     """
 
     name = "torch"
@@ -59,7 +62,8 @@ class TorchBackend(TorchFused, Backend):
         Option("few_tokens_by", "a decode step on a CPU: c, torch, or auto: c where a compiler builds it", "auto"),
     )
     claims_level = 3
-    # one rounding of an exact value, or none: whoever else is in the batch, and whichever path the number of rows takes
+    # one rounding of an exact value, or none: whoever else is in the batch, and whichever path the
+    # number of rows takes
     claims = tuple(
         f"batch_invariance/{op}" for op in ("embedding", "hc_expand", "hc_add", "act_quant", "act_qdq", "index_select")
     )
@@ -180,18 +184,24 @@ class TorchBackend(TorchFused, Backend):
         return torch.zeros(shape, dtype=torch_dtype(dtype), device=self.device)
 
     def load(self, weight: Host | ScaledArray) -> Any:
-        """Copy to the device; a scaled weight's range is noted while its scales are in host memory."""
+        """Copy to the device; a scaled weight's range is noted while its scales are in host
+        memory.
+        """
         loaded = super().load(weight)
         if isinstance(weight, ScaledArray) and weight.format != "int8" and not self.on_cpu:
             self.note_scales(loaded, int(weight.scale.min(initial=255)))
         return loaded
 
     def load_experts(self, experts: Experts) -> Experts:
-        """On a CPU an expert is mapped and read when it is first used; on a device all are copied into one stack."""
+        """On a CPU an expert is mapped and read when it is first used; on a device all are copied
+        into one stack.
+        """
         return super().load_experts(experts) if self.on_cpu else self.stacked_experts(experts)
 
     def stacked_experts(self, experts: Experts) -> StackedExperts:
-        """Copy one projection of all experts into one tensor, expert by expert, so that the host holds one at a time."""
+        """Copy one projection of all experts into one tensor, expert by expert, so that the host
+        holds one at a time.
+        """
         count, first = experts.shape[0], experts[0]
         if not isinstance(first, ScaledArray):
             return StackedExperts(self._stack([experts[e] for e in range(count)]))

@@ -33,7 +33,8 @@ class TorchCache(TorchQuant, CacheOps):
         if not index.shape[0]:
             return
         stored = self.pack(rows, layout)
-        # No shape may depend on values here: a row that is not stored repeats what the slot of a row that is stored gets.
+        # No shape may depend on values here: a row that is not stored repeats what the slot of a
+        # row that is stored gets.
         target = index.to(torch.int64)
         kept = target >= 0
         if stored.dtype == torch.uint8 and stored.shape[1] % 4 == 0:  # fewer, wider elements, which every device copies
@@ -89,7 +90,9 @@ class TorchCache(TorchQuant, CacheOps):
         return torch.cat([codes, scale, padding, rope.view(torch.uint8)], 1)
 
     def unpack(self, stored: Tensor, layout: RowLayout, dtype: torch.dtype | None = None) -> Tensor:
-        """Stored rows [n, width] as rows [n, dim] of their own, in the activation dtype or ``dtype``: exact in both."""
+        """Stored rows [n, width] as rows [n, dim] of their own, in the activation dtype or
+        ``dtype``: exact in both.
+        """
         if layout.kind == "plain":
             return stored
         dtype = dtype or self.act_type

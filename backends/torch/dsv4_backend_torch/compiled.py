@@ -1,6 +1,8 @@
-"""The C kernels of ``c/`` for a decode step on a CPU, called one by one, or recorded as a tape that one call runs.
+"""The C kernels of ``c/`` for a decode step on a CPU, called one by one, or recorded as a tape that
+one call runs.
 
-PyTorch's calls cost more than what they compute there, and its products of one row in BF16 read half of what memory gives.
+PyTorch's calls cost more than what they compute there, and its products of one row in BF16 read
+half of what memory gives.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in values.h
 _DONE, _NO_MEMORY = 0, 2  # what kernels give; 1: not for them
 FEW = 16  # tokens of a decode step: up to here the number of calls counts, not their size
-# 16 requests at once, tokens a CPU second: 604 by C and 173 by PyTorch (embedded model), 254 and 149 at 1024 channels
+# 16 requests at once, tokens a CPU second: 604 by C and 173 by PyTorch (embedded model), 254 and
+# 149 at 1024 channels
 FEW_VALUES = 1 << 16  # elements up to which one thread is done before others have woken up
 MOVED = 1 << 22  # bytes that are copied at a time: the second cache level of a core
 STREAMS = 4  # of hyper-connections: the published models'
@@ -60,7 +63,9 @@ _ARGUMENTS = {  # q: an integer or an address, d: a number
 
 
 class ExpertTable:
-    """Where experts' weights are: w1, w3, w2 of one expert after another. ``dim``, ``inter``: channels; 0 where they are not for kernels."""
+    """Where experts' weights are: w1, w3, w2 of one expert after another. ``dim``, ``inter``:
+    channels; 0 where they are not for kernels.
+    """
 
     def __init__(self, weights: Sequence[Weight]) -> None:
         self.weights, self.count = weights, len(weights) // 3
@@ -79,9 +84,9 @@ class ExpertTable:
 class Kernels:
     """A few tokens' ops on float32 and BF16 tensors in host memory. ``compiler``: its version.
 
-    Each method is the contract of its name and gives None where the kernel is not for these operands (too many, of other dtypes or
-    shapes, not contiguous, not finite, out of range): PyTorch's way is then taken, and raises what there is to raise. All raise
-    ``MemoryError``.
+    Each method is the contract of its name and gives None where the kernel is not for these
+    operands (too many, of other dtypes or shapes, not contiguous, not finite, out of range):
+    PyTorch's way is then taken, and raises what there is to raise. All raise ``MemoryError``.
     """
 
     def __init__(self, path: Path, compiler: str) -> None:
@@ -119,7 +124,9 @@ class Kernels:
         return bool(status == _DONE)
 
     def products(self, products: Sequence[tuple[Tensor, Sequence[Weight]]], dtype: torch.dtype) -> Tensor | None:
-        """``x @ concat(weights).T`` of each pair, one below the other, in ``dtype``; all pairs are of the same widths."""
+        """``x @ concat(weights).T`` of each pair, one below the other, in ``dtype``; all pairs are
+        of the same widths.
+        """
         rows, width = 0, sum(weight.shape[0] for weight in products[0][1])
         for x, weights in products:
             rows += x.shape[0]
@@ -141,7 +148,9 @@ class Kernels:
         return y if self._run("gemv", fields.buffer_info()[0], len(fields) // 13, keep=(fields, products)) else None
 
     def grouped(self, x: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor | None:
-        """Contract of ``grouped_linear``, in ``dtype``: channels of ``x`` [tokens, groups, cols] times their own rows of ``weight``."""
+        """Contract of ``grouped_linear``, in ``dtype``: channels of ``x`` [tokens, groups, cols]
+        times their own rows of ``weight``.
+        """
         tokens, groups, cols = x.shape
         if tokens > FEW or not (_taken(x) and _weights((weight,))):
             return None
@@ -159,9 +168,11 @@ class Kernels:
         self, x: Tensor, chosen: Tensor, share: Tensor | None, shared: Tensor | None, experts: tuple[Experts, Experts, Experts] | ExpertTable,
         first_expert: int, limit: float, dtype: torch.dtype, *, quantise: bool,
     ) -> Tensor | None:  # fmt: skip
-        """Rows ``x`` [rows, dim] through the experts ``chosen`` [rows, topk], weighted by ``share``, summed onto ``shared``, in ``dtype``.
+        """Rows ``x`` [rows, dim] through the experts ``chosen`` [rows, topk], weighted by
+        ``share``, summed onto ``shared``, in ``dtype``.
 
-        ``experts``: w1, w3, w2, or all of them in a table. ``quantise``: what w2 multiplies, as ``act_qdq`` in blocks of 128.
+        ``experts``: w1, w3, w2, or all of them in a table. ``quantise``: what w2 multiplies, as
+        ``act_qdq`` in blocks of 128.
         """
         rows, dim = x.shape
         if rows > FEW or not rows or not (_taken(x) and _wide(share) and _indices(chosen)):
@@ -192,7 +203,9 @@ class Kernels:
     def gate(
         self, x: Tensor, weight: Weight, bias: Tensor | None, table: Tensor | None, ids: Tensor | None, topk: int, route_scale: float
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-        """Contract of ``gate``, or without ``bias`` and with ``table`` and ``ids`` of ``gate_hash``, for a few tokens."""
+        """Contract of ``gate``, or without ``bias`` and with ``table`` and ``ids`` of
+        ``gate_hash``, for a few tokens.
+        """
         rows, dim = x.shape
         if rows > FEW or not (_taken(x) and _weights((weight,)) and _wide(bias)) or dim != weight.shape[1]:
             return None
@@ -361,7 +374,9 @@ class Kernels:
         return out if done else None
 
     def cache_write(self, cache: Tensor, rows: Tensor, index: Tensor, layout: RowLayout) -> bool:
-        """Say whether rows were stored; where not, nothing is promised of those that ``index`` names."""
+        """Say whether rows were stored; where not, nothing is promised of those that ``index``
+        names.
+        """
         return (
             index.shape[0] <= FEW
             and _taken(rows)
@@ -392,7 +407,9 @@ class Kernels:
         self, q: Tensor, kv: Tensor, ring: Tensor | None, ring_index: Tensor | None, rows: Tensor | None, row_index: Tensor | None,
         sink: Tensor, idxs: Tensor, layout: RowLayout | None, softmax_scale: float,
     ) -> Tensor | None:  # fmt: skip
-        """Contract of ``cached_sparse_attn``; without ``ring`` and ``layout`` of ``sparse_attn``."""
+        """Contract of ``cached_sparse_attn``; without ``ring`` and ``layout`` of
+        ``sparse_attn``.
+        """
         tokens, heads, dim = q.shape
         if tokens > FEW or dim % TILE or q.dtype != kv.dtype or not (_taken(q, kv) and _wide(sink) and _indices(idxs)):
             return None
@@ -504,6 +521,8 @@ def _layout(layout: RowLayout) -> int:
 
 @functools.cache
 def build() -> Kernels:
-    """The kernels for this CPU, one object a process; raise ``NotCompiledError`` where they cannot be had."""
+    """The kernels for this CPU, one object a process; raise ``NotCompiledError`` where they cannot
+    be had.
+    """
     path, compiler = library()
     return Kernels(path, compiler)

@@ -149,7 +149,9 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Eve
         limit: float,
         out_type: torch.dtype,
     ) -> Tensor:
-        """A decode step's experts and the shared one [1, dim], summed wide, in ``out_type``: the activations of all between one pair of products each."""
+        """A decode step's experts and the shared one [1, dim], summed wide, in ``out_type``: the
+        activations of all between one pair of products each.
+        """
         local = [
             (j, e - first_expert) for j, e in enumerate(indices[0].tolist()) if 0 <= e - first_expert < w1.shape[0]
         ]
@@ -170,7 +172,9 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Eve
         )
 
     def expert(self, x: Tensor, w13: tuple[Weight, Weight], w2: Weight, weight: Tensor | None, limit: float) -> Tensor:
-        """One expert's rows: ``w2 . swiglu(w1 . x, w3 . x)``; w1 and w3 in one product, block by block of rows while they are in cache."""
+        """One expert's rows: ``w2 . swiglu(w1 . x, w3 . x)``; w1 and w3 in one product, block by
+        block of rows while they are in cache.
+        """
         gate, up = self.product(x, w13, wide=False).chunk(2, 1)
         hidden = self.weighted_swiglu(gate, up, weight, limit)
         return self.product(

@@ -1,4 +1,6 @@
-"""A function of host arrays as a graph of a device's: captured once, replayed on buffers of its own."""
+"""A function of host arrays as a graph of a device's: captured once, replayed on buffers of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,14 @@ WARM_UPS = 2  # runs before the capture: kernels are compiled and loaded, and to
 class Recorded:
     """``Backend.record`` on a device with graphs (CUDA, NPU). Not for several threads at once.
 
-    The first call runs the function, captures it and replays; later ones copy the host arrays into pinned memory, from there
-    into the graph's inputs, and replay: no kernel is launched by Python, nothing is allocated, and no copy waits. Each graph
-    has a memory pool of its own, so that one's replay never overwrites another's result. A function that cannot be captured
-    (it reads a value on the host) is run each time, and a warning says why.
+    The first call runs the function, captures it and replays; later ones copy the host arrays into
+    pinned memory, from there into the graph's inputs, and replay: no kernel is launched by Python,
+    nothing is allocated, and no copy waits. Each graph has a memory pool of its own, so that one's
+    replay never overwrites another's result. A function that cannot be captured (it reads a value
+    on the host) is run each time, and a warning says why.
 
-    ``cuda``: torch's module of the device, or what stands in for it in a test; ``graph_class``: its graph.
+    ``cuda``: torch's module of the device, or what stands in for it in a test; ``graph_class``: its
+    graph.
     """
 
     def __init__(
@@ -38,7 +42,9 @@ class Recorded:
         self.copied: Any = None
 
     def __call__(self, *hosts: Host) -> Any:
-        """Run on host arrays; raise ``ValueError`` where their shapes or dtypes are others than at the first call."""
+        """Run on host arrays; raise ``ValueError`` where their shapes or dtypes are others than at
+        the first call.
+        """
         if not self.forms:
             self._allocate(hosts)
         if (forms := [(h.shape, h.dtype) for h in hosts]) != self.forms:

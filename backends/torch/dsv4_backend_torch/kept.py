@@ -1,8 +1,10 @@
-"""Where the compiled C kernels are: carried by the package for several kinds of CPU, or built once with the compiler that is there.
+"""Where the compiled C kernels are: carried by the package for several kinds of CPU, or built once
+with the compiler that is there.
 
-A wheel carries a library for each of ``LEVELS`` (``python -m dsv4_backend_torch.kept DIR`` builds them); the best that this CPU
-runs is taken. A source install builds one for this very CPU when it is first needed. What is kept then runs in this process, so the folder
-must be the user's own and closed to others, and the file what its hash beside it says. Anything else is built again.
+A wheel carries a library for each of ``LEVELS`` (``python -m dsv4_backend_torch.kept DIR`` builds
+them); the best that this CPU runs is taken. A source install builds one for this very CPU when it
+is first needed. What is kept then runs in this process, so the folder must be the user's own and
+closed to others, and the file what its hash beside it says. Anything else is built again.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ def run(command: list[str]) -> str:
 
 
 def compiler() -> list[str]:
-    """The command of the C compiler, of CC or ``cc``; raise ``NotCompiledError`` where CC is no command."""
+    """The command of the C compiler, of CC or ``cc``; raise ``NotCompiledError`` where CC is no
+    command.
+    """
     given = os.environ.get("CC") or "cc"
     try:
         return shlex.split(given)
@@ -75,7 +79,9 @@ def compiler() -> list[str]:
 
 
 def folder() -> Path:
-    """The user's own folder for compiled kernels, closed to others; made where it is missing. Raises ``NotCompiledError``."""
+    """The user's own folder for compiled kernels, closed to others; made where it is missing.
+    Raises ``NotCompiledError``.
+    """
     given = os.environ.get("XDG_CACHE_HOME", "")
     try:
         base = Path(given) if Path(given).is_absolute() else Path.home() / ".cache"  # a relative one is to be ignored
@@ -98,7 +104,9 @@ def folder() -> Path:
 
 
 def sound(path: Path) -> bool:
-    """Say whether a kept library is the user's own file, written by nobody else, and what the hash beside it says."""
+    """Say whether a kept library is the user's own file, written by nobody else, and what the hash
+    beside it says.
+    """
     try:
         said = _content(path.with_suffix(".sha256"))
         return hashlib.sha256(_content(path)).hexdigest().encode() == said.strip()
@@ -107,7 +115,9 @@ def sound(path: Path) -> bool:
 
 
 def _content(path: Path) -> bytes:
-    """A plain file of the user's; raise ``OSError`` for a link, another's, or one that others may write."""
+    """A plain file of the user's; raise ``OSError`` for a link, another's, or one that others may
+    write.
+    """
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
@@ -128,7 +138,9 @@ def _locked(path: Path) -> Iterator[None]:
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """Instruction sets that this CPU and its system have, in Linux's words; none where it does not say."""
+    """Instruction sets that this CPU and its system have, in Linux's words; none where it does not
+    say.
+    """
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):
@@ -147,7 +159,9 @@ def compile_kernels(command: list[str], made: Path) -> None:
 
 
 def carried(folder: Path = CARRIED) -> tuple[Path, str] | None:
-    """The best library that the package brings for this CPU, and its level; None where it brings none made of these sources."""
+    """The best library that the package brings for this CPU, and its level; None where it brings
+    none made of these sources.
+    """
     for level, (_, needed) in LEVELS.items():
         path = folder / f"{level}-{_digest('')}.so"
         if needed <= cpu_flags() and path.exists():
@@ -173,7 +187,8 @@ def _digest(target: str) -> str:
 def library() -> tuple[Path, str]:
     """The kernels for this CPU, and who made them; raise ``NotCompiledError`` where there are none.
 
-    ``CC`` asks for a build: what it names is used, also where the package carries a library, and with a ``-march`` of its own.
+    ``CC`` asks for a build: what it names is used, also where the package carries a library, and
+    with a ``-march`` of its own.
     """
     if not os.environ.get("CC") and (found := carried()):
         return found

@@ -1,10 +1,11 @@
 """Linear layers: exact dequantisation, then the library's GEMM with float32 sums.
 
-E4M3 and E2M1 codes times power-of-two scales are exact in BF16, so in native mode a BF16 product of dequantised
-operands is what the contract says.
-On a CPU oneDNN is called through the op that torch's own compiler uses: it reads a weight in the blocked layout that it prefers, at
-one and a half times the speed of ``linear`` for a single row in BF16, and twice in float32 without AVX-512. Where a torch lacks the op,
-``linear`` is used. A few rows are left to ``c/gemv.c`` where that is built.
+E4M3 and E2M1 codes times power-of-two scales are exact in BF16, so in native mode a BF16 product of
+dequantised operands is what the contract says. On a CPU oneDNN is called through the op that
+torch's own compiler uses: it reads a weight in the blocked layout that it prefers, at one and a
+half times the speed of ``linear`` for a single row in BF16, and twice in float32 without AVX-512.
+Where a torch lacks the op, ``linear`` is used. A few rows are left to ``c/gemv.c`` where that is
+built.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ class TorchMatmul(TorchQuant, MatmulOps):
         return y
 
     def gathered_experts(self, x: Tensor, stack: Weight, offsets: Tensor) -> Tensor:
-        """Each row's expert is gathered, so that no offset is read on the host: decode on a device."""
+        """Each row's expert is gathered, so that no offset is read on the host: decode on a
+        device.
+        """
         experts = stack.shape[0]
         row = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
         expert = expert_of_rows(row, offsets, experts)
@@ -114,19 +117,23 @@ class TorchMatmul(TorchQuant, MatmulOps):
         return y if wide or y.dtype == self.act_type else self.rounded(y)
 
     def few_rows(self, products: Sequence[tuple[Tensor, tuple[Weight, ...]]], *, wide: bool = False) -> Tensor | None:
-        """``x @ concat(weights).T`` of each pair, one below the other, by one call of ``c/gemv.c``; None where that is not for them."""
+        """``x @ concat(weights).T`` of each pair, one below the other, by one call of ``c/gemv.c``;
+        None where that is not for them.
+        """
         return self.compiled.products(products, self.wide_type if wide else self.act_type) if self.compiled else None
 
     def operand_type(self, x: Tensor, weight: Weight) -> torch.dtype:
-        """The dtype of a product's operands: BF16 where both are exact in it, and where the library then sums in float32."""
+        """The dtype of a product's operands: BF16 where both are exact in it, and where the library
+        then sums in float32.
+        """
         dtype = weight.dtype if isinstance(weight, Tensor) else x.dtype if self.well_scaled(weight) else self.wide_type
         if dtype != x.dtype:
             dtype = torch.promote_types(x.dtype, dtype)
         return self.wide_type if dtype == torch.bfloat16 and not self.bf16_products else dtype
 
     def well_scaled(self, weight: ScaledArray) -> bool:
-        """Say whether BF16 products can take a weight's values: BF16 instructions flush subnormal operands and
-        sums. Noted at loading on a device; else read once a weight, when first used.
+        """Say whether BF16 products can take a weight's values: BF16 instructions flush subnormal
+        operands and sums. Noted at loading on a device; else read once a weight, when first used.
         """
         if weight.format == "int8":  # a scale of 8 bits times a code of 7
             return False
@@ -138,7 +145,9 @@ class TorchMatmul(TorchQuant, MatmulOps):
         return known[1]
 
     def note_scales(self, weight: ScaledArray, least: int) -> None:
-        """Keep what ``well_scaled`` will say of a weight whose least E8M0 byte is known: reading it back would stop the device."""
+        """Keep what ``well_scaled`` will say of a weight whose least E8M0 byte is known: reading it
+        back would stop the device.
+        """
         self._well_scaled[id(weight)] = (weight, least >= LEAST_SCALE)
 
     def tiled(self, x: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -157,7 +166,9 @@ class TorchMatmul(TorchQuant, MatmulOps):
         return self.dequantise(weight, dtype) if isinstance(weight, ScaledArray) else weight.to(dtype)
 
     def matrix(self, weights: tuple[Weight, ...], dtype: torch.dtype) -> Tensor | None:
-        """Weights one above the other in ``dtype``: the weight itself, or kept in the weight cache; None where that cannot hold it."""
+        """Weights one above the other in ``dtype``: the weight itself, or kept in the weight cache;
+        None where that cannot hold it.
+        """
         if len(weights) == 1 and not isinstance(weights[0], ScaledArray) and weights[0].dtype == dtype:
             return weights[0]
         key = (dtype, *map(id, weights))
@@ -169,7 +180,9 @@ class TorchMatmul(TorchQuant, MatmulOps):
         )
 
     def packed(self, weights: tuple[Weight, ...], dtype: torch.dtype) -> Tensor | None:
-        """Weights one above the other in oneDNN's layout; None where the device, the dtype or the weight cache does not allow it."""
+        """Weights one above the other in oneDNN's layout; None where the device, the dtype or the
+        weight cache does not allow it.
+        """
         if dtype not in self.one_dnn or weights[0].shape[0] < NARROW:
             return None
         key = (_PACKED[dtype], *map(id, weights))
@@ -192,8 +205,9 @@ class TorchMatmul(TorchQuant, MatmulOps):
 
     @cached_property
     def one_dnn(self) -> tuple[torch.dtype, ...]:
-        """Dtypes of oneDNN's linear layer: none but on a CPU, in a torch that was built with it. BF16 where the CPU has
-        AVX-512: there a row of float32 is faster by ``linear`` (MKL), on weights as they are. Elsewhere float32.
+        """Dtypes of oneDNN's linear layer: none but on a CPU, in a torch that was built with it.
+        BF16 where the CPU has AVX-512: there a row of float32 is faster by ``linear`` (MKL), on
+        weights as they are. Elsewhere float32.
         """
         built = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
         if not (self.on_cpu and built and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
@@ -202,14 +216,16 @@ class TorchMatmul(TorchQuant, MatmulOps):
 
     @cached_property
     def bf16_products(self) -> bool:
-        """Whether BF16 operands are multiplied as such. A CPU without the instructions emulates them, several times slower
-        than it multiplies float32: there operands are widened, and results rounded to BF16 all the same.
+        """Whether BF16 operands are multiplied as such. A CPU without the instructions emulates
+        them, several times slower than it multiplies float32: there operands are widened, and
+        results rounded to BF16 all the same.
         """
         return not self.on_cpu or cpu_multiplies_bf16()
 
 
 def expert_of_rows(row: Tensor, offsets: Tensor, experts: int) -> Tensor:
-    """Expert whose rows ``offsets[e] .. offsets[e + 1] - 1`` hold each row, int32; the last for rows of none.
+    """Expert whose rows ``offsets[e] .. offsets[e + 1] - 1`` hold each row, int32; the last for
+    rows of none.
 
     As ``searchsorted``, by comparing and adding: searching runs on a scalar core of some devices.
     """

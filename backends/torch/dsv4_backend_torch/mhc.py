@@ -44,9 +44,11 @@ class TorchMhc(TorchNorm, TorchMatmul, MhcOps):
         return (mixes[:, :hc] * scale[0] + base[:hc]).sigmoid().add_(eps)
 
     def sinkhorn(self, comb: Tensor, eps: float, iters: int) -> Tensor:
-        """Divide ``comb`` [tokens, hc, hc] by its column sums; then ``iters - 1`` times by its row sums and its column sums."""
-        # NumPy on the same memory, tokens last: a sum is then the addition of a few long rows, and a call costs a
-        # third of torch's
+        """Divide ``comb`` [tokens, hc, hc] by its column sums; then ``iters - 1`` times by its row
+        sums and its column sums.
+        """
+        # NumPy on the same memory, tokens last: a sum is then the addition of a few long rows, and
+        # a call costs a third of torch's
         if self.on_cpu:
             return torch.from_numpy(sinkhorn(comb.permute(1, 2, 0).contiguous().numpy(), eps, iters)).permute(2, 0, 1)
         comb = comb / (comb.sum(-2, keepdim=True) + eps)

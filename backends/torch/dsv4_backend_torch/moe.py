@@ -13,12 +13,16 @@ SHORT = 64  # rows that are not worth cutting into blocks
 
 
 def silu(x: Tensor) -> Tensor:
-    """``x * sigmoid(x)`` of a wide tensor that may be overwritten; torch's own is a unit off in float64, where that shows."""
+    """``x * sigmoid(x)`` of a wide tensor that may be overwritten; torch's own is a unit off in
+    float64, where that shows.
+    """
     return x / x.neg().exp_().add_(1) if x.dtype == torch.float64 else functional.silu(x, inplace=True)
 
 
 def swiglu_(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """``silu(min(gate, limit)) * clamp(up, -limit, limit)`` of wide tensors, which are overwritten."""
+    """``silu(min(gate, limit)) * clamp(up, -limit, limit)`` of wide tensors, which are
+    overwritten.
+    """
     return silu(gate.clamp_(max=limit)).mul_(up.clamp_(-limit, limit))
 
 

@@ -62,7 +62,9 @@ class TorchNorm(Numeric, NormOps):
         return torch.cat([x[..., :-rotated], self.rounded(y)], -1)
 
     def _few_rotations(self, positions: Tensor, freqs: Tensor) -> Tensor | None:
-        """Cosines and sines of a few positions, kept for the layer's other arrays; None where they are not few."""
+        """Cosines and sines of a few positions, kept for the layer's other arrays; None where they
+        are not few.
+        """
         assert self.compiled
         kept = self._rotation
         if kept is None or kept[0] is not positions:
@@ -85,15 +87,18 @@ class TorchNorm(Numeric, NormOps):
         return torch.cat([x[..., :-rotated], self.rounded(y)], -1)
 
     def turning(self, positions: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of each pair's angle, [tokens, 1, half]; the angle is a float32 product in every mode."""
+        """Cosine and sine of each pair's angle, [tokens, 1, half]; the angle is a float32 product
+        in every mode.
+        """
         angle = self.widen(positions.to(torch.float32)[:, None] * freqs)[:, None]
         return angle.cos(), angle.sin()
 
     def rotation(self, positions: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
-        """``cos + i sin`` of each pair's angle, [tokens, 1, half], and its inverse; the angle is a float32 product in every mode.
+        """``cos + i sin`` of each pair's angle, [tokens, 1, half], and its inverse; the angle is a
+        float32 product in every mode.
 
-        On a CPU those of the last positions are kept: a layer turns four or more arrays by the same angles. On a device a
-        kept tensor would break a captured graph.
+        On a CPU those of the last positions are kept: a layer turns four or more arrays by the same
+        angles. On a device a kept tensor would break a captured graph.
         """
         kept = self._rotation
         if kept is None or kept[0] is not positions:

@@ -26,8 +26,8 @@ _DOUBLE = {
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Give torch's dtype object for a dtype name; raise ``ValueError`` where this torch has none. Looked up when
-    called, never at import.
+    """Give torch's dtype object for a dtype name; raise ``ValueError`` where this torch has none.
+    Looked up when called, never at import.
     """
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
@@ -39,7 +39,9 @@ def torch_dtype(name: str) -> torch.dtype:
 
 @functools.cache
 def table(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One of the format tables of ``dsv4_core.contract.dtypes`` in ``dtype`` on ``device``. Pairs of values are one element of twice the width."""
+    """One of the format tables of ``dsv4_core.contract.dtypes`` in ``dtype`` on ``device``. Pairs
+    of values are one element of twice the width.
+    """
     values = torch.from_numpy(getattr(dtypes, name).copy()).to(device=device, dtype=dtype)
     return values if values.ndim == 1 else values.view(_DOUBLE[dtype.itemsize])[:, 0]
 
@@ -62,7 +64,8 @@ class Numeric(Ops):
 
     @cached_property
     def compiled(self) -> Kernels | None:
-        """The C kernels for a few tokens on a CPU; None where PyTorch does everything: by option, in float64, without a compiler.
+        """The C kernels for a few tokens on a CPU; None where PyTorch does everything: by option,
+        in float64, without a compiler.
 
         Raises ``NotCompiledError`` where they cannot be built and the option says that they must.
         """
@@ -89,13 +92,15 @@ class Numeric(Ops):
         return x if x.dtype == self.act_type else x.to(self.act_type)
 
     def blocks(self, rows: int, width: int) -> Iterator[slice]:
-        """Slices of rows that fill the second cache level of a CPU in float32; on a device, all rows at once."""
+        """Slices of rows that fill the second cache level of a CPU in float32; on a device, all
+        rows at once.
+        """
         step = max(1, BLOCK // max(1, width)) if self.on_cpu else max(1, rows)
         return (slice(i, i + step) for i in range(0, rows, step))
 
     def lookup(self, name: str, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """Values of codes by one of the tables of ``dsv4_core.contract.dtypes``: several times faster on a CPU than torch's
-        own casts from float8.
+        """Values of codes by one of the tables of ``dsv4_core.contract.dtypes``: several times
+        faster on a CPU than torch's own casts from float8.
         """
         return table(name, dtype, codes.device).index_select(0, codes.to(torch.int32).reshape(-1)).reshape(codes.shape)
 

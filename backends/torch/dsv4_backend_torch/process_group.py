@@ -1,4 +1,6 @@
-"""Ranks over torch.distributed: gloo on a CPU, NCCL on cuda, HCCL on npu; what the device is decides."""
+"""Ranks over torch.distributed: gloo on a CPU, NCCL on cuda, HCCL on npu; what the device is
+decides.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +41,16 @@ class TorchProcessGroup(StoredRanks):
         """Codes [n, dim] times scales [n, dim / block], in the activation dtype."""
         be = self.backend
         values = be.decode_e4m3(codes, be.act_type).reshape(*scale.shape, block)
-        # exponents as float32's; act_quant makes none of 0 or 255. A product: shifts run on a scalar core of some devices
+        # exponents as float32's; act_quant makes none of 0 or 255. A product: shifts run on a
+        # scalar core of some devices
         scales = (scale.to(torch.int32) * (1 << 23)).view(torch.float32)
         return (values * scales.to(be.act_type)[..., None]).reshape(codes.shape)
 
 
 class TorchGroup:
-    """Collectives among some of the ranks. What is only moved travels as bytes, whatever dtypes the library knows."""
+    """Collectives among some of the ranks. What is only moved travels as bytes, whatever dtypes the
+    library knows.
+    """
 
     def __init__(self, backend: TorchQuant, group: Any, size: int) -> None:
         self.backend, self.group, self.size = backend, group, size

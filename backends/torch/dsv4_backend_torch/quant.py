@@ -1,4 +1,6 @@
-"""Activation quantisation and the Hadamard rotation. Rounding is arithmetic on float bits, so that it is the same on every device."""
+"""Activation quantisation and the Hadamard rotation. Rounding is arithmetic on float bits, so that
+it is the same on every device.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def hadamard_matrix(dim: int, dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 def scale_bits(blocks: Tensor, fmt: Format) -> Tensor:
-    """Float32 bits, as int32, of the smallest power-of-two scales that fit blocks [..., block] into the format: a bare exponent."""
+    """Float32 bits, as int32, of the smallest power-of-two scales that fit blocks [..., block] into
+    the format: a bare exponent.
+    """
     amax = blocks.abs().amax(-1).to(torch.float32)
     return (
         amax.clamp_(min=AMAX_FLOOR[fmt])
@@ -53,26 +57,32 @@ def scale_bytes(bits: Tensor) -> Tensor:
 
 
 def whole_part(x: Tensor, bits: int) -> Tensor:
-    """``x >> bits``. On a device it is a division, which is exact and has kernels everywhere: shifts run on the host's or a
-    chip's scalar cores in some (aclnnRightShift).
+    """``x >> bits``. On a device it is a division, which is exact and has kernels everywhere:
+    shifts run on the host's or a chip's scalar cores in some (aclnnRightShift).
     """
     return x >> bits if x.device.type == "cpu" else x.div(1 << bits, rounding_mode="floor")
 
 
 def grid_scale(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales [..., 1] of their bits: byte 0 (met only beside a NaN) is 2^-127, byte 255 (beside an infinity) is infinity."""
+    """Scales [..., 1] of their bits: byte 0 (met only beside a NaN) is 2^-127, byte 255 (beside an
+    infinity) is infinity.
+    """
     return bits.view(torch.float32).clamp(min=2.0**-127).to(dtype)[..., None]
 
 
 def nan_if_infinite(scale: Tensor) -> Tensor:
-    """Scales that leave nothing but NaN beside an infinity: infinity less itself is NaN; any other scale stays."""
+    """Scales that leave nothing but NaN beside an infinity: infinity less itself is NaN; any other
+    scale stays.
+    """
     return (scale - scale).add_(scale)
 
 
 def round_to_grid(x: Tensor, fmt: Format) -> Tensor:
-    """Clamp and round float32 or float64 to nearest even on the format's grid, in ``x``'s own dtype; the sign of zero is kept.
+    """Clamp and round float32 or float64 to nearest even on the format's grid, in ``x``'s own
+    dtype; the sign of zero is kept.
 
-    Adding 1.5 * 2^(exponent - grid's mantissa bits + dtype's) leaves no room for finer bits: the addition itself rounds.
+    Adding 1.5 * 2^(exponent - grid's mantissa bits + dtype's) leaves no room for finer bits: the
+    addition itself rounds.
     """
     if fmt == "e4m3" and x.dtype == torch.float32 and has_e4m3(x):
         return to_e4m3(x).to(torch.float32)
@@ -85,7 +95,9 @@ def round_to_grid(x: Tensor, fmt: Format) -> Tensor:
 
 
 def has_e4m3(x: Tensor) -> bool:
-    """Say whether torch's own cast rounds ``x``: on a CPU, in a torch that has the dtype. Proven equal to the arithmetic in the tests."""
+    """Say whether torch's own cast rounds ``x``: on a CPU, in a torch that has the dtype. Proven
+    equal to the arithmetic in the tests.
+    """
     return x.device.type == "cpu" and hasattr(torch, "float8_e4m3fn")
 
 
@@ -95,8 +107,8 @@ def to_e4m3(x: Tensor) -> Tensor:
 
 
 def signed_like(rounded: Tensor, y: Tensor, *, on_cpu: bool | None = None) -> Tensor:
-    """Give rounded values the signs of ``y``, without ``copysign`` (which torch-npu has no kernel for) on a device: only
-    zeros lose theirs in rounding, so that setting a bit is enough.
+    """Give rounded values the signs of ``y``, without ``copysign`` (which torch-npu has no kernel
+    for) on a device: only zeros lose theirs in rounding, so that setting a bit is enough.
     """
     if y.device.type == "cpu" if on_cpu is None else on_cpu:
         return torch.copysign(rounded, y)
@@ -148,7 +160,9 @@ class TorchQuant(Numeric, QuantOps):
         return self.on_grid(self.widen(x).reshape(x.shape[0], x.shape[1] // block, block), fmt).reshape(x.shape)
 
     def on_grid(self, blocks: Tensor, fmt: Format) -> Tensor:
-        """Quantise and dequantise blocks [..., block]: exactly ``q * scale``, and NaN beside an infinity, which is 0 times the scale."""
+        """Quantise and dequantise blocks [..., block]: exactly ``q * scale``, and NaN beside an
+        infinity, which is 0 times the scale.
+        """
         scale = grid_scale(scale_bits(blocks, fmt), blocks.dtype)
         return round_to_grid(blocks / scale, fmt).mul_(scale)
 
@@ -157,8 +171,9 @@ class TorchQuant(Numeric, QuantOps):
         return self.numerics == "native" and isinstance(weight, ScaledArray) and weight.format != "int8"
 
     def quantised_activation(self, x: Tensor, weight: Format = "e4m3") -> Tensor:
-        """What a linear layer with a scaled weight multiplies: in native mode FP8 in blocks of 128, exact in BF16, or int8
-        per token, in float32, beside an int8 weight; ``x`` in the exact modes.
+        """What a linear layer with a scaled weight multiplies: in native mode FP8 in blocks of 128,
+        exact in BF16, or int8 per token, in float32, beside an int8 weight; ``x`` in the exact
+        modes.
         """
         if self.numerics != "native":
             return x
@@ -192,7 +207,9 @@ class TorchQuant(Numeric, QuantOps):
         return self.lookup("E2M1_PAIRS", packed, dtype).view(dtype)
 
     def dequantise(self, weight: ScaledArray, dtype: torch.dtype) -> Tensor:
-        """Codes times scales [..., out, in] (a stack or one matrix): exact in BF16 and wider; int8 is rounded to ``dtype``."""
+        """Codes times scales [..., out, in] (a stack or one matrix): exact in BF16 and wider; int8
+        is rounded to ``dtype``.
+        """
         *lead, out, cols = weight.shape
         if weight.format == "int8":
             return weight.data.to(dtype).mul_(weight.scale.to(dtype)[..., None])

@@ -1,7 +1,7 @@
 """A decode step as a tape: the calls of C kernels that it made, repeated by one call.
 
-A step is run once and every kernel that it calls is written down with its addresses; what it computed by PyTorch instead cannot be
-written down, so such a step is run each time.
+A step is run once and every kernel that it calls is written down with its addresses; what it
+computed by PyTorch instead cannot be written down, so such a step is run each time.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ class Watch(TorchDispatchMode):
 
 
 class Recorded:
-    """A function of a step's buffers as a tape. ``why``: what kept it from being one, once it has been called."""
+    """A function of a step's buffers as a tape. ``why``: what kept it from being one, once it has
+    been called.
+    """
 
     def __init__(self, backend: Recording, function: Callable[..., Any]) -> None:
         self.backend, self.function = backend, function

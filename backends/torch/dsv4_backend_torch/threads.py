@@ -16,7 +16,9 @@ def cores() -> int:
 
 
 def quota(root: Path) -> float:
-    """Cores that the control group at ``root`` may use, by either version's files; infinity where it says nothing."""
+    """Cores that the control group at ``root`` may use, by either version's files; infinity where
+    it says nothing.
+    """
     for name, period in (("cpu.max", None), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         try:
             words = (root / name).read_text().split()

@@ -1,4 +1,6 @@
-"""Weights on the device: stacks of experts, and dequantised or repacked matrices kept up to a number of bytes."""
+"""Weights on the device: stacks of experts, and dequantised or repacked matrices kept up to a
+number of bytes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ if TYPE_CHECKING:
 
 
 class WeightCache:
-    """Maps weights, by identity, to a matrix made of them; least recently used first out. ``nbytes`` never exceeds ``capacity``."""
+    """Maps weights, by identity, to a matrix made of them; least recently used first out.
+    ``nbytes`` never exceeds ``capacity``.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -46,7 +50,9 @@ class WeightCache:
 
 
 class StackedExperts(Experts):
-    """Routed experts whose codes and scales lie in one tensor each, [experts, ...]: what a grouped kernel reads. Items are views."""
+    """Routed experts whose codes and scales lie in one tensor each, [experts, ...]: what a grouped
+    kernel reads. Items are views.
+    """
 
     def __init__(self, stack: ScaledArray | Tensor) -> None:
         super().__init__([stack[e] for e in range(stack.shape[0])])

@@ -1,4 +1,6 @@
-"""A case: sizes and scalars that an op is tried with; each family of ops has its own in the file of that name."""
+"""A case: sizes and scalars that an op is tried with; each family of ops has its own in the file of
+that name.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,10 @@ if TYPE_CHECKING:
 class Case:
     """Sizes and scalars that an op is tried with; ``name`` says what the case would break.
 
-    ``data`` names how the operands are filled, ``dtypes`` the format of weights that are not bfloat16 (``e4m3``,
-    ``e2m1``, ``int8``, ``float32``), ``views`` whether operands are non-contiguous. A scalar ``"act"`` or ``"wide"`` stands for
-    that dtype's name, a ``layout`` of ``"kv"`` ... for its RowLayout.
+    ``data`` names how the operands are filled, ``dtypes`` the format of weights that are not
+    bfloat16 (``e4m3``, ``e2m1``, ``int8``, ``float32``), ``views`` whether operands are
+    non-contiguous. A scalar ``"act"`` or ``"wide"`` stands for that dtype's name, a ``layout`` of
+    ``"kv"`` ... for its RowLayout.
     """
 
     name: str

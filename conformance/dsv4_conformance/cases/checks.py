@@ -41,7 +41,9 @@ def level_of(spec: OpSpec) -> int:
 
 
 def judge_call(call: Call, session: Session, expected: list[Expected] | None = None) -> Verdict:
-    """Run a call on the session's backend and judge every result (against ``expected`` where the oracle has been asked already)."""
+    """Run a call on the session's backend and judge every result (against ``expected`` where the
+    oracle has been asked already).
+    """
     spec, backend = call.spec, session.backend
     if expected is None:
         expected = expect(call, session.oracle, backend)
@@ -159,7 +161,9 @@ class OpCase:
 
 
 def checks(numerics: Numerics) -> list[Check]:
-    """Every declared case of every op, but for weight formats that a backend need not have; in the full tier smoke's with more seeds."""
+    """Every declared case of every op, but for weight formats that a backend need not have; in the
+    full tier smoke's with more seeds.
+    """
     del numerics
     cases = [(spec, case) for spec in OPS.values() for case in every_case(spec) if not optional(case)]
     again = [OpCase(s, c, again=i) for s, c in cases if c.tier == "smoke" for i in range(1, SEEDS)]
@@ -167,7 +171,9 @@ def checks(numerics: Numerics) -> list[Check]:
 
 
 def every_case(spec: OpSpec) -> list[Case]:
-    """An op's declared cases, those at published extents, and those in which data and sizes meet."""
+    """An op's declared cases, those at published extents, and those in which data and sizes
+    meet.
+    """
     return list(_every_case(spec.name))
 
 

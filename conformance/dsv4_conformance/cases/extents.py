@@ -1,7 +1,9 @@
-"""Sizes that real models reach, one axis at a time: an op at each published extent with its other axes tiny.
+"""Sizes that real models reach, one axis at a time: an op at each published extent with its other
+axes tiny.
 
-What the published models reach is computed from their configurations; ``CHUNK`` tokens are fed at a time. An axis whose
-extent is no multiple of a block is also tried one past it, so that full tiles and a rest both occur.
+What the published models reach is computed from their configurations; ``CHUNK`` tokens are fed at a
+time. An axis whose extent is no multiple of a block is also tried one past it, so that full tiles
+and a rest both occur.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ Change = dict[str, Any]
 
 
 def at(axis: str, extent: int, data: Sequence[str] = ("normal",), **others: int) -> list[Change]:
-    """The changes that bring one axis to an extent; ``others``: what the tiny axes must be beside it."""
+    """The changes that bring one axis to an extent; ``others``: what the tiny axes must be beside
+    it.
+    """
     beside = {"in" if name == "inner" else name: n for name, n in others.items()}  # Python reserves ``in``
     return [{axis: extent, **beside, "data": flavour} for flavour in data]
 

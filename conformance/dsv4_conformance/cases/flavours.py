@@ -13,12 +13,16 @@ Fill = Callable[[np.random.Generator, tuple[int, ...]], Host]
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
-    """Unit normal noise: what the other flavours start from, and what an unknown name falls back to."""
+    """Unit normal noise: what the other flavours start from, and what an unknown name falls back
+    to.
+    """
     return rng.standard_normal(shape)
 
 
 def outliers(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
-    """A thousandfold in one channel of 32 (at least one), as activations of large models have them."""
+    """A thousandfold in one channel of 32 (at least one), as activations of large models have
+    them.
+    """
     x = normal(rng, shape)
     channels = rng.choice(max(shape[-1], 1), max(1, shape[-1] // 32), replace=False) if shape[-1] else np.arange(0)
     x[..., channels] *= 1000
@@ -86,7 +90,9 @@ def peaked(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
 
 
 def late(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
-    """Rows that grow towards their end, so that a running maximum moves again and again, and last of all in the last column."""
+    """Rows that grow towards their end, so that a running maximum moves again and again, and last
+    of all in the last column.
+    """
     x = normal(rng, shape)
     return np.asarray(x * np.linspace(0.1, 3, max(shape[-1], 1))[: shape[-1]] + np.linspace(0, 4, shape[-1]))
 
@@ -156,7 +162,9 @@ def _grid(fmt: str) -> tuple[Host, float]:
 
 
 def midpoints(fmt: str, dtype: str, shape: tuple[int, ...], block: int) -> Host:
-    """Every midpoint of neighbouring codes and its neighbours in ``dtype`` on either side; each block's first channel fixes the scale at 1."""
+    """Every midpoint of neighbouring codes and its neighbours in ``dtype`` on either side; each
+    block's first channel fixes the scale at 1.
+    """
     grid, top = _grid(fmt)
     middle = ((grid[1:] + grid[:-1]) / 2).astype(numpy_dtype(dtype))
     points = np.concatenate([middle, _step(middle, -1), _step(middle, 1), grid.astype(middle.dtype)]).astype(np.float64)
@@ -171,7 +179,9 @@ def midpoints(fmt: str, dtype: str, shape: tuple[int, ...], block: int) -> Host:
 
 
 def scale_edges(fmt: str, dtype: str, shape: tuple[int, ...], block: int, rng: np.random.Generator) -> Host:
-    """Block maxima at format maximum times every power of two of bfloat16, and its neighbours in ``dtype`` on either side."""
+    """Block maxima at format maximum times every power of two of bfloat16, and its neighbours in
+    ``dtype`` on either side.
+    """
     _, top = _grid(fmt)
     exponents = np.arange(-126, 128 - (9 if fmt == "e4m3" else 3))
     edge = (top * np.exp2(exponents)).astype(numpy_dtype(dtype))

@@ -1,4 +1,6 @@
-"""How an op's operands are made from a case: floats by flavour, weights in the checkpoint's formats, indices that mean something."""
+"""How an op's operands are made from a case: floats by flavour, weights in the checkpoint's
+formats, indices that mean something.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ class Maker:
         return self.floats(*shape, dtype=dtype, data="normal", scale=scale)
 
     def weight(self, name: str, out: int, cols: int, default: str = "bfloat16") -> Any:
-        """A weight [out, cols] in the format that the case states for ``name``; None for ``"none"``."""
+        """A weight [out, cols] in the format that the case states for ``name``; None for
+        ``"none"``.
+        """
         fmt = self.case.dtypes.get(name, default)
         if fmt in {"bfloat16", "float32"}:
             flavour = self.data if self.data in {"integers", "positive"} else "normal"
@@ -130,7 +134,9 @@ class Maker:
         return self.rng.integers(low, max(high, low + 1), shape).astype(np.int32)
 
     def slots(self, rows: int, count: int) -> Host:
-        """Distinct rows in any order: of a large array the last ones, whose addresses need the most bits, and one of the first."""
+        """Distinct rows in any order: of a large array the last ones, whose addresses need the most
+        bits, and one of the first.
+        """
         if rows <= SMALL:
             return self.rng.permutation(rows)[:count].astype(np.int32)
         index = rows - 1 - self.rng.permutation(count)
@@ -138,7 +144,9 @@ class Maker:
         return index.astype(np.int32)
 
     def some_missing(self, index: Host, share: float = 0.3) -> Host:
-        """The indices with ``share`` of them -1, at least one of several; all of them for the flavours that say so."""
+        """The indices with ``share`` of them -1, at least one of several; all of them for the
+        flavours that say so.
+        """
         if self.data in {"all_masked", "nothing"}:
             return np.full_like(index, -1)
         if self.data == "padding":
@@ -162,7 +170,9 @@ class Maker:
         return picks
 
     def far_cache(self, slots: int, filled: int, layout: RowLayout) -> Host:
-        """A cache of ``slots`` rows, but of no more than just over 2^31 bytes; its last ``filled`` rows filled, the others holes."""
+        """A cache of ``slots`` rows, but of no more than just over 2^31 bytes; its last ``filled``
+        rows filled, the others holes.
+        """
         rows = self.packed(filled, layout)
         cache = np.zeros((min(slots, (1 << 31) // rows[0].nbytes + 2 * filled), rows.shape[1]), rows.dtype)
         cache[-filled:] = rows

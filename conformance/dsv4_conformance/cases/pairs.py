@@ -1,8 +1,10 @@
-"""Data meets size: for every op, cases in which each pair of (flavour of data, rows, variant, memory layout) occurs.
+"""Data meets size: for every op, cases in which each pair of (flavour of data, rows, variant,
+memory layout) occurs.
 
-A fault often takes two things at once: a flavour that fills a tile's last lane, a large value in a decode kernel of its own. All
-combinations would be too many; a covering array holds every *pair* of them in few cases. Rows are those of decode steps (powers
-of two up to 128, as servers batch them, which fill tiles exactly), one past a tile, and three.
+A fault often takes two things at once: a flavour that fills a tile's last lane, a large value in a
+decode kernel of its own. All combinations would be too many; a covering array holds every *pair* of
+them in few cases. Rows are those of decode steps (powers of two up to 128, as servers batch them,
+which fill tiles exactly), one past a tile, and three.
 """
 
 from __future__ import annotations
@@ -63,7 +65,9 @@ def rows_of(case: Case) -> str:
 
 
 def variants(cases: Sequence[Case]) -> list[Case]:
-    """One ordinary case of each combination of scalars and formats that the op's smoke cases have."""
+    """One ordinary case of each combination of scalars and formats that the op's smoke cases
+    have.
+    """
     found: dict[tuple[object, ...], Case] = {}
     for c in cases:
         if c.tier == "smoke" and c.data in {"normal", "ties"} and not c.views and c.sizes.get(rows_of(c)) != 1:
@@ -73,7 +77,9 @@ def variants(cases: Sequence[Case]) -> list[Case]:
 
 @functools.cache
 def covering(*sizes: int) -> list[tuple[int, ...]]:
-    """Rows of levels, one a factor of ``sizes`` levels, in which every pair of levels of two factors occurs; greedy, the same each time."""
+    """Rows of levels, one a factor of ``sizes`` levels, in which every pair of levels of two
+    factors occurs; greedy, the same each time.
+    """
     rng = np.random.default_rng(0)
     factors = range(len(sizes))
     open_pairs = {(f, g, a, b) for f, g in combinations(factors, 2) for a in range(sizes[f]) for b in range(sizes[g])}

@@ -178,7 +178,9 @@ def _compress(m: Maker) -> list[Any]:
 
 
 def _index_operands(m: Maker) -> tuple[Host, Host, Host]:
-    """Queries, head weights (of either sign) and keys, the latter as the graph gives them: on the FP4 grid."""
+    """Queries, head weights (of either sign) and keys, the latter as the graph gives them: on the
+    FP4 grid.
+    """
     b, s, h, d, n = m["batch"], m["seq"], m["heads"], m["dim"], m["rows"]
     if m.data == "close":
         return _close(m)
@@ -191,9 +193,11 @@ def _index_operands(m: Maker) -> tuple[Host, Host, Host]:
 
 
 def _close(m: Maker) -> tuple[Host, Host, Host]:
-    """Scores that are whole numbers next to each other, far from zero: exact in float32 whatever the order, equal in bfloat16.
+    """Scores that are whole numbers next to each other, far from zero: exact in float32 whatever
+    the order, equal in bfloat16.
 
-    A key's channels are 6 but for the first two, which spell its place; the first head alone has a weight.
+    A key's channels are 6 but for the first two, which spell its place; the first head alone has a
+    weight.
     """
     b, s, h, d, n = m["batch"], m["seq"], m["heads"], m["dim"], m["rows"]
     place = np.stack([m.rng.permutation(n) for _ in range(b)]) % 64
@@ -265,7 +269,9 @@ def _cache_of(rows: Host, layout: RowLayout) -> Host:
 
 
 def _rising(m: Maker, tokens: int, heads: int, rows: int) -> tuple[Host, Host]:
-    """Queries and keys whose scores grow with the row (``early``: fall), by some thirty from end to end: each tile has a new maximum."""
+    """Queries and keys whose scores grow with the row (``early``: fall), by some thirty from end to
+    end: each tile has a new maximum.
+    """
     q, kv = m.floats(tokens, heads, m["dim"], data="normal"), m.floats(rows, m["dim"], data="normal")
     q[..., 0], kv[:, 0] = m["dim"] ** 0.5, np.linspace(0, 30, rows)[:: -1 if m.data == "early" else 1]
     return q, kv
@@ -331,7 +337,9 @@ def _hc_add(m: Maker) -> list[Any]:
 
 
 def _mix_scale(m: Maker) -> tuple[Host, Host]:
-    """``scale`` and ``base`` of the mixes: near one for ordinary data, far apart where Sinkhorn shall converge slowly."""
+    """``scale`` and ``base`` of the mixes: near one for ordinary data, far apart where Sinkhorn
+    shall converge slowly.
+    """
     hc = m.case.sizes.get("hc") or m.case.scalars["hc"]
     scale, base = np.abs(m.plain(3)) + 0.5, m.plain(hc * (hc + 2))
     if m.data == "slow":

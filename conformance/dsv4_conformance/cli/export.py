@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 )
 @click.option("--numerics", type=NUMERICS, default="native", show_default=True, help="The mode that is judged.")
 def command(directory: Path, tier: str, ops: tuple[str, ...], narrower: tuple[str, ...], numerics: str) -> None:
-    """Write cases, inputs, expected outputs and budgets as safetensors and JSON; README.md there describes the layout."""
+    """Write cases, inputs, expected outputs and budgets as safetensors and JSON; README.md there
+    describes the layout.
+    """
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory}: not an empty directory; give a new one, nothing is overwritten")
     declared = {op: OPS[op].narrower for op in narrower}
@@ -62,7 +64,9 @@ def command(directory: Path, tier: str, ops: tuple[str, ...], narrower: tuple[st
 def judge_command(
     directory: Path, results: Path, ops: tuple[str, ...], cases: tuple[str, ...], report: Path | None
 ) -> None:
-    """Judge tensors that another program wrote to RESULTS for the cases in DIRECTORY; a case without results fails."""
+    """Judge tensors that another program wrote to RESULTS for the cases in DIRECTORY; a case
+    without results fails.
+    """
     manifest = read_manifest(directory)
     judging = ["conformance", "judge"]
     commands = Commands(

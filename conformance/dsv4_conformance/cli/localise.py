@@ -60,7 +60,9 @@ def command(
     traced: Path | None,
     cases: Path,
 ) -> None:
-    """Find the first op at which a backend, or two, leave the budget on a real model; exit status 1 if there is one."""
+    """Find the first op at which a backend, or two, leave the budget on a real model; exit status 1
+    if there is one.
+    """
     name = flags.choose().name
     session, ended = Session(flags.create()), ""
     if traced:

@@ -48,7 +48,9 @@ SLICES = 4  # of the seeds: parts that processes take
 def command(
     names: tuple[str, ...], tier: str, seeds: int, whole: bool, jobs: int, out: Path | None, resume: bool
 ) -> None:
-    """Prove that the suite bites: run it on backends with one fault each, until something fails; and on honest ones, which must pass."""
+    """Prove that the suite bites: run it on backends with one fault each, until something fails;
+    and on honest ones, which must pass.
+    """
     from dsv4_conformance.museum.catalogue import MUTANTS, VARIANTS
     from dsv4_conformance.report.certificate import suite
 

@@ -1,4 +1,6 @@
-"""``dsv4 plugin new``: a backend's package that installs and passes level 0, for a vendor to begin with."""
+"""``dsv4 plugin new``: a backend's package that installs and passes level 0, for a vendor to begin
+with.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def new(name: str, out: Path | None) -> None:
 
 
 def write(name: str, folder: Path) -> list[Path]:
-    """Write the package; raise ``ValueError`` for a name that cannot be one, or a folder that holds something."""
+    """Write the package; raise ``ValueError`` for a name that cannot be one, or a folder that holds
+    something.
+    """
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name) or keyword.iskeyword(name):
         raise ValueError(
             f"plugin new {name!r}: a backend's name is a small letter, then small letters, digits and _; 40 at most"

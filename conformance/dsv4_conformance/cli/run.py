@@ -48,7 +48,9 @@ SELECTS = (
 
 @dataclass(frozen=True)
 class Commands:
-    """The command that was run, with the backend that it chose; and the one that ``--case ID`` completes."""
+    """The command that was run, with the backend that it chose; and the one that ``--case ID``
+    completes.
+    """
 
     whole: str
     rerun: str
@@ -248,7 +250,9 @@ def beside(worst: Mapping[str, Any]) -> list[str]:
 def finish(
     result: Run, report: Path | None, commands: Commands, flags: BackendFlags | None, *, as_json: bool = False
 ) -> None:
-    """Print the closing lines or the document, write the reports, leave with the run's exit status."""
+    """Print the closing lines or the document, write the reports, leave with the run's exit
+    status.
+    """
     from dsv4_conformance.report.write import write
 
     if report:

@@ -1,4 +1,6 @@
-"""``dsv4 conformance verify``: whether a report is what it says, by running a drawn sample of it again."""
+"""``dsv4 conformance verify``: whether a report is what it says, by running a drawn sample of it
+again.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ QUICK = ("op", "invariance", "trace")  # groups of which much is drawn; of other
 @click.option("--sample", type=click.IntRange(1), default=40, show_default=True, help="Checks that are run again.")
 @click.option("--seed", type=int, help="Of the draw; by default one that nobody could foresee.")
 def command(report: Path, sample: int, seed: int | None) -> None:
-    """Verify REPORT (report.json or its folder): that it is whole, of these very files, and that a drawn sample comes out the same.
+    """Verify REPORT (report.json or its folder): that it is whole, of these very files, and that a
+    drawn sample comes out the same.
 
     Exit status: 0 verified, 1 something differs, 2 could not be tried.
     """
@@ -66,7 +69,9 @@ def command(report: Path, sample: int, seed: int | None) -> None:
 
 
 def consistent(held: CertifiedReport) -> list[str]:
-    """What a report says of itself that its own findings deny: the level, and for this very suite the list of checks."""
+    """What a report says of itself that its own findings deny: the level, and for this very suite
+    the list of checks.
+    """
     from dsv4_conformance.report import certificate
     from dsv4_conformance.run.catalogue import collect
     from dsv4_conformance.run.runner import level_of_statuses
@@ -100,7 +105,9 @@ def same_files(held: CertifiedReport) -> list[str]:
 
 
 def draw(findings: Sequence[Sworn], count: int, seed: int) -> list[Sworn]:
-    """Draw a sample: at most one check of a model and one law, the rest quick ones; what was unsupported is left out."""
+    """Draw a sample: at most one check of a model and one law, the rest quick ones; what was
+    unsupported is left out.
+    """
     rng = random.Random(seed)
     ran = [f for f in findings if f.status != "unsupported"]
     slow = [[f for f in ran if f.group == group] for group in ("model", "law")]

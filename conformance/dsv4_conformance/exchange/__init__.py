@@ -1,1 +1,3 @@
-"""Cases and results that travel: to programs without Python and back, and verdicts on what others computed."""
+"""Cases and results that travel: to programs without Python and back, and verdicts on what others
+computed.
+"""

@@ -1,5 +1,5 @@
-"""``dsv4 conformance export`` and ``judge``: op cases as files, for programs without Python, and the verdict on what
-they wrote.
+"""``dsv4 conformance export`` and ``judge``: op cases as files, for programs without Python, and
+the verdict on what they wrote.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def output_names(call: Call) -> list[str]:
 def export(
     directory: Path, tier: Tier, numerics: Numerics, ops: Sequence[str], narrower: dict[str, tuple[str, ...]]
 ) -> Iterator[str]:
-    """Write cases; give the id of each. Cases whose point is the memory layout (views), and huge ones, are named as
-    left out.
+    """Write cases; give the id of each. Cases whose point is the memory layout (views), and huge
+    ones, are named as left out.
     """
     backend, oracle = OracleBackend(numerics=numerics), registry.oracle(numerics, narrower)
     entries: list[dict[str, Any]] = []

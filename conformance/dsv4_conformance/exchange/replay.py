@@ -1,5 +1,5 @@
-"""Verdicts on results that somebody else computed, and cases that are not in the catalogue: saved calls, single
-examples of laws.
+"""Verdicts on results that somebody else computed, and cases that are not in the catalogue: saved
+calls, single examples of laws.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def judge_results(
 def judge_recorded(call: Call, results: Sequence[Host], session: Session, samples: int = SAMPLES) -> Verdict:
     """Judge recorded results by the session's oracle; ``samples``: of the first opinion.
 
-    A run has millions of elements, and of a budget's random deviations the largest is now and then far below its scale:
-    what is over budget is judged again by more of them before it counts.
+    A run has millions of elements, and of a budget's random deviations the largest is now and then
+    far below its scale: what is over budget is judged again by more of them before it counts.
     """
     with np.errstate(all="ignore"):
         expected = expect(call, session.oracle, session.backend, samples)
@@ -132,7 +132,9 @@ ADVICE = "save it again: dsv4 conformance localise"
 
 
 def read(path: Path) -> tuple[Shard, forms.SavedCase, dict[str, Any]]:
-    """Read a saved case and hold it to its form: the file, what its metadata state, and the call's description."""
+    """Read a saved case and hold it to its form: the file, what its metadata state, and the call's
+    description.
+    """
     shard = Shard(path)
     stated = checked(shard.metadata, forms.SavedCase, f"{path}: metadata", ADVICE)
     description = json_text(stated.call, dict[str, Any], f"{path}: call", ADVICE)

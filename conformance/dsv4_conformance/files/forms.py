@@ -208,7 +208,9 @@ class Report(Form):
 
 
 def hold_call(description: Any, name: str, advice: str) -> None:
-    """Hold a stored call to its form and to the operands and scalars of its op's contract; raise ``FileError``."""
+    """Hold a stored call to its form and to the operands and scalars of its op's contract; raise
+    ``FileError``.
+    """
     call = checked(description, StoredCall, name, advice)
     if call.op not in OPS:
         raise FileError(f"{name}: op {call.op!r} is none of this version's; {advice}")

@@ -1,11 +1,14 @@
-"""Calls of ops as tensors and JSON, and back: what exported cases, traces and saved findings are made of.
+"""Calls of ops as tensors and JSON, and back: what exported cases, traces and saved findings are
+made of.
 
 A call is described by ``{"op", "scalars", "operands"}``. An operand is null, or has a ``kind``:
 
 - ``array``: ``tensor`` names it;
-- ``scaled``: a quantised weight, ``data`` (codes as bytes; FP4 two a byte, the even column in the low nibble) and
+- ``scaled``: a quantised weight, ``data`` (codes as bytes; FP4 two a byte, the even column in the
+  low nibble) and
 ``scale`` (E8M0 bytes), ``format``;
-- ``experts``: ``count`` of them, of which only those in ``used`` are stored, stacked in this order: ``data``, and
+- ``experts``: ``count`` of them, of which only those in ``used`` are stored, stacked in this order:
+  ``data``, and
 ``scale`` where ``format`` is not null;
 - ``list``: ``parts``, each an operand.
 
@@ -53,8 +56,8 @@ class Packer:
         return sum(t.nbytes for t in self.tensors.values())
 
     def call(self, prefix: str, call: Call, *, share: bool) -> dict[str, Any]:
-        """Add a call's operands under ``prefix``; give its description. ``share``: weights go under ``weights.``
-        instead, once.
+        """Add a call's operands under ``prefix``; give its description. ``share``: weights go under
+        ``weights.`` instead, once.
         """
         operands: dict[str, Form] = {}
         for name, value in call.named().items():

@@ -1,6 +1,7 @@
 """Safetensors files of host arrays: 8 bytes of header length, a JSON header, the tensors' bytes.
 
-``dsv4_core.checkpoint.shards`` maps them; ``decode`` reads one that is in memory (unpacked from an archive).
+``dsv4_core.checkpoint.shards`` maps them; ``decode`` reads one that is in memory (unpacked from an
+archive).
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def encode(tensors: Mapping[str, Host], metadata: Mapping[str, str] | None = Non
 
 
 def _pieces(tensors: Mapping[str, Host], metadata: Mapping[str, str]) -> Iterator[bytes]:
-    """Header, then tensors, widest elements first, so that every tensor is aligned to its own element."""
+    """Header, then tensors, widest elements first, so that every tensor is aligned to its own
+    element.
+    """
     ordered = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0

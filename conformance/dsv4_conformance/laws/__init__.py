@@ -1,1 +1,3 @@
-"""What holds of any input: laws of ops and of small models, and how examples of them are drawn. Recorded models are in ``model``."""
+"""What holds of any input: laws of ops and of small models, and how examples of them are drawn.
+Recorded models are in ``model``.
+"""

@@ -1,5 +1,5 @@
-"""Laws as checks: examples that are known to bite, then Hypothesis hunts for others; what fails is shrunk to a case
-that can be re-run.
+"""Laws as checks: examples that are known to bite, then Hypothesis hunts for others; what fails is
+shrunk to a case that can be re-run.
 """
 
 from __future__ import annotations
@@ -297,7 +297,9 @@ def trial(law: Law, stage: Stage, example: Example) -> str | None:
 
 
 def hunt(law: Law, stage: Stage, examples: int, seed: int) -> tuple[Example, str] | None:
-    """Let Hypothesis look for an example that breaks a law, and shrink it; None if it finds none."""
+    """Let Hypothesis look for an example that breaks a law, and shrink it; None if it finds
+    none.
+    """
     broken: dict[str, tuple[Example, str]] = {}
     kept: dict[str, bool] = {}
     tried_since = 0
@@ -372,7 +374,9 @@ class LawCheck:
         return self.law.level
 
     def run(self, session: Session) -> Finding:
-        """Try the examples; at ``standard`` and ``full`` hunt for others, and for a smaller one than what failed."""
+        """Try the examples; at ``standard`` and ``full`` hunt for others, and for a smaller one
+        than what failed.
+        """
         if "stage" not in session.shared:
             session.shared["stage"] = Stage.of(session.backend)
         stage: Stage = session.shared["stage"]
@@ -405,8 +409,8 @@ class LawCheck:
 
 
 def example_check(case_id: str) -> LawCheck:
-    """The check of one example, by the id that a failure printed; raise ``ValueError`` where there is no such law or
-    key.
+    """The check of one example, by the id that a failure printed; raise ``ValueError`` where there
+    is no such law or key.
     """
     name, _, text = case_id.removeprefix(PREFIX).partition(":")
     law = next((w for w in LAWS if w.name == name), None)

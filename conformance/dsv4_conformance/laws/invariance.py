@@ -1,4 +1,6 @@
-"""Bits: the same call twice, a row alone or among others, and a result that the next call leaves alone."""
+"""Bits: the same call twice, a row alone or among others, and a result that the next call leaves
+alone.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ OF_OPS = frozenset({"buffer_reuse", "another_thread"})
 AGAIN = 6  # calls whose bits are compared with the first one's: an atomic sum differs now and then
 FURTHER = 6  # calls after which a result must still be there: buffers that take turns are few
 WHOLE = frozenset({"dispatch", "combine", "expert_linear", "cached_sparse_attn", "cached_index_topk", "compress"})
-"""Ops whose operands refer to each other's rows, so that no part of them stands alone; the model's laws cover them."""
+"""Ops whose operands refer to each other's rows, so that no part of them stands alone; the model's
+laws cover them.
+"""
 
 
 class FormError(TypeError):
@@ -35,8 +39,8 @@ class FormError(TypeError):
 
 
 def plain_run(call: Call, backend: Backend) -> tuple[Any, list[Host]]:
-    """Run a call without guards; give what was returned, and its results as copies on the host. Raise ``FormError`` where it has not
-    the contract's form.
+    """Run a call without guards; give what was returned, and its results as copies on the host.
+    Raise ``FormError`` where it has not the contract's form.
     """
     placed = [place(backend, n, o, lambda _, x: backend.from_numpy(copied(x))) for n, o in call.named().items()]
     with np.errstate(all="ignore"):
@@ -58,7 +62,9 @@ def bits_differ(a: Host, b: Host) -> Host:
 
 @dataclass(frozen=True)
 class Bitwise:
-    """A law on one op case: ``determinism`` and ``batch_invariance`` of its bits; ``buffer_reuse`` and ``another_thread``."""
+    """A law on one op case: ``determinism`` and ``batch_invariance`` of its bits; ``buffer_reuse``
+    and ``another_thread``.
+    """
 
     case: OpCase
     law: str
@@ -103,7 +109,9 @@ class Bitwise:
         return verdict
 
     def another_thread(self, call: Call, session: Session) -> Verdict:
-        """What another thread computes is what the first one does; the backend was made and first called there."""
+        """What another thread computes is what the first one does; the backend was made and first
+        called there.
+        """
         _, first = plain_run(call, session.backend)
         with ThreadPoolExecutor(1) as pool:
             _, second = pool.submit(plain_run, call, session.backend).result()
@@ -164,7 +172,9 @@ def _compare(want: list[Host], got: list[Host], what: str) -> Verdict:
 
 
 def checks(numerics: Numerics) -> list[Check]:
-    """Determinism, buffers and threads of every variant of scalars and formats that an op has; invariance of cases with rows enough."""
+    """Determinism, buffers and threads of every variant of scalars and formats that an op has;
+    invariance of cases with rows enough.
+    """
     del numerics
     found: list[Check] = []
     for spec in OPS.values():
@@ -182,7 +192,9 @@ def checks(numerics: Numerics) -> list[Check]:
 
 
 def cost(backend: Backend) -> str:
-    """What a batch-invariant mode costs: CPU time of the real-size cases against the same backend without it."""
+    """What a batch-invariant mode costs: CPU time of the real-size cases against the same backend
+    without it.
+    """
     options = {o.name: getattr(backend, o.name) for o in backend.options}
     other = type(backend)(numerics=backend.numerics, **{**options, "batch_invariant": False})
     parts = []

@@ -1,8 +1,9 @@
 """NaN and infinity: what depends on one becomes no number, and nothing else does.
 
-What depends on an element is found without any NaN, so that no oracle's NaN handling is believed: the oracle is asked for the
-results with several finite values in its place, and what differs depends on it. There a NaN must come out as NaN, and an
-infinity as no number or as what a very large number comes out as; everywhere else results are judged as if nothing had happened.
+What depends on an element is found without any NaN, so that no oracle's NaN handling is believed:
+the oracle is asked for the results with several finite values in its place, and what differs
+depends on it. There a NaN must come out as NaN, and an infinity as no number or as what a very
+large number comes out as; everywhere else results are judged as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ HUGE = 1e30  # what stands for infinity where a clamp or an exponential makes a 
 BY_CHOICE = frozenset({"index_select", "index_topk", "cached_index_topk", "sample"})
 """Ops that return choices alone: of what is no number none is the best."""
 SHARES_A_SCALE = {"act_quant": "block", "act_qdq": "block"}
-"""Casts: the element's own result is NaN; the others of its block share a scale with it, and may be."""
+"""Casts: the element's own result is NaN; the others of its block share a scale with it, and may
+be.
+"""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,9 @@ class Spot:
 
 
 def spots(call: Call) -> Iterator[Spot]:
-    """Of every operand of activations: an element of the first row (which a clamped -1 reads) and one further down."""
+    """Of every operand of activations: an element of the first row (which a clamped -1 reads) and
+    one further down.
+    """
     rng = np.random.default_rng(call.seed)
     layout = call.scalars.get("layout")
     for name, operand in call.named().items():
@@ -91,7 +96,9 @@ def evaluated(call: Call, oracle: Oracle) -> list[Host]:
 
 
 def without_zeros(call: Call) -> Call:
-    """The call with every zero among its numbers replaced: nothing times NaN is NaN, so that a zero hides no dependence from it."""
+    """The call with every zero among its numbers replaced: nothing times NaN is NaN, so that a zero
+    hides no dependence from it.
+    """
 
     def dense(operand: Any) -> Any:
         if isinstance(operand, Experts):
@@ -223,7 +230,9 @@ def in_block(call: Call, spot: Spot, depends: Host) -> Host:
 
 
 def judge_codes(call: Call, spot: Spot, got: Host, want: Expected, depends: Host) -> Verdict:
-    """Codes and scales: of the block that holds the spot nothing but that its own element decodes to NaN, all else bit for bit."""
+    """Codes and scales: of the block that holds the spot nothing but that its own element decodes
+    to NaN, all else bit for bit.
+    """
     differ = (got != want.value) & ~depends
     if call.op in SHARES_A_SCALE or "cache" in call.spec.mutates:
         rows = np.arange(got.shape[0]) != (spot.at[0] if call.op in SHARES_A_SCALE else -1)
@@ -286,7 +295,9 @@ class NonFinite:
 
 
 def cases(spec: OpSpec) -> list[Case]:
-    """What the law is tried with: every variant of scalars and formats at smoke, and those with padding, also where a part is absent."""
+    """What the law is tried with: every variant of scalars and formats at smoke, and those with
+    padding, also where a part is absent.
+    """
     found: dict[Any, Case] = {}
     for case in cases_of(spec):
         if optional(case) or case.tier == "full" or case.views or case.name.startswith(("flash", "pro")):

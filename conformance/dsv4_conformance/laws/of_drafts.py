@@ -36,7 +36,9 @@ BLOCK, STAGES = 3, 2
 
 @functools.lru_cache(maxsize=64)
 def drafting(ratios: tuple[int, ...]) -> RandomWeights:
-    """Layers of these compress ratios, of which the last two are tapped, and DSpark of two stages; the same object each time."""
+    """Layers of these compress ratios, of which the last two are tapped, and DSpark of two stages;
+    the same object each time.
+    """
     config = weights(ratios).config
     layers = len(ratios)
     return RandomWeights(
@@ -62,10 +64,11 @@ def _remembered(model: Model, cache: Cache, ids: Host) -> None:
 
 
 def blocks(model: Model, ids: Host, steps: Sequence[int], true: Host, *, rejected: int) -> tuple[Host, Host]:
-    """Logits [n, BLOCK, vocab] and confidences before the sigmoid [n, BLOCK] of the block after ``ids`` [n, total].
+    """Logits [n, BLOCK, vocab] and confidences before the sigmoid [n, BLOCK] of the block after
+    ``ids`` [n, total].
 
-    ``ids`` come in ``steps``, each after ``rejected`` other tokens that are taken back. ``true`` [n, BLOCK]: the tokens that
-    stand before each draft, the anchor first.
+    ``ids`` come in ``steps``, each after ``rejected`` other tokens that are taken back. ``true``
+    [n, BLOCK]: the tokens that stand before each draft, the anchor first.
     """
     be, (n, total) = model.backend, ids.shape
     assert model.dspark
@@ -86,7 +89,9 @@ def blocks(model: Model, ids: Host, steps: Sequence[int], true: Host, *, rejecte
 
 @functools.cache
 def tolerance(numerics: Numerics, ratios: tuple[int, ...]) -> float:
-    """How far apart the logits of two correct drafters may lie: as ``small_model.tolerance``, for the block."""
+    """How far apart the logits of two correct drafters may lie: as ``small_model.tolerance``, for
+    the block.
+    """
     source, ids = drafting(ratios), some_ids((1, 60 + BLOCK), 0)
     asked = (ids[:, :60], [60], ids[:, 60:])
     exact, _ = blocks(Model(source, OracleBackend(numerics=numerics)), *asked, rejected=0)
@@ -99,7 +104,9 @@ def tolerance(numerics: Numerics, ratios: tuple[int, ...]) -> float:
 def blocks_are_the_oracles(
     stage: Stage, *, ratios: tuple[int, ...], steps: list[int], rejected: int, seed: int
 ) -> str | None:
-    """DSpark's block after a prompt in steps, each after tokens that were taken back, is the oracle's after one prefill."""
+    """DSpark's block after a prompt in steps, each after tokens that were taken back, is the
+    oracle's after one prefill.
+    """
     ratios = stage.layers(ratios)
     source, total = drafting(ratios), sum(steps)
     ids = some_ids((2, total + BLOCK), seed)

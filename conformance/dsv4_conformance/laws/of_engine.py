@@ -1,7 +1,9 @@
-"""Laws of serving: what one request is told does not depend on the others, on slots, on what a slot held, or on drafts.
+"""Laws of serving: what one request is told does not depend on the others, on slots, on what a slot
+held, or on drafts.
 
-They run the engine on the backend, in the mode that is judged, and compare tokens and log-probabilities bit by bit with the
-same request alone in an engine that is new. A schedule is a list of moves, so that Hypothesis draws and shrinks it.
+They run the engine on the backend, in the mode that is judged, and compare tokens and
+log-probabilities bit by bit with the same request alone in an engine that is new. A schedule is a
+list of moves, so that Hypothesis draws and shrinks it.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ WISHES = (  # greedy, by the backend, by the host
 
 
 def asked(prompts: Sequence[int], seed: int) -> list[Request]:
-    """Requests with prompts of these lengths; every other one begins as the others do. Sampled in turn in each way."""
+    """Requests with prompts of these lengths; every other one begins as the others do. Sampled in
+    turn in each way.
+    """
     shared = some_ids((1, SHARED), seed)[0].tolist()
     requests = []
     for i, length in enumerate(prompts):
@@ -77,9 +81,11 @@ def _account(engine: Engine) -> str | None:
 
 
 def scheduled(model: Model, requests: Sequence[Request], engine: Engine, moves: Sequence[int]) -> str | None:
-    """Submit, step and cancel as ``moves`` say (0: step, 1: submit the next, 2: cancel the newest), then run to the end.
+    """Submit, step and cancel as ``moves`` say (0: step, 1: submit the next, 2: cancel the newest),
+    then run to the end.
 
-    Every request that was not cancelled is told what it is told alone, a cancelled one a beginning of it.
+    Every request that was not cancelled is told what it is told alone, a cancelled one a beginning
+    of it.
     """
     expected = [alone(model, request) for request in requests]
     names: list[int] = []
@@ -114,7 +120,9 @@ def scheduled(model: Model, requests: Sequence[Request], engine: Engine, moves: 
 def in_company(
     stage: Stage, *, ratios: tuple[int, ...], prompts: list[int], moves: list[int], slots: int, chunk: int, seed: int
 ) -> str | None:
-    """A request is told what it is told alone, whoever comes, goes or is cancelled, whatever its slot held before."""
+    """A request is told what it is told alone, whoever comes, goes or is cancelled, whatever its
+    slot held before.
+    """
     model = stage.model(weights(stage.layers(ratios)), stage.own)
     engine = Engine(model, slots=slots, capacity=CAPACITY, chunk=chunk)
     return scheduled(model, asked(prompts, seed), engine, moves)
@@ -132,7 +140,9 @@ def drafts_do_not_show(
 def taken_up_is_cold(
     stage: Stage, *, ratios: tuple[int, ...], prefix: int, first: int, own: int, further: int, seed: int
 ) -> str | None:
-    """A prompt that begins as another's, which goes on meanwhile, is told what it is told cold; and a prefix is taken up."""
+    """A prompt that begins as another's, which goes on meanwhile, is told what it is told cold; and
+    a prefix is taken up.
+    """
     model = stage.model(weights(stage.layers(ratios)), stage.own)
     shared = some_ids((1, prefix), seed)[0].tolist()
     tails = [some_ids((1, n), seed + 1 + i)[0].tolist() for i, n in enumerate((first, own))]
@@ -156,7 +166,9 @@ def taken_up_is_cold(
 def forked_is_cold(
     stage: Stage, *, ratios: tuple[int, ...], blocks: int, junk: int, further: int, seed: int
 ) -> str | None:
-    """A sequence made of a snapshot at a multiple of 128, and of a donor that went on since, continues as one that was fed."""
+    """A sequence made of a snapshot at a multiple of 128, and of a donor that went on since,
+    continues as one that was fed.
+    """
     model = stage.model(weights(stage.layers(ratios)), stage.own)
     prefix, tail = SHARED_TOKENS * (1 + blocks % 2), 1 + further % 20
     ids, own = some_ids((1, prefix + tail), seed), some_ids((1, junk + 5), seed + 1)
@@ -187,7 +199,9 @@ def forked_is_cold(
 def seed_decides(
     stage: Stage, *, ratios: tuple[int, ...], prompt: int, copies: int, slots: int, seed: int
 ) -> str | None:
-    """A sampled request with a seed says one thing: many times at once, in any slot, among others of other seeds."""
+    """A sampled request with a seed says one thing: many times at once, in any slot, among others
+    of other seeds.
+    """
     model = stage.model(weights(stage.layers(ratios)), stage.own)
     ids = tuple(some_ids((1, prompt), seed)[0].tolist())
     for wish in WISHES[1:3]:
@@ -207,7 +221,8 @@ def seed_decides(
 def nobody_starves(
     stage: Stage, *, ratios: tuple[int, ...], prompts: list[int], slots: int, chunk: int, seed: int
 ) -> str | None:
-    """Requests begin in the order in which they came; who has begun gets a token a step, whatever prompts are read meanwhile.
+    """Requests begin in the order in which they came; who has begun gets a token a step, whatever
+    prompts are read meanwhile.
 
     So each waits no longer than those before it need one after the other.
     """

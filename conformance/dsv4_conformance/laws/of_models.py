@@ -1,9 +1,9 @@
 """The laws: what must hold whatever the numbers are. Each returns None, or what is wrong.
 
-Laws about equal results run on the backend's most precise mode (float64, else float32), where rounding cannot hide an
-error, within a tolerance that the oracle
-derives; a backend without exact modes is held to models of one layer within its noise. Laws about equal *bits* run in
-the mode that is judged.
+Laws about equal results run on the backend's most precise mode (float64, else float32), where
+rounding cannot hide an error, within a tolerance that the oracle derives; a backend without exact
+modes is held to models of one layer within its noise. Laws about equal *bits* run in the mode that
+is judged.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def in_a_batch(
 def rounded_up(
     stage: Stage, ratios: Sequence[int], ids: Host, chunks: Sequence[int], least: int, *, exact: bool
 ) -> tuple[Host, Host]:
-    """Logits fed in chunks, in steps of no more than they need, and of ``least`` or the next power of two."""
+    """Logits fed in chunks, in steps of no more than they need, and of ``least`` or the next power
+    of two.
+    """
     model = stage.model(weights(tuple(ratios)), stage.exact if exact else stage.own)
     ends, logits = np.cumsum(chunks), []
     for up in (lambda n: n, lambda n: max(least, 1 << max(0, n - 1).bit_length())):
@@ -140,8 +142,8 @@ def extents_do_not_show(
 def replayed(
     stage: Stage, ratios: Sequence[int], prompts: Sequence[int], moves: Sequence[int], seed: int, *, exact: bool
 ) -> list[tuple[Host, Host]]:
-    """Logits of two sequences' decode steps, replayed and run: of both (move 0), of the first or the second alone (1, 2), of
-    both after the first has forgotten a token (3).
+    """Logits of two sequences' decode steps, replayed and run: of both (move 0), of the first or
+    the second alone (1, 2), of both after the first has forgotten a token (3).
     """
     model = stage.model(weights(tuple(ratios)), stage.exact if exact else stage.own)
     room = max(prompts) + len(moves)
@@ -170,7 +172,9 @@ def replayed(
 def replay_is_forward(
     stage: Stage, *, ratios: tuple[int, ...], prompts: list[int], moves: list[int], seed: int
 ) -> str | None:
-    """A decode step that is replayed gives what it gives when it is run, whatever was replayed before."""
+    """A decode step that is replayed gives what it gives when it is run, whatever was replayed
+    before.
+    """
     ratios = stage.layers(ratios)
     pairs = replayed(stage, ratios, prompts, moves, seed, exact=True)
     what = f"after prompts of {prompts}, moves {moves}: move"
@@ -192,8 +196,8 @@ def batch_and_padding(
 
 
 def reach(stage: Stage, *, ratio: int, window: int, changed: int, total: int, seed: int) -> str | None:
-    """One layer's output changes with a token exactly where the token is visible: from itself on through its window,
-    and from the end of its compressed row on.
+    """One layer's output changes with a token exactly where the token is visible: from itself on
+    through its window, and from the end of its compressed row on.
     """
     changed = min(changed, total - 1)
     model = stage.model(weights((ratio,), window=window, topk=ALL))
@@ -223,8 +227,8 @@ def reach(stage: Stage, *, ratio: int, window: int, changed: int, total: int, se
 
 
 def rewind(stage: Stage, *, ratios: tuple[int, ...], at: int, wrong: list[int], more: int, seed: int) -> str | None:
-    """After a rewind everything is as if the forgotten tokens had never been fed; twice, the second time over the rows
-    that the first left.
+    """After a rewind everything is as if the forgotten tokens had never been fed; twice, the second
+    time over the rows that the first left.
     """
     ratios = stage.layers(ratios)
     model = stage.model(weights(ratios))
@@ -247,7 +251,9 @@ def rewind(stage: Stage, *, ratios: tuple[int, ...], at: int, wrong: list[int], 
 def anywhere_as_the_oracle(
     stage: Stage, *, ratios: tuple[int, ...], start: int, chunks: list[int], seed: int
 ) -> str | None:
-    """A model at any position, a million included, computes what the same graph computes on the oracle."""
+    """A model at any position, a million included, computes what the same graph computes on the
+    oracle.
+    """
     ratios = stage.layers(ratios)
     start = min(
         start, (FAR >> 4 if 4 in ratios else FAR) - sum(chunks)
@@ -285,7 +291,9 @@ def speculative_is_greedy(stage: Stage, *, ratios: tuple[int, ...], prompt: int,
 
 
 def drafts_in_decode(stage: Stage, *, ratios: tuple[int, ...], prompt: int, steps: list[int], seed: int) -> str | None:
-    """Draft logits in steps of one and two after a prompt, also after a draft that was taken back, are those of one prefill."""
+    """Draft logits in steps of one and two after a prompt, also after a draft that was taken back,
+    are those of one prefill.
+    """
     ratios = stage.layers(ratios)
     model, total = stage.model(weights(ratios)), prompt + sum(steps)
     ids = some_ids((1, total + 1), seed)
@@ -304,7 +312,9 @@ def drafts_in_decode(stage: Stage, *, ratios: tuple[int, ...], prompt: int, step
 
 
 def drafts_are_accepted(stage: Stage, *, ratios: tuple[int, ...], prompt: int, tokens: int, seed: int) -> str | None:
-    """Speculative decoding proposes, step for step, what the MTP block says of the text: as many drafts are right as the model has right."""
+    """Speculative decoding proposes, step for step, what the MTP block says of the text: as many
+    drafts are right as the model has right.
+    """
     ratios = stage.layers(ratios)
     model = stage.model(weights(ratios))
     start = some_ids((prompt,), seed).tolist()

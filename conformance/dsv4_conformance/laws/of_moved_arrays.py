@@ -1,4 +1,6 @@
-"""The law of functional contracts: what is written may be another array, and nobody reads the one that was given again."""
+"""The law of functional contracts: what is written may be another array, and nobody reads the one
+that was given again.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def moving(backend: Backend) -> Iterator[None]:
-    """Within, every write goes to a copy, and the array that was given stays as it was: stale for whoever still reads it."""
+    """Within, every write goes to a copy, and the array that was given stays as it was: stale for
+    whoever still reads it.
+    """
     write = backend.cache_write
 
     def written(cache: Any, *operands: Any, **scalars: Any) -> Any:
@@ -32,7 +36,9 @@ def moving(backend: Backend) -> Iterator[None]:
 
 
 def arrays_may_move(stage: Stage, *, ratios: tuple[int, ...], chunks: list[int], seed: int) -> str | None:
-    """A model whose every write gives another array computes what it computes in place: chunks, and a rewind between them."""
+    """A model whose every write gives another array computes what it computes in place: chunks, and
+    a rewind between them.
+    """
     ratios, total = stage.layers(ratios), sum(chunks)
     model, ids = stage.model(weights(ratios)), some_ids((1, total), seed)
 

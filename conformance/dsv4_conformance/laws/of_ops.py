@@ -1,4 +1,6 @@
-"""Laws of single ops: routing, dispatch, experts over ranks, Sinkhorn. Each returns None, or what is wrong."""
+"""Laws of single ops: routing, dispatch, experts over ranks, Sinkhorn. Each returns None, or what
+is wrong.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def _moe(backend: Backend, x: Host, weights: Any, indices: Host, experts: list[E
 
 
 def expert_permutation(stage: Stage, *, tokens: int, topk: int, seed: int) -> str | None:
-    """Experts in another order, with their rows of the gate and their biases, give the same result."""
+    """Experts in another order, with their rows of the gate and their biases, give the same
+    result.
+    """
     be, rng = stage.exact, np.random.default_rng(seed)
     x, experts = _tokens(rng, be, tokens), _experts(rng)
     gate = (rng.standard_normal((EXPERTS, DIM)) * DIM**-0.5).astype(numpy_dtype("bfloat16"))
@@ -65,8 +69,8 @@ def expert_permutation(stage: Stage, *, tokens: int, topk: int, seed: int) -> st
 
 
 def experts_over_ranks(stage: Stage, *, tokens: int, cuts: list[int], seed: int) -> str | None:
-    """The sum over ranks, each with some of the experts, is what one rank gives; a rank whose experts nobody chose
-    gives zeros.
+    """The sum over ranks, each with some of the experts, is what one rank gives; a rank whose
+    experts nobody chose gives zeros.
     """
     be, rng = stage.exact, np.random.default_rng(seed)
     edges = sorted({0, EXPERTS, *(1 + c % (EXPERTS - 1) for c in cuts)})
@@ -96,8 +100,8 @@ def _listed(experts: Experts) -> list[Any]:
 
 
 def combine_undoes_dispatch(stage: Stage, *, tokens: int, topk: int, seed: int) -> str | None:
-    """Dispatched and combined untouched, every token comes back: as many times as it was copied, bit for bit (powers of
-    two, so that no sum rounds).
+    """Dispatched and combined untouched, every token comes back: as many times as it was copied,
+    bit for bit (powers of two, so that no sum rounds).
     """
     be, rng = stage.own, np.random.default_rng(seed)
     topk = (1, 2, 4)[topk % 3]
@@ -112,11 +116,12 @@ def combine_undoes_dispatch(stage: Stage, *, tokens: int, topk: int, seed: int) 
 
 
 def sinkhorn(stage: Stage, *, tokens: int, spread: int, seed: int) -> str | None:
-    """``comb`` is nearly doubly stochastic: columns, divided last, sum to one but for eps; rows by Birkhoff's theorem.
+    """``comb`` is nearly doubly stochastic: columns, divided last, sum to one but for eps; rows by
+    Birkhoff's theorem.
 
-    Scaling rows, then columns, of a positive matrix brings the row sums nearer to each other by tanh(D/4)^2 in
-    Hilbert's metric, where D is the
-    largest |log| of a ratio K[i,j] K[k,l] / (K[i,l] K[k,j]). ``spread``: the mixes lie between -spread/4 and spread/4.
+    Scaling rows, then columns, of a positive matrix brings the row sums nearer to each other by
+    tanh(D/4)^2 in Hilbert's metric, where D is the largest |log| of a ratio K[i,j] K[k,l] / (K[i,l]
+    K[k,j]). ``spread``: the mixes lie between -spread/4 and spread/4.
     """
     be, rng = stage.own, np.random.default_rng(seed)
     iters, wide = 20, numpy_dtype(be.wide_dtype)

@@ -1,4 +1,6 @@
-"""Small random models for the laws: held in memory, on a backend or on the oracle, and how far rounding can move them."""
+"""Small random models for the laws: held in memory, on a backend or on the oracle, and how far
+rounding can move them.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +59,8 @@ class RandomWeights:
 def weights(
     ratios: tuple[int, ...], *, window: int = 16, topk: int = TOPK, positions: int = 4096, dspark: bool = False
 ) -> RandomWeights:
-    """Layers of these compress ratios, as narrow as the formats' blocks allow; the same object each time. ``dspark``: with its
-    stages, which read every layer, in place of the MTP block.
+    """Layers of these compress ratios, as narrow as the formats' blocks allow; the same object each
+    time. ``dspark``: with its stages, which read every layer, in place of the MTP block.
     """
     preset = PRESETS["tiny-dspark" if dspark else "tiny"]
     stages = len(preset.compress_ratios) - preset.num_hidden_layers
@@ -81,11 +83,11 @@ def weights(
 
 
 class OracleBackend(Backend):
-    """The oracle as a backend: every required op evaluated in float64, rounded to what the contract returns; fused ops
-    are composed.
+    """The oracle as a backend: every required op evaluated in float64, rounded to what the contract
+    returns; fused ops are composed.
 
-    ``perturbation``: take the result that the oracle perturbs as the contract allows, with this seed, instead of the
-    exact one.
+    ``perturbation``: take the result that the oracle perturbs as the contract allows, with this
+    seed, instead of the exact one.
     """
 
     name = "oracle"
@@ -136,8 +138,8 @@ for _name, _spec in OPS.items():
 
 
 def sibling(backend: Backend) -> Backend:
-    """The same backend in its most precise mode, where rounding cannot hide an error; itself where it is judged in an exact mode, or
-    has no other.
+    """The same backend in its most precise mode, where rounding cannot hide an error; itself where
+    it is judged in an exact mode, or has no other.
     """
     if backend.numerics != "native":
         return backend
@@ -163,7 +165,9 @@ def feed(model: Model, cache: Cache, ids: Host, counts: Sequence[int] | None = N
 
 
 def feed_drafts(model: Model, cache: Cache, ids: Host, following: Host) -> Host:
-    """Run one step and the MTP block on the tokens that follow; draft logits [n, S, vocab] on the host."""
+    """Run one step and the MTP block on the tokens that follow; draft logits [n, S, vocab] on the
+    host.
+    """
     step = Step(cache, ids)
     h = model.forward(step)
     model.logits(h)  # as in decoding, so that what the heads keep is kept
@@ -192,13 +196,13 @@ def apart(got: Host, want: Host) -> Host:
 
 @functools.cache
 def tolerance(numerics: Numerics, ratios: tuple[int, ...]) -> float:
-    """How far apart the logits of two correct runs may lie: as the ops' budgets, from the oracle's response to the
-    roundings that the contract allows.
+    """How far apart the logits of two correct runs may lie: as the ops' budgets, from the oracle's
+    response to the roundings that the contract allows.
 
-    A model of these layers runs on the oracle, exactly and with every op perturbed; the largest distance at any
-    position, times the one safety factor:
-    6e-14 for one layer in float64. In native mode it is the noise that BF16 and FP8 make of one rounding: 0.2 for one
-    layer, and no bound at all for three.
+    A model of these layers runs on the oracle, exactly and with every op perturbed; the largest
+    distance at any position, times the one safety factor: 6e-14 for one layer in float64. In native
+    mode it is the noise that BF16 and FP8 make of one rounding: 0.2 for one layer, and no bound at
+    all for three.
     """
     source, ids = weights(ratios), some_ids((1, 150), 0)
     exact = full(Model(source, OracleBackend(numerics=numerics)), ids)
@@ -208,7 +212,9 @@ def tolerance(numerics: Numerics, ratios: tuple[int, ...]) -> float:
 
 @dataclass
 class Stage:
-    """Where laws are tried: ``own``, the backend as it is judged, and ``exact``, the same in its most precise mode."""
+    """Where laws are tried: ``own``, the backend as it is judged, and ``exact``, the same in its
+    most precise mode.
+    """
 
     own: Backend
     exact: Backend
@@ -223,7 +229,9 @@ class Stage:
 
     @property
     def noisy(self) -> bool:
-        """The backend has no exact mode: models have one layer, and bounds are those of BF16 noise."""
+        """The backend has no exact mode: models have one layer, and bounds are those of BF16
+        noise.
+        """
         return self.exact.numerics == "native"
 
     def layers(self, ratios: Sequence[int]) -> tuple[int, ...]:

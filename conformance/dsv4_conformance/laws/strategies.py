@@ -1,5 +1,5 @@
-"""Hypothesis strategies shaped like this model: lengths at the edges of its windows, chunkings, ragged batches; and
-examples written as ids.
+"""Hypothesis strategies shaped like this model: lengths at the edges of its windows, chunkings,
+ragged batches; and examples written as ids.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def written(example: Mapping[str, Any]) -> str:
 
 
 def read(text: str, like: Mapping[str, Any]) -> Example:
-    """The example that ``written`` wrote, with the keys and kinds of ``like``; raise ``ValueError`` for another."""
+    """The example that ``written`` wrote, with the keys and kinds of ``like``; raise ``ValueError``
+    for another.
+    """
     example: Example = {}
     for part in text.split(","):
         key, _, value = part.partition("=")

@@ -1,1 +1,3 @@
-"""Whole models: recorded vectors, traces, the distance of native logits, and where two backends part."""
+"""Whole models: recorded vectors, traces, the distance of native logits, and where two backends
+part.
+"""

@@ -1,4 +1,6 @@
-"""The model as a whole: exact modes against the recorded vectors, native mode by its distance from exact logits."""
+"""The model as a whole: exact modes against the recorded vectors, native mode by its distance from
+exact logits.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
 
 EXACT: tuple[Numerics, ...] = ("float64", "float32")
 LIMIT: dict[Numerics, float] = {"float64": 3e-6, "float32": 1e-5}
-"""The vectors are float32 and were made with another frequency table, which moves logits by up to 5e-7; float32 adds
-what six layers make of its unit.
+"""The vectors are float32 and were made with another frequency table, which moves logits by up to
+5e-7; float32 adds what six layers make of its unit.
 """
 PREFILL = 300  # of the recorded prompts' 320 tokens
 WORST = 3  # times the limit for a single position, so that a bad decode step cannot hide in the mean
@@ -106,7 +108,9 @@ class ExactModel:
         return finding
 
     def tied(self, session: Session, mode: Numerics) -> int | None:
-        """How many choices change where ties go to the lower row, if the logits are right then; None if they are not."""
+        """How many choices change where ties go to the lower row, if the logits are right then;
+        None if they are not.
+        """
         with to_the_lower(in_mode(session, mode)) as moved:
             again = Session(session.backend, session.tier)
             again.shared.update({k: v for k, v in session.shared.items() if k.startswith("backend ")})
@@ -150,25 +154,32 @@ class ExactModel:
 
 
 def ratio_of_means(mine: Host, reference: Host, seed: int = 0) -> tuple[float, float]:
-    """Ratio of the means of two paired series [draws], and its lower bound at 95 % confidence, by bootstrap."""
+    """Ratio of the means of two paired series [draws], and its lower bound at 95 % confidence, by
+    bootstrap.
+    """
     picked = np.random.default_rng(seed).integers(0, len(mine), (DRAWS, len(mine)))
     ratios = mine[picked].mean(1) / reference[picked].mean(1)
     return float(mine.mean() / reference.mean()), float(np.quantile(ratios, 0.05))
 
 
 def ratio_bound(mine: Host, reference: Host) -> tuple[float, float]:
-    """:func:`ratio_of_means` of two series [sequences, positions], drawn in blocks of neighbouring positions."""
+    """:func:`ratio_of_means` of two series [sequences, positions], drawn in blocks of neighbouring
+    positions.
+    """
     a, b = (x.reshape(-1, BLOCK).mean(1) for x in (mine, reference))
     return ratio_of_means(a, b)
 
 
 def share_of_excess(least: float) -> float:
-    """How much of what a distance may exceed the reference's own by is used: none at or below its own, all at ``ALLOWED``."""
+    """How much of what a distance may exceed the reference's own by is used: none at or below its
+    own, all at ``ALLOWED``.
+    """
     return 0.0 if least <= 1 else (least - 1) / (ALLOWED - 1)
 
 
 def judge_distance(logits: Host, prefix: str = "") -> tuple[list[str], float, dict[str, float]]:
-    """Problems, share of what is allowed, and figures of native logits [2, 160, vocab] at the stored positions.
+    """Problems, share of what is allowed, and figures of native logits [2, 160, vocab] at the
+    stored positions.
 
     ``prefix``: of the reference's stored distances.
     """
@@ -206,7 +217,9 @@ def judge_distance(logits: Host, prefix: str = "") -> tuple[list[str], float, di
 
 @dataclass(frozen=True)
 class NativeDistance:
-    """How far native logits of the trained checkpoint lie from the exact ones, against the reference's own distance."""
+    """How far native logits of the trained checkpoint lie from the exact ones, against the
+    reference's own distance.
+    """
 
     id: str = "model/tiny-jargon/native_distance"
     op: str = "tiny-jargon"
@@ -236,10 +249,11 @@ class NativeDistance:
 
 @dataclass(frozen=True)
 class Int8Distance:
-    """What W8A8 costs: the trained checkpoint is converted, and its native logits are held against the published one's exact ones.
+    """What W8A8 costs: the trained checkpoint is converted, and its native logits are held against
+    the published one's exact ones.
 
-    The format is lossy by declaration, so what is judged is the backend: it may lie no further away than W8A8 itself does,
-    which is the reference's own distance on the same converted checkpoint.
+    The format is lossy by declaration, so what is judged is the backend: it may lie no further away
+    than W8A8 itself does, which is the reference's own distance on the same converted checkpoint.
     """
 
     id: str = "model/tiny-jargon/w8a8_int8_distance"
@@ -274,8 +288,9 @@ class Int8Distance:
 
 
 def checks(numerics: Numerics, backend: Backend | None = None) -> list[Check]:
-    """The recorded models in the exact modes (all of them in a native run), and the native distance. A backend that has no exact
-    mode is judged by its native model alone: call by call (``shadowed``), and by its distance.
+    """The recorded models in the exact modes (all of them in a native run), and the native
+    distance. A backend that has no exact mode is judged by its native model alone: call by call
+    (``shadowed``), and by its distance.
     """
     has = backend.numerics_modes if backend else EXACT
     modes = tuple(m for m in (EXACT if numerics == "native" else (numerics,)) if m in has)

@@ -1,4 +1,6 @@
-"""Recorded vectors: what the published model definition computes on three small checkpoints, shipped with the suite."""
+"""Recorded vectors: what the published model definition computes on three small checkpoints,
+shipped with the suite.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ def checkpoint_path(model: Model) -> Path:
 
 @functools.cache
 def load(model: Model, which: Literal["golden", "trace"]) -> dict[str, Host]:
-    """Read recorded tensors by name, read-only; FP8 as uint8. Names and shapes: ``data/golden/README.md``.
+    """Read recorded tensors by name, read-only; FP8 as uint8. Names and shapes:
+    ``data/golden/README.md``.
 
     tiny-jargon has no trace: ``FileNotFoundError``.
     """

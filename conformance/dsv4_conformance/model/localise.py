@@ -1,7 +1,8 @@
-"""``dsv4 conformance localise``: the first op, layer, position and element at which a backend leaves its budget.
+"""``dsv4 conformance localise``: the first op, layer, position and element at which a backend
+leaves its budget.
 
-Every op is judged on the inputs that it had in the run, so that errors do not compound: what comes late in the model is
-judged as strictly as what comes first.
+Every op is judged on the inputs that it had in the run, so that errors do not compound: what comes
+late in the model is judged as strictly as what comes first.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Judged:
         return self.verdict.ok and (self.other is None or self.other.ok)
 
     def position(self) -> str:
-        """The token's position that the worst element belongs to, where the first axis is one of tokens."""
+        """The token's position that the worst element belongs to, where the first axis is one of
+        tokens.
+        """
         verdict = self.verdict if self.verdict.used >= (self.other.used if self.other else 0.0) else self.other
         element = (verdict.worst if verdict else {}).get("element")
         positions, axes = self.recorded.positions, self.recorded.call.spec.returns[0].split()
@@ -66,8 +69,8 @@ class Judged:
 def judge_all(
     calls: Iterable[Recorded], session: Session, against: Session | None = None, *, again: bool = False
 ) -> list[Judged]:
-    """Judge recorded results, and what ``against`` computes from the same inputs. ``again``: the session's backend
-    computes, too.
+    """Judge recorded results, and what ``against`` computes from the same inputs. ``again``: the
+    session's backend computes, too.
     """
     judged = []
     for recorded in calls:
@@ -147,8 +150,8 @@ def ranges(text: str | None) -> Callable[[int], bool]:
 
 
 def chosen(layers: str | None, positions: str | None, prefill: int) -> Callable[[str, str], bool]:
-    """Which steps and layers are recorded: layers by number (embedding and head always), steps by a position that they
-    feed.
+    """Which steps and layers are recorded: layers by number (embedding and head always), steps by a
+    position that they feed.
     """
     layer, position = ranges(layers), ranges(positions)
 

@@ -1,4 +1,6 @@
-"""Recording a model's run: every call of an op with its operands and results on the host, by step and layer."""
+"""Recording a model's run: every call of an op with its operands and results on the host, by step
+and layer.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recorded:
-    """One call: when (``prefill``, ``decode250``), where (``layer3``, ``embedding``, ``head``), which of its kind
-    there.
+    """One call: when (``prefill``, ``decode250``), where (``layer3``, ``embedding``, ``head``),
+    which of its kind there.
 
     ``results``: what the backend returned. ``positions``: of the step's tokens,
     -1 for padding.
@@ -44,7 +46,9 @@ class Recorded:
 
     @property
     def name(self) -> str:
-        """As in the recorded traces: ``decode250.layer3.rms_norm``; later calls of an op in a layer count from ``@2``."""
+        """As in the recorded traces: ``decode250.layer3.rms_norm``; later calls of an op in a layer
+        count from ``@2``.
+        """
         return f"{self.time}.{self.place}.{self.call.op}" + (f"@{self.number}" if self.number > 1 else "")
 
 
@@ -54,8 +58,8 @@ class UnknownOperandError(LookupError):
 
 @dataclass
 class Recorder:
-    """Stands between a backend and everything that calls its ops, the backend itself included (fused ops made of
-    required ones).
+    """Stands between a backend and everything that calls its ops, the backend itself included
+    (fused ops made of required ones).
 
     ``keep(time, place)`` chooses what is recorded.
     """
@@ -114,7 +118,9 @@ class Recorder:
         return recording
 
     def formed(self, call: Call, returned: Any) -> Sequence[Any]:
-        """What was returned, as a sequence; raise ``TypeError`` where it has not the contract's form, for later ops fail over it."""
+        """What was returned, as a sequence; raise ``TypeError`` where it has not the contract's
+        form, for later ops fail over it.
+        """
         outcome = Outcome()
         results = as_tuple(call, returned, outcome)
         for i, result in enumerate(results):
@@ -126,7 +132,9 @@ class Recorder:
         return results
 
     def finished(self, recorded: Recorded, operands: Sequence[Any], returned: Sequence[Any]) -> None:
-        """What more is done with a call that is over, its operands and results on the backend; nothing here."""
+        """What more is done with a call that is over, its operands and results on the backend;
+        nothing here.
+        """
 
     def add(
         self, op: str, operands: list[Any], scalars: dict[str, Any], results: list[Host], parts: int = 0
@@ -175,8 +183,9 @@ class TracedModel(Model):
 
 
 def record(source: WeightSource, recorder: Recorder, tokens: Host, decode: int) -> list[Recorded]:
-    """Run ``tokens`` [batch, total], the last ``decode`` of them one by one; give the calls in the order in which they
-    end. What the backend raises ends the run, and is noted in ``recorder.ended``.
+    """Run ``tokens`` [batch, total], the last ``decode`` of them one by one; give the calls in the
+    order in which they end. What the backend raises ends the run, and is noted in
+    ``recorder.ended``.
     """
     try:
         _record(source, recorder, tokens, decode)

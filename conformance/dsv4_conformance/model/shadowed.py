@@ -1,7 +1,9 @@
-"""The shadowed run: the backend's own model through everything that a server does, and every op call in it judged.
+"""The shadowed run: the backend's own model through everything that a server does, and every op
+call in it judged.
 
-A call is judged on the operands that it had, as an op case is, so that no noise of the layers before drowns its error. What a
-call changed that it must not, and what a later call did to a result that was still in use, is found too.
+A call is judged on the operands that it had, as an op case is, so that no noise of the layers
+before drowns its error. What a call changed that it must not, and what a later call did to a result
+that was still in use, is found too.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ SHOWN = 3  # of what is wrong, in a message
 
 @dataclass
 class Watcher(Recorder):
-    """A recorder that also looks at what must stay as it is: operands that the contract does not mutate, and results of this step."""
+    """A recorder that also looks at what must stay as it is: operands that the contract does not
+    mutate, and results of this step.
+    """
 
     problems: list[str] = field(default_factory=list)
     _returned: list[tuple[str, Array, Host]] = field(default_factory=list)
@@ -65,7 +69,9 @@ def same(a: Host, b: Host) -> bool:
 
 
 class Run:
-    """A model under a watcher, and its caches. Made where the watcher already listens, so that it sees weights being loaded."""
+    """A model under a watcher, and its caches. Made where the watcher already listens, so that it
+    sees weights being loaded.
+    """
 
     def __init__(self, watcher: Watcher, shared: dict[str, Any], *, dspark: bool = False) -> None:
         key = "shadowed dspark" if dspark else "shadowed"
@@ -150,7 +156,9 @@ def rewind(run: Run) -> None:
 
 
 def drafts(run: Run) -> None:
-    """The MTP block after a prompt, in steps of one and of two, and after a draft that was wrong."""
+    """The MTP block after a prompt, in steps of one and of two, and after a draft that was
+    wrong.
+    """
     cache, ids = run.cache(1), some_ids((1, 60), 8)
     run.feed(cache, ids[:, :37], drafts=True)
     run.feed(cache, ids[:, 37:38], drafts=True)
@@ -160,7 +168,9 @@ def drafts(run: Run) -> None:
 
 
 def dspark(run: Run) -> None:
-    """DSpark after a prompt, in a step of one token and in one of three: context rows, blocks, table, confidence."""
+    """DSpark after a prompt, in a step of one token and in one of three: context rows, blocks,
+    table, confidence.
+    """
     drafter, be = run.model.dspark, run.model.backend
     assert drafter is not None
     cache, ids, w = run.cache(2), some_ids((2, 40), 9), run.watcher

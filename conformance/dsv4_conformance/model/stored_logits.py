@@ -1,15 +1,15 @@
-"""What the reference says of the embedded checkpoint: stored float64 logits, and how far its native mode lies from
-them.
+"""What the reference says of the embedded checkpoint: stored float64 logits, and how far its native
+mode lies from them.
 
-    python -m dsv4_conformance.model.stored_logits --backend NAME     writes ``data/native/tiny-jargon.safetensors.xz`` again
+    python -m dsv4_conformance.model.stored_logits --backend NAME     writes
+    ``data/native/tiny-jargon.safetensors.xz`` again
 
-``exact`` [2, 160, vocab] F16 holds multiples of 1/32: float64 logits of positions 160 .. 319 of both recorded prompts,
-rounded. Native noise is 0.3 per
-logit, so that the rounding (0.009) adds a two-thousandth to a distance, the backend's and the reference's alike. ``kl``
-and ``l2`` [2, 160] F32: the
-native mode's distances, the mean over ``CHUNKINGS`` of the same text, because the distance of one run is itself a
-matter of chance (a tenth in KL).
-``w8a8_int8_kl`` and ``w8a8_int8_l2``, in a file of their own: the same of the checkpoint as `dsv4 convert --to w8a8-int8` makes it.
+``exact`` [2, 160, vocab] F16 holds multiples of 1/32: float64 logits of positions 160 .. 319 of
+both recorded prompts, rounded. Native noise is 0.3 per logit, so that the rounding (0.009) adds a
+two-thousandth to a distance, the backend's and the reference's alike. ``kl`` and ``l2`` [2, 160]
+F32: the native mode's distances, the mean over ``CHUNKINGS`` of the same text, because the distance
+of one run is itself a matter of chance (a tenth in KL). ``w8a8_int8_kl`` and ``w8a8_int8_l2``, in a
+file of their own: the same of the checkpoint as `dsv4 convert --to w8a8-int8` makes it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def teacher_forced(model: Model, chunks: Sequence[int]) -> Host:
 
 
 def distances(logits: Host, exact: Host) -> tuple[Host, Host]:
-    """Per position: KL of the next-token distribution from the exact one, and relative L2 of the logits."""
+    """Per position: KL of the next-token distribution from the exact one, and relative L2 of the
+    logits.
+    """
     x, y = logits.astype(np.float64), exact.astype(np.float64)
     log_q, log_p = (z - np.logaddexp.reduce(z, -1, keepdims=True) for z in (x, y))
     return (np.exp(log_p) * (log_p - log_q)).sum(-1), np.linalg.norm(x - y, axis=-1) / np.linalg.norm(y, axis=-1)

@@ -1,10 +1,10 @@
-"""Traces of a model's run as files: ``trace.safetensors`` and ``trace.json``, named as the recorded traces are.
+"""Traces of a model's run as files: ``trace.safetensors`` and ``trace.json``, named as the recorded
+traces are.
 
-Tensors: ``{prefill|decodeNNN}.{layer{i}|embedding|head}.{op}[@n].{operand}``, results as ``.out`` (several: ``.out.0``
-...), of an op that may write an operand in place as
-``.after.{operand}``; weights once each, as ``weights.{n}``. ``trace.json``: numerics, and per call its name, the
-positions of its tokens, and the description
-of ``stored_calls``.
+Tensors: ``{prefill|decodeNNN}.{layer{i}|embedding|head}.{op}[@n].{operand}``, results as ``.out``
+(several: ``.out.0`` ...), of an op that may write an operand in place as ``.after.{operand}``;
+weights once each, as ``weights.{n}``. ``trace.json``: numerics, and per call its name, the
+positions of its tokens, and the description of ``stored_calls``.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def pack(calls: Sequence[Recorded], numerics: Numerics, checkpoint: str) -> Pack
 
 
 def write(packed: Packed, directory: Path) -> None:
-    """Write a trace; raise ``OSError`` where the disk has no room for it, before anything is written."""
+    """Write a trace; raise ``OSError`` where the disk has no room for it, before anything is
+    written.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(directory).free) < packed.nbytes:
         raise OSError(
@@ -78,7 +80,9 @@ ADVICE = "record it again: dsv4 conformance localise --dump DIR"
 
 
 def stated(directory: Path) -> Trace:
-    """Read a trace's description and hold it to its form; raise ``FileError``, also where the tensors are another trace's."""
+    """Read a trace's description and hold it to its form; raise ``FileError``, also where the
+    tensors are another trace's.
+    """
     try:
         trace = json_file(directory / CALLS, Trace, ADVICE, most=1 << 30)
     except FileNotFoundError:
@@ -89,7 +93,9 @@ def stated(directory: Path) -> Trace:
 
 
 def read(directory: Path, numerics: Numerics) -> list[Recorded]:
-    """Read a trace; raise ``ValueError`` where it was recorded in other numerics than are judged."""
+    """Read a trace; raise ``ValueError`` where it was recorded in other numerics than are
+    judged.
+    """
     trace = stated(directory)
     if trace.numerics != numerics:
         raise ValueError(f"{directory}: recorded in {trace.numerics}; judge it with --numerics {trace.numerics}")

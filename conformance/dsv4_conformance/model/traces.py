@@ -1,8 +1,11 @@
-"""Recorded traces as checks: single ops on recorded inputs, and the parts of a layer that are made of several.
+"""Recorded traces as checks: single ops on recorded inputs, and the parts of a layer that are made
+of several.
 
-An op's result and the recorded one are each within their budget of the exact result, so they differ by at most both budgets. Casts agree bit
-for bit. What is made of several ops (attention, experts, a block) goes through quantisations that turn one BF16 unit into an FP8 code: its distance from the
-exact output (nothing quantised or rounded) is compared with the recorded output's own, as a whole model's is.
+An op's result and the recorded one are each within their budget of the exact result, so they differ
+by at most both budgets. Casts agree bit for bit. What is made of several ops (attention, experts, a
+block) goes through quantisations that turn one BF16 unit into an FP8 code: its distance from the
+exact output (nothing quantised or rounded) is compared with the recorded output's own, as a whole
+model's is.
 """
 
 from __future__ import annotations
@@ -212,7 +215,9 @@ class OpTrace:
         return level_of(OPS[self.op])
 
     def run(self, session: Session) -> Finding:
-        """Run the op; compare with the recorded result, and with the oracle for what both may be off."""
+        """Run the op; compare with the recorded result, and with the oracle for what both may be
+        off.
+        """
         taken = Recorded(
             source(session, self.model), self.layer, recorded(self.model, self.time, self.layer, self.what)
         )
@@ -257,7 +262,9 @@ def in_order(values: Host, of: Host, wanted: Host) -> Host:
 
 
 def _unit_bias(value: Host) -> Host:
-    """Recorded values are rounded too, so a mean difference between two roundings says nothing about either: explain a unit of it."""
+    """Recorded values are rounded too, so a mean difference between two roundings says nothing
+    about either: explain a unit of it.
+    """
     return np.abs(value) * 2.0**-8
 
 
@@ -270,14 +277,18 @@ def loaded(session: Session, model: golden.Model) -> Model:
 
 
 def exactly(session: Session) -> Session:
-    """The reference in float64 without quantisation, on which exact outputs are computed, made once a session."""
+    """The reference in float64 without quantisation, on which exact outputs are computed, made once
+    a session.
+    """
     if "exactly" not in session.shared:
         session.shared["exactly"] = Session(registry.reference()(numerics="float64"), session.tier)
     return cast("Session", session.shared["exactly"])
 
 
 def replay(session: Session, model: golden.Model, layer: int, what: str) -> tuple[dict[str, Host], Cache]:
-    """Run a layer's attention or whole block on the recorded inputs, prefill and then one by one: outputs by time, and the cache."""
+    """Run a layer's attention or whole block on the recorded inputs, prefill and then one by one:
+    outputs by time, and the cache.
+    """
     key = f"replay {model} {layer} {what}"
     if key not in session.shared:
         m, trace = loaded(session, model), golden.load(model, "trace")
@@ -297,7 +308,9 @@ def replay(session: Session, model: golden.Model, layer: int, what: str) -> tupl
 
 @dataclass(frozen=True)
 class PartTrace:
-    """A part of a layer on recorded inputs: ``attention``, ``block``, ``shared_expert``, ``moe``; prefill, or all decode positions together."""
+    """A part of a layer on recorded inputs: ``attention``, ``block``, ``shared_expert``, ``moe``;
+    prefill, or all decode positions together.
+    """
 
     model: golden.Model
     phase: str
@@ -318,7 +331,9 @@ class PartTrace:
         return f"layer_{self.what}"
 
     def run(self, session: Session) -> Finding:
-        """Run the part on every recorded input of the phase; compare its distance from the exact output with the recorded one's."""
+        """Run the part on every recorded input of the phase; compare its distance from the exact
+        output with the recorded one's.
+        """
         theirs = [recorded(self.model, t, self.layer, self.what)["out"].astype(np.float64) for t in self.times]
         exact = self.outputs(exactly(session))
         width = theirs[0].shape[-1]
@@ -363,7 +378,9 @@ class PartTrace:
 
 @dataclass(frozen=True)
 class RowsTrace:
-    """Compressed rows of a layer (``compressor``) or of its indexer, as the cache holds them after the recorded inputs."""
+    """Compressed rows of a layer (``compressor``) or of its indexer, as the cache holds them after
+    the recorded inputs.
+    """
 
     model: golden.Model
     layer: int
@@ -411,7 +428,9 @@ class RowsTrace:
 
 
 def codes(a: Host, b: Host, fmt: Format, block: int) -> tuple[Host, Host]:
-    """Both arrays' codes in the coarser of their blocks' scales, as integers in the order of their values."""
+    """Both arrays' codes in the coarser of their blocks' scales, as integers in the order of their
+    values.
+    """
     blocks = [x.astype(np.float32).reshape(len(x), -1, block) for x in (a, b)]
     scale = E8M0_VALUES[power_of_two_scale(np.maximum(*(np.abs(x).max(-1) for x in blocks)), fmt)][..., None]
     sign, magnitude = (0x80, 0x7F) if fmt == "e4m3" else (0x8, 0x7)

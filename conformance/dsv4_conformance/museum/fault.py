@@ -1,4 +1,6 @@
-"""How a wrong backend is made: the right one with one op replaced by a function that is given the right op."""
+"""How a wrong backend is made: the right one with one op replaced by a function that is given the
+right op.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from dsv4_core.contract.spec import OPS
 
 Op = Callable[..., Any]
 Fault = Callable[..., Any]
-"""``fault(backend, right, *operands, **scalars)``: the wrong op; ``right`` is the bound right one."""
+"""``fault(backend, right, *operands, **scalars)``: the wrong op; ``right`` is the bound right
+one.
+"""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""Honest variants: right in every respect, and different in the last bits. The suite must not fail one."""
+"""Honest variants: right in every respect, and different in the last bits. The suite must not fail
+one.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from dsv4_core.contract.dtypes import BFLOAT16, Experts, Host, ScaledArray
 
 @dataclass(frozen=True)
 class Variant:
-    """A backend that computes the same in another way. ``narrower``, ``declares``: what it says of itself."""
+    """A backend that computes the same in another way. ``narrower``, ``declares``: what it says of
+    itself.
+    """
 
     name: str
     how: str
@@ -195,7 +199,9 @@ def experts_one_by_one(
     w2: Experts,
     **kw: Any,
 ) -> Any:
-    """A fused layer: gate and up wide, experts from the last to the first, outputs added as they come."""
+    """A fused layer: gate and up wide, experts from the last to the first, outputs added as they
+    come.
+    """
     total = np.zeros((len(x), w2.shape[1]), be.wide_dtype)
     for e in range(w1.shape[0] - 1, -1, -1):
         token, slot = np.nonzero(indices == e + kw["first_expert"])

@@ -43,7 +43,9 @@ def right_backend() -> type[Backend]:
 
 
 def hunt(mutant: Mutant, numerics: Numerics = "native", tier: str = "standard", killer: str = "") -> Kill:
-    """Run checks, smoke first, until one fails; ``killer``: the id of a check that is tried before the others of its tier."""
+    """Run checks, smoke first, until one fails; ``killer``: the id of a check that is tried before
+    the others of its tier.
+    """
     begin, count = time.perf_counter(), 0
     cls = mutant.build(right_backend())
     for level in ("smoke", "standard")[: 1 if tier == "smoke" else 2]:
@@ -61,8 +63,9 @@ MADE_OF_OTHERS = {"hc_pre"}
 
 
 def in_order(tier: str, numerics: Numerics, faults: set[str]) -> list[Check]:
-    """What a tier adds, the faulty ops' cases first: they are quick and name the op. At standard laws of smoke count again, which
-    draw examples there. Cases of ops that never call a faulty one are left out.
+    """What a tier adds, the faulty ops' cases first: they are quick and name the op. At standard
+    laws of smoke count again, which draw examples there. Cases of ops that never call a faulty one
+    are left out.
     """
     drawn = tier == "standard"
     every = [
@@ -79,7 +82,9 @@ def in_order(tier: str, numerics: Numerics, faults: set[str]) -> list[Check]:
 
 @dataclass
 class Honesty:
-    """How an honest variant fared: cases run, false alarms, and the largest share of a budget that it used."""
+    """How an honest variant fared: cases run, false alarms, and the largest share of a budget that
+    it used.
+    """
 
     name: str
     cases: int = 0
@@ -111,7 +116,9 @@ def drawn_again(case: OpCase) -> bool:
 
 
 def trials(seeds: range, numerics: Numerics = "native", names: Sequence[str] = ()) -> list[Honesty]:
-    """Run numeric op cases on every variant over several seeds; real-size shapes with seed 0 only. The oracle is asked once a case for all."""
+    """Run numeric op cases on every variant over several seeds; real-size shapes with seed 0 only.
+    The oracle is asked once a case for all.
+    """
     base = right_backend()
     chosen = [v for v in VARIANTS.values() if not names or v.name in names]
     sessions = {v.name: Session(v.build(base)(numerics=numerics), "standard") for v in chosen}

@@ -1,4 +1,6 @@
-"""Faults that take two things at once: data and a size, data and a memory layout; and what becomes of NaN and infinity."""
+"""Faults that take two things at once: data and a size, data and a memory layout; and what becomes
+of NaN and infinity.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Honest variants by whole ops: the same result by another formula, another order of choice, or another kind of array."""
+"""Honest variants by whole ops: the same result by another formula, another order of choice, or
+another kind of array.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ TILE_ROWS = 8
 
 
 def split_k(parts: int) -> Fault:
-    """Products shared among ``parts`` programs, channel by channel in turn, whose sums are added at the end."""
+    """Products shared among ``parts`` programs, channel by channel in turn, whose sums are added at
+    the end.
+    """
 
     def dot(be: Any, right: Op, a: Host, b: Host) -> Host:
         sums = [
@@ -83,7 +87,9 @@ def any_tie_of_experts(be: Any, right: Op, x: Host, weight: Host, bias: Host, *,
 
 
 def in_order_of_rows(be: Any, right: Op, scores: Host, topk: int) -> Host:
-    """Picks by row, not by score: nothing consumes the order. Rows that are not visible come last as it is."""
+    """Picks by row, not by score: nothing consumes the order. Rows that are not visible come last
+    as it is.
+    """
     picks = np.asarray(right(scores, topk))
     seen = np.take_along_axis(scores, picks, 1) > -np.inf
     return np.take_along_axis(picks, np.argsort(np.where(seen, picks, scores.shape[1] + picks), axis=1), 1)
@@ -141,7 +147,9 @@ def one_product_post(be: Any, right: Op, y: Host, h: Host, post: Host, comb: Hos
 def scattered_experts(
     be: Any, right: Op, rows: Host, order: Host, offsets: Host, shared: Any, *, topk: int, out_dtype: str
 ) -> Any:
-    """Copies are added where they belong as they come, in an order of chance, to the shared expert's output."""
+    """Copies are added where they belong as they come, in an order of chance, to the shared
+    expert's output.
+    """
     local, tokens = int(offsets[-1]), rows.shape[0] // topk
     total = np.zeros((tokens, rows.shape[1]), be.wide_dtype) if shared is None else be.widen(shared).copy()
     mixed = np.random.default_rng(local).permutation(local)
@@ -198,7 +206,9 @@ def flushing_rows(be: Any, right: Op, stored: Host, layout: RowLayout) -> Host:
 
 
 def functional(be: Any, right: Op, cache: Host, rows: Host, index: Host, *, layout: RowLayout) -> Host:
-    """A new array for every write; the one that was given is spoilt, so that nobody may still rely on it."""
+    """A new array for every write; the one that was given is spoilt, so that nobody may still rely
+    on it.
+    """
     written = np.asarray(right(cache.copy(), rows, index, layout=layout))
     cache[...] = 0xFF if cache.dtype == np.uint8 else np.nan
     return written

@@ -1,4 +1,6 @@
-"""The museum's documents, from its record alone: the table of mutants, the safety factor and its picture."""
+"""The museum's documents, from its record alone: the table of mutants, the safety factor and its
+picture.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ def whole(record: dict[str, Any]) -> str:
 
 
 def excesses(record: dict[str, Any]) -> dict[str, float]:
-    """The safety factor with which each killed numeric mutant would have passed the case that killed it."""
+    """The safety factor with which each killed numeric mutant would have passed the case that
+    killed it.
+    """
     found = {n: float(k["factor"]) for n, k in record["mutants"].items() if k["numeric"] and k["id"]}
     return {n: u for n, u in sorted(found.items(), key=lambda item: item[1]) if math.isfinite(u) and u > 0}
 
@@ -113,7 +117,9 @@ over the noise that the factor multiplies.
 
 
 def picture(record: dict[str, Any]) -> str:
-    """Factors needed, on a logarithmic axis: honest variants left of the safety factor, mutants right of it."""
+    """Factors needed, on a logarithmic axis: honest variants left of the safety factor, mutants
+    right of it.
+    """
     honest = sorted(((n, h["factor"]) for n, h in record["honest"].items()), key=lambda item: item[1])
     wrong = list(excesses(record).items())[:24]
     rows = [*((n, u, "#15803d") for n, u in honest), *((n, u, "#b91c1c") for n, u in wrong)]

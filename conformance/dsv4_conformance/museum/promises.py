@@ -1,4 +1,6 @@
-"""Faults of memory: buffers, caches of weights and of activations, threads, and what a model's native steps alone show."""
+"""Faults of memory: buffers, caches of weights and of activations, threads, and what a model's
+native steps alone show.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Faults that show at a size: an index that is too narrow, a grid that is too small, a tile that is exactly full."""
+"""Faults that show at a size: an index that is too narrow, a grid that is too small, a tile that is
+exactly full.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ BITS_17 = 1 << 17
 
 
 def only_first(name: str, op: str, limit: int, seen: str, *, axis: int = 0) -> None:
-    """Register: of the first result only the first ``limit`` rows are computed, the others stay as the allocator gave them."""
+    """Register: of the first result only the first ``limit`` rows are computed, the others stay as
+    the allocator gave them.
+    """
 
     def fault(be: Any, right: Op, *operands: Any, **kw: Any) -> Any:
         result = right(*operands, **kw)

@@ -1,4 +1,6 @@
-"""Faults of hyper-connections, the cache, embedding and sampling, and of the form of what is returned."""
+"""Faults of hyper-connections, the cache, embedding and sampling, and of the form of what is
+returned.
+"""
 
 from __future__ import annotations
 

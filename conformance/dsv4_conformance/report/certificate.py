@@ -1,7 +1,8 @@
 """A report's certificate: what it is of, so that others can verify it.
 
-Hashes of the suite, of the oracle's and the plug-in's files and of the cases' inputs, versions of libraries, the device, and the
-kernels that ran. A hash of files covers each file's name, relative to its package, and bytes; compiled Python is left out.
+Hashes of the suite, of the oracle's and the plug-in's files and of the cases' inputs, versions of
+libraries, the device, and the kernels that ran. A hash of files covers each file's name, relative
+to its package, and bytes; compiled Python is left out.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ def libraries() -> dict[str, str]:
 
 
 def of_run(run: Run, arguments: Sequence[str]) -> dict[str, Any]:
-    """The certificate of a run; ``arguments``: the words that give its numerics and the backend's options again."""
+    """The certificate of a run; ``arguments``: the words that give its numerics and the backend's
+    options again.
+    """
     kernels = sorted({kernel for f in run.findings for kernel in f.ran.split()})
     return {
         "suite": suite(),

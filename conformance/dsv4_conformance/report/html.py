@@ -1,4 +1,6 @@
-"""One self-contained page: verdict and level, what was not tested, heat map of budget used, worst cases with the command that re-runs them."""
+"""One self-contained page: verdict and level, what was not tested, heat map of budget used, worst
+cases with the command that re-runs them.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +93,9 @@ def number(value: Any) -> float:
 
 
 def edge(finding: dict[str, Any]) -> float:
-    """How near the edge a check is: the share of the allowance for noise where its result was rounded, else of the whole budget."""
+    """How near the edge a check is: the share of the allowance for noise where its result was
+    rounded, else of the whole budget.
+    """
     factor = finding["metrics"].get("factor")
     return number(finding["used"]) if factor is None or number(finding["used"]) > 1 else number(factor) / SAFETY
 

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
 
 def junit(run: Run, rerun: str) -> str:
-    """One test case per check; claimed or required failures are failures, the rest of what did not pass is skipped with its reason."""
+    """One test case per check; claimed or required failures are failures, the rest of what did not
+    pass is skipped with its reason.
+    """
     suite = Element(
         "testsuite",
         name=f"dsv4 conformance {run.backend}",

@@ -21,7 +21,9 @@ Made by `dsv4 conformance matrix REPORT...` from reports alone: a column a run, 
 
 
 def between(document: str, text: str, name: str) -> str:
-    """The document with the text between its two marks; raise ``ValueError`` where they are missing."""
+    """The document with the text between its two marks; raise ``ValueError`` where they are
+    missing.
+    """
     head, begin, rest = document.partition(f"{BEGIN}\n")
     _, end, tail = rest.partition(END)
     if not (begin and end):
@@ -95,7 +97,9 @@ def stamp(report: dict[str, Any], number: int) -> str:
 
 
 def command(report: dict[str, Any]) -> str:
-    """The command that made a report; of one from before November 28 the one that its cases are run again with."""
+    """The command that made a report; of one from before November 28 the one that its cases are run
+    again with.
+    """
     return str(report.get("command", report["rerun"]))
 
 

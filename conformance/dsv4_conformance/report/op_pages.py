@@ -1,4 +1,6 @@
-"""The op reference, generated from the contracts: ``python -m dsv4_conformance.report.op_pages > docs/ops.md``."""
+"""The op reference, generated from the contracts: ``python -m dsv4_conformance.report.op_pages >
+docs/ops.md``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Reports of a run: JSON, JUnit XML and one HTML page; and the support matrix, made from JSON reports."""
+"""Reports of a run: JSON, JUnit XML and one HTML page; and the support matrix, made from JSON
+reports.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,11 @@ if TYPE_CHECKING:
 
 
 def write(run: Run, directory: Path, command: str, rerun: str, flags: BackendFlags | None) -> None:
-    """Write ``junit.xml``, ``report.html`` and, last, ``report.json``: a directory without it was not finished.
+    """Write ``junit.xml``, ``report.html`` and, last, ``report.json``: a directory without it was
+    not finished.
 
-    ``command``: what was run; ``rerun``: what one more ``--case`` can be added to; ``flags``: the backend's, none where a
-    program's results were judged, which leaves out the certificate.
+    ``command``: what was run; ``rerun``: what one more ``--case`` can be added to; ``flags``: the
+    backend's, none where a program's results were judged, which leaves out the certificate.
     """
     data = finite(to_json(run))
     options = flags.options if flags else {}
@@ -38,7 +41,9 @@ def write(run: Run, directory: Path, command: str, rerun: str, flags: BackendFla
 
 
 def finite(value: Any) -> Any:
-    """Spell infinities and NaN as strings, which JSON has no words for; a ``used`` that is no number is null."""
+    """Spell infinities and NaN as strings, which JSON has no words for; a ``used`` that is no
+    number is null.
+    """
     if isinstance(value, dict):
         spelt = {k: finite(v) for k, v in value.items()}
         return {k: None if k == "used" and isinstance(v, str) else v for k, v in spelt.items()}

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 
 def collect(tier: Tier, numerics: Numerics, backend: Backend | None = None) -> list[Check]:
-    """Every check of a tier and of those below it, in the order of a run: ops, invariance, traces, laws, models, device.
+    """Every check of a tier and of those below it, in the order of a run: ops, invariance, traces,
+    laws, models, device.
 
-    ``backend`` adds those of the weight formats that it declares and those that it brings for its device.
+    ``backend`` adds those of the weight formats that it declares and those that it brings for its
+    device.
     """
     formats = backend.weight_formats if backend else ()
     found: list[Check] = [*cases.declared(formats), *models.declared(formats, numerics)]
@@ -35,8 +37,8 @@ def collect(tier: Tier, numerics: Numerics, backend: Backend | None = None) -> l
 
 
 def find(case_id: str) -> Check | None:
-    """The check that an id outside the catalogue stands for: ``law/NAME:EXAMPLE`` or the path of a saved call; None for
-    any other id.
+    """The check that an id outside the catalogue stands for: ``law/NAME:EXAMPLE`` or the path of a
+    saved call; None for any other id.
     """
     if case_id.startswith(laws.PREFIX) and ":" in case_id:
         return laws.example_check(case_id)

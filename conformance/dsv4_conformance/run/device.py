@@ -1,4 +1,6 @@
-"""Checks that a backend brings for its own device: a vendor's kernels against another implementation on the same chip."""
+"""Checks that a backend brings for its own device: a vendor's kernels against another
+implementation on the same chip.
+"""
 
 from __future__ import annotations
 

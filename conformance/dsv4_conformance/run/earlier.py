@@ -1,4 +1,6 @@
-"""Failures that need an earlier call: what fails in a run and passes on its own, and the pair that shows it."""
+"""Failures that need an earlier call: what fails in a run and passes on its own, and the pair that
+shows it.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ REACH = 64  # checks before it
 
 
 def explain(failing: Check, before: Sequence[Check], fresh: Fresh) -> list[Check] | None:
-    """Checks after which it fails, itself last; None where it fails on its own, or none of those ``before`` is to blame.
+    """Checks after which it fails, itself last; None where it fails on its own, or none of those
+    ``before`` is to blame.
 
-    The shortest run of checks before it that still makes it fail is found by halving; where its first one is enough, it is a pair.
+    The shortest run of checks before it that still makes it fail is found by halving; where its
+    first one is enough, it is a pair.
     """
 
     def fails(chain: Sequence[Check]) -> bool:

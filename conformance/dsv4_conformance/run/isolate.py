@@ -1,7 +1,8 @@
-"""Checks in processes of their own: one that crashes the interpreter, hangs or eats memory is reported, and the rest still runs; several run at a time.
+"""Checks in processes of their own: one that crashes the interpreter, hangs or eats memory is
+reported, and the rest still runs; several run at a time.
 
-A process is told one id after another, answers each with a line of JSON on a pipe of its own (so that what a backend prints does no harm), and is
-replaced when it dies.
+A process is told one id after another, answers each with a line of JSON on a pipe of its own (so
+that what a backend prints does no harm), and is replaced when it dies.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ ORDER = (
 
 @dataclass(frozen=True)
 class Workers:
-    """How checks are run: a backend by name and options, limits of a check (infinite: none), and how many processes."""
+    """How checks are run: a backend by name and options, limits of a check (infinite: none), and
+    how many processes.
+    """
 
     backend: str
     numerics: Numerics
@@ -59,7 +62,9 @@ class Workers:
     """An error may outlive its check (a device's context stays broken): its process is replaced."""
 
     def execute(self, checks: Sequence[Check]) -> Iterator[Finding]:
-        """Run checks; a finding for each, in order where there is one process and as they come where there are more."""
+        """Run checks; a finding for each, in order where there is one process and as they come
+        where there are more.
+        """
         if self.jobs == 1:
             with closing(Process(self)) as process:
                 yield from map(process.run, checks)
@@ -183,7 +188,9 @@ def lost(check: Check, status: Status, message: str) -> Finding:
 
 
 def resident_megabytes(pid: int) -> int:
-    """Resident memory of a process, from /proc; 0 where the system has none or the process is gone."""
+    """Resident memory of a process, from /proc; 0 where the system has none or the process is
+    gone.
+    """
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
     except (OSError, IndexError):

@@ -1,4 +1,6 @@
-"""How far a backend is: per op what its smoke cases say, per level what is missing, and the op to write next."""
+"""How far a backend is: per op what its smoke cases say, per level what is missing, and the op to
+write next.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,16 @@ FLOW = (
     "hc_pre", "hc_post", "hc_add", "gate", "gate_hash", "expert_linear", "combine", "compress", "index_scores", "index_select", "hc_head",
     "sample",
 )  # fmt: skip
-"""Required ops of level 1 in the order in which they are easiest to write: what later ones are made of comes first."""
+"""Required ops of level 1 in the order in which they are easiest to write: what later ones are made
+of comes first.
+"""
 
 
 @dataclass(frozen=True)
 class OpState:
-    """One op: ``passed`` of ``of`` smoke cases, and the first that failed; ``of`` is 0 where the backend has not the op."""
+    """One op: ``passed`` of ``of`` smoke cases, and the first that failed; ``of`` is 0 where the
+    backend has not the op.
+    """
 
     op: str
     level: int

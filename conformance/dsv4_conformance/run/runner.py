@@ -51,8 +51,9 @@ def run_check(check: Check, session: Session) -> Finding:
 
 
 def refuses(check: Check, backend: Backend) -> bool:
-    """Say whether the backend's own ``supports`` explains that a check could not run: it refuses the op, or for a fused op that
-    is composed and for checks of a whole model any op that the contract requires.
+    """Say whether the backend's own ``supports`` explains that a check could not run: it refuses
+    the op, or for a fused op that is composed and for checks of a whole model any op that the
+    contract requires.
     """
     required = [name for name, spec in OPS.items() if not spec.fused]
     if check.op in OPS:
@@ -67,8 +68,8 @@ def refuses(check: Check, backend: Backend) -> bool:
 
 
 def claimed(check: Check, backend: Backend) -> bool:
-    """Say whether the backend's own file claims what a check tests: by level, or by name; a bitwise law for all ops, or for one as
-    ``LAW/OP``.
+    """Say whether the backend's own file claims what a check tests: by level, or by name; a bitwise
+    law for all ops, or for one as ``LAW/OP``.
     """
     if check.op in backend.departures:
         return False
@@ -82,7 +83,9 @@ def claimed(check: Check, backend: Backend) -> bool:
 
 
 def brought(check: Check, backend: Backend) -> bool:
-    """Say whether a check tests an implementation of the backend's own: what is there is to be right, claimed or not."""
+    """Say whether a check tests an implementation of the backend's own: what is there is to be
+    right, claimed or not.
+    """
     return (
         check.group != "invariance"
         and check.op in OPS
@@ -119,7 +122,9 @@ class Run:
     ties: str = "lower"
 
     def failures(self) -> list[Finding]:
-        """Findings that fail the run: bad ones, and unsupported ones, that were claimed or required."""
+        """Findings that fail the run: bad ones, and unsupported ones, that were claimed or
+        required.
+        """
         return [f for f in self.findings if self.fails(f)]
 
     def fails(self, finding: Finding) -> bool:
@@ -137,12 +142,16 @@ class Run:
 
     @property
     def level(self) -> int | None:
-        """The highest level at and below which every check passed; None where level 0 already fails, or not everything was run."""
+        """The highest level at and below which every check passed; None where level 0 already
+        fails, or not everything was run.
+        """
         return None if self.partial else level_of_statuses([(f.level, f.status) for f in self.findings])
 
     @property
     def ok(self) -> bool:
-        """All that was claimed or required passed, and no xfail is stale; a required level must have been reached."""
+        """All that was claimed or required passed, and no xfail is stale; a required level must
+        have been reached.
+        """
         short = self.require is not None and not self.partial and (self.level is None or self.level < self.require)
         return not (self.failures() or self.stale or short)
 
@@ -190,7 +199,9 @@ class Run:
         return lines
 
     def unclaimed_passes(self, missed: set[str]) -> list[str]:
-        """What passed and was not claimed, with what would claim it: a level where it was reached, else the names."""
+        """What passed and was not claimed, with what would claim it: a level where it was reached,
+        else the names.
+        """
         above = sorted({f.op for f in self.findings if f.status == "passed" and not f.claimed} - missed)
         if not above or self.asked:
             return []
@@ -209,7 +220,9 @@ class Run:
 
 
 def level_of_statuses(findings: Iterable[tuple[int, str]]) -> int | None:
-    """The highest level at and below which every check passed, from levels and statuses; None where level 0 fails or is missing."""
+    """The highest level at and below which every check passed, from levels and statuses; None where
+    level 0 fails or is missing.
+    """
     statuses: dict[int, set[str]] = {}
     for level, status in findings:
         statuses.setdefault(level, set()).add(status)
@@ -229,7 +242,9 @@ def said_once(proof: Mapping[str, str]) -> str:
 
 
 def passing(result: Run) -> dict[str, bool]:
-    """Of each kernel whether every check that ran it passed (what is not claimed aside); nothing of a run that proves nothing."""
+    """Of each kernel whether every check that ran it passed (what is not claimed aside); nothing of
+    a run that proves nothing.
+    """
     if result.partial or not result.ok or (result.level or 0) < PROVES:
         return {}
     outcome: dict[str, bool] = {}
@@ -271,7 +286,9 @@ def run(
     today: datetime.date | None = None,
     version: str = "",
 ) -> Run:
-    """Run a selection of checks on a session's backend. ``execute`` replaces the plain loop (isolation)."""
+    """Run a selection of checks on a session's backend. ``execute`` replaces the plain loop
+    (isolation).
+    """
     backend = session.backend
     begin = time.perf_counter()
     every = catalogue.collect("full", session.numerics, backend)

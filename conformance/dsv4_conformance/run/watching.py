@@ -1,4 +1,6 @@
-"""Running again whenever a backend's files change: each run in a process of its own, so that it sees the new ones."""
+"""Running again whenever a backend's files change: each run in a process of its own, so that it
+sees the new ones.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ LOOKS = 0.5  # seconds between two looks at the files
 
 
 def files_of(module: str) -> Mapping[Path, float]:
-    """When each source of a module was last changed: a package's folder with everything below, or one file."""
+    """When each source of a module was last changed: a package's folder with everything below, or
+    one file.
+    """
     spec = find_spec(module.partition(":")[0])
     if spec is None or spec.origin is None:
         raise ValueError(f"--watch: module {module!r} has no file to be watched; run without it")
@@ -32,7 +36,9 @@ def files_of(module: str) -> Mapping[Path, float]:
 
 
 def watching(module: str, words: Sequence[str], wait: Callable[[], None] = lambda: time.sleep(LOOKS)) -> int:
-    """Run ``dsv4 conformance run WORDS`` now and after every change, until Ctrl-C; give the last run's exit status."""
+    """Run ``dsv4 conformance run WORDS`` now and after every change, until Ctrl-C; give the last
+    run's exit status.
+    """
     status = 2
     seen: dict[Path, float] = {}
     try:

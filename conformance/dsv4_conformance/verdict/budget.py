@@ -1,10 +1,12 @@
 """What error the contract allows each element of a result.
 
     budget = half a unit of the output format
-           + SAFETY * (largest of SAMPLES random-rounding deviations of the oracle + one unit roundoff of the wide format)
+           + SAFETY * (largest of SAMPLES random-rounding deviations of the oracle
+                       + one unit roundoff of the wide format)
 
-The deviations contain the case's own sensitivity: conditioning, cancellation, declared narrower intermediates. Elementwise arithmetic after the last sum
-rounds in the wide format too: that is the last term. ``SAFETY`` is one number for every op, backend and dtype; the experiment behind it is
+The deviations contain the case's own sensitivity: conditioning, cancellation, declared narrower
+intermediates. Elementwise arithmetic after the last sum rounds in the wide format too: that is the
+last term. ``SAFETY`` is one number for every op, backend and dtype; the experiment behind it is
 ``docs/safety-factor.md``, which ``dsv4_conformance.museum.pages`` writes.
 """
 
@@ -30,7 +32,9 @@ SAMPLES = 16  # the largest of 16 normal deviations is under a third of its scal
 
 @dataclass(frozen=True)
 class Expected:
-    """The exact result of one output, and per element what a backend may be off. ``spread`` is the oracle's largest deviation."""
+    """The exact result of one output, and per element what a backend may be off. ``spread`` is the
+    oracle's largest deviation.
+    """
 
     value: Host
     dtype: str
@@ -39,7 +43,9 @@ class Expected:
     noise: Host | None = None
     """What the safety factor multiplies."""
     flushed: Host | None = None
-    """Of an exact result: what comes of flushed operands, which a backend that declares so may return."""
+    """Of an exact result: what comes of flushed operands, which a backend that declares so may
+    return.
+    """
     least: float = 0.0
     """How far an exact number may be off where subnormals are flushed."""
 
@@ -62,7 +68,9 @@ def smallest(dtype: str) -> float:
 
 
 def allowance(value: Host, spread: Host, dtype: str, wide: str) -> tuple[Host, Host]:
-    """The budget formula of the module docstring, and the part of it that the safety factor multiplies."""
+    """The budget formula of the module docstring, and the part of it that the safety factor
+    multiplies.
+    """
     with np.errstate(invalid="ignore", over="ignore"):
         own = ORACLES_OWN if wide == "float64" else 0.0
         noise = spread + (1 + own) * roundoff(wide) * np.abs(value)

@@ -58,7 +58,9 @@ class Outcome:
 
 
 def hashed(call: Call) -> str:
-    """A hash of the operands and scalars, the same wherever the call is made: 32 hexadecimal digits."""
+    """A hash of the operands and scalars, the same wherever the call is made: 32 hexadecimal
+    digits.
+    """
     digest = hashlib.blake2b(f"{call.op} {sorted(call.scalars.items())!r}".encode(), digest_size=16)
 
     def add(name: str, operand: Any) -> None:
@@ -115,7 +117,9 @@ def place(
     array: Callable[[str, Host], Any],
     weight: Callable[[str, Host], Host] = lambda _, tensor: tensor,
 ) -> Any:
-    """Hand an operand over as the graph does: tensors of the checkpoint (through ``weight``) by ``Backend.load``, others by ``array``."""
+    """Hand an operand over as the graph does: tensors of the checkpoint (through ``weight``) by
+    ``Backend.load``, others by ``array``.
+    """
 
     def tensors(part: Any) -> Any:
         if isinstance(part, ScaledArray):
@@ -134,7 +138,9 @@ def place(
 
 
 def execute(call: Call, backend: Backend, shapes: Sequence[tuple[int, ...]]) -> Outcome:
-    """Run a call on a backend, guarded; ``shapes`` are those that the oracle's results have. Exceptions of the op pass through."""
+    """Run a call on a backend, guarded; ``shapes`` are those that the oracle's results have.
+    Exceptions of the op pass through.
+    """
     guards: list[Guarded] = []
     weights: list[GuardedWeight] = []
 
@@ -161,7 +167,9 @@ def execute(call: Call, backend: Backend, shapes: Sequence[tuple[int, ...]]) -> 
 
 
 def as_tuple(call: Call, returned: Any, outcome: Outcome) -> Sequence[Any]:
-    """What an op returned as a sequence; a form that is not the contract's becomes a problem of ``outcome``."""
+    """What an op returned as a sequence; a form that is not the contract's becomes a problem of
+    ``outcome``.
+    """
     expected = call.spec.returns
     if returned is None:
         outcome.problems.append(f"returned None; the contract returns {_form(call)}")

@@ -1,6 +1,8 @@
-"""Picks, judged by the scores behind them: another pick is an error only if the scores' own budget cannot explain it.
+"""Picks, judged by the scores behind them: another pick is an error only if the scores' own budget
+cannot explain it.
 
-Where the scores leave no doubt (sums that every order computes exactly, scores that are operands), ties follow the published rule: the lower index.
+Where the scores leave no doubt (sums that every order computes exactly, scores that are operands),
+ties follow the published rule: the lower index.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores [rows, n] in float64, their budgets, and which of them are certain (so that equal ones are ties)."""
+    """Scores [rows, n] in float64, their budgets, and which of them are certain (so that equal ones
+    are ties).
+    """
 
     value: Host
     budget: Host
@@ -31,8 +35,9 @@ class Scores:
 
 
 def judge_picks(picks: Host, scores: Scores, visible: Host, *, lower: bool = True) -> Verdict:
-    """Judge picks [rows, k] of each row's first ``visible`` scores: valid, distinct, the best by margin, in any order; -1 where there
-    are fewer than k. ``lower``: of equal scores the lower index is to be picked.
+    """Judge picks [rows, k] of each row's first ``visible`` scores: valid, distinct, the best by
+    margin, in any order; -1 where there are fewer than k. ``lower``: of equal scores the lower
+    index is to be picked.
     """
     verdict = Verdict()
     rows, n = scores.value.shape
@@ -153,7 +158,9 @@ def judge_gate(call: Call, results: list[Host], oracle: Oracle, backend: Backend
 
 
 def scores_of(call: Call, oracle: Oracle, backend: Backend) -> Scores:
-    """The scores [tokens, rows] that the indexer picks by, whichever of its three forms computes them."""
+    """The scores [tokens, rows] that the indexer picks by, whichever of its three forms computes
+    them.
+    """
     operands = call.named()
     if call.op == "index_select":
         exact, spread = operands["scores"].astype(np.float64), np.zeros(operands["scores"].shape)
@@ -189,7 +196,9 @@ def judge_index(call: Call, results: list[Host], oracle: Oracle, backend: Backen
 
 
 def judge_sample(call: Call, results: list[Host], backend: Backend) -> Verdict:
-    """Greedy: the exact token. Otherwise a token whose share of the cumulative distribution holds the random number, give or take rounding."""
+    """Greedy: the exact token. Otherwise a token whose share of the cumulative distribution holds
+    the random number, give or take rounding.
+    """
     operands = call.named()
     logits, got = operands["logits"].astype(np.float64), results[0]
     temperature, top_p = call.scalars["temperature"], call.scalars["top_p"]

@@ -1,7 +1,9 @@
-"""A failing case as an ``.npz`` file: operands, what was returned and what was wanted, for a look with NumPy alone.
+"""A failing case as an ``.npz`` file: operands, what was returned and what was wanted, for a look
+with NumPy alone.
 
-``operand.NAME`` (a quantised weight as ``.data`` and ``.scale``, a list with ``[i]``), ``got.I``, ``want.I`` in float64 where it
-is rounded, with ``budget.I``; ``scalars``: JSON. BF16 is written as float32, which holds it exactly.
+``operand.NAME`` (a quantised weight as ``.data`` and ``.scale``, a list with ``[i]``), ``got.I``,
+``want.I`` in float64 where it is rounded, with ``budget.I``; ``scalars``: JSON. BF16 is written as
+float32, which holds it exactly.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Poison around every buffer: a read outside it shows in the result, a write outside it in the poison.
+"""Poison around every buffer: a read outside it shows in the result, a write outside it in the
+poison.
 
-Operands are slices of a larger array on the backend, so guards exist on a device as well: the whole buffer is handed over, sliced by the
-Array protocol's ``[...]``, and fetched back after the call.
+Operands are slices of a larger array on the backend, so guards exist on a device as well: the whole
+buffer is handed over, sliced by the Array protocol's ``[...]``, and fetched back after the call.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ HUGE = 1 << 30  # guards larger than this are not made: the buffer is as it is
 
 
 def poison(dtype: np.dtype[np.generic]) -> int | float:
-    """NaN for floats; 255 for bytes (NaN in E4M3 and E8M0); for indices a number that lies outside any array."""
+    """NaN for floats; 255 for bytes (NaN in E4M3 and E8M0); for indices a number that lies outside
+    any array.
+    """
     if dtype.kind == "u":
         return 255
     return min(0x5F5F5F5F, np.iinfo(dtype.str).max) if dtype.kind == "i" else float("nan")
@@ -53,7 +56,9 @@ class Guarded:
         self.array: Array = self.buffer[self.inside]
 
     def problems(self, *, mutable: bool) -> list[str]:
-        """Name what was written that must not be: the guard, or an operand that the contract does not mutate."""
+        """Name what was written that must not be: the guard, or an operand that the contract does
+        not mutate.
+        """
         if not self.before.size:
             return []
         after, before = np.ascontiguousarray(self.backend.to_numpy(self.buffer)), self.before
@@ -76,8 +81,8 @@ class Guarded:
 
 
 class GuardedWeight:
-    """A tensor of the checkpoint in a poisoned buffer on the host; ``array`` is what ``Backend.load`` is given. What a backend does to a
-    copy of its own is not seen.
+    """A tensor of the checkpoint in a poisoned buffer on the host; ``array`` is what
+    ``Backend.load`` is given. What a backend does to a copy of its own is not seen.
     """
 
     def __init__(self, name: str, host: Host) -> None:

@@ -20,7 +20,9 @@ STANDARD_ERRORS = 8  # of the bias beyond which chance is no explanation, in a r
 
 @dataclass
 class Verdict:
-    """What was found. ``used``: share of the budget of the worst element; exact results use 0, or infinity where they differ."""
+    """What was found. ``used``: share of the budget of the worst element; exact results use 0, or
+    infinity where they differ.
+    """
 
     problems: list[str] = field(default_factory=list)
     used: float = 0.0
@@ -70,7 +72,9 @@ def judge_exact(got: Host, want: Expected) -> Verdict:
 
 
 def judge_rounded(got: Host, want: Expected) -> Verdict:
-    """Every element within its budget, NaN exactly where the oracle has NaN, no bias that the budget's own noise cannot explain."""
+    """Every element within its budget, NaN exactly where the oracle has NaN, no bias that the
+    budget's own noise cannot explain.
+    """
     assert want.budget is not None
     assert want.spread is not None
     value, x = want.value, got.astype(np.float64)
@@ -139,7 +143,9 @@ def judge_rounded(got: Host, want: Expected) -> Verdict:
 
 
 def flushed(value: Expected, other: Expected) -> Expected:
-    """What a device that flushes subnormal numbers may give: budgets that reach what the oracle makes of flushed operands too."""
+    """What a device that flushes subnormal numbers may give: budgets that reach what the oracle
+    makes of flushed operands too.
+    """
     least = smallest("float32")
     with np.errstate(invalid="ignore"):
         apart = np.nan_to_num(np.abs(value.value.astype(np.float64) - other.value.astype(np.float64)))
@@ -150,7 +156,9 @@ def flushed(value: Expected, other: Expected) -> Expected:
 
 
 def around(at: tuple[int, ...], got: Host, want: Host) -> dict[str, Any]:
-    """An element with its neighbours along the last axis: where they begin, and both sides' values."""
+    """An element with its neighbours along the last axis: where they begin, and both sides'
+    values.
+    """
     if not at:
         return {}
     first = max(0, at[-1] - NEIGHBOURS)
@@ -171,7 +179,9 @@ def hints(got: Host, want: Host) -> list[str]:
 
 
 def factor(got: Host, want: Expected) -> float:
-    """The safety factor that this result needs: its largest error beyond half a unit, over the noise that the factor multiplies."""
+    """The safety factor that this result needs: its largest error beyond half a unit, over the
+    noise that the factor multiplies.
+    """
     assert want.budget is not None
     assert want.noise is not None
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -1,4 +1,6 @@
-"""Operands as a device has them that takes numbers below the least normal one of float32 for zero."""
+"""Operands as a device has them that takes numbers below the least normal one of float32 for
+zero.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ LEAST = 2.0**-126
 
 
 def flushed(call: Call) -> Call:
-    """The call with subnormal numbers replaced by zero: plain ones, and codes whose product with their scale is one."""
+    """The call with subnormal numbers replaced by zero: plain ones, and codes whose product with
+    their scale is one.
+    """
     layout = call.scalars.get("layout")
 
     def flush(name: str, operand: Any) -> Any:

@@ -1,7 +1,8 @@
 """Ties that are broken otherwise: the same choice with the lower of equal scores in it.
 
-A model whose scores tie (a ReLU over few heads gives many zeros) goes another way with every tie rule, and all are right. What
-compares models puts the published rule's picks in place of another rule's; a pick that is no tie stays as it is.
+A model whose scores tie (a ReLU over few heads gives many zeros) goes another way with every tie
+rule, and all are right. What compares models puts the published rule's picks in place of another
+rule's; a pick that is no tie stays as it is.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ CHOOSERS = ("index_select", "index_topk", "cached_index_topk")
 
 
 def lowest(picks: Host, value: Host, certain: Host, visible: Host) -> Host:
-    """Picks [rows, k] with the lowest of the scores that equal the last place's; ascending, -1 at the end."""
+    """Picks [rows, k] with the lowest of the scores that equal the last place's; ascending, -1 at
+    the end.
+    """
     rows, n = value.shape
     chosen = np.zeros((rows, n + 1), bool)
     np.put_along_axis(chosen, np.where(picks < 0, n, picks), True, axis=1)
@@ -41,7 +44,9 @@ def lowest(picks: Host, value: Host, certain: Host, visible: Host) -> Host:
 
 @contextmanager
 def to_the_lower(backend: Backend) -> Iterator[list[int]]:
-    """Within, the backend's choosers break ties to the lower row; gives a list whose length grows by one with each choice moved."""
+    """Within, the backend's choosers break ties to the lower row; gives a list whose length grows
+    by one with each choice moved.
+    """
     oracle, moved = registry.oracle(backend.numerics, {}), list[int]()
 
     def choosing(op: str, method: Callable[..., Any]) -> Callable[..., Any]:

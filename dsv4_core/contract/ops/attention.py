@@ -17,8 +17,9 @@ class AttentionOps(CacheOps):
     """Compression, indexing, attention; over rows at hand, and fused over cached ones."""
 
     keys_at_once: int | None = None
-    """Rows of a sequence that ``cached_index_topk`` unpacks and scores at a time, so that they stay in a core's cache: what is
-    read from memory is the packed rows, once for a step's tokens. None: all, as a device would, where each call is a launch.
+    """Rows of a sequence that ``cached_index_topk`` unpacks and scores at a time, so that they stay
+    in a core's cache: what is read from memory is the packed rows, once for a step's tokens. None:
+    all, as a device would, where each call is a launch.
     """
 
     @op(
@@ -30,12 +31,13 @@ class AttentionOps(CacheOps):
     def compress(self, kv_score: Array, ape: Array, window_idxs: Array, *, dim: int) -> Array:
         """Mix windows of tokens into one row each, by a softmax per channel.
 
-        ``kv_score[p]`` holds a token's kv (first half) and score (second half). Row r mixes the tokens ``window_idxs[r,
-        j]`` (-1: none) with ``w[j, c] = softmax_j(score[j, c] + ape[j mod ratio, c])``. ``span = ratio`` (``width =
-        dim``): ``y[r, c] = sum_j w[j, c] kv[j, c]``. ``span = 2 * ratio`` (overlapping, ``width = 2 dim``): the first
-        ``ratio`` tokens are the previous window and use channels ``c`` of the first half of ``width``, the others the
-        current window and ``dim + c``; one softmax over both. A row with no token is zero. Wide inside, rounded once.
-        Source: Compressor of the published code.
+        ``kv_score[p]`` holds a token's kv (first half) and score (second half). Row r mixes the
+        tokens ``window_idxs[r, j]`` (-1: none) with ``w[j, c] = softmax_j(score[j, c] + ape[j mod
+        ratio, c])``. ``span = ratio`` (``width = dim``): ``y[r, c] = sum_j w[j, c] kv[j, c]``.
+        ``span = 2 * ratio`` (overlapping, ``width = 2 dim``): the first ``ratio`` tokens are the
+        previous window and use channels ``c`` of the first half of ``width``, the others the
+        current window and ``dim + c``; one softmax over both. A row with no token is zero. Wide
+        inside, rounded once. Source: Compressor of the published code.
         """
         raise NotImplementedError
 
@@ -46,7 +48,8 @@ class AttentionOps(CacheOps):
         work={"fp4": "2*batch*seq*heads*rows*dim", "vector": "3*batch*seq*heads*rows"},
     )
     def index_scores(self, q: Array, weights: Array, keys: Array, *, scale: float) -> Array:
-        """``score[b, s, n] = sum_h scale * weights[b, s, h] * relu(sum_d q[b, s, h, d] * keys[b, n, d])``, all wide.
+        """``score[b, s, n] = sum_h scale * weights[b, s, h] * relu(sum_d q[b, s, h, d] * keys[b, n,
+        d])``, all wide.
 
         Source: Indexer.
         """
@@ -60,11 +63,11 @@ class AttentionOps(CacheOps):
         work={"vector": "batch*seq*rows"},
     )
     def index_select(self, scores: Array, visible: Array, offset: Array, *, topk: int) -> Array:
-        """Pick each token's best rows among its first ``visible`` ones: row + ``offset``, ``-1`` where there are fewer
-        than ``topk``.
+        """Pick each token's best rows among its first ``visible`` ones: row + ``offset``, ``-1``
+        where there are fewer than ``topk``.
 
-        The first ``min(topk, visible)`` picks are valid, in any order, the rest -1. On a tie the lower row wins. ``topk
-        <= rows``.
+        The first ``min(topk, visible)`` picks are valid, in any order, the rest -1. On a tie the
+        lower row wins. ``topk <= rows``.
         """
         raise NotImplementedError
 
@@ -79,9 +82,10 @@ class AttentionOps(CacheOps):
     def sparse_attn(self, q: Array, kv: Array, attn_sink: Array, topk_idxs: Array, *, softmax_scale: float) -> Array:
         """Attend to selected rows, each key and value at once, with a sink in the denominator.
 
-        ``s[t, h, j] = softmax_scale * sum_d q[t, h, d] kv[i, d]`` with ``i = topk_idxs[t, j]``, -1 meaning no row;
-        ``o[t, h] = sum_j exp(s) kv[i] / (sum_j exp(s) + exp(attn_sink[h]))``. A token with no row gives zeros. A row
-        that is listed twice counts twice. Wide inside, rounded once. Source: sparse_attn of the published kernels.
+        ``s[t, h, j] = softmax_scale * sum_d q[t, h, d] kv[i, d]`` with ``i = topk_idxs[t, j]``, -1
+        meaning no row; ``o[t, h] = sum_j exp(s) kv[i] / (sum_j exp(s) + exp(attn_sink[h]))``. A
+        token with no row gives zeros. A row that is listed twice counts twice. Wide inside, rounded
+        once. Source: sparse_attn of the published kernels.
         """
         raise NotImplementedError
 
@@ -101,8 +105,8 @@ class AttentionOps(CacheOps):
     def index_topk(
         self, q: Array, weights: Array, keys: Array, visible: Array, offset: Array, *, scale: float, topk: int
     ) -> Array:
-        """``index_select`` of ``index_scores``, in blocks of tokens so that scores of a long context never exist at
-        once.
+        """``index_select`` of ``index_scores``, in blocks of tokens so that scores of a long
+        context never exist at once.
         """
         batch, seq = visible.shape
         step = max(1, SCORES_AT_ONCE // (batch * keys.shape[1]))
@@ -194,10 +198,11 @@ class AttentionOps(CacheOps):
         layout: RowLayout,
         softmax_scale: float,
     ) -> Array:
-        """``sparse_attn`` over ``[ring[ring_index] | kv | rows[row_index]]``: window rows before this step, this step's
-        own, compressed rows.
+        """``sparse_attn`` over ``[ring[ring_index] | kv | rows[row_index]]``: window rows before
+        this step, this step's own, compressed rows.
 
-        ``topk_idxs`` counts in that concatenation. ``rows`` and ``row_index`` are None in a layer without compression.
+        ``topk_idxs`` counts in that concatenation. ``rows`` and ``row_index`` are None in a layer
+        without compression.
         """
         parts = [self.cache_read(ring, ring_index, layout=layout), kv]
         if rows is not None and row_index is not None:

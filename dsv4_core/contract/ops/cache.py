@@ -1,4 +1,6 @@
-"""Cache rows: packed writes, gathered reads. Slots are row numbers; a row's address may pass 2^31 bytes."""
+"""Cache rows: packed writes, gathered reads. Slots are row numbers; a row's address may pass 2^31
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,15 @@ class CacheOps(Ops):
         writes={"cache": "min(1, n/slots)"},
     )
     def cache_write(self, cache: Array, rows: Array, index: Array, *, layout: RowLayout) -> Array:
-        """Give the cache with ``rows[i]`` at ``cache[index[i]]`` as ``layout`` packs it; ``-1`` stores nothing.
+        """Give the cache with ``rows[i]`` at ``cache[index[i]]`` as ``layout`` packs it; ``-1``
+        stores nothing.
 
-        No two indices are equal. A backend writes in place and returns the array that it was given, or returns another
-        one: the caller goes on with what is returned, and never reads the one that it gave again.
+        No two indices are equal. A backend writes in place and returns the array that it was given,
+        or returns another one: the caller goes on with what is returned, and never reads the one
+        that it gave again.
 
-        ``kv`` and ``key`` rows are on their format's grid already (``act_qdq``), so that packing, which quantises
-        again, loses nothing.
+        ``kv`` and ``key`` rows are on their format's grid already (``act_qdq``), so that packing,
+        which quantises again, loses nothing.
         """
         raise NotImplementedError
 
@@ -43,9 +47,10 @@ class CacheOps(Ops):
         reads={"cache": "n/slots"},
     )
     def cache_read(self, cache: Array, index: Array, *, layout: RowLayout) -> Array:
-        """Gather ``cache[index[i]]`` and unpack it: [n, layout.dim], in the activation dtype, or the cache's own where
-        ``layout`` is plain. ``-1`` gives zeros. Scale bytes are 1 to 247 (``kv``) or 253 (``key``), the most that
-        ``act_qdq`` of a finite number needs; code times scale is finite.
+        """Gather ``cache[index[i]]`` and unpack it: [n, layout.dim], in the activation dtype, or
+        the cache's own where ``layout`` is plain. ``-1`` gives zeros. Scale bytes are 1 to 247
+        (``kv``) or 253 (``key``), the most that ``act_qdq`` of a finite number needs; code times
+        scale is finite.
         """
         raise NotImplementedError
 

@@ -18,7 +18,8 @@ class EmbedOps(Ops):
     def embedding(self, ids: Array, weight: Array) -> Array:
         """Look up rows: ``y[t, d] = weight[ids[t], d]``, in the activation dtype.
 
-        Ids outside ``0 .. vocab - 1`` give a row of zeros (a rank that holds part of the vocabulary relies on it).
+        Ids outside ``0 .. vocab - 1`` give a row of zeros (a rank that holds part of the vocabulary
+        relies on it).
         """
         raise NotImplementedError
 
@@ -32,8 +33,8 @@ class EmbedOps(Ops):
     def sample(self, logits: Array, uniform: Array, *, temperature: float, top_p: float) -> Array:
         """Choose a token a row. ``temperature = 0``: the largest logit, the lower id on a tie.
 
-        Otherwise ``p = softmax(logits / temperature)``; sort descending (ties: lower id first), keep the shortest
-        prefix whose sum reaches ``top_p``, and take the first token at which the running sum exceeds ``uniform[t]``
-        times the prefix's sum.
+        Otherwise ``p = softmax(logits / temperature)``; sort descending (ties: lower id first),
+        keep the shortest prefix whose sum reaches ``top_p``, and take the first token at which the
+        running sum exceeds ``uniform[t]`` times the prefix's sum.
         """
         raise NotImplementedError

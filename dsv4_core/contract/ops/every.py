@@ -1,4 +1,6 @@
-"""All contracts together, as a backend inherits them. A fused op's body is its default, written in the required ops beside it."""
+"""All contracts together, as a backend inherits them. A fused op's body is its default, written in
+the required ops beside it.
+"""
 
 from dsv4_core.contract.ops.attention import AttentionOps
 from dsv4_core.contract.ops.embed import EmbedOps

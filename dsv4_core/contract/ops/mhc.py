@@ -1,4 +1,6 @@
-"""Manifold-constrained hyper-connections: several residual streams, mixed before and after every sub-layer."""
+"""Manifold-constrained hyper-connections: several residual streams, mixed before and after every
+sub-layer.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,11 @@ class MhcOps(NormOps):
     ) -> tuple[Array, Array, Array]:
         """Split mixes into ``pre``, ``post`` and the nearly doubly stochastic ``comb``.
 
-        ``pre = sigmoid(mixes[:hc] * scale[0] + base[:hc]) + eps``; ``post = 2 sigmoid(mixes[hc:2hc] * scale[1] +
-        base[hc:2hc])``; ``comb = softmax(mixes[2hc:] * scale[2] + base[2hc:]) + eps`` as [hc, hc], over the last axis;
-        divided by (column sums + eps); then ``iters - 1`` times by (row sums + eps) and by (column sums + eps). Column
-        sums run over the first of the two axes. Source: hc_split_sinkhorn of the published kernels.
+        ``pre = sigmoid(mixes[:hc] * scale[0] + base[:hc]) + eps``; ``post = 2 sigmoid(mixes[hc:2hc]
+        * scale[1] + base[hc:2hc])``; ``comb = softmax(mixes[2hc:] * scale[2] + base[2hc:]) + eps``
+        as [hc, hc], over the last axis; divided by (column sums + eps); then ``iters - 1`` times by
+        (row sums + eps) and by (column sums + eps). Column sums run over the first of the two axes.
+        Source: hc_split_sinkhorn of the published kernels.
         """
         raise NotImplementedError
 
@@ -78,8 +81,8 @@ class MhcOps(NormOps):
         work={"vector": "2*tokens*hc*(hc+1)*dim"},
     )
     def hc_post(self, y: Array, h: Array, post: Array, comb: Array) -> Array:
-        """Give a sub-layer's output back to the streams: ``h'[n] = post[n] * y + sum_j comb[j, n] * h[j]``, wide,
-        rounded once.
+        """Give a sub-layer's output back to the streams: ``h'[n] = post[n] * y + sum_j comb[j, n] *
+        h[j]``, wide, rounded once.
 
         Mind the index order: ``comb`` is used transposed.
         """
@@ -92,8 +95,8 @@ class MhcOps(NormOps):
         work={"fn": "2*tokens*hc*dim*hc", "vector": "tokens*(4*hc*dim + 4*hc)"},
     )
     def hc_head(self, h: Array, fn: Array, scale: Array, base: Array, *, norm_eps: float, eps: float) -> Array:
-        """Reduce the streams before the final norm: ``mixes`` as in ``hc_pre``, ``pre = sigmoid(mixes * scale[0] +
-        base) + eps``, ``y = sum_j pre[j] h[j]``.
+        """Reduce the streams before the final norm: ``mixes`` as in ``hc_pre``, ``pre =
+        sigmoid(mixes * scale[0] + base) + eps``, ``y = sum_j pre[j] h[j]``.
         """
         raise NotImplementedError
 

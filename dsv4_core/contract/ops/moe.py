@@ -24,9 +24,9 @@ class MoeOps(MatmulOps):
     def gate(self, x: Array, weight: Array, bias: Array, *, topk: int, route_scale: float) -> tuple[Array, Array]:
         """Route by score; give weights and expert ids.
 
-        ``s[t, e] = sqrt(softplus(sum_d x[t, d] * weight[e, d]))``, wide; the ``topk`` experts with the largest ``s +
-        bias`` (ties: lower id), in any order; weights are their *unbiased* scores divided by their sum, times
-        ``route_scale``. Source: Gate of the published code.
+        ``s[t, e] = sqrt(softplus(sum_d x[t, d] * weight[e, d]))``, wide; the ``topk`` experts with
+        the largest ``s + bias`` (ties: lower id), in any order; weights are their *unbiased* scores
+        divided by their sum, times ``route_scale``. Source: Gate of the published code.
         """
         raise NotImplementedError
 
@@ -48,7 +48,9 @@ class MoeOps(MatmulOps):
     def gate_hash(
         self, x: Array, weight: Array, tid2eid: Array, ids: Array, *, route_scale: float
     ) -> tuple[Array, Array]:
-        """Route by token id: experts ``tid2eid[ids[t]]`` in the table's order, weights as in ``gate``."""
+        """Route by token id: experts ``tid2eid[ids[t]]`` in the table's order, weights as in
+        ``gate``.
+        """
         raise NotImplementedError
 
     @op(
@@ -68,12 +70,13 @@ class MoeOps(MatmulOps):
     def dispatch(
         self, x: Array, weights: Array, indices: Array, *, first_expert: int, n_experts: int
     ) -> tuple[Array, Array, Array, Array]:
-        """Sort token copies by expert; give rows, their routing weights, their order and the experts' offsets.
+        """Sort token copies by expert; give rows, their routing weights, their order and the
+        experts' offsets.
 
-        Row i is copy ``order[i] = t * topk + j`` of token t for expert ``indices[t, j]``: ``rows[i] = x[t]``,
-        ``row_weights[i] = weights[t, j]``. Rows are sorted stably by expert over ``first_expert .. first_expert +
-        n_experts - 1``; expert e's are ``offsets[e - first_expert] ..``. Copies for other ranks' experts follow at the
-        end, in order.
+        Row i is copy ``order[i] = t * topk + j`` of token t for expert ``indices[t, j]``: ``rows[i]
+        = x[t]``, ``row_weights[i] = weights[t, j]``. Rows are sorted stably by expert over
+        ``first_expert .. first_expert + n_experts - 1``; expert e's are ``offsets[e - first_expert]
+        ..``. Copies for other ranks' experts follow at the end, in order.
         """
         raise NotImplementedError
 
@@ -84,11 +87,11 @@ class MoeOps(MatmulOps):
         work={"vector": "8*rows*inter"},
     )
     def swiglu(self, gate: Array, up: Array, weights: Array | None, *, limit: float) -> Array:
-        """``g = min(gate, limit); u = clamp(up, -limit, limit); y[i] = g / (1 + exp(-g)) * u * weights[i]``, wide,
-        rounded once.
+        """``g = min(gate, limit); u = clamp(up, -limit, limit); y[i] = g / (1 + exp(-g)) * u *
+        weights[i]``, wide, rounded once.
 
-        The routing weight is applied here, before ``w2``; None for the shared expert. Source: Expert of the published
-        code.
+        The routing weight is applied here, before ``w2``; None for the shared expert. Source:
+        Expert of the published code.
         """
         raise NotImplementedError
 
@@ -101,10 +104,11 @@ class MoeOps(MatmulOps):
     def combine(
         self, rows: Array, order: Array, offsets: Array, shared: Array | None, *, topk: int, out_dtype: str
     ) -> Array:
-        """Sum each token's expert rows: ``y[t] = sum_j rows[i(t, j)] + shared[t]`` where ``order[i(t, j)] = t * topk +
-        j``.
+        """Sum each token's expert rows: ``y[t] = sum_j rows[i(t, j)] + shared[t]`` where
+        ``order[i(t, j)] = t * topk + j``.
 
-        Rows from ``offsets[-1]`` on (other ranks') count as zero. Wide sum, rounded once to ``out_dtype``.
+        Rows from ``offsets[-1]`` on (other ranks') count as zero. Wide sum, rounded once to
+        ``out_dtype``.
         """
         raise NotImplementedError
 
@@ -151,7 +155,9 @@ class MoeOps(MatmulOps):
         limit: float,
         out_dtype: str,
     ) -> Array:
-        """Routed experts ``first_expert ..`` of a layer, plus ``shared``: dispatch, w1 and w3, SwiGLU, w2, combine."""
+        """Routed experts ``first_expert ..`` of a layer, plus ``shared``: dispatch, w1 and w3,
+        SwiGLU, w2, combine.
+        """
         rows, row_weights, order, offsets = self.dispatch(
             x, weights, indices, first_expert=first_expert, n_experts=w1.shape[0]
         )

@@ -15,10 +15,11 @@ class NormOps(Ops):
         work={"vector": "4*tokens*dim"},
     )
     def rms_norm(self, x: Array, weight: Array | None, *, eps: float) -> Array:
-        """Scale each row to unit root-mean-square, then by ``weight`` (None: by nothing, as for the query heads).
+        """Scale each row to unit root-mean-square, then by ``weight`` (None: by nothing, as for the
+        query heads).
 
-        ``y[t, d] = x[t, d] / sqrt(mean_d(x[t, d]^2) + eps) * weight[d]``, wide inside, rounded once to ``x``'s dtype.
-        Source: RMSNorm of the published code.
+        ``y[t, d] = x[t, d] / sqrt(mean_d(x[t, d]^2) + eps) * weight[d]``, wide inside, rounded once
+        to ``x``'s dtype. Source: RMSNorm of the published code.
         """
         raise NotImplementedError
 
@@ -29,11 +30,11 @@ class NormOps(Ops):
         work={"vector": "6*tokens*heads*half"},
     )
     def apply_rope(self, x: Array, positions: Array, freqs: Array, *, inverse: bool) -> Array:
-        """Rotate the last ``2 * half`` channels of each head, in interleaved pairs (2i, 2i + 1); the others pass
-        through.
+        """Rotate the last ``2 * half`` channels of each head, in interleaved pairs (2i, 2i + 1);
+        the others pass through.
 
-        ``angle[t, i] = float32(positions[t]) * freqs[i]`` as a float32 product in every mode; ``(a, b) -> (a cos - b
-        sin, a sin + b cos)``, with ``-angle`` where ``inverse``. Wide inside, rounded once. Source: apply_rotary_emb of
-        the published code.
+        ``angle[t, i] = float32(positions[t]) * freqs[i]`` as a float32 product in every mode; ``(a,
+        b) -> (a cos - b sin, a sin + b cos)``, with ``-angle`` where ``inverse``. Wide inside,
+        rounded once. Source: apply_rotary_emb of the published code.
         """
         raise NotImplementedError

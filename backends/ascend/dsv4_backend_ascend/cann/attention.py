@@ -45,12 +45,13 @@ def attend(
     *,
     softmax_scale: float,
 ) -> torch.Tensor:
-    """``sparse_attn`` over ``keys``, whose last row is ``no_row``: the sink, which every token picks first.
+    """``sparse_attn`` over ``keys``, whose last row is ``no_row``: the sink, which every token
+    picks first.
 
-    Its 512 channels are zero, so it adds nothing to the sum; its RoPE channels, which are part of the key only, hold
-    ones against the sink in the query's, split into three BF16 parts (24 bits), so its score is the sink. A token that
-    picks nothing else gets zeros. What depends on a weight or on sizes alone is made once, and the order of picks once for
-    all layers that pick the same.
+    Its 512 channels are zero, so it adds nothing to the sum; its RoPE channels, which are part of
+    the key only, hold ones against the sink in the query's, split into three BF16 parts (24 bits),
+    so its score is the sink. A token that picks nothing else gets zeros. What depends on a weight
+    or on sizes alone is made once, and the order of picks once for all layers that pick the same.
     """
     tokens, heads, _ = q.shape
     rows, kept = keys.shape[0] - 1, backend.kept
@@ -110,11 +111,11 @@ def index_topk(
     *,
     topk: int,
 ) -> torch.Tensor:
-    """Contract ``index_topk``; its positive scale does not change the order. The op knows no compression ratio and
-    needs none.
+    """Contract ``index_topk``; its positive scale does not change the order. The op knows no
+    compression ratio and needs none.
 
-    Each token is a row of the batch whose key length is what it may see; the rows of a sequence share its keys through
-    the block table.
+    Each token is a row of the batch whose key length is what it may see; the rows of a sequence
+    share its keys through the block table.
     """
     batch, seq, heads, dim = q.shape
     blocks = -(-keys.shape[1] // KEYS_A_BLOCK)

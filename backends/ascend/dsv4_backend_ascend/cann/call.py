@@ -1,4 +1,6 @@
-"""The one place from which npu ops are called, and the dry run in which calls are checked instead."""
+"""The one place from which npu ops are called, and the dry run in which calls are checked
+instead.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def call(op: str, **arguments: Any) -> Any:
 
 @contextmanager
 def watched(watch: Watch) -> Iterator[None]:
-    """Tell ``watch`` of the calls of a dry run: the op, the dtype of its first operand, all arguments, and results."""
+    """Tell ``watch`` of the calls of a dry run: the op, the dtype of its first operand, all
+    arguments, and results.
+    """
     token = _watching.set(watch)
     try:
         yield
@@ -60,7 +64,9 @@ def watched(watch: Watch) -> Iterator[None]:
 
 @contextmanager
 def dry_run(generation: Generation) -> Iterator[None]:
-    """Check the calls made inside against the documents; pass tensors of the meta device. Raises ``RefusedError``."""
+    """Check the calls made inside against the documents; pass tensors of the meta device. Raises
+    ``RefusedError``.
+    """
     token = _planned.set(generation)
     try:
         yield

@@ -1,5 +1,5 @@
-"""expert_linear over FP8 and FP4 weights on chips without either: expanded to BF16 a few experts at a time, which loses
-nothing.
+"""expert_linear over FP8 and FP4 weights on chips without either: expanded to BF16 a few experts at
+a time, which loses nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ PIECES = 16  # a sixteenth of what may be expanded is made at a time, an expert 
 def expand(
     backend: TorchBackend, stack: ScaledArray, experts: torch.Tensor | slice, into: torch.Tensor, piece: int
 ) -> torch.Tensor:
-    """Dequantise some experts of a stack into the front of ``into`` [groups, out, in], BF16, ``piece`` bytes at a time; give
-    that part.
+    """Dequantise some experts of a stack into the front of ``into`` [groups, out, in], BF16,
+    ``piece`` bytes at a time; give that part.
     """
     data, scale = (
         part[experts] if isinstance(experts, slice) else part.index_select(0, experts)
@@ -40,11 +40,12 @@ def expand(
 def expert_linear(
     backend: TorchBackend, x: torch.Tensor, stack: ScaledArray, offsets: torch.Tensor, *, expand_bytes: int
 ) -> torch.Tensor:
-    """Contract ``expert_linear``. No more than ``expand_bytes`` of BF16 weights exist (and one expert's at least), with about
-    a quarter more while they are made; offsets stay on the device.
+    """Contract ``expert_linear``. No more than ``expand_bytes`` of BF16 weights exist (and one
+    expert's at least), with about a quarter more while they are made; offsets stay on the device.
 
-    Few rows (decode): each row's expert is gathered, packed, and expanded, a group a row. Many: experts in blocks; the
-    rows of a block are turned to the front, because npu_grouped_matmul counts its groups from row 0.
+    Few rows (decode): each row's expert is gathered, packed, and expanded, a group a row. Many:
+    experts in blocks; the rows of a block are turned to the front, because npu_grouped_matmul
+    counts its groups from row 0.
     """
     experts, out, cols = stack.shape
     x = backend.quantised_activation(x)

@@ -1,7 +1,7 @@
 """linear, grouped_linear and expert_linear in npu ops.
 
-Rows after the last expert's belong to other ranks and come out of npu_grouped_matmul undefined; the contract wants
-zeros.
+Rows after the last expert's belong to other ranks and come out of npu_grouped_matmul undefined; the
+contract wants zeros.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ TRANSPOSED_LIMIT = 65536  # npu_transpose_batchmatmul: k * batch stays below it 
 
 
 def mx_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise per 128 channels as the model does, and spread the scales over MX's groups of 32: codes, [tokens, in /
-    64, 2].
+    """Quantise per 128 channels as the model does, and spread the scales over MX's groups of 32:
+    codes, [tokens, in / 64, 2].
     """
     codes, scale = call("npu_dynamic_mx_quant", input=x, dst_type=E4M3_NPU, block_size=FP8_BLOCK, scale_alg=1)
     groups = spread(scale.flatten(-2), FP8_BLOCK // FP4_GROUP)[..., : -(-x.shape[-1] // 64) * 2]
@@ -91,7 +91,9 @@ def expert_linear_bf16(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Ten
 
 
 def tiled(weight: MxWeight) -> MxWeight:
-    """An E2M1 stack with its bytes in NZ order, made once at loading: the grouped product takes FP8 x FP4 from it alone."""
+    """An E2M1 stack with its bytes in NZ order, made once at loading: the grouped product takes FP8
+    x FP4 from it alone.
+    """
     data = call("npu_format_cast", input=weight.data, acl_format=NZ, customize_dtype=E4M3, input_dtype=E2M1)
     return MxWeight(data, weight.scale, weight.format)
 
@@ -119,7 +121,9 @@ def expert_linear_mx(x: torch.Tensor, weight: MxWeight, offsets: torch.Tensor) -
 
 
 def expert_linear_int8(x: torch.Tensor, weight: ScaledArray, offsets: torch.Tensor) -> torch.Tensor:
-    """W8A8 on 910B and 910C; BF16 results need the weight's scales in BF16, which is the precision that they have."""
+    """W8A8 on 910B and 910C; BF16 results need the weight's scales in BF16, which is the precision
+    that they have.
+    """
     codes, scale = call("npu_dynamic_quant", input=x)
     (y,) = call(
         "npu_grouped_matmul",

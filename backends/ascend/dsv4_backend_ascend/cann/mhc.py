@@ -38,10 +38,12 @@ def hc_pre_by_norms(
     eps: float,
     iters: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Contract ``hc_pre`` on A2 and A3, which have no op for Sinkhorn: a half step is an RMS norm of the square roots.
+    """Contract ``hc_pre`` on A2 and A3, which have no op for Sinkhorn: a half step is an RMS norm
+    of the square roots.
 
-    With ``s = sqrt(comb)``, gain 1 / sqrt(n) and ``eps / n`` under the root, a norm over a row of n gives ``s / sqrt(sum(s^2) +
-    eps)``, whose square is what the half step makes of ``comb``. Columns are rows of the transposed view.
+    With ``s = sqrt(comb)``, gain 1 / sqrt(n) and ``eps / n`` under the root, a norm over a row of n
+    gives ``s / sqrt(sum(s^2) + eps)``, whose square is what the half step makes of ``comb``.
+    Columns are rows of the transposed view.
     """
     tokens, hc, dim = h.shape
     kept = backend.kept

@@ -58,7 +58,9 @@ def gated(pairs: torch.Tensor, weights: torch.Tensor | None, *, limit: float) ->
 def dispatch(
     x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, *, first_expert: int, n_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Contract ``dispatch``: copies for other ranks go to one expert more, which sorts them to the end in their order."""
+    """Contract ``dispatch``: copies for other ranks go to one expert more, which sorts them to the
+    end in their order.
+    """
     local = indices - first_expert
     local = local.where((local >= 0) & (local < n_experts), n_experts)
     rows, order, ends, _ = call(

@@ -23,7 +23,9 @@ def rms_norm(backend: ChipBackend, x: torch.Tensor, weight: torch.Tensor | None,
 def angles(
     backend: ChipBackend, positions: torch.Tensor, freqs: torch.Tensor, *, inverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of each channel's angle, float32 [tokens, 1, channels]: pairs of neighbours share theirs."""
+    """Cosine and sine of each channel's angle, float32 [tokens, 1, channels]: pairs of neighbours
+    share theirs.
+    """
 
     def made() -> tuple[torch.Tensor, torch.Tensor]:
         angle = spread(positions.float().unsqueeze(-1) * freqs, 2).unsqueeze(1)

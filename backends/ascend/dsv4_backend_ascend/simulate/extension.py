@@ -20,8 +20,9 @@ def _pre_shapes(a: SimpleNamespace) -> tuple[torch.Tensor, ...]:
 
 @simulated("mhc_pre_sinkhorn", shapes=_pre_shapes)
 def mhc_pre_sinkhorn(a: SimpleNamespace) -> tuple[torch.Tensor, ...]:
-    """``phi`` times the streams over their root-mean-square gives three parts; ``hcEps`` is added to the first after its
-    sigmoid, and inside Sinkhorn to the softmax and to every sum. The mixing matrix comes flat.
+    """``phi`` times the streams over their root-mean-square gives three parts; ``hcEps`` is added
+    to the first after its sigmoid, and inside Sinkhorn to the softmax and to every sum. The mixing
+    matrix comes flat.
     """
     streams = a.hcMult
     x = a.x.float()

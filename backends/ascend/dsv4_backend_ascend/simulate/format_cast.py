@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 @simulated("npu_format_cast", shapes=lambda a: mark(torch.empty_like(a.input), a.acl_format))
 def format_cast(a: SimpleNamespace) -> torch.Tensor:
-    """Bytes [..., rows, width] tile by tile: reading them row by row gives nonsense, as it would on a chip."""
+    """Bytes [..., rows, width] tile by tile: reading them row by row gives nonsense, as it would on
+    a chip.
+    """
     return mark(to_tiles(a.input), a.acl_format)
 
 

@@ -23,8 +23,8 @@ def _shapes(a: SimpleNamespace) -> tuple[torch.Tensor, ...]:
 
 @simulated("npu_moe_gating_top_k", shapes=_shapes)
 def moe_gating_top_k(a: SimpleNamespace) -> tuple[torch.Tensor, ...]:
-    """Scores ``sqrt(ln(1 + e^x))`` of the picks over (their sum + eps), times the factor; picks by score plus bias, or from
-    the table. The third result is undefined unless asked for.
+    """Scores ``sqrt(ln(1 + e^x))`` of the picks over (their sum + eps), times the factor; picks by
+    score plus bias, or from the table. The third result is undefined unless asked for.
     """
     scores = torch.logaddexp(a.x.float(), torch.zeros(())).sqrt()
     if a.tid2eid is None:

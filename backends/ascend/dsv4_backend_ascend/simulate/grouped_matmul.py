@@ -25,7 +25,9 @@ def _shapes(a: SimpleNamespace) -> list[torch.Tensor]:
 
 
 def boundaries(group_list: torch.Tensor, *, counts: bool, rows: int) -> list[int]:
-    """Row at which each group ends. Raises ``CannError`` for a group_list that is not what its type says."""
+    """Row at which each group ends. Raises ``CannError`` for a group_list that is not what its type
+    says.
+    """
     ends = group_list.cumsum(0) if counts else group_list
     if int(group_list.min()) < 0 or bool((ends.diff() < 0).any()) or int(ends[-1]) > rows:
         form = "counts" if counts else "running totals"
@@ -37,7 +39,9 @@ def boundaries(group_list: torch.Tensor, *, counts: bool, rows: int) -> list[int
 
 @simulated("npu_grouped_matmul", shapes=_shapes)
 def grouped_matmul(a: SimpleNamespace) -> list[torch.Tensor]:
-    """Multiply the rows of group e by ``weight[e]``; rows after the last group are left undefined."""
+    """Multiply the rows of group e by ``weight[e]``; rows after the last group are left
+    undefined.
+    """
     x, weight = a.x[0], a.weight[0]
     y = undefined((x.shape[0], weight.shape[2]), _dtype(a), x)
     start = 0

@@ -21,9 +21,11 @@ def _shapes(a: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
 
 @simulated("npu_lightning_indexer", shapes=_shapes)
 def lightning_indexer(a: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pick each query's ``sparse_count`` best keys by ``sum_h weights[h] * relu(query[h] . key)``, best first, then -1.
+    """Pick each query's ``sparse_count`` best keys by ``sum_h weights[h] * relu(query[h] . key)``,
+    best first, then -1.
 
-    Query s of a row sees its keys 0 .. length - 1; with sparse_mode 3 only those up to ``length - queries + s``.
+    Query s of a row sees its keys 0 .. length - 1; with sparse_mode 3 only those up to ``length -
+    queries + s``.
     """
     batch, seq, heads, dim = a.query.shape
     block = a.key.shape[1]

@@ -1,7 +1,8 @@
-"""The registry behind simulated CANN: kernels under the real schemas, arguments bound and checked, one chip at a time.
+"""The registry behind simulated CANN: kernels under the real schemas, arguments bound and checked,
+one chip at a time.
 
-torch's dispatcher is one per process, and so is the simulated chip: ``install`` puts it in place, and a second call
-changes its generation.
+torch's dispatcher is one per process, and so is the simulated chip: ``install`` puts it in place,
+and a second call changes its generation.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def simulated(op: str, *, shapes: Kernel) -> Callable[[Kernel], Kernel]:
 
 @dataclass
 class Chip:
-    """The simulated chip: its generation, how often each op ran, and the faulty kernels planted in it."""
+    """The simulated chip: its generation, how often each op ran, and the faulty kernels planted in
+    it.
+    """
 
     generation: Generation
     libraries: dict[str, torch.library.Library]
@@ -62,7 +65,9 @@ class Chip:
 
     @contextmanager
     def planted(self, op: str, fault: Callable[[Kernel], Kernel]) -> Iterator[None]:
-        """Run ``fault(kernel)`` in place of an op's kernel, to see whether the self-test notices."""
+        """Run ``fault(kernel)`` in place of an op's kernel, to see whether the self-test
+        notices.
+        """
         self.faults[op] = fault
         try:
             yield
@@ -102,6 +107,8 @@ def _shape(op: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def undefined(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
-    """Fill results that the documents leave undefined with NaN or the lowest integer: who relies on them notices."""
+    """Fill results that the documents leave undefined with NaN or the lowest integer: who relies on
+    them notices.
+    """
     poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
     return torch.full(shape, poison, dtype=dtype, device=like.device)

@@ -24,8 +24,8 @@ def mhc_pre(a: SimpleNamespace) -> tuple[torch.Tensor, ...]:
 
     The last three results, for training, are undefined unless asked for.
 
-    ``mix = phi @ x / sqrt(mean(x^2) + norm_eps)``; ``h_pre = sigmoid(mix * alpha[0] + bias) + hc_eps``, ``h_post = 2
-    sigmoid(mix * alpha[1] + bias)``, ``h_res = mix * alpha[2] + bias``.
+    ``mix = phi @ x / sqrt(mean(x^2) + norm_eps)``; ``h_pre = sigmoid(mix * alpha[0] + bias) +
+    hc_eps``, ``h_post = 2 sigmoid(mix * alpha[1] + bias)``, ``h_res = mix * alpha[2] + bias``.
     """
     tokens, streams, _ = a.x.shape
     x = a.x.float()
@@ -53,8 +53,8 @@ def _sinkhorn_shapes(a: SimpleNamespace) -> tuple[torch.Tensor, None, None]:
 
 @simulated("npu_mhc_sinkhorn", shapes=_sinkhorn_shapes)
 def mhc_sinkhorn(a: SimpleNamespace) -> tuple[torch.Tensor, None, None]:
-    """``softmax(x) + eps`` over the last axis, divided by column sums, then ``num_iters - 1`` times by row and column
-    sums.
+    """``softmax(x) + eps`` over the last axis, divided by column sums, then ``num_iters - 1`` times
+    by row and column sums.
 
     ``eps`` is added to each sum.
     """

@@ -20,7 +20,9 @@ def _shapes(a: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
 
 @simulated("npu_rms_norm", shapes=_shapes)
 def rms_norm(a: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x / sqrt(mean(x^2) + epsilon) * gamma`` over gamma's axes in float32, rounded once; and the reciprocal root."""
+    """``x / sqrt(mean(x^2) + epsilon) * gamma`` over gamma's axes in float32, rounded once; and the
+    reciprocal root.
+    """
     x = a.input.float()
     rstd = torch.rsqrt(x.square().mean(tuple(range(-a.gamma.dim(), 0)), keepdim=True) + a.epsilon)
     return (x * rstd * a.gamma.float()).to(a.input.dtype), rstd

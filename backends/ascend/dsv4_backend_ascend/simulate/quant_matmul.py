@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def int8_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Sum int8 products as int32 does, to float32. Float64 holds the sums exactly: 127^2 * 65535 < 2^53."""
+    """Sum int8 products as int32 does, to float32. Float64 holds the sums exactly: 127^2 * 65535 <
+    2^53.
+    """
     return (x.double() @ weight.double()).float()
 
 
@@ -30,7 +32,9 @@ def mx_weight(weight: torch.Tensor, scale: torch.Tensor, *, pairs: bool) -> torc
     shapes=lambda a: a.x1.new_empty([a.x1.shape[0], a.x2.shape[1]], dtype=OUTPUT_DTYPES[a.output_dtype]),
 )
 def quant_matmul(a: SimpleNamespace) -> torch.Tensor:
-    """``x1 @ x2`` with both scales: after int32 sums, or per 32 channels inside a float32 sum. Rounded once."""
+    """``x1 @ x2`` with both scales: after int32 sums, or per 32 channels inside a float32 sum.
+    Rounded once.
+    """
     if a.x1.dtype == torch.int8:
         y = int8_product(a.x1, a.x2) * a.scale.float() * a.pertoken_scale.unsqueeze(-1)
     else:

@@ -22,8 +22,8 @@ def _int8_shapes(a: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
 
 @simulated("npu_dynamic_quant", shapes=_int8_shapes)
 def dynamic_quant(a: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per token: ``scale = max |x| / 127``, ``y = round(x / scale)``. A token of zeros gives zeros (the documents do
-    not say).
+    """Per token: ``scale = max |x| / 127``, ``y = round(x / scale)``. A token of zeros gives zeros
+    (the documents do not say).
     """
     x = a.input.float()
     scale = x.abs().amax(-1) / INT8_MAX
@@ -40,10 +40,11 @@ def _mx_shapes(a: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
 
 @simulated("npu_dynamic_mx_quant", shapes=_mx_shapes)
 def dynamic_mx_quant(a: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """E4M3 codes in blocks along the last axis, and E8M0 scales [..., blocks / 2, 2], an odd count padded with 0.
+    """E4M3 codes in blocks along the last axis, and E8M0 scales [..., blocks / 2, 2], an odd count
+    padded with 0.
 
-    ``scale_alg`` 0: the exponent of the largest value less 8, so that values above 448 saturate. 1: the power of two
-    at or above ``amax / 448``.
+    ``scale_alg`` 0: the exponent of the largest value less 8, so that values above 448 saturate. 1:
+    the power of two at or above ``amax / 448``.
     """
     x = a.input.float()
     length = x.shape[-1]
@@ -58,7 +59,9 @@ def dynamic_mx_quant(a: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _exponent_up(scale: torch.Tensor) -> torch.Tensor:
-    """Biased exponent of a float32, plus one where the mantissa is not zero (a subnormal's: above a half), below 255."""
+    """Biased exponent of a float32, plus one where the mantissa is not zero (a subnormal's: above a
+    half), below 255.
+    """
     bits = scale.view(torch.int32)
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
     up = torch.where(exponent > 0, (mantissa > 0) & (exponent < 254), mantissa > 0x400000)

@@ -24,8 +24,8 @@ def _routing_shapes(a: SimpleNamespace) -> tuple[torch.Tensor, ...]:
 
 @simulated("npu_moe_init_routing_v2", shapes=_routing_shapes)
 def moe_init_routing_v2(a: SimpleNamespace) -> tuple[torch.Tensor, ...]:
-    """Sort copies of tokens stably by expert; say where each came from (row_idx_type 1) or went (0), and count each
-    expert's.
+    """Sort copies of tokens stably by expert; say where each came from (row_idx_type 1) or went
+    (0), and count each expert's.
 
     The last result, scales, is undefined without quantisation.
     """
@@ -52,8 +52,8 @@ def _unpermute_shapes(a: SimpleNamespace) -> torch.Tensor:
 
 @simulated("npu_moe_token_unpermute", shapes=_unpermute_shapes)
 def moe_token_unpermute(a: SimpleNamespace) -> torch.Tensor:
-    """``y[t] = sum_j rows[sorted_indices[t, j]] * probs[t, j]`` in float32, rounded once; without probs one row a
-    token.
+    """``y[t] = sum_j rows[sorted_indices[t, j]] * probs[t, j]`` in float32, rounded once; without
+    probs one row a token.
     """
     picks = 1 if a.probs is None else a.probs.shape[1]
     rows = a.permuted_tokens.float()[a.sorted_indices.long()].unflatten(0, (-1, picks))

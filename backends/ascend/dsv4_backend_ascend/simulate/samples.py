@@ -1,6 +1,7 @@
 """Calls as the backend makes them, for each way of calling an op, and some that it must not make.
 
-``opcheck``, the comparison with the real wheel's shape functions and the tests of the constraints all read these.
+``opcheck``, the comparison with the real wheel's shape functions and the tests of the constraints
+all read these.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ Arguments = dict[str, Any]
 
 
 class Sample(NamedTuple):
-    """One call: the row of the capability table that it belongs to, the op and its arguments by name."""
+    """One call: the row of the capability table that it belongs to, the op and its arguments by
+    name.
+    """
 
     call: str
     op: str
@@ -30,7 +33,9 @@ class Sample(NamedTuple):
 
 
 class Violation(NamedTuple):
-    """One call that the documents do not allow: which call it varies, how, and a word of the refusal."""
+    """One call that the documents do not allow: which call it varies, how, and a word of the
+    refusal.
+    """
 
     call: str
     change: Callable[[Arguments], Arguments]

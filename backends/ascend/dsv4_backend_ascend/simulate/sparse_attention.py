@@ -24,8 +24,8 @@ def _shapes(a: SimpleNamespace) -> tuple[torch.Tensor, ...]:
 
 
 def picked_rows(a: SimpleNamespace) -> torch.Tensor:
-    """Row of ``key`` for each pick, -1 for none. Raises ``CannError`` where a pick is invalid or stands behind an
-    invalid one.
+    """Row of ``key`` for each pick, -1 for none. Raises ``CannError`` where a pick is invalid or
+    stands behind an invalid one.
     """
     query_ends, kv_ends = a.actual_seq_lengths_query.long(), a.actual_seq_lengths_kv.long()
     sequence = torch.searchsorted(query_ends, torch.arange(a.query.shape[0]), right=True)
@@ -55,8 +55,8 @@ def picked_rows(a: SimpleNamespace) -> torch.Tensor:
 
 @simulated("npu_sparse_flash_attention", shapes=_shapes)
 def sparse_flash_attention(a: SimpleNamespace) -> tuple[torch.Tensor, ...]:
-    """Attend to each query's picked rows, float32 inside, rounded once; give the scaled scores' maximum and sum of
-    exponentials.
+    """Attend to each query's picked rows, float32 inside, rounded once; give the scaled scores'
+    maximum and sum of exponentials.
 
     A query without a pick is left undefined (NaN).
     """
