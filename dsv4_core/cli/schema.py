@@ -356,6 +356,8 @@ def emit(command: str, result: Form, *, ok: bool = True) -> None:
 def json_schema() -> dict[str, Any]:
     """Give the JSON Schema (2020-12) of every document."""
     results, components = msgspec.json.schema_components(RESULTS.values(), ref_template="#/$defs/{name}")
+    for component in components.values():
+        component["description"] = " ".join(component["description"].split())
     documents = [
         {
             "type": "object",
