@@ -20,14 +20,16 @@ from dsv4_core.version import __version__
 if TYPE_CHECKING:
     from dsv4_core.checkpoint.findings import CheckpointError
     from dsv4_core.contract.backend import BackendError
-    from dsv4_core.session import Event, Generation, Sampling, Session, load
+    from dsv4_core.generation import Event, Generation
+    from dsv4_core.session import Sampling, Session, load
 
 __all__ = ["BackendError", "CheckpointError", "Event", "Generation", "Sampling", "Session", "__version__", "load"]
 
 _HOMES = {
     "BackendError": "dsv4_core.contract.backend",
     "CheckpointError": "dsv4_core.checkpoint.findings",
-    **dict.fromkeys(("Event", "Generation", "Sampling", "Session", "load"), "dsv4_core.session"),
+    **dict.fromkeys(("Event", "Generation"), "dsv4_core.generation"),
+    **dict.fromkeys(("Sampling", "Session", "load"), "dsv4_core.session"),
 }
 
 

@@ -16,7 +16,8 @@ from dsv4_core.files import reading
 from dsv4_core.files.words import for_terminal, printable
 
 if TYPE_CHECKING:
-    from dsv4_core.session import Generation, Session
+    from dsv4_core.generation import Generation
+    from dsv4_core.session import Session
 
 prompt = functools.partial(option, heading="Prompt (one kind; several run as one batch)")
 generation = functools.partial(option, heading="Generation")
