@@ -37,6 +37,7 @@ ROOMS = {
         "ranks",
         "planning",
         "text",
+        "generation",
         "session",
         "cli",
         "__main__",
