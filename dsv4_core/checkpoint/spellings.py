@@ -153,9 +153,10 @@ def _scaling(scaling: Values) -> Values:
             "it; the published models have 'yarn'"
         )
     for key in ("mscale", "mscale_all_dim", "attention_factor"):
-        if scaling.get(key) not in {None, 1} and not (key != "attention_factor" and scaling.get(key) == 0):
+        said = scaling.get(key)
+        if not (said is None or said == 1 or (said == 0 and key != "attention_factor")):
             raise ConfigError(
-                f"config.json: rope_scaling.{key} = {scaling[key]!r} is not implemented; the published models scale no magnitude"
+                f"config.json: rope_scaling.{key} = {said!r} is not implemented; the published models scale no magnitude"
             )
     return {"type": "yarn", **{key: scaling[key] for key in _YARN if key in scaling}}
 

@@ -148,7 +148,7 @@ class Watch:
         self.store.set(self._key(what, self.rank), mine)
         while self._missing(what, 1.0):  # a rank that never comes ends this one through the watch
             pass
-        return [value.decode() for value in self.store.multi_get(self._keys(what))]
+        return [value.decode(errors="replace") for value in self.store.multi_get(self._keys(what))]
 
     def __enter__(self) -> Self:
         return self
@@ -246,7 +246,8 @@ class Watch:
             if states[r].startswith("failed: "):
                 return f"rank {r} ({self.places[r]}) failed: {states[r][8:]}"
             if states[r].startswith("ended: "):
-                return states[r][7:]
+                why = states[r][7:]
+                return why if why.startswith(("rank ", "the launcher")) else f"rank {r} ({self.places[r]}) ended: {why}"
         for r in others:
             if states[r] != "done" and silent[r] > limit:
                 return f"rank {r} ({self.places[r]}) was lost: no sign of life for {silent[r]:.0f} s (killed, stopped or cut off)"
@@ -272,7 +273,7 @@ class Watch:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             try:
-                states = [value.decode() for value in self.store.multi_get(self._keys("beat"))]
+                states = [value.decode(errors="replace") for value in self.store.multi_get(self._keys("beat"))]
             except Exception:  # noqa: BLE001  the rank that held the store has gone, so everybody has been done
                 return
             if not any(state.isdigit() for r, state in enumerate(states) if r != self.rank):

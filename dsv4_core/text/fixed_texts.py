@@ -145,7 +145,7 @@ def checked(texts: FixedTexts) -> FixedTexts:
         text = texts.efforts[level]
         if not isinstance(text, str) or (hashlib.sha256(text.encode()).hexdigest() if text else None) != digest:
             raise ValueError(f"the text of effort {level!r} is not the published one of the {texts.profile} encoder")
-    if texts.default_effort not in {None, "low"} or (texts.profile == "official") != (texts.default_effort == "low"):
+    if texts.default_effort != ("low" if texts.profile == "official" else None):
         raise ValueError(f"the default effort is {texts.default_effort!r}; the {texts.profile} encoder's is not")
     for name, template, gap in (
         ("TOOLS_TEMPLATE", texts.tools, "tool_schemas"),

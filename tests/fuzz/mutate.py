@@ -54,6 +54,8 @@ def tree(rng: Random, value: Any, spots: list[tuple[Any, ...]] | None = None) ->
             old = holder[key]
         except (KeyError, IndexError, TypeError):  # an earlier change took it away
             continue
+        if not isinstance(holder, dict | list):  # an earlier change made a text of it
+            continue
         how = rng.randrange(9)
         if how <= 2:
             holder[key] = copy.deepcopy(rng.choice(ODD))
