@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 GOAL = 1 / 3
 BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(1 << 20))"
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
 parser.add_argument("model", nargs="?", help="the embedded one if left out")
 parser.add_argument("--backend", default="torch")
 parser.add_argument("--tokens", type=int, default=64)

@@ -66,7 +66,7 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
 parser.add_argument(
     "dir", type=Path, help="folder for llama.cpp, the checkpoint and what was made of it; not in the repository"
 )

@@ -157,17 +157,21 @@ def test_the_command_at_a_terminal(tmp_path):
     pytest.importorskip("prompt_toolkit")
     words = ["-m", "dsv4_core", "chat", "-b", "reference", "--temperature", "0", "-n", "400", "--system", "Be brief."]
     known = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "HOME": str(tmp_path)}
-    terminal = pexpect.spawn(sys.executable, words, env=known, encoding="utf-8", timeout=300, dimensions=(40, 100))
+    terminal = pexpect.spawn(sys.executable, words, env=known, encoding="utf-8", timeout=60, dimensions=(40, 100))
     ready = r">[^\n]*\x1b\[\?25h"  # the prompt is drawn and the cursor shown
     terminal.expect("Ctrl-D ends")
     terminal.expect(ready)
-    terminal.send("Tell me about kludgez\x7f and foo\r")  # a slip, taken back
-    terminal.expect(r"\n[^\n>]*[a-z]{2}")  # the reply has begun
-    terminal.sendintr()
-    terminal.expect(r"\(ended\)")
-    terminal.expect(ready)
+    for _ in range(20):  # a reply may be done, or not have begun, when the key arrives
+        terminal.send("Tell me about kludgez\x7f and foo\r")  # a slip, taken back
+        terminal.expect(r"\n[^\n>]*[a-z]{2}")
+        terminal.sendintr()
+        if not terminal.expect([r"\(ended\)", ready]):
+            terminal.expect(ready)
+            break
+    else:
+        pytest.fail("no reply was ended by Ctrl-C")
     terminal.send(f"/save {tmp_path / 'talk.json'}\r")
-    terminal.expect("3 turns in")
+    terminal.expect(r"\d turns in")
     terminal.expect(ready)
     terminal.send("/stats\r")
     terminal.expect("generated")
@@ -179,6 +183,6 @@ def test_the_command_at_a_terminal(tmp_path):
     terminal.close()
     assert terminal.exitstatus == 0
     turns = json.loads((tmp_path / "talk.json").read_text())
-    assert [turn["role"] for turn in turns] == ["system", "user", "assistant"]
+    assert [turn["role"] for turn in turns][:3] == ["system", "user", "assistant"]
     assert turns[1]["content"] == "Tell me about kludge and foo"
     assert turns[2]["content"]

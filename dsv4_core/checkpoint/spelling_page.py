@@ -62,7 +62,7 @@ def page() -> str:
     names = [(f"`{other}`", f"`{published}`") for other, published in (*layout.NAMES, *layout.WHOLE.items())]
     names += [("prefix `model.`", "none"), ("suffix `.weight_scale`", "`.scale`")]
     dtypes = [(f"`{stored}`", f"`{published}`", r.what) for (published, stored), r in readings.READINGS.items()]
-    keys = [((reader.__doc__ or "").strip(),) for reader in spellings.READERS]
+    keys = [(" ".join((reader.__doc__ or "").split()),) for reader in spellings.READERS]
     refused = [(f"`model_type` {kind}", name) for kind, name in foreign.OTHERS.items()]
     refused += [(f"`quant_method` {kind}", f"{name} quantisation") for kind, name in foreign.QUANTISERS.items()]
     refused += [(f"tensors `{last}`", what) for last, what in foreign.MARKS.items()]

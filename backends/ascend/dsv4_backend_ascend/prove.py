@@ -147,7 +147,7 @@ class Prover:
         text = [f"# `dsv4 ascend prove` {self.heading}", ""]
         for name, steps in STAGES.items():
             stage = self.stages.get(name, Stage(name))
-            text += [f"## {name}: {stage.state}", "", (steps.__doc__ or "").strip(), ""]
+            text += [f"## {name}: {stage.state}", "", " ".join((steps.__doc__ or "").split()), ""]
             for ran in stage.ran.values():
                 text.append(
                     f"- {ran.name}: {ran.state}, {ran.seconds} s{f' ({ran.why})' if ran.why else ''}: `{name}/{ran.name}.log`"
