@@ -315,7 +315,8 @@ class Session:
         the vocabulary.
         """
         if not isinstance(prompt, str) and not any(isinstance(one, Mapping) for one in prompt):
-            array = np.asarray(prompt)
+            whole = not isinstance(prompt, np.ndarray) and all(type(n) is int for n in prompt)
+            array = np.asarray(prompt, object if whole else None)  # an id may be past 64 bits
             if array.ndim != 1 or not array.size:
                 raise ValueError("the prompt is empty: give at least one token")
             check_ids(array, self.config.vocab_size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,10 +184,7 @@ def _lines(file: Path) -> list[Any]:
         if file.suffix != ".jsonl":
             prompts.append(line)
             continue
-        try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{name}, line {number}: not JSON ({error})") from None
+        value: Any = reading.json_text(line, object, f"{name}, line {number}", "write one prompt a line")
         is_ids = isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in value)
         is_turns = isinstance(value, list) and all(isinstance(turn, dict) for turn in value)
         if not value or not (isinstance(value, str) or is_ids or is_turns):

@@ -437,7 +437,8 @@ def check_ids(ids: Host, vocab_size: int) -> None:
     """Raise ``ValueError`` naming the first token id that is not an integer in ``0 .. vocab_size -
     1``.
     """
-    if ids.dtype.kind not in "iu":
+    whole = ids.dtype.kind in "iu" or (ids.dtype == object and all(type(n) is int for n in ids.flat))  # past 64 bits
+    if not whole:
         raise ValueError(f"token ids: dtype {ids.dtype} must be an integer dtype; save them with e.g. int64")
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         wrong = np.argwhere((ids < 0) | (ids >= vocab_size))
