@@ -32,13 +32,14 @@ MOST_DIGITS = 18  # of an option's number
 class Option:
     """A keyword of a backend's constructor that the command line offers: ``--name`` with dashes.
 
-    ``kind``: bool, int (from 0) or str; left out it is the default's, or str.
+    ``kind``: bool, int (from ``least``) or str; left out it is the default's, or str.
     """
 
     name: str
     help: str
     default: Any = None
     kind: type[bool | int | str] | None = None
+    least: int = 0
 
     def read(self, value: Any) -> Any:
         """Give a value, or its text from a command line, as the option's kind; raise ``ValueError``
@@ -54,11 +55,13 @@ class Option:
             and text.isascii()
             and text.isdecimal()
             and len(text) <= MOST_DIGITS
+            and int(text) >= self.least
         ):
             return int(text)
         if kind is str and not isinstance(value, bool) and (text or text == self.default) and printable(text) == text:
             return text
-        must = {bool: "true or false", int: f"a whole number from 0, of at most {MOST_DIGITS} digits", str: "a word"}
+        must = {bool: "true or false", str: "a word"}
+        must[int] = f"a whole number from {self.least}, of at most {MOST_DIGITS} digits"
         raise ValueError(f"{self.name} = {one_line(repr(value), 80)} must be {must[kind]} ({self.help})")
 
 

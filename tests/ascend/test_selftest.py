@@ -24,7 +24,7 @@ def test_a_sane_chip_shows_no_difference(generation):
     assert [o for o in outcomes if o.found] == []
     asked = {o.contract for o in outcomes if not o.skipped}
     composed = {o.contract for o in outcomes} - asked
-    assert composed == ({"apply_rope", "index_topk"} if generation == "950" else {"hc_pre", "gate", "gate_hash"})
+    assert composed == ({"apply_rope", "index_topk"} if generation == "950" else {"gate", "gate_hash"})
     reached = {op for outcome in outcomes for op in outcome.ops}
     assert reached == {call.op for call in table().claimed(generation) if call.tier == "cann"}
 
@@ -126,7 +126,7 @@ def test_rungs_of_a_run():
     found = proof.of_run("910B", "simulated", every)
     assert {key.partition(":")[0] for key in found} == set(OPS)
     assert found["rms_norm: npu_rms_norm (rms_norm)"] == "L0 L1 L2 L3, on hardware: not run"
-    assert found["hc_pre: composed"].endswith("L3, on hardware: not run")
+    assert found["gate: composed"].endswith("L3, on hardware: not run")
     assert "linear: composed, float8_e4m3fn@128x128, float4_e2m1fn@1x32, bfloat16, float32" in found
     assert all(said.endswith("on hardware: not run") for said in found.values())
     short = proof.of_run("910B", "simulated", every | {"rotary": False})

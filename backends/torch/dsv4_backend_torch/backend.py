@@ -58,7 +58,7 @@ class TorchBackend(TorchFused, Backend):
     options: ClassVar[tuple[Option, ...]] = (
         Option("device", "torch device: cpu, cuda, npu, xpu, mps", "cpu"),
         Option("weight_cache", "bytes of dequantised weights kept in memory", 2 << 30),
-        Option("threads", "threads of torch on a CPU", kind=int),
+        Option("threads", "threads of torch on a CPU", kind=int, least=1),
         Option("few_tokens_by", "a decode step on a CPU: c, torch, or auto: c where a compiler builds it", "auto"),
     )
     claims_level = 3
@@ -85,10 +85,6 @@ class TorchBackend(TorchFused, Backend):
                 f"backend {self.name!r}: device {self.device!r} cannot be used by torch {torch.__version__}: {reason}"
             ) from None
         if self.threads is not None:
-            if self.threads < 1:
-                raise BackendError(
-                    f"backend {self.name!r}: threads {self.threads!r} must be a whole number of 1 or more"
-                )
             torch.set_num_threads(self.threads)
         elif self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and cores() < torch.get_num_threads():
             torch.set_num_threads(cores())  # OpenMP counts the machine's, not those of the process's control group
