@@ -322,6 +322,6 @@ def test_files_are_written_in_one_way():
 
 
 def test_every_test_file_has_a_name_of_its_own():
-    """Without packages pytest imports a file by its name alone; where torch is, it runs all folders."""
+    """Without packages pytest imports a file by its name alone, and runs all folders at once."""
     names = [path.name for path in ROOT.glob("tests/**/test_*.py")]
     assert len(names) == len(set(names)), sorted(names)

@@ -13,6 +13,7 @@ from dsv4_core.checkpoint.findings import CheckpointError, Finding
 from dsv4_core.checkpoint.layout import unpacked
 from dsv4_core.checkpoint.rank_part import Place
 from dsv4_core.checkpoint.weights import Checkpoint
+from dsv4_core.files.reading import FileError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,11 +36,18 @@ def own_directory(directory: Path, rank: int, ranks: int) -> Path:
 
 
 def cut_for(directory: Path) -> Place | None:
-    """Give the place whose parts a directory holds; None where it holds a whole model."""
+    """Give the place whose parts a directory holds; None where it holds a whole model. Raises
+    ``FileError`` for a manifest that names none.
+    """
     made = manifest.read(directory)
     if made is None:
         return None
     place = Place(made.options.tp or 1, made.options.ep or 1, made.options.rank)
+    if place.rank >= place.ranks:
+        raise FileError(
+            f"{directory / manifest.MANIFEST}: rank {place.rank} is none of tp {place.tp} x ep {place.ep}; "
+            "remove this copy, and convert again"
+        )
     return place if place.ranks > 1 else None
 
 

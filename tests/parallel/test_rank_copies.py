@@ -2,6 +2,7 @@
 place.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from dsv4_conformance.model import golden
 
 from dsv4_core.checkpoint.convert import Options, convert
 from dsv4_core.checkpoint.findings import CheckpointError
+from dsv4_core.checkpoint.manifest import MANIFEST
 from dsv4_core.checkpoint.rank_copy import cut_for, open_copy, origin, own_directory
 from dsv4_core.checkpoint.rank_part import Place, ShardedSource
 from dsv4_core.checkpoint.weights import Checkpoint
 from dsv4_core.cli import root
 from dsv4_core.contract.dtypes import ScaledArray
+from dsv4_core.files.reading import FileError
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,15 @@ def test_a_damaged_copy_is_refused(copies, tmp_path):
     next((tmp_path / "copy").glob("*.safetensors")).unlink()
     with pytest.raises(CheckpointError, match="no such file"):
         open_copy(tmp_path / "copy", Place(2, 2, 3))
+
+
+def test_a_manifest_of_no_rank_is_refused(copies, tmp_path):
+    file = tmp_path / MANIFEST
+    made = json.loads((copies / "rank-3-of-4" / MANIFEST).read_text())
+    made["options"]["rank"] = 4
+    file.write_text(json.dumps(made))
+    with pytest.raises(FileError, match="rank 4 is none of tp 2 x ep 2; remove this copy"):
+        cut_for(tmp_path)
 
 
 def test_copies_of_one_conversion_have_one_origin(copies):
