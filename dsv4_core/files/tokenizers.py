@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from dsv4_core.files.forms import Form, Id, Text
-from dsv4_core.files.reading import FileError, contents, json_text
+from dsv4_core.files.reading import FileError, json_text, text
 from dsv4_core.files.words import one_line
 
 if TYPE_CHECKING:
@@ -81,15 +81,15 @@ def safe(path: Path) -> str:
     """Read ``path`` and give its text where nothing in it can run away; raise ``FileError`` naming
     what could.
     """
-    raw = contents(path, MOST)
-    form = json_text(raw, Tokenizer, f"{path}", ADVICE)
+    words = text(path, MOST)
+    form = json_text(words, Tokenizer, f"{path}", ADVICE)
     if form.model.type != "BPE":
         raise FileError(
             f"{path}: model.type = {form.model.type!r} must be 'BPE', as the published models' is; {ADVICE}"
         )
     for part in SAFE:
         _hold(getattr(form, part), part, f"{path}")
-    return raw.decode()
+    return words
 
 
 def _hold(value: Any, part: str, name: str, depth: int = 0) -> None:

@@ -61,3 +61,12 @@ def test_a_library_that_panics_is_a_sentence(tmp_path, monkeypatch):
     assert found is not None
     with pytest.raises(ValueError, match=r"cannot encode: 'aaaa.*retry-limit"):
         Vocabulary(found).words("a" * 40)
+
+
+def test_bytes_that_are_no_utf8_are_named_wherever_they_stand(tmp_path):
+    """The form's reader skips what a key of no interest holds, and does not look at its bytes."""
+    file = tokenizer(tmp_path, "a") / "tokenizer.json"
+    file.write_bytes(file.read_bytes().replace(b'{"version": "', b'{"other": "\x8e\xed", "version": "', 1))
+    assert b"\x8e\xed" in file.read_bytes()
+    with pytest.raises(FileError, match=r"tokenizer.json: not UTF-8 text"):
+        safe(file)
