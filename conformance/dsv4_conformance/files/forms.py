@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from dsv4_core.contract.spec import OPS
 from dsv4_core.files.forms import Digest, Form, Text, Word
@@ -205,6 +205,8 @@ class Report(Form):
     environment: Environment
     findings: list[Finding]
     proof: dict[str, str] | None = None
+    options: dict[Word, Text] | UnsetType = UNSET
+    command: Text | UnsetType = UNSET
 
 
 def hold_call(description: Any, name: str, advice: str) -> None:

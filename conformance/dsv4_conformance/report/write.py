@@ -37,7 +37,14 @@ def write(run: Run, directory: Path, command: str, rerun: str, flags: BackendFla
         (directory / "report.json").unlink(missing_ok=True)  # an earlier run's must not stand beside the new pages
         files.write(directory / "junit.xml", junit(run, rerun))
         files.write(directory / "report.html", page(data))
-        files.write(directory / "report.json", json.dumps(data, indent=1, default=str) + "\n")
+        files.write(directory / "report.json", text(data))
+
+
+def text(data: dict[str, Any]) -> str:
+    """Give a report's JSON, a line for each finding."""
+    head = json.dumps({key: value for key, value in data.items() if key != "findings"}, indent=1, default=str)
+    lines = ",\n".join(json.dumps(f, separators=(",", ":"), default=str) for f in data["findings"])
+    return f'{head[:-2]},\n "findings": [\n{lines}\n ]\n}}\n'
 
 
 def finite(value: Any) -> Any:
