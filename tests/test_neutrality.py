@@ -304,7 +304,7 @@ OTHER_WRITERS = {
     "writing.py": "the one way",
     "isolate.py": "a pipe to the parent process",
     "sass.py": "a file in a temporary directory, for a tool",
-    "prove.py": "a command's output as it comes: half a log is what it should be",
+    "stages.py": "a command's output as it comes: half a log is what it should be",
 }
 
 

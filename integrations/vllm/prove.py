@@ -192,7 +192,7 @@ def main() -> None:
         given.model = Path(embedded())
     if given.here:
         found = globals()[given.parts[0]](given)
-        given.report.write_text(json.dumps(found))
+        write(given.report, json.dumps(found))
         return
     report: dict[str, Any] = {
         "date": str(datetime.datetime.now(datetime.timezone.utc).date()),

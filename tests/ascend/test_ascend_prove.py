@@ -73,7 +73,7 @@ def test_what_ran_past_its_time_is_left_for_the_next_run(stages, tmp_path):
 
 
 def test_a_folder_of_another_run_a_chip_and_a_stage_that_are_not_there_are_refused(stages, tmp_path):
-    prove.Prover(tmp_path / "a", simulate="910B").stage("good")
+    prove.Prover(tmp_path / "a", simulate="910B").stage("good", prove.STAGES["good"])
     with pytest.raises(BackendError, match="holds a run on simulated 910B; choose another folder"):
         prove.Prover(tmp_path / "a")
     (tmp_path / "b").mkdir()

@@ -140,7 +140,7 @@ def prove(out: Path, simulate: str | None, chosen: tuple[str, ...], again: bool,
 
     prover = proving.Prover(out, simulate=simulate, seconds=seconds)
     for name in proving.stages(chosen):
-        stage = prover.stage(name, again=again)
+        stage = prover.stage(name, proving.STAGES[name], again=again)
         click.echo(proving.line(stage))
     click.echo(f"{prover.write_report()}: {prover.heading}")
     raise click.exceptions.Exit(prover.status(proving.stages(chosen)))

@@ -1,26 +1,22 @@
 """``dsv4 ascend prove``: what a machine with an NPU can show of this backend, in stages of ten
 minutes, into one folder and one report.
 
-A stage is a few commands, each a process of its own: an exception on AI Core leaves a process
-without a usable device. A command's output is kept, and what ended is not run again, so that a run
-that was cut off goes on where it stopped. Nothing needs a network. With ``simulate`` the same
-stages run on simulated CANN; the report's first line says that nothing of hardware was proven.
+``dsv4_core/cli/stages.py`` runs them, each command in a process of its own: an exception on AI Core
+leaves a process without a usable device. Nothing needs a network. With ``simulate`` the same stages
+run on simulated CANN; the report's first line says that nothing of hardware was proven.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-import time
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsv4_backend_ascend.capability import GENERATIONS
 from dsv4_backend_ascend.selftest_cases import CASES
+from dsv4_core.cli.stages import STAGE_SECONDS, Ran, Stage, Stages
 from dsv4_core.contract.backend import BackendError
 from dsv4_core.contract.ops import OPS
+from dsv4_core.files.writing import write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,63 +24,26 @@ if TYPE_CHECKING:
 
 DSV4 = (sys.executable, "-m", "dsv4_core")
 BLOCKING = {"ASCEND_LAUNCH_BLOCKING": "1"}  # the launch that raises is the one that is named
-ENDED = ("passed", "failed")
 
 
-@dataclass
-class Ran:
-    """One command. ``state``: passed, failed, late (ran past its stage's time), or left out."""
+class Prover(Stages):
+    """The stages of an NPU; with ``simulate`` on simulated CANN."""
 
-    name: str
-    argv: list[str]
-    state: str
-    status: int | None = None
-    seconds: float = 0.0
-    why: str = ""
-
-
-@dataclass
-class Stage:
-    """What is known of a stage."""
-
-    name: str
-    ran: dict[str, Ran] = field(default_factory=dict)
-    ended: bool = False
-
-    @property
-    def state(self) -> str:
-        """The worst of its commands."""
-        states = {r.state for r in self.ran.values()}
-        return next((s for s in ("failed", "late") if s in states), "passed" if self.ended else "not finished")
-
-
-class Prover:
-    """Runs stages and remembers them in ``prove.json`` under ``out``."""
-
-    def __init__(self, out: Path, *, simulate: str | None = None, seconds: float = 600.0) -> None:
+    def __init__(self, out: Path, *, simulate: str | None = None, seconds: float = STAGE_SECONDS) -> None:
         """Raise ``BackendError`` for a chip that there is not, and for a folder that holds another
         kind of run.
         """
         if simulate is not None and simulate not in GENERATIONS:
             raise BackendError(f"ascend prove: simulate {simulate!r} is not one of {', '.join(GENERATIONS)}")
-        self.out, self.simulate, self.seconds = out, simulate, seconds
-        out.mkdir(parents=True, exist_ok=True)
-        self.memory = out / "prove.json"
-        known = (
-            json.loads(self.memory.read_text(encoding="utf-8"))
-            if self.memory.exists()
-            else {"simulate": simulate, "stages": {}}
-        )
-        if "simulate" not in known:
-            raise BackendError(f"ascend prove: {out} holds a run of another backend; choose another folder")
-        if known["simulate"] != simulate:
-            kind = f"simulated {known['simulate']}" if known["simulate"] else "an NPU"
-            raise BackendError(f"ascend prove: {out} holds a run on {kind}; choose another folder")
-        self.stages = {
-            name: Stage(name, {k: Ran(**r) for k, r in s["ran"].items()}, s["ended"])
-            for name, s in known["stages"].items()
-        }
-        self.current, self.deadline = Stage(""), 0.0
+
+        def another(known: dict[str, Any]) -> BackendError:
+            chip = known.get("simulate")
+            kind = "on an NPU" if chip is None else f"on simulated {chip}"
+            kind = kind if "simulate" in known else "of another backend"
+            return BackendError(f"ascend prove: {out} holds a run {kind}; choose another folder")
+
+        super().__init__(out, {"simulate": simulate}, another, seconds=seconds)
+        self.simulate = simulate
 
     @property
     def heading(self) -> str:
@@ -93,54 +52,11 @@ class Prover:
             return f"on simulated CANN ({self.simulate}), on a CPU: nothing of hardware was proven"
         return "on an NPU"
 
-    def stage(self, name: str, *, again: bool = False) -> Stage:
-        """Run a stage, or what is left of it."""
-        if again or name not in self.stages:
-            self.stages[name] = Stage(name)
-        self.current, self.deadline = self.stages[name], time.monotonic() + self.seconds
-        if not self.current.ended:
-            (self.out / name).mkdir(exist_ok=True)
-            STAGES[name](self)
-            self.current.ended = not any(r.state == "late" for r in self.current.ran.values())
-            self._remember()
-        return self.current
-
     def run(self, name: str, *argv: object, on_npu: bool = False, env: dict[str, str] | None = None) -> Ran:
         """Run a command, unless it has ended before. ``on_npu``: a simulated run leaves it out."""
-        words = [str(word) for word in argv]
-        before = self.current.ran.get(name)
-        if before and before.state in ENDED:
-            return before
-        left, ran = self.deadline - time.monotonic(), Ran(name, words, "passed")
-        if self.simulate and on_npu:
-            ran.state, ran.why = "left out", "no NPU in a simulated run"
-        elif left <= 0:
-            ran.state, ran.why = "late", "its stage's time was over; run the stage again to go on"
-        else:
-            began = time.monotonic()
-            try:
-                with self.log(name).open("w", encoding="utf-8") as sink:
-                    done = subprocess.run(  # noqa: S603  our own commands
-                        words,
-                        stdout=sink,
-                        stderr=subprocess.STDOUT,
-                        timeout=left,
-                        check=False,
-                        env={**os.environ, **(env or {})},
-                    )
-                ran.status, ran.state = done.returncode, "passed" if done.returncode == 0 else "failed"
-            except subprocess.TimeoutExpired:
-                ran.state, ran.why = "late", f"ended after {left:.0f} s; run the stage again to go on"
-            except FileNotFoundError:
-                ran.state, ran.why = "left out", f"{words[0]} is not on the path"
-            ran.seconds = round(time.monotonic() - began, 1)
-        self.current.ran[name] = ran
-        self._remember()
-        return ran
-
-    def log(self, name: str) -> Path:
-        """Where a command's output is."""
-        return self.out / self.current.name / f"{name}.log"
+        return self.command(
+            name, argv, left_out="no NPU in a simulated run" if self.simulate and on_npu else "", env=env
+        )
 
     def write_report(self) -> Path:
         """Write ``report.md``: the heading, then every stage and what it ran."""
@@ -154,19 +70,13 @@ class Prover:
                 )
             text.append("")
         path = self.out / "report.md"
-        path.write_text("\n".join(text), encoding="utf-8")
+        write(path, "\n".join(text))
         return path
 
     def status(self, names: Sequence[str]) -> int:
         """Exit status of stages: 1 something failed, 3 something is left to run."""
         states = {self.stages[name].state for name in names}
         return 1 if "failed" in states else 3 if states - {"passed"} else 0
-
-    def _remember(self) -> None:
-        state = {"simulate": self.simulate, "stages": {n: asdict(s) for n, s in self.stages.items()}}
-        fresh = self.memory.with_suffix(".new")
-        fresh.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        fresh.replace(self.memory)
 
     @property
     def chip(self) -> tuple[str, ...]:
@@ -245,7 +155,7 @@ def texts(p: Prover) -> None:
     generate = (*DSV4, "generate", "--tokens", "0,3,327", "-n", "4" if p.simulate else "200", "--backend", "ascend")
     made = [p.run(f"generate-{i}", *generate, *device) for i in (1, 2)]
     p.run("generate-composed", *generate, *device, "-O", "tier=composed")
-    same = len({_text(p.log(ran.name)) for ran in made}) == 1
+    same = len({p.generated(ran) for ran in made}) == 1
     p.run("twice-the-same", sys.executable, "-c", f"raise SystemExit({0 if same else 1})")
     p.run("bench", *DSV4, "bench", "--backend", "ascend", on_npu=True)
 
@@ -256,12 +166,6 @@ def counts(p: Prover) -> None:
     """
     soc = ("--soc", p.simulate) if p.simulate else ()
     p.run("launches", *DSV4, "ascend", "launches", *soc, "--report", p.out / "counts" / "launches.json")
-
-
-def _text(log: Path) -> str:
-    """What was generated, without the timing's line."""
-    printed = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    return "\n".join(line for line in printed.splitlines() if " ms per token" not in line)
 
 
 STAGES: dict[str, Callable[[Prover], None]] = {

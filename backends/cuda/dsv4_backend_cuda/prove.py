@@ -1,8 +1,7 @@
 """``dsv4 kernels prove``: everything that a machine with a GPU can show of these kernels, in stages
 of ten minutes, into one folder and one report.
 
-A stage is a few commands. Each command's output is kept under the folder, and what ended is not run
-again, so that a run that was cut off goes on where it stopped. Nothing needs a network.
+``dsv4_core/cli/stages.py`` runs them and remembers what ended. Nothing needs a network.
 ``--dry-run`` goes through the same stages on a machine without a GPU: kernels run in the
 interpreter or are launched dry, tools that want a GPU are left out, and the report says so in its
 first line.
@@ -13,20 +12,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dsv4_backend_cuda import launch
 from dsv4_backend_cuda.rules import RULES
+from dsv4_core.cli.stages import STAGE_SECONDS, Ran, Stages
 from dsv4_core.files.writing import write
 
-STAGE_SECONDS = 600.0
 SANITISED_AT_ONCE = 12
 RACES = (
     "expert_linear",
@@ -40,65 +36,19 @@ DSV4 = (sys.executable, "-m", "dsv4_core")
 HERE = (sys.executable, "-m", "dsv4_backend_cuda.proving")
 
 
-@dataclass
-class Ran:
-    """One command: how it ended and where its output is. ``state``: passed, failed, late (ran past
-    its stage's time), or left out.
-    """
-
-    name: str
-    argv: list[str]
-    state: str
-    status: int | None = None
-    seconds: float = 0.0
-    log: str = ""
-    why: str = ""
-
-
-@dataclass
-class Stage:
-    """What is known of a stage."""
-
-    name: str
-    ran: dict[str, Ran] = field(default_factory=dict)
-    ended: bool = False
-
-    @property
-    def state(self) -> str:
-        """The worst of its commands."""
-        states = {r.state for r in self.ran.values()}
-        return next((s for s in ("failed", "late") if s in states), "passed" if self.ended else "not finished")
-
-
-class Prover:
-    """Runs commands of stages and remembers them in ``prove.json`` under ``out``."""
+class Prover(Stages):
+    """The stages of a GPU; with ``dry`` on a machine without one."""
 
     def __init__(self, out: Path, *, dry: bool, seconds: float = STAGE_SECONDS) -> None:
-        self.out, self.dry, self.seconds = out, dry, seconds
-        self.memory = out / "prove.json"
-        out.mkdir(parents=True, exist_ok=True)
-        known = json.loads(self.memory.read_text()) if self.memory.exists() else {"dry": dry, "stages": {}}
-        if known["dry"] != dry:
-            kind = "dry run" if known["dry"] else "run on a GPU"
-            raise FileExistsError(f"{out} holds a {kind}; choose another folder")
-        self.stages = {
-            name: Stage(name, {k: Ran(**r) for k, r in s["ran"].items()}, s["ended"])
-            for name, s in known["stages"].items()
-        }
-        self.current = Stage("")
-        self.deadline = 0.0
+        """Raise ``FileExistsError`` for a folder that holds another kind of run."""
 
-    def stage(self, name: str, steps: Callable[[Prover], None], *, again: bool = False) -> Stage:
-        """Run a stage, or what is left of it."""
-        if again or name not in self.stages:
-            self.stages[name] = Stage(name)
-        self.current, self.deadline = self.stages[name], time.monotonic() + self.seconds
-        if not self.current.ended:
-            (self.out / name).mkdir(exist_ok=True)
-            steps(self)
-            self.current.ended = not any(r.state == "late" for r in self.current.ran.values())
-            self._remember()
-        return self.current
+        def another(known: dict[str, Any]) -> FileExistsError:
+            kind = "dry run" if known.get("dry") else "run on a GPU"
+            kind = kind if "dry" in known else "run of another backend"
+            return FileExistsError(f"{out} holds a {kind}; choose another folder")
+
+        super().__init__(out, {"dry": dry}, another, seconds=seconds)
+        self.dry = dry
 
     def run(
         self, name: str, argv: Iterable[Any], *, on_gpu: bool = False, tool: str = "", package: str = "", env: dict[str, str] | None = None
@@ -106,49 +56,14 @@ class Prover:
         """Run a command, unless it has ended before. ``on_gpu``: a dry run leaves it out; ``tool``,
         ``package``: so does a machine without it.
         """
-        words, folder = [str(w) for w in argv], self.out / self.current.name
-        before = self.current.ran.get(name)
-        if before and before.state in {"passed", "failed"}:
-            return before
-        log = folder / f"{name}.log"
-        left = self.deadline - time.monotonic()
-        ran = Ran(name, words, "passed", log=str(log.relative_to(self.out)))
+        left_out = ""
         if self.dry and on_gpu:
-            ran.state, ran.why = "left out", "a dry run has no GPU"
+            left_out = "a dry run has no GPU"
         elif tool and not shutil.which(tool):
-            ran.state, ran.why = "left out", f"{tool} is not on the path"
+            left_out = f"{tool} is not on the path"
         elif package and find_spec(package) is None:
-            ran.state, ran.why = "left out", f"{package} is not installed"
-        elif left <= 0:
-            ran.state, ran.why = "late", "its stage's time was over; run the stage again to go on"
-        else:
-            began = time.monotonic()
-            try:
-                with log.open("w") as sink:
-                    done = subprocess.run(  # noqa: S603 - our own commands
-                        words,
-                        stdout=sink,
-                        stderr=subprocess.STDOUT,
-                        timeout=left,
-                        check=False,
-                        env={**os.environ, **(env or {})},
-                    )
-                ran.status, ran.state = done.returncode, "passed" if done.returncode == 0 else "failed"
-            except subprocess.TimeoutExpired:
-                ran.state, ran.why = "late", f"ended after {left:.0f} s; run the stage again to go on"
-            ran.seconds = round(time.monotonic() - began, 1)
-        self.current.ran[name] = ran
-        self._remember()
-        return ran
-
-    def text(self, ran: Ran) -> str:
-        """What a command printed."""
-        path = self.out / ran.log
-        return path.read_text(errors="replace") if path.exists() else ""
-
-    def _remember(self) -> None:
-        state = {"dry": self.dry, "stages": {n: asdict(s) for n, s in self.stages.items()}}
-        write(self.memory, json.dumps(state, indent=1) + "\n")
+            left_out = f"{package} is not installed"
+        return self.command(name, argv, left_out=left_out, env=env)
 
     # What a GPU runs, a dry run interprets: slowly, so of few ops.
 
@@ -274,7 +189,7 @@ def standard(p: Prover) -> None:
     mine = [*generate, "cuda", *(["--interpret"] if p.dry else [])]
     made = [p.run(f"generate-{i}", mine) for i in (1, 2)]
     p.run("generate-torch", [*generate, "torch", *(() if p.dry else ("--device", "cuda"))])
-    same = len({tokens(p.text(ran)) for ran in made}) == 1
+    same = len({p.generated(ran) for ran in made}) == 1
     p.run("twice-the-same", [sys.executable, "-c", f"raise SystemExit({0 if same else 1})"])
     p.run(
         "localise",
@@ -315,11 +230,6 @@ def libraries(p: Prover) -> None:
             *ops,
         ]
         p.run(name, [*argv, "--report", p.out / "libraries" / f"{name}-report"], on_gpu=True, package=library.package)
-
-
-def tokens(printed: str) -> str:
-    """What was generated, without the timing's line."""
-    return "\n".join(line for line in printed.splitlines() if " ms per token" not in line)
 
 
 def timed(p: Prover) -> None:

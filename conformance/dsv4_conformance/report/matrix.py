@@ -122,7 +122,7 @@ def tally(report: dict[str, Any], group: str, number: int) -> str:
 
 def fails_the_run(finding: dict[str, Any]) -> bool:
     """Whether a failure would have failed the run."""
-    return bool(finding.get("counts", finding["claimed"]))  # reports from before 2027 have the one word for both
+    return bool(finding.get("counts", finding["claimed"]))  # reports from before November 28 have the one word for both
 
 
 def outcome(findings: list[dict[str, Any]]) -> str:
