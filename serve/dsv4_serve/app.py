@@ -110,10 +110,7 @@ class App:
             except Exception as error:
                 LOG.exception("a request failed")
                 status = 503 if self.worker.failed else 500
-                response = _error(
-                    RefusedError(f"{type(error).__name__}: {error}", status=status, kind="server_error"),
-                    anthropic=anthropic,
-                )
+                response = _error(RefusedError.failed(error, status=status), anthropic=anthropic)
             if response.status_code in {429, 503}:
                 response.headers["retry-after"] = "1"
             self.metrics.requests.labels(name, response.status_code).inc()
@@ -245,8 +242,8 @@ class App:
             yield choices.done()
         except Exception as error:
             LOG.exception("a stream failed")
-            refused = RefusedError(f"{type(error).__name__}: {error}", status=500, kind="server_error")
-            yield f"event: error\ndata: {json.dumps(refused.body(anthropic=kind == 'messages'))}\n\n"
+            body = RefusedError.failed(error).body(anthropic=kind == "messages")
+            yield f"event: error\ndata: {json.dumps(body)}\n\n"
         finally:
             for run in runs:
                 run.cancel()
@@ -317,8 +314,7 @@ class App:
             yield "data: [DONE]\n\n"
         except Exception as error:
             LOG.exception("a stream failed")
-            refused = RefusedError(f"{type(error).__name__}: {error}", status=500, kind="server_error")
-            yield f"data: {json.dumps(refused.body(anthropic=False))}\n\n"
+            yield f"data: {json.dumps(RefusedError.failed(error).body(anthropic=False))}\n\n"
         finally:
             for running in runs:
                 running.cancel()

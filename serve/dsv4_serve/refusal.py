@@ -18,6 +18,11 @@ class RefusedError(Exception):
         super().__init__(message)
         self.message, self.status, self.param, self.kind = message, status, param, kind
 
+    @classmethod
+    def failed(cls, error: Exception, *, status: int = 500) -> RefusedError:
+        """Make the answer to a request that failed here by no fault of its own."""
+        return cls(f"{type(error).__name__}: {error}", status=status, kind="server_error")
+
     def body(self, *, anthropic: bool) -> dict[str, Any]:
         """The error in the form of a protocol."""
         if anthropic:
