@@ -168,13 +168,13 @@ def drafts(run: Run) -> None:
 
 
 def dspark(run: Run) -> None:
-    """DSpark after a prompt, in a step of one token and in one of three: context rows, blocks,
-    table, confidence.
+    """DSpark of two sequences after a prompt, in steps of one token and of three, of which one and
+    two are taken back: context rows, blocks, table, confidence.
     """
     drafter, be = run.model.dspark, run.model.backend
     assert drafter is not None
     cache, ids, w = run.cache(2), some_ids((2, 40), 9), run.watcher
-    for columns in (slice(0, 21), slice(21, 22), slice(22, 25)):
+    for columns in (slice(0, 21), slice(21, 22), slice(22, 25), slice(25, 28)):
         step, taps = Step(cache, ids[:, columns]), list[Any]()
         w.time = "prefill" if columns.start == 0 else f"at{columns.start}"
         w.positions = step.host_positions.reshape(-1)
@@ -188,6 +188,9 @@ def dspark(run: Run) -> None:
         w.place = "drafter"
         drafter.after(be.from_numpy(ids[:, columns.stop].astype(np.int32)), g[: len(ids)])
         w.end_step()
+        if columns.stop == 25:
+            cache.rewind(0, 24)
+            cache.rewind(1, 23)
 
 
 SCENES: tuple[Callable[[Run], None], ...] = (
