@@ -357,7 +357,12 @@ def test_reports_hold_every_finding():
     result = runner.run(session(), ops=["swiglu"])
     data = {**finite(runner.to_json(result)), "rerun": "dsv4 conformance run --backend x"}
     json.dumps(data, default=str)
-    html = page(data)
+    own = {"distribution": "dsv4", "version": "1", "module": "the_reference", "files": "ab12"}
+    html = page(data, own)
+    assert "oracle the_reference of distribution dsv4 1, files ab12." in html
+    assert "not dsv4" not in html
+    assert "not dsv4&#39;s own" in page(data, own | {"distribution": "somebody<b>"})
+    assert "<b>" not in page(data, own | {"distribution": "somebody<b>"}).partition("somebody")[2][:20]
     assert "<script" not in html
     assert all(f.id in html for f in result.findings)
     assert 'testcase classname="swiglu" name="swiglu/nan"' in junit(result, "x")
