@@ -239,13 +239,13 @@ class Shadowed:
         except Exception as error:  # noqa: BLE001  whatever the backend raises is its result
             ended = f"op {watcher.under_way}, {watcher.place}, {watcher.time}: {describe(error)}"
         finding = Finding(self.id, self.op, self.group, self.level, "passed", dtypes=session.numerics)
-        return judged(finding, watcher, session, ended)
+        return judged(finding, watcher, watcher.problems, session, ended)
 
 
-def judged(finding: Finding, watcher: Watcher, session: Session, ended: str) -> Finding:
-    """The finding with what is wrong of a watcher's calls, the first first."""
+def judged(finding: Finding, calls: Recorder, more: Sequence[str], session: Session, ended: str) -> Finding:
+    """The finding with what is wrong of recorded calls, the first first, then ``more``."""
     problems, wrong = [ended] if ended else [], 0
-    for recorded in watcher.calls:
+    for recorded in calls.calls:
         if recorded.parts and not type(session.backend).implements(recorded.call.op):
             continue  # the contract's own composition, whose parts are judged
         verdict = replay.judge_recorded(recorded.call, recorded.results, session, FIRST)
@@ -256,11 +256,11 @@ def judged(finding: Finding, watcher: Watcher, session: Session, ended: str) -> 
         if verdict.used >= finding.used:
             finding.used = verdict.used
             finding.worst = {"call": recorded.name, **verdict.worst}
-    problems += watcher.problems[:SHOWN]
-    finding.metrics = {"calls": float(len(watcher.calls)), "over budget": float(wrong)}
+    problems += more[:SHOWN]
+    finding.metrics = {"calls": float(len(calls.calls)), "over budget": float(wrong)}
     if problems:
         finding.status, finding.used = "failed", float("inf")
-        finding.message = f"{wrong} of {len(watcher.calls)} calls over budget; " + "; ".join(problems)
+        finding.message = f"{wrong} of {len(calls.calls)} calls over budget; " + "; ".join(problems)
     return finding
 
 
