@@ -167,7 +167,7 @@ def found(operand: Any, hosts: list[Host], kept: list[Host]) -> Any:
 
 @dataclass(frozen=True)
 class Replayed:
-    """Decode steps of two sequences that are recorded and replayed, every op call of them judged."""
+    """Decode steps of two sequences that are recorded and replayed; every op call is judged."""
 
     id: str = "model/shadowed/replay"
     op: str = "shadowed"
