@@ -269,6 +269,14 @@ def test_an_unclaimed_failure_does_not_fail_the_run_but_a_required_one_does():
     assert not ran.ok
 
 
+def test_an_op_that_failed_is_not_told_to_be_claimed():
+    cls = MUTANTS["comb_not_transposed"].build(right_backend())
+    cls.claims_level = None
+    ran = runner.run(checks.Session(cls(), "smoke"), ops=["hc_post", "hc_add"])
+    said = next(line for line in ran.summary() if line.startswith("passed but not claimed"))
+    assert said == "passed but not claimed: hc_add; name them in claims"
+
+
 def test_xfails(tmp_path):
     today = datetime.date(2030, 1, 1)
     failing = MUTANTS["comb_not_transposed"].build(right_backend())
