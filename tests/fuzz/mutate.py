@@ -187,7 +187,7 @@ def store(rng: Random, data: bytes) -> bytes:
         else:
             try:
                 said[key] = json_file(rng, said[key].encode("latin-1")).decode("latin-1")
-            except ValueError:  # it was no JSON, or is damaged already
+            except (ValueError, RecursionError):  # no JSON, or damaged already
                 said[key] = ""
     return json.dumps(said).encode()
 
