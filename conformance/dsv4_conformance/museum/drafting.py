@@ -372,12 +372,12 @@ def confidence_in_bf16(be: Any, right: Op, x: Host, weight: Any, *, out_dtype: s
 def norms_of_the_draft_swapped(be: Any, right: Op, weight: Any) -> Any:
     y = right(weight)
     if not isinstance(y, np.ndarray) or y.ndim != 1:
-        be.vector = None
+        be.matrices, be.vector = be.__dict__.get("matrices", 0) + 1, None
         return y
     y, last = y.copy(), be.__dict__.get("vector")
-    be.vector = y
     if last is not None and last.shape == y.shape:
         last[...], y[...] = y.copy(), last.copy()
+    be.vector, be.matrices = y if be.__dict__.get("matrices", 0) > 1 else None, 0  # two projections come before them
     return y
 
 
