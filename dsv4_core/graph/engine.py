@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dsv4_core.graph.model import Model
 
 CHUNK = 2048  # tokens of a prefill step: activations and scores of one chunk are alive at a time
+_MANY = 1 << 31
 FAR = 4096  # a long prompt leaves a snapshot at each multiple of it, beside the one near its end
 
 Likely = tuple[tuple[int, float], ...]
@@ -114,10 +115,15 @@ class _Run:
         return (*self.request.prompt, *self.out)
 
     @property
+    def free(self) -> int:
+        """How many of the next tokens no constraint narrows."""
+        return _MANY if self.request.constraint is None else self.request.constraint.free()
+
+    @property
     def plain(self) -> tuple[float, float] | None:
         """Temperature and top-p, where the backend's ``sample`` is all that it needs."""
         r = self.request
-        alone = r.sampling.by_backend and r.constraint is None and r.prompt_logprobs is None
+        alone = r.sampling.by_backend and r.prompt_logprobs is None and self.free > 0
         return (r.sampling.temperature, r.sampling.top_p) if alone else None
 
     def uniform(self, ahead: int) -> float:
@@ -335,7 +341,7 @@ class Engine:
             if row.plain or seen.logits is None:
                 chosen = Chosen(int(seen.ids[at]))
             else:
-                allowed = request.constraint.allowed() if request.constraint else None
+                allowed = request.constraint.allowed() if request.constraint and run.free <= j else None
                 chosen = choose(seen.logits[at], request.sampling, run.uniform(j), counts, allowed)
             line.append(chosen)
             counts[chosen.token] += 1
@@ -350,9 +356,9 @@ class Engine:
         """
         request = run.request
         room = request.max_tokens - len(run.out) - len(line) - 1
-        if not request.draft or request.constraint or not line or line[-1] in request.stop:
+        if not request.draft or not line or line[-1] in request.stop:
             return None
-        count = max(0, min(self.drafts, room))
+        count = max(0, min(self.drafts, room, run.free - len(line) - 1))
         return Wish(request.sampling, [run.uniform(len(line) + k) for k in range(count)])
 
     def _tell(self, run: _Run, row: Row, seen: Outcome) -> None:
@@ -392,8 +398,8 @@ class Engine:
                 self._end(run, finish, chosen=chosen, first=first)
                 return
             self._events.append(self._event(run, chosen, first=first))
-        room = min(request.max_tokens - len(run.out) - 1, self.capacity - run.rows - 1)
-        run.draft = draft[: max(0, room)] if request.draft and request.constraint is None else []
+        room = min(request.max_tokens - len(run.out) - 1, self.capacity - run.rows - 1, run.free - 1)
+        run.draft = draft[: max(0, room)] if request.draft else []
 
     def _event(
         self,

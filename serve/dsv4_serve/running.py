@@ -103,7 +103,7 @@ def follow_first(session: Session, **options: Any) -> None:
     follow(
         served.engine,
         session.ranks.ranks,
-        lambda kind, schema, thinking: served.constraint(kind, schema, thinking=thinking),
+        lambda kind, schema, thinking, budget: served.constraint(kind, schema, thinking=thinking, budget=budget),
     )
 
 
