@@ -80,7 +80,7 @@ def command(
     and Anthropic's protocols.
     """
     try:
-        from dsv4_serve.running import application, follow_first, listen
+        from dsv4_serve.running import application, bound, follow_first, listen
     except ImportError as error:
         raise click.ClickException(f"dsv4 serve needs its extra ({error}); pip install 'dsv4[serve]'") from None
 
@@ -103,6 +103,7 @@ def command(
             if asked.stats:
                 session.ranks.report()
             return
-        listen(application(session, queue=queue, key=api_key, largest=max_body, **how), host, port, drain_seconds)
+        with bound(host, port) as address:
+            listen(application(session, queue=queue, key=api_key, largest=max_body, **how), address, drain_seconds)
         if asked.stats:
             click.echo(session.ranks.report(), err=True)
