@@ -130,6 +130,25 @@ def test_a_failure_ends_the_request_that_it_follows_and_no_other(model, monkeypa
         list(generate(model, [bad.prompt], max_tokens=12))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as NumPy says of NaN
+@pytest.mark.parametrize("wish", [{}, {"temperature": 1.0}, {"top_k": 3}, {"logprobs": 2}])
+def test_logits_that_are_no_numbers_end_their_request_and_leave_nothing(model, monkeypatch, wish):
+    """A NaN in one token's embedding: its request ends with an error, its neighbour and whoever
+    comes into its slot next have the tokens that they have alone.
+    """
+    good, bad = Request(prompt(3, 20), 12), Request((*prompt(4, 150), 201), 12, Sampling(**wish))
+    expected, embedding = alone(model, good), model.embedding
+    monkeypatch.setattr(
+        model, "embedding", lambda ids: np.where((np.asarray(ids) == 201)[:, None], np.nan, embedding(ids))
+    )
+    engine = Engine(model, slots=2, capacity=256, reuse=False)
+    ids = [engine.submit(request) for request in (good, bad, good, good)]
+    tokens, ends = finished(engine)
+    assert [tokens[i] for i in (ids[0], *ids[2:])] == [expected] * 3
+    assert ends[ids[1]].finish == "error"
+    assert "token 151 cannot be chosen: its logits hold NaN or infinity" in str(ends[ids[1]].error)
+
+
 def test_log_probabilities_are_the_models(model):
     """Of the prompt, of what was chosen and of the likely ids: as teacher forcing gives them."""
     asked = Request(prompt(5, 50), 6, Sampling(1.0, 0.9, seed=3, logprobs=4), prompt_logprobs=3)

@@ -15,7 +15,7 @@ from dsv4_core.cli.commands import Command
 from dsv4_core.cli.options import BackendFlags, backend_options
 from dsv4_core.files.reading import fitting, json_file
 from dsv4_core.files.words import for_terminal
-from dsv4_core.files.writing import write
+from dsv4_core.files.writing import write_over
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -124,7 +124,7 @@ class Talk:
             self.messages = [{"role": "system", "content": rest}] if rest else system
             return "a new conversation"
         if word == "/save" and rest:
-            write(Path(rest), json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n")
+            write_over(Path(rest), json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n")
             return f"{len(self.messages)} turns in {rest}"
         if word == "/load" and rest:
             self.messages = read_conversation(Path(rest), self.texts)
@@ -241,7 +241,9 @@ def command(
             raise ValueError(f"{session.directory} has no tokenizer.json; copy the tokenizer beside config.json")
         most = session.config.max_position_embeddings
         if context is not None and context > most:
-            raise ValueError(f"--context {context}: the model has {most} positions (max_position_embeddings)")
+            raise ValueError(
+                f"--context {context}: the model has {most} positions (max_position_embeddings of config.json)"
+            )
         read = _reader()
         engine = Engine(
             session.model,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -71,6 +71,10 @@ class BackendFlags:
         if choice.why.startswith("auto"):
             click.echo(f"backend: {choice.name} ({choice.why})", err=True)
         return choice
+
+    def settled(self) -> BackendFlags:
+        """The same with the backend chosen, so that the reason for the choice is printed once."""
+        return replace(self, backend=self.choose().name)
 
     def arguments(self) -> list[str]:
         """Say numerics and options again, for another command."""

@@ -35,7 +35,7 @@ class Tokens(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
         """Read it, or fail naming the accepted forms."""
         text = str(value).upper()
         number, unit = (text[:-1], {"K": 1 << 10, "M": 1 << 20}[text[-1]]) if text[-1:] in {"K", "M"} else (text, 1)
-        if not number.isdigit() or int(number) < 1:
+        if not (number.isascii() and number.isdigit()) or int(number) < 1:
             self.fail(f"{value!r} is not a number of tokens; write e.g. 4096, 64K or 1M", param, ctx)
         return int(number) * unit
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from dsv4_core.graph.batch import Batch, Outcome, Row, Wish
 from dsv4_core.graph.cache import SHARED, Cache, CacheError, Snapshot
-from dsv4_core.graph.sampling import GREEDY, Chosen, Constraint, Sampling, choose, log_softmax, top_ids
+from dsv4_core.graph.sampling import GREEDY, Chosen, Constraint, NoNumberError, Sampling, choose, log_softmax, top_ids
 from dsv4_core.graph.step import check_ids
 
 if TYPE_CHECKING:
@@ -343,6 +343,8 @@ class Engine:
             else:
                 allowed = request.constraint.allowed() if request.constraint and run.free <= j else None
                 chosen = choose(seen.logits[at], request.sampling, run.uniform(j), counts, allowed)
+            if chosen.token < 0:
+                raise NoNumberError(len(request.prompt) + len(run.out) + j)
             line.append(chosen)
             counts[chosen.token] += 1
             right = j < len(drafted) and drafted[j] == chosen.token

@@ -103,7 +103,7 @@ class Watch:
             said = self.store.multi_get([self._key("size", r) for r in here])
         for r, size in zip(here, said, strict=True):
             stated = one_line(size.decode(errors="replace"), 60)
-            if not stated.isdigit():
+            if not (stated.isascii() and stated.isdigit()):
                 raise RankError(
                     f"rank {r} wrote {stated!r} for its number of ranks: it was started with a secret "
                     f"(DSV4_STORE_KEY, --store-key-file) and rank {self.rank} without, or a stranger writes there"

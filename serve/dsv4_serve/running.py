@@ -65,7 +65,9 @@ def served_by(
     texts = fixed_texts(directory, profile)
     most = config.max_position_embeddings
     if context is not None and context > most:
-        raise ValueError(f"--context {context}: the model has {most} positions (max_position_embeddings)")
+        raise ValueError(
+            f"--context {context}: the model has {most} positions (max_position_embeddings of config.json)"
+        )
     if drafts and not config.draft:
         raise ValueError("--speculative: this checkpoint has no MTP block and no DSpark drafter; leave it out")
     if confidence and (not drafts or config.draft != "dspark"):
