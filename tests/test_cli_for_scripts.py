@@ -156,6 +156,8 @@ def test_a_name_of_the_hub_says_how_to_download_it(monkeypatch, tmp_path):
 def test_names_that_are_no_directory_say_what_to_do():
     assert "the model's name is empty" in refused("inspect", "")
     assert "an address, and dsv4 downloads nothing" in refused("inspect", "https://example.org/deepseek-ai/V4")
+    for words in (("plan", "-m", "tiny", "--price"), ("generate", "-p", "x", "--speculative", "--draft-confidence")):
+        assert "nan is no finite number" in refused(*words, "nan")
     assert "is not a number of tokens" in refused("plan", "-m", "tiny", "--context", "\u00b2")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsv4_core.cli.commands import Command
-from dsv4_core.cli.options import BackendFlags, RankFlags, backend_options, rank_options
+from dsv4_core.cli.options import BackendFlags, Finite, RankFlags, backend_options, rank_options
 
 if TYPE_CHECKING:
     from dsv4_core.text.fixed_texts import Profile
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @click.option("--speculative", is_flag=True, help="Draft with what the checkpoint has for it, MTP or DSpark.")
 @click.option(
     "--draft-confidence",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=Finite(0, 1, max_open=True),
     default=0.0,
     show_default=True,
     help="DSpark's drafts end where the chance that all of them are kept falls below it.",
