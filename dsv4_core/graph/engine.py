@@ -257,20 +257,24 @@ class Engine:
         """Admit what waits, decode a token for each running request, prefill within the budget;
         give what happened.
         """
-        while self._waiting and self._free:
+        while self._waiting and self._free and not self._soon_shared(self._waiting[0].request):
             self._admit(self._waiting.popleft())
         decoding = sorted((run for run in self._running if run.out), key=lambda run: run.slot)
         rows = [self._decode_row(run) for run in decoding]
         if rows:
             self._forward(decoding, rows)
         left = max(1, self.budget - sum(len(row.tokens) for row in rows))
-        for run in [run for run in self._running if not run.out]:
-            while left > 0 and not run.out and run in self._running:
-                row = self._prefill_row(run, left)
-                left -= len(row.tokens)
-                self._forward([run], [row])
+        while left > 0 and (reading := [run for run in self._running if not run.out]):
+            prompts: list[tuple[_Run, Row]] = []
+            for run in reading:
+                if left > 0:
+                    prompts.append((run, self._prefill_row(run, left)))
+                    left -= len(prompts[-1][1].tokens)
+            for rectangle in _rectangles(prompts):
+                self._forward([run for run, _ in rectangle], [row for _, row in rectangle])
                 if self.progress:
-                    self.progress(run.rows, len(run.request.prompt))
+                    for run, _ in rectangle:
+                        self.progress(run.rows, len(run.request.prompt))
         events, self._events = self._events, []
         return events
 
@@ -462,6 +466,23 @@ class Engine:
         self._stats.prompt_tokens += len(prompt)
         self._stats.hit_tokens += run.hit
 
+    def _soon_shared(self, request: Request) -> bool:
+        """Whether a prompt that is being read will leave a prefix that this one can take up: it is
+        read once for all who wait for it, as the replies to one prompt do.
+        """
+        if not self.reuse or request.prompt_logprobs is not None:
+            return False
+        prompt = request.prompt
+        prefixes = [k.tokens for k in self._kept] + [self._held.get(slot, ()) for slot in self._free]
+        known = max((len(tokens) for tokens in prefixes if _begins(prompt, tokens)), default=0)
+        for run in self._running:
+            if not run.out:
+                other, end = run.request.prompt, _near_end(run.request.prompt)
+                marks = {end, *range((run.rows // FAR + 1) * FAR, end, FAR)}
+                if any(mark > max(known, run.rows) and _begins(prompt, other[:mark]) for mark in marks):
+                    return True
+        return False
+
     def _any_free(self) -> int:
         """The free slot that holds least; where groups of ranks have slots of their own, one far
         from those in use.
@@ -494,6 +515,23 @@ class Engine:
             return
         self._kept.append(_Kept(tokens, run.slot, self.cache.snapshot(run.slot)))
         del self._kept[: len(self._kept) - 4 * self.slots]
+
+
+def _rectangles(prompts: list[tuple[_Run, Row]]) -> list[list[tuple[_Run, Row]]]:
+    """Rows of prompts that are read in one step each: no row is padded by more than a third of its
+    tokens, which costs less than a step of its own. Each is sorted by slot, as a step needs it.
+    """
+    groups: list[list[tuple[_Run, Row]]] = []
+    for one in prompts:
+        length = len(one[1].tokens)
+        for group in groups:
+            lengths = [len(row.tokens) for _, row in group]
+            if 3 * max(length, *lengths) <= 4 * min(length, *lengths):
+                group.append(one)
+                break
+        else:
+            groups.append([one])
+    return [sorted(group, key=lambda one: one[0].slot) for group in groups]
 
 
 def _near_end(prompt: tuple[int, ...]) -> int:
