@@ -137,6 +137,17 @@ def create_backend(name: str, numerics: Numerics, options: Mapping[str, Any], lo
     return registry.create(name, numerics=numerics, **options)
 
 
+class PromptError(ValueError):
+    """A prompt that cannot be continued: its ``index`` among those given, and what is ``said`` of
+    it.
+    """
+
+    def __init__(self, index: int, count: int, said: str) -> None:
+        """``count``: how many prompts were given; of one the message gives no number."""
+        super().__init__(f"prompt {index}: {said}" if count > 1 else said)
+        self.index, self.said = index, said
+
+
 class Session:
     """A model that is open on a backend. ``load`` makes one; leaving its ``with`` block, or
     ``close``, gives it up.
@@ -269,7 +280,8 @@ class Session:
             min_p,
         )
         for i, ids in enumerate(prompts):
-            self._check_room(i if len(prompts) > 1 else None, len(ids), max_tokens)
+            if said := self._no_room(len(ids), max_tokens):
+                raise PromptError(i, len(prompts), said)
         texts = (stop,) if isinstance(stop, str) else tuple(stop)
         StopTexts(texts)
         if texts and self.tokenizer is None:
@@ -285,6 +297,8 @@ class Session:
             raise ValueError(
                 f"speculative = {count}: what drafts in this checkpoint proposes 1 to {most} tokens a step"
             )
+        if not 0 <= draft_confidence < 1:
+            raise ValueError(f"draft_confidence = {draft_confidence} must be in [0, 1)")
         if draft_confidence and self.config.draft != "dspark":
             raise ValueError(f"draft_confidence = {draft_confidence}: only DSpark gives one; leave it out")
         ends = {*stop_tokens} if ignore_eos else {*self.defaults.ends, *stop_tokens}
@@ -342,7 +356,7 @@ class Session:
             for prompt in prompts:
                 encoded.append(self.encode(prompt, thinking=thinking))  # noqa: PERF401  the error says how many are done
         except ValueError as error:
-            raise ValueError(f"prompt {len(encoded)}: {error}" if len(prompts) > 1 else f"{error}") from None
+            raise PromptError(len(encoded), len(prompts), f"{error}") from None
         return encoded
 
     def logits(self, ids: Sequence[int] | Sequence[Sequence[int]] | Host, *, chunk: int = CHUNK) -> Host:
@@ -356,19 +370,19 @@ class Session:
         if tokens.ndim not in {1, 2} or not tokens.size:
             raise ValueError(f"logits: ids of shape {list(tokens.shape)} must be [total] or [batch, total], not empty")
         check_ids(tokens, self.config.vocab_size)
-        self._check_room(None, tokens.shape[-1], 0)
+        if said := self._no_room(tokens.shape[-1], 0):
+            raise ValueError(said)
         found = every_logits(self.model, np.atleast_2d(tokens), chunk=chunk, progress=self._reporter("tokens"))
         return found if tokens.ndim == 2 else found[0]
 
-    def _check_room(self, sequence: int | None, length: int, more: int) -> None:
+    def _no_room(self, length: int, more: int) -> str:
+        """Why a prompt of so many tokens and ``more`` to generate do not fit; "" where they do."""
         limit = self.config.max_position_embeddings
-        if length + more > limit:
-            which = "the prompt" if sequence is None else f"prompt {sequence}"
-            asked = f" and max_tokens = {more}" if more else ""
-            advice = f"ask for at most {limit - length}" if length < limit and more else "shorten it"
-            raise ValueError(
-                f"{which} has {length} tokens{asked}; the model has {limit} positions (max_position_embeddings): {advice}"
-            )
+        if length + more <= limit:
+            return ""
+        asked = f" and max_tokens = {more}" if more else ""
+        advice = f"ask for at most {limit - length}" if length < limit and more else "shorten it"
+        return f"the prompt has {length} tokens{asked}; the model has {limit} positions (max_position_embeddings of config.json): {advice}"
 
     def _reporter(self, what: str) -> Callable[[int, int], None] | None:
         told = self._progress

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jsonschema
 import msgspec
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from dsv4_conformance.model import golden
@@ -15,6 +16,7 @@ from dsv4_conformance.model import golden
 from dsv4_core import cli
 from dsv4_core.cli import schema
 from dsv4_core.contract import registry
+from dsv4_core.files.writing import named
 
 ROOT = Path(__file__).parents[1]
 CHAT = ("--chat", "What is kludge?", "-b", "reference", "-n", 6)
@@ -118,11 +120,12 @@ def test_a_stop_text():
     [
         (("--tokens", "1,x,3"), "'x' is no token id"),
         (("--tokens", ""), "the prompt is empty"),
+        (("--tokens", "\uff11,2"), "is no token id"),
         (("--tokens", "1,2048"), "token id 2048 at [1] is outside the vocabulary"),
         (("--tokens", "1", "--tokens", "-5"), "token id -5"),
         (
             ("--tokens", "1,2", "-n", "5000"),
-            "2 tokens and max_tokens = 5000; the model has 4096 positions (max_position_embeddings)",
+            "2 tokens and max_tokens = 5000; the model has 4096 positions (max_position_embeddings of config.json)",
         ),
         (("-p", "x", "-n", "0"), "0 is not in the range"),
         (("-p", "x", "--stop", ""), "an empty text would end"),
@@ -148,6 +151,88 @@ def test_a_name_of_the_hub_says_how_to_download_it(monkeypatch, tmp_path):
     ):
         said = refused(*command, "deepseek-ai/DeepSeek-V4-Flash")
         assert "hf download deepseek-ai/DeepSeek-V4-Flash" in said
+
+
+def test_names_that_are_no_directory_say_what_to_do():
+    assert "the model's name is empty" in refused("inspect", "")
+    assert "an address, and dsv4 downloads nothing" in refused("inspect", "https://example.org/deepseek-ai/V4")
+    for words in (("plan", "-m", "tiny", "--price"), ("generate", "-p", "x", "--speculative", "--draft-confidence")):
+        assert "nan is no finite number" in refused(*words, "nan")
+    assert "is not a number of tokens" in refused("plan", "-m", "tiny", "--context", "\u00b2")
+
+
+def test_a_prompt_that_cannot_be_encoded_is_named_by_its_line(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"one"\n[{"role": "nobody", "content": "x"}]\n')
+    assert f"{file}, line 2: message 0 has role 'nobody'" in refused("generate", "--prompts", file, "-b", "reference")
+    file.write_text(json.dumps([1] * 5000) + "\n")
+    assert f"{file}, line 1: the prompt has 5000 tokens" in refused("generate", "--prompts", file, "-b", "reference")
+
+
+def test_an_error_is_short_and_says_what_it_is_about(capsys):
+    cli.told(f"dsv4: role {'x' * 5000}\nand more", 2)
+    said = capsys.readouterr().err
+    assert len(said) < 1100
+    assert said.endswith("...\nand more\n")
+    for error, told in (
+        (FileNotFoundError(2, "No such file or directory", "a/b"), "a/b: no such file or directory"),
+        (OSError(28, "No space left on device"), "standard output: no space left on device"),
+        (OSError(98, "Address already in use"), "address already in use"),
+        (OSError("words of our own"), "words of our own"),
+    ):
+        assert cli.system_error(error) == told
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_named(tmp_path):
+    command = [sys.executable, "-m", "dsv4_core", "generate", "-b", "reference", "--tokens", "1,2", "-n", "2"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert "dsv4: standard output: no space left on device" in done.stderr
+    with pytest.raises(OSError, match=r"x\.bin"), named(tmp_path / "x.bin"):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_result_replaces_nothing_but_its_like(tmp_path):
+    """An option's slip must not cost a model or a document."""
+    ids, model = tmp_path / "ids.npy", tmp_path / "m"
+    np.save(ids, np.array([[1, 2, 3]]))
+    dsv4("init", model, "--preset", "tiny", "--layers", 1, "--experts", 4, "--seed", 0)
+    logits = ("logits", model, "--tokens", ids, "--prefill", 2, "-b", "reference", "--out")
+    config, weights = ((model / name).read_bytes() for name in ("config.json", "model-00001-of-00001.safetensors"))
+    for victim in ("config.json", "model-00001-of-00001.safetensors"):
+        assert "a file of another kind lies there" in refused(*logits, model / victim)
+    assert "a file of another kind lies there" in refused(*logits, ids)
+    for _ in range(2):
+        dsv4(*logits, tmp_path / "out.npz")
+    report = tmp_path / "report"
+    dsv4("conformance", "run", "--op", "hc_expand", "--tier", "smoke", "-b", "reference", "-q", "--report", report)
+    assert "a file of another kind" in refused("conformance", "matrix", report, "--out", model / "config.json")
+    for _ in range(2):
+        dsv4("conformance", "matrix", report, "--out", tmp_path / "matrix.md")
+    assert (config, weights) == (
+        (model / "config.json").read_bytes(),
+        (model / "model-00001-of-00001.safetensors").read_bytes(),
+    )
+
+
+def test_weights_that_are_no_numbers_are_no_success(tmp_path):
+    model, ids = tmp_path / "m", tmp_path / "ids.npy"
+    dsv4("init", model, "--preset", "tiny", "--layers", 1, "--experts", 4, "--seed", 0)
+    file = model / "model-00001-of-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    at = 8 + int.from_bytes(data[:8], "little") + header["norm.weight"]["data_offsets"][0]
+    data[at : at + 2] = b"\xc0\x7f"
+    file.write_bytes(data)
+    for wish in ((), ("--temperature", "1"), ("--top-k", "3"), ("--speculative",)):
+        said = refused("generate", model, "--tokens", "1,2,3", "-n", 3, "-b", "reference", *wish)
+        assert "token 3 cannot be chosen: its logits hold NaN" in said
+    np.save(ids, np.array([[1, 2, 3]]))
+    said = refused("logits", model, "--tokens", ids, "--prefill", 2, "-b", "reference", "--out", tmp_path / "x.npz")
+    assert "is the first that is no finite number" in said
+    assert "cannot be chosen" in refused("bench", model, "--prompt", 4, "--tokens", 2, "--runs", 1, "-b", "reference")
 
 
 def test_help_begins_with_what_a_newcomer_needs():

@@ -130,6 +130,25 @@ def test_a_failure_ends_the_request_that_it_follows_and_no_other(model, monkeypa
         list(generate(model, [bad.prompt], max_tokens=12))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as NumPy says of NaN
+@pytest.mark.parametrize("wish", [{}, {"temperature": 1.0}, {"top_k": 3}, {"logprobs": 2}])
+def test_logits_that_are_no_numbers_end_their_request_and_leave_nothing(model, monkeypatch, wish):
+    """A NaN in one token's embedding: its request ends with an error, its neighbour and whoever
+    comes into its slot next have the tokens that they have alone.
+    """
+    good, bad = Request(prompt(3, 20), 12), Request((*prompt(4, 150), 201), 12, Sampling(**wish))
+    expected, embedding = alone(model, good), model.embedding
+    monkeypatch.setattr(
+        model, "embedding", lambda ids: np.where((np.asarray(ids) == 201)[:, None], np.nan, embedding(ids))
+    )
+    engine = Engine(model, slots=2, capacity=256, reuse=False)
+    ids = [engine.submit(request) for request in (good, bad, good, good)]
+    tokens, ends = finished(engine)
+    assert [tokens[i] for i in (ids[0], *ids[2:])] == [expected] * 3
+    assert ends[ids[1]].finish == "error"
+    assert "token 151 cannot be chosen: its logits hold NaN or infinity" in str(ends[ids[1]].error)
+
+
 def test_log_probabilities_are_the_models(model):
     """Of the prompt, of what was chosen and of the likely ids: as teacher forcing gives them."""
     asked = Request(prompt(5, 50), 6, Sampling(1.0, 0.9, seed=3, logprobs=4), prompt_logprobs=3)
@@ -189,6 +208,9 @@ class OnlyEven:
     def __init__(self, vocab):
         self.bits, self.told = packed_bits(range(0, vocab, 2), vocab), []
 
+    def free(self):
+        return 0
+
     def allowed(self):
         return self.bits
 
@@ -232,6 +254,46 @@ def test_a_prefix_is_taken_up(model):
     assert tokens[third] == alone(model, more)
     again = engine.submit(a)
     assert finished(engine)[0][again] == alone(model, a)
+
+
+def test_one_prompt_is_read_once_for_all_its_replies(model):
+    """Who waits for a prefix that another is reading takes it up; a prompt that shares none, or a
+    request for the prompt's own log-probabilities, does not wait for it.
+    """
+    long = prompt(8, 300)
+    asked = [Request(long, 6, Sampling(1.5, seed=(3, i))) for i in range(4)]
+    engine = Engine(model, slots=4, capacity=512, chunk=64)
+    ids = [engine.submit(request) for request in asked]
+    tokens, _ = finished(engine)
+    assert engine.stats.hit_tokens == 3 * 256
+    assert [tokens[i] for i in ids] == [alone(model, request) for request in asked]
+    scored = Engine(model, slots=4, capacity=512, chunk=64)
+    for request in (asked[0], Request(long, 2, prompt_logprobs=0), Request(prompt(9, 300), 2)):
+        scored.submit(request)
+    scored.step()
+    assert scored.stats.running == 3
+    finished(scored)
+    assert scored.stats.hit_tokens == 0
+    given_up = Engine(model, slots=4, capacity=512, chunk=64)
+    first, second = given_up.submit(asked[0]), given_up.submit(asked[1])
+    given_up.step()
+    assert given_up.stats.waiting == 1
+    given_up.cancel(first)
+    tokens, _ = finished(given_up)
+    assert tokens[second] == alone(model, asked[1])
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_prompts_that_come_together_are_read_together(model, drafts):
+    """In few steps, each of prompts of like length; each is told what it is told alone."""
+    lengths = [40, 31, 33, 5, 39, 6, 120]
+    asked = [Request(prompt(20 + i, length), 5) for i, length in enumerate(lengths)]
+    engine = Engine(model, slots=8, capacity=200, chunk=512, drafts=drafts)
+    ids = [engine.submit(request) for request in asked]
+    tokens, _ = finished(engine, until=lambda: engine.stats.generated >= len(asked))
+    assert engine.stats.steps <= 4  # of 40 and 39 and 31 and 33; of 5 and 6; of 120
+    finished(engine, tokens=tokens)
+    assert [tokens[i] for i in ids] == [alone(model, request) for request in asked]
 
 
 def test_a_snapshot_is_only_where_windows_are_closed(model):

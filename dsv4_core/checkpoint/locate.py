@@ -30,6 +30,13 @@ def find_model(model: str | Path | None) -> Path:
     if model is None:
         return embedded()
     path, name = Path(model), str(model)
+    if not name:
+        raise ValueError("the model's name is empty (an unset variable?); name a directory, or leave it out")
+    if "://" in name:
+        raise ValueError(
+            f"{name}: an address, and dsv4 downloads nothing: `pip install huggingface_hub && hf download OWNER/NAME`, "
+            "then give OWNER/NAME"
+        )
     if problem := path_problem(path):
         raise ValueError(problem)
     if path.is_dir():

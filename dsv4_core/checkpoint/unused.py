@@ -137,7 +137,7 @@ def settle_draft(t: Tensors, unread: set[str]) -> None:
     """
     names = [name for name in (*t.where, *unread) if name.startswith("mtp.")]
     parts = {part for name in names for part in name.split(".")[2:3]}
-    stages = 1 + max((int(n) for name in names if (n := name.split(".")[1]).isdigit()), default=-1)
+    stages = 1 + max((int(n) for name in names if (n := name.split(".")[1]).isascii() and n.isdigit()), default=-1)
     found: Draft = "dspark" if parts & _DSPARK_PARTS else "mtp" if parts & _MTP_PARTS else ""
     c, module = t.config, _MODULES[found]
     if not names:

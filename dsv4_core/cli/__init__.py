@@ -7,6 +7,7 @@ entry-point group ``dsv4.commands``.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import sys
@@ -120,6 +121,7 @@ def root(traceback: bool) -> None:
         os.environ["DSV4_TRACEBACK"] = "1"
 
 
+LONGEST = 1000  # characters of an error's line
 LEFT = 141  # what a shell says of a program that SIGPIPE ended
 COMPLETION = "_DSV4_COMPLETE"  # how a shell asks what may come next; `dsv4 completion` prints the script that does
 
@@ -146,7 +148,9 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("aborted", err=True)
         status = 130
-    except (BackendError, ValueError, OSError, MemoryError) as error:
+    except OSError as error:
+        status = told(f"dsv4: {printable(system_error(error))}", 2)
+    except (BackendError, ValueError, MemoryError) as error:
         status = told(f"dsv4: {printable(str(error) or repr(error))}", 2)
     except SystemExit as stop:  # dsv4's own commands never raise it
         ended = f"{stop.code!r}" if stop.code else "0 before the command was done"
@@ -160,6 +164,16 @@ def main() -> None:
     sys.exit(status)
 
 
+def system_error(error: OSError) -> str:
+    """An error of the system as one line that begins with what it is about."""
+    if error.strerror is None:
+        return str(error) or repr(error)
+    full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    about = error.filename if error.filename is not None else "standard output" if full else ""
+    said = error.strerror[:1].lower() + error.strerror[1:]
+    return f"{about}: {said}" if about != "" else said
+
+
 def usage(error: click.ClickException) -> str:
     """The usage line, where a command was called wrongly."""
     context = getattr(error, "ctx", None)
@@ -167,7 +181,10 @@ def usage(error: click.ClickException) -> str:
 
 
 def told(message: str, status: int) -> int:
-    """Print an error, behind its traceback where that was asked for; give the status."""
+    """Print an error, behind its traceback where that was asked for; give the status. A file's own
+    words may make a line of any length, which nobody would read.
+    """
+    message = "\n".join(line if len(line) <= LONGEST else f"{line[:LONGEST]} ..." for line in message.split("\n"))
     if os.environ.get("DSV4_TRACEBACK") == "1":
         import traceback
 

@@ -14,6 +14,8 @@ from dsv4_core.cli.options import BackendFlags, backend_options, json_option
 
 if TYPE_CHECKING:
     from dsv4_core.cli.schema import Rate
+    from dsv4_core.contract.dtypes import Host
+    from dsv4_core.contract.spec import Array
     from dsv4_core.graph.model import Model
     from dsv4_core.planning.plan import Ceiling
 
@@ -114,22 +116,30 @@ def measure(model: Model, prompt: int, tokens: int, batch: int, chunk: int) -> t
     from dsv4_core.graph.cache import Cache
     from dsv4_core.graph.generate import prefill
     from dsv4_core.graph.replay import Replay
+    from dsv4_core.graph.sampling import NoNumberError
     from dsv4_core.graph.step import Step
 
     be, vocab = model.backend, model.config.vocab_size
+
+    def picked_of(logits: Array) -> Host:
+        picked = np.asarray(be.to_numpy(be.sample(logits, uniform, temperature=0.0, top_p=1.0)))
+        if (picked < 0).any():
+            raise NoNumberError(int(cache.lengths[0]))
+        return picked
+
     ids = np.random.default_rng(0).integers(0, vocab, (batch, prompt))
     cache = Cache(be, model.config, batch, prompt + tokens, rewindable=0)
     uniform = be.from_numpy(np.zeros(batch, np.float32))
     began = time.perf_counter()
     logits = model.logits(prefill(model, cache, ids, chunk=chunk).streams)
-    picked = np.asarray(be.to_numpy(be.sample(logits, uniform, temperature=0.0, top_p=1.0)))
+    picked = picked_of(logits)
     first = time.perf_counter()
     replay = Replay(model, cache)
     for _ in range(tokens):
         step = Step(cache, picked[:, None])
         logits = replay.logits(step)
         cache.advance(step.sequences, step.ends)
-        picked = np.asarray(be.to_numpy(be.sample(logits, uniform, temperature=0.0, top_p=1.0)))
+        picked = picked_of(logits)
     return first - began, time.perf_counter() - first
 
 

@@ -15,7 +15,7 @@ from dsv4_core.cli.commands import Command
 from dsv4_core.cli.options import BackendFlags, backend_options
 from dsv4_core.files.reading import fitting, json_file
 from dsv4_core.files.words import for_terminal
-from dsv4_core.files.writing import write
+from dsv4_core.files.writing import write_over
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -111,7 +111,11 @@ class Talk:
         if word == "/effort":
             levels = list(self.texts.efforts) if self.texts else []
             if rest and rest not in levels:
-                raise ValueError(f"effort {rest!r}; this checkpoint's chat texts have {', '.join(levels) or 'none'}")
+                if not levels:
+                    raise ValueError(
+                        f"effort {rest!r} needs chat texts; begin with --encoding-profile preview or official"
+                    )
+                raise ValueError(f"effort {rest!r}; this checkpoint's chat texts have {', '.join(levels)}")
             self.effort = rest or None
             self.thinking = self.thinking or bool(rest)
             return f"effort {rest or 'as the encoder has it'}"
@@ -120,7 +124,7 @@ class Talk:
             self.messages = [{"role": "system", "content": rest}] if rest else system
             return "a new conversation"
         if word == "/save" and rest:
-            write(Path(rest), json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n")
+            write_over(Path(rest), json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n")
             return f"{len(self.messages)} turns in {rest}"
         if word == "/load" and rest:
             self.messages = read_conversation(Path(rest), self.texts)
@@ -174,7 +178,9 @@ def talk(session: Talk, read: Callable[[], str], write: Callable[[str, bool], An
             write("\n", False)
         except KeyboardInterrupt:
             write("\n(ended)\n", True)
-        except (ValueError, OSError) as error:
+        except OSError as error:
+            write(f"{error.filename}: {error.strerror}\n" if error.filename else f"{error}\n", True)
+        except ValueError as error:
             write(f"{error}\n", True)
 
 
@@ -235,7 +241,9 @@ def command(
             raise ValueError(f"{session.directory} has no tokenizer.json; copy the tokenizer beside config.json")
         most = session.config.max_position_embeddings
         if context is not None and context > most:
-            raise ValueError(f"--context {context}: the model has {most} positions (max_position_embeddings)")
+            raise ValueError(
+                f"--context {context}: the model has {most} positions (max_position_embeddings of config.json)"
+            )
         read = _reader()
         engine = Engine(
             session.model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsv4_core.cli.commands import Command, option
-from dsv4_core.cli.options import BackendFlags, RankFlags, backend_options, json_option, rank_options
+from dsv4_core.cli.options import BackendFlags, Finite, RankFlags, backend_options, json_option, rank_options
 from dsv4_core.files import reading
 from dsv4_core.files.words import for_terminal, printable
 
@@ -71,7 +72,7 @@ generation = functools.partial(option, heading="Generation")
 )
 @generation(
     "--draft-confidence",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=Finite(0, 1, max_open=True),
     default=0.0,
     show_default=True,
     help="DSpark's drafts end where the chance that all are kept falls below this.",
@@ -103,6 +104,7 @@ def command(
     dsv4 generate MODEL_DIR -p "Once upon a time" -n 200 --temperature 0.7
     """  # noqa: D301  click keeps the lines after a backspace as they are
     from dsv4_core.cli.running import open_model, report
+    from dsv4_core.session import PromptError
 
     if sum(map(bool, (texts, chats, ids, file))) != 1:
         raise click.UsageError(
@@ -117,7 +119,12 @@ def command(
     request["speculative"] = speculative is not None and (speculative or True)
     prompts = read_prompts(texts, chats, ids, file, system)
     with open_model(model, flags, asked, drafter) as session:
-        events = session.generate(prompts, thinking=thinking, **request)
+        try:
+            events = session.generate(prompts, thinking=thinking, **request)
+        except PromptError as error:
+            if file is None:
+                raise
+            raise ValueError(f"{_name(file)}, line {error.index + 1}: {error.said}") from None
         wanted = session.defaults
         if session.speaks and wanted.said and None in {request["temperature"], request["top_p"]}:
             report(
@@ -158,7 +165,7 @@ def _given(text: str) -> str:
 
 def _ids(text: str) -> list[int]:
     words = text.replace(",", " ").split()
-    if wrong := [word for word in words if not word.removeprefix("-").isdecimal()]:
+    if wrong := [word for word in words if not re.fullmatch("-?[0-9]+", word)]:
         raise click.UsageError(f"--tokens: {wrong[0]!r} is no token id; write numbers, e.g. 0,3,128")
     return [int(word) for word in words]
 
@@ -171,9 +178,13 @@ def _turns(turns: list[Any], system: str) -> list[Any]:
     return [{"role": "system", "content": system}, *turns] if system else turns
 
 
+def _name(file: Path) -> str:
+    return "standard input" if str(file) == "-" else str(file)
+
+
 def _lines(file: Path) -> list[Any]:
     """Read a prompts file; raise ``ValueError`` naming the line that is no prompt."""
-    name = "standard input" if str(file) == "-" else str(file)
+    name = _name(file)
     lines = (_given("-") if str(file) == "-" else reading.text(file)).splitlines()
     if not lines:
         raise ValueError(f"{name}: no prompt; write one a line")

@@ -43,10 +43,12 @@ def command(
 
     from dsv4_core.cli.running import bar, open_model, report
     from dsv4_core.files.reading import integers
-    from dsv4_core.files.writing import whole
+    from dsv4_core.files.writing import replaceable, whole
     from dsv4_core.graph.evaluate import teacher_forced
+    from dsv4_core.graph.sampling import NO_NUMBER
     from dsv4_core.graph.step import check_ids
 
+    replaceable(out, b"PK")
     tokens = integers(tokens_file, "write ids [batch, total] with numpy.save")
     total = tokens.shape[1] if tokens.ndim == 2 else -1
     if total < prefill + mtp:
@@ -76,3 +78,7 @@ def command(
         np.savez(file, **results)  # type: ignore[arg-type]  # its stub takes allow_pickle for an array
     for name, values in results.items():
         click.echo(f"{out}: {name} {list(values.shape)} {values.dtype}")
+    if wrong := [
+        f"{name} {at[0].tolist()}" for name, values in results.items() if len(at := np.argwhere(~np.isfinite(values)))
+    ]:
+        raise ValueError(f"{out}: {wrong[0]} is the first that is no finite number; {NO_NUMBER}")

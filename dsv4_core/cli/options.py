@@ -5,9 +5,10 @@ options.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -55,6 +56,17 @@ class ByteSize(click.ParamType):  # type: ignore[type-arg]  # generic from click
         return int(float(match[1]) * _UNITS[(match[2] or "B").lower()])
 
 
+class Finite(click.FloatRange):
+    """A number in a range; NaN, which lies in every range, is in none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read it, or fail naming the range."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number", param, ctx)
+        return number
+
+
 @dataclass(frozen=True)
 class BackendFlags:
     """What the user said about the backend."""
@@ -71,6 +83,10 @@ class BackendFlags:
         if choice.why.startswith("auto"):
             click.echo(f"backend: {choice.name} ({choice.why})", err=True)
         return choice
+
+    def settled(self) -> BackendFlags:
+        """The same with the backend chosen, so that the reason for the choice is printed once."""
+        return replace(self, backend=self.choose().name)
 
     def arguments(self) -> list[str]:
         """Say numerics and options again, for another command."""

@@ -13,7 +13,7 @@ from rich.table import Table
 from dsv4_core.checkpoint.rank_part import Place
 from dsv4_core.cli.commands import Command, option
 from dsv4_core.cli.console import wide_console
-from dsv4_core.cli.options import json_option
+from dsv4_core.cli.options import Finite, json_option
 from dsv4_core.planning.claims import claims
 from dsv4_core.planning.plan import Ceiling, Hardware, Plan, per_token
 
@@ -35,7 +35,7 @@ class Tokens(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
         """Read it, or fail naming the accepted forms."""
         text = str(value).upper()
         number, unit = (text[:-1], {"K": 1 << 10, "M": 1 << 20}[text[-1]]) if text[-1:] in {"K", "M"} else (text, 1)
-        if not number.isdigit() or int(number) < 1:
+        if not (number.isascii() and number.isdigit()) or int(number) < 1:
             self.fail(f"{value!r} is not a number of tokens; write e.g. 4096, 64K or 1M", param, ctx)
         return int(number) * unit
 
@@ -65,7 +65,7 @@ instead = functools.partial(option, heading="Other figures")
 )
 @devices("--tp", type=click.IntRange(1), help="Ranks that share heads and vocabulary; else the best found.")
 @devices("--ep", type=click.IntRange(1), help="Groups of such ranks, among which experts are spread.")
-@devices("--price", type=float, help="Dollars an hour for the whole machine: gives the cost per million tokens.")
+@devices("--price", type=Finite(0), help="Dollars an hour for the whole machine: gives the cost per million tokens.")
 @instead(
     "--claims",
     "only_claims",

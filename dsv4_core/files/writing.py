@@ -28,6 +28,11 @@ def whole(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """
     if path.exists() and not path.is_file():
         raise FileError(f"{path}: not a regular file; it cannot be written over")
+    with named(path):
+        yield from _whole(path, mode)
+
+
+def _whole(path: Path, mode: int) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     mask = os.umask(0)
     os.umask(mask)
@@ -50,6 +55,37 @@ def write(path: Path, content: str | bytes, mode: int = 0o666) -> None:
     """Write a whole file, or leave what was there."""
     with whole(path, mode) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_over(path: Path, content: str | bytes) -> None:
+    """Write a whole file under a name that a user gave, where nothing lies but an earlier one of
+    its kind.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    replaceable(path, data[:8])
+    write(path, data)
+
+
+def replaceable(path: Path, begins: bytes) -> None:
+    """Raise ``FileError`` where a file lies that begins otherwise than what is to be written: it is
+    of another kind, perhaps a model's, and a slip of the tongue must not destroy it.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with path.open("rb") as file:
+        if file.read(len(begins)) != begins:
+            raise FileError(f"{path}: a file of another kind lies there, and is not replaced; give another name")
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Name ``path`` in an error of the system that names no file: a full disk, a lost one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def settle(directory: Path) -> None:
@@ -77,7 +113,10 @@ def writing_alone(directory: Path) -> Iterator[None]:
     place.parent.mkdir(parents=True, exist_ok=True)
     lock = place.with_name(f".{place.name}.lock")
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(place.parent)) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

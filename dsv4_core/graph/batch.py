@@ -154,7 +154,7 @@ class Batch:
         logits = model.logits(self._picked(m, np.array(ends, int)), mtp=True)
         greedy = be.sample(logits, be.from_numpy(np.zeros(len(ends), np.float32)), temperature=0.0, top_p=1.0)
         proposed = iter(model.parallel.joined(be.to_numpy(greedy)).tolist())
-        return [[next(proposed)] if line else [] for line in chosen]
+        return [[token for token in (next(proposed),) if token >= 0] if line else [] for line in chosen]
 
     def _block_drafts(
         self,
@@ -201,8 +201,12 @@ class Batch:
                 if k >= len(wish.uniform) or survives[i] < self.confidence:
                     alive.discard(i)
                 if i in alive:
-                    last[i] = choose(base[n, k] + added[n], wish.sampling, wish.uniform[k], {}).token
-                    proposed[i].append(last[i])
+                    token = choose(base[n, k] + added[n], wish.sampling, wish.uniform[k], {}).token
+                    if token < 0:
+                        alive.discard(i)
+                    else:
+                        last[i] = token
+                        proposed[i].append(token)
             if not alive:
                 break
         return proposed

@@ -49,10 +49,11 @@ class Replay:
         if step.cache is not cache:
             raise ValueError("replay: the step is of another cache than the recordings; make a Replay for each cache")
 
-        def run(buffer: Array) -> Array:
+        def logits(buffer: Array) -> Array:
             return model.logits(model.forward(Addresses(cache, shape, buffer)))
 
-        return self._run(("logits", shape), run, step)
+        result: Array = self.run(("logits", shape), logits, step)
+        return result
 
     def streams(self, step: Step) -> Array:
         """``model.forward(step)`` [T, hc, D]: as ``logits``, for a step whose streams a drafter
@@ -62,12 +63,16 @@ class Replay:
         if step.cache is not cache:
             raise ValueError("replay: the step is of another cache than the recordings; make a Replay for each cache")
 
-        def run(buffer: Array) -> Array:
+        def streams(buffer: Array) -> Array:
             return model.forward(Addresses(cache, shape, buffer))
 
-        return self._run(("streams", shape), run, step)
+        result: Array = self.run(("streams", shape), streams, step)
+        return result
 
-    def _run(self, key: tuple[str, StepShape], function: Callable[[Array], Array], step: Step) -> Array:
+    def run(self, key: tuple[str, StepShape], function: Callable[[Array], Any], step: Step) -> Any:
+        """``function`` of the step's buffer: run when ``key`` is new, recorded when it is met
+        again, replayed from then on.
+        """
         if self.model.parallel is not ALONE or not step.tokens:
             return function(step.buffer)
         if not _same(self._made_of, parts := self._parts()):
@@ -82,8 +87,7 @@ class Replay:
         recorded = self._recorded[key]
         if recorded is None:
             recorded = self._recorded[key] = self.model.backend.record(function)
-        result: Array = recorded(step.host)
-        return result
+        return recorded(step.host)
 
     def _parts(self) -> tuple[Any, ...]:
         """All that a recording may have the addresses of."""

@@ -76,10 +76,26 @@ class Sampling:
 GREEDY = Sampling()
 
 
+NO_NUMBER = (
+    "`dsv4 inspect MODEL` finds weights that are no numbers, `dsv4 conformance localise MODEL` the op that makes them"
+)
+
+
+class NoNumberError(ValueError):
+    """Logits that a token cannot be chosen by."""
+
+    def __init__(self, token: int) -> None:
+        """``token``: its place in the text, prompt included."""
+        super().__init__(f"token {token} cannot be chosen: its logits hold NaN or infinity; {NO_NUMBER}")
+
+
 class Constraint(Protocol):
     """What a request may say next, e.g. a grammar. It is asked before each token and told of each
     one.
     """
+
+    def free(self) -> int:
+        """How many of the next tokens may be any: ``allowed`` is not asked for them."""
 
     def allowed(self) -> Host:
         """Bits of the allowed ids, int32 [ceil(vocab / 32)], id ``32 i + j`` being bit j of element
@@ -104,13 +120,15 @@ class Chosen:
 def choose(
     logits: Host, sampling: Sampling, uniform: float, generated: Mapping[int, int], allowed: Host | None = None
 ) -> Chosen:
-    """Choose from one row of logits [vocab], in float64 on the host; rules as of the ``sample`` op,
-    and ``Sampling``.
+    """Choose from one row of logits [vocab], in float64 on the host; rules as of the ``sample`` op
+    (-1: nothing to choose by), and ``Sampling``.
 
     ``generated``: how often each id was generated. Raises ``ValueError`` where ``allowed`` allows
     nothing.
     """
     raw = np.asarray(logits, np.float64)
+    if not np.isfinite(raw.max()):
+        return Chosen(-1)
     x = raw.copy()
     if generated and (sampling.presence_penalty or sampling.frequency_penalty):
         ids = np.fromiter(generated.keys(), np.int64)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dsv4_core.checkpoint.config import PRESETS
-from dsv4_core.files.writing import whole
+from dsv4_core.files.writing import replaceable, whole
 from dsv4_core.planning.claims import Predecessor
 from dsv4_core.planning.plan import Graph
 
@@ -41,6 +41,7 @@ def draw(path: Path) -> None:
     """
     if path.suffix not in {".svg", ".png"}:
         raise ValueError(f"--picture {path}: its name must end in .svg or .png")
+    replaceable(path, b"<?xml" if path.suffix == ".svg" else b"\x89PNG")
     try:
         from matplotlib.figure import Figure
     except ImportError:

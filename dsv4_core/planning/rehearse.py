@@ -20,6 +20,7 @@ import numpy as np
 from dsv4_core.checkpoint.create import create
 from dsv4_core.graph.cache import Cache
 from dsv4_core.graph.model import Model
+from dsv4_core.graph.sampling import NoNumberError
 from dsv4_core.graph.step import Addresses, Step
 from dsv4_core.planning.counting import total
 from dsv4_core.planning.plan import Graph
@@ -140,6 +141,8 @@ def run(model: Rehearsal, prompt: list[int], tokens: int) -> Iterator[StepReport
         logits = model.logits(h[len(ids) - 1 :])
         picked = be.sample(logits, be.from_numpy(np.zeros(1, np.float32)), temperature=0.0, top_p=1.0)
         sampled = int(be.to_numpy(picked)[0])
+        if sampled < 0:
+            raise NoNumberError(start + len(ids))
         seconds = time.perf_counter() - began
         model.note()
         predicted = total(graph.step(1, len(ids), start)).weights

@@ -103,7 +103,7 @@ class Watch:
             said = self.store.multi_get([self._key("size", r) for r in here])
         for r, size in zip(here, said, strict=True):
             stated = one_line(size.decode(errors="replace"), 60)
-            if not stated.isdigit():
+            if not (stated.isascii() and stated.isdigit()):
                 raise RankError(
                     f"rank {r} wrote {stated!r} for its number of ranks: it was started with a secret "
                     f"(DSV4_STORE_KEY, --store-key-file) and rank {self.rank} without, or a stranger writes there"
@@ -212,7 +212,8 @@ class Watch:
             self.store.set(self._key("beat", self.rank), state)
 
     def _watch(self) -> None:
-        seen = [("", time.monotonic())] * self.ranks
+        before = time.monotonic()  # its own: the guard sets ``_looked``, too, and may wake first
+        seen = [("", before)] * self.ranks
         count = 0
         while not self._stopping.is_set():
             try:
@@ -226,11 +227,9 @@ class Watch:
             except RankError as lost:
                 self._end(str(lost))
                 return
-            before, now = self._looked, time.monotonic()
-            self._looked = now
-            asleep = (
-                now - before > SUSPECT
-            )  # this process itself was stopped for a while, and saw nothing of the others
+            now = self._looked = time.monotonic()
+            asleep = now - before > SUSPECT  # this process itself was stopped, and saw nothing of the others
+            before = now
             for r, state in enumerate(states):
                 if asleep or state != seen[r][0]:
                     seen[r] = state, now

@@ -22,8 +22,10 @@ from starlette.routing import Route
 from dsv4_core.graph.cache import CacheError
 from dsv4_core.graph.engine import BusyError
 from dsv4_serve import completions, protocol
+from dsv4_serve.forms import BODIES
 from dsv4_serve.openapi import document
 from dsv4_serve.refusal import RefusedError
+from dsv4_serve.schema import check
 from dsv4_serve.waiting import merged, watched, with_silences
 
 if TYPE_CHECKING:
@@ -156,7 +158,7 @@ class App:
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise RefusedError(f"the body is not JSON: {error}") from None
         if not isinstance(body, dict):
-            raise RefusedError(f"the body is {type(body).__name__}; it must be a JSON object")
+            raise RefusedError('the body must be a JSON object, as {"model": ...}')
         return body
 
     async def _events(self, running: Running, began: float) -> AsyncGenerator[Event, None]:
@@ -253,7 +255,7 @@ class App:
 
     async def _count(self, request: Request) -> Response:
         body = {"max_tokens": 1, **await self._body(request)}
-        asked = await asyncio.to_thread(protocol.asked, "messages", body, self.served, "count")
+        asked = await asyncio.to_thread(protocol.asked, "messages", body, self.served, "count", counted=True)
         return JSONResponse({"input_tokens": len(asked.requests[0].prompt)})
 
     async def _completions(self, request: Request) -> Response:
@@ -338,18 +340,17 @@ class App:
 
     async def _tokenize(self, request: Request) -> Response:
         body = await self._body(request)
-        text = body.get("prompt", body.get("text"))
-        if not isinstance(text, str):
-            raise RefusedError("prompt must be a text", param="prompt")
-        ids = self.served.vocabulary.words(text)
+        check(body, BODIES["tokenize"])
+        ids = self.served.vocabulary.words(body["prompt"])
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self.served.engine.capacity})
 
     async def _detokenize(self, request: Request) -> Response:
-        ids = (await self._body(request)).get("tokens")
+        body = await self._body(request)
+        check(body, BODIES["detokenize"])
         vocab = self.served.engine.model.config.vocab_size
-        if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < vocab for i in ids):
+        if max(body["tokens"], default=0) >= vocab:
             raise RefusedError(f"tokens must be a list of ids in 0 .. {vocab - 1}", param="tokens")
-        return JSONResponse({"prompt": self.served.vocabulary.text(ids)})
+        return JSONResponse({"prompt": self.served.vocabulary.text(body["tokens"])})
 
     async def _metrics(self, request: Request) -> Response:
         del request

@@ -8,7 +8,7 @@ from dsv4_backend_reference import ReferenceBackend
 from dsv4_conformance.laws.of_drafts import BLOCK, blocks_are_the_oracles
 from dsv4_conformance.laws.small_model import Stage
 
-EXAMPLE = {"ratios": (0, 4), "steps": [9, 1, 4, 2], "rejected": 3, "seed": 0}
+EXAMPLE = {"ratios": (0, 4), "steps": [9, 1, 4, 2], "rejected": 3, "behind": 25, "seed": 0}
 
 
 class CausalBlock(ReferenceBackend):

@@ -269,6 +269,14 @@ def test_an_unclaimed_failure_does_not_fail_the_run_but_a_required_one_does():
     assert not ran.ok
 
 
+def test_an_op_that_failed_is_not_told_to_be_claimed():
+    cls = MUTANTS["comb_not_transposed"].build(right_backend())
+    cls.claims_level = None
+    ran = runner.run(checks.Session(cls(), "smoke"), ops=["hc_post", "hc_add"])
+    said = next(line for line in ran.summary() if line.startswith("passed but not claimed"))
+    assert said == "passed but not claimed: hc_add; name them in claims"
+
+
 def test_xfails(tmp_path):
     today = datetime.date(2030, 1, 1)
     failing = MUTANTS["comb_not_transposed"].build(right_backend())
@@ -357,7 +365,12 @@ def test_reports_hold_every_finding():
     result = runner.run(session(), ops=["swiglu"])
     data = {**finite(runner.to_json(result)), "rerun": "dsv4 conformance run --backend x"}
     json.dumps(data, default=str)
-    html = page(data)
+    own = {"distribution": "dsv4", "version": "1", "module": "the_reference", "files": "ab12"}
+    html = page(data, own)
+    assert "oracle the_reference of distribution dsv4 1, files ab12." in html
+    assert "not dsv4" not in html
+    assert "not dsv4&#39;s own" in page(data, own | {"distribution": "somebody<b>"})
+    assert "<b>" not in page(data, own | {"distribution": "somebody<b>"}).partition("somebody")[2][:20]
     assert "<script" not in html
     assert all(f.id in html for f in result.findings)
     assert 'testcase classname="swiglu" name="swiglu/nan"' in junit(result, "x")

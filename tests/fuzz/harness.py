@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -33,6 +34,7 @@ from surfaces import LINES, Surface, run
 
 PATIENCE = 60.0  # seconds for one input on a busy machine
 ROOM = 4 << 30  # bytes of further address space
+GENERATE = ["generate"]
 BAD = ("traceback", "unnamed", "signal", "hang", "memory", "wrong success", "escape")
 
 
@@ -103,16 +105,27 @@ def _direct(words: tuple[str, ...] | list[str]) -> int:
 
 
 def judged(
-    surface: str, names: tuple[str, ...], status: int, out: str, err: str, place: str, sound: str | None
+    names: tuple[str, ...],
+    status: int,
+    out: str,
+    err: str,
+    place: str,
+    sound: str | None,
+    words: Sequence[str] = (),
 ) -> Outcome:
-    """Hold an outcome to the rules."""
+    """Hold an outcome to the rules. What a model says may hold any character: it is what was asked
+    for, and goes into a pipe as it is.
+    """
     said = (err + out)[-600:]
     text = err + out
     if status == 70 or "Traceback (most recent" in text:
         return Outcome("traceback", status, said, place)
     if "MemoryError" in text:
         return Outcome("memory", status, said)
-    if re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]|\x1b(?!\[\d*(;\d+)*m)", text):
+    if re.search(
+        r"[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]|\x1b(?!\[\d*(;\d+)*m)",
+        err if words[:1] == GENERATE and not status else text,
+    ):
         return Outcome("escape", status, said)
     if status == 0:
         return Outcome("wrong success" if sound is not None and out != sound else "accepted", status, said)
@@ -184,11 +197,11 @@ class Worker:
         self.child = 0
 
 
-def outcome_of(worker: Worker, surface: str, names: tuple[str, ...], words: Any, sound: str | None) -> Outcome:
+def outcome_of(worker: Worker, names: tuple[str, ...], words: Any, sound: str | None) -> Outcome:
     got = worker.run(words)
     if isinstance(got, str):
         return Outcome("hang" if got == "hang" else "signal", -1, got)
-    return judged(surface, names, *got, sound)
+    return judged(names, *got, sound, list(words))
 
 
 class Fuzzed:
@@ -232,7 +245,7 @@ class Fuzzed:
             status, out, err, place = got
             sound = self.sound.get(words)
             result = self._result(out) if status == 0 and sound is not None else None
-            outcome = judged(self.surface.name, self.names, status, out, err, place, None)
+            outcome = judged(self.names, status, out, err, place, None, list(words))
             if outcome.verdict == "accepted" and result != sound:
                 outcome = Outcome("wrong success", 0, outcome.said)
         self._fresh()
@@ -286,7 +299,7 @@ def fuzz_lines(folder: Path, inputs: int, seed: int, until: float = float("inf")
         words = mutate.arguments(rng, given, options)
         if any("\0" in word for word in words):  # no process can be given one
             continue
-        outcome = outcome_of(worker, "arguments", (), words, None)
+        outcome = outcome_of(worker, (), words, None)
         tally.add(outcome.verdict)
         if outcome.verdict in BAD:
             tally.bad.append((b"", tuple(words), outcome))
@@ -328,7 +341,7 @@ def again(folder: Path, surface: Surface | None, entries: list[dict[str, Any]]) 
     if surface is None:
         worker = Worker(folder, None)
         try:
-            return [outcome_of(worker, "arguments", (), entry["words"], None) for entry in entries]
+            return [outcome_of(worker, (), entry["words"], None) for entry in entries]
         finally:
             worker.stop()
     with Fuzzed(folder, surface) as fuzzed:

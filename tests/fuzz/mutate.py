@@ -185,11 +185,10 @@ def store(rng: Random, data: bytes) -> bytes:
                 ("failed: x\x1b[2J", "ended: \n\x07", "done", "-1", "9" * 5000, "\xff\xfe", "failed: ", "0", "²")
             )
         else:
-            said[key] = (
-                json_file(rng, said[key].encode("latin-1")).decode("latin-1")
-                if said[key].startswith(("{", "["))
-                else ""
-            )
+            try:
+                said[key] = json_file(rng, said[key].encode("latin-1")).decode("latin-1")
+            except (ValueError, RecursionError):  # no JSON, or damaged already
+                said[key] = ""
     return json.dumps(said).encode()
 
 

@@ -81,10 +81,12 @@ def test_the_last_net_would_be_seen(state, monkeypatch):
     status, out, err, place = call(["backends"])
     assert status == 70
     assert "backends.py" in place
-    assert judged("x", (), status, out, err, place, None).verdict == "traceback"
-    assert judged("x", ("file",), 2, "", "dsv4: wrong", "", None).verdict == "unnamed"
-    assert judged("x", (), 2, "", "dsv4: \x1b[2J", "", None).verdict == "escape"
-    assert judged("x", (), 0, "other", "", "", "sound").verdict == "wrong success"
+    assert judged((), status, out, err, place, None).verdict == "traceback"
+    assert judged(("file",), 2, "", "dsv4: wrong", "", None).verdict == "unnamed"
+    assert judged((), 2, "", "dsv4: \x1b[2J", "", None).verdict == "escape"
+    assert judged((), 0, "\x07", "", "", None, ["generate"]).verdict == "accepted"
+    assert judged((), 0, "", "\x07", "", None, ["generate"]).verdict == "escape"
+    assert judged((), 0, "other", "", "", "sound").verdict == "wrong success"
 
 
 def test_an_entry_of_the_corpus_gives_its_input_back(tmp_path):

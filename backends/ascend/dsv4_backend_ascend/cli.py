@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsv4_core.files.writing import write
+from dsv4_core.files.writing import write_over
 
 if TYPE_CHECKING:
     from dsv4_backend_ascend.backend import AscendBackend
@@ -69,7 +69,7 @@ def selftest(
         f"{asked} cases of the cann tier {proven}, {differ} differ; {len(outcomes) - asked} cases composed here, held against the expectations alone"
     )
     if report:
-        write(report, json.dumps(_report(backend, outcomes), indent=1) + "\n")
+        write_over(report, json.dumps(_report(backend, outcomes), indent=1) + "\n")
     raise click.exceptions.Exit(1 if differ else 0)
 
 
@@ -108,7 +108,7 @@ def launches(
     old = json.loads(before.read_text(encoding="utf-8")) if before else None
     found = counted.report(model, socs, tiers, start=start, batch=batch, before=old, said=click.echo)
     if report:
-        write(report, json.dumps(found, indent=1) + "\n")
+        write_over(report, json.dumps(found, indent=1) + "\n")
     raise click.exceptions.Exit(0 if counted.clean(found) else 1)
 
 

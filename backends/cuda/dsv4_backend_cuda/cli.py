@@ -14,7 +14,7 @@ import click
 from dsv4_backend_cuda import build, interpret, prove
 from dsv4_backend_cuda.launch import ARCHITECTURES, compatible
 from dsv4_core.contract.spec import BackendError
-from dsv4_core.files.writing import write
+from dsv4_core.files.writing import write_over
 
 
 @click.group("kernels")
@@ -54,7 +54,7 @@ def require_triton(*, untested: bool) -> None:
 )
 @click.option("--kernel", default="", help="Only kernels whose name contains this.")
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as JSON.")
-@click.option("--jobs", default=2, show_default=True, help="Compiling processes.")
+@click.option("--jobs", default=2, show_default=True, type=click.IntRange(1, 1024), help="Compiling processes.")
 @click.option("--untested-triton", is_flag=True, help="Go on with a Triton version that the baseline is not from.")
 @click.option("--update-baseline", is_flag=True, help="Make spills and hot loops of this build the baseline.")
 def build_command(
@@ -86,7 +86,7 @@ def build_command(
     console.print(build.table(results))
     console.print(build.decode_table(results))
     if report:
-        write(report, json.dumps(build.report(results), indent=1) + "\n")
+        write_over(report, json.dumps(build.report(results), indent=1) + "\n")
     failed = [r for r in results if r.failures]
     click.echo(
         f"{len(results)} kernel variants, {len(failed)} failed, {sum(bool(r.unsupported) for r in results)} unsupported"
@@ -131,7 +131,7 @@ def tune_command(device_name: str, kernel: str, out: Path | None, *, untested_tr
 @click.argument("model", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--preset", "presets", multiple=True, type=click.Choice(["flash", "pro"]), help="A published model.")
 @click.option("--arch", type=int, help="Compute capability to compile for, e.g. 90; else this machine's GPU's.")
-@click.option("--jobs", default=2, show_default=True, type=click.IntRange(1), help="Compiling processes.")
+@click.option("--jobs", default=2, show_default=True, type=click.IntRange(1, 1024), help="Compiling processes.")
 @click.option(
     "--depth",
     type=click.Choice(["compile", "parse", "count"]),

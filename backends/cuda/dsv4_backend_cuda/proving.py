@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dsv4_backend_cuda import dry
-from dsv4_core.files.writing import write
+from dsv4_core.files.writing import write_over
 
 
 def ceilings() -> dict[str, float]:
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     if options.what == "ceilings":
-        write(options.json, json.dumps(ceilings(), indent=1) + "\n")
+        write_over(options.json, json.dumps(ceilings(), indent=1) + "\n")
         return
     if options.dry_run:
         dry.activate(90, "count")
@@ -50,7 +50,7 @@ def main() -> None:
     rows = []
     for row in times():
         rows.append(asdict(row))
-        write(options.json, json.dumps(rows, indent=0) + "\n")  # what is known stays, whatever comes
+        write_over(options.json, json.dumps(rows, indent=0) + "\n")  # what is known stays, whatever comes
 
 
 if __name__ == "__main__":

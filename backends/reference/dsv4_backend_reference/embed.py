@@ -23,9 +23,10 @@ class ReferenceEmbed(Numeric, EmbedOps):
         return self.rounded(rows)
 
     def sample(self, logits: Host, uniform: Host, *, temperature: float, top_p: float) -> Host:
+        sound = np.isfinite(logits.max(-1, keepdims=True))
         if temperature == 0:
-            return logits.argmax(-1).astype(np.int32)
-        scaled = logits / temperature
+            return np.where(sound[:, 0], logits.argmax(-1), -1).astype(np.int32)
+        scaled = np.where(sound, logits, 0) / temperature
         p = np.exp(scaled - scaled.max(-1, keepdims=True))
         order = np.argsort(-p, axis=-1, kind="stable")
         running = np.cumsum(
@@ -37,4 +38,4 @@ class ReferenceEmbed(Numeric, EmbedOps):
         )  # index of the last token of the shortest prefix
         goal = uniform * np.take_along_axis(running, kept[:, None], -1)[:, 0]
         chosen = np.minimum((running <= goal[:, None]).sum(-1), kept)
-        return np.take_along_axis(order, chosen[:, None], -1)[:, 0].astype(np.int32)
+        return np.where(sound[:, 0], np.take_along_axis(order, chosen[:, None], -1)[:, 0], -1).astype(np.int32)

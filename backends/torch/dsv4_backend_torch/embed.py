@@ -20,12 +20,15 @@ class TorchEmbed(Numeric, EmbedOps):
         return self.rounded(torch.where(inside[:, None], rows, torch.zeros((), dtype=rows.dtype, device=rows.device)))
 
     def sample(self, logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float) -> Tensor:
+        largest = logits.amax(-1, keepdim=True)
+        sound = (largest - largest == 0)[:, 0]  # finite
         if temperature == 0:
             vocab = logits.shape[1]
             ids = torch.arange(
                 vocab, dtype=torch.int32, device=logits.device
             )  # argmax does not promise the lowest of equals
-            return torch.where(logits == logits.amax(-1, keepdim=True), ids, vocab - 1).amin(-1)
+            first = torch.where(logits == largest, ids, vocab - 1).amin(-1)
+            return torch.where(sound, first, -1)
         scaled = logits / temperature
         p = (scaled - scaled.amax(-1, keepdim=True)).exp()
         p, order = p.sort(dim=-1, descending=True, stable=True)
@@ -36,4 +39,4 @@ class TorchEmbed(Numeric, EmbedOps):
         )  # index of the last token of the shortest prefix
         goal = uniform[:, None] * running.gather(-1, kept)
         chosen = torch.minimum((running <= goal).sum(-1, keepdim=True), kept)
-        return order.gather(-1, chosen)[:, 0].to(torch.int32)
+        return torch.where(sound, order.gather(-1, chosen.clamp(min=0))[:, 0].to(torch.int32), -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,14 @@ def _embedding(m: Maker) -> list[Any]:
 
 @builds("sample")
 def _sample(m: Maker) -> list[Any]:
-    logits = m.floats(m["tokens"], m["vocab"], dtype=m.wide, data="integers" if m.data == "ties" else m.data, scale=3.0)
+    flavour = {"ties": "integers", "no_number": "normal", "masked": "normal"}.get(m.data, m.data)
+    logits = m.floats(m["tokens"], m["vocab"], dtype=m.wide, data=flavour, scale=3.0)
+    if m.data == "no_number":  # of every two rows one cannot be chosen from
+        for row, value in zip(logits[::2], itertools.cycle((np.nan, np.inf, -np.inf)), strict=False):
+            row[slice(None) if value == -np.inf else int(m.rng.integers(m["vocab"]))] = value
+    if m.data == "masked":
+        logits[m.rng.random(logits.shape) < 0.9] = -np.inf
+        logits[:, m["vocab"] // 2] = 0
     return [logits, m.rng.random(m["tokens"]).astype(np.float32)]
 
 

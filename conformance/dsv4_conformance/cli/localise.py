@@ -63,7 +63,8 @@ def command(
     """Find the first op at which a backend, or two, leave the budget on a real model; exit status 1
     if there is one.
     """
-    name = flags.choose().name
+    flags = flags.settled()
+    name = str(flags.backend)
     session, ended = Session(flags.create()), ""
     if traced:
         calls = trace_file.read(traced, session.numerics)

@@ -8,7 +8,7 @@ import click
 
 from dsv4_conformance.report.matrix import BEGIN, END, between, load, matrix, summary
 from dsv4_core.files.reading import text as read_text
-from dsv4_core.files.writing import write
+from dsv4_core.files.writing import write, write_over
 
 
 @click.command("matrix")
@@ -24,7 +24,7 @@ def command(reports: tuple[Path, ...], brief: bool, out: Path | None, into: Path
     """Build the support matrix from report.json files (or directories that hold one)."""
     text = (summary if brief else matrix)([load(path) for path in reports])
     if out:
-        write(out, text)
+        write_over(out, text)
     if into:
         write(into, between(read_text(into), text, str(into)))
     if not out and not into:

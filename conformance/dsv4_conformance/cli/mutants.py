@@ -34,7 +34,7 @@ SLICES = 4  # of the seeds: parts that processes take
     help="Seeds of the numeric op cases for the honest variants; 0 leaves them out.",
 )
 @click.option("--whole", is_flag=True, help="Also the whole standard tier once on each honest variant.")
-@click.option("--jobs", default=2, show_default=True, help="Processes.")
+@click.option("--jobs", default=2, show_default=True, type=click.IntRange(1, 1024), help="Processes.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),

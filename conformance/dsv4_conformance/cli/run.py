@@ -93,7 +93,9 @@ processes = functools.partial(option, heading="In which processes")
     type=click.Path(path_type=Path, file_okay=False),
     help="Write report.json, junit.xml and report.html here.",
 )
-@processes("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Run checks in this many processes.")
+@processes(
+    "--jobs", default=1, show_default=True, type=click.IntRange(1, 1024), help="Run checks in this many processes."
+)
 @processes("--isolate", is_flag=True, help="Run checks in another process, which may crash, hang or eat memory.")
 @processes("--time-limit", default=120.0, show_default=True, help="Seconds a check may take with --isolate.")
 @processes("--memory-limit", default=8192, show_default=True, help="Megabytes a process may use with --isolate.")
@@ -148,7 +150,8 @@ def run_command(
     from dsv4_conformance.run.isolate import Workers
     from dsv4_core.contract import registry
 
-    name = flags.choose().name
+    flags = flags.settled()
+    name = str(flags.backend)
     backend = flags.create()
     session = Session(backend, cast("Tier", tier), dump=dump)
     if listed:

@@ -63,8 +63,9 @@ def command(report: Path, sample: int, seed: int | None) -> None:
         click.echo(f"differs: {line}")
     for line in versions(held, again):
         click.echo(f"note: {line}")
+    level = "no level (it judges a selection)" if held.level is None else f"level {held.level}"
     what = f"{len(drawn)} of {len(held.findings)} checks run again (--seed {seed})"
-    click.echo(f"{'DIFFERS' if differ else 'VERIFIED'}: {path}, backend {held.backend}, level {held.level}; {what}")
+    click.echo(f"{'DIFFERS' if differ else 'VERIFIED'}: {path}, backend {held.backend}, {level}; {what}")
     raise click.exceptions.Exit(int(bool(differ)))
 
 

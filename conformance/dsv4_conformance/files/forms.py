@@ -221,10 +221,28 @@ def hold_call(description: Any, name: str, advice: str) -> None:
         if set(has) != set(wants):
             raise FileError(f"{name}: {what} {', '.join(has) or 'none'}; {call.op} has {', '.join(wants)}; {advice}")
     for key, value in call.scalars.items():
+        kind = spec.signature.parameters[key].annotation
+        if not _of_kind(value, kind):
+            raise FileError(f"{name}: {key} = {value!r} is no {kind}, which {call.op} takes there; {advice}")
         if isinstance(value, int) and not -(1 << 40) <= value <= 1 << 40:
             raise FileError(f"{name}: {key} = {value} is beyond 2^40; {advice}")
     if any(isinstance(v, Experts) and len(set(v.used)) != len(v.used) for v in call.operands.values()):
         raise FileError(f"{name}: an expert is named twice in used; {advice}")
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "Format": (str,),
+    "RowLayout": (Row,),
+}
+
+
+def _of_kind(value: Any, kind: str) -> bool:
+    """Whether a stored scalar is what a contract's annotation says."""
+    return isinstance(value, _KINDS[kind]) and (kind == "bool" or not isinstance(value, bool))
 
 
 def plain(value: Any) -> Any:

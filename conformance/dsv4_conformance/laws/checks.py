@@ -163,17 +163,23 @@ LAWS = (
         ({"ratios": ALL_KINDS, "prompt": 20, "tokens": 40, "seed": 0},),
     ),
     Law(
-        of_models.drafts_in_decode,
+        of_drafts.drafts_in_decode,
         {"ratios": some.ratios, "prompt": some.lengths, "steps": some.steps, "seed": some.seeds},
         ({"ratios": ALL_KINDS, "prompt": 30, "steps": [1, 1, 2, 1], "seed": 0},),
         "smoke",
     ),
     Law(
         of_drafts.blocks_are_the_oracles,
-        {"ratios": some.ratios, "steps": some.steps, "rejected": st.integers(0, 5), "seed": some.seeds},
+        {
+            "ratios": some.ratios,
+            "steps": some.steps,
+            "rejected": st.integers(0, 5),
+            "behind": st.integers(0, 30),
+            "seed": some.seeds,
+        },
         (
-            {"ratios": ALL_KINDS, "steps": [30, 1, 4, 2], "rejected": 3, "seed": 0},
-            {"ratios": (0,), "steps": [1], "rejected": 0, "seed": 1},
+            {"ratios": ALL_KINDS, "steps": [30, 1, 4, 2], "rejected": 3, "behind": 25, "seed": 0},
+            {"ratios": (0,), "steps": [1], "rejected": 0, "behind": 0, "seed": 1},
         ),
         "smoke",
     ),

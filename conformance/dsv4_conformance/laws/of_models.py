@@ -290,27 +290,6 @@ def speculative_is_greedy(stage: Stage, *, ratios: tuple[int, ...], prompt: int,
     return f"token {at} after a prompt of {prompt} is {speculative[at : at + 1]} by speculative, {greedy[at : at + 1]} by greedy decoding"
 
 
-def drafts_in_decode(stage: Stage, *, ratios: tuple[int, ...], prompt: int, steps: list[int], seed: int) -> str | None:
-    """Draft logits in steps of one and two after a prompt, also after a draft that was taken back,
-    are those of one prefill.
-    """
-    ratios = stage.layers(ratios)
-    model, total = stage.model(weights(ratios)), prompt + sum(steps)
-    ids = some_ids((1, total + 1), seed)
-    whole = feed_drafts(model, new_cache(model, 1, total), ids[:, :total], ids[:, 1:])
-    cache = new_cache(model, 1, total + 2, rewindable=2)
-    parts, at = [feed_drafts(model, cache, ids[:, :prompt], ids[:, 1 : prompt + 1])], prompt
-    for n in steps:
-        astray = np.array([[*ids[0, at : at + 1], (ids[0, at] + 1) % VOCAB]])
-        feed_drafts(model, cache, astray, astray)
-        cache.rewind(0, at)
-        parts.append(feed_drafts(model, cache, ids[:, at : at + n], ids[:, at + 1 : at + n + 1]))
-        at += n
-    got = np.concatenate(parts, axis=1)
-    text = f"draft logits after a prompt of {prompt} in steps of {steps}, each after a draft that was taken back"
-    return differ(got[0], whole[0], stage.tolerance(ratios), text)
-
-
 def drafts_are_accepted(stage: Stage, *, ratios: tuple[int, ...], prompt: int, tokens: int, seed: int) -> str | None:
     """Speculative decoding proposes, step for step, what the MTP block says of the text: as many
     drafts are right as the model has right.

@@ -168,13 +168,13 @@ def drafts(run: Run) -> None:
 
 
 def dspark(run: Run) -> None:
-    """DSpark after a prompt, in a step of one token and in one of three: context rows, blocks,
-    table, confidence.
+    """DSpark of two sequences after a prompt, in steps of one token and of three, of which one and
+    two are taken back: context rows, blocks, table, confidence.
     """
     drafter, be = run.model.dspark, run.model.backend
     assert drafter is not None
     cache, ids, w = run.cache(2), some_ids((2, 40), 9), run.watcher
-    for columns in (slice(0, 21), slice(21, 22), slice(22, 25)):
+    for columns in (slice(0, 21), slice(21, 22), slice(22, 25), slice(25, 28)):
         step, taps = Step(cache, ids[:, columns]), list[Any]()
         w.time = "prefill" if columns.start == 0 else f"at{columns.start}"
         w.positions = step.host_positions.reshape(-1)
@@ -188,6 +188,9 @@ def dspark(run: Run) -> None:
         w.place = "drafter"
         drafter.after(be.from_numpy(ids[:, columns.stop].astype(np.int32)), g[: len(ids)])
         w.end_step()
+        if columns.stop == 25:
+            cache.rewind(0, 24)
+            cache.rewind(1, 23)
 
 
 SCENES: tuple[Callable[[Run], None], ...] = (
@@ -236,13 +239,13 @@ class Shadowed:
         except Exception as error:  # noqa: BLE001  whatever the backend raises is its result
             ended = f"op {watcher.under_way}, {watcher.place}, {watcher.time}: {describe(error)}"
         finding = Finding(self.id, self.op, self.group, self.level, "passed", dtypes=session.numerics)
-        return judged(finding, watcher, session, ended)
+        return judged(finding, watcher, watcher.problems, session, ended)
 
 
-def judged(finding: Finding, watcher: Watcher, session: Session, ended: str) -> Finding:
-    """The finding with what is wrong of a watcher's calls, the first first."""
+def judged(finding: Finding, calls: Recorder, more: Sequence[str], session: Session, ended: str) -> Finding:
+    """The finding with what is wrong of recorded calls, the first first, then ``more``."""
     problems, wrong = [ended] if ended else [], 0
-    for recorded in watcher.calls:
+    for recorded in calls.calls:
         if recorded.parts and not type(session.backend).implements(recorded.call.op):
             continue  # the contract's own composition, whose parts are judged
         verdict = replay.judge_recorded(recorded.call, recorded.results, session, FIRST)
@@ -253,11 +256,11 @@ def judged(finding: Finding, watcher: Watcher, session: Session, ended: str) -> 
         if verdict.used >= finding.used:
             finding.used = verdict.used
             finding.worst = {"call": recorded.name, **verdict.worst}
-    problems += watcher.problems[:SHOWN]
-    finding.metrics = {"calls": float(len(watcher.calls)), "over budget": float(wrong)}
+    problems += more[:SHOWN]
+    finding.metrics = {"calls": float(len(calls.calls)), "over budget": float(wrong)}
     if problems:
         finding.status, finding.used = "failed", float("inf")
-        finding.message = f"{wrong} of {len(watcher.calls)} calls over budget; " + "; ".join(problems)
+        finding.message = f"{wrong} of {len(calls.calls)} calls over budget; " + "; ".join(problems)
     return finding
 
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from dsv4_conformance.museum import attending, meetings, numbers, promises, remembering, routing, sizes, streams
+from dsv4_conformance.museum import (
+    attending,
+    drafting,
+    meetings,
+    numbers,
+    promises,
+    remembering,
+    routing,
+    sizes,
+    streams,
+)
 from dsv4_conformance.museum.fault import MUTANTS
 from dsv4_conformance.museum.honest import VARIANTS
 
-FAMILIES = (numbers, routing, attending, streams, remembering, sizes, meetings, promises)
+FAMILIES = (numbers, routing, attending, streams, remembering, sizes, meetings, promises, drafting)
 """The modules whose import registers the mutants."""
 
 __all__ = ["FAMILIES", "MUTANTS", "VARIANTS"]

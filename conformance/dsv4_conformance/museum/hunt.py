@@ -117,11 +117,13 @@ def drawn_again(case: OpCase) -> bool:
 
 def trials(seeds: range, numerics: Numerics = "native", names: Sequence[str] = ()) -> list[Honesty]:
     """Run numeric op cases on every variant over several seeds; real-size shapes with seed 0 only.
-    The oracle is asked once a case for all.
+    The oracle is asked once a case for all. Each case has backends of its own, as they may keep
+    weights.
     """
     base = right_backend()
     chosen = [v for v in VARIANTS.values() if not names or v.name in names]
-    sessions = {v.name: Session(v.build(base)(numerics=numerics), "standard") for v in chosen}
+    classes = {v.name: v.build(base) for v in chosen}
+    sessions = {name: Session(cls(numerics=numerics), "standard") for name, cls in classes.items()}
     results = {v.name: Honesty(v.name) for v in chosen}
     cases = [c for c in opcases.checks(numerics) if isinstance(c, OpCase) and c.tier != "full"]
     for repeat in seeds:
@@ -133,6 +135,7 @@ def trials(seeds: range, numerics: Numerics = "native", names: Sequence[str] = (
                 if not affected(v, case):
                     continue
                 session = sessions[v.name]
+                session.backend = classes[v.name](numerics=numerics)
                 if v.narrower:
                     expected = None
                 else:

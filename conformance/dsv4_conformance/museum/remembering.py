@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -94,3 +95,53 @@ def result_depends_on_the_batch(be: Any, right: Op, x: Host, weight: Any, *, eps
     y = right(x, weight, eps=eps)
     neighbour = np.roll(np.abs(x.astype(np.float64)).max(-1, keepdims=True), 1, axis=0) if x.size else 0
     return (y.astype(np.float64) * (1 + 2.0**-7 * (neighbour > 3))).astype(y.dtype)
+
+
+def replays_of(be: Any, right: Op, function: Any) -> Any:
+    """``record`` that lets the backend know whether a step is being recorded (0) or replayed (1 and
+    on); -1 outside.
+    """
+    run, times = right(function), itertools.count()
+
+    def repeat(*hosts: Host) -> Any:
+        be.replays, be.calls_of_step = next(times), 0
+        try:
+            return run(*hosts)
+        finally:
+            be.replays = -1
+
+    return repeat
+
+
+mutant(
+    "record",
+    name="replayed_norm_of_another_eps",
+    seen="a scalar of the recorded step's that the replay reads where another one lies by then; native kernels alone are recorded",
+)(replays_of)
+
+
+@mutant("rms_norm", name="replayed_norm_of_another_eps", seen="")
+def other_eps(be: Any, right: Op, x: Host, weight: Any, *, eps: float) -> Any:
+    replaying = be.numerics == "native" and be.__dict__.get("replays", -1) > 0
+    return right(x, weight, eps=0.5 if replaying else eps)
+
+
+mutant(
+    "record",
+    name="replayed_rows_of_the_recording",
+    seen="addresses baked into the recording: every replay writes where the recorded step wrote, its rows are lost later",
+    numeric=False,
+)(replays_of)
+
+
+@mutant("cache_write", name="replayed_rows_of_the_recording", seen="", numeric=False)
+def rows_of_the_recording(be: Any, right: Op, cache: Host, rows: Host, index: Host, **kw: Any) -> Any:
+    replays = be.__dict__.get("replays", -1) if be.numerics == "native" else -1
+    if replays >= 0:
+        number, be.calls_of_step = be.calls_of_step, be.calls_of_step + 1
+        known = be.__dict__.setdefault("recorded_index", {})
+        if replays == 0:
+            known[number] = index.copy()
+        elif known[number].shape == index.shape:
+            index = known[number]
+    return right(cache, rows, index, **kw)

@@ -134,6 +134,11 @@ def temperature_upside_down(
     return right(logits, uniform, temperature=1 / temperature if temperature else 0.0, top_p=top_p)
 
 
+@mutant("sample", seen="a model of NaN says the token 0 for ever: the largest of NaN is the first", numeric=False)
+def nan_is_a_choice(be: Any, right: Op, logits: Host, uniform: Host, *, temperature: float, top_p: float) -> Any:
+    return right(np.nan_to_num(logits, nan=1e9, posinf=1e9), uniform, temperature=temperature, top_p=top_p)
+
+
 @mutant("swiglu", seen="results computed in float32 and returned so", numeric=False)
 def wrong_dtype(be: Any, right: Op, *operands: Any, **kw: Any) -> Any:
     return right(*operands, **kw).astype(np.float64)

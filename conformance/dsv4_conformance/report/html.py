@@ -12,6 +12,7 @@ from dsv4_conformance.check import BAD
 from dsv4_conformance.report.matrix import command, fails_the_run, name
 from dsv4_conformance.run.runner import LEVELS
 from dsv4_conformance.verdict.budget import SAFETY
+from dsv4_core.contract.registry import OWN
 from dsv4_core.contract.spec import OPS
 
 STYLE = """
@@ -40,8 +41,8 @@ summary{cursor:pointer}.scale{display:flex;gap:4px;align-items:center;font-size:
 """
 
 
-def page(report: dict[str, Any]) -> str:
-    """Render a report's data."""
+def page(report: dict[str, Any], oracle: dict[str, str]) -> str:
+    """Render a report's data; ``oracle``: as in a certificate."""
     findings = report["findings"]
     counts = {s: sum(f["status"] == s for f in findings) for s in dict.fromkeys(f["status"] for f in findings)}
     level = report["level"]
@@ -71,6 +72,7 @@ def page(report: dict[str, Any]) -> str:
 Suite {escape(env["suite"])}, device {escape(report["device"])},
 Python {escape(env["python"])}, NumPy {escape(env["numpy"])}, {escape(env["system"])} {escape(env["machine"])}. Claims {claim}.
 <code>{escape(command(report))}</code></p>
+{judge(oracle)}
 <div class=top>{"".join(f"<div class=card><b>{big}</b><span>{escape(small)}</span></div>" for big, small in cards)}</div>
 <div class=ladder>{ladder(findings, report["partial"])}</div>
 <p><b>Not tested:</b> {escape(missing)}.</p><p class=dim>Not passed: {escape(others)}.</p>
@@ -85,6 +87,13 @@ which a cell shows when it is pointed at, comes near 100 % in any correct backen
 {proofs(report.get("proof", {}))}<h2>Every check</h2><details><summary>{len(findings)} checks</summary><div class=scroll>{everything(findings)}</div></details>
 </main></html>
 """
+
+
+def judge(oracle: dict[str, str]) -> str:
+    """Who judged: in red where it is not dsv4's own oracle."""
+    own = oracle["distribution"] == OWN
+    text = "{module} of distribution {distribution} {version}, files {files}".format(**oracle)
+    return f"<p class={'dim' if own else 'bad'}>Judged by the oracle {escape(text)}{'' if own else ': not dsv4&#39;s own'}.</p>"
 
 
 def number(value: Any) -> float:

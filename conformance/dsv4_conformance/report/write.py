@@ -36,7 +36,7 @@ def write(run: Run, directory: Path, command: str, rerun: str, flags: BackendFla
     with writing_alone(directory):
         (directory / "report.json").unlink(missing_ok=True)  # an earlier run's must not stand beside the new pages
         files.write(directory / "junit.xml", junit(run, rerun))
-        files.write(directory / "report.html", page(data))
+        files.write(directory / "report.html", page(data, certificate.oracle()))
         files.write(directory / "report.json", text(data))
 
 

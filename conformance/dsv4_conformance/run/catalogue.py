@@ -11,7 +11,7 @@ from dsv4_conformance.exchange.replay import SUFFIX, SavedCase, read
 from dsv4_conformance.laws import checks as laws
 from dsv4_conformance.laws import invariance, nonfinite
 from dsv4_conformance.model import checks as models
-from dsv4_conformance.model import shadowed, traces
+from dsv4_conformance.model import replayed, shadowed, traces
 from dsv4_conformance.run import device
 from dsv4_core.checkpoint.shards import ShardError
 
@@ -29,7 +29,7 @@ def collect(tier: Tier, numerics: Numerics, backend: Backend | None = None) -> l
     """
     formats = backend.weight_formats if backend else ()
     found: list[Check] = [*cases.declared(formats), *models.declared(formats, numerics)]
-    for room in (cases, nonfinite, invariance, traces, laws, shadowed):
+    for room in (cases, nonfinite, invariance, traces, laws, shadowed, replayed):
         found += room.checks(numerics)
     found += models.checks(numerics, backend)
     found += device.checks(backend) if backend else []

@@ -174,7 +174,7 @@ class Run:
         unclaimed = [f for f in self.findings if f.status in BAD - {"xpassed"} and not self.fails(f)]
         if unclaimed:
             lines.append(f"not claimed and failing: {len(unclaimed)} ({', '.join(sorted({f.op for f in unclaimed}))})")
-        lines += self.unclaimed_passes({f.op for f in unclaimed})
+        lines += self.unclaimed_passes({f.op for f in self.findings if f.status in BAD - {"xpassed"}})
         lines += self.stale
         if not self.partial:
             reached = f"level {self.level} ({LEVELS[self.level]})" if self.level is not None else "no level"

@@ -197,11 +197,17 @@ def judge_index(call: Call, results: list[Host], oracle: Oracle, backend: Backen
 
 def judge_sample(call: Call, results: list[Host], backend: Backend) -> Verdict:
     """Greedy: the exact token. Otherwise a token whose share of the cumulative distribution holds
-    the random number, give or take rounding.
+    the random number, give or take rounding. Of a row that nothing can be chosen from, -1.
     """
     operands = call.named()
-    logits, got = operands["logits"].astype(np.float64), results[0]
+    logits, got, uniform = operands["logits"].astype(np.float64), results[0], operands["uniform"]
     temperature, top_p = call.scalars["temperature"], call.scalars["top_p"]
+    sound = np.isfinite(logits.max(-1, initial=-np.inf))
+    if not sound.all():
+        verdict = judge_exact(np.where(sound, -1, got), Expected(np.full(len(got), -1, np.int32), "int32"))
+        if verdict.problems or not sound.any():
+            return verdict
+        logits, got, uniform = logits[sound], got[sound], uniform[sound]
     if temperature == 0 and backend.ties == "any":
         largest = np.take_along_axis(logits, np.clip(got, 0, logits.shape[1] - 1)[:, None].astype(np.int64), 1)[:, 0]
         return judge_exact(largest, Expected(logits.max(-1, initial=-np.inf), "float64"))
@@ -229,7 +235,7 @@ def judge_sample(call: Call, results: list[Host], backend: Backend) -> Verdict:
     fits = np.zeros(tokens, bool)
     for edge in (-slack, slack):  # rounding may take one token more or less into the prefix
         kept = np.minimum((running < top_p + edge[:, None]).sum(-1), vocab - 1)
-        goal = operands["uniform"] * running[token, kept]
+        goal = uniform * running[token, kept]
         fits |= (rank <= kept) & (goal >= lower - slack) & (goal <= upper + slack)
     if not fits.all():
         t = int(np.argmin(fits))
@@ -237,7 +243,7 @@ def judge_sample(call: Call, results: list[Host], backend: Backend) -> Verdict:
         verdict.used = math.inf
         verdict.problems.append(
             f"{int((~fits).sum())} of {tokens} tokens cannot be what the random number selects; token {t}: got {int(got[t])}, whose share of the "
-            f"cumulative distribution is {lower[t]:.7g} .. {upper[t]:.7g}; uniform {float(operands['uniform'][t]):.7g}, budget {slack[t]:.3g}"
+            f"cumulative distribution is {lower[t]:.7g} .. {upper[t]:.7g}; uniform {float(uniform[t]):.7g}, budget {slack[t]:.3g}"
         )
     return verdict
 

@@ -33,6 +33,9 @@ class EmbedOps(Ops):
     def sample(self, logits: Array, uniform: Array, *, temperature: float, top_p: float) -> Array:
         """Choose a token a row. ``temperature = 0``: the largest logit, the lower id on a tie.
 
+        A row whose largest logit is no finite number (it holds a NaN or an infinity, or nothing but
+        minus infinities) gives -1: there is nothing to choose by.
+
         Otherwise ``p = softmax(logits / temperature)``; sort descending (ties: lower id first),
         keep the shortest prefix whose sum reaches ``top_p``, and take the first token at which the
         running sum exceeds ``uniform[t]`` times the prefix's sum.
