@@ -60,12 +60,14 @@ def _releases() -> str:
 def page() -> str:
     """Give the document."""
     names = [(f"`{other}`", f"`{published}`") for other, published in (*layout.NAMES, *layout.WHOLE.items())]
-    names += [("prefix `model.`", "none"), ("suffix `.weight_scale`", "`.scale`")]
+    names += [(f"prefix `{wrapper}`, also several", "none") for wrapper in layout.WRAPPERS] + [
+        ("suffix `.weight_scale`", "`.scale`")
+    ]
     dtypes = [(f"`{stored}`", f"`{published}`", r.what) for (published, stored), r in readings.READINGS.items()]
     keys = [(" ".join((reader.__doc__ or "").split()),) for reader in spellings.READERS]
     refused = [(f"`model_type` {kind}", name) for kind, name in foreign.OTHERS.items()]
     refused += [(f"`quant_method` {kind}", f"{name} quantisation") for kind, name in foreign.QUANTISERS.items()]
-    refused += [(f"tensors `{last}`", what) for last, what in foreign.MARKS.items()]
+    refused += [(f"tensors `{last}`", what) for last, what in (foreign.MARKS | foreign.PARTS).items()]
     refused += [
         ("a GGUF file, or a directory of them", "GGUF"),
         ("`*.bin`, `*.pt`, `*.pth` alone", "PyTorch pickles"),

@@ -68,7 +68,7 @@ generation = functools.partial(option, heading="Generation")
 @generation(
     "--drafter",
     metavar="DIR",
-    help="With --speculative: a directory whose MTP block or DSpark drafts for MODEL.",
+    help="With --speculative: a directory whose MTP block or DSpark drafts for MODEL; `embedded`: the one made for the embedded model.",
 )
 @generation(
     "--draft-confidence",

@@ -49,6 +49,7 @@ instead = functools.partial(option, heading="Other figures")
 @sequences(
     "--model", "-m", help="A preset (flash, pro-0813, ...) or a checkpoint's directory (only its headers are read)."
 )
+@sequences("--drafter", metavar="DIR", help="A directory whose MTP block or DSpark drafts for --model's.")
 @sequences(
     "--context",
     type=Tokens(),
@@ -79,6 +80,7 @@ instead = functools.partial(option, heading="Other figures")
 @json_option
 def command(
     model: str | None,
+    drafter: str | None,
     context: int | None,
     batch: int,
     hardware: str,
@@ -111,7 +113,7 @@ def command(
     from dsv4_core.cli.running import bar, model_config
 
     machine = Hardware.parse(hardware)
-    config, fmt = model_config(model)
+    config, fmt = model_config(model, drafter)
     context = context or config.max_position_embeddings
     with bar("counting") as progress:
         plan = choose(config, context, machine, batch=batch, tp=tp, ep=ep, fmt=fmt, progress=progress)
