@@ -359,6 +359,8 @@ def write(stage: Stage, out: Path) -> None:
             scaled = quantise_weight(array, fmt)
             scale = stage.specs[f"{name[:-7]}.scale"]
             made[name], made[scale.name] = (spec, scaled.data.tobytes()), (scale, scaled.scale.tobytes())
+        elif array.ndim > 1:  # in BF16 where F32 is published, too: half the bytes, and read without loss
+            made[name] = (spec._replace(dtype="BF16"), array.astype(BFLOAT16).tobytes())
         else:
             made[name] = (spec, array.astype(BFLOAT16 if spec.dtype == "BF16" else np.float32).tobytes())
     ordered = sorted(made.values(), key=lambda item: -BITS[item[0].dtype])

@@ -297,6 +297,8 @@ class Session:
             raise ValueError(
                 f"speculative = {count}: what drafts in this checkpoint proposes 1 to {most} tokens a step"
             )
+        if not 0 <= draft_confidence < 1:
+            raise ValueError(f"draft_confidence = {draft_confidence} must be in [0, 1)")
         if draft_confidence and self.config.draft != "dspark":
             raise ValueError(f"draft_confidence = {draft_confidence}: only DSpark gives one; leave it out")
         ends = {*stop_tokens} if ignore_eos else {*self.defaults.ends, *stop_tokens}

@@ -101,8 +101,8 @@ def test_commands(talking, tmp_path):
     [
         ("/sing", "'/sing' is no command"),
         ("/think maybe", "'/think maybe' is no command"),
-        ("/effort high", "effort 'high'; this checkpoint's chat texts have none"),
-        ("/load nowhere.json", "nowhere.json"),
+        ("/effort high", "effort 'high' needs chat texts; begin with --encoding-profile"),
+        ("/load nowhere.json", "nowhere.json: No such file"),
         ("x" * 500, "the conversation has"),
     ],
 )

@@ -156,6 +156,8 @@ def test_a_name_of_the_hub_says_how_to_download_it(monkeypatch, tmp_path):
 def test_names_that_are_no_directory_say_what_to_do():
     assert "the model's name is empty" in refused("inspect", "")
     assert "an address, and dsv4 downloads nothing" in refused("inspect", "https://example.org/deepseek-ai/V4")
+    for words in (("plan", "-m", "tiny", "--price"), ("generate", "-p", "x", "--speculative", "--draft-confidence")):
+        assert "nan is no finite number" in refused(*words, "nan")
     assert "is not a number of tokens" in refused("plan", "-m", "tiny", "--context", "\u00b2")
 
 
@@ -221,8 +223,8 @@ def test_weights_that_are_no_numbers_are_no_success(tmp_path):
     file = model / "model-00001-of-00001.safetensors"
     data = bytearray(file.read_bytes())
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    at = 8 + int.from_bytes(data[:8], "little") + header["norm.weight"]["data_offsets"][0]
-    data[at : at + 2] = b"\xc0\x7f"
+    at = 8 + int.from_bytes(data[:8], "little") + header["hc_head_base"]["data_offsets"][0]
+    data[at : at + 4] = b"\0\0\xc0\x7f"  # of a norm it would be an error when opened
     file.write_bytes(data)
     for wish in ((), ("--temperature", "1"), ("--top-k", "3"), ("--speculative",)):
         said = refused("generate", model, "--tokens", "1,2,3", "-n", 3, "-b", "reference", *wish)

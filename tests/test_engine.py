@@ -208,6 +208,9 @@ class OnlyEven:
     def __init__(self, vocab):
         self.bits, self.told = packed_bits(range(0, vocab, 2), vocab), []
 
+    def free(self):
+        return 0
+
     def allowed(self):
         return self.bits
 
@@ -251,6 +254,46 @@ def test_a_prefix_is_taken_up(model):
     assert tokens[third] == alone(model, more)
     again = engine.submit(a)
     assert finished(engine)[0][again] == alone(model, a)
+
+
+def test_one_prompt_is_read_once_for_all_its_replies(model):
+    """Who waits for a prefix that another is reading takes it up; a prompt that shares none, or a
+    request for the prompt's own log-probabilities, does not wait for it.
+    """
+    long = prompt(8, 300)
+    asked = [Request(long, 6, Sampling(1.5, seed=(3, i))) for i in range(4)]
+    engine = Engine(model, slots=4, capacity=512, chunk=64)
+    ids = [engine.submit(request) for request in asked]
+    tokens, _ = finished(engine)
+    assert engine.stats.hit_tokens == 3 * 256
+    assert [tokens[i] for i in ids] == [alone(model, request) for request in asked]
+    scored = Engine(model, slots=4, capacity=512, chunk=64)
+    for request in (asked[0], Request(long, 2, prompt_logprobs=0), Request(prompt(9, 300), 2)):
+        scored.submit(request)
+    scored.step()
+    assert scored.stats.running == 3
+    finished(scored)
+    assert scored.stats.hit_tokens == 0
+    given_up = Engine(model, slots=4, capacity=512, chunk=64)
+    first, second = given_up.submit(asked[0]), given_up.submit(asked[1])
+    given_up.step()
+    assert given_up.stats.waiting == 1
+    given_up.cancel(first)
+    tokens, _ = finished(given_up)
+    assert tokens[second] == alone(model, asked[1])
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_prompts_that_come_together_are_read_together(model, drafts):
+    """In few steps, each of prompts of like length; each is told what it is told alone."""
+    lengths = [40, 31, 33, 5, 39, 6, 120]
+    asked = [Request(prompt(20 + i, length), 5) for i, length in enumerate(lengths)]
+    engine = Engine(model, slots=8, capacity=200, chunk=512, drafts=drafts)
+    ids = [engine.submit(request) for request in asked]
+    tokens, _ = finished(engine, until=lambda: engine.stats.generated >= len(asked))
+    assert engine.stats.steps <= 4  # of 40 and 39 and 31 and 33; of 5 and 6; of 120
+    finished(engine, tokens=tokens)
+    assert [tokens[i] for i in ids] == [alone(model, request) for request in asked]
 
 
 def test_a_snapshot_is_only_where_windows_are_closed(model):

@@ -182,3 +182,15 @@ def test_drafters_that_cannot_draft_are_refused_before_weights_load(models, tmp_
             session.load_drafter()
         with pytest.raises(ValueError, match="this checkpoint has neither"):
             session.generate([1], speculative=True)
+
+
+def test_the_drafter_that_ships_drafts_for_the_embedded_model():
+    """Trained: of the first tokens of an answer it proposes some that stand, and changes none."""
+    asked = "What is foo?"
+    with load(backend="reference", batch_invariant=True) as plain:
+        expected = plain.generate(asked, max_tokens=16).run().tokens
+    with load(backend="reference", drafter="embedded", batch_invariant=True) as session:
+        assert session.most_drafts == 5
+        run = session.generate(asked, max_tokens=16, speculative=5).run()
+    assert run.tokens == expected
+    assert run.drafts.tokens / run.drafts.steps > 1.3

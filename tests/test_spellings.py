@@ -11,11 +11,14 @@ from click.testing import CliRunner
 from dsv4_backend_reference import ReferenceBackend
 from rewriting import INDEX, Tensor, change, read, rename, shard_names, small, weight_map, write
 
+import dsv4_core as dsv4
 from dsv4_core import cli
 from dsv4_core.checkpoint import spelling_page
 from dsv4_core.checkpoint.config import PRESETS, ConfigError, ModelConfig
 from dsv4_core.checkpoint.create import create
 from dsv4_core.checkpoint.findings import CheckpointError, ForeignError
+from dsv4_core.checkpoint.layout import parameters
+from dsv4_core.checkpoint.rank_part import Place
 from dsv4_core.checkpoint.weights import Checkpoint
 from dsv4_core.contract.dtypes import BFLOAT16, ScaledArray
 from dsv4_core.graph.generate import generate
@@ -316,16 +319,50 @@ def test_fp4_scales_that_are_no_powers_of_two_are_float_factors_of_all_experts(m
     assert tokens(model)
 
 
-def test_layers_of_other_numbers_of_experts_are_named(model):
-    """Case 20: a layer that was cut otherwise than the others; config.json has one number for
-    all.
+def cut(path, keep, blocks):
+    """Cut the experts of some blocks down to ``keep``, as REAP does."""
+
+    def without(name, tensor, array):
+        if not name.startswith(tuple(f"{block}.ffn." for block in blocks)):
+            return tensor
+        if ".experts." in name:
+            return tensor if int(name.split(".experts.")[1].split(".")[0]) < keep else None
+        return stored(tensor.dtype, array[:keep]) if name.endswith(("gate.weight", "gate.bias")) else tensor
+
+    retype(path, without)
+
+
+@pytest.mark.parametrize("block", ["layers.1", "mtp.0"])
+def test_blocks_of_other_numbers_of_experts_run(model, block):
+    """Case 20: cut unevenly, or the drafter not. The same tokens as with an expert that is never
+    chosen.
     """
-    file = weight_map(model)["layers.1.ffn.gate.weight"]
-    tensors = read(model, file)
-    gate = tensors["layers.1.ffn.gate.weight"]
-    tensors["layers.1.ffn.gate.weight"] = Tensor(gate.dtype, (3, gate.shape[1]), gate.data[: len(gate.data) * 3 // 4])
-    write(model, file, tensors)
-    refused(model, "layers.1.ffn.gate.weight: shape [3, 256] must be [4, 256] by config.json")
+    bias = Checkpoint(model).array(f"{block}.ffn.gate.bias").copy()
+    bias[3] = -1e30
+    change(model, f"{block}.ffn.gate.bias", stored("F32", bias))
+
+    def drafted():
+        with dsv4.load(model, backend="reference") as session:
+            run = session.generate([0, 3, 327], max_tokens=12, speculative=1).run()
+            return run.tokens, run.drafts.accepted, session.checkpoint
+
+    expected, accepted, _ = drafted()
+    cut(model, 3, [block])
+    found, kept, checkpoint = drafted()
+    assert (found, kept) == (expected, accepted)
+    assert checkpoint.config.experts_by_block == {block: 3}
+    assert any("another number of routed experts than config.json's 4" in note for note in checkpoint.notes)
+    with pytest.raises(ValueError, match=f"{block} has 3 routed experts, other blocks 4; ranks share"):
+        Place(tp=1, ep=2, rank=0).check(checkpoint.config)
+    assert parameters(checkpoint.config).total <= parameters(PRESETS["tiny"]).total
+
+
+def test_experts_cut_below_what_a_token_takes_or_unlike_config_everywhere(model):
+    cut(model, 1, ["layers.1"])
+    refused(model, "layers.1.ffn.gate.weight: 1 experts, fewer than num_experts_per_tok = 2")
+    config(model, n_routed_experts=5)
+    with pytest.raises(CheckpointError, match=r"(?s)7 wrong shape.*is it the config.json that came with the weights"):
+        Checkpoint(model)
 
 
 def test_i32_hash_table(model, expected):
@@ -345,7 +382,7 @@ def test_hash_table_of_more_experts_is_an_error_before_the_first_token(tmp_path)
             if name.endswith((".gate.weight", ".gate.bias")):
                 kept[name] = Tensor(t.dtype, (3, *t.shape[1:]), t.data[: len(t.data) * 3 // 4])
         write(model, file, kept)
-    refused(model, "layers.0.ffn.gate.tid2eid", "outside 0 .. 2 (n_routed_experts = 3)", "a model with more experts")
+    refused(model, "layers.0.ffn.gate.tid2eid", "outside 0 .. 2 (3 routed experts)", "a model with more experts")
     table = Checkpoint(model, check=False).array("layers.0.ffn.gate.tid2eid") % 3
     change(model, "layers.0.ffn.gate.tid2eid", stored("I64", table))
     assert tokens(model)
@@ -362,7 +399,11 @@ def test_single_file_of_any_name_and_tied_head(model, expected):
     refused(model, "head.weight: missing")
     config(model, tie_word_embeddings=True)
     expected["head.weight"] = expected["embed.weight"]
-    same_model(model, expected, notes=["tie_word_embeddings: where head.weight is missing, embed.weight is used"])
+    both = whole["embed.weight"]
+    same_model(model, expected, notes=["tie_word_embeddings: where head.weight or embed.weight is missing"])
+    del whole["embed.weight"]
+    write(model, "model-00001-of-00001.safetensors", whole | {"lm_head.weight": both})
+    assert same_model(model, expected).stored("embed.weight").dtype == "BF16"
 
 
 # Draft modules

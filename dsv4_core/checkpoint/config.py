@@ -56,8 +56,10 @@ class ModelConfig:
 
     ``compress_ratios`` has one entry per layer, then one per block under ``mtp.``: one of MTP, or
     the stages of DSpark. ``dspark_target_layer_ids`` say that it is DSpark, whatever
-    ``num_nextn_predict_layers`` says: official releases keep that key from the preview. ``other``:
-    keys of the file that change nothing here. ``notes``: spellings that were read.
+    ``num_nextn_predict_layers`` says: official releases keep that key from the preview.
+    ``experts_by_block``: of blocks (``layers.7``, ``mtp.0``) that have another number of routed
+    experts than ``n_routed_experts``; no key of the file, but what the tensors say. ``other``: keys
+    of the file that change nothing here. ``notes``: spellings that were read.
     """
 
     vocab_size: int
@@ -104,11 +106,18 @@ class ModelConfig:
     quantization_config: dict[str, Any] = field(default_factory=_quantization)
     model_type: str = "deepseek_v4"
     architectures: tuple[str, ...] = ("DeepseekV4ForCausalLM",)
+    experts_by_block: dict[str, int] = field(default_factory=dict)
     other: dict[str, Any] = field(default_factory=dict, compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         """Refuse what the graph has no meaning for; raise ``ConfigError``."""
+        for key, harmless in ONLY.items():
+            if (said := self.other.get(key, harmless[0])) not in harmless:
+                raise ConfigError(
+                    f"config.json: {key} = {said!r} is a key of other models, which DeepSeek-V4 has no meaning for; "
+                    "copy config.json from the published checkpoint"
+                )
         rules: list[tuple[str, bool, str]] = [
             (key, getattr(self, key) == only, f"is not implemented; the published models have {only!r}")
             for key, only in (
@@ -156,6 +165,13 @@ class ModelConfig:
                 "must not exceed n_routed_experts",
             ),
             ("num_hash_layers", self.num_hash_layers <= self.num_hidden_layers, "must not exceed num_hidden_layers"),
+            (
+                "eos_token_id",
+                max(self.eos_token_id, default=0) < self.vocab_size
+                if isinstance(self.eos_token_id, tuple)
+                else self.eos_token_id < self.vocab_size,
+                f"must be in the vocabulary 0 .. {self.vocab_size - 1}, or no text would end",
+            ),
         ]
         rules += [
             (
@@ -203,6 +219,10 @@ class ModelConfig:
         """Blocks with a cache: the main stack's, then those under ``mtp.``."""
         return self.num_hidden_layers + self.stages
 
+    def experts_of(self, block: str) -> int:
+        """Routed experts of a block, by its name."""
+        return self.experts_by_block.get(block, self.n_routed_experts)
+
     def drafting(self, draft: Draft, stages: int = 0) -> ModelConfig:
         """Give the configuration of the same model with another draft module, of ``stages`` blocks:
         DSpark's are window only.
@@ -231,7 +251,7 @@ class ModelConfig:
             checked(values, forms.Config, "config.json", ADVICE)
         except FileError as error:
             raise ConfigError(str(error)) from None
-        known = {f.name for f in fields(cls)} - {"other", "notes"}
+        known = {f.name for f in fields(cls)} - {"experts_by_block", "other", "notes"}
         kept = {k: v for k, v in values.items() if k in known}
         if missing := sorted(_REQUIRED - kept.keys()):
             raise ConfigError(
@@ -243,6 +263,8 @@ class ModelConfig:
             kept[key] = tuple(kept.get(key) or ())
         if isinstance(kept.get("eos_token_id"), list):
             kept["eos_token_id"] = tuple(kept["eos_token_id"])
+        if missing := [f"{key} = {default!r}" for key, default in _DEFAULTS.items() if key not in kept]:
+            notes.append(f"config.json: keys that are not there are read as published: {', '.join(missing)}")
         if kept.get("quantization_config") is None:
             kept["quantization_config"] = {}
         kept["compress_ratios"] = _stages(kept, notes)
@@ -271,7 +293,7 @@ class ModelConfig:
         the others.
         """
         values = asdict(self)
-        del values["notes"]
+        del values["notes"], values["experts_by_block"]
         other = values.pop("other")
         if not self.dspark_target_layer_ids:
             values = {key: value for key, value in values.items() if not key.startswith("dspark_")}
@@ -347,6 +369,24 @@ _REQUIRED = frozenset(
         "routed_scaling_factor",
     )
 )  # the fields above that have no default
+
+
+_DEFAULTS = {
+    f.name: f.default
+    for f in fields(ModelConfig)
+    if isinstance(f.default, int | float) and not f.name.startswith(("dspark_", "num_nextn"))
+} | {"rope_scaling": "YaRN from 65536 by 16"}
+"""What a text changes with, and what is taken where config.json is silent: the published values."""
+ONLY = {
+    "n_group": (1, None),
+    "topk_group": (1, None),
+    "rope_interleave": (True,),
+    "final_logit_softcapping": (None,),
+    "attn_logit_softcapping": (None,),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+}
+"""Keys of other models that DeepSeek-V4 has no meaning for, and the values that mean nothing."""
 
 
 def _stages(kept: dict[str, Any], notes: list[str]) -> tuple[int, ...]:

@@ -78,7 +78,8 @@ def create(
     parent = next(p for p in (path, *path.absolute().parents) if p.exists())
     if (free := shutil.disk_usage(parent).free) < needed:
         raise OSError(
-            f"{path}: this checkpoint needs {needed} bytes and the disk has {free} free; cut layers or experts"
+            f"{path}: this checkpoint needs {needed} bytes and the disk has {free} free; cut layers or experts, or "
+            "let `dsv4 rehearse` write it with holes"
         )
     shards = _shards(list(specs.values()), shard_size)
     weight_map: dict[str, str] = {}

@@ -35,7 +35,9 @@ class CheckpointError(ValueError):
         self.findings = tuple(findings)
         lines = summary(findings)
         if len(findings) > 1:
-            head = f"{path}: {len(findings)} problems; `dsv4 inspect {path} --json` lists them all"
+            counts = Counter(f.rule for f in findings)
+            kinds = ", ".join(f"{count} {rule}" for rule, count in counts.items())
+            head = f"{path}: {len(findings)} problems ({kinds}); `dsv4 inspect {path} --json` lists them all"
             super().__init__("\n  - ".join([head, *lines]))
         else:
             super().__init__(f"{path}: {lines[0]}")

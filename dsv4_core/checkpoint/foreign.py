@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from dsv4_core.checkpoint.spellings import TEXT_TYPES
+
 if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
@@ -53,10 +55,22 @@ MARKS = {
     "weight_shape": "compressed-tensors",
     "qweight": "AWQ or GPTQ",
     "qzeros": "AWQ or GPTQ",
+    "weight_global_scale": "compressed-tensors",
     "scales": "MLX",
     "gate_up_proj": "transformers in memory, without save_original_format,",
+    "absmax": "bitsandbytes",
+    "quant_state": "bitsandbytes",
 }
 """Last parts of names that only one kind of file has."""
+PARTS = {
+    ".attn_hc.": "MLX",
+    ".ffn_hc.": "MLX",
+    ".switch_mlp.": "MLX",
+    ".experts.w1.": "a tool that joins a layer's experts in one tensor (such as MLX)",
+    ".lora_A.": "a LoRA adapter",
+    ".lora_B.": "a LoRA adapter",
+}
+"""Parts of names that only one kind of file has."""
 
 
 def path_problem(path: Path) -> str | None:
@@ -69,6 +83,13 @@ def path_problem(path: Path) -> str | None:
         if path.suffix == ".safetensors":
             return f"{path}: a single file; give its directory {path.parent}, which must hold config.json, too"
         return f"{path}: a file; give a model directory (config.json and *.safetensors)"
+    if path.is_dir() and not (path / "config.json").exists() and (path / "adapter_config.json").exists():
+        return (
+            f"{path}: a LoRA adapter (adapter_config.json), which dsv4 does not apply; {_GET}, or one it is merged into"
+        )
+    if path.is_dir() and (parts := sorted(path.glob("model*-mp*.safetensors"))):
+        what = f"{parts[0].name}, as the release's inference/convert.py splits a model for its own code"
+        return f"{path}: holds {what}, which dsv4 does not read; {_GET}"
     if not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
         return None
     if gguf := sorted(path.glob("*.gguf")):
@@ -96,8 +117,12 @@ def _other_model(values: dict[str, Any]) -> str | None:
             f"config.json: {keys[0]} is a key of DeepSeek-V4.1, another architecture, whatever model_type says; "
             f"dsv4 runs DeepSeek-V4: {_GET}"
         )
-    if kind == _TYPE:
+    if kind == _TYPE or (isinstance(text, dict) and text.get("model_type") in TEXT_TYPES):
         return None
+    if isinstance(kind, str) and re.sub(r"[\W_]+", "_", kind.lower()) == _TYPE:
+        return (
+            f"config.json: model_type {kind!r} must be spelt '{_TYPE}': copy config.json from the published checkpoint"
+        )
     if kind is None:
         if isinstance(architectures, list | tuple) and _ARCHITECTURE in architectures:
             return None
@@ -154,9 +179,29 @@ def names_problem(names: Collection[str]) -> str | None:
             return _tensors(what, name)
         if last == "input_scale" and f"{stem}.scale" in names:
             return _tensors(MARKS["weight_scale_2"], name)
-        if ".attn_hc." in name or ".ffn_hc." in name or name.startswith("language_model."):
-            return _tensors("MLX", name)
+        if what := next((what for part, what in PARTS.items() if part in name), None):
+            return _tensors(what, name)
     return None
+
+
+def strange_names(path: Path, names: Collection[str], layout: Collection[str]) -> str | None:
+    """Say that the names are of no kind that is known here, where that is so of most of them; None
+    else.
+    """
+    strange = [name for name in names if name not in layout]
+    missing = [name for name in layout if name not in names]
+    if not names or 2 * len(strange) < len(names) or 2 * len(missing) < len(layout):
+        return None
+    return (
+        f"{path}: {len(strange)} of {len(names)} tensors have names that dsv4 does not know (such as {strange[0]}), and "
+        f"{len(missing)} of the {len(layout)} that config.json needs are not there (such as {missing[0]}): these are another "
+        f"model's weights, or another tool's; {_GET}"
+    )
+
+
+def nvfp4_scales(name: str) -> str:
+    """Say that FP4 weights have NVIDIA's scales: FP8 numbers, one per 16 channels."""
+    return _tensors("NVIDIA's NVFP4 (scales in F8_E4M3)", name)
 
 
 def modelslim_problem(path: Path) -> str | None:

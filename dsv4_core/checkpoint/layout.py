@@ -43,8 +43,12 @@ NAMES = (
     (".attn.norm.", ".attn.kv_norm."),
     ("hc_head.hc_", "hc_head_"),
 )
-"""Parts of names in other spellings, and the published ones. So do ``model.`` before and
-``.weight_scale`` after a name.
+"""Parts of names in other spellings, and the published ones. So does ``.weight_scale`` after a
+name.
+"""
+WRAPPERS = ("model.", "language_model.", "module.", "_orig_mod.", "transformer.")
+"""Parts before a name, in any order and number: of the classes that hold the model where it was
+saved.
 """
 WHOLE = {"embed_tokens.weight": "embed.weight", "lm_head.weight": "head.weight"}
 
@@ -78,7 +82,8 @@ def canonical_name(name: str) -> str:
     """Give the published spelling of a name, of whichever tool that is known here; anything else
     comes back as it is.
     """
-    name = name.removeprefix("model.")
+    while wrapper := next((part for part in WRAPPERS if name.startswith(part)), ""):
+        name = name.removeprefix(wrapper)
     for other, published in NAMES:
         if other in name:
             name = name.replace(other, published)
@@ -108,8 +113,7 @@ def tensor_specs(
     published models have 256 and 384.
     """
     stored: Format = "e4m3" if expert_format == "int8" else expert_format
-    count = config.n_routed_experts if experts is None else experts
-    specs = {spec.name: spec for spec in _specs(config, stored, count)}
+    specs = {spec.name: spec for spec in _specs(config, stored, experts)}
     if expert_format == "int8":
         for spec in [spec for spec in specs.values() if spec.dtype == "F8_E4M3" and becomes_int8(spec.name)]:
             specs[spec.name] = spec._replace(dtype="I8")
@@ -135,7 +139,7 @@ def parameters(config: ModelConfig) -> Parameters:
     48.85B for pro.
     """
     total = active = draft = 0
-    for spec in _specs(config, "e2m1", config.n_routed_experts):
+    for spec in _specs(config, "e2m1", None):
         if spec.dtype in {"F8_E8M0", "I64"}:
             continue
         count = math.prod(unpacked(spec))
@@ -144,13 +148,14 @@ def parameters(config: ModelConfig) -> Parameters:
             continue
         total += count
         if spec.kind == "experts":
-            active += count * config.num_experts_per_tok  # over n_routed_experts, below
+            if ".experts.0." in spec.name:  # the others are like it
+                active += count * config.num_experts_per_tok
         elif spec.kind != "embedding":
-            active += count * config.n_routed_experts
-    return Parameters(total, active // config.n_routed_experts, draft)
+            active += count
+    return Parameters(total, active, draft)
 
 
-def _specs(config: ModelConfig, expert_format: Format, experts: int) -> Iterator[TensorSpec]:
+def _specs(config: ModelConfig, expert_format: Format, experts: int | None) -> Iterator[TensorSpec]:
     D = config.hidden_size
     yield TensorSpec("embed.weight", (config.vocab_size, D), "BF16", "embedding")
     for i in range(config.num_hidden_layers):
@@ -190,7 +195,7 @@ def _dspark_stage(c: ModelConfig, s: int) -> Iterator[TensorSpec]:
 
 
 def _block(
-    c: ModelConfig, at: str, ratio: int, expert_format: Format, experts: int, *, hashed: bool
+    c: ModelConfig, at: str, ratio: int, expert_format: Format, experts: int | None, *, hashed: bool
 ) -> Iterator[TensorSpec]:
     D, H, d, r = c.hidden_size, c.num_attention_heads, c.head_dim, c.q_lora_rank
     mixes = (2 + c.hc_mult) * c.hc_mult
@@ -215,11 +220,12 @@ def _block(
         yield from _fp8(f"{at}.attn.indexer.wq_b", c.index_n_heads * c.index_head_dim, r, "indexer")
         yield TensorSpec(f"{at}.attn.indexer.weights_proj.weight", (c.index_n_heads, D), "BF16", "indexer")
         yield from _compressor(c, f"{at}.attn.indexer.compressor", ratio, c.index_head_dim, "indexer")
-    yield TensorSpec(f"{at}.ffn.gate.weight", (c.n_routed_experts, D), "BF16", "gate")
+    count = c.experts_of(at)
+    yield TensorSpec(f"{at}.ffn.gate.weight", (count, D), "BF16", "gate")
     if hashed:
         yield TensorSpec(f"{at}.ffn.gate.tid2eid", (c.vocab_size, c.num_experts_per_tok), "I64", "gate")
     else:
-        yield TensorSpec(f"{at}.ffn.gate.bias", (c.n_routed_experts,), "F32", "gate")
+        yield TensorSpec(f"{at}.ffn.gate.bias", (count,), "F32", "gate")
     inter = c.moe_intermediate_size
     parts: list[tuple[str, Shape, str]] = []
     for name, out, cols in (("w1", inter, D), ("w2", D, inter), ("w3", inter, D)):
@@ -227,7 +233,7 @@ def _block(
         stored, dtype = ((out, cols // 2), "I8") if expert_format == "e2m1" else ((out, cols), "F8_E4M3")
         parts.append((f"{name}.weight", stored, dtype))
         parts.append((f"{name}.scale", scale_shape((out, cols), expert_format), "F8_E8M0"))
-    for e in range(experts):
+    for e in range(count if experts is None else experts):
         prefix = f"{at}.ffn.experts.{e}."
         for name, shape, dtype in parts:
             yield TensorSpec(prefix + name, shape, dtype, "experts")

@@ -52,8 +52,12 @@ def find_model(model: str | Path | None) -> Path:
 
 
 def find_drafter(drafter: str | Path | None) -> Path | None:
-    """Give the directory of a drafter, named as for ``find_model``; None for None."""
-    return None if drafter is None else find_model(drafter)
+    """Give the directory of a drafter, named as for ``find_model``; None for None, and
+    ``embedded`` for the DSpark that ships with the package, made for the embedded model.
+    """
+    if drafter is None:
+        return None
+    return embedded().with_name("tiny-jargon-dspark") if str(drafter) == "embedded" else find_model(drafter)
 
 
 def hub_cache(environ: Mapping[str, str] = os.environ) -> Path:

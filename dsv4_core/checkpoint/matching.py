@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dsv4_core.checkpoint import foreign
+from dsv4_core.checkpoint.findings import ForeignError
 from dsv4_core.checkpoint.layout import QUANTISED, TensorSpec, scale_shape, tensor_specs, unpacked
-from dsv4_core.checkpoint.readings import COLUMN, READINGS, ReadingError, exponents
+from dsv4_core.checkpoint.readings import COLUMN, READINGS, SQUEEZED, ReadingError, exponents
 
 if TYPE_CHECKING:
     from dsv4_core.checkpoint.shards import Stored
@@ -17,7 +20,35 @@ if TYPE_CHECKING:
     from dsv4_core.contract.dtypes import Format
 
 _PLAIN = ("BF16", "F32")
+_GATE = ".ffn.gate.weight"
 _EXPERT_DTYPES = (*QUANTISED, *_PLAIN)
+
+
+def count_experts(t: Tensors) -> None:
+    """Take from the gates how many routed experts each block has, where some block has as many as
+    config.json says.
+
+    Experts that were cut away unevenly, or not in the drafter, are so described by no key.
+    """
+    rows = {
+        name.removesuffix(_GATE): shape[0]
+        for name in t.where
+        if name.endswith(_GATE) and len(shape := t.stored(name).shape) == 2
+    }
+    others = {block: count for block, count in rows.items() if count != t.config.n_routed_experts}
+    if not others or len(others) == len(rows):
+        return
+    t.config = replace(t.config, experts_by_block=others)
+    t.notes.append(
+        f"{len(others)} blocks have another number of routed experts than config.json's {t.config.n_routed_experts} "
+        f"(such as {next(iter(others))}: {next(iter(others.values()))}), by their gates"
+    )
+    for block, count in others.items():
+        if count < t.config.num_experts_per_tok:
+            text = (
+                f"{count} experts, fewer than num_experts_per_tok = {t.config.num_experts_per_tok}; get a complete copy"
+            )
+            t.wrong("wrong shape", f"{block}{_GATE}", t.file(f"{block}{_GATE}").name, text)
 
 
 def match(t: Tensors, unread: set[str]) -> None:
@@ -30,6 +61,8 @@ def match(t: Tensors, unread: set[str]) -> None:
     t.is_int8 = most == "I8" and first is not None and first.dtype in _PLAIN and math.prod(first.shape[1:]) == 1
     published: Format = "e4m3" if t.expert_dtype == "F8_E4M3" else "e2m1"
     t.layout = tensor_specs(t.config, "int8" if t.is_int8 else published)
+    if not t.findings and (problem := foreign.strange_names(t.path, t.where, t.layout)):
+        raise ForeignError(problem)
     if t.where or not t.findings:  # with no tensor at all, why has been said
         for name in _unlike_layout(t):
             _match_one(t, t.layout[name], unread)
@@ -89,8 +122,11 @@ def _match_one(t: Tensors, spec: TensorSpec, unread: set[str]) -> None:
     held = TensorSpec(name, stored.shape, stored.dtype, spec.kind)
     shape, wanted = (held.shape, spec.shape) if t.is_int8 else (unpacked(held), unpacked(spec))
     if shape != wanted:
-        must = list(wanted)
-        t.wrong("wrong shape", name, file, f"shape {list(shape)} must be {must} by config.json; correct either")
+        if scale_spec is None and [n for n in shape if n != 1] == [n for n in wanted if n != 1]:
+            t.readings.setdefault(name, SQUEEZED)
+            return
+        text = f"shape {list(shape)} must be {list(wanted)} by config.json; is it the config.json that came with the weights?"
+        t.wrong("wrong shape", name, file, text)
         return
     if scale_spec and scale_name not in unread:
         _match_scale(t, name, scale_name, scale, shape, t.format(name))
@@ -121,6 +157,8 @@ def _match_scale(
         t.wrong("unexpected tensor", scale_name, file, text)
         return
     dtype = "F32" if fmt == "int8" else "F8_E8M0"
+    if scale.dtype == "F8_E4M3" and fmt == "e2m1":
+        raise ForeignError(f"{t.path}: {foreign.nvfp4_scales(t.where[scale_name][1])}")
     if scale.dtype != dtype and (reading := READINGS.get((dtype, scale.dtype))):
         t.readings[scale_name] = reading
     elif scale.dtype == dtype and fmt == "int8" and scale.shape[1:] == (1,):
@@ -133,7 +171,7 @@ def _match_scale(
     if found != scale_shape(shape, fmt):
         grid = {"e4m3": "one per 128 x 128 block", "e2m1": "one per 32 channels of a row", "int8": "one per row"}[fmt]
         must = list(scale_shape(shape, fmt))
-        text = f"scale grid {list(scale.shape)} must be {must} for {fmt} {list(shape)}: {grid}; requantise the weight"
+        text = f"scale grid {list(scale.shape)} must be {must} for {fmt} {list(shape)}: {grid}; dsv4 reads no other grid: use the published checkpoint"
         t.wrong("scale grid", scale_name, file, text)
 
 
@@ -161,26 +199,25 @@ def find_float_factors(t: Tensors) -> None:
 
 
 def check_tables(t: Tensors) -> None:
-    """Hold to their rules what every backend would only trip over while it runs: hash tables, and
-    sinks.
+    """Hold to their rules what every backend would only trip over while it runs: hash tables,
+    sinks, and norms.
     """
     wrong = {finding.tensor for finding in t.errors}
-    experts = t.config.n_routed_experts
     for name in t.where:
-        if name in wrong or not name.endswith((".tid2eid", ".attn_sink")):
+        if name in wrong or not name.endswith((".tid2eid", ".attn_sink", "norm.weight")):
             continue
-        values = t.peek(name)
-        bad = ~np.isfinite(values) if name.endswith("sink") else (values < 0) | (values >= experts)
+        values, experts = t.peek(name), t.config.experts_of(name.partition(".ffn.")[0])
+        bad = (values < 0) | (values >= experts) if name.endswith(".tid2eid") else ~np.isfinite(values)
         if count := int(np.count_nonzero(bad)):
             at = [int(i) for i in np.argwhere(bad)[0]]
             found = f"{count} of {bad.size} {{}} (first at {at}) {'is' if count == 1 else 'are'}"
             rule, text = "NaN or infinity", f"{found.format('values')} NaN or infinite; fetch it again"
             if name.endswith(".tid2eid"):
                 rule = "expert id out of range"
-                text = (
-                    f"{found.format('expert ids')} outside 0 .. {experts - 1} (n_routed_experts = {experts}): "
-                    "the table is of a model with more experts; use the one that was made with these"
-                )
+                why = "the table is of a model with more experts; use the one that was made with these"
+                if not (values >= experts).any():
+                    why = "no expert has a negative number; fetch it again"
+                text = f"{found.format('expert ids')} outside 0 .. {experts - 1} ({experts} routed experts): {why}"
             t.wrong(rule, name, t.file(name).name, text)
 
 

@@ -96,6 +96,12 @@ class Place:
     def check(self, config: ModelConfig) -> None:
         """Raise ``ValueError`` for a model that cannot be cut so; reads no weight."""
         c = config
+        if self.ranks > 1 and c.experts_by_block:
+            block, count = next(iter(c.experts_by_block.items()))
+            raise ValueError(
+                f"--tp {self.tp} --ep {self.ep}: {block} has {count} routed experts, other blocks {c.n_routed_experts}; ranks "
+                "share out one number: run it as one process"
+            )
         for key in ("o_groups", "num_attention_heads"):
             if (size := getattr(c, key)) % self.tp:
                 use = f"use a divisor of {c.o_groups}, and a larger --ep"

@@ -16,6 +16,8 @@ from dsv4_core.contract.dtypes import BFLOAT16
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy.typing as npt
+
     from dsv4_core.contract.dtypes import Host
 
 
@@ -35,17 +37,20 @@ def _widened(dtype: np.dtype[np.generic] | type[np.generic]) -> Callable[[Host],
     return lambda array: array.astype(dtype)
 
 
-def _narrowed(array: Host) -> Host:
-    with np.errstate(over="ignore"):  # what does not fit is found by the comparison
-        narrow = array.astype(BFLOAT16)
-    same = (narrow.astype(array.dtype) == array) | np.isnan(array)
-    if not same.all():
-        lost = np.argwhere(~same)
-        first = tuple(int(i) for i in lost[0])
-        raise ReadingError(
-            f"{len(lost)} of {array.size} values are no BF16 numbers (first: {array[first]!s} at {list(first)})"
-        )
-    return narrow
+def _narrowed_to(dtype: npt.DTypeLike, name: str) -> Callable[[Host], Host]:
+    def narrowed(array: Host) -> Host:
+        with np.errstate(over="ignore"):  # what does not fit is found by the comparison
+            narrow = array.astype(dtype)
+        same = (narrow.astype(array.dtype) == array) | np.isnan(array)
+        if not same.all():
+            lost = np.argwhere(~same)
+            first = tuple(int(i) for i in lost[0])
+            raise ReadingError(
+                f"{len(lost)} of {array.size} values are no {name} numbers (first: {array[first]!s} at {list(first)})"
+            )
+        return narrow
+
+    return narrowed
 
 
 def exponents(array: Host) -> Host:
@@ -68,14 +73,20 @@ def _unchanged(array: Host) -> Host:
     return array
 
 
+SQUEEZED = Reading("dimensions of 1 that the published have not", _unchanged, same_bytes=True)
 COLUMN = Reading("scales as a column [out, 1]", _unchanged, same_bytes=True)
 """Of int8 weights."""
 READINGS: dict[tuple[str, str], Reading] = {
     ("F32", "BF16"): Reading("BF16 widened to F32", _widened(np.float32)),
     ("F32", "F16"): Reading("F16 widened to F32", _widened(np.float32)),
-    ("BF16", "F32"): Reading("F32 whose every value is a BF16 number", _narrowed),
-    ("BF16", "F16"): Reading("F16 whose every value is a BF16 number", _narrowed),
-    ("I64", "I32"): Reading("I32 widened to I64", _widened(np.int64)),
+    ("BF16", "F32"): Reading("F32 whose every value is a BF16 number", _narrowed_to(BFLOAT16, "BF16")),
+    ("F32", "F64"): Reading("F64 whose every value is an F32 number", _narrowed_to(np.float32, "F32")),
+    ("BF16", "F64"): Reading("F64 whose every value is a BF16 number", _narrowed_to(BFLOAT16, "BF16")),
+    ("BF16", "F16"): Reading("F16 whose every value is a BF16 number", _narrowed_to(BFLOAT16, "BF16")),
+    **{
+        ("I64", dtype): Reading(f"{dtype} widened to I64", _widened(np.int64))
+        for dtype in ("I32", "I16", "I8", "U32", "U16", "U8")
+    },
     ("F8_E8M0", "U8"): Reading("U8 that holds E8M0 bytes", _unchanged, same_bytes=True),
     ("F8_E8M0", "F32"): Reading("F32 scales that are powers of two", exponents),
     ("F8_E8M0", "BF16"): Reading("BF16 scales that are powers of two", exponents),

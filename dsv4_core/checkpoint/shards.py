@@ -17,6 +17,7 @@ import numpy as np
 from dsv4_core.contract.dtypes import BFLOAT16, Host
 from dsv4_core.files import forms
 from dsv4_core.files.mapped import Mapped, of
+from dsv4_core.files.mistaken import mistaken
 from dsv4_core.files.reading import FileError, json_text, opened, pread, regular
 from dsv4_core.files.words import one_line, printable
 
@@ -34,7 +35,10 @@ _BYTES = np.dtype(np.uint8)  # quantised data is bytes: codes, packed pairs and 
 VIEWS: dict[str, np.dtype[Any]] = {
     **{
         name: np.dtype(kind)
-        for name, kind in (("F64", "f8"), ("F32", "f4"), ("F16", "f2"), ("I64", "i8"), ("I32", "i4"))
+        for name, kind in (
+            *(("F64", "f8"), ("F32", "f4"), ("F16", "f2"), ("I64", "i8"), ("I32", "i4"), ("I16", "i2")),
+            *(("U32", "u4"), ("U16", "u2")),
+        )
     },
     **dict.fromkeys(("F8_E4M3", "F8_E8M0", "F4", "I8", "U8"), _BYTES),
     "BF16": BFLOAT16,
@@ -109,6 +113,8 @@ class Shard:
     def _read(self) -> dict[str, Stored]:
         size = regular(self.path)
         with opened(self.path) as descriptor:
+            if what := mistaken(pread(descriptor, min(size, 64), 0, self.path)):
+                raise ShardError(what)
             length = int.from_bytes(pread(descriptor, 8, 0, self.path), "little") if size >= 8 else 0
             if size < 8 or length > size - 8:
                 stated = f"a header of {length} bytes" if size >= 8 else "8 bytes of header length"
@@ -158,7 +164,10 @@ class Shard:
         for name, stored in sorted(entries.items(), key=lambda item: item[1][2:]):
             dtype, shape, begin, end = stored
             if dtype not in BITS:
-                raise ShardError(f"corrupt header: tensor {name} has dtype {dtype!r}, not one of {', '.join(BITS)}")
+                raise ShardError(
+                    f"tensor {name} has dtype {dtype!r}, which dsv4 does not read (it reads {', '.join(BITS)}); use the "
+                    "published checkpoint"
+                )
             if 8 * (end - begin) != math.prod(shape) * BITS[dtype] or min(shape, default=0) < 0:
                 raise ShardError(
                     f"corrupt header: tensor {name}, {dtype} {list(shape)}, does not fill its {end - begin} bytes"

@@ -10,8 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from dsv4_core.files import forms
+
 Values = dict[str, Any]
+TEXT_TYPES = ("deepseek_v4", "deepseek_v4_text")
+"""``model_type`` of the language model within a configuration of several parts."""
 _RATIOS = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
+NO_EFFECT = {"mscale": 0, "mscale_all_dim": 0, "attention_factor": 1, "truncate": True}
+"""Keys of a scaling that other models have, and what they must say: nothing, as if they were not
+there.
+"""
 _YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 
 
@@ -34,6 +42,38 @@ def published(values: Values) -> tuple[Values, list[str]]:
 
 def _taken(values: Values, *keys: str) -> list[Any]:
     return [values.pop(key, None) for key in keys]
+
+
+def _text_config(values: Values) -> str | None:
+    """``text_config``: the language model's keys one level down, as in files of models with other
+    parts (its ``model_type`` must be deepseek_v4).
+    """
+    text = values.get("text_config")
+    if not isinstance(text, dict) or text.get("model_type") not in TEXT_TYPES:
+        return None
+    for key, value in text.items():
+        if key in {"model_type", "architectures"}:
+            continue
+        if values.setdefault(key, value) != value and key in forms.Config.__struct_fields__:
+            raise ConfigError(
+                f"config.json: text_config says {key} = {value!r}, {key} itself says {values[key]!r}; keep the one that "
+                "the weights were made with"
+            )
+    del values["text_config"]
+    values |= {"model_type": TEXT_TYPES[0], "architectures": ["DeepseekV4ForCausalLM"]}
+    return "the model's keys are read from text_config"
+
+
+def _nulls(values: Values) -> str | None:
+    """``eos_token_id`` and ``num_nextn_predict_layers`` that are null: none."""
+    found = []
+    if values.get("eos_token_id", 1) is None:
+        values["eos_token_id"] = []
+        found.append("eos_token_id is null: no token of this file ends a text")
+    if values.get("num_nextn_predict_layers", 1) is None:
+        values["num_nextn_predict_layers"] = 0
+        found.append("num_nextn_predict_layers is null: no MTP block")
+    return "; ".join(found)
 
 
 def _layer_types(values: Values) -> str | None:
@@ -92,21 +132,13 @@ def _rope_head(values: Values) -> str | None:
 
 
 def _rope(values: Values) -> str | None:
-    """``rope_parameters`` for ``rope_theta``, ``compress_rope_theta`` and ``rope_scaling``; only
-    YaRN, or none, is implemented.
+    """``rope_parameters`` for ``rope_theta``, ``compress_rope_theta`` and ``rope_scaling``: with
+    main and compress, with a part for each kind of layer, or flat beside ``compress_rope_theta``;
+    only YaRN, or none, is implemented.
     """
     note, parameters = None, values.get("rope_parameters")
     if parameters is not None:
-        if not isinstance(parameters, dict):
-            raise ConfigError(f"config.json: rope_parameters = {parameters!r} must be an object")
-        main, compress = parameters.get("main"), parameters.get("compress")
-        if not isinstance(main, dict) or not isinstance(compress, dict):
-            if "main" in parameters or "compress" in parameters or "rope_theta" in parameters:
-                raise ConfigError(
-                    f"config.json: rope_parameters has {', '.join(parameters)}; it must have main and compress, each an "
-                    "object with its own rope_theta, or only the scaling"
-                )
-            main, compress = {}, parameters
+        main, compress = _rope_parts(parameters, values)
         if (kind := _kind(main)) != "default":
             raise ConfigError(
                 f"config.json: rope_parameters.main has rope_type {kind!r}, which is not implemented; layers without "
@@ -128,6 +160,30 @@ def _rope(values: Values) -> str | None:
         if note is None and (given is None or _kind(given) == "default"):
             note = "rope_scaling is none: layers with a ratio have plain RoPE, without YaRN"
     return note
+
+
+def _rope_parts(parameters: Any, values: Values) -> tuple[Values, Values]:
+    """Give what ``rope_parameters`` says of layers without and with compression."""
+    if not isinstance(parameters, dict):
+        raise ConfigError(f"config.json: rope_parameters = {parameters!r} must be an object")
+    parts = {key: part for key, part in parameters.items() if isinstance(part, dict)}
+    if parts and parts.keys() == parameters.keys():
+        if parts.keys() == {"main", "compress"}:
+            return parts["main"], parts["compress"]
+        plain, *compressed = _RATIOS
+        wide = [parts[kind] for kind in compressed if kind in parts]
+        if plain in parts and wide and parts.keys() <= _RATIOS.keys() and all(part == wide[0] for part in wide):
+            return parts[plain], wide[0]
+    elif not parts and "rope_theta" not in parameters:
+        return {}, parameters
+    elif not parts and "compress_rope_theta" in values:
+        theta = parameters["rope_theta"]
+        return {"rope_theta": theta}, {key: value for key, value in parameters.items() if key != "rope_theta"}
+    raise ConfigError(
+        f"config.json: rope_parameters has {', '.join(map(str, parameters)) or 'no key'}, which does not say what RoPE layers "
+        f"with and without compression have; dsv4 reads main and compress, {' and '.join(_RATIOS)} (the last two alike), or "
+        "only the scaling beside compress_rope_theta: copy config.json from the published checkpoint"
+    )
 
 
 def _kind(scaling: Values) -> Any:
@@ -152,12 +208,17 @@ def _scaling(scaling: Values) -> Values:
             f"config.json: rope_scaling of type {kind!r} is not implemented, and other positions would be computed without "
             "it; the published models have 'yarn'"
         )
-    for key in ("mscale", "mscale_all_dim", "attention_factor"):
-        said = scaling.get(key)
-        if not (said is None or said == 1 or (said == 0 and key != "attention_factor")):
+    for key, none in NO_EFFECT.items():
+        if (said := scaling.get(key)) not in (None, none):
             raise ConfigError(
-                f"config.json: rope_scaling.{key} = {said!r} is not implemented; the published models scale no magnitude"
+                f"config.json: rope_scaling.{key} = {said!r} is not implemented; the published models blend frequencies as "
+                f"if it were {none}, and scale no magnitude"
             )
+    if missing := [key for key in _YARN[:2] if key not in scaling]:
+        raise ConfigError(
+            f"config.json: rope_scaling is yarn without {' and '.join(missing)}, which other positions would be computed "
+            "without; copy it from the published config.json"
+        )
     return {"type": "yarn", **{key: scaling[key] for key in _YARN if key in scaling}}
 
 
@@ -196,11 +257,11 @@ def _experts(values: Values) -> str | None:
 
 
 def _tied(values: Values) -> str | None:
-    """``tie_word_embeddings``: the head may be missing."""
+    """``tie_word_embeddings``: head or embedding may be missing."""
     if values.get("tie_word_embeddings"):
-        return "tie_word_embeddings: where head.weight is missing, embed.weight is used"
+        return "tie_word_embeddings: where head.weight or embed.weight is missing, the other is used"
     return None
 
 
-READERS = (_layer_types, _hash_layers, _rope_head, _rope, _experts, _tied)
+READERS = (_text_config, _nulls, _layer_types, _hash_layers, _rope_head, _rope, _experts, _tied)
 """Each reads one other spelling where it is there, and says so."""

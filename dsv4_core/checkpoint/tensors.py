@@ -180,9 +180,8 @@ class Tensors:
             self.notes.append(f"{spelt} in {shard.path.name} is a copy of the main model's and is ignored")
         elif name in self.where:
             other, known = self.where[name]
-            as_ = "" if known == spelt else f" as {known}"
-            self.wrong(
-                "stored twice", name, shard.path.name, f"{other.path.name} holds it, too{as_}; remove one of them"
-            )
+            as_ = "" if known == spelt else f", as {known} and as {spelt}"
+            text = f"{other.path.name} holds it, too{as_}: which one is meant is not said; use the published checkpoint"
+            self.wrong("stored twice", name, shard.path.name, text)
         else:
             self.where[name] = (shard, spelt)

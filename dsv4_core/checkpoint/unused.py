@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from dsv4_core.checkpoint.config import Draft
 
-_VISION = ("vision.", "aligner.", "image_start", "image_end", "image_newline", "image_pad")  # of Vision-Exp
+_VISION = ("vision.", "aligner.", "image_start", "image_end", "image_newline", "image_pad", "visual.", "vision_tower.")
+_BUFFERS = (".inv_freq", ".freqs_cis", ".cos_cached", ".sin_cached")
 _MTP_PARTS = {"e_proj", "h_proj", "enorm", "hnorm"}
 _DSPARK_PARTS = {"main_proj", "main_norm", "markov_head", "confidence_head"}
 _MODULES: dict[Draft, str] = {"": "", "mtp": "an MTP block", "dspark": "a DSpark drafter"}
@@ -33,10 +34,24 @@ def set_aside(t: Tensors) -> None:
         for name in vision:
             del t.where[name]
         t.notes.append(f"{len(vision)} tensors of the vision part (such as {vision[0]}) are ignored: dsv4 runs text")
-    tied = t.config.other.get("tie_word_embeddings") and "embed.weight" in t.where
-    if tied and "head.weight" not in t.where:
-        t.where["head.weight"] = t.where["embed.weight"]
+    if t.config.other.get("tie_word_embeddings"):
+        for name, other in (("head.weight", "embed.weight"), ("embed.weight", "head.weight")):
+            if name not in t.where and other in t.where:
+                t.where[name] = t.where[other]
+    _set_buffers_aside(t)
     _set_offsets_aside(t)
+
+
+def _set_buffers_aside(t: Tensors) -> None:
+    """Tables of rotary frequencies, which some code saves beside the weights: config.json says the
+    same.
+    """
+    if found := [name for name in t.where if name.endswith(_BUFFERS)]:
+        for name in found:
+            del t.where[name]
+        t.notes.append(
+            f"{len(found)} tables of rotary frequencies (such as {found[0]}) are ignored: config.json gives them"
+        )
 
 
 def _set_offsets_aside(t: Tensors) -> None:
@@ -65,7 +80,6 @@ _ALIKE = (
     "q_lora_rank",
     "o_groups",
     "o_lora_rank",
-    "n_routed_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
     "sliding_window",
@@ -131,9 +145,11 @@ def settle_draft(t: Tensors, unread: set[str]) -> None:
             t.notes.append(f"no tensor under mtp. is there: this copy has not {_MODULES[c.draft]}, and runs without")
         t.config = c.drafting("")
     elif found == "dspark" and c.dspark_target_layer_ids:
+        if stages < c.stages and not any(name.startswith(f"mtp.{stages - 1}.markov_head.") for name in names):
+            stages = c.stages  # its heads, which the last stage has, are missing, too
         if c.stages not in {0, stages}:
             t.notes.append(f"config.json says {c.stages} stages of DSpark, the tensors are of {stages}")
-        t.config = c.drafting("dspark", stages)
+        t.config = _window_only(t, c.drafting("dspark", stages))
     elif found == "mtp" and c.num_nextn_predict_layers:
         t.config = c.drafting("mtp", 1)
         _forget(t, [name for name in names if not name.startswith("mtp.0.")], "of further MTP blocks")
@@ -145,6 +161,17 @@ def settle_draft(t: Tensors, unread: set[str]) -> None:
             why = "config.json has no dspark_target_layer_ids, which say what it reads"
         _forget(t, names, f"of {module or 'an unknown draft module'}: {why}")
         t.config = c.drafting("")
+
+
+def _window_only(t: Tensors, config: ModelConfig) -> ModelConfig:
+    """Give DSpark's stages the ratio 0, which is the only one that they have."""
+    main, stages = (
+        config.compress_ratios[: config.num_hidden_layers],
+        config.compress_ratios[config.num_hidden_layers :],
+    )
+    if any(stages):
+        t.notes.append(f"compress_ratios end with {list(stages)}, read as 0: DSpark's stages have windows only")
+    return replace(config, compress_ratios=(*main, *(0 for _ in stages)))
 
 
 def _forget(t: Tensors, names: Sequence[str], whose: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from dsv4_core.checkpoint import foreign, identity, matching, unused
 from dsv4_core.checkpoint.config import ModelConfig
 from dsv4_core.checkpoint.findings import CheckpointError, Finding, ForeignError
-from dsv4_core.checkpoint.layout import QUANTISED, TensorSpec, unpacked
+from dsv4_core.checkpoint.layout import QUANTISED, TensorSpec, canonical_name, unpacked
 from dsv4_core.checkpoint.readings import ReadingError
 from dsv4_core.checkpoint.shards import Shard
 from dsv4_core.checkpoint.tensors import Progress, Tensors
@@ -54,6 +54,7 @@ class Checkpoint(Tensors):
         if drafter:
             unread = {name for name in unread if not name.startswith("mtp.")} | unused.take_drafter(self, drafter)
         unused.settle_draft(self, unread)
+        matching.count_experts(self)
         matching.match(self, unread)
         matching.find_float_factors(self)
         self._note_readings()
@@ -138,7 +139,8 @@ class Checkpoint(Tensors):
         """Give ``prefix.experts.{e}.projection`` of every routed expert, each viewed when it is
         first used.
         """
-        return Experts(_Lazy(self, [f"{prefix}.experts.{e}.{projection}" for e in range(self.config.n_routed_experts)]))
+        count = self.config.experts_of(prefix.removesuffix(".ffn"))
+        return Experts(_Lazy(self, [f"{prefix}.experts.{e}.{projection}" for e in range(count)]))
 
     def identity(self, *, whole: bool = False) -> str:
         """Hash the content (``whole``: every byte, which takes as long as reading it); see
@@ -162,7 +164,7 @@ class Checkpoint(Tensors):
 
     def _note_readings(self) -> None:
         """Say once for each kind what was read in another spelling."""
-        respelt = [(name, spelt) for name, (_, spelt) in self.where.items() if name not in {spelt, "head.weight"}]
+        respelt = [(n, spelt) for n, (_, spelt) in self.where.items() if n != spelt and n == canonical_name(spelt)]
         if respelt:
             name, spelt = respelt[0]
             self.notes.append(

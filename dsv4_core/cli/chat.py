@@ -111,7 +111,11 @@ class Talk:
         if word == "/effort":
             levels = list(self.texts.efforts) if self.texts else []
             if rest and rest not in levels:
-                raise ValueError(f"effort {rest!r}; this checkpoint's chat texts have {', '.join(levels) or 'none'}")
+                if not levels:
+                    raise ValueError(
+                        f"effort {rest!r} needs chat texts; begin with --encoding-profile preview or official"
+                    )
+                raise ValueError(f"effort {rest!r}; this checkpoint's chat texts have {', '.join(levels)}")
             self.effort = rest or None
             self.thinking = self.thinking or bool(rest)
             return f"effort {rest or 'as the encoder has it'}"
@@ -174,7 +178,9 @@ def talk(session: Talk, read: Callable[[], str], write: Callable[[str, bool], An
             write("\n", False)
         except KeyboardInterrupt:
             write("\n(ended)\n", True)
-        except (ValueError, OSError) as error:
+        except OSError as error:
+            write(f"{error.filename}: {error.strerror}\n" if error.filename else f"{error}\n", True)
+        except ValueError as error:
             write(f"{error}\n", True)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsv4_core.cli.commands import Command, option
-from dsv4_core.cli.options import BackendFlags, RankFlags, backend_options, json_option, rank_options
+from dsv4_core.cli.options import BackendFlags, Finite, RankFlags, backend_options, json_option, rank_options
 from dsv4_core.files import reading
 from dsv4_core.files.words import for_terminal, printable
 
@@ -68,11 +68,11 @@ generation = functools.partial(option, heading="Generation")
 @generation(
     "--drafter",
     metavar="DIR",
-    help="With --speculative: a directory whose MTP block or DSpark drafts for MODEL.",
+    help="With --speculative: a directory whose MTP block or DSpark drafts for MODEL; `embedded`: the one made for the embedded model.",
 )
 @generation(
     "--draft-confidence",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=Finite(0, 1, max_open=True),
     default=0.0,
     show_default=True,
     help="DSpark's drafts end where the chance that all are kept falls below this.",

@@ -23,7 +23,7 @@ def _ratios(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 @click.command("init", cls=Command)
 @click.argument("model_dir", type=click.Path(path_type=Path))
 @click.option("--preset", type=click.Choice(sorted(PRESETS)), default="tiny", show_default=True, help="Which model.")
-@click.option("--layers", type=int, help="Keep the first N layers and the MTP block.")
+@click.option("--layers", type=int, help="Keep the first N layers, and what drafts.")
 @click.option("--experts", type=int, help="Routed experts per layer.")
 @click.option(
     "--expert-dtype", type=click.Choice(["fp4", "fp8"]), default="fp4", show_default=True, help="Of routed experts."

@@ -5,6 +5,7 @@ options.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 from dataclasses import dataclass, replace
@@ -53,6 +54,17 @@ class ByteSize(click.ParamType):  # type: ignore[type-arg]  # generic from click
                 ctx,
             )
         return int(float(match[1]) * _UNITS[(match[2] or "B").lower()])
+
+
+class Finite(click.FloatRange):
+    """A number in a range; NaN, which lies in every range, is in none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read it, or fail naming the range."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number", param, ctx)
+        return number
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from rich.table import Table
 from dsv4_core.checkpoint.rank_part import Place
 from dsv4_core.cli.commands import Command, option
 from dsv4_core.cli.console import wide_console
-from dsv4_core.cli.options import json_option
+from dsv4_core.cli.options import Finite, json_option
 from dsv4_core.planning.claims import claims
 from dsv4_core.planning.plan import Ceiling, Hardware, Plan, per_token
 
@@ -49,6 +49,7 @@ instead = functools.partial(option, heading="Other figures")
 @sequences(
     "--model", "-m", help="A preset (flash, pro-0813, ...) or a checkpoint's directory (only its headers are read)."
 )
+@sequences("--drafter", metavar="DIR", help="A directory whose MTP block or DSpark drafts for --model's.")
 @sequences(
     "--context",
     type=Tokens(),
@@ -64,7 +65,7 @@ instead = functools.partial(option, heading="Other figures")
 )
 @devices("--tp", type=click.IntRange(1), help="Ranks that share heads and vocabulary; else the best found.")
 @devices("--ep", type=click.IntRange(1), help="Groups of such ranks, among which experts are spread.")
-@devices("--price", type=float, help="Dollars an hour for the whole machine: gives the cost per million tokens.")
+@devices("--price", type=Finite(0), help="Dollars an hour for the whole machine: gives the cost per million tokens.")
 @instead(
     "--claims",
     "only_claims",
@@ -79,6 +80,7 @@ instead = functools.partial(option, heading="Other figures")
 @json_option
 def command(
     model: str | None,
+    drafter: str | None,
     context: int | None,
     batch: int,
     hardware: str,
@@ -111,7 +113,7 @@ def command(
     from dsv4_core.cli.running import bar, model_config
 
     machine = Hardware.parse(hardware)
-    config, fmt = model_config(model)
+    config, fmt = model_config(model, drafter)
     context = context or config.max_position_embeddings
     with bar("counting") as progress:
         plan = choose(config, context, machine, batch=batch, tp=tp, ep=ep, fmt=fmt, progress=progress)

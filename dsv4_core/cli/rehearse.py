@@ -70,6 +70,12 @@ def command(preset: str, out: Path, tokens: int, prompt: int, memory: int, flags
             f" ({r.touched / r.predicted - 1:+.1%}), at most {r.peak / 1e9:.2f} GB resident, sampled {r.sampled}"
         )
     s = rehearse.summary(reports)
+    if s["difference"] < -0.1:
+        click.echo(
+            "fewer pages were counted than read: memory ran short and the system took some back first; run it with a smaller "
+            "--memory, or with nothing beside it",
+            err=True,
+        )
     weights = f"touched {s['touched'] / 1e9:.2f} GB, plan said {s['predicted'] / 1e9:.2f} ({s['difference']:+.2%})"
     click.echo(
         f"{len(reports)} steps in {s['seconds']:.1f} s: {weights}; peak resident {rehearse.peak_resident() / 1e9:.2f} GB"

@@ -60,20 +60,22 @@ def open_model(model: str | None, flags: BackendFlags, asked: RankFlags = ALONE,
     return open_session(model, flags.create, drafter=drafter, tp=asked.tp, ep=asked.ep, progress=Bars())
 
 
-def model_config(model: str | None) -> tuple[ModelConfig, Format]:
-    """Give a preset's configuration, or a checkpoint's with the format of its experts; only headers
-    are read.
+def model_config(model: str | None, drafter: str | None = None) -> tuple[ModelConfig, Format]:
+    """Give a preset's configuration, or a checkpoint's (with another directory's drafter) with the
+    format of its experts; only headers are read.
     """
     from pathlib import Path
 
     from dsv4_core.checkpoint.config import PRESETS
-    from dsv4_core.checkpoint.locate import find_model
+    from dsv4_core.checkpoint.locate import find_drafter, find_model
     from dsv4_core.checkpoint.weights import Checkpoint
     from dsv4_core.planning.support import expert_format
 
     if model in PRESETS and not Path(model).is_dir():
+        if drafter:
+            raise ValueError(f"--drafter is for a checkpoint's directory; {model} is a preset, which has its own")
         return PRESETS[model], "e2m1"
-    checkpoint = Checkpoint(find_model(model))
+    checkpoint = Checkpoint(find_model(model), drafter=find_drafter(drafter))
     return checkpoint.config, expert_format(checkpoint)
 
 

@@ -32,7 +32,7 @@ MOST_DIGITS = 18  # of an option's number
 class Option:
     """A keyword of a backend's constructor that the command line offers: ``--name`` with dashes.
 
-    ``kind``: bool, int (from ``least``) or str; left out it is the default's, or str.
+    ``kind``: bool, int (``least`` to ``most``) or str; left out it is the default's, or str.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Option:
     default: Any = None
     kind: type[bool | int | str] | None = None
     least: int = 0
+    most: int = 10**MOST_DIGITS - 1
 
     def read(self, value: Any) -> Any:
         """Give a value, or its text from a command line, as the option's kind; raise ``ValueError``
@@ -55,13 +56,13 @@ class Option:
             and text.isascii()
             and text.isdecimal()
             and len(text) <= MOST_DIGITS
-            and int(text) >= self.least
+            and self.least <= int(text) <= self.most
         ):
             return int(text)
         if kind is str and not isinstance(value, bool) and (text or text == self.default) and printable(text) == text:
             return text
         must = {bool: "true or false", str: "a word"}
-        must[int] = f"a whole number from {self.least}, of at most {MOST_DIGITS} digits"
+        must[int] = f"a whole number from {self.least} to {self.most}"
         raise ValueError(f"{self.name} = {one_line(repr(value), 80)} must be {must[kind]} ({self.help})")
 
 

@@ -48,6 +48,7 @@ E2M1_PAIRS: npt.NDArray[np.float32] = np.stack([np.tile(E2M1_VALUES, 16), np.rep
 """Values of both nibbles of a byte, the low nibble (the even column) first: [256, 2]."""
 
 
+@functools.cache
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """Give NumPy's dtype object for a dtype name; raise ``ValueError`` for a name that neither
     NumPy nor ml_dtypes knows.

@@ -100,7 +100,7 @@ class Config(Form):
     norm_topk_prob: bool | UnsetType = UNSET
     hidden_act: Word | UnsetType = UNSET
     bos_token_id: Id | UnsetType = UNSET
-    eos_token_id: Id | Annotated[list[Id], Meta(min_length=1, max_length=64)] | UnsetType = UNSET
+    eos_token_id: Id | Annotated[list[Id], Meta(max_length=64)] | UnsetType = UNSET
     dspark_block_size: Annotated[int, Meta(ge=0, le=1 << 10)] | UnsetType = UNSET
     dspark_noise_token_id: Id | UnsetType = UNSET
     dspark_target_layer_ids: Annotated[list[Count], Meta(max_length=64)] | UnsetType | None = UNSET

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from dsv4_core.files.mistaken import mistaken
 from dsv4_core.files.words import one_line
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ def json_text(data: bytes | str, form: type[T], name: str, advice: str) -> T:
     except msgspec.ValidationError as error:
         raise FileError(f"{_told(name, str(error), _decoded(raw))}; {advice}") from None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        if what := mistaken(raw[:64]):
+            raise FileError(f"{name}: {what}") from None
         raise FileError(f"{name}: not JSON ({one_line(str(error))}); {advice}") from None
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dsv4_core.graph.model import Model
 
 CHUNK = 2048  # tokens of a prefill step: activations and scores of one chunk are alive at a time
+_MANY = 1 << 31
 FAR = 4096  # a long prompt leaves a snapshot at each multiple of it, beside the one near its end
 
 Likely = tuple[tuple[int, float], ...]
@@ -114,10 +115,15 @@ class _Run:
         return (*self.request.prompt, *self.out)
 
     @property
+    def free(self) -> int:
+        """How many of the next tokens no constraint narrows."""
+        return _MANY if self.request.constraint is None else self.request.constraint.free()
+
+    @property
     def plain(self) -> tuple[float, float] | None:
         """Temperature and top-p, where the backend's ``sample`` is all that it needs."""
         r = self.request
-        alone = r.sampling.by_backend and r.constraint is None and r.prompt_logprobs is None
+        alone = r.sampling.by_backend and r.prompt_logprobs is None and self.free > 0
         return (r.sampling.temperature, r.sampling.top_p) if alone else None
 
     def uniform(self, ahead: int) -> float:
@@ -251,20 +257,24 @@ class Engine:
         """Admit what waits, decode a token for each running request, prefill within the budget;
         give what happened.
         """
-        while self._waiting and self._free:
+        while self._waiting and self._free and not self._soon_shared(self._waiting[0].request):
             self._admit(self._waiting.popleft())
         decoding = sorted((run for run in self._running if run.out), key=lambda run: run.slot)
         rows = [self._decode_row(run) for run in decoding]
         if rows:
             self._forward(decoding, rows)
         left = max(1, self.budget - sum(len(row.tokens) for row in rows))
-        for run in [run for run in self._running if not run.out]:
-            while left > 0 and not run.out and run in self._running:
-                row = self._prefill_row(run, left)
-                left -= len(row.tokens)
-                self._forward([run], [row])
+        while left > 0 and (reading := [run for run in self._running if not run.out]):
+            prompts: list[tuple[_Run, Row]] = []
+            for run in reading:
+                if left > 0:
+                    prompts.append((run, self._prefill_row(run, left)))
+                    left -= len(prompts[-1][1].tokens)
+            for rectangle in _rectangles(prompts):
+                self._forward([run for run, _ in rectangle], [row for _, row in rectangle])
                 if self.progress:
-                    self.progress(run.rows, len(run.request.prompt))
+                    for run, _ in rectangle:
+                        self.progress(run.rows, len(run.request.prompt))
         events, self._events = self._events, []
         return events
 
@@ -335,7 +345,7 @@ class Engine:
             if row.plain or seen.logits is None:
                 chosen = Chosen(int(seen.ids[at]))
             else:
-                allowed = request.constraint.allowed() if request.constraint else None
+                allowed = request.constraint.allowed() if request.constraint and run.free <= j else None
                 chosen = choose(seen.logits[at], request.sampling, run.uniform(j), counts, allowed)
             if chosen.token < 0:
                 raise NoNumberError(len(request.prompt) + len(run.out) + j)
@@ -352,9 +362,9 @@ class Engine:
         """
         request = run.request
         room = request.max_tokens - len(run.out) - len(line) - 1
-        if not request.draft or request.constraint or not line or line[-1] in request.stop:
+        if not request.draft or not line or line[-1] in request.stop:
             return None
-        count = max(0, min(self.drafts, room))
+        count = max(0, min(self.drafts, room, run.free - len(line) - 1))
         return Wish(request.sampling, [run.uniform(len(line) + k) for k in range(count)])
 
     def _tell(self, run: _Run, row: Row, seen: Outcome) -> None:
@@ -394,8 +404,8 @@ class Engine:
                 self._end(run, finish, chosen=chosen, first=first)
                 return
             self._events.append(self._event(run, chosen, first=first))
-        room = min(request.max_tokens - len(run.out) - 1, self.capacity - run.rows - 1)
-        run.draft = draft[: max(0, room)] if request.draft and request.constraint is None else []
+        room = min(request.max_tokens - len(run.out) - 1, self.capacity - run.rows - 1, run.free - 1)
+        run.draft = draft[: max(0, room)] if request.draft else []
 
     def _event(
         self,
@@ -456,6 +466,23 @@ class Engine:
         self._stats.prompt_tokens += len(prompt)
         self._stats.hit_tokens += run.hit
 
+    def _soon_shared(self, request: Request) -> bool:
+        """Whether a prompt that is being read will leave a prefix that this one can take up: it is
+        read once for all who wait for it, as the replies to one prompt do.
+        """
+        if not self.reuse or request.prompt_logprobs is not None:
+            return False
+        prompt = request.prompt
+        prefixes = [k.tokens for k in self._kept] + [self._held.get(slot, ()) for slot in self._free]
+        known = max((len(tokens) for tokens in prefixes if _begins(prompt, tokens)), default=0)
+        for run in self._running:
+            if not run.out:
+                other, end = run.request.prompt, _near_end(run.request.prompt)
+                marks = {end, *range((run.rows // FAR + 1) * FAR, end, FAR)}
+                if any(mark > max(known, run.rows) and _begins(prompt, other[:mark]) for mark in marks):
+                    return True
+        return False
+
     def _any_free(self) -> int:
         """The free slot that holds least; where groups of ranks have slots of their own, one far
         from those in use.
@@ -488,6 +515,23 @@ class Engine:
             return
         self._kept.append(_Kept(tokens, run.slot, self.cache.snapshot(run.slot)))
         del self._kept[: len(self._kept) - 4 * self.slots]
+
+
+def _rectangles(prompts: list[tuple[_Run, Row]]) -> list[list[tuple[_Run, Row]]]:
+    """Rows of prompts that are read in one step each: no row is padded by more than a third of its
+    tokens, which costs less than a step of its own. Each is sorted by slot, as a step needs it.
+    """
+    groups: list[list[tuple[_Run, Row]]] = []
+    for one in prompts:
+        length = len(one[1].tokens)
+        for group in groups:
+            lengths = [len(row.tokens) for _, row in group]
+            if 3 * max(length, *lengths) <= 4 * min(length, *lengths):
+                group.append(one)
+                break
+        else:
+            groups.append([one])
+    return [sorted(group, key=lambda one: one[0].slot) for group in groups]
 
 
 def _near_end(prompt: tuple[int, ...]) -> int:

@@ -94,6 +94,9 @@ class Constraint(Protocol):
     one.
     """
 
+    def free(self) -> int:
+        """How many of the next tokens may be any: ``allowed`` is not asked for them."""
+
     def allowed(self) -> Host:
         """Bits of the allowed ids, int32 [ceil(vocab / 32)], id ``32 i + j`` being bit j of element
         i.

@@ -115,7 +115,8 @@ class RankSource(ShapeSource):
         """Bytes of one rank's weights by kind, its share of the routed experts among them."""
         shares: defaultdict[str, float] = defaultdict(float)
         for spec in self.specs.values():
-            alike, holders = (self.config.n_routed_experts, self.place.ranks) if ".experts." in spec.name else (1, 1)
+            block, experts, _ = spec.name.partition(".ffn.experts.")
+            alike, holders = (self.config.experts_of(block), self.place.ranks) if experts else (1, 1)
             shares[spec.kind] += alike * math.prod(spec.shape) * BITS[spec.dtype] / 8 / holders
         return shares
 

@@ -65,6 +65,12 @@ def resident(kind: str = "VmRSS") -> int:
     raise OSError(f"/proc/self/status has no {kind}: a rehearsal measures its memory on Linux")
 
 
+def available() -> int:
+    """Bytes of memory that this machine has for new pages."""
+    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
+
+
 @dataclass(frozen=True)
 class StepReport:
     """One step: its tokens, seconds, bytes of weights touched and predicted, most resident memory,
@@ -81,7 +87,7 @@ class StepReport:
 
 class Rehearsal(Model):
     """The model, which after each layer notes memory and gives weights' pages back when more than
-    ``memory`` bytes are resident.
+    ``memory`` bytes, or a quarter of what the machine has left, are resident.
     """
 
     def __init__(
@@ -106,7 +112,7 @@ class Rehearsal(Model):
         files, everything = resident("RssFile"), resident()
         self.touched += files - self.files
         self.peak = max(self.peak, everything)
-        if everything > self.memory:
+        if everything > min(self.memory, available() // 4):  # before the system takes back pages not yet counted
             self.checkpoint.release()
             files = resident("RssFile")
         self.files = files

@@ -342,7 +342,8 @@ class ShapeSource:
 
     def experts(self, prefix: str, projection: str) -> Experts:
         """Give one projection of every routed expert."""
-        return Experts(_Repeated(self.weight(f"{prefix}.experts.0.{projection}"), self.config.n_routed_experts))
+        count = self.config.experts_of(prefix.removesuffix(".ffn"))
+        return Experts(_Repeated(self.weight(f"{prefix}.experts.0.{projection}"), count))
 
 
 class Call(NamedTuple):

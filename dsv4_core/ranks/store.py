@@ -7,6 +7,7 @@ Core imports no torch: a backend hands over the module that it imported.
 from __future__ import annotations
 
 import socket
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,30 @@ def listen(where: Rendezvous) -> socket.socket:
         ) from error
 
 
+def await_store(where: Rendezvous) -> None:
+    """Wait until somebody listens where the store should be; torch's own waiting takes twice its
+    limit, and tells of its stack.
+    """
+    until = time.monotonic() + JOIN
+    while True:
+        try:
+            socket.create_connection((where.host, where.port), timeout=JOIN).close()
+        except OSError as error:  # noqa: PERF203  it waits
+            if time.monotonic() > until:
+                raise RankError(
+                    f"rank {where.rank} found no store of {holder_of(where)} at {where.host}:{where.port} within {JOIN:.0f} s "
+                    f"({error.strerror or error}); start every rank, with the same MASTER_ADDR and MASTER_PORT"
+                ) from None
+            time.sleep(0.1)
+        else:
+            return
+
+
+def holder_of(where: Rendezvous) -> str:
+    """Who holds the ranks' store."""
+    return "the launcher" if where.holder is None else f"rank {where.holder}"
+
+
 class StoredRanks:
     """All ranks of a run. Constructing it reaches the store, ``connect`` the other ranks through
     ``library`` (gloo, nccl ...).
@@ -84,14 +109,14 @@ class StoredRanks:
             )
 
         resolved(where)
+        if where.rank != where.holder:
+            await_store(where)
         try:
             self._own = store(is_master=where.rank == where.holder, seconds=timedelta(seconds=JOIN))
             self.store = distributed.PrefixStore(where.attempt, store(is_master=False, seconds=ANSWER))
         except RuntimeError as error:
-            holder = "the launcher" if where.holder is None else f"rank {where.holder}"
-            at = f"{where.host}:{where.port} within {JOIN:.0f} s"
             raise RankError(
-                f"rank {where.rank} found no store of {holder} at {at}: {str(error).splitlines()[0]}"
+                f"rank {where.rank} reached no store of {holder_of(where)} at {where.host}:{where.port}: {str(error).splitlines()[0]}"
             ) from error
 
         with reaching():

@@ -212,7 +212,8 @@ class Watch:
             self.store.set(self._key("beat", self.rank), state)
 
     def _watch(self) -> None:
-        seen = [("", time.monotonic())] * self.ranks
+        before = time.monotonic()  # its own: the guard sets ``_looked``, too, and may wake first
+        seen = [("", before)] * self.ranks
         count = 0
         while not self._stopping.is_set():
             try:
@@ -226,11 +227,9 @@ class Watch:
             except RankError as lost:
                 self._end(str(lost))
                 return
-            before, now = self._looked, time.monotonic()
-            self._looked = now
-            asleep = (
-                now - before > SUSPECT
-            )  # this process itself was stopped for a while, and saw nothing of the others
+            now = self._looked = time.monotonic()
+            asleep = now - before > SUSPECT  # this process itself was stopped, and saw nothing of the others
+            before = now
             for r, state in enumerate(states):
                 if asleep or state != seen[r][0]:
                     seen[r] = state, now

@@ -22,17 +22,18 @@ from starlette.routing import Route
 from dsv4_core.graph.cache import CacheError
 from dsv4_core.graph.engine import BusyError
 from dsv4_serve import completions, protocol
+from dsv4_serve.forms import BODIES
 from dsv4_serve.openapi import document
 from dsv4_serve.refusal import RefusedError
-from dsv4_serve.waiting import merged, watched, with_silences
+from dsv4_serve.schema import check
+from dsv4_serve.waiting import watched
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable
 
     from starlette.requests import Request
 
     from dsv4_core.graph.engine import Event
-    from dsv4_core.graph.engine import Request as EngineRequest
     from dsv4_serve.metrics import Metrics
     from dsv4_serve.served import Served
     from dsv4_serve.worker import Running, Worker
@@ -156,44 +157,33 @@ class App:
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise RefusedError(f"the body is not JSON: {error}") from None
         if not isinstance(body, dict):
-            raise RefusedError(f"the body is {type(body).__name__}; it must be a JSON object")
+            raise RefusedError('the body must be a JSON object, as {"model": ...}')
         return body
 
-    async def _events(self, running: Running, began: float) -> AsyncGenerator[Event, None]:
-        """What happens to a request, timed. In the end it is cancelled."""
-        last = None
-        try:
-            async with contextlib.aclosing(running.events()) as events:
-                async for event in events:
-                    if event.chosen:
-                        now = time.monotonic()
-                        (self.metrics.between if last else self.metrics.first).observe(now - (last or began))
-                        last = now
-                    if event.error:
-                        raise event.error
-                    yield event
-        finally:
-            running.cancel()
-
-    def _together(
-        self, runs: Sequence[Running], began: float, silence: float
-    ) -> contextlib.aclosing[AsyncGenerator[tuple[int, Event] | None, None]]:
-        """What happens to several, with each one's number; None after each ``silence`` seconds
-        without news.
+    async def _events(
+        self, running: Running, began: float, silence: float
+    ) -> AsyncGenerator[tuple[int, Event] | None, None]:
+        """What happens to a client's requests, with each one's number, timed; None after each
+        ``silence`` seconds without news. In the end they are cancelled.
         """
-        return contextlib.aclosing(with_silences(merged([self._events(run, began) for run in runs]), silence))
-
-    async def _submitted(self, requests: Iterable[EngineRequest]) -> list[Running]:
-        """All requests taken by the engine; where one is refused none is."""
-        runs: list[Running] = []
+        last: dict[int, float] = {}
         try:
-            for request in requests:
-                runs.append(await self.worker.submit(request))  # noqa: PERF401  those before are needed where one raises
-        except BaseException:
-            for run in runs:
-                run.cancel()
-            raise
-        return runs
+            async with contextlib.aclosing(running.events(silence)) as events:
+                async for told in events:
+                    if told is not None:
+                        which, event = told
+                        if event.chosen:
+                            now = time.monotonic()
+                            before = last.get(which)
+                            (self.metrics.first if before is None else self.metrics.between).observe(
+                                now - (before or began)
+                            )
+                            last[which] = now
+                        if event.error:
+                            raise event.error
+                    yield told
+        finally:
+            running.close()
 
     # the protocols
 
@@ -203,19 +193,19 @@ class App:
             body = await self._body(request)
             name = f"{ {'chat': 'chatcmpl', 'responses': 'resp', 'messages': 'msg'}[kind] }-{uuid.uuid4().hex}"
             asked = await asyncio.to_thread(protocol.asked, kind, body, self.served, name)
-            runs = await self._submitted(asked.requests)
+            running = await self.worker.submit(asked.requests)
             if asked.stream:
-                stream = self._streamed(kind, asked, runs, began)
+                stream = self._streamed(kind, asked, running, began)
                 return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-cache"})
             choices = asked.choices
-            async with watched(request) as gone, self._together(runs, began, 0.5) as events:
+            async with watched(request) as gone, contextlib.aclosing(self._events(running, began, 0.5)) as events:
                 async for event in events:
                     if gone.is_set():
                         break
                     if event:
                         choices.add(*event)
                         if choices.is_finished(event[0]):
-                            runs[event[0]].cancel()
+                            running.cancel(event[0])
                     if choices.finished:
                         break
             return Response(choices.whole(), media_type="application/json")
@@ -223,11 +213,11 @@ class App:
         return handle
 
     async def _streamed(
-        self, kind: str, asked: protocol.Asked, runs: list[Running], began: float
+        self, kind: str, asked: protocol.Asked, running: Running, began: float
     ) -> AsyncGenerator[str, None]:
         tokens, choices = 0, asked.choices
         try:
-            async with self._together(runs, began, self.keep_alive) as events:
+            async with contextlib.aclosing(self._events(running, began, self.keep_alive)) as events:
                 async for event in events:
                     if event is None:
                         yield ": still working\n\n"
@@ -236,7 +226,7 @@ class App:
                     for text in choices.stream(*event):
                         yield text
                     if choices.is_finished(event[0]):
-                        runs[event[0]].cancel()
+                        running.cancel(event[0])
                     if choices.finished:
                         break
             yield choices.done()
@@ -245,15 +235,14 @@ class App:
             body = RefusedError.failed(error).body(anthropic=kind == "messages")
             yield f"event: error\ndata: {json.dumps(body)}\n\n"
         finally:
-            for run in runs:
-                run.cancel()
+            running.close()
             finished = choices.finished
             choices.close()
             self._log(kind, 200, began, prompt=len(asked.requests[0].prompt), tokens=tokens, finished=finished)
 
     async def _count(self, request: Request) -> Response:
         body = {"max_tokens": 1, **await self._body(request)}
-        asked = await asyncio.to_thread(protocol.asked, "messages", body, self.served, "count")
+        asked = await asyncio.to_thread(protocol.asked, "messages", body, self.served, "count", counted=True)
         return JSONResponse({"input_tokens": len(asked.requests[0].prompt)})
 
     async def _completions(self, request: Request) -> Response:
@@ -266,19 +255,19 @@ class App:
             "created": self.served.clock(),
             "model": self.served.name,
         }
-        runs = await self._submitted(one.request for one in asked)
+        running = await self.worker.submit([one.request for one in asked])
         if body.get("stream"):
             usage = bool((body.get("stream_options") or {}).get("include_usage"))
-            stream = self._streamed_completions(asked, runs, head, began, usage=usage)
+            stream = self._streamed_completions(asked, running, head, began, usage=usage)
             return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        async with watched(request) as gone, self._together(runs, began, 0.5) as events:
+        async with watched(request) as gone, contextlib.aclosing(self._events(running, began, 0.5)) as events:
             async for event in events:
                 if gone.is_set():
                     break
                 if event and not asked[event[0]].finish:
                     asked[event[0]].push(event[1])
                     if asked[event[0]].finish:
-                        runs[event[0]].cancel()
+                        running.cancel(event[0])
                 if all(one.finish for one in asked):
                     break
         choices = [one.choice(i, one.text) for i, one in enumerate(asked)]
@@ -287,14 +276,14 @@ class App:
     async def _streamed_completions(
         self,
         asked: list[completions.Completion],
-        runs: list[Running],
+        running: Running,
         head: dict[str, Any],
         began: float,
         *,
         usage: bool,
     ) -> AsyncGenerator[str, None]:
         try:
-            async with self._together(runs, began, self.keep_alive) as events:
+            async with contextlib.aclosing(self._events(running, began, self.keep_alive)) as events:
                 async for event in events:
                     if event is None:
                         yield ": still working\n\n"
@@ -306,7 +295,7 @@ class App:
                     text = one.push(event[1])
                     yield f"data: {json.dumps({**head, 'choices': [one.choice(i, text, since=since)]})}\n\n"
                     if one.finish:
-                        runs[i].cancel()
+                        running.cancel(i)
                     if all(other.finish for other in asked):
                         break
             if usage:
@@ -316,8 +305,7 @@ class App:
             LOG.exception("a stream failed")
             yield f"data: {json.dumps(RefusedError.failed(error).body(anthropic=False))}\n\n"
         finally:
-            for running in runs:
-                running.cancel()
+            running.close()
             self._log("completions", 200, began, prompts=len(asked), tokens=sum(one.generated for one in asked))
 
     # the small ones
@@ -338,18 +326,17 @@ class App:
 
     async def _tokenize(self, request: Request) -> Response:
         body = await self._body(request)
-        text = body.get("prompt", body.get("text"))
-        if not isinstance(text, str):
-            raise RefusedError("prompt must be a text", param="prompt")
-        ids = self.served.vocabulary.words(text)
+        check(body, BODIES["tokenize"])
+        ids = self.served.vocabulary.words(body["prompt"])
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self.served.engine.capacity})
 
     async def _detokenize(self, request: Request) -> Response:
-        ids = (await self._body(request)).get("tokens")
+        body = await self._body(request)
+        check(body, BODIES["detokenize"])
         vocab = self.served.engine.model.config.vocab_size
-        if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < vocab for i in ids):
+        if max(body["tokens"], default=0) >= vocab:
             raise RefusedError(f"tokens must be a list of ids in 0 .. {vocab - 1}", param="tokens")
-        return JSONResponse({"prompt": self.served.vocabulary.text(ids)})
+        return JSONResponse({"prompt": self.served.vocabulary.text(body["tokens"])})
 
     async def _metrics(self, request: Request) -> Response:
         del request

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsv4_core.cli.commands import Command
-from dsv4_core.cli.options import BackendFlags, RankFlags, backend_options, rank_options
+from dsv4_core.cli.options import BackendFlags, Finite, RankFlags, backend_options, rank_options
 
 if TYPE_CHECKING:
     from dsv4_core.text.fixed_texts import Profile
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @click.option("--speculative", is_flag=True, help="Draft with what the checkpoint has for it, MTP or DSpark.")
 @click.option(
     "--draft-confidence",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=Finite(0, 1, max_open=True),
     default=0.0,
     show_default=True,
     help="DSpark's drafts end where the chance that all of them are kept falls below it.",
@@ -80,7 +80,7 @@ def command(
     and Anthropic's protocols.
     """
     try:
-        from dsv4_serve.running import application, follow_first, listen
+        from dsv4_serve.running import application, bound, follow_first, listen
     except ImportError as error:
         raise click.ClickException(f"dsv4 serve needs its extra ({error}); pip install 'dsv4[serve]'") from None
 
@@ -103,6 +103,7 @@ def command(
             if asked.stats:
                 session.ranks.report()
             return
-        listen(application(session, queue=queue, key=api_key, largest=max_body, **how), host, port, drain_seconds)
+        with bound(host, port) as address:
+            listen(application(session, queue=queue, key=api_key, largest=max_body, **how), address, drain_seconds)
         if asked.stats:
             click.echo(session.ranks.report(), err=True)

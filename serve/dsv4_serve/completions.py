@@ -11,8 +11,10 @@ from dsv4_core.graph.engine import Request
 from dsv4_core.graph.sampling import Sampling
 from dsv4_core.text.markers import Piece
 from dsv4_core.text.tokenizer import PieceStream
-from dsv4_serve.protocol import MOST_CHOICES
-from dsv4_serve.refusal import RefusedError, flag, known, number, whole
+from dsv4_serve.forms import BODIES
+from dsv4_serve.refusal import RefusedError
+from dsv4_serve.schema import check
+from dsv4_serve.wishes import wishes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,29 +22,6 @@ if TYPE_CHECKING:
     from dsv4_core.graph.engine import Event
     from dsv4_serve.served import Served
 
-FIELDS = frozenset(
-    [
-        "model",
-        "prompt",
-        "max_tokens",
-        "stream",
-        "stream_options",
-        "echo",
-        "logprobs",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "seed",
-        "stop",
-        "presence_penalty",
-        "frequency_penalty",
-        "logit_bias",
-        "ignore_eos",
-        "n",
-    ]
-)
-INERT: dict[str, tuple[Any, ...]] = {"user": (), "best_of": (1,), "suffix": ("",)}
 Ids = tuple[int, ...]
 
 
@@ -50,45 +29,32 @@ def asked(body: dict[str, Any], served: Served) -> list[Completion]:
     """Read a request's body: ``n`` completions a prompt; raise ``RefusedError`` for what is wrong
     or not supported.
     """
-    known(body, FIELDS, INERT)
-    served.check_model(body.get("model"))
-    echo, logprobs = flag(body, "echo"), whole(body, "logprobs", None, 0, 20)
-    asked_tokens = whole(body, "max_tokens", 16, 0, 1 << 31)
+    check(body, BODIES["completions"])
+    served.check_model(body["model"])
+    body = {name: value for name, value in body.items() if value is not None}
+    echo, logprobs = body.get("echo", False), body.get("logprobs")
+    asked_tokens = body.get("max_tokens", 16)
     if asked_tokens == 0 and not echo:
         raise RefusedError("max_tokens = 0 generates nothing; it needs echo", param="max_tokens")
-    stop = body.get("stop") or []
+    if "stream_options" in body and not body.get("stream"):
+        raise RefusedError("stream_options needs stream = true", param="stream_options")
+    stop = body.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or len(stop) > 16 or not all(isinstance(s, str) and s for s in stop):
-        raise RefusedError("stop must be a text or up to 16 of them, none empty", param="stop")
-    n = whole(body, "n", 1, 1, MOST_CHOICES) or 1
-    bias, seed = body.get("logit_bias") or {}, whole(body, "seed", None, 0, (1 << 63) - 1)
+    n, seed = body.get("n", 1), body.get("seed")
     seed = served.draw_seed() if seed is None else seed
-    try:
-        sampling = Sampling(
-            temperature=number(body, "temperature", 1.0, 0.0, 2.0),
-            top_p=number(body, "top_p", 1.0, 1e-9, 1.0),
-            seed=seed,
-            top_k=whole(body, "top_k", 0, 0, 1 << 20) or 0,
-            min_p=number(body, "min_p", 0.0, 0.0, 0.999),
-            presence_penalty=number(body, "presence_penalty", 0.0, -2.0, 2.0),
-            frequency_penalty=number(body, "frequency_penalty", 0.0, -2.0, 2.0),
-            bias={int(token): float(value) for token, value in bias.items()},
-            logprobs=logprobs,
-        )
-    except (AttributeError, TypeError, ValueError) as error:
-        raise RefusedError(str(error)) from None
-    ends = frozenset() if flag(body, "ignore_eos") else served.ends
+    sampling = Sampling(seed=seed, logprobs=logprobs, **wishes(body, served))
+    ends = frozenset() if body.get("ignore_eos") else served.ends
     result = []
-    for ids in _prompts(body.get("prompt"), served):
+    for ids in _prompts(body["prompt"], served):
         room = served.engine.capacity - len(ids) + 1
-        if len(ids) > served.engine.capacity or (asked_tokens or 1) > room:
+        if len(ids) > served.engine.capacity or max(1, asked_tokens) > room:
             raise RefusedError(
                 f"the context holds {served.engine.capacity} tokens; {len(ids)} in the prompt and {asked_tokens} to generate are more",
                 param="max_tokens",
             )
         for i in range(n):
             own = replace(sampling, seed=(seed, i)) if i else sampling
-            request = Request(ids, max(1, asked_tokens or 0), own, ends, prompt_logprobs=logprobs if echo else None)
+            request = Request(ids, max(1, asked_tokens), own, ends, prompt_logprobs=logprobs if echo else None)
             result.append(Completion(request, served, stop, echo=echo, generate=asked_tokens != 0, first=not i))
     return result
 

@@ -32,51 +32,52 @@ class Grammars:
         self._ids = {a["content"]: a["id"] for a in json.loads(tokenizer_json)["added_tokens"]}
 
     def constraint(self, kind: str, schema: str, *, thinking: bool) -> Grammar:
-        """``kind``: json, regex, tool_call (text, then calls or none) or tool_call_required (the
-        prompt opened the calls).
+        """``kind``: json, regex, tool_call (text, then calls or none) or tool_call_required (calls
+        alone, which the prompt opened where the model does not think first).
 
         Raises ``RefusedError`` for a schema that cannot be enforced, saying why.
         """
         rules = ["start: reply"]
-        if thinking and kind != "tool_call_required":
+        if thinking:
             rules = [f"start: THOUGHT <[{self._ids[THOUGHT]}]> reply", f"THOUGHT: {_TEXT}"]
         if kind == "json":
-            value = json.loads(schema) if schema else {}
+            value = json.loads(schema) if schema else {"type": "object"}  # OpenAI's json_object
             rules += ["reply: SPACE value", r"SPACE: /\n?\n?/", f"value: %json {_compact(value)}"]
         elif kind == "regex":
             rules += [f"reply: /{schema.replace('/', chr(92) + '/')}/"]
         elif kind in {"tool_call", "tool_call_required"}:
-            rules += self._calls(json.loads(schema), required=kind == "tool_call_required")
+            rules += self._calls(json.loads(schema), required=kind == "tool_call_required", opened=not thinking)
         else:
             raise RefusedError(f"a reply kept to {kind!r} is not supported by this server")
         matcher = llguidance.LLMatcher(self._tokens, llguidance.LLMatcher.grammar_from_lark("\n".join(rules)))
         if error := matcher.get_error():
             raise RefusedError(f"the schema cannot be enforced: {error.splitlines()[0]}")
-        return Grammar(matcher, self._tokens.vocab_size, (kind, schema, thinking))
+        return Grammar(matcher, self._tokens.vocab_size)
 
-    def _calls(self, tools: list[dict[str, Any]], *, required: bool) -> list[str]:
+    def _calls(self, tools: list[dict[str, Any]], *, required: bool, opened: bool) -> list[str]:
         mark = f"<[{self._ids[DSML]}]>"
         rules = [f'calls: invoke+ "</" {mark} "tool_calls>"']
-        rules += (
-            ["reply: calls"]
-            if required
-            else [
-                f'reply: TEXT | BEFORE {mark} "tool_calls>\\n" calls',
-                f"TEXT: {_TEXT}",
-                r"BEFORE: /(.|\n)*</",
-            ]
-        )
+        if required:
+            rules.append("reply: calls" if opened else f'reply: "\\n\\n<" {mark} "tool_calls>\\n" calls')
+        else:
+            rules += [f'reply: TEXT | BEFORE {mark} "tool_calls>\\n" calls', f"TEXT: {_TEXT}", r"BEFORE: /(.|\n)*</"]
         rules.append("invoke: " + " | ".join(f"invoke{i}" for i in range(len(tools))))
         for i, tool in enumerate(tools):
             function = tool["function"]
             schema = function.get("parameters") or {"type": "object", "properties": {}}
             parts = [f'"<" {mark} {json.dumps("invoke name=" + chr(34) + function["name"] + chr(34) + ">" + chr(10))}']
             for j, (key, value) in enumerate((schema.get("properties") or {}).items()):
-                text = value.get("type") == "string" and "enum" not in value and "const" not in value
+                text = (
+                    isinstance(value, dict)
+                    and value.get("type") == "string"
+                    and "enum" not in value
+                    and "const" not in value
+                )
                 opening = json.dumps(f'parameter name="{key}" string="{"true" if text else "false"}">')
                 if not text:
                     shared = {k: schema[k] for k in ("$defs", "definitions") if k in schema}
-                    rules.append(f"value{i}x{j}: %json {_compact({**value, **shared})}")
+                    whole = {**value, **shared} if isinstance(value, dict) else value
+                    rules.append(f"value{i}x{j}: %json {_compact(whole)}")
                 written = "STRING" if text else f'value{i}x{j} "</"'
                 one = f'"<" {mark} {opening} {written} {mark} "parameter>\\n"'
                 parts.append(one if key in schema.get("required", ()) else f"({one})?")
@@ -92,13 +93,18 @@ def _compact(schema: Any) -> str:
 
 
 class Grammar:
-    """A grammar and how far a reply has come in it. ``asked``: kind, schema and thinking, of which
-    another rank makes it.
+    """A grammar and how far a reply has come in it. ``asked``: of which another
+    rank makes it.
     """
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, asked: tuple[str, str, bool]) -> None:
-        self.asked = asked
+    asked: Any = None
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
         self._matcher, self._mask = matcher, bitmask.allocate_token_bitmask(1, vocab_size)
+
+    def free(self) -> int:
+        """None of the next tokens may be just any."""
+        return 0
 
     def allowed(self) -> Host:
         """Bits of the ids that may come next."""

@@ -17,102 +17,27 @@ from dsv4_core.graph.sampling import Sampling
 from dsv4_core.text.chat import Message, encode
 from dsv4_core.text.markers import DSML, Piece
 from dsv4_serve.choices import Choices, Chunks
-from dsv4_serve.refusal import RefusedError, known, number, whole
+from dsv4_serve.forms import BODIES
+from dsv4_serve.refusal import RefusedError
+from dsv4_serve.schema import check
+from dsv4_serve.wishes import wishes
 
 if TYPE_CHECKING:
-    from dsv4_core.graph.sampling import Constraint
     from dsv4_serve.served import Served
 
-MOST_CHOICES = 16  # replies to one request, each of which takes a slot
-COMMON: dict[str, tuple[Any, ...]] = {"user": (), "metadata": ()}
-CHAT = frozenset(
-    [
-        "model",
-        "messages",
-        "stream",
-        "stream_options",
-        "max_tokens",
-        "max_completion_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "seed",
-        "stop",
-        "tools",
-        "tool_choice",
-        "logprobs",
-        "top_logprobs",
-        "presence_penalty",
-        "frequency_penalty",
-        "logit_bias",
-        "response_format",
-        "reasoning_effort",
-        "thinking",
-        "n",
-    ]
-)
-RESPONSES = frozenset(
-    [
-        "model",
-        "input",
-        "instructions",
-        "stream",
-        "max_output_tokens",
-        "temperature",
-        "top_p",
-        "tools",
-        "tool_choice",
-        "reasoning",
-        "text",
-        "top_logprobs",
-        "include",
-    ]
-)
-MESSAGES = frozenset(
-    [
-        "model",
-        "messages",
-        "system",
-        "stream",
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "stop_sequences",
-        "tools",
-        "tool_choice",
-        "thinking",
-        "output_config",
-    ]
-)
-INERT: dict[str, dict[str, tuple[Any, ...]]] = {
-    "chat": {
-        **COMMON,
-        "store": (False,),
-        "parallel_tool_calls": (True,),
-        "service_tier": ("auto", "default"),
-        "safety_identifier": (),
-        "prompt_cache_key": (),
-    },
-    "responses": {
-        **COMMON,
-        "store": (False,),
-        "parallel_tool_calls": (True,),
-        "service_tier": ("auto", "default"),
-        "truncation": ("disabled",),
-        "background": (False,),
-        "prompt_cache_key": (),
-        "safety_identifier": (),
-        "client_metadata": (),
-    },
-    "messages": {**COMMON, "service_tier": ("auto", "standard_only")},
+KINDS: dict[str, tuple[Any, Any]] = {
+    "chat": (recipe.ChatCompletionRequest, recipe.ChatCompletionResponse),
+    "responses": (recipe.ResponsesRequest, recipe.ResponsesResponse),
+    "messages": (recipe.MessagesRequest, recipe.MessagesResponse),
 }
-KINDS: dict[str, tuple[Any, Any, frozenset[str]]] = {
-    "chat": (recipe.ChatCompletionRequest, recipe.ChatCompletionResponse, CHAT),
-    "responses": (recipe.ResponsesRequest, recipe.ResponsesResponse, RESPONSES),
-    "messages": (recipe.MessagesRequest, recipe.MessagesResponse, MESSAGES),
-}
+OWN = (
+    "n",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+)  # which the library refuses or drops
 
 
 @dataclass
@@ -126,67 +51,61 @@ class Asked:
     choices: Choices
 
 
-def asked(kind: str, body: dict[str, Any], served: Served, name: str) -> Asked:
-    """Read a request's body; raise ``RefusedError`` for what is wrong or not supported."""
-    ask, respond, fields = KINDS[kind]
-    known(body, fields, INERT[kind])
-    served.check_model(body.get("model"))
-    body = {**body, "model": "DeepSeek-V4-Pro"}
-    wishes = _wishes(kind, body)
-    n = whole(body, "n", 1, 1, MOST_CHOICES) or 1
-    if (most := body.pop("max_completion_tokens", None)) is not None:  # the newer name, which the library does not read
-        if body.get("max_tokens") not in (None, most):
-            raise RefusedError("max_tokens and max_completion_tokens differ; give one", param="max_completion_tokens")
-        body["max_tokens"] = most
-    for own in ("n", "top_k", "min_p", "presence_penalty", "frequency_penalty", "logit_bias"):
-        body.pop(own, None)
-    if kind == "chat":
-        body["messages"] = _developers_are_system(body.get("messages"))
-    _check_parts(body)
+def asked(kind: str, body: dict[str, Any], served: Served, name: str, *, counted: bool = False) -> Asked:
+    """Read a request's body; raise ``RefusedError`` for what is wrong or not supported.
+
+    ``counted``: its tokens are asked for alone.
+    """
+    ask, respond = KINDS[kind]
+    capacity = served.engine.capacity
     turns = body.get("input" if kind == "responses" else "messages")
-    if isinstance(turns, list) and len(turns) > served.engine.capacity:
-        raise RefusedError(f"{len(turns)} turns; the maximum context length is {served.engine.capacity} tokens")
-    effort = _effort(kind, body)
-    options = recipe.ConversionOptions(default_thinking_mode=served.thinking)
-    any_tool = _any_tool(body) if kind == "messages" else False
+    if isinstance(turns, list) and len(turns) > capacity:
+        raise RefusedError(f"{len(turns)} turns; the maximum context length is {capacity} tokens")
+    check(body, BODIES["count" if counted else kind])
+    served.check_model(body["model"])
+    body = {name: value for name, value in body.items() if value is not None}
+    _check_together(kind, body)
+    wish, effort, budget = wishes(body, served), _effort(kind, body), _budget(kind, body)
+    n = body.get("n", 1)
+    demand = _demanded(kind, body)
+    lent = _for_the_library(kind, body, demanded=demand is not None)
     try:
-        parsed = ask(json.dumps(body))
+        parsed = ask(json.dumps(lent))
         echo = parsed.echo() if kind == "responses" else None
-        conversion = parsed.convert(options)
+        conversion = parsed.convert(recipe.ConversionOptions(default_thinking_mode=served.thinking))
         conversation = conversion.conversation
-        required = any_tool or conversation.tool_choice == "required"
-        if any_tool and conversation.thinking_mode:
-            raise RefusedError(
-                "tool_choice any with thinking is not supported; disable thinking, or choose auto", param="tool_choice"
-            )
-        pieces = _prompt(conversation, effort, served, required=required)
+        thinking = conversation.thinking_mode
+        opened = demand is not None and not thinking
+        pieces = _prompt(conversation, effort, served, opened=opened)
         served.check_length(pieces)
         ids = served.vocabulary.ids(pieces)
-        limit = conversion.resolve_max_tokens(len(ids), served.engine.capacity)
+        limit = conversion.resolve_max_tokens(len(ids), capacity)
     except recipe.ConversionError as error:
         raise RefusedError(_message(error.body), status=error.status_code) from None
     except (ValueError, UnicodeError) as error:
         raise RefusedError(str(error)) from None
-    inference = conversion.inference_options
+    inference, output = conversion.inference_options, conversion.inference_options.output_constraint
     seed = inference.seed if inference.seed is not None else served.draw_seed()
+    kept = (output.kind, output.schema) if output else (None, "")
+    if demand is not None:
+        kept = (
+            "tool_call_required",
+            json.dumps([{"function": _tool(t)} for t in conversation.tools if t.name in demand]),
+        )
     requests, replies = [], []
     for i in range(n):
         sampling = Sampling(
-            temperature=number(body, "temperature", 1.0, 0.0, 2.0),
-            top_p=float(inference.top_p if inference.top_p is not None else 1.0),
             seed=(seed, i) if i else seed,
             logprobs=(inference.top_logprobs or 0) if inference.logprobs else None,
-            **wishes,
+            **wish,
         )
-        constraint = _constraint(
-            inference.output_constraint, served, required=required, thinking=conversation.thinking_mode
-        )
+        constraint = served.constraint(*kept, thinking=thinking, budget=budget if thinking else None)
         requests.append(Request(tuple(ids), limit, sampling, served.ends, constraint))
         generator = ask.chunk_generator(conversion, name, served.name)
         if echo is not None:
             generator = generator.with_echo(echo)
         parsing = conversion.parsing_options
-        parsing.starts_in_tool_calls = required
+        parsing.starts_in_tool_calls = opened
         processor = recipe.StreamProcessor(generator, parsing, served.recipe_tokenizer)
         response = respond(name, served.name, served.clock(), len(ids), 0)
         replies.append(Chunks(processor, response, len(ids), served.ends))
@@ -200,81 +119,87 @@ def _message(body: str) -> str:
         return body
 
 
-def _wishes(kind: str, body: dict[str, Any]) -> dict[str, Any]:
-    if kind == "responses":
-        return {}
-    bias = body.get("logit_bias") or {}
-    if not isinstance(bias, dict):
-        raise RefusedError("logit_bias must be an object of token ids and numbers", param="logit_bias")
-    try:
-        by_id = {int(token): float(value) for token, value in bias.items()}
-    except (TypeError, ValueError):
-        raise RefusedError("logit_bias must be an object of token ids and numbers", param="logit_bias") from None
-    if any(not -100 <= value <= 100 for value in by_id.values()):
-        raise RefusedError("logit_bias: a value is outside [-100, 100]", param="logit_bias")
-    return {
-        "top_k": whole(body, "top_k", 0, 0, 1 << 20),
-        "min_p": number(body, "min_p", 0.0, 0.0, 0.999),
-        "presence_penalty": number(body, "presence_penalty", 0.0, -2.0, 2.0),
-        "frequency_penalty": number(body, "frequency_penalty", 0.0, -2.0, 2.0),
-        "bias": by_id,
-    }
+def _for_the_library(kind: str, body: dict[str, Any], *, demanded: bool) -> dict[str, Any]:
+    """A body as the library takes it: without what is served here, a demand for a call being an
+    offer.
+    """
+    lent = {**{name: value for name, value in body.items() if name not in OWN}, "model": "DeepSeek-V4-Pro"}
+    if (most := lent.pop("max_completion_tokens", None)) is not None:  # the newer name, which it does not read
+        lent["max_tokens"] = most
+    if kind == "chat":  # OpenAI's developer role is what these models know as system
+        lent["messages"] = [{**m, "role": "system"} if m["role"] == "developer" else m for m in body["messages"]]
+    if kind == "messages":
+        lent["tools"] = [{k: v for k, v in tool.items() if k != "type"} for tool in body.get("tools", [])]
+    if demanded:
+        lent["tool_choice"] = {"type": "auto"} if kind == "messages" else "auto"
+    return lent
 
 
-def _developers_are_system(messages: Any) -> Any:
-    """OpenAI's developer role is what these models know as system."""
-    if not isinstance(messages, list):
-        return messages
-    return [{**m, "role": "system"} if isinstance(m, dict) and m.get("role") == "developer" else m for m in messages]
-
-
-def _check_parts(body: dict[str, Any]) -> None:
-    """Raise ``RefusedError`` for what the library takes inside of a field and does not heed."""
+def _check_together(kind: str, body: dict[str, Any]) -> None:
+    """Raise ``RefusedError`` for fields that contradict each other, or have no effect without
+    another.
+    """
+    both = body.get("max_tokens"), body.get("max_completion_tokens")
+    if None not in both and both[0] != both[1]:
+        raise RefusedError("max_tokens and max_completion_tokens differ; give one", param="max_completion_tokens")
     told = "message.output_text.logprobs"
-    if isinstance(include := body.get("include"), list) and told in include and body.get("top_logprobs") is None:
+    if told in body.get("include", ()) and body.get("top_logprobs") is None:
         raise RefusedError(f"include {told!r} needs top_logprobs, which says how many", param="include")
-    wanted = body.get("output_config")
-    if isinstance(wanted, dict) and (unknown := sorted(map(str, wanted.keys() - {"effort"}))):
+    if kind == "responses" and body.get("top_logprobs") and told not in body.get("include", ()):
+        raise RefusedError(f"top_logprobs needs include {told!r}", param="top_logprobs")
+    if kind == "chat" and "top_logprobs" in body and not body.get("logprobs"):
+        raise RefusedError("top_logprobs needs logprobs = true", param="top_logprobs")
+    if kind == "chat" and "stream_options" in body and not body.get("stream"):
+        raise RefusedError("stream_options needs stream = true", param="stream_options")
+    sort, effort = (body.get("thinking") or {}).get("type"), _effort(kind, body)
+    if (sort == "disabled" and effort not in (None, "none")) or (sort in ("enabled", "adaptive") and effort == "none"):
         raise RefusedError(
-            f"output_config.{unknown[0]} is not supported by this server; leave it out", param="output_config"
+            f"thinking {sort} and an effort of {effort} contradict each other; give one", param="thinking"
         )
-    text = body.get("text")
-    if isinstance(text, dict) and text.get("verbosity") not in (None, "medium"):
-        raise RefusedError("text.verbosity is not supported by this server; leave it out", param="text")
+    if kind == "messages":
+        budget, most = (body.get("thinking") or {}).get("budget_tokens"), body.get("max_tokens")
+        if budget is not None and most is not None and budget >= most:
+            raise RefusedError(
+                f"thinking.budget_tokens = {budget} must be less than max_tokens = {most}",
+                param="thinking.budget_tokens",
+            )
 
 
 def _effort(kind: str, body: dict[str, Any]) -> str | None:
     """The effort that the body itself asks for, None where it says nothing."""
-    where = {"chat": body, "responses": body.get("reasoning"), "messages": body.get("output_config")}[kind]
-    value = where.get("reasoning_effort" if kind == "chat" else "effort") if isinstance(where, dict) else None
-    if value is not None and not isinstance(value, str):
-        raise RefusedError(f"reasoning effort {value!r} must be a word", param="reasoning_effort")
-    return value
+    where = {"chat": body, "responses": body.get("reasoning"), "messages": body.get("output_config")}[kind] or {}
+    return where.get("reasoning_effort" if kind == "chat" else "effort")
 
 
-def _any_tool(body: dict[str, Any]) -> bool:
-    """Whether Anthropic's ``tool_choice`` demands a call of any tool, which the library takes for
-    auto.
+def _budget(kind: str, body: dict[str, Any]) -> int | None:
+    """Tokens that the model may think for, None for any number."""
+    return None if kind == "responses" else (body.get("thinking") or {}).get("budget_tokens")
+
+
+def _demanded(kind: str, body: dict[str, Any]) -> frozenset[str] | None:
+    """Names of the tools of which one must be called, None where none must. Raise ``RefusedError``
+    for a demand that nothing can meet.
     """
     choice = body.get("tool_choice")
-    if not isinstance(choice, dict):
-        return False
-    if choice.get("disable_parallel_tool_use"):
-        raise RefusedError(
-            "disable_parallel_tool_use is not supported by this server; leave it out", param="tool_choice"
-        )
-    if choice.get("type") == "any" and not body.get("tools"):
-        raise RefusedError("tool_choice any needs tools", param="tool_choice")
-    return choice.get("type") == "any"
-
-
-def _constraint(asked: Any, served: Served, *, required: bool, thinking: bool) -> Constraint | None:
-    if asked is None:
+    sort = choice.get("type", "function") if isinstance(choice, dict) else choice
+    if sort in (None, "auto", "none"):
         return None
-    return served.constraint("tool_call_required" if required else asked.kind, asked.schema, thinking=thinking)
+    tools = [tool["function"] if kind == "chat" else tool for tool in body.get("tools", [])]
+    names = frozenset(tool["name"] for tool in tools)
+    if not names:
+        raise RefusedError(f"tool_choice {sort} needs tools", param="tool_choice")
+    if sort in ("any", "required"):
+        return names
+    assert isinstance(choice, dict)
+    name = (choice["function"] if kind == "chat" else choice)["name"]
+    if name not in names:
+        raise RefusedError(
+            f"tool_choice: no tool is named {name!r}; there is {', '.join(sorted(names))}", param="tool_choice"
+        )
+    return frozenset([name])
 
 
-def _prompt(conversation: Any, effort: str | None, served: Served, *, required: bool) -> list[Piece]:
+def _prompt(conversation: Any, effort: str | None, served: Served, *, opened: bool) -> list[Piece]:
     """Write the conversation by our encoder, with the levels of effort of this checkpoint."""
     messages: list[Message] = [_turn(m) for m in conversation.messages]
     thinking = conversation.thinking_mode
@@ -291,7 +216,7 @@ def _prompt(conversation: Any, effort: str | None, served: Served, *, required: 
         response_format=conversation.response_schema,
         texts=served.texts,
     )
-    if required:
+    if opened:
         pieces += [Piece("\n\n<"), Piece(DSML, control=True), Piece("tool_calls>\n")]
     return pieces
 

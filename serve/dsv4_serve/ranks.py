@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Submit(msgspec.Struct, tag=True):
-    """Take a request. ``grammar``: kind, schema and thinking of its constraint."""
+    """Take a request. ``kept``: what its constraint is made of."""
 
     prompt: list[int]
     max_tokens: int
@@ -34,7 +34,7 @@ class Submit(msgspec.Struct, tag=True):
     stop: list[int]
     draft: bool
     prompt_logprobs: int | None
-    grammar: tuple[str, str, bool] | None
+    kept: tuple[str | None, str, bool, int | None] | None
 
 
 class Cancel(msgspec.Struct, tag=True):
@@ -62,7 +62,7 @@ class Lead:
 
     def submitted(self, request: Request) -> None:
         """Note that the engine has taken a request."""
-        grammar = getattr(request.constraint, "asked", None)
+        kept = getattr(request.constraint, "asked", None)
         self._orders.append(
             Submit(
                 list(request.prompt),
@@ -71,7 +71,7 @@ class Lead:
                 sorted(request.stop),
                 request.draft,
                 request.prompt_logprobs,
-                grammar,
+                kept,
             )
         )
 
@@ -90,7 +90,7 @@ class Lead:
         self._orders.clear()
 
 
-def follow(engine: Engine, ranks: Ranks, constraint: Callable[[str, str, bool], Constraint]) -> None:
+def follow(engine: Engine, ranks: Ranks, constraint: Callable[..., Constraint | None]) -> None:
     """The other ranks' side: do what the first one does, until it ends. ``constraint``: makes what
     a reply must keep to.
     """
@@ -110,7 +110,7 @@ def follow(engine: Engine, ranks: Ranks, constraint: Callable[[str, str, bool], 
                     order.max_tokens,
                     Sampling(**{**wish, "seed": seed}),
                     frozenset(order.stop),
-                    constraint(*order.grammar) if order.grammar else None,
+                    constraint(*order.kept) if order.kept else None,
                     order.draft,
                     order.prompt_logprobs,
                 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import signal
+import socket
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -57,6 +58,8 @@ def served_by(
     encoder refuse, before weights load where it can be known.
     """
     directory, config = session.directory, session.config
+    if name is not None and not name.strip():
+        raise ValueError("--name is empty; requests could not name the model: leave it out, or give a word")
     if session.tokenizer is None:
         raise ValueError(f"{directory} has no tokenizer.json; a server needs it: copy it beside config.json")
     texts = fixed_texts(directory, profile)
@@ -105,18 +108,39 @@ def follow_first(session: Session, **options: Any) -> None:
     follow(
         served.engine,
         session.ranks.ranks,
-        lambda kind, schema, thinking: served.constraint(kind, schema, thinking=thinking),
+        lambda kind, schema, thinking, budget: served.constraint(kind, schema, thinking=thinking, budget=budget),
     )
 
 
-def listen(app: App, host: str, port: int, drain_seconds: int) -> None:
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that is bound to an address, before weights load; raise ``ValueError`` where it
+    cannot be.
+    """
+    own = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        own = socket.socket(family, kind, protocol)
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        own.bind(address)
+    except (OSError, UnicodeError) as error:
+        if own is not None:
+            own.close()
+        why = error.strerror if isinstance(error, OSError) else "it is no host's name"
+        raise ValueError(
+            f"--host {host} --port {port}: nobody can listen there ({why}); --port 0 takes a free port"
+        ) from None
+    return own
+
+
+def listen(app: App, address: socket.socket, drain_seconds: int) -> None:
     """Serve until SIGTERM or SIGINT; then refuse what is new and end what is under way, for so many
     seconds.
 
     Where other ranks follow, an engine that fails ends the server: they wait in an exchange that is
     not to be.
     """
-    asyncio.run(_Server(configuration(app, host=host, port=port, timeout_graceful_shutdown=drain_seconds), app).serve())
+    server = _Server(configuration(app, timeout_graceful_shutdown=drain_seconds), app)
+    asyncio.run(server.serve(sockets=[address]))
     if app.worker.lead and app.worker.failed:
         raise app.worker.failed
     app.worker.stop()
@@ -138,8 +162,9 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         served, engine = self._app.served, self._app.served.engine
         for server in self.servers:
-            for socket in server.sockets:
-                host, port = socket.getsockname()[:2]
+            for each in server.sockets:
+                host, port = each.getsockname()[:2]
+                host = f"[{host}]" if ":" in host else host
                 click.echo(f"serving {served.name} at http://{host}:{port}/v1", err=True)
         texts = served.texts
         click.echo(

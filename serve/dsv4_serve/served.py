@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from dsv4_serve import grammar
+from dsv4_core.text.markers import THOUGHT, Piece
+from dsv4_serve.grammar import Grammar, Grammars
 from dsv4_serve.refusal import RefusedError
+from dsv4_serve.thought import Thought
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from dsv4_core.graph.engine import Engine
     from dsv4_core.graph.sampling import Constraint
     from dsv4_core.text.fixed_texts import FixedTexts
-    from dsv4_core.text.markers import Piece
     from dsv4_core.text.tokenizer import Vocabulary
 
 
@@ -43,11 +44,9 @@ class Served:
         return deepseek_recipe.Tokenizer.from_file(str(self.directory / "tokenizer.json"))
 
     @cached_property
-    def grammars(self) -> grammar.Grammars:
+    def grammars(self) -> Grammars:
         """The vocabulary, as llguidance reads it."""
-        return grammar.Grammars(
-            (self.directory / "tokenizer.json").read_text(), self.engine.model.config.vocab_size, self.ends
-        )
+        return Grammars((self.directory / "tokenizer.json").read_text(), self.engine.model.config.vocab_size, self.ends)
 
     def check_model(self, name: Any) -> None:
         """Raise ``RefusedError`` for another model's name."""
@@ -64,9 +63,19 @@ class Served:
                 param="prompt",
             )
 
-    def constraint(self, kind: str, schema: str, *, thinking: bool) -> Constraint:
-        """What a reply must keep to, by the kind and schema that the protocol asks for."""
-        return self.grammars.constraint(kind, schema, thinking=thinking)
+    def constraint(self, kind: str | None, schema: str, *, thinking: bool, budget: int | None) -> Constraint | None:
+        """What a reply must keep to: a kind of grammar and its schema, a ``budget`` of tokens to
+        think with.
+        """
+        if kind is None and budget is None:
+            return None
+        kept: Grammar | Thought | None = self.grammars.constraint(kind, schema, thinking=thinking) if kind else None
+        if budget is not None:
+            [ending] = self.vocabulary.ids([Piece(THOUGHT, control=True)])
+            kept = Thought(budget, ending, self.engine.model.config.vocab_size, kept)
+        if kept is not None:
+            kept.asked = (kind, schema, thinking, budget)
+        return kept
 
     def draw_seed(self) -> int:
         """A seed for a request that names none."""

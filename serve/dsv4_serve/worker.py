@@ -7,38 +7,73 @@ import queue
 import threading
 import time
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
 
 from dsv4_core.graph.engine import Event
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Sequence
 
     from dsv4_core.graph.engine import Engine, Request
     from dsv4_serve.ranks import Lead
 
 
+Heard: TypeAlias = "asyncio.Queue[tuple[int, Event] | None]"
+
+
 class Running:
-    """A request that the engine has taken. It is cancelled when nobody holds it any more."""
+    """What a client asked for, one request or several, as the engine works on it. It is cancelled
+    when nobody holds it any more.
+    """
 
-    def __init__(self, cancel: Callable[[], None], events: asyncio.Queue[Event]) -> None:
-        self._cancel, self._queue, self._over = cancel, events, False
+    def __init__(self, count: int, cancel: Callable[[int], None], queue: Heard) -> None:
+        """``cancel(i)``: end the ``i``-th of the requests. ``queue``: where their events come."""
+        self._cancel, self._queue, self._open = cancel, queue, set(range(count))
 
-    async def events(self) -> AsyncGenerator[Event, None]:
-        """What happens to it, until it is over."""
-        while not self._over:
-            event = await self._queue.get()
-            self._over = event.finish is not None
-            yield event
+    async def events(self, silence: float) -> AsyncGenerator[tuple[int, Event] | None, None]:
+        """What happens, with the request's number, until all are over; None after each so many
+        seconds without news.
+        """
+        loop = asyncio.get_running_loop()
+        heard = loop.time()
+        timer: asyncio.TimerHandle
 
-    def cancel(self) -> None:
-        """End it; no error where it is over."""
-        if not self._over:
-            self._over = True
-            self._cancel()
+        def tick() -> None:
+            nonlocal heard, timer
+            left = heard + silence - loop.time()
+            if left <= 0:
+                heard, left = loop.time(), silence
+                self._queue.put_nowait(None)
+            timer = loop.call_later(left, tick)
+
+        timer = loop.call_later(silence, tick)
+        try:
+            while self._open:
+                told = await self._queue.get()
+                if told is not None:
+                    heard = loop.time()
+                    if told[0] not in self._open:
+                        continue
+                    if told[1].finish is not None:
+                        self._open.discard(told[0])
+                yield told
+        finally:
+            timer.cancel()
+
+    def cancel(self, which: int) -> None:
+        """End one of them; no error where it is over."""
+        if which in self._open:
+            self._open.discard(which)
+            self._cancel(which)
+
+    def close(self) -> None:
+        """End all that are not over."""
+        for which in tuple(self._open):
+            self.cancel(which)
 
     def __del__(self) -> None:
-        self.cancel()
+        self.close()
 
 
 class Worker:
@@ -53,48 +88,50 @@ class Worker:
         self.engine, self._observe, self.lead = engine, observe, lead
         self.failed: BaseException | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._listeners: dict[int, Callable[[Event], None]] = {}
+        self._listeners: dict[int, tuple[asyncio.AbstractEventLoop, Heard, int]] = {}
         self._thread = threading.Thread(target=self._run, name="dsv4 engine", daemon=True)
         self._thread.start()
 
-    async def submit(self, request: Request) -> Running:
-        """Let the engine take a request. Raises what ``Engine.submit`` does, ``RuntimeError`` where
-        the thread has ended.
+    async def submit(self, requests: Sequence[Request]) -> Running:
+        """Let the engine take requests: all, or none where it refuses one. Raises what
+        ``Engine.submit`` does, ``RuntimeError`` where the thread has ended.
         """
         loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event] = asyncio.Queue()
-        taken: Future[int] = Future()
+        heard: Heard = asyncio.Queue()
+        taken: Future[list[int]] = Future()
 
         def submit() -> None:
+            names: list[int] = []
             try:
-                name = self.engine.submit(request)
+                for request in requests:
+                    names.append(self.engine.submit(request))
+                    if self.lead:
+                        self.lead.submitted(request)
             except Exception as error:  # noqa: BLE001  it goes to the one who asked
+                for name in names:
+                    self._end(name)
                 taken.set_exception(error)
                 return
-            if self.lead:
-                self.lead.submitted(request)
-            self._listeners[name] = lambda event: _tell(loop, events, event)
-            taken.set_result(name)
+            self._listeners.update({name: (loop, heard, i) for i, name in enumerate(names)})
+            taken.set_result(names)
 
         if self.failed:
             raise RuntimeError(f"the engine has stopped: {self.failed}")
+        running = Running(len(requests), lambda which: taken.add_done_callback(partial(self._cancel, which)), heard)
         self._inbox.put(submit)
-        running = Running(lambda: taken.add_done_callback(self._cancel), events)
         await asyncio.shield(asyncio.wrap_future(taken))
         return running
 
-    def _cancel(self, taken: Future[int]) -> None:
-        if taken.exception() is not None:
-            return
-        name = taken.result()
+    def _cancel(self, which: int, taken: Future[list[int]]) -> None:
+        if taken.exception() is None:
+            name = taken.result()[which]
+            self._inbox.put(lambda: self._end(name))
 
-        def cancel() -> None:
-            self._listeners.pop(name, None)
-            self.engine.cancel(name)
-            if self.lead:
-                self.lead.cancelled(name)
-
-        self._inbox.put(cancel)
+    def _end(self, name: int) -> None:
+        self._listeners.pop(name, None)
+        self.engine.cancel(name)
+        if self.lead:
+            self.lead.cancelled(name)
 
     def stop(self) -> None:
         """End the thread when it comes to it."""
@@ -120,18 +157,26 @@ class Worker:
                 events = self.engine.step()
                 if self._observe:
                     self._observe(self.engine, time.perf_counter() - began)
-                for event in events:
-                    if listener := self._listeners.get(event.id):
-                        listener(event)
-                    if event.finish:
-                        self._listeners.pop(event.id, None)
+                self._tell(events)
         except BaseException as error:  # noqa: BLE001  nobody else would hear of it
             self.failed = error
-            for name, listener in self._listeners.items():
-                listener(Event(name, finish="error", error=RuntimeError(f"the engine has stopped: {error}")))
-            self._listeners.clear()
+            why = RuntimeError(f"the engine has stopped: {error}")
+            self._tell([Event(name, finish="error", error=why) for name in self._listeners])
+
+    def _tell(self, events: Sequence[Event]) -> None:
+        """Pass a step's events on, all that go to one event loop by one call."""
+        told: dict[asyncio.AbstractEventLoop, list[tuple[Heard, int, Event]]] = {}
+        for event in events:
+            if listener := self._listeners.get(event.id):
+                loop, heard, which = listener
+                told.setdefault(loop, []).append((heard, which, event))
+            if event.finish:
+                self._listeners.pop(event.id, None)
+        for loop, several in told.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_hear, several)
 
 
-def _tell(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(events.put_nowait, event)
+def _hear(several: list[tuple[Heard, int, Event]]) -> None:
+    for heard, which, event in several:
+        heard.put_nowait((which, event))

@@ -232,6 +232,55 @@ def test_a_reply_by_a_schema(client):
     assert json.loads(reply.message.content) in ({"on": True}, {"on": False})
 
 
+def test_a_thought_ends_with_its_budget(client, claude, server):
+    """After so many tokens the thought is ended; until then it is what it would be anyway."""
+    _, out, _ = expected(server, 5, thinking=True)
+    text = server.app.served.vocabulary.text(out)
+    how = {"model": MODEL, "messages": ASK, "max_tokens": 12}
+    thinking = {"type": "enabled", "budget_tokens": 5}
+    reply = client.chat.completions.create(**how, temperature=0, extra_body={"thinking": thinking})
+    said = reply.choices[0].message
+    assert said.reasoning_content.strip() == text.strip()
+    assert said.content
+    assert reply.usage.completion_tokens_details.reasoning_tokens == 5
+    other = claude.messages.create(**how, thinking=thinking, extra_body={"temperature": 0})
+    assert [block.type for block in other.content] == ["thinking", "text"]
+    assert (other.content[0].thinking, other.content[1].text) == (said.reasoning_content, said.content)
+    longer = client.chat.completions.create(
+        **how, temperature=0, extra_body={"thinking": {"type": "enabled", "budget_tokens": 50}}
+    )
+    assert longer.choices[0].message.reasoning_content.startswith(said.reasoning_content)
+
+
+def test_a_thought_comes_before_a_demanded_call(client, claude):
+    """Tools are called when they must be, thinking or not; a named one alone."""
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": TOOL if name == "set" else {"type": "object"}}}
+        for name in ("rest", "set")
+    ]
+    how = {"model": MODEL, "messages": ASK, "max_tokens": 90, "temperature": 0, "tools": tools}
+    thinking = {"extra_body": {"thinking": {"type": "enabled", "budget_tokens": 3}}}
+    only = {"type": "function", "function": {"name": "set"}}
+    for more in ({}, thinking):
+        said = client.chat.completions.create(**how, **more, tool_choice=only).choices[0].message
+        assert {call.function.name for call in said.tool_calls} == {"set"}
+        assert json.loads(said.tool_calls[0].function.arguments) in ({"on": True}, {"on": False})
+        assert bool(getattr(said, "reasoning_content", None)) == bool(more)
+    asked = {"tools": [{"name": "set", "input_schema": TOOL}], "tool_choice": {"type": "any"}}
+    used = claude.messages.create(
+        model=MODEL, messages=ASK, max_tokens=90, thinking=thinking["extra_body"]["thinking"], **asked
+    )
+    assert [block.type for block in used.content][:2] == ["thinking", "tool_use"]
+
+
+def test_a_json_object_is_an_object(client):
+    ask = [{"role": "user", "content": "Say json."}]
+    reply = client.chat.completions.create(
+        model=MODEL, messages=ask, max_tokens=5, temperature=0, response_format={"type": "json_object"}
+    )
+    assert reply.choices[0].message.content.startswith("{")
+
+
 def test_a_tool_must_be_called_or_the_request_is_refused(claude):
     """What the library would take for auto is not taken so."""
     how = {
@@ -241,13 +290,14 @@ def test_a_tool_must_be_called_or_the_request_is_refused(claude):
         "tools": [{"name": "f", "input_schema": {"type": "object"}}],
     }
     for more in (
-        {"tool_choice": {"type": "any"}, "thinking": {"type": "enabled", "budget_tokens": 1024}},
+        {"thinking": {"type": "enabled", "budget_tokens": 2}},
         {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
         {"tool_choice": {"type": "any"}, "tools": []},
         {"extra_body": {"output_config": {"format": {"type": "json_schema", "schema": TOOL}}}},
     ):
         with pytest.raises(
-            anthropic.BadRequestError, match=r"tool_choice any|disable_parallel_tool_use|output_config.f"
+            anthropic.BadRequestError,
+            match=r"tool_choice any needs|disable_parallel_tool_use|output_config.f|budget_tokens = 2 must be less",
         ):
             claude.messages.create(**{**how, **more})
 
@@ -256,16 +306,31 @@ def test_a_tool_must_be_called_or_the_request_is_refused(claude):
     ("wrong", "message"),
     [
         ({"n": 17}, r"n = 17 must be a whole number in 1 \.\. 16"),
-        ({"extra_body": {"zest": 1}}, "'zest' is not supported"),
-        ({"temperature": 3}, "range of temperature is"),
-        ({"logit_bias": {"x": 1}}, "logit_bias must be an object of token ids and numbers"),
-        ({"logit_bias": {"99999": 1}}, "bias: token id 99999 is outside the vocabulary"),
+        ({"extra_body": {"zest": 1}}, "zest is not supported"),
+        ({"temperature": 3}, r"temperature = 3 must be 0 or a number in \[0.0001, 2\]"),
+        ({"temperature": True}, "temperature = true must be 0 or a number"),
+        ({"logit_bias": {"x": 1}}, 'logit_bias: "x" must be a token'),
+        ({"logit_bias": {"5": "1"}}, r"logit_bias\.5 = \S+ must be a number in \[-100, 100\]"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias: token id 99999 is outside the vocabulary"),
+        ({"user": 5}, "user = 5 must be a text"),
+        ({"store": True}, "store = true is not supported by this server; leave it out, or give false"),
+        ({"top_logprobs": 2}, "top_logprobs needs logprobs = true"),
+        ({"stream_options": {"include_usage": True}}, "stream_options needs stream = true"),
+        ({"tool_choice": "required"}, "tool_choice required needs tools"),
+        ({"extra_body": {"thinking": {"type": "enabled"}}, "reasoning_effort": "none"}, "contradict each other"),
+        ({"extra_body": {"thinking": {"type": "disabled", "budget_tokens": 4}}}, r"thinking\.budget_tokens is not"),
+        ({"messages": [{**ASK[0], "name": "bob"}]}, r"messages\[0\]\.name is not supported"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, r"messages\[0\]\.content\[0\]\.type"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, r"content\[0\]\.text = 5 must be"),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\]\.content is missing"),
+        ({"tools": [{"type": "web_search"}]}, r"tools\[0\]\.type = \S+ is not supported"),
+        ({"response_format": {"type": "text", "zest": 1}}, r"response_format\.zest is not supported"),
         ({"messages": [{"role": "user", "content": "kludge " * 3000}]}, "maximum context length is 1200 tokens"),
         ({"max_tokens": 1300}, "maximum context length is 1200 tokens"),
         ({"messages": [{"role": "robot", "content": ""}]}, "robot"),
         ({"messages": []}, "message"),
         ({"extra_body": {"max_completion_tokens": 3}}, "max_tokens and max_completion_tokens differ"),
-        ({"reasoning_effort": "enormous"}, "enormous|reasoning"),
+        ({"reasoning_effort": "enormous"}, "reasoning_effort = .*enormous"),
     ],
 )
 def test_what_is_refused(client, wrong, message):

@@ -45,6 +45,23 @@ def test_a_client_that_leaves_at_any_token_harms_nobody(server):
     assert server.app.worker.engine.stats.finished["cancelled"] >= 5
 
 
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"properties": [1]}, "Invalid schema for function 'look'"),
+        ({"required": 5}, "Invalid schema for function 'look'"),
+        ({"type": "object", "properties": {"a": {"type": "nope"}}}, "Invalid schema for function 'look'"),
+        ({"type": "object", "properties": {"a": False}, "required": ["a"]}, "the schema cannot be enforced"),
+        ({"type": "object", "properties": {"a": True}}, ""),
+    ],
+)
+def test_parameters_of_a_tool_that_are_no_schema_are_refused(server, parameters, message):
+    tool = {"type": "function", "function": {"name": "look", "parameters": parameters}}
+    reply = httpx.post(f"{server.url}/v1/chat/completions", json={**CHAT, "tools": [tool]}, timeout=600)
+    assert reply.status_code == (400 if message else 200), reply.text
+    assert message in reply.text
+
+
 @pytest.mark.proof
 def test_company_changes_nobodys_words(server):
     """Many at once, of different lengths, some sampled: each is told what it is told alone."""
@@ -63,12 +80,12 @@ def test_company_changes_nobodys_words(server):
         (b"", 400, "not JSON"),
         (b"{", 400, "not JSON"),
         (b"\xff\xfe", 400, "not JSON"),
-        (b"[1]", 400, "the body is list; it must be a JSON object"),
+        (b"[1]", 400, "the body must be a JSON object"),
         (b'{"temperature": NaN}', 400, "not JSON"),
         (b"[" * 4000, 400, "not JSON"),
         (b'{"model": "small", "messages": [{"role": "user", "content": "\\ud800 and more"}]}', 400, "surrogate"),
         (b'{"a": "' + b"x" * 6000 + b'"}', 413, "larger than 5000 bytes"),
-        (b"{}", 404, "the model None is not served here"),
+        (b"{}", 400, "model is missing; it must be a text"),
     ],
 )
 def test_bodies_that_are_none(limited, body, status, message):
@@ -190,9 +207,17 @@ def test_sigterm_lets_a_stream_end():
         (["--context", "100000"], "--context 100000: the model has 4096 positions"),
         (["--slots", "0"], "0 is not in the range"),
         (["no/such/model"], "no such directory"),
+        (["--name", " "], "--name is empty"),
+        (["--host", "no..host"], "--host no..host --port 8000: nobody can listen there"),
     ],
 )
 def test_a_command_that_cannot_be_served(words, message):
     result = CliRunner().invoke(cli.root, ["serve", "-b", "reference", *words])
     assert result.exit_code != 0
     assert message in result.output + str(result.exception)
+
+
+def test_a_port_that_another_has(server):
+    result = CliRunner().invoke(cli.root, ["serve", "-b", "reference", "--port", str(server.port)])
+    assert result.exit_code != 0
+    assert f"--port {server.port}: nobody can listen there (Address already in use)" in str(result.exception)

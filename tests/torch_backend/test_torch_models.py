@@ -146,9 +146,9 @@ def test_a_bitwise_claim_that_fails_is_a_failure():
     assert all(i.startswith("batch_invariance/hc_expand/") for i in claimed)
 
 
-@pytest.mark.parametrize("threads", ["zero", "0", -1])
+@pytest.mark.parametrize("threads", ["zero", "0", -1, 1025])
 def test_a_number_of_threads_that_is_none(threads):
-    with pytest.raises(BackendError, match=r"threads = '?(zero|0|-1)'? must be a whole number from 1"):
+    with pytest.raises(BackendError, match=r"threads = '?(zero|0|-1|1025)'? must be a whole number from 1"):
         registry.create("torch", threads=threads)
 
 

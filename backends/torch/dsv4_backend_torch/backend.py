@@ -58,7 +58,7 @@ class TorchBackend(TorchFused, Backend):
     options: ClassVar[tuple[Option, ...]] = (
         Option("device", "torch device: cpu, cuda, npu, xpu, mps", "cpu"),
         Option("weight_cache", "bytes of dequantised weights kept in memory", 2 << 30),
-        Option("threads", "threads of torch on a CPU", kind=int, least=1),
+        Option("threads", "threads of torch on a CPU", kind=int, least=1, most=1024),
         Option("few_tokens_by", "a decode step on a CPU: c, torch, or auto: c where a compiler builds it", "auto"),
     )
     claims_level = 3
@@ -156,6 +156,10 @@ class TorchBackend(TorchFused, Backend):
 
     def to_numpy(self, array: Tensor) -> Host:
         """Give an array back to the host."""
+        if array.is_meta:
+            raise BackendError(
+                f"backend {self.name!r}: device {self.device} holds no numbers; it is for counting alone"
+            )
         host = array.detach().cpu()
         if host.dtype == torch.bfloat16:
             return host.view(torch.int16).numpy().view(BFLOAT16)

@@ -256,6 +256,9 @@ class _Only:
     def __init__(self, ids: Sequence[int]) -> None:
         self.ids, self.told = set(ids), list[int]()
 
+    def free(self) -> int:
+        return 0
+
     def allowed(self) -> Host:
         return packed_bits(sorted(self.ids), VOCAB)
 
