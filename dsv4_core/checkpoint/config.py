@@ -112,7 +112,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Refuse what the graph has no meaning for; raise ``ConfigError``."""
-        for key, harmless in _ONLY.items():
+        for key, harmless in ONLY.items():
             if (said := self.other.get(key, harmless[0])) not in harmless:
                 raise ConfigError(
                     f"config.json: {key} = {said!r} is a key of other models, which DeepSeek-V4 has no meaning for; "
@@ -377,7 +377,7 @@ _DEFAULTS = {
     if isinstance(f.default, int | float) and not f.name.startswith(("dspark_", "num_nextn"))
 } | {"rope_scaling": "YaRN from 65536 by 16"}
 """What a text changes with, and what is taken where config.json is silent: the published values."""
-_ONLY = {
+ONLY = {
     "n_group": (1, None),
     "topk_group": (1, None),
     "rope_interleave": (True,),

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import shutil
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -128,6 +130,7 @@ def convert(
     """
     refuse_existing(out)
     checkpoint = Checkpoint(source)
+    check_room(checkpoint, out, options)
     world = Place(options.tp or 1, options.ep or 1)
     world.check(checkpoint.config)
     if world.ranks == 1 and not (options.experts or options.bf16 or options.int8):
@@ -164,6 +167,28 @@ def refuse_existing(out: Path) -> None:
     """Raise ``ConvertError`` where ``out`` is there."""
     if out.exists():
         raise ConvertError(f"{out} exists; give a new directory, a conversion never overwrites")
+
+
+def check_room(checkpoint: Checkpoint, out: Path, options: Options) -> None:
+    """Raise ``ConvertError`` where the disk has no room for the copy, what was written of it
+    before counted in.
+    """
+    needed = 0
+    for name in checkpoint.names:
+        stored, fmt = checkpoint.stored(name), checkpoint.format(name)
+        count = math.prod(stored.shape) * (2 if fmt == "e2m1" and stored.dtype != "F4" else 1)
+        if options.bf16 and (fmt or name.endswith(".scale")):
+            needed += 2 * count if fmt else 0
+        elif (options.experts or options.int8) and fmt == "e2m1":
+            needed += count
+        else:
+            needed += stored.end - stored.begin
+    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    written = sum(f.stat().st_size for f in out.with_name(f"{out.name}.partial").glob("**/*") if f.is_file())
+    if (free := shutil.disk_usage(parent).free) < needed - written:
+        raise ConvertError(
+            f"{out}: the copy needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free; write it to another disk"
+        )
 
 
 def check_published(checkpoint: Checkpoint) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dsv4_core.checkpoint import foreign, layout, readings, spellings
-from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.checkpoint.config import ONLY, PRESETS
 from dsv4_core.checkpoint.create import stored_bytes
 from dsv4_core.checkpoint.layout import tensor_specs
 from dsv4_core.files.markdown import in_lines
@@ -31,13 +31,18 @@ _RULES = (
     ("ratio 1", "read as 0: rows that are not compressed; a note"),
     ("`eos_token_id` as a list", "all of them end a text"),
     ("`generation_config.json`", "its temperature and top-p where a request gives none; its ends, too"),
-    ("tied head (`tie_word_embeddings`, no `head.weight`)", "`embed.weight` is used"),
+    ("tied head (`tie_word_embeddings`, no `head.weight` or no `embed.weight`)", "the other is used"),
+    ("keys of config.json that are not there and have one published value", "read as that; a note"),
+    ("tables of rotary frequencies (`*.inv_freq`, `*.freqs_cis`)", "ignored: config.json gives them; a note"),
+    ("small tensors with dimensions of 1 more or fewer", "read; a note"),
     ("one file of any name, without an index", "read"),
     ("copies of embedding and head under `mtp.0`", "ignored; a note"),
     ("Vision-Exp", "its text part is read: images are not; a note"),
     ("ModelSlim's W8A8, unrotated, offsets zero", "read as `dsv4 convert --to w8a8-int8` writes it; a note"),
     ("F32 block scales that are no powers of two", "the weights are read as float32; a note"),
     ("experts cut away (REAP)", "read; a hash table that still names them is an error when opened"),
+    ("blocks with another number of experts than config.json's, by their gates", "read, by one process; a note"),
+    ("ratios of DSpark's stages other than 0", "read as 0: they have windows only; a note"),
     ("keys of config.json that dsv4 does not use", "kept by `dsv4 convert`"),
 )
 
@@ -71,6 +76,13 @@ def page() -> str:
     refused += [
         ("a GGUF file, or a directory of them", "GGUF"),
         ("`*.bin`, `*.pt`, `*.pth` alone", "PyTorch pickles"),
+        ("files that begin as Git LFS pointers, web pages, GGUF or ZIP archives do", "another file"),
+        ("`adapter_config.json` alone", "a LoRA adapter"),
+        ("`model0-mp8.safetensors`", "the release's own split, one file a rank"),
+        ("FP4 with scales in F8_E4M3", "NVIDIA's NVFP4"),
+        ("most names unknown, and most needed ones missing", "another model's, or another tool's"),
+        *((f"`{key}` other than {harmless[0]}", "another model's key") for key, harmless in ONLY.items()),
+        *((f"`rope_scaling.{key}` other than {none}", "other positions") for key, none in spellings.NO_EFFECT.items()),
         ("`rope_scaling` of a type other than yarn", "other positions"),
         ("keys `engram_*`, `kv_source_layer_ids`, `candidate_*`", "DeepSeek-V4.1 by another name"),
         ("`quant_model_description.json` that names QuaRot, W4A8, static W8A8", "ModelSlim's other schemes"),

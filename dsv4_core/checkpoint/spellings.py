@@ -16,7 +16,7 @@ Values = dict[str, Any]
 TEXT_TYPES = ("deepseek_v4", "deepseek_v4_text")
 """``model_type`` of the language model within a configuration of several parts."""
 _RATIOS = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
-_NO_EFFECT = {"mscale": 0, "mscale_all_dim": 0, "attention_factor": 1, "truncate": True}
+NO_EFFECT = {"mscale": 0, "mscale_all_dim": 0, "attention_factor": 1, "truncate": True}
 """Keys of a scaling that other models have, and what they must say: nothing, as if they were not
 there.
 """
@@ -208,7 +208,7 @@ def _scaling(scaling: Values) -> Values:
             f"config.json: rope_scaling of type {kind!r} is not implemented, and other positions would be computed without "
             "it; the published models have 'yarn'"
         )
-    for key, none in _NO_EFFECT.items():
+    for key, none in NO_EFFECT.items():
         if (said := scaling.get(key)) not in (None, none):
             raise ConfigError(
                 f"config.json: rope_scaling.{key} = {said!r} is not implemented; the published models blend frequencies as "

@@ -99,9 +99,11 @@ def _print(checkpoint: Checkpoint, findings: list[Finding], *, audited: bool) ->
     files = len({checkpoint.file(name) for name in checkpoint.names})
     console.print(str(checkpoint.path), style="bold", end="")
     console.print(f": {len(checkpoint.names)} tensors, {_size(total)}, {files} file{'s' * (files != 1)}")
+    drafter = {"": "", "mtp": "the MTP block", "dspark": "DSpark"}[checkpoint.config.draft]
+    apart = f"{drafter}, {_count(counts.draft)} more, is in neither; " if drafter else ""
     console.print(
-        f"parameters: {_count(counts.total)} total, {_count(counts.active)} active per token (MTP or DSpark, "
-        f"{_count(counts.draft)} more, is in neither; the embedding, of which a token reads one row, is not in active)\n"
+        f"parameters: {_count(counts.total)} total, {_count(counts.active)} active per token "
+        f"({apart}the embedding, of which a token reads one row, is not in active)\n"
     )
     console.print(_configuration(checkpoint.config))
     table = _table("tensors", "kind", "dtype", "count>", "bytes>", "share>")

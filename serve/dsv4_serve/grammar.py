@@ -67,11 +67,17 @@ class Grammars:
             schema = function.get("parameters") or {"type": "object", "properties": {}}
             parts = [f'"<" {mark} {json.dumps("invoke name=" + chr(34) + function["name"] + chr(34) + ">" + chr(10))}']
             for j, (key, value) in enumerate((schema.get("properties") or {}).items()):
-                text = value.get("type") == "string" and "enum" not in value and "const" not in value
+                text = (
+                    isinstance(value, dict)
+                    and value.get("type") == "string"
+                    and "enum" not in value
+                    and "const" not in value
+                )
                 opening = json.dumps(f'parameter name="{key}" string="{"true" if text else "false"}">')
                 if not text:
                     shared = {k: schema[k] for k in ("$defs", "definitions") if k in schema}
-                    rules.append(f"value{i}x{j}: %json {_compact({**value, **shared})}")
+                    whole = {**value, **shared} if isinstance(value, dict) else value
+                    rules.append(f"value{i}x{j}: %json {_compact(whole)}")
                 written = "STRING" if text else f'value{i}x{j} "</"'
                 one = f'"<" {mark} {opening} {written} {mark} "parameter>\\n"'
                 parts.append(one if key in schema.get("required", ()) else f"({one})?")

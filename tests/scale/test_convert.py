@@ -1,6 +1,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,3 +149,21 @@ def test_every_spread_that_is_said_to_be_lossless_is():
             assert same == (not lossy)
             assert same or spread > 14, (low, spread)
             assert low < 8 or same == (spread <= 14), (low, spread)
+
+
+@pytest.mark.parametrize("options", [Options(tp=2), Options(experts="fp8"), Options(bf16=True), Options(int8=True)])
+def test_a_disk_without_room_is_said_before_anything_is_read_or_written(source, tmp_path, monkeypatch, options):
+    """What is asked for is at most what the copy takes: ranks repeat small tensors, which count
+    much in a model of this size.
+    """
+    convert(source, tmp_path / "copy", options)
+    takes = sum(f.stat().st_size for f in (tmp_path / "copy").glob("**/*.safetensors"))
+    for free, fits in ((int(0.5 * takes), False), (int(1.1 * takes), True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        out = tmp_path / f"other-{free}"
+        if fits:
+            assert convert(source, out, options)["written"]
+        else:
+            with pytest.raises(ConvertError, match=r"the copy needs .* GB and the disk has .* GB free"):
+                convert(source, out, options)
+            assert not list(tmp_path.glob(f"{out.name}*"))

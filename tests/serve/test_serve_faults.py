@@ -45,6 +45,23 @@ def test_a_client_that_leaves_at_any_token_harms_nobody(server):
     assert server.app.worker.engine.stats.finished["cancelled"] >= 5
 
 
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"properties": [1]}, "Invalid schema for function 'look'"),
+        ({"required": 5}, "Invalid schema for function 'look'"),
+        ({"type": "object", "properties": {"a": {"type": "nope"}}}, "Invalid schema for function 'look'"),
+        ({"type": "object", "properties": {"a": False}, "required": ["a"]}, "the schema cannot be enforced"),
+        ({"type": "object", "properties": {"a": True}}, ""),
+    ],
+)
+def test_parameters_of_a_tool_that_are_no_schema_are_refused(server, parameters, message):
+    tool = {"type": "function", "function": {"name": "look", "parameters": parameters}}
+    reply = httpx.post(f"{server.url}/v1/chat/completions", json={**CHAT, "tools": [tool]}, timeout=600)
+    assert reply.status_code == (400 if message else 200), reply.text
+    assert message in reply.text
+
+
 @pytest.mark.proof
 def test_company_changes_nobodys_words(server):
     """Many at once, of different lengths, some sampled: each is told what it is told alone."""
