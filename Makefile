@@ -1,13 +1,13 @@
 # What takes longer than .ci/run may: `make proof` makes two environments, runs everything and leaves dated reports under reports/.
-# Single parts: make reference | torch | cuda | ascend | mutants | kernels | benchmarks | documents | serve | vllm
+# Single parts: make reference | torch | jax | cuda | ascend | mutants | kernels | benchmarks | documents | serve | vllm
 
 PYTHON ?= python3
 VENV := .venv-proof
 RUN := . $(VENV)/bin/activate && export TORCH_DEVICE_BACKEND_AUTOLOAD=0 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 &&
 CONFORMANCE := $(RUN) dsv4 conformance run --tier standard --jobs 2
 
-.PHONY: proof fuzz reference torch cuda ascend mutants kernels benchmarks documents serve vllm
-proof: fuzz reference torch cuda ascend mutants kernels benchmarks documents serve vllm
+.PHONY: proof fuzz reference torch jax cuda ascend mutants kernels benchmarks documents serve vllm
+proof: fuzz reference torch jax cuda ascend mutants kernels benchmarks documents serve vllm
 
 $(VENV):
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,11 @@ torch: $(VENV)
 	$(CONFORMANCE) --backend torch --option few_tokens_by=torch --require 3 --report reports/conformance/torch-without-c
 	$(RUN) pytest -m proof tests/torch_backend
 	$(RUN) pytest -m "proof or not proof" tests/parallel
+
+jax:
+	$(PYTHON) -m venv $(VENV)/jax && $(VENV)/jax/bin/pip install -q '.[dev]' ./examples/jax_backend
+	. $(VENV)/jax/bin/activate && pytest tests/conformance/test_jax_example.py && \
+	dsv4 conformance run --backend jax --tier standard --jobs 2 --require 3 --report reports/conformance/jax
 
 cuda: $(VENV)
 	$(CONFORMANCE) --backend cuda --interpret --report reports/conformance/cuda-interpreted

@@ -66,10 +66,41 @@ def taps_one_layer_early(be: Any, right: Op, h: Host, *rest: Any, norm_eps: floa
     return last.copy() if last is not None and last.shape == y.shape else y
 
 
+def tapping(name: str) -> None:
+    """Let a mutant know how many layers of a step were tapped, ``be.taps``."""
+
+    @mutant("hc_head", name=name, seen="")
+    def tapped(be: Any, right: Op, *operands: Any, norm_eps: float, eps: float) -> Any:
+        be.taps = be.__dict__.get("taps", 0) + is_tap(eps)
+        return right(*operands, norm_eps=norm_eps, eps=eps)
+
+    @mutant("hc_expand", name=name, seen="")
+    def begins(be: Any, right: Op, *operands: Any, **kw: Any) -> Any:
+        be.taps, be.context = 0, None
+        return right(*operands, **kw)
+
+
+def context_mutant(name: str) -> None:
+    """Let a mutant know of ``in_context``: it begins where taps are joined."""
+    tapping(name)
+
+    @mutant("concat", name=name, seen="")
+    def joined(be: Any, right: Op, arrays: Any, *, axis: int) -> Any:
+        if axis == 1 and be.__dict__.get("taps", 0) == len(arrays):
+            be.context, be.taps = [], 0
+        return right(arrays, axis=axis)
+
+
+def in_context(be: Any) -> bool:
+    """Whether context rows are being made: from the joined taps to the next step or block."""
+    return be.__dict__.get("context") is not None
+
+
 @mutant("concat", seen="target layers joined deepest first, as a list of hidden states from the end gives them")
 def taps_joined_backwards(be: Any, right: Op, arrays: Any, *, axis: int) -> Any:
-    streams = axis == 1 and len(arrays) > 1 and len({a.shape for a in arrays}) == 1 and arrays[0].dtype.kind != "i"
-    return right(list(arrays)[::-1] if streams else arrays, axis=axis)
+    if axis == 1 and be.__dict__.get("taps", 0) == len(arrays):
+        arrays, be.taps = list(arrays)[::-1], 0
+    return right(arrays, axis=axis)
 
 
 @mutant("rms_norm", seen="the context row's norm left out: taps are streams, and streams are normed elsewhere")
@@ -82,26 +113,6 @@ def context_not_normed(be: Any, right: Op, x: Host, weight: Any, *, eps: float) 
 @mutant("apply_rope", seen="context rows are not yet tokens of the drafter: their positions start at 0 in each step")
 def context_positions_from_zero(be: Any, right: Op, x: Host, positions: Host, freqs: Host, *, inverse: bool) -> Any:
     return right(x, positions - positions[:1] if in_context(be) else positions, freqs, inverse=inverse)
-
-
-def in_context(be: Any) -> bool:
-    """Whether context rows are being made: from the joined taps to the next step or block."""
-    return be.__dict__.get("context") is not None
-
-
-def context_mutant(name: str) -> None:
-    """Let a mutant know of ``in_context``."""
-
-    @mutant("concat", name=name, seen="")
-    def begins(be: Any, right: Op, arrays: Any, *, axis: int) -> Any:
-        taps = axis == 1 and len(arrays) > 1 and arrays[0].dtype.kind != "i" and arrays[0].shape == arrays[-1].shape
-        be.context = [] if taps else None
-        return right(arrays, axis=axis)
-
-    @mutant("hc_expand", name=name, seen="")
-    def ends(be: Any, right: Op, *operands: Any, **kw: Any) -> Any:
-        be.context = None
-        return right(*operands, **kw)
 
 
 # Rows that a drafter keeps
@@ -361,12 +372,12 @@ def confidence_in_bf16(be: Any, right: Op, x: Host, weight: Any, *, out_dtype: s
 def norms_of_the_draft_swapped(be: Any, right: Op, weight: Any) -> Any:
     y = right(weight)
     if not isinstance(y, np.ndarray) or y.ndim != 1:
-        be.vector = None
+        be.matrices, be.vector = be.__dict__.get("matrices", 0) + 1, None
         return y
     y, last = y.copy(), be.__dict__.get("vector")
-    be.vector = y
     if last is not None and last.shape == y.shape:
         last[...], y[...] = y.copy(), last.copy()
+    be.vector, be.matrices = y if be.__dict__.get("matrices", 0) > 1 else None, 0  # two projections come before them
     return y
 
 
@@ -382,6 +393,7 @@ def accepted_token_for_every_row(be: Any, right: Op, h: Host, x: Host) -> Any:
     return right(h, np.repeat(x[-1:], len(x), axis=0) if 1 < len(x) <= 3 else x)
 
 
+tapping("taps_joined_backwards")
 for _name in (
     "context_not_normed",
     "context_positions_from_zero",
