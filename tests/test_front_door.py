@@ -159,7 +159,7 @@ def test_weights_load_when_they_are_needed(monkeypatch):
         ({"prompt": [[1], [-1]]}, "prompt 1: token id -1"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens = 0 must be 1 or more"),
         ({"prompt": [1, 2, 3], "max_tokens": 5000}, "3 tokens and max_tokens = 5000; the model has 4096.*at most 4093"),
-        ({"prompt": [[1], [1] * 5000]}, "prompt 1 has 5000 tokens.*shorten it"),
+        ({"prompt": [[1], [1] * 5000]}, "prompt 1: the prompt has 5000 tokens.*shorten it"),
         ({"prompt": "x", "top_p": 0}, r"top_p = 0 must be in \(0, 1\]"),
         ({"prompt": "x", "stop": ["a", ""]}, "an empty text would end"),
         ({"prompt": "x", "stop_tokens": [9999]}, "token id 9999"),
