@@ -416,3 +416,21 @@ def test_the_support_matrix_is_made_from_the_reports():
     assert readme == between(readme, summary(reports), "README.md"), f"{again} --brief --into README.md"
     with pytest.raises(ValueError, match="no lines <!-- matrix -->"):
         between("a document", "a table\n", "a.md")
+
+
+@pytest.mark.parametrize(
+    ("name", "killer"),
+    [
+        ("untransposed_for_96_rows", "every_size/hc_post/small"),
+        ("rows_of_the_padding_for_12", "every_size/rms_norm/small"),
+        ("hole_ends_the_window", "compress/holes"),
+        ("scratch_of_other_threads", "another_thread/linear/bf16"),
+        ("inverse_of_one_head", "apply_rope/inverse_of_one_head"),
+        ("sequences_modulo_16", "every_size/index_scores/small"),
+    ],
+)
+def test_faults_that_once_passed_are_noticed(name, killer):
+    check = next(c for c in collect("standard", "native") if c.id == killer)
+    assert runner.run_check(check, session()).status == "passed"
+    finding = runner.run_check(check, checks.Session(MUTANTS[name].build(right_backend())(), "standard"))
+    assert finding.status == "failed", finding.message

@@ -14,6 +14,8 @@ def compress() -> tuple[Case, ...]:
         *overlapping.odd("rows"),
         overlapping.but("first_row", "smoke", data="first_row"),  # no previous window
         overlapping.but("padding", "smoke", data="padding"),  # rows without a token
+        overlapping.but("holes", "smoke", data="holes"),  # tokens missing anywhere in a window
+        plain.but("holes_128", data="holes"),
         overlapping.but("outliers", data="outliers"),
         overlapping.but("peaked", data="peaked"),
         plain.but("peaked_128", data="peaked"),

@@ -32,6 +32,8 @@ def apply_rope() -> tuple[Case, ...]:
     return (
         base,
         base.but("inverse", "smoke", inverse=True),
+        base.but("inverse_of_one_head", "smoke", inverse=True, heads=1),  # a rank's share of few heads
+        base.but("one_head", heads=1),
         *base.odd(),
         base.but("whole_head", dim=64),
         base.but("half=16", half=16),

@@ -180,6 +180,8 @@ def _compress(m: Maker) -> list[Any]:
         idxs[0, :ratio] = -1
     if m.data == "padding":
         idxs[::2] = -1
+    if m.data == "holes":
+        idxs[m.rng.random(idxs.shape) < 0.3] = -1
     if m.data == "late":
         pool[:, width:] += np.linspace(0, 30, tokens)[:, None].astype(pool.dtype)
     return [pool, m.plain(ratio, width), idxs.astype(np.int32)]

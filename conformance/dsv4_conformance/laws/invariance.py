@@ -109,13 +109,19 @@ class Bitwise:
         return verdict
 
     def another_thread(self, call: Call, session: Session) -> Verdict:
-        """What another thread computes is what the first one does; the backend was made and first
-        called there.
+        """What another thread computes is what the first one does, and stays when that thread goes
+        on; the backend was made and first called in the first one.
         """
+
+        def there() -> tuple[list[Host], list[Host]]:
+            returned, found = plain_run(call, session.backend)
+            plain_run(self.case.call(session.numerics, session.repeat + 1), session.backend)
+            return found, [np.array(session.backend.to_numpy(r)) for r in returned]
+
         _, first = plain_run(call, session.backend)
         with ThreadPoolExecutor(1) as pool:
-            _, second = pool.submit(plain_run, call, session.backend).result()
-        verdict = Verdict()
+            second, kept = pool.submit(there).result()
+        verdict = _compare(second, kept, "the next call of another thread overwrote it:")
         for i, (a, b) in enumerate(zip(first, second, strict=True)):
             wide = [np.nan_to_num(x.astype(np.float64)) for x in (a, b)]
             if not np.allclose(wide[0], wide[1], rtol=2.0**-6, atol=2.0**-6):

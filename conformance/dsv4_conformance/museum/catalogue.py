@@ -12,11 +12,12 @@ from dsv4_conformance.museum import (
     routing,
     sizes,
     streams,
+    unseen,
 )
 from dsv4_conformance.museum.fault import MUTANTS
 from dsv4_conformance.museum.honest import VARIANTS
 
-FAMILIES = (numbers, routing, attending, streams, remembering, sizes, meetings, promises, drafting)
+FAMILIES = (numbers, routing, attending, streams, remembering, sizes, meetings, promises, drafting, unseen)
 """The modules whose import registers the mutants."""
 
 __all__ = ["FAMILIES", "MUTANTS", "VARIANTS"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv4_conformance.cases import checks as cases
+from dsv4_conformance.cases import every_size
 from dsv4_conformance.check import TIERS, Check
 from dsv4_conformance.exchange.replay import SUFFIX, SavedCase, read
 from dsv4_conformance.laws import checks as laws
@@ -29,7 +30,7 @@ def collect(tier: Tier, numerics: Numerics, backend: Backend | None = None) -> l
     """
     formats = backend.weight_formats if backend else ()
     found: list[Check] = [*cases.declared(formats), *models.declared(formats, numerics)]
-    for room in (cases, nonfinite, invariance, traces, laws, shadowed, replayed):
+    for room in (cases, every_size, nonfinite, invariance, traces, laws, shadowed, replayed):
         found += room.checks(numerics)
     found += models.checks(numerics, backend)
     found += device.checks(backend) if backend else []

@@ -1,0 +1,93 @@
+"""Numbers of rows that servers batch and no declared case has: an op's small cases at each of them.
+
+A kernel is often chosen by the number of rows, and captured for multiples of eight. Declared cases
+have powers of two and one past a tile; here are the numbers up to 16 and the multiples of eight up
+to 128.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dsv4_conformance.cases.case import Case, cases_of
+from dsv4_conformance.cases.checks import OpCase, describe, judge_call, level_of, optional
+from dsv4_conformance.cases.pairs import BUCKETS, MOST, rows_of, variants
+from dsv4_conformance.check import Check, Finding, Group, Session
+from dsv4_conformance.verdict.budget import expect
+from dsv4_conformance.verdict.judge import Verdict
+from dsv4_core.contract.spec import OPS, OpSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dsv4_core.contract.spec import Numerics, Tier
+
+SIZES = tuple(n for n in (*range(5, 17), *range(24, 129, 8)) if n not in BUCKETS)
+FIRST = 4  # samples of a budget before all are asked for: most calls need no more
+
+
+def sized(op: str, base: Case) -> Iterator[tuple[str, Case]]:
+    """A small case at each size, named ``axis=n``: of sequences where the op has a batch, else of
+    rows.
+    """
+    axis = "batch" if "batch" in base.sizes else rows_of(base)
+    for n in SIZES:
+        if n <= MOST.get(op, n):
+            slots = {"slots": max(base.sizes["slots"], n + 1)} if {"slots", "n"} <= base.sizes.keys() else {}
+            yield f"{axis}={n}", base.but(f"{base.name}_{axis}={n}", **{axis: n}, **slots)
+
+
+@dataclass(frozen=True)
+class EverySize:
+    """One small case of an op at every size."""
+
+    spec: OpSpec
+    base: Case
+    tier: Tier = "standard"
+    group: Group = "op"
+
+    @property
+    def id(self) -> str:
+        """``every_size/OP/CASE``."""
+        return f"every_size/{self.spec.name}/{self.base.name}"
+
+    @property
+    def op(self) -> str:
+        """The op."""
+        return self.spec.name
+
+    @property
+    def level(self) -> int:
+        """The op's."""
+        return level_of(self.spec)
+
+    def run(self, session: Session) -> Finding:
+        """Run the case at each size; the first that is wrong is the finding's."""
+        worst, dtypes = Verdict(), ""
+        for where, case in sized(self.spec.name, self.base):
+            one = OpCase(self.spec, case)
+            call, dtypes = one.call(session.numerics, session.repeat), one.dtypes(session.numerics)
+            if not (support := session.backend.supports(self.spec.name, **describe(call))):
+                return Finding(self.id, self.op, self.group, self.level, "unsupported", f"{where}: {support.reason}")
+            verdict = judge_call(call, session, expect(call, session.oracle, session.backend, FIRST))
+            if not verdict.ok:
+                verdict = judge_call(call, session)
+            if not verdict.ok:
+                verdict.problems[0] = f"{where}: {verdict.problems[0]}"
+                return Finding.of(self, verdict, seed=call.seed, dtypes=dtypes)
+            if verdict.used >= worst.used:
+                worst = verdict
+        return Finding.of(self, worst, dtypes=dtypes)
+
+
+def checks(numerics: Numerics) -> list[Check]:
+    """Each variant of scalars and formats that an op's smoke cases have."""
+    del numerics
+    return [
+        EverySize(spec, base)
+        for spec in OPS.values()
+        if spec.name != "concat"
+        for base in variants(cases_of(spec))
+        if not optional(base)
+    ]
