@@ -125,10 +125,11 @@ def convert(
     other source is taken for it when an interrupted conversion goes on.
 
     Raises ``FileError`` where another process is writing ``out``. Raises ``ConvertError`` before
-    anything is written: where ``out`` exists, nothing was asked for, a scale byte is 255, or FP8
-    would lose something and ``allow_lossy`` is not set.
+    anything is written: where ``out`` exists or lies in the source, nothing was asked for, a scale
+    byte is 255, or FP8 would lose something and ``allow_lossy`` is not set.
     """
     refuse_existing(out)
+    refuse_inside(out, source)
     checkpoint = Checkpoint(source)
     check_room(checkpoint, out, options)
     world = Place(options.tp or 1, options.ep or 1)
@@ -167,6 +168,12 @@ def refuse_existing(out: Path) -> None:
     """Raise ``ConvertError`` where ``out`` is there."""
     if out.exists():
         raise ConvertError(f"{out} exists; give a new directory, a conversion never overwrites")
+
+
+def refuse_inside(out: Path, source: Path) -> None:
+    """Raise ``ConvertError`` where ``out`` would be a part of the checkpoint that is read."""
+    if out.resolve().is_relative_to(source.resolve()):
+        raise ConvertError(f"{out} is inside {source}, which is read; give a directory beside it")
 
 
 def check_room(checkpoint: Checkpoint, out: Path, options: Options) -> None:

@@ -124,7 +124,7 @@ class Talk:
             self.messages = [{"role": "system", "content": rest}] if rest else system
             return "a new conversation"
         if word == "/save" and rest:
-            write_over(Path(rest), json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n")
+            write_over(Path(rest), json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n", alike=1)
             return f"{len(self.messages)} turns in {rest}"
         if word == "/load" and rest:
             self.messages = read_conversation(Path(rest), self.texts)

@@ -57,12 +57,12 @@ def write(path: Path, content: str | bytes, mode: int = 0o666) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
-def write_over(path: Path, content: str | bytes) -> None:
+def write_over(path: Path, content: str | bytes, alike: int = 8) -> None:
     """Write a whole file under a name that a user gave, where nothing lies but an earlier one of
-    its kind.
+    its kind, which begins with the same ``alike`` bytes.
     """
     data = content.encode() if isinstance(content, str) else content
-    replaceable(path, data[:8])
+    replaceable(path, data[:alike])
     write(path, data)
 
 

@@ -136,6 +136,10 @@ class Watch:
             if all(isinstance(one, dict) for one in both):  # only what differs
                 keys = [key for key in both[1] if both[0].get(key) != both[1][key]]
                 both = [{key: one.get(key) for key in keys} for one in both]
+            if all(isinstance(one, str) for one in both):
+                words = [one.split(", ") for one in both]
+                if len(words[0]) == len(words[1]):
+                    both = [", ".join(a for a, b in zip(x, y, strict=True) if a != b) for x, y in (words, words[::-1])]
             who = ", ".join(f"{r} ({self.places[r]})" for r in others)
             raise RankError(
                 printable(

@@ -217,7 +217,7 @@ def _sayings(folder: Path) -> None:
         ("completions", completions),
     ):
         (folder / f"{name}.body").write_text(json.dumps(body))
-    (folder / "tokenize.body").write_text(json.dumps({"prompt": "once", "tokens": [5, 6]}))
+    (folder / "tokenize.body").write_text(json.dumps({"prompt": "once"}))
     (folder / "store.json").write_text(json.dumps(direct.sound_store()))
     (folder / "secret").write_text("0123456789abcdef0123456789abcdef\n")
 

@@ -101,6 +101,8 @@ def test_an_interrupted_conversion_goes_on(source, tmp_path):
 def test_nothing_is_overwritten_or_done_for_nothing(source, tmp_path):
     with pytest.raises(ConvertError, match="exists; give a new directory"):
         convert(source, tmp_path, Options(bf16=True))
+    with pytest.raises(ConvertError, match="which is read; give a directory beside it"):
+        convert(source, source / "copy", Options(bf16=True))
     with pytest.raises(ConvertError, match="nothing to convert"):
         convert(source, tmp_path / "out", Options())
     with pytest.raises(ValueError, match="o_groups = 2 is not a multiple of it"):
