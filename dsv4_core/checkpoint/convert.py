@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -43,7 +42,7 @@ from dsv4_core.contract.dtypes import (
 )
 from dsv4_core.files.forms import Converted, ConvertOptions, Source, Written
 from dsv4_core.files.reading import contents
-from dsv4_core.files.writing import settle, whole, write, writing_alone
+from dsv4_core.files.writing import free_bytes, settle, whole, write, writing_alone
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -190,9 +189,8 @@ def check_room(checkpoint: Checkpoint, out: Path, options: Options) -> None:
             needed += count
         else:
             needed += stored.end - stored.begin
-    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
     written = sum(f.stat().st_size for f in out.with_name(f"{out.name}.partial").glob("**/*") if f.is_file())
-    if (free := shutil.disk_usage(parent).free) < needed - written:
+    if (free := free_bytes(out)) < needed - written:
         raise ConvertError(
             f"{out}: the copy needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free; write it to another disk"
         )

@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
@@ -27,7 +26,7 @@ from dsv4_core.checkpoint.shards import BITS
 from dsv4_core.checkpoint.spellings import ConfigError
 from dsv4_core.checkpoint.tensors import INDEX, Progress
 from dsv4_core.contract.dtypes import BFLOAT16, FORMAT_MAX, Format, Host, encode, pack_fp4
-from dsv4_core.files.writing import whole, write, writing_alone
+from dsv4_core.files.writing import free_bytes, whole, write, writing_alone
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -75,8 +74,7 @@ def create(
     specs = tensor_specs(config, expert_format)
     total = sum(map(stored_bytes, specs.values()))
     needed = sum(stored_bytes(spec) for spec in specs.values() if filled(spec))
-    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if (free := shutil.disk_usage(parent).free) < needed:
+    if (free := free_bytes(path)) < needed:
         raise OSError(
             f"{path}: this checkpoint needs {needed} bytes and the disk has {free} free; cut layers or experts, or "
             "let `dsv4 rehearse` write it with holes"

@@ -5,6 +5,7 @@ renamed; one writer at a time.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -75,6 +76,13 @@ def replaceable(path: Path, begins: bytes) -> None:
     with path.open("rb") as file:
         if file.read(len(begins)) != begins:
             raise FileError(f"{path}: a file of another kind lies there, and is not replaced; give another name")
+
+
+def free_bytes(path: Path) -> int:
+    """Give the bytes that are free on the disk where ``path``, which need not exist, is or will
+    be.
+    """
+    return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from dsv4_core.files.words import one_line
-from dsv4_core.ranks.watch import JOIN, RankError
+from dsv4_core.ranks.watch import JOIN, RankError, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -72,17 +72,12 @@ def await_store(where: Rendezvous) -> None:
         except OSError as error:  # noqa: PERF203  it waits
             if time.monotonic() > until:
                 raise RankError(
-                    f"rank {where.rank} found no store of {holder_of(where)} at {where.host}:{where.port} within {JOIN:.0f} s "
+                    f"rank {where.rank} found no store of {name_of(where.holder)} at {where.host}:{where.port} within {JOIN:.0f} s "
                     f"({error.strerror or error}); start every rank, with the same MASTER_ADDR and MASTER_PORT"
                 ) from None
             time.sleep(0.1)
         else:
             return
-
-
-def holder_of(where: Rendezvous) -> str:
-    """Who holds the ranks' store."""
-    return "the launcher" if where.holder is None else f"rank {where.holder}"
 
 
 class StoredRanks:
@@ -116,7 +111,7 @@ class StoredRanks:
             self.store = distributed.PrefixStore(where.attempt, store(is_master=False, seconds=ANSWER))
         except RuntimeError as error:
             raise RankError(
-                f"rank {where.rank} reached no store of {holder_of(where)} at {where.host}:{where.port}: {str(error).splitlines()[0]}"
+                f"rank {where.rank} reached no store of {name_of(where.holder)} at {where.host}:{where.port}: {str(error).splitlines()[0]}"
             ) from error
 
         with reaching():

@@ -40,6 +40,11 @@ class RankError(BackendError):
     """Another rank is lost, has failed, or was started differently; names it and the cause."""
 
 
+def name_of(holder: int | None) -> str:
+    """Who holds the ranks' store: a rank, or (None) the launcher."""
+    return "the launcher" if holder is None else f"rank {holder}"
+
+
 class Watch:
     """One rank's view of all; ``holder``: the rank in whose process the store lives, None where it
     lives elsewhere.
@@ -197,9 +202,8 @@ class Watch:
         except RankError:
             raise
         except Exception as error:
-            holder = "the launcher" if self.holder is None else f"rank {self.holder}"
             first = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-            raise RankError(f"{holder}, which holds the ranks' store, was lost: {first}") from error
+            raise RankError(f"{name_of(self.holder)}, which holds the ranks' store, was lost: {first}") from error
 
     def _missing(self, what: str, seconds: float) -> list[int]:
         until = time.monotonic() + seconds

@@ -157,7 +157,7 @@ def _check_together(kind: str, body: dict[str, Any]) -> None:
             f"thinking {sort} and an effort of {effort} contradict each other; give one", param="thinking"
         )
     if kind == "messages":
-        budget, most = (body.get("thinking") or {}).get("budget_tokens"), body.get("max_tokens")
+        budget, most = _budget(kind, body), body.get("max_tokens")
         if budget is not None and most is not None and budget >= most:
             raise RefusedError(
                 f"thinking.budget_tokens = {budget} must be less than max_tokens = {most}",

@@ -10,7 +10,6 @@ positions of its tokens, and the description of ``stored_calls``.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from dsv4_core.checkpoint.identity import of_file
 from dsv4_core.checkpoint.shards import Shard
 from dsv4_core.files import writing as files
 from dsv4_core.files.reading import FileError, fitting, json_file
-from dsv4_core.files.writing import writing_alone
+from dsv4_core.files.writing import free_bytes, writing_alone
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,7 +63,7 @@ def write(packed: Packed, directory: Path) -> None:
     written.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(directory).free) < packed.nbytes:
+    if (free := free_bytes(directory)) < packed.nbytes:
         raise OSError(
             f"{directory}: the trace needs {packed.nbytes} bytes and the disk has {free} free; choose fewer --layers or --positions"
         )
