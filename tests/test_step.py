@@ -31,6 +31,7 @@ class Counted:
     compressed_rows = Cache.compressed_rows
     rewindable = 8
     state_rows = Cache.state_rows
+    at, stays, in_one_part = Cache.at, Cache.stays, True
 
 
 def shapes(backend, config, lengths, batch=1):

@@ -37,7 +37,7 @@ class CacheError(ValueError):
 
 @dataclass(eq=False)
 class LayerCache:
-    """One layer's arrays; rows of sequence s begin at ``s * rows per sequence``.
+    """One layer's arrays; rows of part p begin at ``p * rows per part``.
 
     None where the layer's ratio has no such thing. What is written is replaced by what
     ``cache_write`` returns.
@@ -115,6 +115,29 @@ class Cache:
     def _packed(self) -> bool:
         return self.backend.numerics == "native" and self.backend.packs_rows
 
+    @property
+    def parts(self) -> int:
+        """Parts of each array, of ``ring_rows``, ``compressed_rows`` and ``state_rows`` rows: one a
+        sequence.
+        """
+        return self.sequences
+
+    @property
+    def in_one_part(self) -> bool:
+        """Whether a sequence's rows stand in one part, so that they are counted from one offset."""
+        return True
+
+    def at(self, sequences: Host, number: Host, rows: int, *, tokens: int) -> Host:
+        """Where rows ``number`` [n, ...] of sequences [n, 1, ...] stand in arrays of ``rows`` rows
+        a part; ``tokens``: how many a row is of.
+        """
+        del tokens
+        return sequences * rows + number % rows
+
+    def stays(self, position: Host, ends: Host, rows: int) -> Host:
+        """Whether a position's row is still there when the sequence has reached ``ends``."""
+        return position >= ends - rows
+
     def state_layout(self, ratio: int, dim: int) -> RowLayout:
         """The compressor's open windows: a token's kv and score, [2 * width]."""
         return RowLayout("plain", 2 * (2 if ratio == 4 else 1) * dim)
@@ -135,11 +158,11 @@ class Cache:
     def _layer(self, ratio: int) -> LayerCache:
         def rows(count: int, layout: RowLayout) -> Array:
             dtype = "uint8" if layout.kind != "plain" else self.backend.activation_dtype
-            return self.backend.zeros((self.sequences * count, layout.width), dtype)
+            return self.backend.zeros((self.parts * count, layout.width), dtype)
 
         def state(dim: int) -> Array:
             width = self.state_layout(ratio, dim).width
-            return self.backend.zeros((self.sequences * self.state_rows(ratio), width), self.backend.wide_dtype)
+            return self.backend.zeros((self.parts * self.state_rows(ratio), width), self.backend.wide_dtype)
 
         ring = rows(self.ring_rows, self.kv_layout)
         if ratio == 0:

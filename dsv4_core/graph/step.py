@@ -310,7 +310,7 @@ class Step(Addresses):
             span = 2 * ratio if ratio == 4 else ratio
             closes = int((self.ends // ratio - self.starts // ratio).max(initial=0))
             closing = min(-(-seq // ratio), up(closes)) if batch else 0
-            bound = min(self.cache.compressed_rows(ratio), up(int(self._visible(ratio).max(initial=0))))
+            bound = min(-(-self.cache.capacity // ratio), up(int(self._visible(ratio).max(initial=0))))
             topk = min(c.index_topk, bound) if ratio == 4 else 0
             compressions.append(
                 CompressionShape(
@@ -319,7 +319,7 @@ class Step(Addresses):
                     before=min(span - 1, up(start)) if closing else 0,
                     bound=bound,
                     topk=topk,
-                    gathered=ratio == 4 and batch * seq * topk < batch * bound,
+                    gathered=ratio == 4 and self.cache.in_one_part and batch * seq * topk < batch * bound,
                 )
             )
         return StepShape(batch, seq, before, width, tuple(compressions))
@@ -353,13 +353,13 @@ class Step(Addresses):
         positions.
         """
         sequence = self.sequences.reshape(-1, *(1,) * (position.ndim - 1))
-        return np.where(position < 0, -1, sequence * rows + position % rows)
+        return np.where(position < 0, -1, self.cache.at(sequence, np.maximum(position, 0), rows, tokens=1))
 
     def _newest(self, rows: int) -> Host:
         """Slots [T] of this step's tokens in such rings, -1 for padding and for tokens that are
         overwritten within the step.
         """
-        kept = self.host_positions >= self.ends[:, None] - rows
+        kept = self.cache.stays(self.host_positions, self.ends[:, None], rows)
         return self._slots(np.where(kept, self.host_positions, -1), rows).reshape(-1)
 
     def _recent(self, position: Host, before: int) -> Host:
@@ -389,13 +389,14 @@ class Step(Addresses):
         put("state_read", self._slots(old, state_rows).reshape(-1))
         put("state_write", self._newest(state_rows))
         put("window_idxs", np.where(absent, -1, self._recent(token, shape.before)).reshape(-1, shape.span))
-        put("row_write", np.where(closes, self.sequences[:, None] * rows + window, -1).reshape(-1))
+        sequence = self.sequences[:, None]
+        put("row_write", np.where(closes, cache.at(sequence, window, rows, tokens=ratio), -1).reshape(-1))
         put("row_positions", np.where(closes, window * ratio, 0).reshape(-1))
 
         visible, column = self._visible(ratio), np.arange(shape.bound)
         behind = n * self.shape.before + self.tokens  # window rows that stand before the compressed ones
         first = behind + np.arange(n)[:, None] * shape.bound
-        put("row_read", (self.sequences[:, None] * rows + column).reshape(-1))
+        put("row_read", cache.at(sequence, column, rows, tokens=ratio).reshape(-1))
         put("visible", visible)
         if ratio != 4:
             idxs = np.where(column < visible[:, :, None], first[:, :, None] + column, -1)
@@ -403,7 +404,7 @@ class Step(Addresses):
         elif shape.gathered:
             pick = np.arange(shape.topk)
             idxs = behind + np.arange(self.tokens)[:, None] * shape.topk + pick
-            put("offset", self.sequences[:, None] * rows)
+            put("offset", sequence * rows)
             put("pick_idxs", np.where(pick < visible.reshape(-1, 1), idxs, -1))
         elif shape.bound:
             put("offset", first)

@@ -47,9 +47,10 @@ class ReferenceAttention(Numeric, AttentionOps):
         batch, seq, heads, dim = q.shape
         visible = keys.shape[1]
         if self.batch_invariant:
-            keys = tiles.padded(keys, 1, tiles.COLUMNS)
+            keys = tiles.padded(keys, 1, tiles.TERMS)
         rows = keys.shape[1]
         tile = max(256, IN_CACHE // (min(TOKENS, max(1, seq)) * heads))  # of rows
+        tile = tiles.TERMS if self.batch_invariant else tile  # one shape: BLAS has another kernel for few columns
         scores = np.empty((batch, seq, rows), self.wide_type)
         for b in range(batch):  # one product per sequence
             wide_keys = self.widen(keys[b]).T
@@ -154,7 +155,9 @@ class ReferenceAttention(Numeric, AttentionOps):
             if not np.isfinite(kv[:1].astype(self.wide_type)).all():
                 rows[idxs[part] < 0] = 0  # what stands for -1 is row 0
             count = (idxs[part] >= 0).astype(self.wide_type)[:, None]
-            weight = self.softmax_with_sink(self.dot(q[part], rows.transpose(0, 2, 1)), count, sink)
+            columns = rows.transpose(0, 2, 1)
+            scores = tiles.wide_product(q[part], columns) if self.batch_invariant else self.dot(q[part], columns)
+            weight = self.softmax_with_sink(scores, count, sink)
             out[part] = tiles.long_product(weight, rows) if self.batch_invariant else self.dot(weight, rows)
         return out
 

@@ -16,7 +16,6 @@ import numpy as np
 from dsv4_core.contract.dtypes import Host
 
 TERMS = 128
-COLUMNS = 16  # a multiple of the columns that BLAS microkernels hold in registers
 
 
 @functools.cache
@@ -49,8 +48,8 @@ def padded(x: Host, axis: int, multiple: int, fill: float = 0) -> Host:
 
 
 def product(a: Host, b: Host) -> Host:
-    """``a @ b`` for [m, k] and [k, n]: row i has the same bits for every m. Stacks of products (one
-    a token) are so already.
+    """``a @ b`` for [m, k] and [k, n]: row i has the same bits for every m. Stacks of products of
+    one shape (one a token) are so already.
     """
     if a.ndim > 2:
         return a @ b
@@ -67,6 +66,13 @@ def long_product(a: Host, b: Host) -> Host:
     for k in range(0, a.shape[-1], TERMS):  # a few hundred rows: 1 to 9 groups
         y += a[..., k : k + TERMS] @ b[..., k : k + TERMS, :]
     return y
+
+
+def wide_product(a: Host, b: Host) -> Host:
+    """``a @ b`` for stacks whose columns are a multiple of ``TERMS``: a column has the same bits
+    however many follow it.
+    """
+    return np.concatenate([a @ b[..., n : n + TERMS] for n in range(0, b.shape[-1], TERMS)], axis=-1)
 
 
 def long_sum(x: Host) -> Host:
