@@ -6,7 +6,8 @@ import pytest
 from click.testing import CliRunner
 from dsv4_conformance.cli import verify
 from dsv4_conformance.files.forms import CertifiedReport
-from dsv4_conformance.report import certificate
+from dsv4_conformance.report import certificate, matrix
+from dsv4_conformance.report.short import short, whole
 
 from dsv4_core.cli import root
 from dsv4_core.files.reading import FileError, checked, json_file
@@ -72,3 +73,32 @@ def test_a_hash_sees_names_and_bytes(tmp_path, monkeypatch):
     second = certificate.hashed(["hashed_package"])
     (tmp_path / "hashed_package" / "more.py").write_text("b")
     assert len({first, second, certificate.hashed(["hashed_package"])}) == 3
+
+
+def test_a_report_leaves_out_what_is_usual_and_is_read_whole(tmp_path):
+    passed = {
+        "id": "linear/small",
+        "op": "linear",
+        "group": "op",
+        "level": 1,
+        "status": "passed",
+        "used": 0.1234567,
+        "metrics": {"factor": 1.5, "bias_units": 2.0},
+        "seed": 7,
+    }
+    assert short(passed) == {"id": "linear/small", "level": 1, "used": 0.1235, "metrics": {"factor": 1.5}}
+    failed = whole({**passed, "status": "failed", "claimed": False, "worst": {"element": [0], "got": 1.0}})
+    assert short(failed)["worst"] == failed["worst"]
+    assert whole(short(failed)) == failed | {"counts": False}
+    model = whole({"id": "model/tiny/distance", "op": "tiny", "group": "model", "level": 3, "metrics": {"KL": 0.0}})
+    assert whole(short(model)) == model
+    for finding in (passed, failed, model):
+        assert short(whole(short(finding))) == short(finding)
+
+
+def test_the_matrix_reads_short_reports_and_long_ones(report, tmp_path):
+    data = json.loads(report.read_text())
+    assert all("status" not in finding for finding in data["findings"])
+    long = {**data, "findings": [whole(f) for f in data["findings"]]}
+    (tmp_path / "report.json").write_text(json.dumps(long))
+    assert matrix.matrix([matrix.load(tmp_path)]) == matrix.matrix([matrix.load(report)])

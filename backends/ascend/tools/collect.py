@@ -17,6 +17,7 @@ from typing import Any
 from dsv4_backend_ascend import document
 from dsv4_backend_ascend.capability import GENERATIONS, Generation, table
 from dsv4_backend_ascend.schema import schemas, snapshots
+from dsv4_conformance.report.short import whole
 
 from dsv4_core.checkpoint.convert import Options, Tally, convert
 from dsv4_core.checkpoint.weights import embedded
@@ -35,8 +36,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def conformance(generation: Generation) -> dict[str, Any]:
-    """The suite's report of a run on simulated CANN."""
-    return read(CONFORMANCE / f"ascend-{generation}-simulated" / "report.json")
+    """The suite's report of a run on simulated CANN, its findings with every key."""
+    report = read(CONFORMANCE / f"ascend-{generation}-simulated" / "report.json")
+    return report | {"findings": [whole(finding) for finding in report["findings"]]} if report else report
 
 
 def passed(report: dict[str, Any]) -> dict[str, bool]:

@@ -126,14 +126,15 @@ class SavedCase(Form):
 
 
 class Finding(Form):
-    """One finding of a report."""
+    """One finding of a report; what it leaves out is as ``report.short`` says."""
 
     id: Text
-    op: Word
-    group: Word
-    status: Word
-    claimed: bool
-    message: str
+    op: Word | UnsetType = UNSET
+    group: Word = "op"
+    status: Word = "passed"
+    claimed: bool = True
+    counts: bool | UnsetType = UNSET
+    message: str = ""
     level: int | None = None
 
 
@@ -171,11 +172,11 @@ class Sworn(Form):
     """One finding, as far as it is verified."""
 
     id: Text
-    group: Word
-    status: Word
     level: int
+    group: Word = "op"
+    status: Word = "passed"
     inputs: str = ""
-    used: float | None = None
+    used: float | None = 0.0
 
 
 class CertifiedReport(Form):

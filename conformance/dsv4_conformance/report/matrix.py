@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_conformance.files.forms import Report, plain
+from dsv4_conformance.report.short import whole
 from dsv4_conformance.run.runner import said_once
 from dsv4_core.contract.spec import OPS
 from dsv4_core.files.markdown import in_lines
@@ -36,9 +37,10 @@ def load(path: Path) -> dict[str, Any]:
     file = path / "report.json" if path.is_dir() else path
     advice = "write a report with dsv4 conformance run --report DIR"
     try:
-        return dict(plain(json_file(file, Report, advice)))
+        report = dict(plain(json_file(file, Report, advice)))
     except FileNotFoundError:
         raise FileError(f"{file}: no such file, so no conformance report; {advice}") from None
+    return report | {"findings": [whole(f) for f in report["findings"]]}
 
 
 def matrix(reports: list[dict[str, Any]]) -> str:

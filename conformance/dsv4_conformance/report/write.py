@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dsv4_conformance.report import certificate
 from dsv4_conformance.report.html import page
 from dsv4_conformance.report.junit import junit
+from dsv4_conformance.report.short import short
 from dsv4_conformance.run.runner import Run, to_json
 from dsv4_core.files import writing as files
 from dsv4_core.files.writing import writing_alone
@@ -41,9 +42,9 @@ def write(run: Run, directory: Path, command: str, rerun: str, flags: BackendFla
 
 
 def text(data: dict[str, Any]) -> str:
-    """Give a report's JSON, a line for each finding."""
+    """Give a report's JSON, a line for each finding, without what is usual."""
     head = json.dumps({key: value for key, value in data.items() if key != "findings"}, indent=1, default=str)
-    lines = ",\n".join(json.dumps(f, separators=(",", ":"), default=str) for f in data["findings"])
+    lines = ",\n".join(json.dumps(short(f), separators=(",", ":"), default=str) for f in data["findings"])
     return f'{head[:-2]},\n "findings": [\n{lines}\n ]\n}}\n'
 
 

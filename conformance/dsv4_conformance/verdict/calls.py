@@ -58,10 +58,10 @@ class Outcome:
 
 
 def hashed(call: Call) -> str:
-    """A hash of the operands and scalars, the same wherever the call is made: 32 hexadecimal
+    """A hash of the operands and scalars, the same wherever the call is made: 16 hexadecimal
     digits.
     """
-    digest = hashlib.blake2b(f"{call.op} {sorted(call.scalars.items())!r}".encode(), digest_size=16)
+    digest = hashlib.blake2b(f"{call.op} {sorted(call.scalars.items())!r}".encode(), digest_size=8)
 
     def add(name: str, operand: Any) -> None:
         if isinstance(operand, Experts):
