@@ -7,9 +7,10 @@ import pytest
 import torch
 from dsv4_backend_ascend.backend import AscendBackend
 from dsv4_backend_ascend.kept import OF_INDICES, Kept
+from dsv4_backend_ascend.rounding import GRIDS, power_of_two
 from dsv4_backend_torch.backend import TorchBackend
 
-from dsv4_core.contract.dtypes import Experts, RowLayout, quantise_weight
+from dsv4_core.contract.dtypes import FORMAT_MAX, Experts, RowLayout, quantise_weight
 
 PLAIN = RowLayout("plain", 16)
 
@@ -24,15 +25,11 @@ def backend():
     return AscendBackend(simulate="910B", tier="composed")
 
 
-def bits(x):
-    return x.contiguous().view(torch.int16)
-
-
 @pytest.mark.parametrize(("fmt", "block"), [("e4m3", 64), ("e4m3", 128), ("e2m1", 32)])
 class TestRounding:
     def same(self, backend, portable, x, fmt, block):
         got, want = (b.act_qdq(x, format=fmt, block=block, channels=block) for b in (backend, portable))
-        assert torch.equal(bits(got), bits(want))
+        assert torch.equal(got, want)  # -0 is 0
 
     @pytest.mark.parametrize("largest", [1.0, 1.5, 1.5078125, 1.75, 1.7578125, 1.9921875, 6.0, 448.0])
     def test_every_number_below_the_largest_of_a_block(self, backend, portable, fmt, block, largest):
@@ -48,12 +45,23 @@ class TestRounding:
         wide[0], wide[1, ::2] = 0.0, -0.0
         self.same(backend, portable, wide.bfloat16(), fmt, block)
 
-    def test_what_a_product_multiplies_is_equal_but_for_the_sign_of_zeros(self, backend, portable, fmt, block):
+    def test_what_a_product_multiplies_is_equal(self, backend, portable, fmt, block):
         x = (torch.randn(5, 256) * 2.0 ** torch.randint(-20, 5, (5, 256))).bfloat16()
         x[0], x[1, :128] = 0.0, 0.0
         x[2] *= 2.0**-30
         x[3, :3] = torch.tensor([3.38e38, -(2.0**127), 1.0])
         assert torch.equal(backend.quantised_activation(x), portable.quantised_activation(x))
+
+    def test_every_magnitude_asks_for_its_scale(self, fmt, block):
+        """However a device takes a part off a magnitude: rounded before, or once."""
+        every = torch.arange(1, 0x7F80, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+        grid = GRIDS[fmt]
+        every = every.clamp(min=grid.floor)
+        want = 2.0 ** np.ceil(np.log2(every.double().numpy() / FORMAT_MAX[fmt])) * (
+            FORMAT_MAX[fmt] / {"e4m3": 3.5, "e2m1": 3.0}[fmt]
+        )
+        for left in (every.sub(every, alpha=grid.part), every - every * grid.part):
+            assert np.array_equal(power_of_two(left.clone()).double().numpy(), want)
 
     def test_a_block_with_an_infinity_is_not_numbers(self, backend, fmt, block):
         x = torch.ones(1, block, dtype=torch.bfloat16)

@@ -2,7 +2,7 @@
 launched.
 
 Results are those of the portable backend, bit for bit but for the order of Sinkhorn's sums of four,
-and a factor that stands in the Hadamard matrix.
+a factor that stands in the Hadamard matrix, and the sign of zeros on the grids of FP8 and FP4.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """FP8 and FP4 rounding of activations in BF16 arithmetic: half of the launches of the portable way,
 and half of the bytes.
 
-A quotient in [-448, 448] has 8 bits. Adding 1.5 * 2^(7 - m) times its power of two leaves room for
-m bits behind the first, so that the sum, rounded to BF16 to nearest even as every BF16 addition is,
-lies on the grid; taking it away again is exact.
+Blocks are divided by a power of two that leaves the format's largest number below 4, so that
+nothing overflows. A quotient has 8 bits. Adding 1.5 * 2^(7 - m) times its power of two leaves room
+for m bits behind the first, so that the sum, rounded to BF16 to nearest even as every BF16 addition
+is, lies on the grid; taking it away again is exact.
 """
 
 from __future__ import annotations
@@ -13,69 +14,47 @@ from typing import NamedTuple
 import torch
 
 from dsv4_backend_ascend.chip import ChipBackend
-from dsv4_core.contract.dtypes import AMAX_FLOOR, FORMAT_MAX, FP8_BLOCK, Format
+from dsv4_core.contract.dtypes import AMAX_FLOOR, FP8_BLOCK, Format
 
-EXPONENT, SIGN = 0x7F80, -0x8000  # of BF16 bits as int16
+EXPONENT = 0x7F80  # of BF16 bits as int16
 
 
 class Grid(NamedTuple):
-    """``shift``: 1.5 * 2^(7 - mantissa bits). ``least``: the smallest normal number.
-    ``least_scale``: what the floor under amax makes of a block of zeros.
+    """``floor``: under a block's largest magnitude; any number that asks for the same scale will
+    do. ``part``: what is taken off that magnitude, as a part of it: what remains lies above the
+    magnitude's own power of two where its mantissa is larger than the format's largest number's,
+    else below. A test tries every magnitude, with the part rounded before it is taken off and not.
+    ``shift``: 1.5 * 2^(7 - mantissa bits). ``least``: the smallest normal number's quotient.
     """
 
+    floor: float
+    part: float
     shift: float
     least: float
-    least_scale: float
 
 
-GRIDS: dict[Format, Grid] = {"e4m3": Grid(24.0, 2.0**-6, 2.0**-22), "e2m1": Grid(96.0, 1.0, 2.0**-126)}
-assert all(2 * AMAX_FLOOR[f] / FORMAT_MAX[f] > GRIDS[f].least_scale >= AMAX_FLOOR[f] / FORMAT_MAX[f] for f in GRIDS)
-UNIT = (
-    2.0**7
-)  # scales that a product's operands are divided by: 448 is 3.5 of them, and they fit BF16 whatever the block holds
-TO_UNIT = 0x1FFFFF - (
-    1 << 23
-)  # on float32 bits: one power up beyond a mantissa of 1.75, as 448 has it, and one power down
+GRIDS: dict[Format, Grid] = {
+    "e4m3": Grid(1.5 * 2.0**-14, 221 / 512, 24.0, 2.0**-13),  # 448 is 1.75 * 2^8; 3.5 as a quotient
+    "e2m1": Grid(AMAX_FLOOR["e2m1"], 172 / 512, 96.0, 0.5),  # 6 is 1.5 * 2^2; 3 as a quotient
+}
 
 
-def largest(blocks: torch.Tensor) -> torch.Tensor:
-    """Magnitudes [..., 1], float32."""
-    return torch.linalg.vector_norm(blocks, torch.inf, -1, keepdim=True, dtype=torch.float32)
-
-
-def exponents(numbers: torch.Tensor, add: int) -> torch.Tensor:
-    """Float32 numbers plus ``add`` in their bits, as bare powers of two; overwrites them."""
-    numbers.view(torch.int32).add_(add).bitwise_and_(0x7F800000)
+def power_of_two(numbers: torch.Tensor) -> torch.Tensor:
+    """BF16 numbers without their mantissa and sign, in place."""
+    numbers.view(torch.int16).bitwise_and_(EXPONENT)
     return numbers
 
 
-def to_grid(quotient: torch.Tensor, fmt: Format, least: float) -> torch.Tensor:
-    """Round BF16 numbers to the format's mantissa, and below ``least`` to multiples of what one has
-    there. Zeros lose their sign.
-    """
-    power = (quotient.view(torch.int16) & EXPONENT).view(torch.bfloat16).clamp_(min=least)
-    return torch.add(quotient, power, alpha=GRIDS[fmt].shift).sub_(power, alpha=GRIDS[fmt].shift)
-
-
 def on_grid(blocks: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """Quantise and dequantise BF16 blocks [..., block]: ``q * scale``, exactly, with the sign of
-    zeros; NaN beside an infinity.
+    """Quantise and dequantise BF16 blocks [..., block]: ``q * scale``, exactly. Zeros lose their
+    sign; beside an infinity or a NaN there are no numbers.
     """
     grid = GRIDS[fmt]
-    scale = exponents(largest(blocks).mul_(1 / FORMAT_MAX[fmt]), 0x7FFFFF)
-    scale = scale.clamp_(min=grid.least_scale).to(torch.bfloat16)
-    quotient = blocks / scale
-    rounded = to_grid(quotient, fmt, grid.least)
-    rounded.view(torch.int16).bitwise_or_(quotient.view(torch.int16) & SIGN)
-    return rounded.mul_(scale)
-
-
-def multiplied(blocks: torch.Tensor) -> torch.Tensor:
-    """``on_grid`` in E4M3 for a product, where neither the sign of a zero nor what stands beside an
-    infinity shows.
-    """
-    unit = exponents(largest(blocks).clamp_(min=AMAX_FLOOR["e4m3"]), TO_UNIT).to(torch.bfloat16)
-    return to_grid(blocks / unit, "e4m3", GRIDS["e4m3"].least / UNIT).mul_(unit)
+    amax = torch.linalg.vector_norm(blocks, torch.inf, -1, keepdim=True).clamp_(min=grid.floor)
+    unit = power_of_two(amax.sub_(amax, alpha=grid.part))
+    quotient = blocks / unit
+    power = (quotient.view(torch.int16) & EXPONENT).view(torch.bfloat16).clamp_(min=grid.least)
+    return quotient.add_(power, alpha=grid.shift).sub_(power, alpha=grid.shift).mul_(unit)
 
 
 class Rounding(ChipBackend):
@@ -101,4 +80,4 @@ class Rounding(ChipBackend):
         if x.dtype != torch.bfloat16 or x.shape[1] % FP8_BLOCK or not x.numel():
             return self.kept.once((x, "e4m3"), lambda: rounded(x, weight))  # type: ignore[no-any-return]
         blocks = x.unflatten(1, (-1, FP8_BLOCK))
-        return self.kept.once((x, "e4m3"), lambda: multiplied(blocks).flatten(1))  # type: ignore[no-any-return]
+        return self.kept.once((x, "e4m3"), lambda: on_grid(blocks, "e4m3").flatten(1))  # type: ignore[no-any-return]
