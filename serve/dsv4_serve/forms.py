@@ -286,7 +286,7 @@ def _messages() -> Schema:
             none=_object(),
         ),
         thinking=_thinking(),
-        output_config=_object(effort=_EFFORT),
+        output_config=_object(effort=_EFFORT, format=_kinds("type", json_schema=_object("schema", schema=OBJECT))),
         metadata=_inert(_object(user_id=TEXT)),
         service_tier=_inert(_one_of("auto", "standard_only")),
     )

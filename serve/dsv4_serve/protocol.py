@@ -67,7 +67,7 @@ def asked(kind: str, body: dict[str, Any], served: Served, name: str, *, counted
     _check_together(kind, body)
     wish, effort, budget = wishes(body, served), _effort(kind, body), _budget(kind, body)
     n = body.get("n", 1)
-    demand = _demanded(kind, body)
+    demand, schema = _demanded(kind, body), _schema(kind, body)
     lent = _for_the_library(kind, body, demanded=demand is not None)
     try:
         parsed = ask(json.dumps(lent))
@@ -76,7 +76,8 @@ def asked(kind: str, body: dict[str, Any], served: Served, name: str, *, counted
         conversation = conversion.conversation
         thinking = conversation.thinking_mode
         opened = demand is not None and not thinking
-        pieces = _prompt(conversation, effort, served, opened=opened)
+        schema = conversation.response_schema if schema is None else schema
+        pieces = _prompt(conversation, effort, schema, served, opened=opened)
         served.check_length(pieces)
         ids = served.vocabulary.ids(pieces)
         limit = conversion.resolve_max_tokens(len(ids), capacity)
@@ -87,6 +88,8 @@ def asked(kind: str, body: dict[str, Any], served: Served, name: str, *, counted
     inference, output = conversion.inference_options, conversion.inference_options.output_constraint
     seed = inference.seed if inference.seed is not None else served.draw_seed()
     kept = (output.kind, output.schema) if output else (None, "")
+    if output is None and schema is not None:
+        kept = ("json", json.dumps(schema))
     if demand is not None:
         kept = (
             "tool_call_required",
@@ -176,6 +179,20 @@ def _budget(kind: str, body: dict[str, Any]) -> int | None:
     return None if kind == "responses" else (body.get("thinking") or {}).get("budget_tokens")
 
 
+def _schema(kind: str, body: dict[str, Any]) -> dict[str, Any] | None:
+    """The schema of a message's reply, which the library drops; it reads those of the others."""
+    given = (body.get("output_config") or {}).get("format") if kind == "messages" else None
+    if given is None:
+        return None
+    if body.get("tools"):
+        raise RefusedError(
+            "output_config.format is not supported beside tools: a reply that keeps to it calls none",
+            param="output_config.format",
+        )
+    schema: dict[str, Any] = given["schema"]
+    return schema
+
+
 def _demanded(kind: str, body: dict[str, Any]) -> frozenset[str] | None:
     """Names of the tools of which one must be called, None where none must. Raise ``RefusedError``
     for a demand that nothing can meet.
@@ -199,7 +216,9 @@ def _demanded(kind: str, body: dict[str, Any]) -> frozenset[str] | None:
     return frozenset([name])
 
 
-def _prompt(conversation: Any, effort: str | None, served: Served, *, opened: bool) -> list[Piece]:
+def _prompt(
+    conversation: Any, effort: str | None, schema: dict[str, Any] | None, served: Served, *, opened: bool
+) -> list[Piece]:
     """Write the conversation by our encoder, with the levels of effort of this checkpoint."""
     messages: list[Message] = [_turn(m) for m in conversation.messages]
     thinking = conversation.thinking_mode
@@ -213,7 +232,7 @@ def _prompt(conversation: Any, effort: str | None, served: Served, *, opened: bo
         thinking=thinking,
         effort=level,
         tools=tools or None,
-        response_format=conversation.response_schema,
+        response_format=schema,
         texts=served.texts,
     )
     if opened:

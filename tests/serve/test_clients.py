@@ -232,6 +232,26 @@ def test_a_reply_by_a_schema(client):
     assert json.loads(reply.message.content) in ({"on": True}, {"on": False})
 
 
+def test_a_message_by_a_schema(client, claude):
+    """As a chat by the same schema, in a thought's company too."""
+    schema = {"type": "json_schema", "schema": TOOL}
+    told = {"name": "x", "schema": TOOL}
+    for thinking in ({"type": "disabled"}, {"type": "enabled", "budget_tokens": 3}):
+        how = {"model": MODEL, "messages": ASK, "max_tokens": 60}
+        reply = claude.messages.create(
+            **how, extra_body={"temperature": 0, "thinking": thinking, "output_config": {"format": schema}}
+        )
+        assert json.loads(reply.content[-1].text) in ({"on": True}, {"on": False})
+        chat = client.chat.completions.create(
+            **how,
+            temperature=0,
+            response_format={"type": "json_schema", "json_schema": told},
+            extra_body={"thinking": thinking},
+        )
+        assert chat.choices[0].message.content == reply.content[-1].text
+        assert chat.usage.prompt_tokens == reply.usage.input_tokens + (reply.usage.cache_read_input_tokens or 0)
+
+
 def test_a_thought_ends_with_its_budget(client, claude, server):
     """After so many tokens the thought is ended; until then it is what it would be anyway."""
     _, out, _ = expected(server, 5, thinking=True)
@@ -297,7 +317,7 @@ def test_a_tool_must_be_called_or_the_request_is_refused(claude):
     ):
         with pytest.raises(
             anthropic.BadRequestError,
-            match=r"tool_choice any needs|disable_parallel_tool_use|output_config.f|budget_tokens = 2 must be less",
+            match=r"tool_choice any needs|disable_parallel_tool_use|output_config.format is not|budget_tokens = 2 must be less",
         ):
             claude.messages.create(**{**how, **more})
 
