@@ -33,7 +33,7 @@ import numpy as np
 from dsv4_core.files.writing import write
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("company", "preempted", "served", "overhead")
+PARTS = ("company", "shared", "preempted", "drafted", "ranks", "vendor", "served", "overhead")
 Told = list[tuple[int, float]]
 """Of one request: tokens and their log-probabilities, float32."""
 
@@ -53,7 +53,7 @@ def options(backend: str) -> dict[str, bool]:
     return {"batch_invariant": True} if backend == "reference" else {}
 
 
-def alone(model: Path, ids: list[list[int]], tokens: int, backend: str) -> list[Told]:
+def alone(model: Path, ids: list[list[int]], tokens: int, backend: str, tp: int = 1) -> list[Told]:
     """What dsv4 gives for each prompt by itself; log-probabilities by the function that vLLM
     uses.
     """
@@ -63,7 +63,7 @@ def alone(model: Path, ids: list[list[int]], tokens: int, backend: str) -> list[
     from dsv4_core.graph.evaluate import teacher_forced
 
     told = []
-    with dsv4.load(model, backend=backend, **options(backend)) as session:
+    with dsv4.load(model, backend=backend, tp=tp, **options(backend)) as session:
         for one in ids:
             out = list(session.generate(one, max_tokens=tokens, ignore_eos=True).run().tokens[0])
             raw = teacher_forced(session.model, np.array([[*one, *out[:-1]]]), prefill=len(one))["logits"][0]
@@ -73,22 +73,25 @@ def alone(model: Path, ids: list[list[int]], tokens: int, backend: str) -> list[
 
 
 def engine(model: Path, backend: str, at_once: int, **more: Any) -> Any:
-    """Give vLLM's engine with dsv4 in it."""
+    """Give vLLM's engine with dsv4 in it. Fewer tokens a step than a long prompt has: it is read in
+    chunks.
+    """
     from vllm import EngineArgs, LLMEngine
 
-    arguments = EngineArgs(
-        model=str(model),
-        max_num_seqs=at_once,
-        max_model_len=more.pop("longest", 1024),
-        block_size=16,
-        enable_prefix_caching=False,
-        enforce_eager=True,
-        dtype="bfloat16",
-        skip_tokenizer_init=True,
-        additional_config={"dsv4": {"backend": backend, "options": options(backend)}},
+    arguments: dict[str, Any] = {
+        "model": str(model),
+        "max_num_seqs": at_once,
+        "max_model_len": 1024,
+        "max_num_batched_tokens": 300,
+        "enable_prefix_caching": False,
+        "enforce_eager": True,
+        "dtype": "bfloat16",
+        "skip_tokenizer_init": True,
+        "disable_log_stats": False,
+        "additional_config": {"dsv4": {"backend": backend, "options": options(backend)}},
         **more,
-    )
-    return LLMEngine.from_engine_args(arguments)
+    }
+    return LLMEngine.from_engine_args(EngineArgs(**arguments))
 
 
 def inside(made: Any, ids: list[list[int]], tokens: int) -> list[Told]:
@@ -117,41 +120,135 @@ def inside(made: Any, ids: list[list[int]], tokens: int) -> list[Told]:
     return [out[number] for number in range(len(ids))]
 
 
-def compared(want: list[Told], got: list[Told]) -> dict[str, Any]:
-    """Where the two differ: prompts by their number, tokens and log-probabilities apart."""
-    both = list(enumerate(zip(want, got, strict=True)))
-    return {
-        "prompts": len(want),
+COUNTED = {
+    "preemptions": "vllm:num_preemptions",
+    "prompt tokens taken up": "vllm:prefix_cache_hits",
+    "drafted": "vllm:spec_decode_num_draft_tokens",
+    "drafts kept": "vllm:spec_decode_num_accepted_tokens",
+}
+
+
+def compared(
+    given: argparse.Namespace, ids: list[list[int]], want: list[Told] | None = None, **more: Any
+) -> dict[str, Any]:
+    """Ask vLLM's engine; where it differs from what dsv4 gives alone: prompts by their number,
+    tokens and log-probabilities apart.
+    """
+    backend = more.pop("backend", "reference")
+    want = want or alone(given.model, ids, given.tokens, backend)
+    made = engine(given.model, backend, given.at_once, **more)
+    both = list(enumerate(zip(want, inside(made, ids, given.tokens), strict=True)))
+    values = {m.name: getattr(m, "value", 0) for m in made.get_metrics()}
+    found: dict[str, Any] = {
+        "prompts": len(ids),
         "other tokens": [i for i, (a, b) in both if [t for t, _ in a] != [t for t, _ in b]],
         "other logprobs": [i for i, (a, b) in both if [p for _, p in a] != [p for _, p in b]],
+        "lengths": [len(one) for one in ids],
+        "tokens each": given.tokens,
+        "at once": given.at_once,
     }
+    found["holds"] = not (found["other tokens"] or found["other logprobs"])
+    return found | {name: values[metric] for name, metric in COUNTED.items() if metric in values}
 
 
-def company(given: argparse.Namespace, shortest: int = 1, **more: Any) -> dict[str, Any]:
-    """Requests that come and go."""
+def vocabulary(given: argparse.Namespace) -> int:
+    """How many ids the model has."""
     from dsv4_core.checkpoint.weights import Checkpoint
 
-    ids = prompts(given.prompts, given.longest, Checkpoint(given.model).config.vocab_size, shortest)
-    want = alone(given.model, ids, given.tokens, "reference")
-    made = engine(given.model, "reference", given.at_once, disable_log_stats=False, **more)
-    found = compared(want, inside(made, ids, given.tokens))
-    counts = {m.name: getattr(m, "value", None) for m in made.get_metrics()}
-    found |= {"lengths": [len(one) for one in ids], "tokens each": given.tokens, "at once": given.at_once}
-    found["preemptions"] = counts["vllm:num_preemptions"]
-    found["holds"] = not (found["other tokens"] or found["other logprobs"])
-    return found
+    return Checkpoint(given.model).config.vocab_size
+
+
+def company(given: argparse.Namespace) -> dict[str, Any]:
+    """Requests that come and go."""
+    return compared(given, prompts(given.prompts, given.longest, vocabulary(given)))
+
+
+def begun_alike(given: argparse.Namespace) -> list[list[int]]:
+    """Prompts of two beginnings, cut anywhere, each with an ending of its own."""
+    rng, vocab = np.random.default_rng(1), vocabulary(given)
+    beginnings = rng.integers(10, vocab, (2, given.longest))
+    cuts = rng.integers(1, given.longest, given.prompts)
+    return [[*beginnings[i % 2, :cut].tolist(), *rng.integers(10, vocab, 9).tolist()] for i, cut in enumerate(cuts)]
+
+
+def shared(given: argparse.Namespace) -> dict[str, Any]:
+    """Prompts that begin alike, prefix caching on: pages that another request filled are taken
+    up.
+    """
+    found = compared(given, begun_alike(given), enable_prefix_caching=True)
+    return {**found, "holds": found["holds"] and found["prompt tokens taken up"] > 0}
 
 
 def preempted(given: argparse.Namespace) -> dict[str, Any]:
     """All at once begin with a block each and grow into a second one, and few have one: vLLM takes
-    blocks back and begins requests again.
+    blocks back and begins requests again. Prefix caching is on, as it is where nobody says.
 
     A block has 256 tokens here: vLLM's CPU platform sets them for this architecture, whatever is
     said.
     """
-    given.prompts, given.longest, given.tokens = given.at_once, 250, 32
-    found = company(given, shortest=236, longest=512, num_gpu_blocks_override=given.at_once + 2)
+    given.prompts, given.tokens = given.at_once, 32
+    ids = prompts(given.prompts, 250, vocabulary(given), shortest=236)
+    few = {"max_model_len": 512, "num_gpu_blocks_override": given.at_once + 2}
+    found = compared(given, ids, enable_prefix_caching=True, **few)
     return {**found, "holds": found["holds"] and found["preemptions"] > 0}
+
+
+def drafted(given: argparse.Namespace) -> dict[str, Any]:
+    """Drafts of the MTP block and of vLLM's n-grams: verified by dsv4, they change no token and no
+    log-probability. Prefix caching is on.
+    """
+    ids = begun_alike(given)
+    ids = [[*one, *one[-9:], *one[-9:]] for one in ids]  # for n-grams to find something
+    want = alone(given.model, ids, given.tokens, "reference")
+    ways = {
+        "MTP": {"method": "custom_class", "model": "dsv4_vllm.proposer.MtpProposer", "num_speculative_tokens": 1},
+        "n-grams": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1},
+    }
+    found = {
+        name: compared(given, ids, want, speculative_config=way, enable_prefix_caching=True)
+        for name, way in ways.items()
+    }
+    return {**found, "holds": all(one["holds"] and one["drafts kept"] > 0 for one in found.values())}
+
+
+def ranks(given: argparse.Namespace) -> dict[str, Any]:
+    """Two processes on gloo, tensor parallel: what dsv4's own two ranks give."""
+    given.prompts = min(given.prompts, 12)
+    ids = prompts(given.prompts, given.longest, vocabulary(given))
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+        probe.close()
+        words = ["own_rank", "--here", f"--model={given.model}", f"--longest={given.longest}"]
+        words += [f"--prompts={given.prompts}", f"--tokens={given.tokens}"]
+        started = [
+            subprocess.Popen(
+                [sys.executable, HERE / "prove.py", *words, f"--report={folder}/{rank}.json"],
+                env={
+                    **os.environ,
+                    "RANK": str(rank),
+                    "WORLD_SIZE": "2",
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                },
+            )
+            for rank in range(2)
+        ]
+        if sum(process.wait() != 0 for process in started):
+            sys.exit("dsv4's own ranks failed")
+        want = [[(token, value) for token, value in one] for one in json.loads(Path(folder, "0.json").read_text())]
+    more = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "enable_prefix_caching": True}
+    return {**compared(given, ids, want, **more), "processes": 2}
+
+
+def own_rank(given: argparse.Namespace) -> list[Told]:
+    """One of dsv4's own two ranks, for ``ranks``."""
+    return alone(given.model, prompts(given.prompts, given.longest, vocabulary(given)), given.tokens, "reference", tp=2)
+
+
+def vendor(given: argparse.Namespace) -> dict[str, Any]:
+    """A third party's backend (examples/derived_backend), which knows nothing of vLLM."""
+    found = compared(given, begun_alike(given), backend="derived", enable_prefix_caching=True)
+    return {**found, "backend": "derived"}
 
 
 def served(given: argparse.Namespace) -> dict[str, Any]:
@@ -248,7 +345,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # this process is the part's own
     given = parser.parse_args()
-    if unknown := set(given.parts) - set(PARTS):
+    if (unknown := set(given.parts) - set(PARTS)) and not given.here:
         parser.error(f"no part is called {min(unknown)!r}; parts: {', '.join(PARTS)}")
     if given.model is None:
         from dsv4_core.checkpoint.weights import embedded
