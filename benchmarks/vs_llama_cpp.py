@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -248,6 +248,9 @@ class Child:
 
 def prepare() -> None:
     """Fetch, build, write, convert: what is there already is kept."""
+    needed = [name for name in ("transformers", "sentencepiece", "gguf") if importlib.util.find_spec(name) is None]
+    if needed:
+        sys.exit(f"llama.cpp's converter needs {', '.join(needed)}: pip install {' '.join(needed)}")
     args.dir.mkdir(parents=True, exist_ok=True)
     if not SOURCES.exists():
         run("pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", args.dir, PACKAGE, module=True)
