@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from dsv4_core.checkpoint.config import PRESETS
 from dsv4_core.checkpoint.create import create, preset
 from dsv4_core.checkpoint.shards import Shard
+from dsv4_core.checkpoint.weights import Checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import numpy as np
 
 INDEX = "model.safetensors.index.json"
 
@@ -86,3 +87,34 @@ def poke(path: Path, name: str, flat_index: int, values: np.ndarray) -> None:
     with file.open("r+b") as out:
         out.seek(stored.begin + flat_index * values.itemsize)
         out.write(values.tobytes())
+
+
+def retype(path, change_tensor):
+    """Give every tensor to ``change_tensor(name, tensor, array)``, which returns a new one, or None
+    to leave it out.
+    """
+    checkpoint = Checkpoint(path)
+    for file in shard_names(path):
+        tensors = {}
+        for name, tensor in read(path, file).items():
+            made = change_tensor(name, tensor, checkpoint.array(name))
+            if made is not None:
+                tensors[name] = made
+        write(path, file, tensors)
+
+
+def stored(dtype, array):
+    return Tensor(dtype, array.shape, np.ascontiguousarray(array).tobytes())
+
+
+def cut_experts(path, keep, blocks):
+    """Cut the experts of some blocks down to ``keep``, as REAP does."""
+
+    def without(name, tensor, array):
+        if not name.startswith(tuple(f"{block}.ffn." for block in blocks)):
+            return tensor
+        if ".experts." in name:
+            return tensor if int(name.split(".experts.")[1].split(".")[0]) < keep else None
+        return stored(tensor.dtype, array[:keep]) if name.endswith(("gate.weight", "gate.bias")) else tensor
+
+    retype(path, without)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -177,7 +178,7 @@ def refuse_inside(out: Path, source: Path) -> None:
 
 def check_room(checkpoint: Checkpoint, out: Path, options: Options) -> None:
     """Raise ``ConvertError`` where the disk has no room for the copy, what was written of it
-    before counted in.
+    before counted in. Holes of the source's files (a rehearsal's) stay holes.
     """
     needed = 0
     for name in checkpoint.names:
@@ -189,11 +190,18 @@ def check_room(checkpoint: Checkpoint, out: Path, options: Options) -> None:
             needed += count
         else:
             needed += stored.end - stored.begin
-    written = sum(f.stat().st_size for f in out.with_name(f"{out.name}.partial").glob("**/*") if f.is_file())
+    needed -= sum(_hole(file) for file in {checkpoint.file(name) for name in checkpoint.names})
+    written = sum(f.stat().st_size - _hole(f) for f in out.with_name(f"{out.name}.partial").glob("**/*") if f.is_file())
     if (free := free_bytes(out)) < needed - written:
         raise ConvertError(
             f"{out}: the copy needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free; write it to another disk"
         )
+
+
+def _hole(file: Path) -> int:
+    """Bytes of a file that are not on the disk, and read as zero."""
+    stat = file.stat()
+    return max(0, stat.st_size - stat.st_blocks * 512)
 
 
 def check_published(checkpoint: Checkpoint) -> None:
@@ -402,13 +410,19 @@ def _write_copy(
 
 
 def _write_shard(path: Path, made: list[Piece]) -> str:
-    """Write a shard under a temporary name, then rename it; give its SHA-256."""
+    """Write a shard under a temporary name, then rename it; give its SHA-256. A tensor of zeros
+    becomes a hole.
+    """
     digest = hashlib.sha256()
     with whole(path) as out:
         pieces: Iterable[bytes | memoryview] = chain([header([piece.spec for piece in made])], map(_bytes, made))
         for data in pieces:
-            out.write(data)
+            if np.frombuffer(data, np.uint8).any():
+                out.write(data)
+            else:
+                out.seek(len(data), os.SEEK_CUR)
             digest.update(data)
+        out.truncate()
     return digest.hexdigest()
 
 

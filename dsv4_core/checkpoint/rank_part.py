@@ -96,18 +96,13 @@ class Place:
     def check(self, config: ModelConfig) -> None:
         """Raise ``ValueError`` for a model that cannot be cut so; reads no weight."""
         c = config
-        if self.ranks > 1 and c.experts_by_block:
-            block, count = next(iter(c.experts_by_block.items()))
-            raise ValueError(
-                f"--tp {self.tp} --ep {self.ep}: {block} has {count} routed experts, other blocks {c.n_routed_experts}; ranks "
-                "share out one number: run it as one process"
-            )
         for key in ("o_groups", "num_attention_heads"):
             if (size := getattr(c, key)) % self.tp:
                 use = f"use a divisor of {c.o_groups}, and a larger --ep"
                 raise ValueError(f"--tp {self.tp}: {key} = {size} is not a multiple of it; {use}")
-        for key in ("n_routed_experts", "vocab_size"):
-            if (size := getattr(c, key)) < self.ranks:
+        by_block = {f"routed experts of {block}": count for block, count in c.experts_by_block.items()}
+        for key, size in {"n_routed_experts": c.n_routed_experts, "vocab_size": c.vocab_size, **by_block}.items():
+            if size < self.ranks:
                 raise ValueError(
                     f"--tp {self.tp} --ep {self.ep}: {key} = {size} is less than {self.ranks} ranks; use fewer"
                 )
@@ -123,8 +118,9 @@ class Place:
         """Shape of what this rank holds of a tensor, as stored; a size 0 where it holds nothing."""
         stem = spec.name.removesuffix(".weight").removesuffix(".scale")
         if ".experts." in stem:
-            mine = self.experts(config.n_routed_experts)
-            return spec.shape if mine.start <= int(stem.split(".")[-2]) < mine.stop else (0,)
+            block, expert, _ = stem.replace(".ffn.experts.", ".").rsplit(".", 2)
+            mine = self.experts(config.experts_of(block))
+            return spec.shape if mine.start <= int(expert) < mine.stop else (0,)
         if ".shared_experts." in stem and not self.cuts_shared(config):
             return spec.shape if self.t == 0 else (0,)
         cut = self.cut(stem, config)
@@ -187,7 +183,7 @@ class ShardedSource:
     def experts(self, prefix: str, projection: str) -> Experts:
         """Give one projection of this rank's routed experts."""
         every = self.source.experts(prefix, projection)
-        mine = self.place.experts(self.config.n_routed_experts)
+        mine = self.place.experts(self.config.experts_of(prefix.removesuffix(".ffn")))
         return _Own(self, every, mine, f"{prefix}.experts.{{}}.{projection}")
 
     @staticmethod

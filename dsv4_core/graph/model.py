@@ -27,17 +27,18 @@ class Parallel:
     Alone: everything, and nothing to reduce. ``reduce_*`` get partial sums, wide where the contract
     gives them so, and round the whole once. ``local_ids``: token ids counted from this rank's part
     of the vocabulary. ``gather_low_rank``: joins the inputs of an output projection that is held
-    whole. ``experts``: what stands in for ``moe`` where token copies travel. ``sequences``: which
-    of a batch are this rank's, and ``gather_sequences`` joins host rows over all of the batch.
+    whole. ``first_expert`` and ``experts`` of a block with so many experts: the first that is held
+    here, and what stands in for ``moe`` where token copies travel. ``sequences``: which of a batch
+    are this rank's, and ``gather_sequences`` joins host rows over all of the batch.
     """
 
-    first_expert: int = 0
+    first_expert: Callable[[int], int] = lambda _: 0
     holds_shared: bool = True
     local_ids: Callable[[Array], Array] | None = None
     reduce_embedding: Callable[[Array], Array] | None = None
     gather_low_rank: Callable[[Array], Array] | None = None
     reduce_attention: Callable[[Array], Array] | None = None
-    experts: Callable[..., Array] | None = None
+    experts: Callable[[int], Callable[..., Array]] | None = None
     reduce_moe: Callable[[Array], Array] | None = None
     gather_logits: Callable[[Array], Array] | None = None
     sequences: Callable[[int], slice] | None = None
@@ -404,14 +405,15 @@ class Model:
             )
         shared = be.ffn(x, *w.shared, limit=c.swiglu_limit) if w.shared else None
         out_dtype = be.wide_dtype if p.reduce_moe else be.activation_dtype
-        experts = p.experts or be.moe
+        count = w.gate.shape[0]
+        experts = p.experts(count) if p.experts else be.moe
         y = experts(
             x,
             weights,
             indices,
             shared,
             *w.experts,
-            first_expert=p.first_expert,
+            first_expert=p.first_expert(count),
             limit=c.swiglu_limit,
             out_dtype=out_dtype,
         )

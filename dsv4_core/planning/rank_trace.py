@@ -4,6 +4,7 @@ the rank has.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dsv4_core.checkpoint.rank_part import ShardedSource
@@ -46,10 +47,17 @@ def shape_parallel(be: ShapeBackend, place: Place, config: ModelConfig) -> Paral
         return be.array((x.shape[0], channels), dtype_name(x))
 
     def experts(
-        x: Array, weights: Array, indices: Array, shared: Array | None, *held: Any, out_dtype: str, **scalars: Any
+        count: int,
+        x: Array,
+        weights: Array,
+        indices: Array,
+        shared: Array | None,
+        *held: Any,
+        out_dtype: str,
+        **scalars: Any,
     ) -> Array:
         """As many copies arrive as leave."""
-        bounds = place.expert_bounds(config.n_routed_experts, place.t)
+        bounds = place.expert_bounds(count, place.t)
         rows, row_weights, order, offsets = be.dispatch(
             x, weights, indices, first_expert=bounds[0], n_experts=bounds[-1] - bounds[0]
         )
@@ -61,12 +69,12 @@ def shape_parallel(be: ShapeBackend, place: Place, config: ModelConfig) -> Paral
         return be.combine(y, order, offsets, shared, topk=indices.shape[1], out_dtype=out_dtype)
 
     return Parallel(
-        first_expert=place.experts(config.n_routed_experts).start,
+        first_expert=lambda count: place.experts(count).start,
         holds_shared=place.holds_shared(config),
         reduce_embedding=reduce if several else None,
         gather_low_rank=(lambda x: gather(x, config.o_groups * config.o_lora_rank)) if several and not cuts else None,
         reduce_attention=reduce if several and cuts else None,
-        experts=experts if place.ep > 1 else None,
+        experts=(lambda count: partial(experts, count)) if place.ep > 1 else None,
         reduce_moe=reduce if several else None,
         gather_logits=(lambda x: gather(x, config.vocab_size)) if several else None,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -142,10 +143,10 @@ class Ranks:
         exchange = None
         if place.ep > 1:
             self.fp8 = quantised and act == "bfloat16"
-            exchange = ExpertExchange(self, config.n_routed_experts)
+            exchange = partial(ExpertExchange, self)
         cuts, several = place.cuts_output(config), place.tp > 1
         return Parallel(
-            first_expert=place.experts(config.n_routed_experts).start,
+            first_expert=lambda count: place.experts(count).start,
             holds_shared=place.holds_shared(config),
             local_ids=self.local_ids(config) if several else None,
             reduce_embedding=reduce("embedding sum"),

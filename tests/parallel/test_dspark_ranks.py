@@ -1,11 +1,13 @@
 """DSpark over ranks: all draft the same tokens, which are verified to be those of one process."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 from launch import environment, free_port
+from rewriting import cut_experts
 
 from dsv4_core.checkpoint.config import PRESETS
 from dsv4_core.checkpoint.create import create, preset
@@ -28,6 +30,18 @@ def test_two_ranks_draft_alike_and_say_what_one_says(model, tp, ep, temperature)
     """float64, so that sums in another order move no choice; sampled drafts are drawn on every
     rank, by the same numbers.
     """
+    check(model, tp, ep, temperature)
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(2, 1), (1, 2)])
+def test_ranks_share_out_blocks_of_unlike_numbers_of_experts(model, tmp_path, tp, ep):
+    """REAP cuts, and a drafter that was left whole: layer 1 keeps 3 experts of 4."""
+    uneven = shutil.copytree(model, tmp_path / "uneven")
+    cut_experts(uneven, 3, ["layers.1"])
+    check(uneven, tp, ep, 0.0)
+
+
+def check(model, tp, ep, temperature):
     asked = [word for ids in PROMPTS for word in ("--tokens", ids)]
     asked += ["-n", "10", "-b", "reference", "--numerics", "float64", "--temperature", str(temperature), "--seed", "4"]
     asked += ["--speculative", "5", "--tp", str(tp), "--ep", str(ep), "--json"]

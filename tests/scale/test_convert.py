@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from rewriting import cut_experts
 
 from dsv4_core.checkpoint.config import PRESETS, RopeScaling
 from dsv4_core.checkpoint.convert import MANIFEST, ConvertError, Options, convert, fp4_to_fp8
@@ -14,6 +15,7 @@ from dsv4_core.checkpoint.shards import Shard
 from dsv4_core.checkpoint.tensors import INDEX
 from dsv4_core.checkpoint.weights import Checkpoint
 from dsv4_core.contract.dtypes import ScaledArray
+from dsv4_core.planning import rehearse
 
 SMALL = replace(
     PRESETS["tiny"],
@@ -169,3 +171,33 @@ def test_a_disk_without_room_is_said_before_anything_is_read_or_written(source, 
             with pytest.raises(ConvertError, match=r"the copy needs .* GB and the disk has .* GB free"):
                 convert(source, out, options)
             assert not list(tmp_path.glob(f"{out.name}*"))
+
+
+def test_holes_stay_holes_and_need_no_room(tmp_path, monkeypatch):
+    """A rehearsal of 167 GB takes 3 on the disk, and so does its copy."""
+    rehearse.write(tmp_path / "rehearsal", SMALL)
+    takes = rehearse.on_disk(tmp_path / "rehearsal")
+    assert Checkpoint(tmp_path / "rehearsal").nbytes > 2 * takes
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=int(1.2 * takes)))
+    convert(tmp_path / "rehearsal", tmp_path / "copy", Options(ep=2))
+    ranks = sorted((tmp_path / "copy").iterdir())
+    assert sum(map(rehearse.on_disk, ranks)) < 2.1 * takes  # small tensors are repeated, and hold values
+    source = Checkpoint(tmp_path / "rehearsal")
+    for name, copied in [item for rank in ranks for item in rank_arrays(rank).items()]:
+        assert np.array_equal(source.array(name).view(np.uint8), copied.view(np.uint8)), name
+
+
+def test_ranks_share_out_blocks_of_unlike_numbers_of_experts(source, tmp_path):
+    uneven, count = shutil.copytree(source, tmp_path / "uneven"), SMALL.n_routed_experts
+    cut_experts(uneven, count - 1, ["layers.1"])
+    convert(uneven, tmp_path / "ranks", Options(ep=2))
+    held = [
+        [
+            sum(f"{block}.ffn.experts." in name and name.endswith("w1.weight") for name in rank_arrays(path))
+            for path in ranks
+        ]
+        for block in ("layers.0", "layers.1")
+        for ranks in [sorted((tmp_path / "ranks").iterdir())]
+    ]
+    assert [sum(each) for each in held] == [count, count - 1]
+    assert min(min(each) for each in held) >= count // 2 - 1
