@@ -1,19 +1,22 @@
 """What a server gives to 1, 4, 16 and 64 clients at once: tokens a second, time to the first token,
 time between tokens.
 
-    python benchmarks/serving.py [--backend torch] [--clients 1 4 16 64] [--beside NAME URL MODEL]
-    [--report FILE]
+    python benchmarks/serving.py [--backend torch] [--clients 1 4 16 64] [--llama DIR]
+    [--beside NAME URL MODEL] [--report FILE]
 
 It starts ``dsv4 serve`` on the embedded model and asks for streamed completions of ids, greedily,
-each client one after the other. ``--beside``: another server of OpenAI's protocol that already runs
-(llama.cpp's, say), asked the same in turn. CPU seconds are the server's own: on a machine that does
-other work they say more than the clock.
+each client one after the other. ``--llama``: llama.cpp's server on the same weights, asked the same
+in turn; DIR is what ``vs_llama_cpp.py DIR prepare`` made, and the server is built there when it is
+missing (minutes). ``--beside``: another server of OpenAI's protocol that already runs. CPU seconds
+are the server's own: on a machine that does other work they say more than the clock.
 """
 
 import argparse
 import asyncio
+import contextlib
 import datetime
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +26,8 @@ from pathlib import Path
 import httpx
 import numpy as np
 import psutil
+
+from dsv4_core.checkpoint.weights import embedded
 
 
 async def ask(client, url, model, prompt, tokens) -> tuple[float, np.ndarray]:
@@ -81,6 +86,47 @@ def measured(url, model, process, clients, given) -> dict[str, object]:
     }
 
 
+CONVERT = """
+import sys
+sys.path[:0] = [sys.argv.pop(1)]
+from conversion.deepseek import DeepseekV4Model
+DeepseekV4Model.get_vocab_base_pre = lambda self, tokenizer: "deepseek-v3"
+import convert_hf_to_gguf
+convert_hf_to_gguf.main()
+"""  # its converter tells tokenizers by what they give, and does not know the embedded model's
+
+
+def llama_server(folder, slots, context) -> tuple[subprocess.Popen[str], str]:
+    """Build llama.cpp's server, convert the embedded model by llama.cpp's own script, start the
+    one on the other: the process, and its URL.
+    """
+    sources = next(folder.glob("llama_cpp_python-*/vendor/llama.cpp"), None)
+    if sources is None:
+        raise SystemExit(f"{folder} has no llama.cpp; run: python benchmarks/vs_llama_cpp.py {folder} prepare")
+    server, model = folder / "build/bin/llama-server", folder / "embedded.gguf"
+    if not server.exists():
+        settings = ("-S", sources, "-B", folder / "build", "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF")
+        for words in (settings, ("--build", folder / "build", "--target", "llama-server", "-j2")):
+            subprocess.run(["cmake", *map(str, words)], check=True)  # noqa: S607  as in PATH
+    if not model.exists():
+        making = model.with_suffix(".part")
+        subprocess.run([sys.executable, "-c", CONVERT, sources, embedded(), "--outfile", making], check=True)
+        making.rename(model)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    words = [server, "-m", model, "--port", port, "-np", str(slots), "-c", str(slots * context), "--no-webui"]
+    words += ["--no-repack"] * (" amx_tile" in Path("/proc/cpuinfo").read_text())  # as vs_llama_cpp.py says
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
+    url = f"http://127.0.0.1:{port}"
+    while True:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health").status_code == 200:
+                return process, f"{url}/v1"
+        if process.poll() is not None:
+            raise SystemExit(f"llama-server ended with status {process.returncode}: {' '.join(map(str, words))}")
+        time.sleep(0.2)
+
+
 def main() -> None:
     """Measure, print, write the report."""
     parser = argparse.ArgumentParser()
@@ -91,6 +137,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=40, help="tokens of a prompt")
     parser.add_argument("--vocab", type=int, default=2000)
     parser.add_argument("--beside", nargs=3, metavar=("NAME", "URL", "MODEL"), action="append", default=[])
+    parser.add_argument("--llama", type=Path, metavar="DIR")
     parser.add_argument("--report", type=Path)
     given = parser.parse_args()
     words = [
@@ -111,6 +158,10 @@ def main() -> None:
         url = next(line for line in process.stderr if "serving tiny-jargon at" in line).split()[-1]
         servers = [("dsv4", url, "tiny-jargon", psutil.Process(process.pid))]
         servers += [(name, other, model, None) for name, other, model in given.beside]
+        llama = None
+        if given.llama:
+            llama, other = llama_server(given.llama, max(given.clients), 256)
+            servers.append(("llama.cpp", other, "embedded", psutil.Process(llama.pid)))
         for name, at, model, who in servers:
             measured(at, model, who, 1, argparse.Namespace(**{**vars(given), "requests": 2}))  # first of all kinds
             rows[name] = []
@@ -118,7 +169,8 @@ def main() -> None:
             for name, at, model, who in servers:
                 rows[name].append(measured(at, model, who, clients, given))
                 print(name, json.dumps(rows[name][-1]), flush=True)
-        process.terminate()
+        for one in (process, *[llama] * bool(llama)):
+            one.terminate()
     report = {
         "date": str(datetime.datetime.now(datetime.timezone.utc).date()),
         "backend": given.backend,

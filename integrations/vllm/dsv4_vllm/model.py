@@ -124,7 +124,6 @@ def refuse(config: VllmConfig) -> None:
             drafter not in (None, ("ngram", None), ("custom_class", PROPOSER)),
             f"take ngram, or the MTP block by {{'method': 'custom_class', 'model': '{PROPOSER}', 'num_speculative_tokens': 1}}",
         ),
-        "--pipeline-parallel-size": (parallel.pipeline_parallel_size > 1, "leave it out"),
         "--data-parallel-size": (parallel.data_parallel_size > 1, "run several servers behind a router"),
         "--nnodes": (parallel.nnodes > 1, "tensor-parallel ranks must be on one host"),
         "--enable-expert-parallel": (parallel.enable_expert_parallel, "leave it out"),
