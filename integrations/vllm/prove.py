@@ -243,6 +243,7 @@ def ranks(given: argparse.Namespace) -> dict[str, Any]:
         if sum(process.wait() != 0 for process in started):
             sys.exit("dsv4's own ranks failed")
         want = [[(token, value) for token, value in one] for one in json.loads(Path(folder, "0.json").read_text())]
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else vLLM wants a memory node for each process
     more = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "enable_prefix_caching": True}
     return {**compared(given, ids, want, **more), "processes": 2}
 
