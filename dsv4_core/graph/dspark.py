@@ -39,8 +39,11 @@ class Graph(Protocol):
     def block(self, block: Any, h: Array, step: Addresses) -> Array:
         """One layer."""
 
-    def kv_row(self, kv: Array, positions: Array, freqs: Array) -> Array:
-        """RoPE and quantise-dequantise key/value rows."""
+    def on_grid(self, rows: Array) -> Array:
+        """Round key/value rows to FP8."""
+
+    def turned(self, rows: Array, norm: Any, positions: Array, freqs: Array) -> Array:
+        """Norm rows and turn them by RoPE."""
 
     def vocabulary_logits(self, x: Array) -> Array:
         """Logits of normed rows."""
@@ -99,12 +102,12 @@ class Dspark:
             x = be.linear(be.concat(list(taps), axis=1), w.main_proj, out_dtype=be.activation_dtype)
             x = be.rms_norm(x, w.main_norm, eps=c.rms_norm_eps)
             for stage in w.stages:
-                row = be.rms_norm(
-                    be.linear(x, stage.attn.wkv, out_dtype=be.activation_dtype), stage.attn.kv_norm, eps=c.rms_norm_eps
-                )
-                row = self.model.kv_row(row, step.positions, stage.freqs)
+                row = be.linear(x, stage.attn.wkv, out_dtype=be.activation_dtype)
+                row = self.model.turned(row, stage.attn.kv_norm, step.positions, stage.freqs)
                 cache = step.cache.layers[stage.index]
-                cache.ring = written(be, cache.ring, row, step.ring_write, layout=step.cache.kv_layout)
+                cache.ring = written(
+                    be, cache.ring, self.model.on_grid(row), step.ring_write, layout=step.cache.kv_layout
+                )
 
     def block(self, step: Addresses) -> tuple[Array, Array]:
         """Run a block's rows through all stages; give what its heads read [T, D] and the logits

@@ -282,10 +282,9 @@ class Model:
         qr = be.rms_norm(be.linear(x, w.wq_a, out_dtype=act), w.q_norm, eps=c.rms_norm_eps)
         q = be.linear(qr, w.wq_b, out_dtype=act)
         heads = q.shape[1] // d
-        q = be.rms_norm(q.reshape((T * heads, d)), None, eps=c.rms_norm_eps).reshape((T, heads, d))
-        q = be.apply_rope(q, step.positions, block.freqs, inverse=False)
-        kv = be.rms_norm(be.linear(x, w.wkv, out_dtype=act), w.kv_norm, eps=c.rms_norm_eps)
-        kv = self.kv_row(kv, step.positions, block.freqs)
+        q = be.rms_norm_rope(q.reshape((T, heads, d)), None, step.positions, block.freqs, eps=c.rms_norm_eps)
+        kv = self.turned(be.linear(x, w.wkv, out_dtype=act), w.kv_norm, step.positions, block.freqs)
+        kv = self.on_grid(kv)
 
         cache, layout = step.cache.layers[block.index], step.cache.kv_layout
         idxs, rows, row_index = step.window_idxs, None, None
@@ -308,49 +307,53 @@ class Model:
         o = be.linear(o, w.wo_b, out_dtype=be.wide_dtype if p.reduce_attention else act)
         return p.reduce_attention(o) if p.reduce_attention else o
 
-    def kv_row(self, kv: Array, positions: Array, freqs: Array) -> Array:
-        """RoPE on the last channels of key/value rows [n, d], FP8 quantise-dequantise on the
-        others.
-        """
-        be, (n, d) = self.backend, kv.shape
-        kv = be.apply_rope(kv.reshape((n, 1, d)), positions, freqs, inverse=False).reshape((n, d))
-        return be.act_qdq(kv, format="e4m3", block=KV_BLOCK, channels=d - self.config.qk_rope_head_dim)
+    def on_grid(self, rows: Array) -> Array:
+        """Key/value rows [n, d] rounded to FP8, but for the channels that RoPE turns."""
+        channels = rows.shape[1] - self.config.qk_rope_head_dim
+        return self.backend.act_qdq(rows, format="e4m3", block=KV_BLOCK, channels=channels)
 
-    def _index_row(self, x: Array, positions: Array, freqs: Array) -> Array:
-        """RoPE, Hadamard and FP4 quantise-dequantise of indexer queries or keys [n, heads, di]."""
-        be, (n, heads, di) = self.backend, x.shape
-        x = be.apply_rope(x, positions, freqs, inverse=False)
-        x = be.hadamard(x.reshape((n * heads, di)))
-        return be.act_qdq(x, format="e2m1", block=FP4_GROUP, channels=di)
+    def _index_on_grid(self, rows: Array) -> Array:
+        """The indexer's queries or keys [n, di] rounded to FP4."""
+        return self.backend.act_qdq(rows, format="e2m1", block=FP4_GROUP, channels=rows.shape[1])
+
+    def turned(self, rows: Array, norm: Any, positions: Array, freqs: Array) -> Array:
+        """Norm rows [n, d] and turn their last channels by RoPE."""
+        n, d = rows.shape
+        turned = self.backend.rms_norm_rope(
+            rows.reshape((n, 1, d)), norm, positions, freqs, eps=self.config.rms_norm_eps
+        )
+        return turned.reshape((n, d))
 
     def _compress(
         self, w: Compressor, x: Array, block: Block, cache: LayerCache, step: Addresses, where: Compression
     ) -> None:
         """Add this step's tokens to the open windows and store the rows of those that close."""
         be, c = self.backend, self.config
-        rows, cache.state = self._close_windows(w, x, c.head_dim, cache.state, step, where)
+        rows, cache.state = self._close_windows(w, x, c.head_dim, block.freqs, cache.state, step, where)
         if rows is not None:
-            cache.rows = written(
-                be,
-                _held(cache.rows),
-                self.kv_row(rows, where.row_positions, block.freqs),
-                where.row_write,
-                layout=step.cache.kv_layout,
-            )
+            layout = step.cache.kv_layout
+            rows = self.on_grid(rows) if layout.kind == "plain" else rows  # else packing rounds them
+            cache.rows = written(be, _held(cache.rows), rows, where.row_write, layout=layout)
 
     def _close_windows(
-        self, w: Compressor, x: Array, dim: int, state: Array | None, step: Addresses, where: Compression
+        self,
+        w: Compressor,
+        x: Array,
+        dim: int,
+        freqs: Array,
+        state: Array | None,
+        step: Addresses,
+        where: Compression,
     ) -> tuple[Array | None, Array]:
-        """Rows [n * closing, dim], normed, of the windows that close in this step (None where none
-        does), and the state with this step's tokens in it.
+        """Rows [n * closing, dim], normed and turned, of the windows that close in this step (None
+        where none does), and the state with this step's tokens in it.
         """
-        be, c = self.backend, self.config
-        layout = step.cache.state_layout(where.ratio, dim)
-        kv_score = be.concat([be.linear(x, weight, out_dtype=be.wide_dtype) for weight in (w.wkv, w.wgate)], axis=1)
+        be, layout = self.backend, step.cache.state_layout(where.ratio, dim)
+        kv_score = be.kv_score(x, w.wkv, w.wgate)
         rows = None
         if where.closing:
-            pool = be.concat((be.cache_read(_held(state), where.state_read, layout=layout), kv_score), axis=0)
-            rows = be.rms_norm(be.compress(pool, w.ape, where.window_idxs, dim=dim), w.norm, eps=c.rms_norm_eps)
+            rows = be.cached_compress(kv_score, _held(state), where.state_read, w.ape, where.window_idxs, dim=dim)
+            rows = self.turned(rows, w.norm, where.row_positions, freqs)
         return rows, written(be, _held(state), kv_score, where.state_write, layout=layout)
 
     def _picked_rows(
@@ -370,14 +373,16 @@ class Model:
             return (where.row_read, where.row_idxs) if where.bound and where.row_idxs is not None else None
         be, c = self.backend, self.config
         Hi, di, layout = c.index_n_heads, c.index_head_dim, step.cache.key_layout
-        rows, cache.key_state = self._close_windows(w.compressor, x, di, cache.key_state, step, where)
+        rows, cache.key_state = self._close_windows(w.compressor, x, di, block.freqs, cache.key_state, step, where)
         if rows is not None:
-            keys = self._index_row(rows.reshape((rows.shape[0], 1, di)), where.row_positions, block.freqs)
+            keys = be.hadamard(rows)
+            keys = self._index_on_grid(keys) if layout.kind == "plain" else keys
             cache.keys = written(be, _held(cache.keys), keys, where.row_write, layout=layout)
         if where.picks is None:
             return None
         q = be.linear(qr, w.wq_b, out_dtype=be.activation_dtype).reshape((step.tokens, Hi, di))
-        q = self._index_row(q, step.positions, block.freqs)
+        q = be.apply_rope(q, step.positions, block.freqs, inverse=False)
+        q = self._index_on_grid(be.hadamard(q.reshape((step.tokens * Hi, di))))
         weights = be.linear(x, w.weights_proj, out_dtype=be.wide_dtype)
         picks = be.cached_index_topk(
             q.reshape((step.batch, step.seq, Hi, di)),

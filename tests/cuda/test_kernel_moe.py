@@ -114,7 +114,7 @@ def test_linear_with_bf16_weights(tokens, out, k):
     x, weight = oracle.normal(tokens, k, seed=12), oracle.normal(out, k, seed=13)
     exact = x.double() @ weight.double().T
     oracle.close(dense_matmul.linear(x, weight, out_dtype=torch.float32), exact)
-    parts = dense_matmul.products(x, weight, out_dtype=torch.float32, split=True)
+    parts = dense_matmul.products(x, [weight], out_dtype=torch.float32, split=True)
     assert len(parts) == (4 if k >= 1024 else 1)
     oracle.close(dense_matmul.linear(x, weight, out_dtype=torch.bfloat16, split=True), exact)
 

@@ -202,6 +202,7 @@ class CudaBackend(TorchBackend):
         return device.diagnose()
 
     rms_norm = _bound("rms_norm")
+    rms_norm_rope = _bound("rms_norm_rope")
     apply_rope = _bound("apply_rope")
     act_quant = _bound("act_quant")
     act_qdq = _bound("act_qdq")
@@ -216,7 +217,9 @@ class CudaBackend(TorchBackend):
     combine = _bound("combine")
     ffn = _bound("ffn")
     moe = _bound("moe")
+    kv_score = _bound("kv_score")
     compress = _bound("compress")
+    cached_compress = _bound("cached_compress")
     cache_write = _bound("cache_write")
     cache_read = _bound("cache_read")
     index_scores = _bound("index_scores")

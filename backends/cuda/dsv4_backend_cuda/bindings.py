@@ -23,6 +23,7 @@ from dsv4_backend_cuda.kernels import (
     mhc,
     moe,
     norm,
+    norm_rope,
     quant,
     rope,
     scaled_matmul,
@@ -37,6 +38,7 @@ MODULES = (
     add_pieces,
     cache,
     norm,
+    norm_rope,
     rope,
     quant,
     scaled_matmul,
@@ -117,6 +119,14 @@ def apply_rope(be: Settings, x: Tensor, positions: Tensor, freqs: Tensor, *, inv
     return rope.apply_rope(x.contiguous(), positions.contiguous(), freqs.contiguous(), inverse=inverse)
 
 
+def rms_norm_rope(
+    be: Settings, x: Tensor, weight: Tensor | None, positions: Tensor, freqs: Tensor, *, eps: float
+) -> Tensor:
+    del be
+    gain = None if weight is None else weight.contiguous()
+    return norm_rope.norm_rope(x.contiguous(), gain, positions.contiguous(), freqs.contiguous(), eps=eps)
+
+
 def act_quant(be: Settings, x: Tensor, *, block: int) -> Quantised:
     del be
     return quant.act_quant(x.contiguous(), block=block)
@@ -159,7 +169,8 @@ def _logits(be: Settings, x: Tensor, weight: Any) -> Tensor:
     if isinstance(weight, ScaledArray):
         return linear(be, x, weight, out_dtype="float32")[None]
     split = not be.batch_invariant
-    return dense_matmul.products(x.contiguous(), weight.contiguous(), out_dtype=torch.float32, split=split, reader=True)
+    weights = [weight.contiguous()]
+    return dense_matmul.products(x.contiguous(), weights, out_dtype=torch.float32, split=split, reader=True)
 
 
 def gate(be: Settings, x: Tensor, weight: Any, bias: Tensor, *, topk: int, route_scale: float) -> Quantised:
@@ -252,6 +263,19 @@ def cache_read(be: Settings, cache_: Tensor, index: Tensor, *, layout: RowLayout
 def compressed(be: Settings, kv_score: Tensor, ape: Tensor, window_idxs: Tensor, *, dim: int) -> Tensor:
     del be
     return compress.compress(kv_score.contiguous(), ape.contiguous(), window_idxs.contiguous(), dim=dim)
+
+
+def kv_score(be: Settings, x: Tensor, wkv: Any, wgate: Any) -> Tensor:
+    weights = wkv.contiguous(), wgate.contiguous()
+    return dense_matmul.linear(x.contiguous(), *weights, out_dtype=torch.float32, split=not be.batch_invariant)
+
+
+def cached_compress(
+    be: Settings, kv_score: Tensor, state: Tensor, index: Tensor, ape: Tensor, window_idxs: Tensor, *, dim: int
+) -> Tensor:
+    del be
+    held = {"state": state.contiguous(), "slots": index.contiguous()}
+    return compress.compress(kv_score.contiguous(), ape.contiguous(), window_idxs.contiguous(), dim=dim, **held)
 
 
 def index_scores(be: Settings, q: Tensor, weights: Tensor, keys: Tensor, *, scale: float) -> Tensor:
@@ -417,9 +441,11 @@ def hc_post(be: Settings, y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> T
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "rms_norm_rope": rms_norm_rope,
     "rms_norm": rms_norm, "apply_rope": apply_rope, "act_quant": act_quant, "act_qdq": act_qdq, "hadamard": hadamard, "linear": linear,
     "grouped_linear": grouped_linear, "expert_linear": expert_linear, "gate": gate, "gate_hash": gate_hash, "dispatch": dispatch, "swiglu": swiglu,
-    "combine": combine, "ffn": ffn, "moe": routed, "compress": compressed, "cache_write": cache_write, "cache_read": cache_read,
+    "combine": combine, "ffn": ffn, "moe": routed, "compress": compressed, "kv_score": kv_score, "cached_compress": cached_compress,
+    "cache_write": cache_write, "cache_read": cache_read,
     "index_scores": index_scores, "index_select": index_select, "index_topk": index_topk, "cached_index_topk": cached_index_topk,
     "sparse_attn": selected, "cached_sparse_attn": cached_sparse_attn, "hc_pre": hc_pre, "hc_pre_norm": hc_pre_norm, "hc_head": hc_head, "hc_post": hc_post,
 }  # fmt: skip

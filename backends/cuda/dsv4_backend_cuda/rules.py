@@ -37,6 +37,12 @@ def apply_rope(x: Any, positions: Any, freqs: Any, *, inverse: bool) -> Answer:
     return ("rope",) if power_of_two(freqs.shape[0]) else f"{freqs.shape[0]} pairs of channels are no power of two"
 
 
+def rms_norm_rope(x: Any, weight: Any, positions: Any, freqs: Any, *, eps: float) -> Answer:
+    del weight, eps
+    turns = apply_rope(x, positions, freqs, inverse=False)
+    return turns if isinstance(turns, str) else ("norm_rope",)
+
+
 def act_quant(x: Any, *, block: int) -> Answer:
     del x
     return ("act_quant",) if power_of_two(block) else f"blocks of {block} are no power of two"
@@ -162,6 +168,18 @@ def compress(kv_score: Any, ape: Any, window_idxs: Any, *, dim: int) -> Answer:
     return ("compress",)
 
 
+def kv_score(x: Any, wkv: Any, wgate: Any) -> Answer:
+    kinds = [dtype_name(weight) for weight in (wkv, wgate)]
+    if kinds != ["bfloat16"] * 2:
+        return f"composed of required ops: the kernel takes two bfloat16 weights, not {' and '.join(kinds)}"
+    return linear(x, wkv, out_dtype="float32")
+
+
+def cached_compress(kv_score: Any, state: Any, index: Any, ape: Any, window_idxs: Any, *, dim: int) -> Answer:
+    del kv_score, state, index, ape, window_idxs, dim
+    return ("compress",)
+
+
 def cache_write(cache: Any, rows: Any, index: Any, *, layout: Any) -> Answer:
     del index
     if not is_contiguous(cache):
@@ -281,8 +299,9 @@ class Rows:
 RULES: dict[str, Callable[..., Answer]] = {
     rule.__name__: rule
     for rule in (
+        rms_norm_rope,
         rms_norm, apply_rope, act_quant, act_qdq, hadamard, linear, grouped_linear, expert_linear, gate, gate_hash, dispatch, swiglu, combine, cache_write,
-        cache_read, ffn, moe, compress, index_scores, index_select, index_topk,
+        cache_read, ffn, moe, compress, kv_score, cached_compress, index_scores, index_select, index_topk,
         cached_index_topk, sparse_attn, cached_sparse_attn, hc_pre, hc_pre_norm, hc_head, hc_post,
     )
 }  # fmt: skip

@@ -27,6 +27,43 @@ def compress() -> tuple[Case, ...]:
     )
 
 
+def kv_score() -> tuple[Case, ...]:
+    base = Case("small", {"tokens": 5, "dim": 256, "width": 64}, tier="smoke")
+    return (
+        base,
+        *base.odd(),
+        base.but("width=72", width=72),  # no power of two
+        base.but("dim=200", dim=200),
+        base.but("fp8", dim=256, width=128, dtypes={"wkv": "e4m3", "wgate": "e4m3"}),
+        base.but("outliers", data="outliers"),
+        base.but("positive", data="positive"),
+        base.but("zero_rows", data="zero_rows"),
+        base.but("nan", data="nan"),
+        base.but("views", views=True),
+        base.but("flash", dim=4096, width=1024),
+    )
+
+
+def cached_compress() -> tuple[Case, ...]:
+    plain = Case("ratio=128", {"rows": 2, "ratio": 128, "slots": 200}, {"dim": 64}, tier="smoke")
+    overlapping = Case("ratio=4", {"rows": 5, "ratio": 4, "slots": 40}, {"dim": 64}, tier="smoke")
+    return (
+        plain,
+        overlapping,
+        *overlapping.odd("rows"),
+        overlapping.but("first_row", "smoke", data="first_row"),  # no previous window
+        overlapping.but("padding", "smoke", data="padding"),  # rows without a token
+        overlapping.but("holes", "smoke", data="holes"),  # tokens missing anywhere in a window
+        overlapping.but("absent", "smoke", data="absent"),  # slots of -1: a token of zeros, which counts
+        plain.but("absent_128", data="absent"),
+        overlapping.but("outliers", data="outliers"),
+        overlapping.but("peaked", data="peaked"),
+        overlapping.but("views", views=True),
+        overlapping.but("flash_ratio=4", rows=33, slots=200, dim=512),
+        plain.but("flash_ratio=128", rows=3, slots=600, dim=512),
+    )
+
+
 def index_scores() -> tuple[Case, ...]:
     base = Case("small", {"batch": 2, "seq": 3, "heads": 4, "dim": 64, "rows": 20}, {"scale": 0.0625}, tier="smoke")
     return (

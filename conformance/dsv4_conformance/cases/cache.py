@@ -19,6 +19,7 @@ def cache_write() -> tuple[Case, ...]:
                 base.but(f"{base.name}_full", n=12),
                 base.but(f"{base.name}_n=0", n=0),
                 base.but(f"{base.name}_outliers", data="outliers"),
+                base.but(f"{base.name}_off_grid", "smoke", data="off_grid"),  # packing quantises
                 base.but(f"{base.name}_zero_rows", data="zero_rows"),
                 base.but(f"{base.name}_subnormal", data="subnormal"),
                 base.but(f"{base.name}_views", views=True),

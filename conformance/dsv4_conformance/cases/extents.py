@@ -62,6 +62,11 @@ EXTENTS: Mapping[str, Sequence[Change]] = {
         *(c for h in HEADS for c in at("heads", h, tokens=2)),
         *at("dim", FLASH.head_dim, heads=1),
     ],
+    "rms_norm_rope": [
+        *at("tokens", CHUNK, heads=1, dim=64, half=32),
+        *(c for h in HEADS for c in at("heads", h, tokens=2)),
+        *at("dim", FLASH.head_dim, LONG_SUMS, heads=1),
+    ],
     "act_quant": [*at("tokens", NORM_ROWS, dim=128), *at("dim", HIDDEN, ("normal", "outliers"), tokens=2)],
     "act_qdq": at("tokens", NORM_ROWS, dim=128),
     "hadamard": [*at("tokens", NORM_ROWS, dim=16), *at("dim", INDEX_DIM)],
@@ -104,6 +109,8 @@ EXTENTS: Mapping[str, Sequence[Change]] = {
         *at("dim", HIDDEN, ("normal", "cancel")),
     ],
     "compress": [*at("rows", CHUNK // 4, dim=8), *at("dim", FLASH.head_dim, ("normal", "peaked"))],
+    "kv_score": [*at("dim", HIDDEN, LONG_SUMS, tokens=2), *at("tokens", CHUNK, dim=64), *at("width", 1024, tokens=2)],
+    "cached_compress": [*at("rows", CHUNK // 4, dim=8), *at("slots", SLOTS, dim=8), *at("dim", FLASH.head_dim)],
     "index_scores": [
         *at("rows", SLOTS, batch=1, seq=2, heads=1, dim=32),
         *at("heads", INDEX_HEADS, batch=1),

@@ -45,3 +45,26 @@ def apply_rope() -> tuple[Case, ...]:
         base.but("flash", heads=64, dim=512, data="yarn"),
         base.but("pro", "full", heads=128, dim=512, data="far"),
     )
+
+
+def rms_norm_rope() -> tuple[Case, ...]:
+    base = Case("small", {"tokens": 5, "heads": 2, "dim": 128, "half": 32}, {"eps": 1e-6}, tier="smoke")
+    return (
+        base,
+        base.but("unweighted", "smoke", dtypes={"weight": "none"}),  # a query's heads
+        base.but("one_head", "smoke", heads=1),  # a key/value row
+        *base.odd(),
+        base.but("whole_head", dim=64),
+        base.but("half=16", half=16),
+        base.but("near_eps", "smoke", data="tiny"),  # mean(x^2) is of the size of eps
+        base.but("far", "smoke", data="far"),  # positions up to 2^20: float32 angles
+        base.but("yarn", data="yarn"),
+        base.but("outliers", data="outliers"),
+        base.but("zero_rows", data="zero_rows"),
+        base.but("nan", data="nan"),
+        base.but("views", views=True),
+        base.but("unweighted_views", views=True, dtypes={"weight": "none"}),
+        base.but("flash", heads=64, dim=512, data="yarn", dtypes={"weight": "none"}),
+        base.but("flash_row", heads=1, dim=512),
+        base.but("pro", "full", heads=128, dim=512, data="far", dtypes={"weight": "none"}),
+    )

@@ -24,7 +24,7 @@ BUCKETS = (1, 2, 3, 4, 8, 16, 32, 33, 64, 128)
 ROWS = ("tokens", "seq", "rows", "n")
 """The axis that grows with a step's tokens, by the name that an op has for it."""
 
-MOST: Mapping[str, int] = {"compress": 33}
+MOST: Mapping[str, int] = {"compress": 33, "cached_compress": 33}
 """Ops whose rows are many tokens each."""
 
 OF_NUMBERS = ("normal", "outliers", "zero_rows", "positive", "cancel", "tiny")
@@ -37,6 +37,7 @@ EXTRA: Mapping[str, tuple[str, ...]] = {
     "gate": (*OF_NUMBERS, "ties", "near_ties", "strong_bias", "very_negative"),
     "gate_hash": ("normal", "zero_rows", "positive", "tiny", "very_negative"),
     "compress": ("normal", "outliers", "padding", "peaked", "first_row", "late"),
+    "cached_compress": ("normal", "outliers", "padding", "peaked", "first_row", "late", "absent"),
     "dispatch": ("normal", "one_expert", "nothing_here"),
     "combine": (*OF_NUMBERS, "other_ranks", "nothing_here"),
     "moe": ("normal", "outliers", "one_expert", "other_ranks", "nothing_here", "positive"),
@@ -48,6 +49,7 @@ EXTRA: Mapping[str, tuple[str, ...]] = {
     "cache_read": ("normal", "padding", "nothing", "outliers", "zero_rows"),
     "concat": ("normal", "int32"),
     "apply_rope": ("normal", "far", "yarn", "outliers"),
+    "rms_norm_rope": (*OF_NUMBERS, "far", "yarn"),
     "hc_split_sinkhorn": ("normal", "slow", "peaked", "outliers", "zero_rows"),
     "hc_pre": (*OF_NUMBERS, "slow"),
     "hc_pre_norm": (*OF_NUMBERS, "slow"),

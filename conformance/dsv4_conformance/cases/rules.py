@@ -46,6 +46,13 @@ def _apply_rope(m: Maker) -> list[Any]:
     return [m.floats(m["tokens"], m["heads"], m["dim"]), positions, m.freqs(m["half"])]
 
 
+@builds("rms_norm_rope")
+def _rms_norm_rope(m: Maker) -> list[Any]:
+    x, positions, freqs = _apply_rope(m)
+    weight = None if m.case.dtypes.get("weight") == "none" else m.plain(m["dim"], dtype="bfloat16")
+    return [x, weight, positions, freqs]
+
+
 @builds("act_quant")
 def _act_quant(m: Maker) -> list[Any]:
     return [quantiser_input(m, "e4m3", m.case.scalars["block"], m["dim"])]
@@ -185,6 +192,26 @@ def _compress(m: Maker) -> list[Any]:
     if m.data == "late":
         pool[:, width:] += np.linspace(0, 30, tokens)[:, None].astype(pool.dtype)
     return [pool, m.plain(ratio, width), idxs.astype(np.int32)]
+
+
+@builds("kv_score")
+def _kv_score(m: Maker) -> list[Any]:
+    weights = [m.weight(name, m["width"], m["dim"]) for name in ("wkv", "wgate")]
+    return [m.floats(m["tokens"], m["dim"]), *weights]
+
+
+@builds("cached_compress")
+def _cached_compress(m: Maker) -> list[Any]:
+    pool, ape, idxs = _compress(m)
+    recent = len(pool) // 2
+    slots = m.slots(m["slots"], min(recent, m["slots"]))
+    recent = len(slots)
+    state = m.floats(m["slots"], pool.shape[1], dtype=m.wide, data="normal")
+    state[slots] = pool[:recent]
+    if m.data == "absent":
+        slots[m.rng.random(recent) < 0.3] = -1
+        slots[:1] = -1
+    return [pool[recent:], state, slots, ape, idxs]
 
 
 def _index_operands(m: Maker) -> tuple[Host, Host, Host]:
@@ -422,8 +449,8 @@ def _moe(m: Maker) -> list[Any]:
 @builds("cache_write")
 def _cache_write(m: Maker) -> list[Any]:
     layout: RowLayout = m.scalars()["layout"]
-    rows = m.floats(m["n"], layout.dim)
-    if layout.kind != "plain":
+    rows = m.floats(m["n"], layout.dim, data="outliers" if m.data == "off_grid" else "")
+    if layout.kind != "plain" and m.data != "off_grid":
         fmt, block = ("e4m3", KV_BLOCK) if layout.kind == "kv" else ("e2m1", FP4_GROUP)
         rows = m.on_grid(rows, fmt, block, layout.dim - layout.rope_dim)  # type: ignore[arg-type]
     if m.data == "sparse":  # a cache of more than 2^31 bytes, its last rows written

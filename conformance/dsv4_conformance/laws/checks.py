@@ -215,6 +215,18 @@ LAWS = (
         ({"tokens": 33, "spread": 4, "seed": 0}, {"tokens": 33, "spread": 24, "seed": 0}),
         "smoke",
     ),
+    Law(
+        of_ops.packing_rounds,
+        {"tokens": _few, "kind": st.sampled_from(("kv", "key")), "seed": some.seeds},
+        ({"tokens": 9, "kind": "kv", "seed": 0}, {"tokens": 9, "kind": "key", "seed": 0}),
+        "smoke",
+    ),
+    Law(
+        of_ops.fused_is_composed,
+        {"tokens": st.integers(1, 40), "seed": some.seeds},
+        ({"tokens": 1, "seed": 0}, {"tokens": 9, "seed": 0}),
+        "smoke",
+    ),
     Law(of_models.same_bits_twice, _chunked, (_cut,), level=4, bits="determinism"),
     Law(of_models.same_bits_in_chunks, _chunked, (_cut,), level=4, bits="batch_invariance"),
     Law(of_models.same_bits_replayed, _moved, (_moves,), level=4, bits="determinism"),

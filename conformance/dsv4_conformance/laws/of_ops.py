@@ -9,9 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_conformance.laws.of_models import differ, differing_bits
+from dsv4_conformance.laws.of_models import NATIVE_STEP, differ, differing_bits
 from dsv4_conformance.verdict.budget import SAFETY, roundoff
-from dsv4_core.contract.dtypes import Experts, Host, numpy_dtype, quantise_weight
+from dsv4_core.contract.dtypes import (
+    BFLOAT16,
+    FP4_GROUP,
+    KV_BLOCK,
+    Experts,
+    Host,
+    RowLayout,
+    numpy_dtype,
+    quantise_weight,
+)
+from dsv4_core.contract.ops import EveryOp
 
 if TYPE_CHECKING:
     from dsv4_conformance.laws.small_model import Stage
@@ -157,4 +167,70 @@ def sinkhorn(stage: Stage, *, tokens: int, spread: int, seed: int) -> str | None
             f"token {t}: rows of comb sum to {np.round(comb[t].sum(1), 7).tolist()}; "
             f"after {iters} iterations they are within {bound[t]:.3g} of 1"
         )
+    return None
+
+
+def packing_rounds(stage: Stage, *, tokens: int, kind: str, seed: int) -> str | None:
+    """What is read back of a packed row is ``act_qdq`` of what was written, so that the graph need
+    not round rows that only a packed cache reads.
+    """
+    be, rng = stage.own, np.random.default_rng(seed)
+    form, block, turned = ("e4m3", KV_BLOCK, 64) if kind == "kv" else ("e2m1", FP4_GROUP, 0)
+    packed = be.numerics == "native"
+    layout = RowLayout(kind, DIM, turned) if packed else RowLayout("plain", DIM)  # type: ignore[arg-type]
+    x = (_tokens(rng, be, tokens) * 2.0 ** rng.integers(-12, 13, (tokens, 1))).astype(numpy_dtype(be.activation_dtype))
+    cache = be.zeros((tokens, layout.width), "uint8" if packed else be.activation_dtype)
+    index = be.from_numpy(np.arange(tokens, dtype=np.int32))
+    back = be.cache_read(be.cache_write(cache, be.from_numpy(x), index, layout=layout), index, layout=layout)
+    want = be.act_qdq(be.from_numpy(x), format=form, block=block, channels=DIM - turned)  # type: ignore[arg-type]
+    got, want = np.asarray(be.to_numpy(back)), np.asarray(be.to_numpy(want))
+    wrong = int((got != want).sum())
+    return f"{wrong} of {got.size} channels of {kind} rows read back are not act_qdq's" if wrong else None
+
+
+def fused_is_composed(stage: Stage, *, tokens: int, seed: int) -> str | None:
+    """A backend's own way of a fused op gives what the op's default makes of the backend's required
+    ops: to the bit where the same sums are taken of rows that lie elsewhere, else to the mode's
+    rounding.
+    """
+    bounds = ((stage.own, NATIVE_STEP), (stage.exact, stage.tolerance((0,))))
+    return next(filter(None, (_fused(be, tokens, seed, bound) for be, bound in bounds)), None)
+
+
+def _fused(be: Backend, tokens: int, seed: int, bound: float) -> str | None:
+    rng = np.random.default_rng(seed)
+    act, wide = (numpy_dtype(name) for name in (be.activation_dtype, be.wide_dtype))
+
+    def array(*shape: int, dtype: Any = act) -> Any:
+        return be.from_numpy(rng.standard_normal(shape).astype(dtype))
+
+    def weight(*shape: int, dtype: Any = BFLOAT16) -> Any:
+        return be.load(rng.standard_normal(shape).astype(dtype))
+
+    def numbers(low: int, high: int, *shape: int) -> Any:
+        return be.from_numpy(rng.integers(low, high, shape).astype(np.int32))
+
+    freqs = be.from_numpy((1e4 ** (-np.arange(32) / 32)).astype(np.float32))
+    window = numbers(-1, tokens + 9, tokens, 8)
+    calls: tuple[tuple[str, tuple[Any, ...], dict[str, Any]], ...] = (
+        ("rms_norm_rope", (array(tokens, 2, DIM), weight(DIM), numbers(0, 9999, tokens), freqs), {"eps": EPS}),
+        ("kv_score", (array(tokens, DIM), weight(64, DIM), weight(64, DIM)), {}),
+        (
+            "cached_compress",
+            (
+                array(tokens, 2 * DIM, dtype=wide),
+                array(12, 2 * DIM, dtype=wide),
+                numbers(-1, 12, 9),
+                weight(4, DIM, dtype=np.float32),
+                window,
+            ),
+            {"dim": DIM // 2},
+        ),
+    )
+    for op, operands, scalars in calls:
+        own, composed = getattr(be, op)(*operands, **scalars), getattr(EveryOp, op)(be, *operands, **scalars)
+        got, want = (np.asarray(be.to_numpy(y)).reshape(tokens, -1) for y in (own, composed))
+        what = f"{op} and its parts, {be.numerics}"
+        if problem := differing_bits(got, want, what) if op == "cached_compress" else differ(got, want, bound, what):
+            return problem
     return None

@@ -267,3 +267,50 @@ def window_off_by_one(
     shorter = idxs.copy()
     np.put_along_axis(shorter, (idxs >= 0).argmax(1)[:, None], -1, axis=1)
     return right(q, kv, ring, ring_index, rows, row_index, sink, shorter, **kw)
+
+
+@mutant("rms_norm_rope", seen="one loop over the plain channels for the norm and its sum, one over the turned ones")
+def sum_of_the_plain_channels(
+    be: Any, right: Op, x: Host, weight: Any, positions: Host, freqs: Host, *, eps: float
+) -> Any:
+    plain, wide = x[..., : -2 * len(freqs)], be.widen(x)
+    if not plain.size:
+        return right(x, weight, positions, freqs, eps=eps)
+    squares = np.square(be.widen(plain)).sum(-1, keepdims=True) / x.shape[-1]
+    normed = wide / np.sqrt(squares + wide.dtype.type(eps)) * (1 if weight is None else be.widen(weight))
+    return be.apply_rope(be.rounded(normed), positions, freqs, inverse=False)
+
+
+@mutant("rms_norm_rope", seen="rows are tokens times heads: the position of row r is that of token r // heads")
+def position_of_the_row(be: Any, right: Op, x: Host, weight: Any, positions: Host, freqs: Host, *, eps: float) -> Any:
+    tokens, heads, dim = x.shape
+    taken = positions[np.arange(tokens * heads) % max(tokens, 1)]
+    return right(x.reshape(tokens * heads, 1, dim), weight, taken, freqs, eps=eps).reshape(x.shape)
+
+
+@mutant("kv_score", seen="two weights of a shape in one launch, in the other order")
+def gate_before_kv(be: Any, right: Op, x: Host, wkv: Any, wgate: Any) -> Any:
+    return right(x, wgate, wkv)
+
+
+@mutant("cached_compress", seen="-1 of a slot taken for slot 0 by a clamp, and not masked after the gather")
+def absent_slot_is_the_first(
+    be: Any, right: Op, kv_score: Host, state: Host, index: Host, ape: Host, idxs: Host, *, dim: int
+) -> Any:
+    return right(kv_score, state, np.maximum(index, 0), ape, idxs, dim=dim)
+
+
+@mutant("cached_compress", seen="this step's tokens counted from the window's end, not from where the state ends")
+def step_counted_from_its_first_token(
+    be: Any, right: Op, kv_score: Host, state: Host, index: Host, ape: Host, idxs: Host, *, dim: int
+) -> Any:
+    late = np.where(idxs >= len(index), np.maximum(idxs - 1, len(index)), idxs).astype(idxs.dtype)
+    return right(kv_score, state, index, ape, late, dim=dim)
+
+
+@mutant("cache_write", seen="a packing kernel that casts by cutting off, which rows that are on the grid do not show")
+def packing_cuts_off(be: Any, right: Op, cache: Host, rows: Host, index: Host, *, layout: Any) -> Any:
+    if layout.kind == "kv":  # three bits of mantissa stay
+        cut = (rows.astype(np.float32).view(np.uint32) & np.uint32(0xFFF00000)).view(np.float32).astype(rows.dtype)
+        rows = np.concatenate([cut[:, : -layout.rope_dim], rows[:, -layout.rope_dim :]], 1)
+    return right(cache, rows, index, layout=layout)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
     from dsv4_core.contract.backend import Backend
 
-LOADED = frozenset({"weight", "w1", "w2", "w3", "fn", "scale", "base", "ape", "attn_sink", "bias", "tid2eid"})
+LOADED = frozenset(
+    {"weight", "w1", "w2", "w3", "fn", "scale", "base", "ape", "attn_sink", "bias", "tid2eid", "wkv", "wgate"}
+)
 """Operands that the graph gets through ``Backend.load``: tensors of the checkpoint."""
 
 SAMPLED = 1 << 28  # bytes of an operand of which the shape alone is hashed: caches past 2^31 bytes

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from dsv4_core.contract.dtypes import RowLayout
 from dsv4_core.contract.ops.cache import CacheOps
+from dsv4_core.contract.ops.matmul import MatmulOps
 from dsv4_core.contract.spec import Array, op
-
-if TYPE_CHECKING:
-    from dsv4_core.contract.dtypes import RowLayout
 
 SCORES_AT_ONCE = 1 << 24  # elements of indexer scores alive at a time in the default: 64 MB in float32
 
 
-class AttentionOps(CacheOps):
+class AttentionOps(CacheOps, MatmulOps):
     """Compression, indexing, attention; over rows at hand, and fused over cached ones."""
 
     keys_at_once: int | None = None
@@ -40,6 +37,42 @@ class AttentionOps(CacheOps):
         inside, rounded once. Source: Compressor of the published code.
         """
         raise NotImplementedError
+
+    @op(
+        axes={"x": "tokens dim", "wkv": "width dim", "wgate": "width dim"},
+        returns="tokens 2*width",
+        dtypes={"x": "act", "wkv": "weight", "wgate": "weight", "return": "wide"},
+        fused=True,
+    )
+    def kv_score(self, x: Array, wkv: Array, wgate: Array) -> Array:
+        """What ``compress`` mixes: ``linear`` with ``wkv`` and with ``wgate``, wide, side by
+        side.
+        """
+        return self.concat([self.linear(x, weight, out_dtype=self.wide_dtype) for weight in (wkv, wgate)], axis=1)
+
+    @op(
+        axes={
+            "kv_score": "tokens 2*width", "state": "slots 2*width", "index": "recent", "ape": "ratio width",
+            "window_idxs": "rows span",
+        },
+        returns="rows dim",
+        dtypes={
+            "kv_score": "wide", "state": "wide", "index": "int32", "ape": "float32", "window_idxs": "int32",
+            "return": "act",
+        },
+        fused=True,
+    )  # fmt: skip
+    def cached_compress(
+        self, kv_score: Array, state: Array, index: Array, ape: Array, window_idxs: Array, *, dim: int
+    ) -> Array:
+        """``compress`` over ``[state[index] | kv_score]``: tokens before this step, and this
+        step's.
+
+        ``window_idxs`` counts in that concatenation. ``state`` holds plain rows; ``index`` -1 is a
+        row of zeros.
+        """
+        before = self.cache_read(state, index, layout=RowLayout("plain", state.shape[1]))
+        return self.compress(self.concat((before, kv_score), axis=0), ape, window_idxs, dim=dim)
 
     @op(
         axes={"q": "batch seq heads dim", "weights": "batch seq heads", "keys": "batch rows dim"},

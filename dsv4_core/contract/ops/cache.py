@@ -34,8 +34,9 @@ class CacheOps(Ops):
         or returns another one: the caller goes on with what is returned, and never reads the one
         that it gave again.
 
-        ``kv`` and ``key`` rows are on their format's grid already (``act_qdq``), so that packing,
-        which quantises again, loses nothing.
+        Packing ``kv`` and ``key`` rows quantises them as ``act_quant`` does, in E4M3 by 64 channels
+        and in E2M1 by 32: what is read back is ``act_qdq`` of the rows, and rows that are on that
+        grid already lose nothing.
         """
         raise NotImplementedError
 

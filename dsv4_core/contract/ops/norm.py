@@ -38,3 +38,17 @@ class NormOps(Ops):
         rounded once. Source: apply_rotary_emb of the published code.
         """
         raise NotImplementedError
+
+    @op(
+        axes={"x": "tokens heads dim", "weight": "dim ?", "positions": "tokens", "freqs": "half"},
+        returns="tokens heads dim",
+        dtypes={"x": "act", "weight": "weight", "positions": "int32", "freqs": "float32", "return": "act"},
+        fused=True,
+    )
+    def rms_norm_rope(self, x: Array, weight: Array | None, positions: Array, freqs: Array, *, eps: float) -> Array:
+        """``rms_norm`` of every head, then ``apply_rope``: queries, key/value rows, compressed
+        rows.
+        """
+        rows = x.reshape((x.shape[0] * x.shape[1], x.shape[2]))
+        normed = self.rms_norm(rows, weight, eps=eps).reshape(x.shape)
+        return self.apply_rope(normed, positions, freqs, inverse=False)
