@@ -23,6 +23,7 @@ NATIVE = 1.5  # of the recorded or PyTorch's own distance from exact logits, as 
 LIMIT = {"float64": 3e-6, "float32": 1e-5}
 PROMPT, STEPS = 10, 2  # two compressed rows of ratio 4, and a step that completes a third
 KERNELS = {
+    "norm_rope_kernel",
     "rms_norm_kernel", "rope_kernel", "act_quant_kernel", "act_qdq_kernel", "fp4_matmul_kernel", "scaled_matmul_kernel", "dense_matmul_kernel",
     "sparse_attn_kernel", "sparse_attn_combine_kernel", "route_kernel", "sort_kernel", "combine_kernel", "swiglu_kernel", "compress_kernel",
     "index_scores_kernel", "index_select_kernel", "mix_kernel", "reduce_kernel", "expand_kernel",

@@ -26,6 +26,13 @@ def test_compress(ratio, overlap, dim):
     got = compress.compress(pool, ape, windows, dim=dim)
     assert not got[2].any()
     oracle.close(got, (weight * kv).sum(1))
+    slots = oracle.uniform_int(-1, 2 * span, span, seed=4, dtype=torch.int32)
+    slots[1] = -1
+    before = pool[slots.clamp(min=0).long()] * (slots >= 0)[:, None]
+    joined, step = torch.cat([before, pool[:3]]), oracle.guarded(pool[:3].clone())
+    windows = windows.clamp(max=span + 2)
+    cached = compress.compress(step, ape, windows, dim=dim, state=pool, slots=slots)
+    assert torch.equal(cached, compress.compress(joined, ape, windows, dim=dim))
 
 
 @pytest.mark.parametrize(("batch", "seq", "heads", "dim", "rows"), [(1, 1, 64, 128, 300), (2, 3, 5, 64, 40)])
@@ -126,11 +133,17 @@ def test_hc(tokens, hc, dim):
     torch.testing.assert_close(got_post.double(), post, rtol=2e-5, atol=1e-6)
     torch.testing.assert_close(got_comb.double(), comb, rtol=2e-5, atol=1e-6)
     weight = oracle.normal(dim, seed=16)
-    normed, _, _, codes = mhc.hc_pre_norm(h, fn, scale, base, weight, norm_eps=1e-6, eps=1e-6, iters=20)
-    assert (codes is None) == bool(dim % 128)
-    if codes:
-        for got, want in zip(codes, oracle.quantise_fp8(normed, 128), strict=True):
-            assert torch.equal(got, want)
+    for paired in (False, True):
+        normed, _, _, made = mhc.hc_pre_norm(
+            h, fn, scale, base, weight, norm_eps=1e-6, eps=1e-6, iters=20, paired=paired
+        )
+        assert (made is None) == bool(dim % 128)
+        if made:
+            codes, scales = oracle.quantise_fp8(normed, 128)
+            assert torch.equal(made[0][0], codes)
+            assert torch.equal(made[1], scales)
+            if paired:  # of every 32 channels the even ones, then the odd ones
+                assert torch.equal(made[0][1], codes.reshape(tokens, -1, 16, 2).transpose(2, 3).reshape(tokens, dim))
     wide = y.double()
     oracle.close(normed, wide / torch.sqrt((wide**2).mean(1, keepdim=True) + 1e-6) * weight.double())
     mixed = torch.einsum("tn,td->tnd", got_post.double(), wide) + torch.einsum(

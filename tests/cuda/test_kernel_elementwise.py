@@ -5,7 +5,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from dsv4_backend_cuda.kernels import norm, quant, rope
+from dsv4_backend_cuda.kernels import norm, norm_rope, quant, rope
 
 EPS = 1e-6
 
@@ -32,6 +32,17 @@ def test_rms_norm_quant(dim):
 
 def test_a_row_of_zeros_stays_zero():
     assert not norm.rms_norm(oracle.guarded(torch.zeros(2, 64, dtype=torch.bfloat16)), None, eps=EPS).any()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("heads", "dim", "rope_dim"), [(1, 64, 64), (3, 192, 64), (64, 512, 64), (5, 128, 16)])
+def test_norm_and_rope_in_one_launch_are_the_two(heads, dim, rope_dim, weighted):
+    x, weight = oracle.normal(3, heads, dim, seed=8, scale=3.0), oracle.normal(dim, seed=9) if weighted else None
+    positions = oracle.guarded(torch.tensor([0, 77, 1 << 20], dtype=torch.int32))
+    freqs = oracle.guarded((10000.0 ** -(torch.arange(0, rope_dim, 2).double() / rope_dim)).float())
+    normed = norm.rms_norm(x.reshape(3 * heads, dim), weight, eps=EPS).reshape(x.shape)
+    want = rope.apply_rope(normed, positions, freqs, inverse=False)
+    assert torch.equal(norm_rope.norm_rope(x, weight, positions, freqs, eps=EPS), want)
 
 
 @pytest.mark.parametrize("inverse", [False, True])

@@ -62,8 +62,8 @@ class Settings(Protocol):
 
 Quantised = tuple[Tensor, Tensor]
 CODES = "fp8_codes"
-"""Attribute of a norm's result. Arrays of the graph are never written again, so that codes stay
-those of their array.
+"""Attribute of a norm's result: codes and scale bytes, by whether they are in FP4 weights' order.
+Arrays of the graph are never written again, so that codes stay those of their array.
 """
 Mixed = tuple[Tensor, Tensor, Tensor]
 
@@ -77,18 +77,17 @@ def _quantise(x: Tensor, *, fp4: bool) -> Quantised:
     norm's that made it, or new ones.
     """
     paired = scaled_matmul.paired(x, fp4=fp4)
-    known: Quantised | None = getattr(x, CODES, None)
-    if known and not paired:
-        return known
+    known: dict[bool, Quantised] = getattr(x, CODES, {})
+    if paired in known:
+        return known[paired]
     return quant.act_quant(x.contiguous(), block=FP8_BLOCK, paired=paired)
 
 
-def _carrying(y: Tensor, codes: Quantised | None) -> Tensor:
-    """The result of a norm with its FP8 codes attached, which its own launch made: products by FP8
-    weights that read it need none.
+def _carrying(y: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """The result of a norm with its FP8 codes [orders, tokens, dim] attached, which its own launch
+    made: products that read it need none.
     """
-    if codes:
-        setattr(y, CODES, codes)
+    setattr(y, CODES, {bool(paired): (part, scales) for paired, part in enumerate(codes)})
     return y
 
 
@@ -110,7 +109,7 @@ def rms_norm(be: Settings, x: Tensor, weight: Tensor | None, *, eps: float) -> T
     del be
     if weight is not None and x.shape[1] % FP8_BLOCK == 0:
         y, *codes = norm.rms_norm_quant(x.contiguous(), weight.contiguous(), eps=eps)
-        return _carrying(y, (codes[0], codes[1]))
+        return _carrying(y, codes[0][None], codes[1])
     return norm.rms_norm(x.contiguous(), None if weight is None else weight.contiguous(), eps=eps)
 
 
@@ -424,8 +423,9 @@ def hc_pre_norm(
 ) -> Mixed:
     del be
     arrays = (t.contiguous() for t in (h, fn, scale, base, weight))
-    y, post, comb, codes = mhc.hc_pre_norm(*arrays, norm_eps=norm_eps, eps=eps, iters=iters)
-    return _carrying(y, codes), post, comb
+    paired = scaled_matmul.paired(h, fp4=True)
+    y, post, comb, codes = mhc.hc_pre_norm(*arrays, norm_eps=norm_eps, eps=eps, iters=iters, paired=paired)
+    return _carrying(y, *codes) if codes else y, post, comb
 
 
 def hc_head(be: Settings, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float) -> Tensor:

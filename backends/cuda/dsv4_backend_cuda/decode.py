@@ -55,7 +55,7 @@ def _products(c: ModelConfig) -> list[_Product]:
         _Product("wkv", "linear_decode", c.head_dim, d),
         _Product("wo_a", "grouped_linear_decode", c.o_lora_rank, heads // c.o_groups, c.o_groups, split=False),
         _Product("wo_b", "linear_decode", d, c.o_groups * c.o_lora_rank),
-        _Product("compressor wkv (ratio 4)", "bf16_linear_decode", 2 * c.head_dim, d),
+        _Product("compressor wkv, wgate (ratio 4)", "bf16_linear_decode", 4 * c.head_dim, d, variant="pair"),
         _Product("gate", "bf16_linear_decode", c.n_routed_experts, d, reader=True),
         _Product("experts w1, w3", "fp4_experts_decode", 2 * inter, d, experts, "pair", split=False),
         _Product("experts w2", "fp4_experts_decode", d, inter, experts, split=False),

@@ -6,10 +6,12 @@ import triton.language as tl
 
 from dsv4_backend_cuda import launch
 from dsv4_backend_cuda.kernels.formats import quantise_e4m3
+from dsv4_backend_cuda.kernels.scaled_matmul import mma_of
+from dsv4_backend_cuda.kernels.words import paired_place
 from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
 
 Codes = tuple[torch.Tensor, torch.Tensor]
-"""E4M3 codes [tokens, dim] and scale bytes [tokens, dim / 128] of BF16 rows."""
+"""E4M3 codes [1 or 2, tokens, dim] of BF16 rows, the second ones in the order of ``words.paired_place``, and scale bytes [tokens, dim / 128]."""
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -44,11 +46,12 @@ def gathered(partial, at, stride, pieces):
 def reduce_kernel(
     h, partial, scale, base, weight, y, post, comb, codes, scales, tokens, pieces, norm_eps, eps, iters,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, HC: tl.constexpr, BLOCK_M: tl.constexpr, HEAD: tl.constexpr, NORM: tl.constexpr,
-    QUANTISE: tl.constexpr, NATIVE: tl.constexpr,
+    QUANTISE: tl.constexpr, PAIRED: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """A program finishes one token: ``pre`` and (unless HEAD) ``post`` and ``comb`` from the mixes, the weighted sum of streams, RMS norm if NORM.
 
-    QUANTISE: and FP8 codes of the result in groups of 128, as ``act_quant`` makes them.
+    QUANTISE: and FP8 codes of the result in groups of 128, as ``act_quant`` makes them. PAIRED: behind all tokens' codes once more, in the order in which
+    FP4 weights are multiplied.
     """
     token = tl.program_id(0).to(tl.int64)
     stride = tl.cast(tokens, tl.int64) * BLOCK_M
@@ -84,6 +87,8 @@ def reduce_kernel(
         GROUPS: tl.constexpr = BLOCK_D // 128
         code, exponent = quantise_e4m3(tl.reshape(rounded.to(tl.float32), (1, GROUPS, 128)), NATIVE)
         tl.store(codes + token * DIM + d, tl.reshape(code, (BLOCK_D,)), mask=d < DIM)
+        if PAIRED:
+            tl.store(codes + (tokens + token) * DIM + paired_place(d), tl.reshape(code, (BLOCK_D,)), mask=d < DIM)
         group = tl.arange(0, GROUPS)
         tl.store(scales + token * (DIM // 128) + group, tl.reshape(exponent, (GROUPS,)).to(tl.uint8), mask=group < DIM // 128)
 
@@ -104,7 +109,7 @@ def expand_kernel(y, h, post, comb, out, DIM: tl.constexpr, HC: tl.constexpr, BL
 
 
 def _reduce(
-    h: torch.Tensor, fn: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, weight: torch.Tensor | None, *, norm_eps: float, eps: float, iters: int, head: bool
+    h: torch.Tensor, fn: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, weight: torch.Tensor | None, *, norm_eps: float, eps: float, iters: int, head: bool, paired: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Codes | None]:
     tokens, hc, dim = h.shape
     mixes, k = fn.shape
@@ -117,12 +122,12 @@ def _reduce(
     post = torch.empty((tokens, hc), dtype=torch.float32, device=h.device)
     comb = torch.empty((tokens, hc, hc), dtype=torch.float32, device=h.device)
     quantise = weight is not None and dim % 128 == 0
-    codes = torch.empty((tokens, dim) if quantise else (0,), dtype=torch.uint8, device=h.device)
+    codes = torch.empty((1 + paired, tokens, dim) if quantise else (0,), dtype=torch.uint8, device=h.device)
     scales = torch.empty((tokens, dim // 128) if quantise else (0,), dtype=torch.uint8, device=h.device)
     reduce_kernel[(tokens,)](
         h, partial, scale, base, h if weight is None else weight, y, post, comb, codes, scales, tokens, pieces, norm_eps, eps, iters,
         DIM=dim, BLOCK_D=next_power_of_2(dim), HC=hc, BLOCK_M=block_m, HEAD=head, NORM=weight is not None, QUANTISE=quantise,
-        NATIVE=launch.native_fp8(h), **launch.options("hc_reduce", h),
+        PAIRED=paired, NATIVE=launch.native_fp8(h), **launch.options("hc_reduce", h),
     )  # fmt: skip
     return y, post, comb, (codes, scales) if quantise else None
 
@@ -135,10 +140,10 @@ def hc_pre(
 
 
 def hc_pre_norm(
-    h: torch.Tensor, fn: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, weight: torch.Tensor, *, norm_eps: float, eps: float, iters: int
+    h: torch.Tensor, fn: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, weight: torch.Tensor, *, norm_eps: float, eps: float, iters: int, paired: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Codes | None]:
-    """``ops/mhc.py: hc_pre_norm``, and FP8 codes of the norm's rows where they are whole groups of 128 channels."""
-    return _reduce(h, fn, scale, base, weight, norm_eps=norm_eps, eps=eps, iters=iters, head=False)
+    """``ops/mhc.py: hc_pre_norm``, and FP8 codes of the norm's rows where they are whole groups of 128 channels; ``paired``: in both orders."""
+    return _reduce(h, fn, scale, base, weight, norm_eps=norm_eps, eps=eps, iters=iters, head=False, paired=paired)
 
 
 def hc_head(h: torch.Tensor, fn: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, *, norm_eps: float, eps: float) -> torch.Tensor:
@@ -171,9 +176,9 @@ SPECS = (
         variants={
             "flash": {"DIM": 4096, "BLOCK_D": 4096, **_NORMED},
             "pro": {"DIM": 7168, "BLOCK_D": 8192, **_NORMED},
-            "head": {"DIM": 4096, "BLOCK_D": 4096, "HC": 4, "BLOCK_M": 16, "HEAD": True, "NORM": False, "QUANTISE": False},
+            "head": {"DIM": 4096, "BLOCK_D": 4096, "HC": 4, "BLOCK_M": 16, "HEAD": True, "NORM": False, "QUANTISE": False, "PAIRED": False},
         },
-        per_arch=lambda arch: {"NATIVE": arch >= 89},
+        per_arch=lambda arch: {"NATIVE": arch >= 89, "PAIRED": mma_of(arch, fp4=True) == "fp8"},
         work=lambda c: Work(bytes=c["DIM"] * 10.0),
     ),
     KernelSpec(
