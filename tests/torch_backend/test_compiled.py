@@ -58,7 +58,7 @@ def weight(kind, out, cols, seed=0):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("tokens", "out", "cols"), [(1, 5, 32), (3, 129, 384), (compiled.FEW, 2, 4128), (1, 300, 1024)]
+    ("tokens", "out", "cols"), [(1, 5, 32), (3, 129, 384), (16, 2, 4128), (33, 70, 160), (1, 300, 1024)]
 )
 def test_products(kernels, kind, x_dtype, tokens, out, cols):
     x, pairs = random(tokens, cols, dtype=x_dtype), [weight(kind, out, cols, seed) for seed in (1, 2)]
@@ -116,23 +116,27 @@ def test_a_nan_among_fp8_codes_makes_its_row_nan(kernels, code, x_dtype):
     assert got.isnan().tolist() == [[False, True, False]] * 3
 
 
-def test_c_and_python_agree_on_how_many_tokens_are_few():
-    """C has room for so many vectors on its stack."""
+def test_c_and_python_agree_on_how_many_tokens_are_alike():
     header = Path(compiled.__file__).parent / "c/weights.h"
-    assert f"enum {{ FEW = {compiled.FEW} }};" in header.read_text()
+    assert f"enum {{ ALIKE = {compiled.ALIKE} }};" in header.read_text()
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_bits_depend_on_neither_threads_nor_tokens(kernels, kind):
-    x, (w, _) = random(compiled.FEW, 512, dtype=torch.bfloat16), weight(kind, 700, 512)
+@pytest.mark.parametrize("sizes", [(1, 2, compiled.ALIKE), (compiled.ALIKE + 1, 40, 200)], ids=["few", "many"])
+def test_bits_depend_on_neither_threads_nor_tokens(kernels, kind, sizes):
+    """Of up to ALIKE tokens, and of more than those."""
+    x, (w, _) = random(max(sizes), 512, dtype=torch.bfloat16), weight(kind, 700, 512)
     found, threads = [], torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(kernels.products([(x, [w])], torch.float32))
-            found.append(
-                torch.cat([kernels.products([(x[t : t + 1], [w])], torch.float32) for t in range(compiled.FEW)])
-            )
+            for size in sizes:  # the last ones have a whole block of their own
+                parts = [(i, min(i + size, max(sizes))) for i in range(0, max(sizes), size)]
+                parts[-1] = (max(sizes) - size, max(sizes))
+                y = x.new_empty((max(sizes), 700), dtype=torch.float32)
+                for begin, end in parts:
+                    y[begin:end] = kernels.products([(x[begin:end], [w])], torch.float32)
+                found.append(y)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, found[0]) for one in found)
@@ -225,7 +229,7 @@ def test_what_is_not_for_them_is_left_to_pytorch(kernels):
     assert kernels.products([(x.double(), [w])], torch.float32) is None
     assert kernels.products([(random(64, 2).T, [w])], torch.float32) is None  # not contiguous
     assert kernels.products([(random(2, 63), [w])], torch.float32) is None  # another width
-    assert kernels.products([(random(compiled.FEW + 1, 64), [w])], torch.float32) is None
+    assert kernels.products([(random(compiled.MANY + 1, 64), [w])], torch.float32) is None
     assert kernels.rms_norm(x, random(63), 1e-6) is None
     uneven, one = (Experts([w]),) * 3, torch.zeros((1, 1), dtype=torch.int32)
     assert kernels.moe(x[:1], one, None, None, uneven, 0, 1.0, torch.float32, quantise=False) is None

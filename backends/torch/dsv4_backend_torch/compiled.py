@@ -1,5 +1,4 @@
-"""The C kernels of ``c/`` for a decode step on a CPU, called one by one, or recorded as a tape that
-one call runs.
+"""The C kernels of ``c/`` on a CPU, called one by one, or recorded as a tape that one call runs.
 
 PyTorch's calls cost more than what they compute there, and its products of one row in BF16 read
 half of what memory gives.
@@ -33,10 +32,8 @@ if TYPE_CHECKING:
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in values.h
 _DONE, _NO_MEMORY = 0, 2  # what kernels give; 1: not for them
-FEW = 16  # tokens of a decode step: up to here the number of calls counts, not their size
-# 16 requests at once, tokens a CPU second: 604 by C and 173 by PyTorch (embedded model), 254 and
-# 149 at 1024 channels
-FEW_VALUES = 1 << 16  # elements up to which one thread is done before others have woken up
+ALIKE = 8  # tokens up to which a product's bits are those of one alone: as in weights.h
+MANY = 4096  # tokens of a call at most: what a kernel makes beside its result takes memory
 MOVED = 1 << 22  # bytes that are copied at a time: the second cache level of a core
 STREAMS = 4  # of hyper-connections: the published models'
 TILE = 16  # channels that attention takes at a time
@@ -82,7 +79,7 @@ class ExpertTable:
 
 
 class Kernels:
-    """A few tokens' ops on float32 and BF16 tensors in host memory. ``compiler``: its version.
+    """Ops on float32 and BF16 tensors in host memory. ``compiler``: its version.
 
     Each method is the contract of its name and gives None where the kernel is not for these
     operands (too many, of other dtypes or shapes, not contiguous, not finite, out of range):
@@ -130,7 +127,7 @@ class Kernels:
         rows, width = 0, sum(weight.shape[0] for weight in products[0][1])
         for x, weights in products:
             rows += x.shape[0]
-            if x.shape[0] > FEW or not (_taken(x) and _weights(weights)):
+            if x.shape[0] > MANY or not (_taken(x) and _weights(weights)):
                 return None
         y = torch.empty((rows, width), dtype=dtype)
         fields = array("q")
@@ -152,7 +149,7 @@ class Kernels:
         times their own rows of ``weight``.
         """
         tokens, groups, cols = x.shape
-        if tokens > FEW or not (_taken(x) and _weights((weight,))):
+        if tokens > MANY or not (_taken(x) and _weights((weight,))):
             return None
         out = weight.shape[0] // groups
         y = torch.empty((tokens, groups * out), dtype=dtype)
@@ -175,7 +172,7 @@ class Kernels:
         ``act_qdq`` in blocks of 128.
         """
         rows, dim = x.shape
-        if rows > FEW or not rows or not (_taken(x) and _wide(share) and _indices(chosen)):
+        if rows > MANY or not rows or not (_taken(x) and _wide(share) and _indices(chosen)):
             return None
         if shared is not None and not (shared.dtype == x.dtype and shared.is_contiguous() and shared.shape == x.shape):
             return None
@@ -207,7 +204,7 @@ class Kernels:
         ``gate_hash``, for a few tokens.
         """
         rows, dim = x.shape
-        if rows > FEW or not (_taken(x) and _weights((weight,)) and _wide(bias)) or dim != weight.shape[1]:
+        if rows > MANY or not (_taken(x) and _weights((weight,)) and _wide(bias)) or dim != weight.shape[1]:
             return None
         experts = weight.shape[0]
         if bias is not None and bias.shape != (experts,):
@@ -228,7 +225,7 @@ class Kernels:
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor | None:
         """Contract of ``rms_norm``."""
         rows, dim = x.shape
-        if rows * dim > 4 * FEW_VALUES or not _taken(x):
+        if rows > MANY or not _taken(x):
             return None
         if weight is not None and not (_taken(weight) and weight.shape == (dim,)):
             return None
@@ -242,7 +239,7 @@ class Kernels:
     def rotation(self, positions: Tensor, freqs: Tensor) -> Tensor | None:
         """Cosine and sine of positions times frequencies, float32 [tokens, half, 2]."""
         tokens, half = positions.shape[0], freqs.shape[0]
-        if tokens > FEW or not (_indices(positions) and _wide(freqs)):
+        if tokens > MANY or not (_indices(positions) and _wide(freqs)):
             return None
         turn = torch.empty((tokens, half, 2))
         done = self._run(
@@ -265,7 +262,7 @@ class Kernels:
     def act_qdq(self, x: Tensor, fmt: Format, block: int, channels: int) -> Tensor | None:
         """Contract of ``act_qdq``, in native numerics."""
         rows, dim = x.shape
-        if rows * dim > 4 * FEW_VALUES or channels > dim or channels % block or not _taken(x):
+        if rows > MANY or channels > dim or channels % block or not _taken(x):
             return None
         y = torch.empty_like(x)
         done = self._run(
@@ -276,7 +273,7 @@ class Kernels:
     def hadamard(self, x: Tensor) -> Tensor | None:
         """Contract of ``hadamard``."""
         rows, dim = x.shape
-        if rows * dim > 4 * FEW_VALUES or dim & (dim - 1) or not _taken(x):
+        if rows > MANY or dim & (dim - 1) or not _taken(x):
             return None
         y = torch.empty_like(x)
         return y if self._run("hadamard", x.data_ptr(), y.data_ptr(), _TYPES[x.dtype], rows, dim, keep=x) else None
@@ -284,7 +281,7 @@ class Kernels:
     def embedding(self, ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Contract of ``embedding``, in ``dtype``."""
         tokens = ids.shape[0]
-        if tokens > FEW or not (_taken(weight) and _indices(ids)):
+        if tokens > MANY or not (_taken(weight) and _indices(ids)):
             return None
         y = torch.empty((tokens, weight.shape[1]), dtype=dtype)
         done = self._run(
@@ -296,7 +293,7 @@ class Kernels:
     def hc_expand(self, x: Tensor, hc: int) -> Tensor | None:
         """Contract of ``hc_expand``."""
         tokens, dim = x.shape
-        if tokens > FEW or not _taken(x):
+        if tokens > MANY or not _taken(x):
             return None
         y = torch.empty((tokens, hc, dim), dtype=x.dtype)
         row = dim * x.itemsize
@@ -329,7 +326,7 @@ class Kernels:
     ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
         """Contract of ``hc_pre``, or with ``norm`` of ``hc_pre_norm``, for four streams."""
         tokens, streams, dim = h.shape
-        if streams != STREAMS or tokens > FEW or not (_taken(h) and _wide(fn, scale, base)):
+        if streams != STREAMS or tokens > MANY or not (_taken(h) and _wide(fn, scale, base)):
             return None
         mixes = STREAMS * (STREAMS + 2)
         if fn.shape != (mixes, STREAMS * dim) or scale.shape != (3,) or base.shape != (mixes,):
@@ -348,7 +345,7 @@ class Kernels:
     def hc_head(self, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, eps: float) -> Tensor | None:
         """Contract of ``hc_head``, for four streams."""
         tokens, streams, dim = h.shape
-        if streams != STREAMS or tokens > FEW or not (_taken(h) and _wide(fn, scale, base)):
+        if streams != STREAMS or tokens > MANY or not (_taken(h) and _wide(fn, scale, base)):
             return None
         if fn.shape != (STREAMS, STREAMS * dim) or scale.shape != (1,) or base.shape != (STREAMS,):
             return None
@@ -362,7 +359,7 @@ class Kernels:
     def hc_post(self, y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> Tensor | None:
         """Contract of ``hc_post``, for four streams."""
         tokens, streams, dim = h.shape
-        if streams != STREAMS or tokens > FEW or y.dtype != h.dtype or not (_taken(y, h) and _wide(post, comb)):
+        if streams != STREAMS or tokens > MANY or y.dtype != h.dtype or not (_taken(y, h) and _wide(post, comb)):
             return None
         if y.shape != (tokens, dim) or post.shape != (tokens, STREAMS) or comb.shape != (tokens, STREAMS, STREAMS):
             return None
@@ -378,7 +375,7 @@ class Kernels:
         names.
         """
         return (
-            index.shape[0] <= FEW
+            index.shape[0] <= MANY
             and _taken(rows)
             and rows.dtype == (cache.dtype if layout.kind == "plain" else torch.bfloat16)
             and rows.shape == (index.shape[0], layout.dim)
@@ -411,7 +408,7 @@ class Kernels:
         ``sparse_attn``.
         """
         tokens, heads, dim = q.shape
-        if tokens > FEW or dim % TILE or q.dtype != kv.dtype or not (_taken(q, kv) and _wide(sink) and _indices(idxs)):
+        if tokens > MANY or dim % TILE or q.dtype != kv.dtype or not (_taken(q, kv) and _wide(sink) and _indices(idxs)):
             return None
         for cache, index in ((ring, ring_index), (rows, row_index)):
             if cache is not None and not (layout and index is not None and _indices(index) and _cached(cache, layout)):
@@ -429,7 +426,7 @@ class Kernels:
     def compress(self, kv_score: Tensor, ape: Tensor, idxs: Tensor, dim: int, dtype: torch.dtype) -> Tensor | None:
         """Contract of ``compress``, in ``dtype``, for a few windows."""
         (rows, span), (ratio, width), pool = idxs.shape, ape.shape, kv_score.shape[0]
-        if rows > FEW or dim % TILE or width != span // ratio * dim or not (_wide(kv_score, ape) and _indices(idxs)):
+        if rows > MANY or dim % TILE or width != span // ratio * dim or not (_wide(kv_score, ape) and _indices(idxs)):
             return None
         y = torch.empty((rows, dim), dtype=dtype)
         done = self._run(
@@ -444,7 +441,7 @@ class Kernels:
     ) -> Tensor | None:  # fmt: skip
         """Contract of ``cached_index_topk``, for a few tokens."""
         batch, seq, heads, dim = q.shape
-        if batch * seq > FEW or not batch * seq or not (_taken(q) and _wide(weights) and _indices(index)):
+        if batch * seq > MANY or not batch * seq or not (_taken(q) and _wide(weights) and _indices(index)):
             return None
         if not (_indices(visible) and _indices(offset) and _cached(cache, layout)):
             return None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv4_backend_torch.attention import TorchAttention
 from dsv4_backend_torch.cache import TorchCache
-from dsv4_backend_torch.compiled import FEW, ExpertTable
+from dsv4_backend_torch.compiled import ExpertTable
 from dsv4_backend_torch.embed import TorchEmbed
 from dsv4_backend_torch.mhc import TorchMhc
 from dsv4_backend_torch.moe import TorchMoe, swiglu_
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dsv4_core.contract.dtypes import RowLayout
 
 
-@functools.cache
+@functools.lru_cache(64)
 def first_experts(rows: int) -> Tensor:
     """The first expert for each row [rows, 1]."""
     return torch.zeros((rows, 1), dtype=torch.int32)
@@ -33,7 +33,7 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Eve
 
     def ffn(self, x: Tensor, w1: Weight, w3: Weight, w2: Weight, *, limit: float) -> Tensor:
         x = self.quantised_activation(x, w1.format) if isinstance(w1, ScaledArray) else x
-        if self.compiled and 0 < x.shape[0] <= FEW:
+        if self.compiled and x.shape[0]:
             alone = ExpertTable((w1, w3, w2))
             few = self.compiled.moe(
                 x, first_experts(x.shape[0]), None, None, alone, 0, limit, self.act_type, quantise=self.quantises(w2)
@@ -55,7 +55,7 @@ class TorchFused(TorchEmbed, TorchMoe, TorchAttention, TorchMhc, TorchCache, Eve
             )
         tokens, topk = indices.shape
         x = self.quantised_activation(x, fmt) if (fmt := format_of(w1.dtype)) else x
-        if self.compiled and 0 < tokens <= FEW:
+        if self.compiled and tokens:
             quantise = self.numerics == "native" and format_of(w2.dtype) in {"e4m3", "e2m1"}
             few = self.compiled.moe(
                 x,

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dsv4_backend_torch.compiled import FEW
 from dsv4_backend_torch.quant import TorchQuant
 from dsv4_backend_torch.weights import StackedExperts, WeightCache
 from dsv4_core.contract.dtypes import FP8_BLOCK, Experts, ScaledArray, format_of
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 Weight = Tensor | ScaledArray
 TILE = 1 << 22  # elements of a weight that are dequantised at a time when it is not kept: 8 MB in BF16
 NARROW = 128  # outputs below which oneDNN's cost of a call (14 us against 3) outweighs its speed
+FEW = 16  # tokens of a decode step: up to here the number of calls counts, not their size
 LEAST_SCALE = (
     48  # E8M0: times E4M3's least 2^-9 and an activation's least 2^-31, still 2^7 above the least normal number
 )

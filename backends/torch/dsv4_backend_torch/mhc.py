@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dsv4_backend_torch.compiled import FEW
-from dsv4_backend_torch.matmul import TorchMatmul
+from dsv4_backend_torch.matmul import FEW, TorchMatmul
 from dsv4_backend_torch.norm import TorchNorm
 from dsv4_core.contract.ops.mhc import MhcOps
 

@@ -1,5 +1,5 @@
-/* Routing of a few tokens. */
-#include "weights.h"
+/* Routing. */
+#include "products.h"
 
 typedef struct {
     const char *x; /* [rows, dim] */
@@ -19,15 +19,19 @@ static router read_router(const arg *a) {
                     a[7].p, a[8].i, a[9].i, a[10].i, a[11].i, a[12].i, (float)a[13].d};
 }
 
+static product products_of(const router *r, float *scores) {
+    return (product){*r->w, r->x, (char *)scores, 0, r->type, FLOAT32, r->experts, r->dim, r->rows, r->dim, r->experts};
+}
+
 static int64_t bytes(const arg *a, int64_t threads) {
     router r = read_router(a);
-    (void)threads;
-    return r.rows * (room(r.dim) + r.experts) * (int64_t)sizeof(float);
+    product all = products_of(&r, NULL);
+    return r.rows * r.experts * (int64_t)sizeof(float) + 64 + products_bytes(&all, 1, threads);
 }
 
 static int64_t work(const arg *a, int64_t threads) {
     (void)threads;
-    return a[9].i * a[10].i;
+    return a[9].i * a[10].i * (a[8].i > ALIKE ? a[8].i / ALIKE : 1);
 }
 
 /* The topk largest of scores + bias, of equals the lower one. */
@@ -47,20 +51,17 @@ static void choose_best(const router *r, const float *scores, int32_t *indices) 
  * without a line in the table. */
 static void run(const arg *a, const team *t) {
     router r = read_router(a);
-    float *x = (float *)t->scratch, *scores = x + r.rows * room(r.dim);
-    for (int64_t k = t->own; k < r.rows; k += t->threads)
-        spread(r.x + k * r.dim * size_of(r.type), r.type, r.w->type, r.dim, x + k * room(r.dim));
-    meet(t);
-    for (int64_t e = first_of(r.experts, t); e < last_of(r.experts, t); e++)
-        for (int64_t k = 0; k < r.rows; k++) {
-            float product = dot(r.w, e, r.dim, x + k * room(r.dim), r.type);
-            scores[k * r.experts + e] = (float)sqrt(product > 40 ? product : log1p(exp(product)));
-            if (isnan(scores[k * r.experts + e] + (r.bias ? r.bias[e] : 0))) fail(NOT_MINE);
-        }
+    float *scores = (float *)t->scratch;
+    product all = products_of(&r, scores);
+    multiply(&all, 1, t->scratch + r.rows * r.experts * sizeof(float), t);
     meet(t);
     for (int64_t k = t->own; k < r.rows; k += t->threads) {
         int32_t *indices = r.indices + k * r.topk;
         float *shares = r.shares + k * r.topk, *own = scores + k * r.experts, sum = 0;
+        for (int64_t e = 0; e < r.experts; e++) {
+            own[e] = (float)sqrt(own[e] > 40 ? own[e] : log1p(exp(own[e])));
+            if (isnan(own[e] + (r.bias ? r.bias[e] : 0))) fail(NOT_MINE);
+        }
         if (r.bias)
             choose_best(&r, own, indices);
         else

@@ -1,52 +1,87 @@
-/* A few rows times weights as they lie in memory: a decode step's products, which take as long as it takes to read the weights.
+/* Rows times weights as they lie in memory. A few rows, a decode step's, take as long as it takes to read the weights; for more, a panel of
+ * a weight's rows is decoded once and multiplied from the cache.
  *
  * y[t][i] = sum_j weight[i][j] * x[t][j], products and sums in float32, y rounded once. A row's sum is formed by one thread and in
- * one order, so that neither the number of threads nor that of rows shows in the bits.
+ * one order, so that the number of threads does not show in the bits, nor that of rows up to ALIKE, nor that of more than ALIKE.
  */
-#include "weights.h"
+#include "products.h"
 
-/* One product with out rows of a weight from ``first`` on: x [tokens, cols], y [tokens, out], tokens a stride of elements apart. */
-typedef struct {
-    weight w;
-    const char *x;
-    char *y;
-    int64_t first, x_type, y_type, out, cols, tokens, x_stride, y_stride;
-} product;
-
-static int64_t most(const arg *a) { /* floats of one product's rows */
-    const product *p = a[0].p;
-    int64_t floats = 0;
-    for (int64_t n = 0; n < a[1].i; n++)
-        if (p[n].tokens * room(p[n].cols) > floats) floats = p[n].tokens * room(p[n].cols);
-    return floats;
+static int64_t most(const product *p, int64_t count, int64_t threads) { /* bytes of what one thread makes of one product */
+    int64_t bytes = 0;
+    (void)threads;
+    for (int64_t n = 0; n < count; n++) {
+        int64_t own = p[n].tokens > ALIKE ? panel_bytes(p[n].cols, 1) : p[n].tokens * room(p[n].cols) * (int64_t)sizeof(float);
+        bytes = own > bytes ? own : bytes;
+    }
+    return (bytes + 63) / 64 * 64;
 }
 
-static int64_t bytes(const arg *a, int64_t threads) { return most(a) * threads * (int64_t)sizeof(float); }
+int64_t products_bytes(const product *p, int64_t count, int64_t threads) { return most(p, count, threads) * threads + 64; }
+
+/* Each thread has its share of the rows. */
+static void few(const product *p, float *x, const team *t) {
+    int64_t step = p->x_stride * size_of(p->x_type), stride = room(p->cols);
+    const float *vectors[ALIKE];
+    for (int64_t k = 0; k < p->tokens; k++) {
+        spread(p->x + k * step, p->x_type, p->w.type, p->cols, x + k * stride);
+        vectors[k] = x + k * stride;
+    }
+    for (int64_t i = first_of(p->out, t); i < last_of(p->out, t); i++) {
+        float sums[ALIKE];
+        dots(&p->w, p->first + i, p->cols, vectors, p->x_type, p->tokens, sums);
+        for (int64_t k = 0; k < p->tokens; k++) put(p->y, p->y_type, k * p->y_stride + i, sums[k]);
+    }
+}
+
+/* A product's panels, each for all tokens or, where there are not enough for all threads, for a part of them. */
+static int64_t panels_of(const product *p) { return (p->out + PANEL - 1) / PANEL; }
+
+static int64_t parts_of(const product *p, const team *t) {
+    int64_t wanted = (4 * t->threads + panels_of(p) - 1) / panels_of(p), most = (p->tokens + 63) / 64;
+    return t->threads == 1 ? 1 : wanted < most ? wanted : most;
+}
+
+static void many(const product *p, int64_t item, int64_t parts, char *scratch) {
+    int64_t row = item / parts * PANEL, rows = p->out - row < PANEL ? p->out - row : PANEL, part = item % parts;
+    int64_t begin = p->tokens * part / parts, end = p->tokens * (part + 1) / parts, step = p->x_stride * size_of(p->x_type);
+    panel w = panel_in(scratch, p->cols, 0);
+    fill_panel(&w, &p->w, p->first + row, rows, p->x_type);
+    for (int64_t k = begin; k < end; k += ABREAST) {
+        int64_t count = end - k < ABREAST ? end - k : ABREAST;
+        const void *x[ABREAST];
+        float sums[ABREAST][PANEL] __attribute__((aligned(64)));
+        for (int64_t v = 0; v < count; v++) x[v] = p->x + (k + v) * step;
+        panel_products(&w, x, p->x_type, count, sums);
+        for (int64_t v = 0; v < count; v++) put_many(p->y, p->y_type, (k + v) * p->y_stride + row, sums[v], rows);
+    }
+}
+
+void multiply(const product *p, int64_t count, char *scratch, const team *t) {
+    scratch = (char *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63) + most(p, count, t->threads) * t->own;
+    int64_t next = -1, begin = 0;
+    for (const product *end = p + count; p < end; p++) {
+        if (p->tokens <= ALIKE) {
+            few(p, (float *)scratch, t);
+            continue;
+        }
+        int64_t parts = parts_of(p, t), items = panels_of(p) * parts;
+        if (next < 0) next = take(t);
+        for (; next < begin + items; next = take(t)) many(p, next - begin, parts, scratch);
+        begin += items;
+    }
+}
+
+static int64_t bytes(const arg *a, int64_t threads) { return products_bytes(a[0].p, a[1].i, threads); }
 
 static int64_t work(const arg *a, int64_t threads) {
     const product *p = a[0].p;
     int64_t values = 0;
     (void)threads;
-    for (int64_t n = 0; n < a[1].i; n++) values += p[n].out * p[n].cols;
+    for (int64_t n = 0; n < a[1].i; n++) values += p[n].out * p[n].cols * (p[n].tokens > ALIKE ? p[n].tokens / ALIKE : 1);
     return values;
 }
 
-/* (products, how many). Every thread takes its share of each product's rows. */
-static void run(const arg *a, const team *t) {
-    float *x = (float *)t->scratch + most(a) * t->own;
-    for (const product *p = a[0].p, *end = p + a[1].i; p < end; p++) {
-        int64_t step = p->x_stride * size_of(p->x_type), stride = room(p->cols);
-        const float *vectors[FEW];
-        for (int64_t k = 0; k < p->tokens; k++) {
-            spread(p->x + k * step, p->x_type, p->w.type, p->cols, x + k * stride);
-            vectors[k] = x + k * stride;
-        }
-        for (int64_t i = first_of(p->out, t); i < last_of(p->out, t); i++) {
-            float sums[FEW];
-            dots(&p->w, p->first + i, p->cols, vectors, p->x_type, p->tokens, sums);
-            for (int64_t k = 0; k < p->tokens; k++) put(p->y, p->y_type, k * p->y_stride + i, sums[k]);
-        }
-    }
-}
+/* (products, how many). */
+static void run(const arg *a, const team *t) { multiply(a[0].p, a[1].i, t->scratch, t); }
 
 const entry gemv = {"gemv", run, bytes, work};

@@ -1,11 +1,11 @@
-/* A few rows through experts: y = shared + sum_k w2[e] (silu(min(w1[e] x, limit)) * clamp(w3[e] x, -limit, limit) * share[k]), e being
+/* Rows through experts: y = shared + sum_k w2[e] (silu(min(w1[e] x, limit)) * clamp(w3[e] x, -limit, limit) * share[k]), e being
  * the row's k-th expert.
  *
- * What a product gives and the activation are rounded to act_type, as between linear layers; the sum over experts is float32, in
- * the order in which a row names them. Rows of one expert share the reading of its weights. Threads meet three times: when x is laid
- * out, when all of an activation is there, and when that is laid out for w2.
+ * What a product gives and the activation are rounded to act_type, as between linear layers; the sum over experts is float32: for few
+ * rows in the order in which a row names them, for many in the order of experts. Rows of one expert share the reading of its weights.
+ * Threads meet when x is laid out (or its rows are sorted by experts), when all of an activation is there, and when that is laid out for w2.
  */
-#include "weights.h"
+#include "panel.h"
 
 typedef struct {
     const weight *weights; /* w1, w3 [inter, dim], w2 [dim, inter], expert by expert */
@@ -23,9 +23,31 @@ static layer read_layer(const arg *a) {
                    a[8].i, a[9].i, a[10].i, a[11].i, a[12].i, a[13].i, a[14].i, (float)a[15].d};
 }
 
+static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+/* Where things of many rows are in the scratch: pairs in the order of experts, where each expert's begin, activations in act_type, and for
+ * each thread its panels and sums of a panel's channels. */
+typedef struct {
+    int64_t *order, *begins;
+    char *hidden, *own;
+    int64_t bytes; /* of all */
+} space;
+
+static space space_of(const layer *l, char *scratch, int64_t threads, int64_t own) {
+    int64_t pairs = l->rows * l->topk, widest = l->dim > l->inter ? l->dim : l->inter;
+    int64_t sorted = aligned((pairs + l->experts + 1) * (int64_t)sizeof(int64_t)), hidden = aligned(pairs * l->inter * size_of(l->act_type));
+    int64_t thread = aligned(panel_bytes(widest, 2) + l->rows * PANEL * (int64_t)sizeof(float));
+    scratch = (char *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
+    int64_t *order = (int64_t *)scratch;
+    return (space){order, order + pairs, scratch + sorted, scratch + sorted + hidden + own * thread, sorted + hidden + threads * thread + 64};
+}
+
+/* Whether an expert's panels serve so many rows that decoding them pays. */
+static int by_panels(const layer *l) { return l->rows > ALIKE && l->rows * l->topk > ALIKE / 2 * l->experts; }
+
 static int64_t bytes(const arg *a, int64_t threads) {
     layer l = read_layer(a);
-    (void)threads;
+    if (by_panels(&l)) return space_of(&l, NULL, threads, 0).bytes;
     return (l.rows * room(l.dim) + l.rows * l.topk * (2 * room(l.inter) + l.dim)) * (int64_t)sizeof(float);
 }
 
@@ -66,8 +88,7 @@ static int64_t pairs_of(const layer *l, int64_t p, int64_t *found) {
     return count;
 }
 
-static void run(const arg *a, const team *t) {
-    layer l = read_layer(a);
+static void few(layer l, const team *t) {
     int64_t pairs = l.rows * l.topk, dim = l.dim, inter = l.inter, own[pairs];
     float *x = (float *)t->scratch, *hidden = x + l.rows * room(dim), *laid_out = hidden + pairs * room(inter);
     float *part = laid_out + pairs * room(inter), gate[pairs], up[pairs];
@@ -115,6 +136,121 @@ static void run(const arg *a, const team *t) {
             }
             put(l.y, l.y_type, r * dim + i, sum);
         }
+}
+
+/* A register of ``activated``. */
+static floats activations(floats gate, floats up, float limit) {
+    gate = choose((words)(gate > limit), all(limit), gate);
+    up = choose((words)(up > limit), all(limit), choose((words)(up < -limit), all(-limit), up));
+    floats e = choose((words)(gate < -88.f), all(INFINITY), exponential(-gate));
+    return gate / (1 + e) * up;
+}
+
+/* Pairs in the order of their experts, and of rows within those: one thread. */
+static void sort_pairs(const layer *l, const space *s) {
+    int64_t pairs = l->rows * l->topk, sum = 0;
+    memset(s->begins, 0, (l->experts + 1) * sizeof(int64_t));
+    for (int64_t p = 0; p < pairs; p++) {
+        int64_t e = l->chosen[p] - l->first;
+        if (e >= 0 && e < l->experts) s->begins[e]++;
+    }
+    for (int64_t e = 0; e <= l->experts; e++) {
+        int64_t count = s->begins[e];
+        s->begins[e] = sum;
+        sum += count;
+    }
+    for (int64_t p = 0; p < pairs; p++) {
+        int64_t e = l->chosen[p] - l->first;
+        if (e >= 0 && e < l->experts) s->order[s->begins[e]++] = p;
+    }
+    for (int64_t e = l->experts; e > 0; e--) s->begins[e] = s->begins[e - 1];
+    s->begins[0] = 0;
+}
+
+/* A panel of an expert's gate and up for all its rows, activated. */
+static void open_panel(const layer *l, const space *s, int64_t e, int64_t row) {
+    int64_t rows = l->inter - row < PANEL ? l->inter - row : PANEL, end = s->begins[e + 1], widest = l->dim > l->inter ? l->dim : l->inter;
+    panel w1 = panel_in(s->own, widest, 0), w3 = panel_in(s->own, widest, 1);
+    w1.cols = w3.cols = l->dim;
+    fill_panel(&w1, l->weights + 3 * e, row, rows, l->act_type);
+    fill_panel(&w3, l->weights + 3 * e + 1, row, rows, l->act_type);
+    for (int64_t n = s->begins[e]; n < end; n += ABREAST) {
+        int64_t count = end - n < ABREAST ? end - n : ABREAST;
+        const void *x[ABREAST];
+        float gate[ABREAST][PANEL] __attribute__((aligned(64))), up[ABREAST][PANEL] __attribute__((aligned(64)));
+        for (int64_t v = 0; v < count; v++) x[v] = l->x + s->order[n + v] / l->topk * l->dim * size_of(l->act_type);
+        panel_products(&w1, x, l->act_type, count, gate);
+        panel_products(&w3, x, l->act_type, count, up);
+        for (int64_t v = 0; v < count; v++) {
+            float share = l->share ? l->share[s->order[n + v]] : 1;
+            for (int64_t i = 0; i < PANEL; i += LANES)
+                store(gate[v] + i, activations(rounded_lanes(load(gate[v] + i), l->act_type), rounded_lanes(load(up[v] + i), l->act_type), l->limit) * share);
+            put_many(s->hidden, l->act_type, (n + v) * l->inter + row, gate[v], rows);
+        }
+    }
+}
+
+/* Activations in E4M3 and back, a row. */
+static void quantise_row(const layer *l, const space *s, int64_t n) {
+    float values[E4M3_BLOCK];
+    for (int64_t begin = 0; begin < l->inter; begin += E4M3_BLOCK) {
+        int64_t count = l->inter - begin < E4M3_BLOCK ? l->inter - begin : E4M3_BLOCK, at = n * l->inter + begin;
+        FOR_TYPE(l->act_type, for (int64_t j = 0; j < count; j++) values[j] = get(s->hidden, T, at + j);)
+        uint32_t byte = scale_byte(values, count, E4M3);
+        if (byte == 255) fail(NOT_MINE);
+        float scale = scale_value(byte);
+        FOR_TYPE(l->act_type, for (int64_t j = 0; j < count; j++) put(s->hidden, T, at + j, on_grid(values[j] / scale, E4M3) * scale);)
+    }
+}
+
+/* A panel of all experts' results, summed. */
+static void close_panel(const layer *l, const space *s, int64_t row) {
+    int64_t rows = l->dim - row < PANEL ? l->dim - row : PANEL, widest = l->dim > l->inter ? l->dim : l->inter;
+    panel w2 = panel_in(s->own, widest, 0);
+    float(*sums)[PANEL] = (float(*)[PANEL])(s->own + panel_bytes(widest, 2));
+    w2.cols = l->inter;
+    for (int64_t r = 0; r < l->rows; r++)
+        for (int64_t i = 0; i < rows; i++) sums[r][i] = l->shared ? get(l->shared, l->act_type, r * l->dim + row + i) : 0;
+    for (int64_t e = 0; e < l->experts; e++) {
+        int64_t end = s->begins[e + 1];
+        if (end == s->begins[e]) continue;
+        fill_panel(&w2, l->weights + 3 * e + 2, row, rows, l->act_type);
+        for (int64_t n = s->begins[e]; n < end; n += ABREAST) {
+            int64_t count = end - n < ABREAST ? end - n : ABREAST;
+            const void *x[ABREAST];
+            float part[ABREAST][PANEL] __attribute__((aligned(64)));
+            for (int64_t v = 0; v < count; v++) x[v] = s->hidden + (n + v) * l->inter * size_of(l->act_type);
+            panel_products(&w2, x, l->act_type, count, part);
+            for (int64_t v = 0; v < count; v++) {
+                float *sum = sums[s->order[n + v] / l->topk];
+                for (int64_t i = 0; i < PANEL; i += LANES) store(sum + i, load(sum + i) + rounded_lanes(load(part[v] + i), l->act_type));
+            }
+        }
+    }
+    for (int64_t r = 0; r < l->rows; r++) put_many(l->y, l->y_type, r * l->dim + row, sums[r], rows);
+}
+
+static void many(layer l, const team *t) {
+    space s = space_of(&l, t->scratch, t->threads, t->own);
+    if (t->own == 0) sort_pairs(&l, &s);
+    meet(t);
+    int64_t panels = (l.inter + PANEL - 1) / PANEL;
+    for (int64_t n = take(t); n < l.experts * panels; n = take(t))
+        if (s.begins[n / panels] < s.begins[n / panels + 1]) open_panel(&l, &s, n / panels, n % panels * PANEL);
+    meet(t);
+    if (l.quantise)
+        for (int64_t n = take(t) * ALIKE; n < s.begins[l.experts]; n = take(t) * ALIKE)
+            for (int64_t i = n; i < n + ALIKE && i < s.begins[l.experts]; i++) quantise_row(&l, &s, i);
+    meet(t);
+    for (int64_t n = take(t); n * PANEL < l.dim; n = take(t)) close_panel(&l, &s, n * PANEL);
+}
+
+static void run(const arg *a, const team *t) {
+    layer l = read_layer(a);
+    if (by_panels(&l))
+        many(l, t);
+    else
+        few(l, t);
 }
 
 const entry moe = {"moe", run, bytes, work};

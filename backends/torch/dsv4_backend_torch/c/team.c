@@ -12,6 +12,7 @@ static pthread_mutex_t in_use = PTHREAD_MUTEX_INITIALIZER, lock = PTHREAD_MUTEX_
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static atomic_uint jobs, rounds, arrived, sleeping; /* jobs: how many, and in the last bits for how many threads */
 static atomic_int status, stop; /* stop: what status was when all last met */
+static atomic_llong taken;      /* things handed out since then */
 static int64_t started = 1, members;
 static char *scratch;
 static int64_t scratch_bytes;
@@ -60,11 +61,19 @@ void fail(int why) {
     }
 }
 
+int64_t take(const team *t) {
+    (void)t;
+    return atomic_fetch_add(&taken, 1);
+}
+
 void meet(const team *t) {
-    if (t->threads == 1) return;
+    if (t->threads == 1) {
+        atomic_store(&taken, 0);
+        return;
+    }
     unsigned round = atomic_load(&rounds);
     if (atomic_fetch_add(&arrived, 1) + 1 == (unsigned)t->threads) {
-        atomic_store(&arrived, 0);
+        atomic_store(&arrived, 0), atomic_store(&taken, 0);
         atomic_store(&stop, atomic_load(&status));
         set(&rounds, round + 1);
     } else {
@@ -79,12 +88,13 @@ static void go_through(int64_t own) {
     for (int64_t i = 0; i < tape_length; i++) {
         const line *l = tape + i;
         int few = members == 1 || l->e->work(l->a, members) <= ALONE;
-        if (!(few && alone)) {
+        if (few && alone) {
+            if (own == 0) meet(&one);
+        } else {
             meet(&all);
             if (atomic_load(&stop)) return;
-        } else if (own == 0 && atomic_load(&status)) { /* the others find out when they meet */
-            continue;
         }
+        if (own == 0 && few && alone && atomic_load(&status)) continue; /* the others find out when they meet */
         if (!few)
             l->e->run(l->a, &all);
         else if (own == 0)

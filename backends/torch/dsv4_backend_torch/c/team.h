@@ -27,7 +27,8 @@ typedef struct {
     need *bytes, *work;
 } entry;
 
-void meet(const team *t); /* until all have come */
+void meet(const team *t);    /* until all have come */
+int64_t take(const team *t); /* the next of the things that are handed out, counted from 0 since all last met: whoever is free has it */
 void fail(int status);    /* the tape ends before its next kernel */
 
 /* This thread's of n things: begin .. end. */

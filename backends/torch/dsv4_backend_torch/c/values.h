@@ -91,6 +91,27 @@ static inline words load_words(const void *from) {
     return v;
 }
 
+static inline floats rounded_lanes(floats v, int64_t type) { /* as ``rounded`` */
+    words bits = (words)v, up = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+    return type == FLOAT32 ? v : (floats)(((words)(v != v) & 0x7fc00000u) | (~(words)(v != v) & up));
+}
+
+static inline void put_many(void *to, int64_t type, int64_t i, const float *from, int64_t count) {
+    int64_t j = 0;
+    for (; j + LANES <= count; j += LANES) {
+        typedef uint16_t shorts __attribute__((vector_size(BYTES / 2)));
+        floats v;
+        memcpy(&v, from + j, sizeof v);
+        v = rounded_lanes(v, type);
+        shorts half = __builtin_convertvector((words)v >> 16, shorts);
+        if (type == FLOAT32)
+            memcpy((float *)to + i + j, &v, sizeof v);
+        else
+            memcpy((uint16_t *)to + i + j, &half, sizeof half);
+    }
+    for (; j < count; j++) put(to, type, i + j, from[j]);
+}
+
 static inline void store(float *to, floats v) { memcpy(to, &v, sizeof v); }
 
 static inline floats all(float value) { return (floats){0} + value; }
@@ -111,4 +132,46 @@ static inline floats exponential(floats x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1;
     return choose((words)(x != x), x, choose((words)(x < -87.f), all(0), (floats)((words)p + power)));
+}
+
+#if BYTES == 64
+#define FOR_LANES(f, bit) {f(0, bit), f(1, bit), f(2, bit), f(3, bit), f(4, bit), f(5, bit), f(6, bit), f(7, bit), \
+                           f(8, bit), f(9, bit), f(10, bit), f(11, bit), f(12, bit), f(13, bit), f(14, bit), f(15, bit)}
+#elif BYTES == 32
+#define FOR_LANES(f, bit) {f(0, bit), f(1, bit), f(2, bit), f(3, bit), f(4, bit), f(5, bit), f(6, bit), f(7, bit)}
+#else
+#define FOR_LANES(f, bit) {f(0, bit), f(1, bit), f(2, bit), f(3, bit)}
+#endif
+#define FROM_LOW(l, bit) ((l) & (bit) ? LANES + ((l) ^ (bit)) : (l))
+#define FROM_HIGH(l, bit) ((l) & (bit) ? LANES + (l) : (l) | (bit))
+
+/* One bit of a register's number and one of a lane's change places. */
+#define EXCHANGE(bit)                                                                                \
+    if ((bit) < LANES) {                                                                             \
+        static const words low = FOR_LANES(FROM_LOW, bit), high = FOR_LANES(FROM_HIGH, bit);         \
+        _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++) if (!(i & (bit))) {                 \
+            words a = r[i], b = r[(i | (bit)) % LANES];                                              \
+            r[i] = __builtin_shuffle(a, b, low);                                                     \
+            r[(i | (bit)) % LANES] = __builtin_shuffle(a, b, high);                                  \
+        }                                                                                            \
+    }
+
+/* Turns a square of words: to[j * to_stride + i] = from[i * stride + j]. */
+static inline __attribute__((always_inline)) void turn(const void *rows, int64_t stride, void *columns, int64_t to_stride) {
+    const uint32_t *from = rows;
+    uint32_t *to = columns;
+#if defined(__GNUC__) && !defined(__clang__)
+    words r[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) r[i] = load_words(from + i * stride);
+    EXCHANGE(1)
+    EXCHANGE(2)
+    EXCHANGE(4)
+    EXCHANGE(8)
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) memcpy(to + i * to_stride, &r[i], sizeof r[i]);
+#else
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < LANES; j++) to[j * to_stride + i] = from[i * stride + j];
+#endif
 }

@@ -1,0 +1,234 @@
+/* Panels: a few columns of all their rows are decoded as they lie, then turned so that a register holds one channel of many rows. */
+#include "panel.h"
+
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__) && BYTES == 64
+#include <immintrin.h>
+#define BY_PAIRS 1
+#else
+#define BY_PAIRS 0
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { PART = E4M3_BLOCK };              /* columns that are decoded at a time */
+enum { LEAST_SCALE = 48, MOST_SCALE = 240 }; /* E8M0: codes times these are normal BF16 numbers, and so are products, see matmul.py */
+
+static int64_t whole(int64_t cols) { return (cols + PART - 1) / PART * PART; }
+
+static int64_t one_panel(int64_t cols) { return whole(cols) * PANEL * (int64_t)sizeof(float); }
+
+int64_t panel_bytes(int64_t cols, int64_t panels) { return panels * one_panel(cols) + whole(cols) * ABREAST * (int64_t)sizeof(float); }
+
+panel panel_in(char *scratch, int64_t cols, int64_t n) {
+    float *vectors = (float *)scratch;
+    return (panel){cols, 0, vectors + whole(cols) * ABREAST + n * whole(cols) * PANEL, vectors};
+}
+
+static float e4m3_values[256], e2m1_pairs[256][2];
+
+__attribute__((constructor)) static void fill_values(void) {
+    for (int code = 0; code < 256; code++) {
+        e4m3_values[code] = e4m3((uint8_t)code);
+        e2m1_pairs[code][0] = e2m1((uint8_t)code);
+        e2m1_pairs[code][1] = e2m1((uint8_t)(code >> 4));
+    }
+}
+
+/* n columns of a row from ``begin``, a multiple of PART, on. */
+static void decode_floats(const weight *w, int64_t row, int64_t cols, int64_t begin, int64_t n, float *to) {
+    if (w->type == FLOAT32) {
+        memcpy(to, (const float *)w->data + row * cols + begin, n * sizeof(float));
+    } else if (w->type == BFLOAT16) {
+        const uint16_t *from = (const uint16_t *)w->data + row * cols + begin;
+        for (int64_t j = 0; j < n; j++) to[j] = widen(from[j]);
+    } else if (w->type == CODES_E4M3) {
+        const uint8_t *from = (const uint8_t *)w->data + row * cols + begin;
+        float scale = scale_value(w->scale[row / E4M3_BLOCK * ((cols + E4M3_BLOCK - 1) / E4M3_BLOCK) + begin / E4M3_BLOCK]);
+        for (int64_t j = 0; j < n; j++) to[j] = e4m3_values[from[j]] * scale;
+    } else {
+        const uint8_t *from = (const uint8_t *)w->data + (row * cols + begin) / 2, *scales = w->scale + (row * cols + begin) / E2M1_GROUP;
+        for (int64_t j = 0; j < n; j += E2M1_GROUP) {
+            float scale = scale_value(scales[j / E2M1_GROUP]);
+            for (int64_t k = 0; k < E2M1_GROUP; k += 2) {
+                to[j + k] = e2m1_pairs[from[(j + k) / 2]][0] * scale;
+                to[j + k + 1] = e2m1_pairs[from[(j + k) / 2]][1] * scale;
+            }
+        }
+    }
+}
+
+#if BY_PAIRS
+static uint16_t e4m3_bits[128], e2m1_bits[32];
+
+__attribute__((constructor)) static void fill_bits(void) {
+    for (int code = 0; code < 128; code++) e4m3_bits[code] = bfloat16(e4m3((uint8_t)code));
+    for (int code = 0; code < 32; code++) e2m1_bits[code] = bfloat16(e2m1((uint8_t)code));
+}
+
+/* The bytes of E4M3's magnitudes times a power of two: exponents are added, but to 0 and NaN. */
+typedef struct {
+    __m512i low[2], high[2];
+} e4m3_table;
+
+static e4m3_table e4m3_times(int scale) {
+    __m512i exponent = _mm512_set1_epi16((short)((scale - 127) * 128)), value[4];
+    for (int k = 0; k < 4; k++) {
+        __mmask32 scaled = k == 0 ? 0xfffffffe : k == 3 ? 0x7fffffff : 0xffffffff;
+        __m512i one = _mm512_loadu_si512(e4m3_bits + 32 * k);
+        value[k] = _mm512_mask_add_epi16(one, scaled, one, exponent);
+    }
+    e4m3_table table;
+    for (int half = 0; half < 2; half++) {
+        __m256i low0 = _mm512_cvtepi16_epi8(value[2 * half]), low1 = _mm512_cvtepi16_epi8(value[2 * half + 1]);
+        __m256i high0 = _mm512_cvtepi16_epi8(_mm512_srli_epi16(value[2 * half], 8));
+        __m256i high1 = _mm512_cvtepi16_epi8(_mm512_srli_epi16(value[2 * half + 1], 8));
+        table.low[half] = _mm512_inserti64x4(_mm512_castsi256_si512(low0), low1, 1);
+        table.high[half] = _mm512_inserti64x4(_mm512_castsi256_si512(high0), high1, 1);
+    }
+    return table;
+}
+
+/* 64 codes to BF16, in their order. */
+INLINE void e4m3_by(const e4m3_table *t, __m512i code, uint16_t *to) {
+    code = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), code);
+    __m512i low = _mm512_permutex2var_epi8(t->low[0], code, t->low[1]), sign = _mm512_set1_epi8((char)0x80);
+    __m512i high = _mm512_or_si512(_mm512_permutex2var_epi8(t->high[0], code, t->high[1]), _mm512_and_si512(code, sign));
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi8(low, high));
+    _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi8(low, high));
+}
+
+/* n columns of rows, PART of BF16 for each; n is even, and whole groups of FP4. */
+static void decode_pairs(const weight *w, int64_t first, int64_t rows, int64_t cols, int64_t begin, int64_t n, uint16_t (*to)[PART]) {
+    e4m3_table table;
+    int made = -1;
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t row = first + r;
+        if (w->type == BFLOAT16) {
+            memcpy(to[r], (const uint16_t *)w->data + row * cols + begin, n * 2);
+        } else if (w->type == CODES_E4M3) {
+            const uint8_t *from = (const uint8_t *)w->data + row * cols + begin;
+            int scale = w->scale[row / E4M3_BLOCK * ((cols + E4M3_BLOCK - 1) / E4M3_BLOCK) + begin / E4M3_BLOCK];
+            if (scale != made) table = e4m3_times(made = scale);
+            for (int64_t j = 0; j < n; j += 64) {
+                __mmask64 there = n - j >= 64 ? ~0ull : (1ull << (n - j)) - 1;
+                e4m3_by(&table, _mm512_maskz_loadu_epi8(there, from + j), to[r] + j);
+            }
+        } else {
+            const uint8_t *from = (const uint8_t *)w->data + (row * cols + begin) / 2, *scales = w->scale + (row * cols + begin) / E2M1_GROUP;
+            __m512i values = _mm512_loadu_si512(e2m1_bits);
+            for (int64_t j = 0; j < n; j += E2M1_GROUP) {
+                __m512i exponent = _mm512_set1_epi16((short)((scales[j / E2M1_GROUP] - 127) * 128));
+                __m512i scaled = _mm512_mask_add_epi16(values, 0xfefefefe, values, exponent);
+                __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(from + j / 2)));
+                __m512i code = _mm512_or_si512(byte, _mm512_slli_epi32(byte, 12)); /* of a word, the last five bits count */
+                _mm512_storeu_si512(to[r] + j, _mm512_permutexvar_epi16(code, scaled));
+            }
+        }
+    }
+}
+
+static int scales_fit(const uint8_t *scales, int64_t n) {
+    uint8_t least = 255, most = 0;
+    for (int64_t i = 0; i < n; i++) {
+        least = scales[i] < least ? scales[i] : least;
+        most = scales[i] > most ? scales[i] : most;
+    }
+    return least >= LEAST_SCALE && most <= MOST_SCALE;
+}
+
+/* Whether products are of BF16 pairs, which is exact for the weight's values. */
+static int fits_pairs(const weight *w, int64_t first, int64_t rows, int64_t cols, int64_t x_type) {
+    if (x_type != BFLOAT16 || w->type == FLOAT32 || cols % 2) return 0;
+    if (w->type == BFLOAT16) return 1;
+    if (w->type == CODES_E2M1) return scales_fit(w->scale + first * (cols / E2M1_GROUP), rows * (cols / E2M1_GROUP));
+    int64_t scales = (cols + E4M3_BLOCK - 1) / E4M3_BLOCK, top = first / E4M3_BLOCK, last = (first + rows - 1) / E4M3_BLOCK;
+    return scales_fit(w->scale + top * scales, (last - top + 1) * scales);
+}
+
+INLINE void products_of_pairs(const panel *p, const uint16_t *const *x, int count, float (*to)[PANEL]) {
+    __m512 sums[ABREAST][2];
+    const __m512i *values = (const __m512i *)p->values;
+    for (int v = 0; v < count; v++) sums[v][0] = sums[v][1] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < p->cols / 2; k++, values += 2) {
+        __m512bh one = (__m512bh)_mm512_load_si512(values), other = (__m512bh)_mm512_load_si512(values + 1);
+        for (int v = 0; v < count; v++) {
+            int32_t pair;
+            memcpy(&pair, x[v] + 2 * k, 4);
+            __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+            sums[v][0] = _mm512_dpbf16_ps(sums[v][0], one, both);
+            sums[v][1] = _mm512_dpbf16_ps(sums[v][1], other, both);
+        }
+    }
+    for (int v = 0; v < count; v++) _mm512_storeu_ps(to[v], sums[v][0]), _mm512_storeu_ps(to[v] + 16, sums[v][1]);
+}
+#endif
+
+INLINE void products_of_floats(const panel *p, const float *const *x, int count, float (*to)[PANEL]) {
+    floats sums[ABREAST][2] = {{{0}}};
+    const float *values = p->values;
+    for (int64_t k = 0; k < p->cols; k++, values += PANEL) {
+        floats one = load(values), other = load(values + LANES);
+        for (int v = 0; v < count; v++) {
+            floats factor = all(x[v][k]);
+            sums[v][0] += factor * one;
+            sums[v][1] += factor * other;
+        }
+    }
+    for (int v = 0; v < count; v++) store(to[v], sums[v][0]), store(to[v] + LANES, sums[v][1]);
+}
+
+void fill_panel(panel *p, const weight *w, int64_t first, int64_t rows, int64_t x_type) {
+    (void)x_type;
+    p->pairs = 0;
+#if BY_PAIRS
+    p->pairs = fits_pairs(w, first, rows, p->cols, x_type);
+#endif
+    uint32_t part[PANEL][PART] __attribute__((aligned(64)));
+    int64_t width = p->pairs ? PART / 2 : PART; /* words of a part's row */
+    if (rows < PANEL) memset(part, 0, sizeof part);
+    for (int64_t begin = 0; begin < p->cols; begin += PART) {
+        int64_t n = p->cols - begin < PART ? p->cols - begin : PART, count = p->pairs ? n / 2 : n;
+        uint32_t *to = (uint32_t *)p->values + (p->pairs ? begin / 2 : begin) * PANEL;
+#if BY_PAIRS
+        if (p->pairs) decode_pairs(w, first, rows, p->cols, begin, n, (uint16_t(*)[PART])part);
+#endif
+        if (!p->pairs)
+            for (int64_t r = 0; r < rows; r++) decode_floats(w, first + r, p->cols, begin, n, (float *)part[r]);
+        for (int64_t k = 0; k < count; k += LANES)
+            for (int64_t r = 0; r < PANEL; r += LANES) turn(&part[0][0] + r * width + k, width, to + k * PANEL + r, PANEL);
+    }
+}
+
+#define FOR_COUNT(call)                                                                                                    \
+    switch (count) {                                                                                                       \
+    case 1: call(1); break;                                                                                                \
+    case 2: call(2); break;                                                                                                \
+    case 3: call(3); break;                                                                                                \
+    case 4: call(4); break;                                                                                                \
+    case 5: call(5); break;                                                                                                \
+    case 6: call(6); break;                                                                                                \
+    case 7: call(ABREAST < 7 ? ABREAST : 7); break;                                                                        \
+    default: call(ABREAST);                                                                                                \
+    }
+
+void panel_products(const panel *p, const void *const *x, int64_t x_type, int64_t count, float (*to)[PANEL]) {
+#if BY_PAIRS
+    if (p->pairs) {
+#define CALL(n) products_of_pairs(p, (const uint16_t *const *)x, n, to)
+        FOR_COUNT(CALL)
+#undef CALL
+        return;
+    }
+#endif
+    const float *wide[ABREAST];
+    for (int64_t v = 0; v < count; v++) {
+        wide[v] = x[v];
+        if (x_type == FLOAT32) continue;
+        float *own = p->vectors + v * p->cols;
+        for (int64_t j = 0; j < p->cols; j++) own[j] = widen(((const uint16_t *)x[v])[j]);
+        wide[v] = own;
+    }
+#define CALL(n) products_of_floats(p, wide, n, to)
+    FOR_COUNT(CALL)
+#undef CALL
+}
