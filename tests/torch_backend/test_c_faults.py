@@ -60,8 +60,27 @@ FAULTS = {
     "FP4 knows no six": Fault(
         "pairs.h", "bfloat16(e2m1((uint8_t)code))", "bfloat16(e2m1((uint8_t)(code % 8 == 7 ? code - 1 : code)))", "linear", level="avx512bf16",
     ),
+    "a panel's last rows are the ones before": Fault("gemv.c", "p->first + row, rows", "p->first + (row ? row - 1 : 0), rows", "linear", "standard"),
+    "a panel of FP8 uses its first block's scale": Fault(
+        "panel.c", "+ begin / E4M3_BLOCK]);", "+ 0 * begin]);", "linear", "standard", "avx512",
+    ),
+    "a panel of BF16 pairs uses its first block's scale": Fault(
+        "panel.c", "+ begin / E4M3_BLOCK];", "+ 0 * begin];", "linear", "standard", "avx512bf16",
+    ),
+    "a panel of FP4 has one scale a row": Fault(
+        "panel.c", "(scales[j / E2M1_GROUP] - 127)", "(scales[0 * j] - 127)", "moe", "standard", "avx512bf16",
+    ),
+    "the last of a panel's vectors is left out": Fault("panel.c", "default: call(ABREAST)", "default: call(ABREAST - 1)", "linear", "standard"),
+    "of many rows the shared expert is left out": Fault(
+        "moe.c", "l->shared ? get(l->shared, l->act_type, r * l->dim + row + i) : 0", "0 * (l->shared != 0)", "moe", "standard",
+    ),
+    "of many rows another pair's share is taken": Fault("moe.c", "l->share[s->order[n + v]]", "l->share[s->order[n]]", "moe", "standard"),
+    "many tokens attend to each other's rows": Fault(
+        "attention.c", "memset(own->times, 0", "if (token == first) memset(own->times, 0", "sparse_attn", "standard",
+    ),
+    "a row that is listed twice counts once": Fault("attention.c", "* s->picks + j]]]++", "* s->picks + j]]] = 1", "sparse_attn", "standard"),
     "up is not clamped from below": Fault("moe.c", "up < -limit ? -limit : up", "up", "moe"),
-    "the activation is not quantised for w2": Fault("moe.c", "quantise ? rounded(", "0 ? rounded(", "ffn"),
+    "the activation is not quantised for w2": Fault("moe.c", "coded && !quantise(", "0 && !quantise(", "ffn"),
     "the shared expert is left out": Fault("moe.c", "l.shared ? get(l.shared, l.act_type, r * dim + i) : 0", "0 * (l.shared != 0)", "moe"),
     "of equal experts the higher one is taken": Fault("gate.c", "scores[e] + r->bias[e] > scores[best]", "scores[e] + r->bias[e] >= scores[best]", "gate"),
     "shares are of biased scores": Fault(
@@ -75,8 +94,8 @@ FAULTS = {
     "eps is added to the root": Fault("norm.c", "1 / sqrt((double)square / dim + a[7].d)", "1 / (sqrt((double)square / dim) + a[7].d)", "rms_norm"),
     "the inverse rotation turns forwards": Fault("rope.c", "a[8].i ? -1 : 1", "1", "apply_rope"),
     "a scale's exponent is not raised where mantissa bits are set": Fault("formats.h", " + 0x7fffff) >> 23", ") >> 23", "act_qdq"),
-    "ties are rounded away from zero": Fault("formats.h", "(y + shift) - shift", "(y + copysignf(0x1p-20f, y) + shift) - shift", "act_qdq", "standard"),
-    "zero loses its sign": Fault("formats.h", "return copysignf((y + shift) - shift, y);", "return (y + shift) - shift;", "cache_write"),
+    "ties are rounded away from zero": Fault("formats.h", "(y + shift) - shift", "(y * 1.0000005f + shift) - shift", "act_qdq", "standard"),
+    "zero loses its sign": Fault("formats.h", "& 0x7fffffff) | sign)", "& 0x7fffffff) | (sign & (words)((y + shift) - shift != 0)))", "cache_write"),
     "an absent row is stored in the first slot": Fault("cache.c", "if (index[i] < 0) continue;", "if (index[i] < 0) to = a[0].p;", "cache_write"),
     "an absent row is not cleared": Fault("rows.h", "put(to, type, at + j, 0)", "put(to, type, at + j, 1)", "cache_read"),
     "experts of another rank are taken for its own": Fault(
@@ -92,7 +111,7 @@ FAULTS = {
         "apply_rope",
     ),
     "Hadamard is not orthonormal": Fault("quant.c", "(float)(1 / sqrt((double)dim))", "1.0f / dim", "hadamard"),
-    "the head's streams are weighted without eps": Fault("mhc.c", "sigmoid(mixed[i]) + a[9].d", "sigmoid(mixed[i])", "hc_head", "standard"),
+    "the head's streams are weighted without eps": Fault("mhc.c", "sigmoid(weights[i]) + a[9].d", "sigmoid(weights[i])", "hc_head", "standard"),
     "an id outside the vocabulary reads its first row": Fault(
         "embed.c",
         "outside ? 0 : get(a[1].p, a[2].i, ids[k] * dim + j)",
@@ -101,8 +120,8 @@ FAULTS = {
     ),
     "padding attends to row 0": Fault(
         "attention.c",
-        "if (idxs[j] < 0) continue;\n            if (t->own == 0) listed[count] = idxs[j];",
-        "if (t->own == 0) listed[count] = idxs[j] < 0 ? 0 : idxs[j];",
+        "if (s->idxs[k * s->picks + j] >= 0) listed[count++] = s->idxs[k * s->picks + j];",
+        "listed[count++] = s->idxs[k * s->picks + j] < 0 ? 0 : s->idxs[k * s->picks + j];",
         "sparse_attn",
     ),
     "the sink is left out": Fault("attention.c", "total(parts) + (float)exp((double)sink - top)", "total(parts)", "cached_sparse_attn"),
@@ -110,7 +129,7 @@ FAULTS = {
     "the last tile's padding has weight": Fault("attention.c", "scores[r] = -INFINITY;", "scores[r] = 0;", "sparse_attn"),
     "a window's halves of channels are swapped": Fault("attention.c", "j >= ratio ? dim : 0", "j < ratio ? dim : 0", "compress"),
     "ape begins anew with each token": Fault("attention.c", "ape + j % ratio * width", "ape + j / ratio * width", "compress"),
-    "relu is forgotten": Fault("index.c", "(tile_words)hits[g] & ~(tile_words)(hits[g] < 0)", "(tile_words)hits[g]", "cached_index_topk"),
+    "relu is forgotten": Fault("index.c", "(words)hit & ~(words)(hit < 0)", "(words)hit", "cached_index_topk"),
     "of equal scores the higher row is taken": Fault(
         "index.c",
         "for (int64_t r = 0; r < seen && count < wanted; r++)",
@@ -141,6 +160,7 @@ def test_the_suite_notices(name, tmp_path, monkeypatch):
         if "no C compiler" not in str(error):
             raise
         pytest.skip(str(error))
+    monkeypatch.setattr(compiled, "MULTIPLIED", compiled.MANY)  # beside AMX too
     backend = TorchBackend()
     backend.compiled = compiled.Kernels(made, "faulty")
     ran = runner.run(checks.Session(backend, fault.tier), ops=[fault.op])

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dsv4_backend_torch.kept import library
+from dsv4_backend_torch.kept import cpu_flags, library
 from dsv4_backend_torch.tape import Tape
 from dsv4_core.contract.dtypes import FP4_GROUP, KV_BLOCK, Experts, ScaledArray
 
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in values.h
 _DONE, _NO_MEMORY = 0, 2  # what kernels give; 1: not for them
 ALIKE = 8  # tokens up to which a product's bits are those of one alone: as in weights.h
-MANY = 4096  # tokens of a call at most: what a kernel makes beside its result takes memory
+# tokens of a call at most: what a kernel makes beside its result takes memory
+MANY = 4096
+MULTIPLIED = 16 if "amx_bf16" in cpu_flags() else MANY  # of a product: oneDNN has AMX's tiles
 MOVED = 1 << 22  # bytes that are copied at a time: the second cache level of a core
 STREAMS = 4  # of hyper-connections: the published models'
 TILE = 16  # channels that attention takes at a time
@@ -115,7 +117,9 @@ class Kernels:
         packed = packer.pack(*arguments)
         status = self._kernel(entry, packed, torch.get_num_threads())
         if status == _NO_MEMORY:
-            raise MemoryError(f"{name} of the torch backend's C kernels got no memory for a few rows in float32")
+            raise MemoryError(
+                f"{name} of the torch backend's C kernels got no memory for what it makes beside its result"
+            )
         if status == _DONE and (tape := self.tape) is not None:
             tape.add(entry, packed, keep)
         return bool(status == _DONE)
@@ -127,7 +131,7 @@ class Kernels:
         rows, width = 0, sum(weight.shape[0] for weight in products[0][1])
         for x, weights in products:
             rows += x.shape[0]
-            if x.shape[0] > MANY or not (_taken(x) and _weights(weights)):
+            if x.shape[0] > MULTIPLIED or not (_taken(x) and _weights(weights)):
                 return None
         y = torch.empty((rows, width), dtype=dtype)
         fields = array("q")
@@ -149,7 +153,7 @@ class Kernels:
         times their own rows of ``weight``.
         """
         tokens, groups, cols = x.shape
-        if tokens > MANY or not (_taken(x) and _weights((weight,))):
+        if tokens > MULTIPLIED or not (_taken(x) and _weights((weight,))):
             return None
         out = weight.shape[0] // groups
         y = torch.empty((tokens, groups * out), dtype=dtype)
@@ -172,7 +176,7 @@ class Kernels:
         ``act_qdq`` in blocks of 128.
         """
         rows, dim = x.shape
-        if rows > MANY or not rows or not (_taken(x) and _wide(share) and _indices(chosen)):
+        if rows > MULTIPLIED or not rows or not (_taken(x) and _wide(share) and _indices(chosen)):
             return None
         if shared is not None and not (shared.dtype == x.dtype and shared.is_contiguous() and shared.shape == x.shape):
             return None
@@ -201,7 +205,7 @@ class Kernels:
         self, x: Tensor, weight: Weight, bias: Tensor | None, table: Tensor | None, ids: Tensor | None, topk: int, route_scale: float
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         """Contract of ``gate``, or without ``bias`` and with ``table`` and ``ids`` of
-        ``gate_hash``, for a few tokens.
+        ``gate_hash``.
         """
         rows, dim = x.shape
         if rows > MANY or not (_taken(x) and _weights((weight,)) and _wide(bias)) or dim != weight.shape[1]:
@@ -424,7 +428,7 @@ class Kernels:
         return y if done else None
 
     def compress(self, kv_score: Tensor, ape: Tensor, idxs: Tensor, dim: int, dtype: torch.dtype) -> Tensor | None:
-        """Contract of ``compress``, in ``dtype``, for a few windows."""
+        """Contract of ``compress``, in ``dtype``."""
         (rows, span), (ratio, width), pool = idxs.shape, ape.shape, kv_score.shape[0]
         if rows > MANY or dim % TILE or width != span // ratio * dim or not (_wide(kv_score, ape) and _indices(idxs)):
             return None
@@ -439,7 +443,7 @@ class Kernels:
         self, q: Tensor, weights: Tensor, cache: Tensor, index: Tensor, visible: Tensor, offset: Tensor, layout: RowLayout,
         scale: float, topk: int,
     ) -> Tensor | None:  # fmt: skip
-        """Contract of ``cached_index_topk``, for a few tokens."""
+        """Contract of ``cached_index_topk``."""
         batch, seq, heads, dim = q.shape
         if batch * seq > MANY or not batch * seq or not (_taken(q) and _wide(weights) and _indices(index)):
             return None

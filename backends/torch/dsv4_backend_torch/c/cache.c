@@ -10,12 +10,11 @@ static int pack(const uint16_t *row, uint8_t *to, const layout *l) {
     memset(scales, 0, l->width - (scales - to));
     for (int64_t begin = 0; begin < channels; begin += block) {
         for (int64_t j = 0; j < block; j++) values[j] = widen(row[begin + j]);
-        uint32_t byte = scale_byte(values, block, f);
+        uint32_t byte = to_grid(values, block, f);
         if (byte == 255) return NOT_MINE;
-        float scale = scale_value(byte);
         scales[begin / block] = (uint8_t)byte;
         for (int64_t j = 0; j < block; j++) {
-            uint8_t code = code_of(on_grid(values[j] / scale, f), f);
+            uint8_t code = code_of(values[j], f);
             if (l->kind == KV)
                 to[begin + j] = code;
             else if (j % 2)

@@ -9,26 +9,39 @@ typedef struct {
 
 static const format E4M3 = {3, -6, 448, 1e-4f}, E2M1 = {1, 0, 6, 6 * 0x1p-126f};
 
-/* Exponent byte of the least power of two that fits a block into the format; 255 beside what is not finite. */
-static inline uint32_t scale_byte(const float *x, int64_t block, format f) {
-    float amax = f.floor;
-    int finite = 1;
-    for (int64_t j = 0; j < block; j++) {
-        float value = fabsf(x[j]);
-        finite &= value <= 0x1.fffffep127f;
-        amax = value > amax ? value : amax;
-    }
-    return finite ? (bits_of(amax * (1 / f.max)) + 0x7fffff) >> 23 : 255;
-}
-
 static inline float scale_value(uint32_t byte) { return byte == 255 ? NAN : byte ? of_bits(byte << 23) : 0x1p-127f; }
 
-/* Clamped and rounded to nearest even on the format's grid: adding 1.5 * 2^(exponent + 23 - mantissa) leaves no room for finer bits. */
-static inline float on_grid(float x, format f) {
-    float y = x > f.max ? f.max : x < -f.max ? -f.max : x;
-    uint32_t exponent = bits_of(y) & 0x7f800000, least = (uint32_t)(127 + f.least) << 23;
-    float shift = of_bits((exponent > least ? exponent : least) + ((uint32_t)(23 - f.mantissa) << 23) + (1u << 22));
-    return copysignf((y + shift) - shift, y);
+/* A block of n values, whole registers, over the least power of two that fits them into the format, clamped and rounded to nearest even on
+ * its grid, in place: adding 1.5 * 2^(exponent + 23 - mantissa) leaves no room for finer bits. The power's exponent byte, between 1 and 253,
+ * so that multiplying by the inverse is dividing; 255 beside what is not finite: values are then as they were. */
+static inline uint32_t to_grid(float *x, int64_t n, format f) {
+    words top = {0}, least = (words){0} + ((uint32_t)(127 + f.least) << 23), half = (words){0} + (((uint32_t)(23 - f.mantissa) << 23) + (1u << 22));
+    for (int64_t j = 0; j < n; j += LANES) {
+        words size = (words)load(x + j) & 0x7fffffff;
+        top = (words)choose((words)(size > top), (floats)size, (floats)top);
+    }
+    uint32_t most = bits_of(f.floor);
+    for (int l = 0; l < LANES; l++) most = top[l] > most ? top[l] : most;
+    if (most >= 0x7f800000) return 255;
+    uint32_t byte = (bits_of(of_bits(most) * (1 / f.max)) + 0x7fffff) >> 23;
+    float inverse = 1 / scale_value(byte);
+    for (int64_t j = 0; j < n; j += LANES) {
+        floats y = load(x + j) * inverse;
+        words sign = (words)y & 0x80000000u;
+        y = choose((words)(y > f.max), all(f.max), choose((words)(y < -f.max), all(-f.max), y));
+        words exponent = (words)y & 0x7f800000;
+        floats shift = (floats)((words)choose((words)(exponent > least), (floats)exponent, (floats)least) + half);
+        store(x + j, (floats)(((words)((y + shift) - shift) & 0x7fffffff) | sign));
+    }
+    return byte;
+}
+
+/* The same, times the power again; says whether all were finite. */
+static inline int quantise(float *x, int64_t n, format f) {
+    uint32_t byte = to_grid(x, n, f);
+    if (byte == 255) return 0;
+    for (int64_t j = 0; j < n; j += LANES) store(x + j, load(x + j) * scale_value(byte));
+    return 1;
 }
 
 /* Code of a value on the grid. */

@@ -1,6 +1,6 @@
-/* The lightning indexer of a few tokens: scores of packed keys, and the best of them. */
+/* The lightning indexer: scores of packed keys, and the best of them. */
+#include "panel.h"
 #include "rows.h"
-#include "tile.h"
 
 typedef struct {
     const char *q; /* [batch, seq, heads, dim] in type */
@@ -18,11 +18,22 @@ static indexer read_indexer(const arg *a) {
                      a[9].i, a[10].i, a[11].i, a[12].i, a[13].i, a[14].i, a[15].i, a[16].i, (float)a[17].d};
 }
 
-static int64_t whole(int64_t n) { return (n + TILE - 1) / TILE * TILE; }
+enum { SCORES = 1 << 22 }; /* that are there at a time, more for one token alone */
 
-static int64_t bytes(const arg *a, int64_t threads) { /* keys of each thread; queries; scores */
+static int64_t room_of(const indexer *x) { return (x->rows + PANEL - 1) / PANEL * PANEL; }
+
+static int64_t tokens_at_once(const indexer *x) { /* of each sequence */
+    int64_t most = SCORES / (x->batch * room_of(x) + 1);
+    return most < 1 ? 1 : most < x->seq ? most : x->seq;
+}
+
+static int64_t key_bytes(const indexer *x) { /* of each thread: a panel, and its keys as they lie */
+    return (panel_bytes(x->dim, 1) + PANEL * x->dim * (int64_t)sizeof(float) + 63) / 64 * 64;
+}
+
+static int64_t bytes(const arg *a, int64_t threads) {
     indexer x = read_indexer(a);
-    return (threads * 2 * TILE * x.dim + x.batch * x.seq * (x.heads * x.dim + whole(x.rows))) * (int64_t)sizeof(float) + 64;
+    return threads * key_bytes(&x) + x.batch * tokens_at_once(&x) * room_of(&x) * (int64_t)sizeof(float) + 64;
 }
 
 static int64_t work(const arg *a, int64_t threads) {
@@ -63,43 +74,57 @@ static void choose_rows(const float *scores, int64_t seen, int64_t topk, int32_t
     while (count < topk) picks[count++] = -1;
 }
 
+/* Scores of PANEL keys from ``first`` on, for tokens begin .. end - 1 of sequence b; scores [end - begin, room]. */
+static void score(const indexer *x, int64_t b, int64_t first, int64_t begin, int64_t end, char *scratch, float *scores) {
+    int64_t most = 0, room = room_of(x), type = x->type == BFLOAT16 ? BFLOAT16 : FLOAT32, width = x->heads * x->dim * size_of(x->type);
+    for (int64_t s = begin; s < end; s++) most = x->visible[b * x->seq + s] > most ? x->visible[b * x->seq + s] : most;
+    if (first >= most) return;
+    char *keys = scratch + panel_bytes(x->dim, 1);
+    int64_t rows = x->rows - first < PANEL ? x->rows - first : PANEL;
+    for (int64_t r = 0; r < rows; r++)
+        if (!read_slot(x->cache, x->slots, x->plain_type, x->index[b * x->rows + first + r], keys, type, r * x->dim, x->l)) {
+            fail(NOT_MINE);
+            return;
+        }
+    const weight w = {keys, NULL, type};
+    panel p = panel_in(scratch, x->dim, 0);
+    fill_panel(&p, &w, 0, rows, x->type);
+    for (int64_t s = begin; s < end; s++) {
+        int64_t token = b * x->seq + s;
+        if (first >= x->visible[token]) continue;
+        floats sum[PANEL / LANES] = {{0}};
+        for (int64_t head = 0; head < x->heads; head += ABREAST) {
+            int64_t count = x->heads - head < ABREAST ? x->heads - head : ABREAST;
+            const void *q[ABREAST];
+            float hits[ABREAST][PANEL] __attribute__((aligned(64)));
+            for (int64_t g = 0; g < count; g++) q[g] = x->q + token * width + (head + g) * x->dim * size_of(x->type);
+            panel_products(&p, q, x->type, count, hits);
+            for (int64_t g = 0; g < count; g++)
+                for (int64_t i = 0; i < PANEL / LANES; i++) {
+                    floats hit = load(hits[g] + i * LANES);
+                    sum[i] += x->weights[token * x->heads + head + g] * x->scale * (floats)((words)hit & ~(words)(hit < 0));
+                }
+        }
+        for (int64_t i = 0; i < PANEL / LANES; i++) store(scores + (s - begin) * room + first + i * LANES, sum[i]);
+    }
+}
+
 static void run(const arg *a, const team *t) {
     indexer x = read_indexer(a);
-    int64_t tokens = x.batch * x.seq, dim = x.dim, room = whole(x.rows), tiles = room / TILE;
-    tile *channels = (tile *)(((uintptr_t)t->scratch + 63) & ~(uintptr_t)63) + t->own * 2 * dim;
-    float *key = (float *)(channels + dim);
-    float *queries = (float *)(channels + (t->threads - t->own) * 2 * dim), *scores = queries + tokens * x.heads * dim;
-    FOR_TYPE(x.type, for (int64_t j = first_of(tokens * x.heads * dim, t); j < last_of(tokens * x.heads * dim, t); j++)
-        queries[j] = get(x.q, T, j);)
-    meet(t);
-    for (int64_t n = first_of(x.batch * tiles, t); n < last_of(x.batch * tiles, t); n++) {
-        int64_t b = n / tiles, first = n % tiles * TILE, most = 0;
-        for (int64_t s = 0; s < x.seq; s++) most = x.visible[b * x.seq + s] > most ? x.visible[b * x.seq + s] : most;
-        if (first >= most) continue;
-        for (int64_t r = 0; r < TILE; r++) {
-            int there = first + r < x.rows && read_slot(x.cache, x.slots, x.plain_type, x.index[b * x.rows + first + r], key, FLOAT32, 0, x.l);
-            if (first + r < x.rows && !there) fail(NOT_MINE);
-            for (int64_t j = 0; j < dim; j++) ((float *)(channels + j))[r] = there ? key[j] : 0;
+    char *scratch = (char *)(((uintptr_t)t->scratch + 63) & ~(uintptr_t)63);
+    int64_t room = room_of(&x), panels = room / PANEL, step = tokens_at_once(&x);
+    float *scores = (float *)(scratch + t->threads * key_bytes(&x));
+    for (int64_t begin = 0; begin < x.seq; begin += step) {
+        int64_t count = x.seq - begin < step ? x.seq - begin : step;
+        if (begin) meet(t);
+        for (int64_t n = take(t); n < x.batch * panels; n = take(t))
+            score(&x, n / panels, n % panels * PANEL, begin, begin + count, scratch + t->own * key_bytes(&x), scores + n / panels * step * room);
+        meet(t);
+        for (int64_t n = take(t); n < x.batch * count; n = take(t)) {
+            int64_t b = n / count, token = b * x.seq + begin + n % count;
+            int64_t seen = x.visible[token] < 0 ? 0 : x.visible[token] < x.rows ? x.visible[token] : x.rows;
+            choose_rows(scores + (b * step + n % count) * room, seen, x.topk, x.offset[token], x.picks + token * x.topk);
         }
-        for (int64_t s = 0; s < x.seq; s++) {
-            int64_t token = b * x.seq + s;
-            tile sum = {0};
-            for (int64_t head = 0; head < x.heads; head += GROUP) {
-                int64_t heads = x.heads - head < GROUP ? x.heads - head : GROUP;
-                tile hits[GROUP];
-                tile_products(queries + (token * x.heads + head) * dim, dim, heads, channels, dim, hits);
-                for (int64_t g = 0; g < heads; g++) {
-                    float weight = x.weights[token * x.heads + head + g] * x.scale;
-                    sum += weight * (tile)((tile_words)hits[g] & ~(tile_words)(hits[g] < 0));
-                }
-            }
-            memcpy(scores + token * room + first, &sum, sizeof sum);
-        }
-    }
-    meet(t);
-    for (int64_t token = t->own; token < tokens; token += t->threads) {
-        int64_t seen = x.visible[token] < 0 ? 0 : x.visible[token] < x.rows ? x.visible[token] : x.rows;
-        choose_rows(scores + token * room, seen, x.topk, x.offset[token], x.picks + token * x.topk);
     }
 }
 

@@ -205,11 +205,17 @@ static void spread_out(const arg *a, const team *t) {
             const float *comb = (const float *)a[4].p + k * HC * HC;
             float own = ((const float *)a[3].p)[k * HC + n], a0 = comb[n], a1 = comb[HC + n], a2 = comb[2 * HC + n], a3 = comb[3 * HC + n];
             int64_t first = k * HC * dim;
-            FOR_TYPE(a[2].i, for (int64_t j = begin; j < end; j++) {
-                float low = a0 * get(h, T, first + j) + a1 * get(h, T, first + dim + j);
-                float high = a2 * get(h, T, first + 2 * dim + j) + a3 * get(h, T, first + 3 * dim + j);
-                put(out, T, first + n * dim + j, own * get(y, T, k * dim + j) + (low + high));
+            int64_t j = begin;
+            FOR_TYPE(a[2].i, for (; j + LANES <= end; j += LANES) {
+                floats low = a0 * get_lanes(h, T, first + j) + a1 * get_lanes(h, T, first + dim + j);
+                floats high = a2 * get_lanes(h, T, first + 2 * dim + j) + a3 * get_lanes(h, T, first + 3 * dim + j);
+                put_lanes(out, T, first + n * dim + j, own * get_lanes(y, T, k * dim + j) + (low + high));
             })
+            for (; j < end; j++) {
+                float low = a0 * get(h, a[2].i, first + j) + a1 * get(h, a[2].i, first + dim + j);
+                float high = a2 * get(h, a[2].i, first + 2 * dim + j) + a3 * get(h, a[2].i, first + 3 * dim + j);
+                put(out, a[2].i, first + n * dim + j, own * get(y, a[2].i, k * dim + j) + (low + high));
+            }
         }
 }
 

@@ -58,16 +58,12 @@ static int64_t work(const arg *a, int64_t threads) {
 }
 
 /* In E4M3 and back where it is to be quantised, and spread for a weight's type. Not finite: not for it. */
-static void lay_out(const float *x, int64_t begin, int64_t end, int64_t cols, int64_t act_type, int64_t weight_type, int64_t quantise,
+static void lay_out(const float *x, int64_t begin, int64_t end, int64_t cols, int64_t act_type, int64_t weight_type, int64_t coded,
                     float *to) {
-    float scale = 1;
-    if (quantise) {
-        uint32_t byte = scale_byte(x + begin, end - begin, E4M3);
-        if (byte == 255) fail(NOT_MINE);
-        scale = scale_value(byte);
-    }
-    float values[E4M3_BLOCK];
-    for (int64_t j = begin; j < end; j++) values[j - begin] = quantise ? rounded(on_grid(x[j] / scale, E4M3) * scale, act_type) : x[j];
+    float values[E4M3_BLOCK] = {0};
+    memcpy(values, x + begin, (end - begin) * sizeof(float));
+    if (coded && !quantise(values, E4M3_BLOCK, E4M3)) fail(NOT_MINE);
+    for (int64_t j = 0; coded && j < end - begin; j++) values[j] = rounded(values[j], act_type);
     lay(values, begin, end, act_type, weight_type, cols, to);
 }
 
@@ -192,14 +188,12 @@ static void open_panel(const layer *l, const space *s, int64_t e, int64_t row) {
 
 /* Activations in E4M3 and back, a row. */
 static void quantise_row(const layer *l, const space *s, int64_t n) {
-    float values[E4M3_BLOCK];
     for (int64_t begin = 0; begin < l->inter; begin += E4M3_BLOCK) {
         int64_t count = l->inter - begin < E4M3_BLOCK ? l->inter - begin : E4M3_BLOCK, at = n * l->inter + begin;
+        float values[E4M3_BLOCK] = {0};
         FOR_TYPE(l->act_type, for (int64_t j = 0; j < count; j++) values[j] = get(s->hidden, T, at + j);)
-        uint32_t byte = scale_byte(values, count, E4M3);
-        if (byte == 255) fail(NOT_MINE);
-        float scale = scale_value(byte);
-        FOR_TYPE(l->act_type, for (int64_t j = 0; j < count; j++) put(s->hidden, T, at + j, on_grid(values[j] / scale, E4M3) * scale);)
+        if (!quantise(values, E4M3_BLOCK, E4M3)) fail(NOT_MINE);
+        put_many(s->hidden, l->act_type, at, values, count);
     }
 }
 

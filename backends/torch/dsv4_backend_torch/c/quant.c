@@ -13,18 +13,17 @@ static void qdq(const arg *a, const team *t) {
     const char *x = a[0].p;
     char *y = a[1].p;
     format f = a[7].i ? E4M3 : E2M1;
-    float values[block];
+    float values[block + LANES];
+    memset(values, 0, sizeof values); /* a block of half a register is filled up with zeros */
     for (int64_t r = first_of(a[3].i, t); r < last_of(a[3].i, t); r++) {
         memcpy(y + r * bytes, x + r * bytes, bytes);
         for (int64_t begin = r * dim; begin < r * dim + channels; begin += block) {
             FOR_TYPE(type, for (int64_t j = 0; j < block; j++) values[j] = get(x, T, begin + j);)
-            uint32_t byte = scale_byte(values, block, f);
-            if (byte == 255) {
+            if (!quantise(values, (block + LANES - 1) / LANES * LANES, f)) {
                 fail(NOT_MINE);
                 return;
             }
-            float scale = scale_value(byte);
-            FOR_TYPE(type, for (int64_t j = 0; j < block; j++) put(y, T, begin + j, on_grid(values[j] / scale, f) * scale);)
+            put_many(y, type, begin, values, block);
         }
     }
 }

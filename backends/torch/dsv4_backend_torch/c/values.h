@@ -91,23 +91,35 @@ static inline words load_words(const void *from) {
     return v;
 }
 
+static inline floats get_lanes(const void *from, int64_t type, int64_t i) { /* LANES values from i on */
+    typedef uint16_t shorts __attribute__((vector_size(BYTES / 2)));
+    shorts half;
+    if (type == FLOAT32) return load((const float *)from + i);
+    memcpy(&half, (const uint16_t *)from + i, sizeof half);
+    return (floats)(__builtin_convertvector(half, words) << 16);
+}
+
 static inline floats rounded_lanes(floats v, int64_t type) { /* as ``rounded`` */
     words bits = (words)v, up = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
     return type == FLOAT32 ? v : (floats)(((words)(v != v) & 0x7fc00000u) | (~(words)(v != v) & up));
 }
 
+static inline void put_lanes(void *to, int64_t type, int64_t i, floats v) {
+    typedef uint16_t shorts __attribute__((vector_size(BYTES / 2)));
+    v = rounded_lanes(v, type);
+    shorts half = __builtin_convertvector((words)v >> 16, shorts);
+    if (type == FLOAT32)
+        memcpy((float *)to + i, &v, sizeof v);
+    else
+        memcpy((uint16_t *)to + i, &half, sizeof half);
+}
+
 static inline void put_many(void *to, int64_t type, int64_t i, const float *from, int64_t count) {
     int64_t j = 0;
     for (; j + LANES <= count; j += LANES) {
-        typedef uint16_t shorts __attribute__((vector_size(BYTES / 2)));
         floats v;
         memcpy(&v, from + j, sizeof v);
-        v = rounded_lanes(v, type);
-        shorts half = __builtin_convertvector((words)v >> 16, shorts);
-        if (type == FLOAT32)
-            memcpy((float *)to + i + j, &v, sizeof v);
-        else
-            memcpy((uint16_t *)to + i + j, &half, sizeof half);
+        put_lanes(to, type, i + j, v);
     }
     for (; j < count; j++) put(to, type, i + j, from[j]);
 }
