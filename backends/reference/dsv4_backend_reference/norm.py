@@ -36,8 +36,9 @@ class ReferenceNorm(Numeric, NormOps):
         y = np.empty_like(pairs)
         y[..., 0::2] = a * cos - b * sin
         y[..., 1::2] = a * sin + b * cos
-        out = x.copy()
-        out[..., -rotated:] = self.rounded(y)
+        rotated_part = self.rounded(y)
+        out = x.astype(rotated_part.dtype)  # x's own; the oracle's results are wider
+        out[..., -rotated:] = rotated_part
         return out
 
     def cos_sin(self, angle: Host) -> tuple[Host, Host]:

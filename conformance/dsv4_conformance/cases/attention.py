@@ -19,6 +19,11 @@ def compress() -> tuple[Case, ...]:
         overlapping.but("outliers", data="outliers"),
         overlapping.but("peaked", data="peaked"),
         plain.but("peaked_128", data="peaked"),
+        *(
+            base.but(f"{base.name}_{data}", data=data)
+            for base in (plain, overlapping)
+            for data in ("far_above", "far_below")
+        ),
         plain.but("padding_128", data="padding"),
         overlapping.but("views", views=True),
         overlapping.but("flash_ratio=4", rows=33, dim=512),
@@ -89,6 +94,7 @@ def index_select() -> tuple[Case, ...]:
         base.but("near_ties", data="near_ties"),
         base.but("topk=rows", topk=40),
         base.but("negative", data="negative"),
+        base.but("limits", data="limits"),
         *base.odd("seq", sizes=(0, 1, 17, 65)),
         base.but("one_row", rows=1, topk=1),
         base.but("views", views=True),

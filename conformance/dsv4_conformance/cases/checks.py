@@ -14,10 +14,11 @@ from dsv4_conformance.cases import operands
 from dsv4_conformance.cases.case import Case, cases_of
 from dsv4_conformance.cases.extents import extended
 from dsv4_conformance.cases.pairs import paired
+from dsv4_conformance.cases.scalars import rescaled
 from dsv4_conformance.check import Check, Finding, Group, Session
 from dsv4_conformance.verdict import calls, dump, subnormals
 from dsv4_conformance.verdict.budget import Expected, expect
-from dsv4_conformance.verdict.calls import Call, execute, seed_of
+from dsv4_conformance.verdict.calls import Call, Outcome, execute, seed_of
 from dsv4_conformance.verdict.discrete import judge_discrete
 from dsv4_conformance.verdict.judge import Verdict, flushed, judge_exact, judge_rounded
 from dsv4_core.contract.backend import Backend
@@ -25,7 +26,7 @@ from dsv4_core.contract.dtypes import WEIGHT_DTYPES, dtype_name
 from dsv4_core.contract.spec import OPS, Operand, OpSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from dsv4_core.contract.dtypes import Host
     from dsv4_core.contract.spec import Numerics, Tier
@@ -40,15 +41,17 @@ def level_of(spec: OpSpec) -> int:
     return 0 if set(spec.judged) == {"exact"} else 1
 
 
-def judge_call(call: Call, session: Session, expected: list[Expected] | None = None) -> Verdict:
+def judge_call(
+    call: Call, session: Session, expected: list[Expected] | None = None, ran: Callable[[], Outcome] | None = None
+) -> Verdict:
     """Run a call on the session's backend and judge every result (against ``expected`` where the
-    oracle has been asked already).
+    oracle has been asked already). ``ran``: how it is run, where not by itself and guarded.
     """
     spec, backend = call.spec, session.backend
     if expected is None:
         expected = expect(call, session.oracle, backend)
     with np.errstate(all="ignore"):
-        outcome = execute(call, backend, [e.value.shape for e in expected])
+        outcome = ran() if ran else execute(call, backend, [e.value.shape for e in expected])
     verdict = Verdict(list(outcome.problems), used=float("inf") if outcome.problems else 0.0)
     if outcome.problems or len(outcome.results) != len(expected):
         return verdict
@@ -171,8 +174,8 @@ def checks(numerics: Numerics) -> list[Check]:
 
 
 def every_case(spec: OpSpec) -> list[Case]:
-    """An op's declared cases, those at published extents, and those in which data and sizes
-    meet.
+    """An op's declared cases, those with other scalars, those at published extents, and those in
+    which data and sizes meet.
     """
     return list(_every_case(spec.name))
 
@@ -180,7 +183,7 @@ def every_case(spec: OpSpec) -> list[Case]:
 @functools.cache
 def _every_case(op: str) -> tuple[Case, ...]:
     declared = cases_of(OPS[op])
-    return (*declared, *extended(op, declared), *paired(op, declared))
+    return (*declared, *rescaled(op, declared), *extended(op, declared), *paired(op, declared))
 
 
 def optional(case: Case) -> set[str]:

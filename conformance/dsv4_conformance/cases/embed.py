@@ -27,6 +27,8 @@ def sample() -> tuple[Case, ...]:
         base.but("greedy_no_number", "smoke", data="no_number"),
         base.but("warm_no_number", "smoke", data="no_number", temperature=0.7, top_p=0.9),
         base.but("masked", data="masked", temperature=0.7, top_p=0.9),
+        base.but("edges", temperature=1.0, data="edges"),
+        base.but("edges_top_p=0.9", temperature=1.0, top_p=0.9, data="edges"),
         base.but("top_p=0", temperature=1.0, top_p=0.0),
         base.but("warm_ties", data="ties", temperature=1.0, top_p=0.5),
         *base.odd(sizes=(0, 1, 17)),

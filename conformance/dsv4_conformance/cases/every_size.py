@@ -1,8 +1,8 @@
 """Numbers of rows that servers batch and no declared case has: an op's small cases at each of them.
 
-A kernel is often chosen by the number of rows, and captured for multiples of eight. Declared cases
-have powers of two and one past a tile; here are the numbers up to 16 and the multiples of eight up
-to 128.
+A kernel is often chosen by the number of rows, captured for multiples of eight, and prompts are cut
+into chunks of some hundreds or thousands. Declared cases have powers of two up to 128 and one past
+a tile; here are the numbers up to 16, the multiples of eight up to 128, and chunks up to 4096.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from dsv4_core.contract.spec import Numerics, Tier
 
 SIZES = tuple(n for n in (*range(5, 17), *range(24, 129, 8)) if n not in BUCKETS)
+CHUNKS = (160, 192, 200, 256, 320, 384, 512, 768, 1024, 2048, 4096)
+SMALLER = {"heads": 1, "seq": 1}  # axes that stay small beside a chunk
 FIRST = 4  # samples of a budget before all are asked for: most calls need no more
 
 
@@ -32,10 +34,11 @@ def sized(op: str, base: Case) -> Iterator[tuple[str, Case]]:
     rows.
     """
     axis = "batch" if "batch" in base.sizes else rows_of(base)
-    for n in SIZES:
+    for n in (*SIZES, *CHUNKS):
         if n <= MOST.get(op, n):
             slots = {"slots": max(base.sizes["slots"], n + 1)} if {"slots", "n"} <= base.sizes.keys() else {}
-            yield f"{axis}={n}", base.but(f"{base.name}_{axis}={n}", **{axis: n}, **slots)
+            few = {name: size for name, size in SMALLER.items() if n in CHUNKS and name in base.sizes}
+            yield f"{axis}={n}", base.but(f"{base.name}_{axis}={n}", **{**few, axis: n}, **slots)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,19 @@ HEADS = (FLASH.num_attention_heads, PRO.num_attention_heads)
 SLOTS = (1 << 17) + 1  # rows of a cache: past what 17 bits address
 NORM_ROWS = (1 << 16) + 1  # heads of all tokens of a step, past what 16 bits and a grid's second axis hold
 WIDE_IN = (PRO.hidden_size, FLASH.o_groups * FLASH.o_lora_rank, PRO.o_groups * PRO.o_lora_rank)  # 7168, 8192, 16384
+OTHER_IN = tuple(n for m in (FLASH, PRO) for n in (m.q_lora_rank, m.moe_intermediate_size))  # 1024, 2048, 1536, 3072
+OTHER_OUT = (  # 64 to 8192
+    *(m.q_lora_rank for m in (FLASH, PRO)),
+    *(m.moe_intermediate_size for m in (FLASH, PRO)),
+    *(m.hidden_size for m in (FLASH, PRO)),
+    *(FLASH.head_dim, FLASH.index_n_heads, FLASH.index_n_heads * FLASH.index_head_dim),
+)
+NORMS = (*(m.q_lora_rank for m in (FLASH, PRO)), FLASH.head_dim, FLASH.index_head_dim)
+SHARE_OF_HEADS = (1, 2, 8, 16, 32)  # of a rank among 2 to 64
+SHARE_OF_EXPERTS = (1, 32, 48, 96)
+SHARE_OF_VOCAB = VOCAB // 16  # 8080, no multiple of a tile
+OLD = (1 << 16) + 9  # compressed rows of a sequence of 2^18 tokens, past what 16 bits address
+RECENT = 8 * (FLASH.sliding_window - 1)  # window rows of eight sequences
 TALL_OUT = PRO.num_attention_heads * PRO.head_dim  # 65536: 512 block rows of scales
 HIDDEN = PRO.hidden_size
 INTER = PRO.moe_intermediate_size
@@ -46,7 +59,9 @@ def at(axis: str, extent: int, data: Sequence[str] = ("normal",), **others: int)
 
 def _linear() -> list[Change]:
     wide = [c for k in WIDE_IN for c in at("in", k, LONG_SUMS, tokens=2, out=128)]
-    return [*wide, *at("out", TALL_OUT, tokens=2, inner=128), *at("tokens", CHUNK, out=64, inner=128)]
+    others = [c for k in OTHER_IN for c in at("in", k, tokens=2, out=128)]
+    outs = [c for n in (*OTHER_OUT, TALL_OUT) for c in at("out", n, tokens=2, inner=128)]
+    return [*wide, *others, *outs, *at("tokens", CHUNK, out=64, inner=128)]
 
 
 def _hyper() -> list[Change]:
@@ -55,12 +70,21 @@ def _hyper() -> list[Change]:
 
 EXTENTS: Mapping[str, Sequence[Change]] = {
     "embedding": [*at("vocab", VOCAB, dim=16), *at("tokens", CHUNK, dim=16), *at("dim", HIDDEN)],
-    "sample": [*at("vocab", VOCAB, tokens=3), *at("vocab", VOCAB, ("ties",), tokens=3), *at("tokens", 128)],
-    "rms_norm": [*at("tokens", NORM_ROWS, dim=16), *at("dim", HIDDEN, LONG_SUMS, tokens=2)],
+    "sample": [
+        *at("vocab", VOCAB, ("normal", "ties"), tokens=3),
+        *at("vocab", SHARE_OF_VOCAB, ("normal", "late"), tokens=3),
+        *at("tokens", 128),
+    ],
+    "rms_norm": [
+        *at("tokens", NORM_ROWS, dim=16),
+        *at("dim", HIDDEN, LONG_SUMS, tokens=2),
+        *(c for d in NORMS for c in at("dim", d, tokens=2)),
+    ],
     "apply_rope": [
         *at("tokens", CHUNK, heads=1, dim=64, half=32),
-        *(c for h in HEADS for c in at("heads", h, tokens=2)),
+        *(c for h in (*SHARE_OF_HEADS, *HEADS) for c in at("heads", h, tokens=2)),
         *at("dim", FLASH.head_dim, heads=1),
+        *at("tokens", 1025, heads=64, dim=16, half=8),  # more heads of all tokens than 2^16
     ],
     "rms_norm_rope": [
         *at("tokens", CHUNK, heads=1, dim=64, half=32),
@@ -72,26 +96,34 @@ EXTENTS: Mapping[str, Sequence[Change]] = {
     "hadamard": [*at("tokens", NORM_ROWS, dim=16), *at("dim", INDEX_DIM)],
     "linear": _linear(),
     "grouped_linear": [
-        *at("groups", PRO.o_groups, tokens=2, out=128 * PRO.o_groups, inner=128),
+        *(c for n in (1, 4, PRO.o_groups) for c in at("groups", n, tokens=2, out=128 * n, inner=128)),
         *at("in", PRO.num_attention_heads * PRO.head_dim // PRO.o_groups, LONG_SUMS, tokens=2),
         *at("out", PRO.o_groups * PRO.o_lora_rank, tokens=2, inner=128),
         *at("tokens", CHUNK, out=64, inner=64),
     ],
     "expert_linear": [
-        *(c for e in EXPERTS for c in at("experts", e, rows=3 * e, out=32, inner=128)),
+        *(c for e in (*SHARE_OF_EXPERTS, *EXPERTS) for c in at("experts", e, rows=3 * e, out=32, inner=128)),
+        *at("rows", 303, ("buckets",), experts=14, out=32, inner=128),
         *at("rows", COPIES, out=32, inner=128),
         *at("rows", 4097, ("one_expert",), out=32, inner=128),
         *at("in", HIDDEN, LONG_SUMS, rows=5, experts=2, out=32),
-        *at("out", HIDDEN, rows=5, experts=2, inner=128),
+        *(c for k in OTHER_IN[1::2] for c in at("in", k, rows=5, experts=2, out=32)),
+        *(c for n in (HIDDEN, *OTHER_IN[1::2]) for c in at("out", n, rows=5, experts=2, inner=128)),
     ],
-    "logits": [*at("vocab", VOCAB, dim=32, tokens=2), *at("dim", HIDDEN, LONG_SUMS, tokens=2, vocab=128)],
+    "logits": [
+        *(c for n in (SHARE_OF_VOCAB, VOCAB) for c in at("vocab", n, dim=32, tokens=2)),
+        *at("dim", HIDDEN, LONG_SUMS, tokens=2, vocab=128),
+    ],
     "gate": [
         *(c for e in EXPERTS for c in at("experts", e, ("normal", "ties", "near_ties"), topk=6)),
+        *(c for e in (32, 128) for c in at("experts", e)),
+        *(c for k in (1, 2, 8) for c in at("topk", k)),
         *at("dim", HIDDEN, LONG_SUMS, tokens=2),
         *at("tokens", CHUNK, dim=32),
     ],
     "gate_hash": [
         *(c for e in EXPERTS for c in at("experts", e, topk=6)),
+        *(c for k in (1, 2, 8) for c in at("topk", k)),
         *at("vocab", VOCAB),
         *at("dim", HIDDEN, LONG_SUMS, tokens=2),
         *at("tokens", CHUNK, dim=32),
@@ -99,13 +131,18 @@ EXTENTS: Mapping[str, Sequence[Change]] = {
     "dispatch": [
         *at("tokens", CHUNK, topk=FLASH.num_experts_per_tok, dim=8),
         *at("tokens", CHUNK, ("one_expert",), topk=FLASH.num_experts_per_tok, dim=8),
-        *(c for e in EXPERTS for c in at("n_experts", e, tokens=65, topk=6)),
+        *(c for e in (*SHARE_OF_EXPERTS[1:], *EXPERTS) for c in at("n_experts", e, tokens=65, topk=6)),
+        *at("n_experts", 1, first_expert=2),
+        *(c for k in (2, 4, 8) for c in at("topk", k)),
+        *at("n_experts", 14, ("buckets",), tokens=303, topk=2),
         *at("dim", HIDDEN),
     ],
     "swiglu": [*at("rows", COPIES, inter=16), *at("inter", INTER, ("normal", "clamp"))],
     "combine": [
         *at("tokens", CHUNK, topk=FLASH.num_experts_per_tok, dim=8),
-        *(c for e in EXPERTS for c in at("experts", e, tokens=65, topk=6)),
+        *(c for e in (*SHARE_OF_EXPERTS, *EXPERTS) for c in at("experts", e, tokens=65, topk=6)),
+        *(c for k in (1, 2, 4, 8) for c in at("topk", k)),
+        *at("experts", 14, ("buckets",), tokens=303, topk=2),
         *at("dim", HIDDEN, ("normal", "cancel")),
     ],
     "compress": [*at("rows", CHUNK // 4, dim=8), *at("dim", FLASH.head_dim, ("normal", "peaked"))],
@@ -113,9 +150,10 @@ EXTENTS: Mapping[str, Sequence[Change]] = {
     "cached_compress": [*at("rows", CHUNK // 4, dim=8), *at("slots", SLOTS, dim=8), *at("dim", FLASH.head_dim)],
     "index_scores": [
         *at("rows", SLOTS, batch=1, seq=2, heads=1, dim=32),
-        *at("heads", INDEX_HEADS, batch=1),
+        *(c for h in (*SHARE_OF_HEADS, INDEX_HEADS) for c in at("heads", h, batch=1)),
         *at("dim", INDEX_DIM),
-        *at("seq", 1024, batch=1, heads=1, dim=32),
+        *at("seq", CHUNK, batch=1, heads=1, dim=32),
+        *at("seq", 1025, batch=1, heads=INDEX_HEADS, dim=32),
         *at("batch", 3),
     ],
     "index_select": [
@@ -127,35 +165,43 @@ EXTENTS: Mapping[str, Sequence[Change]] = {
         *at("topk", PRO.index_topk, ("all_visible",), rows=PRO.index_topk),
         *at("topk", 8, ("all_visible",), rows=8),
         *at("batch", 3),
-        *at("seq", 1024, batch=1),
+        *at("seq", CHUNK, batch=1),
     ],
     "index_topk": [
         *at("rows", SLOTS, batch=1, seq=2, heads=1, dim=32, topk=FLASH.index_topk),
         *at("topk", PRO.index_topk, ("all_visible",), rows=PRO.index_topk, batch=1, heads=1, dim=32),
         *at("topk", PRO.index_topk, ("close",), rows=2 * PRO.index_topk, batch=1, heads=1, dim=32),
+        *at("seq", CHUNK, batch=1, heads=1, dim=32),
         *at("heads", INDEX_HEADS, batch=1),
         *at("batch", 3, ("normal", "close")),
     ],
     "cached_index_topk": [
         *at("rows", SLOTS, batch=1, seq=2, heads=1, dim=32, slots=SLOTS + 7, topk=FLASH.index_topk),
         *at("topk", PRO.index_topk, ("all_visible",), rows=PRO.index_topk, slots=1031, batch=1, heads=1, dim=32),
+        *at("seq", CHUNK, batch=1, heads=1, dim=32),
         *at("heads", INDEX_HEADS, batch=1),
         *at("batch", 3, ("normal", "close")),
     ],
     "sparse_attn": [
         *at("picks", PICKS, ("normal", "late", "positive"), tokens=2, heads=2, rows=1200, dim=64),
+        *at("picks", 321, ("few_first", "few_last", "far_below"), tokens=5, heads=2, rows=400, dim=64),
         *at("rows", SLOTS, tokens=2, dim=32),
-        *(c for h in HEADS for c in at("heads", h, tokens=2)),
+        *(c for h in (*SHARE_OF_HEADS, *HEADS) for c in at("heads", h, tokens=2)),
         *at("dim", FLASH.head_dim, LONG_SUMS, tokens=2),
-        *at("tokens", 1025, rows=1200, heads=1, dim=32),
+        *at("tokens", CHUNK, rows=1200, heads=1, dim=32),
+        *at("tokens", 1025, rows=1200, heads=64, picks=4, dim=32),
     ],
     "cached_sparse_attn": [
         *at(
             "picks", PICKS, ("normal", "late"), tokens=2, heads=2, row_slots=1100, old=1024, recent=127, ring_slots=136
         ),
+        *at("picks", 321, ("few_first", "few_last", "far_below"), tokens=5, heads=2),
         *at("row_slots", SLOTS, tokens=2),
-        *(c for h in HEADS for c in at("heads", h, tokens=2)),
+        *at("old", OLD, row_slots=OLD + 5, tokens=2, heads=1),
+        *at("recent", RECENT, ring_slots=1100, tokens=8, picks=256),
+        *(c for h in (*SHARE_OF_HEADS, *HEADS) for c in at("heads", h, tokens=2)),
         *at("dim", FLASH.head_dim, tokens=2),
+        *at("tokens", CHUNK, heads=1, picks=4),
     ],
     "hc_expand": _hyper(),
     "hc_add": _hyper()[-1:],
@@ -164,8 +210,13 @@ EXTENTS: Mapping[str, Sequence[Change]] = {
     "hc_pre_norm": _hyper(),
     "hc_post": _hyper(),
     "hc_head": _hyper(),
-    "ffn": [*at("dim", HIDDEN, tokens=2), *at("inter", INTER, tokens=2), *at("tokens", 1025, dim=128)],
-    "moe": [*at("experts", EXPERTS[1], tokens=33, topk=6), *at("tokens", 257, topk=6, experts=8)],
+    "ffn": [*at("dim", HIDDEN, tokens=2), *at("inter", INTER, tokens=2), *at("tokens", CHUNK, dim=128)],
+    "moe": [
+        *at("experts", EXPERTS[1], tokens=33, topk=6),
+        *at("experts", 1, topk=1),
+        *(c for k in (1, 4, 6) for c in at("topk", k)),
+        *at("tokens", 303, ("buckets",), topk=2, experts=14),
+    ],
     "cache_write": [*at("slots", SLOTS, n=65), *at("n", CHUNK, slots=CHUNK + 3)],
     "cache_read": [*at("slots", SLOTS, n=65), *at("n", COPIES)],
     "concat": [*at("n", COPIES, dim=8), *at("dim", HIDDEN)],

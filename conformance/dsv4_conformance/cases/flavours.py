@@ -76,6 +76,11 @@ def positive(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
     return np.abs(normal(rng, shape)) + 0.5
 
 
+def far_below(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
+    """Keys of one sign, where scores shall be far below zero: queries have the other."""
+    return positive(rng, shape)
+
+
 def cancel(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
     """Neighbouring channels that nearly cancel when summed."""
     x = normal(rng, shape) * 64
@@ -138,6 +143,7 @@ FLAVOURS: dict[str, Fill] = {
         large,
         integers,
         positive,
+        far_below,
         cancel,
         peaked,
         late,

@@ -102,6 +102,7 @@ def ffn() -> tuple[Case, ...]:
         base.but("bf16", dtypes=dict.fromkeys(fp8, "bfloat16")),
         base.but("bf16_tokens=1", dtypes=dict.fromkeys(fp8, "bfloat16"), tokens=1),
         base.but("outliers", data="outliers"),
+        base.but("floor", data="floor"),
         base.but("views", views=True),
         base.but("flash", tokens=2, dim=4096, inter=2048),
     )
@@ -124,12 +125,16 @@ def moe() -> tuple[Case, ...]:
         base.but("clamped", "smoke", limit=0.5),
         base.but("clamped_tokens=1", "smoke", limit=0.5, tokens=1),  # a decode step has code of its own
         base.but("bf16_tokens=1", dtypes=dict.fromkeys(fp4, "bfloat16"), tokens=1),
+        base.but(
+            "bf16_tokens=5462", dtypes=dict.fromkeys(fp4, "bfloat16"), tokens=5462, topk=6, experts=8, dim=32, inter=32
+        ),  # past 2^15 copies
         base.but("one_expert", "smoke", data="one_expert"),
         base.but("other_ranks", "smoke", data="other_ranks", first_expert=2),
         base.but("other_ranks_tokens=1", "smoke", data="other_ranks", first_expert=2, tokens=1),
         base.but("nothing_here", data="nothing_here"),
         base.but("outliers", data="outliers"),
+        base.but("floor", data="floor"),
         base.but("views", views=True),
-        base.but("flash", tokens=1, dim=4096, inter=2048, experts=4, topk=2),
+        base.but("flash", tokens=1, dim=4096, inter=2048, experts=2, topk=2),
         base.but("flash_three", "full", tokens=3, dim=4096, inter=2048, experts=8, topk=6),
     )

@@ -32,6 +32,8 @@ from dsv4_core.contract.spec import OPS, Numerics
 
 FAR = 1 << 20  # the published models' max_position_embeddings
 SMALL = 1 << 16  # rows of a cache beyond which the last ones are addressed, not any
+FEW = 5  # picks of a token of which the rest are none
+BUCKETS = (0, 1, 2, 3, 4, 8, 12, 0, 16, 32, 33, 64, 128, 0)  # rows of an expert, none of the first and the last
 SCALES = (1, 232)  # bytes of a weight's scales: 2^-126 and 2^105, so that products stay inside bfloat16
 
 
@@ -149,6 +151,11 @@ class Maker:
         """
         if self.data in {"all_masked", "nothing"}:
             return np.full_like(index, -1)
+        if self.data in {"few_first", "few_last"}:  # whole tiles in which nothing is
+            few = slice(FEW, None) if self.data == "few_first" else slice(None, -FEW)
+            index = index.copy()
+            index[..., few] = -1
+            return index
         if self.data == "padding":
             missing = self.rng.random(index.shape) < share
             if index.size > 1 and not missing.any():
@@ -161,6 +168,10 @@ class Maker:
         if self.data == "nothing_here":
             experts_from = experts + np.arange(topk)
             return np.broadcast_to(experts_from, (tokens, topk)).astype(np.int32).copy()
+        if self.data == "buckets":
+            assert (tokens, topk, experts) == (sum(BUCKETS), 2, len(BUCKETS)), "buckets: rows of an expert add up"
+            first = self.rng.permutation(np.repeat(np.arange(experts), BUCKETS))
+            return np.stack([first, np.full(tokens, experts - 1)], axis=1).astype(np.int32)
         span = experts + 2 if self.data == "other_ranks" else max(experts, topk)
         picks = np.argsort(self.rng.random((tokens, span)), axis=1)[:, :topk].astype(np.int32)
         if self.data == "one_expert":

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dsv4_conformance.cases.flavours import fill
-from dsv4_conformance.cases.operands import FAR, SMALL, Maker, builds, quantiser_input
+from dsv4_conformance.cases.operands import BUCKETS, FAR, SMALL, Maker, builds, quantiser_input
 from dsv4_core.contract.dtypes import E2M1_VALUES, FP4_GROUP, KV_BLOCK, Host, RowLayout, numpy_dtype
 
 
@@ -28,10 +28,13 @@ def _sample(m: Maker) -> list[Any]:
     if m.data == "no_number":  # of every two rows one cannot be chosen from
         for row, value in zip(logits[::2], itertools.cycle((np.nan, np.inf, -np.inf)), strict=False):
             row[slice(None) if value == -np.inf else int(m.rng.integers(m["vocab"]))] = value
+    uniform = m.rng.random(m["tokens"]).astype(np.float32)
+    if m.data == "edges":  # the least and the largest number that may be drawn, and their neighbours
+        uniform = np.resize(np.array([0, 1 - 2.0**-24, 2.0**-24, 1 - 2.0**-23], np.float32), m["tokens"])
     if m.data == "masked":
         logits[m.rng.random(logits.shape) < 0.9] = -np.inf
         logits[:, m["vocab"] // 2] = 0
-    return [logits, m.rng.random(m["tokens"]).astype(np.float32)]
+    return [logits, uniform]
 
 
 @builds("rms_norm")
@@ -97,7 +100,9 @@ def _grouped_linear(m: Maker) -> list[Any]:
 def _expert_linear(m: Maker) -> list[Any]:
     rows, experts = m["rows"], m["experts"]
     last = {"nothing_here": 0, "other_ranks": rows - rows // 3}.get(m.data, rows)
-    if m.data == "one_expert":
+    if m.data == "buckets":
+        offsets = np.cumsum([0, *BUCKETS])
+    elif m.data == "one_expert":
         offsets = np.where(np.arange(experts + 1) > 1, rows, 0)
     else:
         inner = np.sort(m.rng.integers(0, last + 1, experts - 1))
@@ -150,6 +155,8 @@ def _dispatch(m: Maker) -> list[Any]:
 @builds("swiglu")
 def _swiglu(m: Maker) -> list[Any]:
     weights = None if m.case.dtypes.get("weights") == "none" else m.rng.random(m["rows"]).astype(m.wide)
+    if weights is not None and m.data == "outliers":  # of either sign
+        weights[::2] *= -1
     scale = 1.0 if m.data in {"clamp", "very_negative"} else 3.0
     return [m.floats(m["rows"], m["inter"], scale=scale), m.floats(m["rows"], m["inter"], scale=scale), weights]
 
@@ -189,6 +196,8 @@ def _compress(m: Maker) -> list[Any]:
         idxs[::2] = -1
     if m.data == "holes":
         idxs[m.rng.random(idxs.shape) < 0.3] = -1
+    if m.data in {"far_above", "far_below"}:  # further than an exponential reaches
+        pool[:, width:] += 150 if m.data == "far_above" else -150
     if m.data == "late":
         pool[:, width:] += np.linspace(0, 30, tokens)[:, None].astype(pool.dtype)
     return [pool, m.plain(ratio, width), idxs.astype(np.int32)]
@@ -256,7 +265,8 @@ def _visible(m: Maker) -> list[Any]:
     rows, topk, shape = m["rows"], m.case.scalars["topk"], (m["batch"], m["seq"])
     low, high = {"few_visible": (0, topk), "all_visible": (rows, rows + 1)}.get(m.data, (rows // 2, rows + 1))
     visible = m.ints(low, high, *shape)
-    return [visible, np.broadcast_to(100 + np.arange(m["batch"], dtype=np.int32)[:, None] * rows, shape).copy()]
+    offset = 100 + np.arange(m["batch"])[:, None] * rows + 3 * np.arange(m["seq"])  # another for every token
+    return [visible, offset.astype(np.int32)]
 
 
 @builds("index_select")
@@ -314,6 +324,14 @@ def _rising(m: Maker, tokens: int, heads: int, rows: int) -> tuple[Host, Host]:
     return q, kv
 
 
+def _far_below(m: Maker, tokens: int, heads: int) -> tuple[Host, Host]:
+    """Queries against keys of one sign, and sinks: every score is far below zero, beyond what an
+    exponential reaches.
+    """
+    q = m.floats(tokens, heads, m["dim"], data="positive", scale=-150 / (m.case.scalars["softmax_scale"] * m["dim"]))
+    return q, m.plain(heads) - 150
+
+
 @builds("sparse_attn")
 def _sparse_attn(m: Maker) -> list[Any]:
     t, h, d, rows, picks = m["tokens"], m["heads"], m["dim"], m["rows"], m["picks"]
@@ -329,6 +347,9 @@ def _sparse_attn(m: Maker) -> list[Any]:
     scale = 4.0 if m.data == "peaked" else 1.0
     if m.data in {"late", "early"}:
         return [*_rising(m, t, h, rows), m.plain(h), np.sort(idxs, axis=1)]
+    if m.data == "far_below":
+        q, sink = _far_below(m, t, h)
+        return [q, m.floats(rows, d), sink, idxs]
     return [
         m.floats(t, h, d, scale=scale),
         m.floats(rows, d),
@@ -359,8 +380,10 @@ def _cached_sparse_attn(m: Maker) -> list[Any]:
         if total > m["recent"] // 4
         else np.full((t, m["picks"]), -1, np.int32)
     )
-    sink = m.plain(h) + (30 if m.data == "strong_sink" else 0)
-    return [m.floats(t, h, d), kv, ring, ring_index, rows, row_index, sink, idxs]
+    q, sink = m.floats(t, h, d), m.plain(h) + (30 if m.data == "strong_sink" else 0)
+    if m.data == "far_below":
+        q, sink = _far_below(m, t, h)
+    return [q, kv, ring, ring_index, rows, row_index, sink, idxs]
 
 
 @builds("hc_expand")
@@ -423,6 +446,8 @@ def _hc_post(m: Maker) -> list[Any]:
     if m.data == "cancel":
         h[:, 1::2] = -h[:, 0::2]
         comb[:, 1::2] = comb[:, 0::2]
+    if m.data == "outliers":  # of either sign
+        comb[:, ::2] *= -1
     return [m.floats(t, m["dim"]), h, (2 * m.rng.random((t, hc))).astype(m.wide), comb.astype(m.wide)]
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsv4_conformance.cases import checks as opcases
 from dsv4_conformance.cases.checks import OpCase, judge_call
 from dsv4_conformance.check import BAD, Check, Finding, Session
+from dsv4_conformance.laws.invariance import plain_run
 from dsv4_conformance.museum.catalogue import VARIANTS
-from dsv4_conformance.museum.fault import Mutant
+from dsv4_conformance.museum.fault import Fault, Mutant, Op, altered
 from dsv4_conformance.museum.honest import Variant
 from dsv4_conformance.run.catalogue import collect
 from dsv4_conformance.run.runner import run_check
@@ -104,10 +105,27 @@ class Honesty:
             self.factor, self.at = factor, finding_id
 
 
-def affected(variant: Variant, case: OpCase) -> bool:
-    """Whether a case is numeric, and judged by what the variant declares (nothing, or this op)."""
+def affected(variant: Variant, case: OpCase, reached: set[str]) -> bool:
+    """Whether a case reaches what the variant does otherwise, and is judged by what it declares
+    (nothing, or this op).
+    """
     declared = variant.narrower
-    return "rounded" in case.spec.judged and (not declared or case.op in declared or case.spec.fused)
+    return bool(reached & variant.steps.keys()) and (not declared or case.op in declared or case.spec.fused)
+
+
+def noting(base: type[Backend], reached: set[str]) -> type[Backend]:
+    """The right backend, noting which of the ops and internal steps that any variant replaces are
+    reached.
+    """
+
+    def noted(step: str) -> Fault:
+        def fault(_be: Any, right: Op, *operands: Any, **scalars: Any) -> Any:
+            reached.add(step)
+            return right(*operands, **scalars)
+
+        return fault
+
+    return altered(base, "noting", {step: noted(step) for v in VARIANTS.values() for step in v.steps})
 
 
 def drawn_again(case: OpCase) -> bool:
@@ -116,11 +134,13 @@ def drawn_again(case: OpCase) -> bool:
 
 
 def trials(seeds: range, numerics: Numerics = "native", names: Sequence[str] = ()) -> list[Honesty]:
-    """Run numeric op cases on every variant over several seeds; real-size shapes with seed 0 only.
-    The oracle is asked once a case for all. Each case has backends of its own, as they may keep
-    weights.
+    """Run op cases on every variant that they reach, over several seeds; real-size shapes with seed
+    0 only. The oracle is asked once a case for all. Each case has backends of its own, as they may
+    keep weights.
     """
     base = right_backend()
+    reached: set[str] = set()
+    notes = noting(base, reached)
     chosen = [v for v in VARIANTS.values() if not names or v.name in names]
     classes = {v.name: v.build(base) for v in chosen}
     sessions = {name: Session(cls(numerics=numerics), "standard") for name, cls in classes.items()}
@@ -128,11 +148,13 @@ def trials(seeds: range, numerics: Numerics = "native", names: Sequence[str] = (
     cases = [c for c in opcases.checks(numerics) if isinstance(c, OpCase) and c.tier != "full"]
     for repeat in seeds:
         for case in cases:
-            if "rounded" not in case.spec.judged or (repeat and not drawn_again(case)):
+            if repeat and not drawn_again(case):
                 continue
             call, shared = case.call(numerics, repeat), None
+            reached.clear()
+            plain_run(call, notes(numerics=numerics))
             for v in chosen:
-                if not affected(v, case):
+                if not affected(v, case, reached):
                     continue
                 session = sessions[v.name]
                 session.backend = classes[v.name](numerics=numerics)

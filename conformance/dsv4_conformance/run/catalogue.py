@@ -9,8 +9,8 @@ from dsv4_conformance.cases import checks as cases
 from dsv4_conformance.cases import every_size
 from dsv4_conformance.check import TIERS, Check
 from dsv4_conformance.exchange.replay import SUFFIX, SavedCase, read
+from dsv4_conformance.laws import arrays, in_a_row, invariance, nonfinite
 from dsv4_conformance.laws import checks as laws
-from dsv4_conformance.laws import invariance, nonfinite
 from dsv4_conformance.model import checks as models
 from dsv4_conformance.model import replayed, shadowed, traces
 from dsv4_conformance.run import device
@@ -30,7 +30,7 @@ def collect(tier: Tier, numerics: Numerics, backend: Backend | None = None) -> l
     """
     formats = backend.weight_formats if backend else ()
     found: list[Check] = [*cases.declared(formats), *models.declared(formats, numerics)]
-    for room in (cases, every_size, nonfinite, invariance, traces, laws, shadowed, replayed):
+    for room in (arrays, cases, every_size, nonfinite, in_a_row, invariance, traces, laws, shadowed, replayed):
         found += room.checks(numerics)
     found += models.checks(numerics, backend)
     found += device.checks(backend) if backend else []

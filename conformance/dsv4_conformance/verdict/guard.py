@@ -41,14 +41,15 @@ class Guarded:
             buffer = np.ascontiguousarray(host)
         else:
             columns = COLUMNS if view and host.ndim > 1 else 0
+            between = 1 if view else 0
             shape = (
-                (host.shape[0] + 2 * ROWS, *host.shape[1:-1], host.shape[-1] + 2 * columns)
+                (host.shape[0] + 2 * ROWS, *(n + between for n in host.shape[1:-1]), host.shape[-1] + 2 * columns)
                 if host.ndim > 1
                 else (len(host) + 2 * ROWS,)
             )
             buffer = np.full(shape, poison(host.dtype), host.dtype)
             rows = slice(ROWS, ROWS + host.shape[0])
-            middle = (slice(None),) * max(host.ndim - 2, 0)
+            middle = tuple(slice(0, n) for n in host.shape[1:-1])  # a row of a view is not the last one's neighbour
             self.inside = (rows, *middle, slice(columns, columns + host.shape[-1])) if host.ndim > 1 else (rows,)
             buffer[self.inside] = host
         self.before = buffer.copy() if host.nbytes <= HUGE else buffer[:0]

@@ -1,0 +1,77 @@
+"""Calls in a row, arrays, other scalars and views: each sees the faults that it is for, and cases
+are what their names say.
+"""
+
+import numpy as np
+import pytest
+from dsv4_conformance import check as checks
+from dsv4_conformance.cases import checks as opcases
+from dsv4_conformance.cases import operands
+from dsv4_conformance.laws import arrays, in_a_row
+from dsv4_conformance.museum.catalogue import MUTANTS
+from dsv4_conformance.museum.hunt import right_backend
+
+from dsv4_core.contract import registry
+from dsv4_core.contract.spec import OPS
+
+
+def failing(mutant, found, start):
+    session = checks.Session(MUTANTS[mutant].build(right_backend())(numerics="native"), "standard")
+    return [c.id for c in found if c.id.startswith(start) and c.run(session).status == "failed"]
+
+
+@pytest.mark.parametrize(
+    ("mutant", "start"),
+    [
+        ("rows_by_a_sum_of_ids", "almost_the_same/embedding"),
+        ("weights_by_their_first_row", "almost_the_same/linear/fp8"),
+        ("every_fiftieth_call", "many_calls/gate/small"),
+    ],
+)
+def test_what_is_kept_between_calls_is_found(mutant, start, monkeypatch):
+    monkeypatch.setattr(in_a_row, "SECONDS", 600)
+    monkeypatch.setattr(in_a_row, "MOST", 60)
+    assert failing(mutant, in_a_row.checks("native"), start)
+
+
+def test_the_right_backend_passes_them():
+    session = checks.Session(right_backend()(numerics="native"), "standard")
+    found = [*arrays.checks("native"), *(c for c in in_a_row.checks("native") if c.id.startswith("almost"))]
+    assert [f"{f.id}: {f.message}" for f in (c.run(session) for c in found) if f.status != "passed"] == []
+
+
+def test_zeros_that_are_none_are_found():
+    assert failing("zeros_are_what_was_there", arrays.checks("native"), "arrays/") == ["arrays/uint8"]
+
+
+def test_a_view_is_cut_in_every_axis():
+    assert failing("heads_follow_each_other", opcases.checks("native"), "apply_rope/views")
+
+
+def test_no_scalar_has_one_value_alone():
+    """A constant built in would pass."""
+    for op, spec in OPS.items():
+        cases = [c.call("native").scalars for c in opcases.checks("native") if c.op == op and c.tier != "full"]
+        for name in spec.scalars:
+            several = {str(scalars[name]) for scalars in cases}
+            assert len(several) > 1, f"{op}: {name} is {several} in every case"
+
+
+def test_the_oracle_rounds_no_result():
+    """A result that it rounded would be an exact value to everybody else."""
+    oracle = registry.oracle("native", {})
+    for case in opcases.checks("native"):
+        if case.tier == "smoke" and "rounded" in case.spec.judged:
+            call = case.call("native")
+            exact, _ = oracle.evaluate(call.op, call.operands, call.scalars, samples=0, seed=0)
+            for judged, result in zip(case.spec.judged, exact if isinstance(exact, tuple) else (exact,), strict=True):
+                assert judged != "rounded" or result.dtype == np.float64, case.id
+
+
+def test_experts_have_as_many_rows_as_a_tile():
+    found = {c.id: c for c in opcases.checks("native")}
+    for op, name in (("expert_linear", "fp8_at_rows=303_buckets"), ("expert_linear", "fp4_at_rows=303_buckets")):
+        assert np.diff(found[f"{op}/{name}"].call("native").named()["offsets"]).tolist() == list(operands.BUCKETS)
+    indices = found["moe/at_tokens=303_buckets"].call("native").named()["indices"]
+    assert np.bincount(indices[:, 0], minlength=14).tolist() == list(operands.BUCKETS)
+    assert all(len(set(row)) == len(row) for row in indices.tolist())
