@@ -4,9 +4,12 @@ are what their names say.
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from dsv4_conformance import check as checks
 from dsv4_conformance.cases import checks as opcases
 from dsv4_conformance.cases import operands
+from dsv4_conformance.cli import mutants
+from dsv4_conformance.cli.mutants import load
 from dsv4_conformance.laws import arrays, in_a_row
 from dsv4_conformance.museum.catalogue import MUTANTS
 from dsv4_conformance.museum.hunt import right_backend
@@ -75,3 +78,36 @@ def test_experts_have_as_many_rows_as_a_tile():
     indices = found["moe/at_tokens=303_buckets"].call("native").named()["indices"]
     assert np.bincount(indices[:, 0], minlength=14).tolist() == list(operands.BUCKETS)
     assert all(len(set(row)) == len(row) for row in indices.tolist())
+
+
+class Here:
+    """Stands for a pool of processes: what it is given runs here."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.map = map
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to end."""
+
+
+def test_seeds_of_honest_variants_are_taken_up_where_they_ended(tmp_path, monkeypatch):
+    asked, interruptions = [], [KeyboardInterrupt]
+
+    def tried(seeds, names):
+        if list(seeds) == [2] and interruptions:
+            raise interruptions.pop()
+        asked.append(list(seeds))
+        return [{"name": n, "cases": 10, "alarms": [], "used": 0.5, "factor": 1.0, "at": "a/b"} for n in names]
+
+    monkeypatch.setattr(mutants, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(mutants, "tried", tried)
+    words = ["--name", "butterflies", "--seeds", "4", "--out", str(tmp_path), "--resume"]
+    assert CliRunner().invoke(mutants.command, words).exit_code == 1  # interrupted
+    assert load(tmp_path / "museum.json")["honest"]["butterflies"]["seeds"] == 2
+    assert CliRunner().invoke(mutants.command, words).exception is not None  # no page of safety without a killed mutant
+    assert asked == [[0], [1], [2], [3]]
+    held = load(tmp_path / "museum.json")["honest"]["butterflies"]
+    assert (held["seeds"], held["cases"]) == (4, 40)

@@ -15,7 +15,6 @@ from dsv4_core.files import writing as files
 from dsv4_core.files.reading import json_file
 
 RECORD = "museum.json"
-SLICES = 4  # of the seeds: parts that processes take
 
 
 @click.command("mutants")
@@ -82,6 +81,11 @@ def command(
         kept = {n: h for n, h in record["honest"].items() if same and h.get("seeds") == seeds}
         tried_already = {n for n, h in kept.items() if h.get("whole", False) >= whole}
         honest = [n for n in honest if n not in tried_already]
+    begun = {record["honest"].get(n, {}).get("seeds", 0) for n in honest} if same else set()
+    first = min(begun) if len(begun) == 1 and min(begun) < seeds else 0  # a seed that all of them have not had yet
+    found: dict[str, Any] = {}
+    for name in honest if first else ():
+        merge(found, record["honest"][name])
     record["honest"] = {n: h for n, h in record["honest"].items() if n not in honest}
     killers = [last["mutants"].get(n, {}).get("id", "") for n in hunted]
     context = multiprocessing.get_context("spawn")
@@ -91,12 +95,15 @@ def command(
             verdict = f"{kill['tier']:8} {kill['id']}" if kill["id"] else click.style("SURVIVES", fg="red")
             click.echo(f"{kill['name']:46} {verdict}  {kill['seconds']:.1f} s")
             noted()
-        found: dict[str, Any] = {}
         if seeds and honest:
-            parts = [range(i, seeds, SLICES) for i in range(min(SLICES, seeds))]
-            for part in pool.map(tried, parts, [honest] * len(parts)):
+            parts = [range(i, i + 1) for i in range(first, seeds)]
+            for seed, part in enumerate(pool.map(tried, parts, [honest] * len(parts)), first):
                 for result in part:
                     merge(found, result)
+                record["honest"] |= {n: {**h, "seeds": seed + 1, "whole": False} for n, h in found.items()}
+                alarms = sum(len(h["alarms"]) for h in found.values())
+                click.echo(f"honest variants, seed {seed}: {alarms} false alarms so far")
+                noted()
         if whole and honest:
             for result in pool.map(whole_one, honest):
                 merge(found, result)
