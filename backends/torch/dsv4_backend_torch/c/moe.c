@@ -54,7 +54,8 @@ static int64_t bytes(const arg *a, int64_t threads) {
 static int64_t work(const arg *a, int64_t threads) {
     layer l = read_layer(a);
     (void)threads;
-    return 3 * l.rows * l.topk * l.dim * l.inter;
+    int64_t pairs = l.rows * l.topk, read = pairs < l.experts ? pairs : l.experts;
+    return 3 * read * l.dim * l.inter * (1 + pairs / (l.experts * ALIKE));
 }
 
 /* In E4M3 and back where it is to be quantised, and spread for a weight's type. Not finite: not for it. */

@@ -5,6 +5,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <time.h>
 
 enum { SPINS = 4000, MOST = 255, JOB = MOST + 1 }; /* turns of some 40 cycles: 50 us; threads */
 
@@ -23,7 +24,7 @@ typedef struct {
 } line;
 
 static const line *tape;
-static int64_t tape_length;
+static int64_t tape_length, alone_up_to; /* values of a kernel that one thread runs */
 
 static inline void relax(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -33,10 +34,10 @@ static inline void relax(void) {
 #endif
 }
 
-/* Until a counter is no longer what it was. */
-static void wait_for(atomic_uint *counter, unsigned was) {
+/* Until a counter is no longer what it was; says whether that took so long that the thread slept. */
+static int wait_for(atomic_uint *counter, unsigned was) {
     for (int i = 0; i < SPINS; i++) {
-        if (atomic_load_explicit(counter, memory_order_acquire) != was) return;
+        if (atomic_load_explicit(counter, memory_order_acquire) != was) return 0;
         relax();
     }
     pthread_mutex_lock(&lock);
@@ -44,6 +45,20 @@ static void wait_for(atomic_uint *counter, unsigned was) {
     while (atomic_load(counter) == was) pthread_cond_wait(&changed, &lock);
     atomic_fetch_sub(&sleeping, 1);
     pthread_mutex_unlock(&lock);
+    return 1;
+}
+
+/* Where others want the cores too, a thread that lost its own holds up the rest for thousands of microseconds. Who waits long for one that
+ * has little to do has met that: for a while one thread then does alone what is brief, and each time that it is met again, twice as long. */
+enum { LEAST_WHILE = 20, MOST_WHILE = 640 }; /* ms */
+static atomic_int held_up;                   /* whether a thread slept for that reason, on this tape */
+static _Thread_local int brief;              /* whether what this thread waits for is */
+static int64_t crowded_until, last_while;    /* ms */
+
+static int64_t now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
 static void set(atomic_uint *counter, unsigned value) {
@@ -77,7 +92,7 @@ void meet(const team *t) {
         atomic_store(&stop, atomic_load(&status));
         set(&rounds, round + 1);
     } else {
-        wait_for(&rounds, round);
+        if (wait_for(&rounds, round) && brief) atomic_store(&held_up, 1);
     }
 }
 
@@ -87,7 +102,8 @@ static void go_through(int64_t own) {
     int alone = 1;
     for (int64_t i = 0; i < tape_length; i++) {
         const line *l = tape + i;
-        int few = members == 1 || l->e->work(l->a, members) <= ALONE;
+        int64_t work = members == 1 ? 0 : l->e->work(l->a, members);
+        int few = work <= alone_up_to;
         if (few && alone) {
             if (own == 0) meet(&one);
         } else {
@@ -95,6 +111,7 @@ static void go_through(int64_t own) {
             if (atomic_load(&stop)) return;
         }
         if (own == 0 && few && alone && atomic_load(&status)) continue; /* the others find out when they meet */
+        brief = !few && work <= BRIEF;
         if (!few)
             l->e->run(l->a, &all);
         else if (own == 0)
@@ -158,9 +175,22 @@ int run_tape(const line *lines, int64_t count, int64_t threads) {
         threads = threads > MOST ? MOST : threads;
         if (threads > started) start(threads);
         members = threads < started ? threads : started;
+        int64_t time = members > 1 ? now() : 0, most = 0;
+        int crowded = time < crowded_until;
+        alone_up_to = crowded ? BRIEF : ALONE;
+        for (int64_t i = 0; members > 1 && i < count && most <= alone_up_to; i++) {
+            int64_t work = lines[i].e->work(lines[i].a, members);
+            most = work > most ? work : most;
+        }
+        if (most <= alone_up_to) members = 1;
+        atomic_store(&held_up, 0);
         if (members > 1) set(&jobs, (atomic_load(&jobs) / JOB + 1) * JOB + (unsigned)members);
         go_through(0);
         said = atomic_load(&status);
+        if (members > 1 && !crowded) {
+            last_while = !atomic_load(&held_up) ? last_while / 2 : last_while < LEAST_WHILE ? LEAST_WHILE : last_while < MOST_WHILE ? 2 * last_while : MOST_WHILE;
+            if (atomic_load(&held_up)) crowded_until = now() + last_while;
+        }
     }
     pthread_mutex_unlock(&in_use);
     return said;

@@ -4,6 +4,7 @@
 
 enum { DONE, NOT_MINE, NO_MEMORY }; /* what a kernel says: done, not for these operands, no memory */
 enum { ALONE = 32768 };             /* values that one thread reads before another one has come to help */
+enum { BRIEF = 1 << 21 };           /* values that are read in far less time than a thread gets at once: some 100 us */
 
 typedef union {
     void *p;
