@@ -13,8 +13,8 @@ import torch
 from dsv4_backend_torch.backend import TorchBackend
 from dsv4_backend_torch.graphs import Recorded
 
-from dsv4_backend_ascend import probe, proof, selftest, simulate, trust
-from dsv4_backend_ascend.cann import attention, matmul, moe
+from dsv4_backend_ascend import probe, proof, selftest, simulate, trust, vendor
+from dsv4_backend_ascend.cann import attention, matmul, moe, norm
 from dsv4_backend_ascend.capability import GENERATIONS, Answer, table
 from dsv4_backend_ascend.capability import cann_version as parse_cann
 from dsv4_backend_ascend.composed import ComposedBackend
@@ -304,6 +304,17 @@ class AscendBackend(ComposedBackend):
             return super().gated(pairs, weights, limit)
         self.ran.update(dict.fromkeys(call.name for call in answer.calls))
         return moe.gated(pairs, weights, limit=limit)
+
+    def rms_norm_rope(
+        self, x: torch.Tensor, weight: torch.Tensor | None, positions: torch.Tensor, freqs: torch.Tensor, *, eps: float
+    ) -> torch.Tensor:
+        """The default, turning the norm's result in place."""
+        normed = self.rms_norm(x.flatten(0, 1), weight, eps=eps).reshape(x.shape)
+        answer = self.planned("apply_rope", (normed, positions, freqs), {"inverse": False})
+        if answer.tier == "composed":
+            return self.apply_rope(normed, positions, freqs, inverse=False)  # type: ignore[no-any-return]
+        self.ran.update(dict.fromkeys(call.name for call in answer.calls))
+        return (vendor if answer.tier == "vendor" else norm).turn_own(self, normed, positions, freqs, inverse=False)
 
     def cached_sparse_attn(
         self, q: torch.Tensor, kv: torch.Tensor, ring: torch.Tensor, ring_index: torch.Tensor, rows: torch.Tensor | None,

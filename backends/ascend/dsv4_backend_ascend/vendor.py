@@ -46,14 +46,21 @@ def apply_rope(
     backend: ChipBackend, x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, *, inverse: bool
 ) -> torch.Tensor:
     """Contract ``apply_rope``: turned in a copy."""
+    copy = x.clone(memory_format=torch.contiguous_format)
+    return turn_own(backend, copy, positions, freqs, inverse=inverse)
+
+
+def turn_own(
+    backend: ChipBackend, x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, *, inverse: bool
+) -> torch.Tensor:
+    """``apply_rope`` of an array that nobody else has, in place."""
     cosine, sine = norm.angles(backend, positions, freqs, inverse=inverse)
-    y = x.clone(memory_format=torch.contiguous_format).unsqueeze(0)
     call(
         "inplace_partial_rotary_mul",
-        x=y,
+        x=x.unsqueeze(0),
         r1=cosine.unsqueeze(0),
         r2=sine.unsqueeze(0),
         rotary_mode="interleave",
         partial_slice=[x.shape[-1] - cosine.shape[-1], x.shape[-1]],
     )
-    return y.squeeze(0)
+    return x

@@ -35,17 +35,37 @@ def angles(
     return cosine, backend.kept.of((positions, freqs, "back"), lambda: -sine) if inverse else sine
 
 
-def apply_rope(
+def turned(
     backend: ChipBackend, x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, *, inverse: bool
 ) -> torch.Tensor:
-    """Contract ``apply_rope``: in float32, so that cosine, sine and the result are rounded once."""
+    """The channels that ``apply_rope`` turns, in float32, so that cosine, sine and the result are
+    rounded once.
+    """
     cosine, sine = angles(backend, positions, freqs, inverse=inverse)
-    passed, rotated = x.split([x.shape[-1] - cosine.shape[-1], cosine.shape[-1]], dim=-1)
-    turned = call(
+    rotated = x[..., -cosine.shape[-1] :]
+    return call(  # type: ignore[no-any-return]
         "npu_rotary_mul",
         input=rotated.to(torch.float32, memory_format=torch.contiguous_format),
         r1=cosine,
         r2=sine,
         rotary_mode="interleave",
     )
-    return torch.cat([passed, turned.to(x.dtype)], dim=-1)
+
+
+def apply_rope(
+    backend: ChipBackend, x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, *, inverse: bool
+) -> torch.Tensor:
+    """Contract ``apply_rope``."""
+    y = turned(backend, x, positions, freqs, inverse=inverse)
+    return torch.cat([x[..., : -y.shape[-1]], y.to(x.dtype)], dim=-1)
+
+
+def turn_own(
+    backend: ChipBackend, x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, *, inverse: bool
+) -> torch.Tensor:
+    """``apply_rope`` of an array that nobody else has, in place: rounded and put down by one
+    launch.
+    """
+    y = turned(backend, x, positions, freqs, inverse=inverse)
+    x[..., -y.shape[-1] :].copy_(y)
+    return x
