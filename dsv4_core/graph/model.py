@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from dsv4_core.checkpoint.source import WeightSource
     from dsv4_core.contract.backend import Backend
-    from dsv4_core.contract.dtypes import Host
+    from dsv4_core.contract.dtypes import Host, RowLayout
     from dsv4_core.contract.spec import Array
     from dsv4_core.graph.cache import LayerCache
     from dsv4_core.graph.step import Addresses, Compression
@@ -284,13 +284,17 @@ class Model:
         heads = q.shape[1] // d
         q = be.rms_norm_rope(q.reshape((T, heads, d)), None, step.positions, block.freqs, eps=c.rms_norm_eps)
         kv = self.turned(be.linear(x, w.wkv, out_dtype=act), w.kv_norm, step.positions, block.freqs)
-        kv = self.on_grid(kv)
 
         cache, layout = step.cache.layers[block.index], step.cache.kv_layout
         idxs, rows, row_index = step.window_idxs, None, None
-        if block.ratio and w.compressor:
+        if not block.ratio or not w.compressor:
+            kv = self.on_grid(kv)
+        else:
             where = step.compression(block.ratio)
-            self._compress(w.compressor, x, block, cache, step, where)
+            closed, cache.state = self._close_windows(w.compressor, x, d, block.freqs, cache.state, step, where)
+            kv, closed = self._rounded(kv, closed, layout)
+            if closed is not None:
+                cache.rows = written(be, _held(cache.rows), closed, where.row_write, layout=layout)
             picked = self._picked_rows(w.indexer, qr, x, block, cache, step, where)
             if picked:
                 rows, (row_index, row_idxs) = cache.rows, picked
@@ -324,16 +328,14 @@ class Model:
         )
         return turned.reshape((n, d))
 
-    def _compress(
-        self, w: Compressor, x: Array, block: Block, cache: LayerCache, step: Addresses, where: Compression
-    ) -> None:
-        """Add this step's tokens to the open windows and store the rows of those that close."""
-        be, c = self.backend, self.config
-        rows, cache.state = self._close_windows(w, x, c.head_dim, block.freqs, cache.state, step, where)
-        if rows is not None:
-            layout = step.cache.kv_layout
-            rows = self.on_grid(rows) if layout.kind == "plain" else rows  # else packing rounds them
-            cache.rows = written(be, _held(cache.rows), rows, where.row_write, layout=layout)
+    def _rounded(self, kv: Array, closed: Array | None, layout: RowLayout) -> tuple[Array, Array | None]:
+        """Round this step's key/value rows, and by the same call those of windows that close where
+        no packing will round them.
+        """
+        if closed is None or layout.kind != "plain":
+            return self.on_grid(kv), closed
+        both = self.on_grid(self.backend.concat((kv, closed), axis=0))
+        return both[: kv.shape[0]], both[kv.shape[0] :]
 
     def _close_windows(
         self,

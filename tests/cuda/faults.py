@@ -76,10 +76,20 @@ FAULTS = {
     ),
     "pieces_over_each_other": Fault(
         "pieces of a split product are stored one over the other", "dense_matmul",
-        "y += tl.program_id(2).to(tl.int64) * rows * N", "y += 0 * tl.program_id(2).to(tl.int64) * rows * N", "linear", "standard", "bf16_at_in=7168",
+        "y += tl.program_id(2).to(tl.int64) * rows * stride", "y += 0 * tl.program_id(2).to(tl.int64) * rows * stride", "linear", "standard", "bf16_at_in=7168",
     ),
     "second_weight_is_the_first": Fault(
         "the second of two weights in one launch is the first again", "tiles", "w, ws, y = w2, ws2, y + width", "y = y + width", "ffn", "smoke", "fp8",
+    ),
+    "position_of_the_row": Fault(
+        "a head is turned by its row's number in place of its token's position", "norm_rope", "row // heads", "row // 1", "rms_norm_rope",
+    ),
+    "absent_slot_read": Fault(
+        "a slot of -1 is read in front of the state", "compress", "stored = inside & (slot >= 0)[:, None]", "stored = inside", "cached_compress", "smoke", "absent",
+    ),
+    "step_counted_with_the_state": Fault(
+        "this step's tokens are counted as if none were before them", "compress", "tl.where(old, slot, token - recent)", "tl.where(old, slot, token)",
+        "cached_compress",
     ),
     "copy_for_token": Fault(
         "an expert's row reads the token with its copy's number", "fp4_matmul", "other=0) // TOPK)", "other=0) // 1)", "moe", "smoke", "fp4",
