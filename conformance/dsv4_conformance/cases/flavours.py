@@ -61,6 +61,13 @@ def floor(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
     return rng.uniform(-1, 1, shape) * 1e-4 * np.exp2(rng.integers(-3, 3, (*shape[:-1], 1)))
 
 
+def below_floor(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
+    """So far below the floor of 1e-4 that its scale leaves few codes; a scale of their own would
+    leave them all.
+    """
+    return normal(rng, shape) * 4e-9
+
+
 def large(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
     """Values whose squares still fit float32."""
     return normal(rng, shape) * 1e15
@@ -140,6 +147,7 @@ FLAVOURS: dict[str, Fill] = {
         limits,
         tiny,
         floor,
+        below_floor,
         large,
         integers,
         positive,

@@ -41,8 +41,8 @@ def linear() -> tuple[Case, ...]:
         base.but("fp8_every_scale", dtypes=fp8, data="one_hot", **_in(1024, tokens=8, out=3712)),
         base.but("fp4_last_byte", dtypes=fp4, data="last_byte"),
         base.but("fp8_subnormal", dtypes=fp8, data="subnormal"),
-        base.but("fp8_floor", dtypes=fp8, data="floor"),  # the quantisation within has its floor, too
-        base.but("fp4_floor", dtypes=fp4, data="floor"),
+        base.but("fp8_floor", dtypes=fp8, data="below_floor"),  # the quantisation within has its floor, too
+        base.but("fp4_floor", dtypes=fp4, data="below_floor"),
         base.but("fp4_late", dtypes=fp4, data="late"),
         base.but("fp8_views", views=True, dtypes=fp8),
         base.but("fp4_views", views=True, dtypes=fp4),
@@ -96,8 +96,8 @@ def expert_linear() -> tuple[Case, ...]:
         base.but("nothing_here", data="nothing_here"),
         base.but("last_byte", data="last_byte"),
         base.but("outliers", data="outliers"),
-        base.but("floor", data="floor"),
-        base.but("fp8_floor", dtypes={"weight": "e4m3"}, data="floor", out=160),
+        base.but("floor", data="below_floor"),
+        base.but("fp8_floor", dtypes={"weight": "e4m3"}, data="below_floor", out=160),
         base.but("scale_ends", data="scale_ends"),
         base.but("every_scale", data="one_hot", **_in(256, experts=3, out=96)),
         base.but("views", views=True),

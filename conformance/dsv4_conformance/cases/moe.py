@@ -102,7 +102,7 @@ def ffn() -> tuple[Case, ...]:
         base.but("bf16", dtypes=dict.fromkeys(fp8, "bfloat16")),
         base.but("bf16_tokens=1", dtypes=dict.fromkeys(fp8, "bfloat16"), tokens=1),
         base.but("outliers", data="outliers"),
-        base.but("floor", data="floor"),
+        base.but("floor", data="below_floor"),
         base.but("views", views=True),
         base.but("flash", tokens=2, dim=4096, inter=2048),
     )
@@ -133,7 +133,7 @@ def moe() -> tuple[Case, ...]:
         base.but("other_ranks_tokens=1", "smoke", data="other_ranks", first_expert=2, tokens=1),
         base.but("nothing_here", data="nothing_here"),
         base.but("outliers", data="outliers"),
-        base.but("floor", data="floor"),
+        base.but("floor", data="below_floor"),
         base.but("views", views=True),
         base.but("flash", tokens=1, dim=4096, inter=2048, experts=2, topk=2),
         base.but("flash_three", "full", tokens=3, dim=4096, inter=2048, experts=8, topk=6),

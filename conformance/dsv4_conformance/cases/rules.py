@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dsv4_conformance.cases.flavours import fill
-from dsv4_conformance.cases.operands import BUCKETS, FAR, SMALL, Maker, builds, quantiser_input
+from dsv4_conformance.cases.operands import BUCKETS, FAR, FEW, SMALL, Maker, builds, quantiser_input
 from dsv4_core.contract.dtypes import E2M1_VALUES, FP4_GROUP, KV_BLOCK, Host, RowLayout, numpy_dtype
 
 
@@ -375,8 +375,9 @@ def _cached_sparse_attn(m: Maker) -> list[Any]:
         row_index = m.ints(first, len(rows), old)
         row_index[-1:] = len(rows) - 1
     total = m["recent"] + t + old
+    lowest = total - FEW if total > SMALL else m["recent"] // 4  # of very many rows the last ones
     idxs = (
-        m.some_missing(m.ints(m["recent"] // 4, max(total, 1), t, m["picks"]))
+        m.some_missing(m.ints(lowest, max(total, 1), t, m["picks"]))
         if total > m["recent"] // 4
         else np.full((t, m["picks"]), -1, np.int32)
     )
