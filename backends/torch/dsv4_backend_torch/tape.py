@@ -77,6 +77,13 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.tape, self.foreign = tape, ""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Tell torch not to wrap ``__torch_dispatch__`` for its compiler, which nobody asked for
+        here: the wrapper's first call imports that compiler, two seconds of processor time.
+        """
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         name = func.overloadpacket.__name__
