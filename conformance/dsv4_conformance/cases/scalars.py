@@ -17,6 +17,7 @@ TWO_EPS = [{"norm_eps": 0.25, "eps": 0.02}]
 OTHERS: Mapping[str, Sequence[Change]] = {
     "sample": [{"temperature": t, "top_p": p} for t, p in ((2.5, 1.0), (0.2, 0.99), (1e4, 0.5), (1e-4, 1.0))],
     "rms_norm": [{"eps": 0.5}, {"eps": 1e-12}],
+    "rms_norm_rope": [{"eps": 0.5}],
     "act_quant": [{"block": 32}],
     "act_qdq": [{"block": 32}, {"channels": 64}, {"channels": 128}, {"block": 128, "channels": 128}],
     "gate": [{"route_scale": 1.0}, {"route_scale": 2.5}],
