@@ -16,10 +16,13 @@ import asyncio
 import contextlib
 import datetime
 import json
+import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -96,9 +99,41 @@ convert_hf_to_gguf.main()
 """  # its converter tells tokenizers by what they give, and does not know the embedded model's
 
 
-def llama_server(folder, slots, context) -> tuple[subprocess.Popen[str], str]:
-    """Build llama.cpp's server, convert the embedded model by llama.cpp's own script, start the
-    one on the other: the process, and its URL.
+@contextlib.contextmanager
+def running(words) -> Iterator[subprocess.Popen[bytes]]:
+    """A server, ended whatever happens here; what it says goes to a file, so that no pipe fills."""
+    with tempfile.TemporaryFile() as said, subprocess.Popen(list(map(str, words)), stderr=said) as process:
+        process.said = said
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(90)  # serve's own limit is 60
+            except subprocess.TimeoutExpired:
+                process.kill()
+                print(f"{words[0]}: did not end in 90 s after SIGTERM", file=sys.stderr)
+
+
+def until(process, ready) -> str:
+    """Wait for what ``ready`` gives."""
+    while not (found := ready()):
+        if process.poll() is not None:
+            process.said.seek(0)
+            raise SystemExit(f"ended with status {process.returncode}: {process.said.read().decode()[-500:]}")
+        time.sleep(0.2)
+    return found
+
+
+def dsv4_url(process) -> str | None:
+    """Where it says that it serves."""
+    said = os.pread(process.said.fileno(), 10000, 0).decode()
+    return next((line.split()[-1] for line in said.splitlines()[:-1] if "serving tiny-jargon at" in line), None)
+
+
+def llama_server(folder, slots, context) -> tuple[list[object], str]:
+    """Build llama.cpp's server and convert the embedded model by llama.cpp's own script: the
+    command that starts the one on the other, and its URL.
     """
     sources = next(folder.glob("llama_cpp_python-*/vendor/llama.cpp"), None)
     if sources is None:
@@ -116,15 +151,15 @@ def llama_server(folder, slots, context) -> tuple[subprocess.Popen[str], str]:
         port = str(probe.getsockname()[1])
     words = [server, "-m", model, "--port", port, "-np", str(slots), "-c", str(slots * context), "--no-webui"]
     words += ["--no-repack"] * (" amx_tile" in Path("/proc/cpuinfo").read_text())  # as vs_llama_cpp.py says
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
-    url = f"http://127.0.0.1:{port}"
-    while True:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/health").status_code == 200:
-                return process, f"{url}/v1"
-        if process.poll() is not None:
-            raise SystemExit(f"llama-server ended with status {process.returncode}: {' '.join(map(str, words))}")
-        time.sleep(0.2)
+    return words, f"http://127.0.0.1:{port}"
+
+
+def healthy(url) -> str | None:
+    """The API's address, once llama.cpp's server is ready."""
+    with contextlib.suppress(httpx.TransportError):
+        if httpx.get(f"{url}/health").status_code == 200:
+            return f"{url}/v1"
+    return None
 
 
 def main() -> None:
@@ -140,28 +175,17 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, metavar="DIR")
     parser.add_argument("--report", type=Path)
     given = parser.parse_args()
-    words = [
-        "-m",
-        "dsv4_core",
-        "serve",
-        "-b",
-        given.backend,
-        "--port",
-        "0",
-        "--slots",
-        str(max(given.clients)),
-        "--context",
-        "256",
-    ]
+    words = [sys.executable, "-m", "dsv4_core", "serve", "-b", given.backend, "--port", 0, "--context", 256]
     rows = {}
-    with subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True) as process:
-        url = next(line for line in process.stderr if "serving tiny-jargon at" in line).split()[-1]
+    with contextlib.ExitStack() as ended:
+        process = ended.enter_context(running([*words, "--slots", max(given.clients)]))
+        url = until(process, lambda: dsv4_url(process))
         servers = [("dsv4", url, "tiny-jargon", psutil.Process(process.pid))]
         servers += [(name, other, model, None) for name, other, model in given.beside]
-        llama = None
         if given.llama:
-            llama, other = llama_server(given.llama, max(given.clients), 256)
-            servers.append(("llama.cpp", other, "embedded", psutil.Process(llama.pid)))
+            command, at = llama_server(given.llama, max(given.clients), 256)
+            llama = ended.enter_context(running(command))
+            servers.append(("llama.cpp", until(llama, lambda: healthy(at)), "embedded", psutil.Process(llama.pid)))
         for name, at, model, who in servers:
             measured(at, model, who, 1, argparse.Namespace(**{**vars(given), "requests": 2}))  # first of all kinds
             rows[name] = []
@@ -169,8 +193,6 @@ def main() -> None:
             for name, at, model, who in servers:
                 rows[name].append(measured(at, model, who, clients, given))
                 print(name, json.dumps(rows[name][-1]), flush=True)
-        for one in (process, *[llama] * bool(llama)):
-            one.terminate()
     report = {
         "date": str(datetime.datetime.now(datetime.timezone.utc).date()),
         "backend": given.backend,
