@@ -151,11 +151,11 @@ def test_what_a_model_says_moves_no_cursor(at_a_terminal, capsys, monkeypatch):
 
 def test_the_command_at_a_terminal(tmp_path):
     """A prompt, a turn, Ctrl-C in the middle of a turn, which ends it and nothing else, editing,
-    Ctrl-D.
+    Ctrl-D. So hot a model seldom ends a reply by itself.
     """
     pexpect = pytest.importorskip("pexpect")
     pytest.importorskip("prompt_toolkit")
-    words = ["-m", "dsv4_core", "chat", "-b", "reference", "--temperature", "0", "-n", "400", "--system", "Be brief."]
+    words = ["-m", "dsv4_core", "chat", "-b", "reference", "--temperature", "50", "-n", "400", "--system", "Be brief."]
     known = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "HOME": str(tmp_path)}
     terminal = pexpect.spawn(sys.executable, words, env=known, encoding="utf-8", timeout=60, dimensions=(40, 100))
     ready = r">[^\n]*\x1b\[\?25h"  # the prompt is drawn and the cursor shown

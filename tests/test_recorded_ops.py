@@ -290,8 +290,13 @@ def test_indexer_picks_are_as_good_as_the_best(model_name, monkeypatch):
         x, qr = (trace[f"{time}.layer{layer}.indexer.{name}"][0] for name in ("x", "qr"))
         start = int(cache.lengths[0])
         step = Step(cache, trace["tokens"][:, start : start + len(x)])
-        model._compress(block.attn.compressor, x, block, cache.layers[layer], step, step.compression(4))
-        model._picked_rows(block.attn.indexer, qr, x, block, cache.layers[layer], step, step.compression(4))
+        held, where = cache.layers[layer], step.compression(4)
+        closed, held.state = model._close_windows(
+            block.attn.compressor, x, model.config.head_dim, block.freqs, held.state, step, where
+        )
+        if closed is not None:
+            held.rows = spy.cache_write(held.rows, model.on_grid(closed), where.row_write, layout=cache.kv_layout)
+        model._picked_rows(block.attn.indexer, qr, x, block, held, step, where)
         cache.advance(step.sequences, step.ends)
         q, weights, keys, visible, offset, picks, scale = spy.seen
         hits = np.maximum(np.einsum("shd,nd->shn", wide(q[0]), wide(keys)), 0) * scale

@@ -5,7 +5,7 @@ is wrong.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -170,14 +170,15 @@ def sinkhorn(stage: Stage, *, tokens: int, spread: int, seed: int) -> str | None
     return None
 
 
-def packing_rounds(stage: Stage, *, tokens: int, kind: str, seed: int) -> str | None:
+def packing_rounds(stage: Stage, *, tokens: int, keys: int, seed: int) -> str | None:
     """What is read back of a packed row is ``act_qdq`` of what was written, so that the graph need
-    not round rows that only a packed cache reads.
+    not round rows that only a packed cache reads. ``keys``: the indexer's rows, not key/value rows.
     """
     be, rng = stage.own, np.random.default_rng(seed)
-    form, block, turned = ("e4m3", KV_BLOCK, 64) if kind == "kv" else ("e2m1", FP4_GROUP, 0)
+    kind: Literal["kv", "key"] = "key" if keys else "kv"
+    form, block, turned = ("e2m1", FP4_GROUP, 0) if keys else ("e4m3", KV_BLOCK, 64)
     packed = be.numerics == "native"
-    layout = RowLayout(kind, DIM, turned) if packed else RowLayout("plain", DIM)  # type: ignore[arg-type]
+    layout = RowLayout(kind, DIM, turned) if packed else RowLayout("plain", DIM)
     x = (_tokens(rng, be, tokens) * 2.0 ** rng.integers(-12, 13, (tokens, 1))).astype(numpy_dtype(be.activation_dtype))
     cache = be.zeros((tokens, layout.width), "uint8" if packed else be.activation_dtype)
     index = be.from_numpy(np.arange(tokens, dtype=np.int32))
