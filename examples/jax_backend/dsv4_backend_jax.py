@@ -312,8 +312,12 @@ class JaxBackend(Backend):
 
     @op
     def sample(self, logits, uniform, *, temperature, top_p):
+        found = self._chosen(logits, uniform, temperature, top_p).astype(jnp.int32)
+        return jnp.where(jnp.isfinite(logits.max(-1)), found, -1)
+
+    def _chosen(self, logits, uniform, temperature, top_p):
         if temperature == 0:
-            return logits.argmax(-1).astype(jnp.int32)
+            return logits.argmax(-1)
         scaled = logits / F32(temperature)
         p = jnp.exp(scaled - scaled.max(-1, keepdims=True))
         order = jnp.argsort(-p, axis=-1, stable=True)
@@ -322,7 +326,7 @@ class JaxBackend(Backend):
         last = jnp.minimum((running < F32(top_p)).sum(-1, keepdims=True), p.shape[1] - 1)
         goal = uniform[:, None] * jnp.take_along_axis(running, last, -1)
         chosen = jnp.minimum((running <= goal).sum(-1, keepdims=True), last)
-        return jnp.take_along_axis(order, chosen, -1)[:, 0].astype(jnp.int32)
+        return jnp.take_along_axis(order, chosen, -1)[:, 0]
 
     @op
     def rms_norm(self, x, weight, *, eps):

@@ -42,6 +42,15 @@ def kernels(request, tmp_path_factory):
     return compiled.Kernels(made, "test")
 
 
+def test_names_of_the_library_are_its_own_alone(kernels):
+    """Else a name that a library of the program has too leads there: with zlib's ``compress`` every
+    process of Debian's Python ended in SIGSEGV, since that program is linked with zlib.
+    """
+    for name in compiled._ARGUMENTS:
+        assert kernels.library.find_kernel(name.encode())
+        assert not hasattr(kernels.library, name), name
+
+
 @pytest.fixture(autouse=True)
 def beside_amx_too(monkeypatch):
     """Products of many tokens are C's on every CPU here."""

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SOURCES = Path(__file__).parent / "c"
-FLAGS = ("-O3", "-pthread", "-fPIC", "-shared")
+FLAGS = ("-O3", "-pthread", "-fPIC", "-shared", "-fvisibility=hidden")
+"""Hidden: a name of ours (``compress``) must not be found in a library that the program has loaded
+before (zlib).
+"""
 PATIENCE = 60  # seconds: a compiler that takes longer hangs; this one takes five
 CARRIED = Path(__file__).parent / "built"
 _AVX2 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}

@@ -156,7 +156,7 @@ static void start(int64_t threads) {
 }
 
 /* Run lines one after another on so many threads; what they say at worst. */
-int run_tape(const line *lines, int64_t count, int64_t threads) {
+CALLED_FROM_OUTSIDE int run_tape(const line *lines, int64_t count, int64_t threads) {
     int64_t bytes = 0;
     pthread_mutex_lock(&in_use);
     for (int64_t i = 0; i < count; i++) {
@@ -196,7 +196,7 @@ int run_tape(const line *lines, int64_t count, int64_t threads) {
     return said;
 }
 
-int run_kernel(const entry *e, const arg *a, int64_t threads) {
+CALLED_FROM_OUTSIDE int run_kernel(const entry *e, const arg *a, int64_t threads) {
     const line one = {e, a};
     return run_tape(&one, 1, threads);
 }

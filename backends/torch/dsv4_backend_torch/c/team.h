@@ -2,6 +2,10 @@
 #pragma once
 #include <stdint.h>
 
+/* What Python finds in the library; all else is hidden (-fvisibility=hidden), or a name of ours that another library of the
+   process has too, such as zlib's compress, would lead there. */
+#define CALLED_FROM_OUTSIDE __attribute__((visibility("default")))
+
 enum { DONE, NOT_MINE, NO_MEMORY }; /* what a kernel says: done, not for these operands, no memory */
 enum { ALONE = 32768 };             /* values that one thread reads before another one has come to help */
 enum { BRIEF = 1 << 21 };           /* values that are read in far less time than a thread gets at once: some 100 us */
