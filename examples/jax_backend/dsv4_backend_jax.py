@@ -313,7 +313,8 @@ class JaxBackend(Backend):
     @op
     def sample(self, logits, uniform, *, temperature, top_p):
         found = self._chosen(logits, uniform, temperature, top_p).astype(jnp.int32)
-        return jnp.where(jnp.isfinite(logits.max(-1)), found, -1)
+        number = (logits < jnp.inf).all(-1) & (logits > -jnp.inf).any(-1)  # XLA's maximum may pass over NaN
+        return jnp.where(number, found, -1)
 
     def _chosen(self, logits, uniform, temperature, top_p):
         if temperature == 0:
