@@ -312,22 +312,16 @@ class JaxBackend(Backend):
 
     @op
     def sample(self, logits, uniform, *, temperature, top_p):
-        found = self._chosen(logits, uniform, temperature, top_p).astype(jnp.int32)
-        number = (logits < jnp.inf).all(-1) & (logits > -jnp.inf).any(-1)  # XLA's maximum may pass over NaN
-        return jnp.where(number, found, -1)
-
-    def _chosen(self, logits, uniform, temperature, top_p):
-        if temperature == 0:
-            return logits.argmax(-1)
-        scaled = logits / F32(temperature)
-        p = jnp.exp(scaled - scaled.max(-1, keepdims=True))
+        p = jnp.exp((logits - logits.max(-1, keepdims=True)) / F32(temperature or 1))
         order = jnp.argsort(-p, axis=-1, stable=True)
         running = lax.associative_scan(jnp.add, jnp.take_along_axis(p, order, -1), axis=-1)
         running = running / running[:, -1:]
         last = jnp.minimum((running < F32(top_p)).sum(-1, keepdims=True), p.shape[1] - 1)
         goal = uniform[:, None] * jnp.take_along_axis(running, last, -1)
         chosen = jnp.minimum((running <= goal).sum(-1, keepdims=True), last)
-        return jnp.take_along_axis(order, chosen, -1)[:, 0]
+        drawn = jnp.take_along_axis(order, chosen, -1)[:, 0]
+        number = (logits < jnp.inf).all(-1) & (logits > -jnp.inf).any(-1)  # XLA's maximum passes over NaN
+        return jnp.where(number, drawn if temperature else logits.argmax(-1), -1).astype(jnp.int32)
 
     @op
     def rms_norm(self, x, weight, *, eps):
