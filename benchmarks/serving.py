@@ -59,7 +59,8 @@ async def load(url, model, clients, requests, tokens, length, vocab) -> list[tup
     """Each of the clients asks its share of the requests; times of all."""
     rng = np.random.default_rng(clients)
     prompts = [rng.integers(10, vocab, length).tolist() for _ in range(requests)]
-    limits = httpx.Limits(max_connections=clients)
+    # llama.cpp's server drops some requests that come on a connection that had one before
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=0)
     async with httpx.AsyncClient(timeout=1200, limits=limits) as client:
 
         async def one(number) -> list[tuple[float, np.ndarray]]:
