@@ -308,8 +308,10 @@ class AscendBackend(ComposedBackend):
     def rms_norm_rope(
         self, x: torch.Tensor, weight: torch.Tensor | None, positions: torch.Tensor, freqs: torch.Tensor, *, eps: float
     ) -> torch.Tensor:
-        """The default, turning the norm's result in place."""
-        normed = self.rms_norm(x.flatten(0, 1), weight, eps=eps).reshape(x.shape)
+        """The default, turning the norm's result in place: so not by ``self.rms_norm``, whose
+        result is its caller's for whoever watches the op.
+        """
+        normed = type(self).rms_norm(self, x.flatten(0, 1), weight, eps=eps).reshape(x.shape)
         answer = self.planned("apply_rope", (normed, positions, freqs), {"inverse": False})
         if answer.tier == "composed":
             return self.apply_rope(normed, positions, freqs, inverse=False)  # type: ignore[no-any-return]
