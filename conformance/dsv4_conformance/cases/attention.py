@@ -5,9 +5,7 @@ from __future__ import annotations
 from dsv4_conformance.cases.case import Case
 
 
-def compress() -> tuple[Case, ...]:
-    plain = Case("ratio=128", {"rows": 2, "ratio": 128}, {"dim": 64}, tier="smoke")
-    overlapping = Case("ratio=4", {"rows": 5, "ratio": 4}, {"dim": 64}, tier="smoke")
+def _windows(plain: Case, overlapping: Case) -> tuple[Case, ...]:
     return (
         plain,
         overlapping,
@@ -15,6 +13,14 @@ def compress() -> tuple[Case, ...]:
         overlapping.but("first_row", "smoke", data="first_row"),  # no previous window
         overlapping.but("padding", "smoke", data="padding"),  # rows without a token
         overlapping.but("holes", "smoke", data="holes"),  # tokens missing anywhere in a window
+    )
+
+
+def compress() -> tuple[Case, ...]:
+    plain = Case("ratio=128", {"rows": 2, "ratio": 128}, {"dim": 64}, tier="smoke")
+    overlapping = Case("ratio=4", {"rows": 5, "ratio": 4}, {"dim": 64}, tier="smoke")
+    return (
+        *_windows(plain, overlapping),
         plain.but("holes_128", data="holes"),
         overlapping.but("outliers", data="outliers"),
         overlapping.but("peaked", data="peaked"),
@@ -53,12 +59,7 @@ def cached_compress() -> tuple[Case, ...]:
     plain = Case("ratio=128", {"rows": 2, "ratio": 128, "slots": 200}, {"dim": 64}, tier="smoke")
     overlapping = Case("ratio=4", {"rows": 5, "ratio": 4, "slots": 40}, {"dim": 64}, tier="smoke")
     return (
-        plain,
-        overlapping,
-        *overlapping.odd("rows"),
-        overlapping.but("first_row", "smoke", data="first_row"),  # no previous window
-        overlapping.but("padding", "smoke", data="padding"),  # rows without a token
-        overlapping.but("holes", "smoke", data="holes"),  # tokens missing anywhere in a window
+        *_windows(plain, overlapping),
         overlapping.but("absent", "smoke", data="absent"),  # slots of -1: a token of zeros, which counts
         plain.but("absent_128", data="absent"),
         overlapping.but("outliers", data="outliers"),
