@@ -11,7 +11,7 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_[!b]*.py", "test_build.py", "test_build_cli.py"]  # the rest judges what is committed
 else:
-    from dsv4_backend_cuda import interpret
+    from dsv4_backend_torch import interpret
 
     interpret.activate()
 

@@ -10,8 +10,9 @@ import subprocess
 import sys
 
 import pytest
-from dsv4_backend_cuda import build, interpret, launch, roofline, sass
+from dsv4_backend_cuda import build, launch, roofline, sass
 from dsv4_backend_cuda.launch import Work
+from dsv4_backend_torch import interpret
 
 
 def compiled(code: str, tmp_path) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dsv4_backend_cuda import build, document, interpret, launch
+from dsv4_backend_cuda import build, document, launch
+from dsv4_backend_torch import interpret
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,8 +11,9 @@ import types
 import numpy as np
 import pytest
 import torch
-from dsv4_backend_cuda import device, interpret, launch, rules
+from dsv4_backend_cuda import device, launch, rules
 from dsv4_backend_cuda.backend import CudaBackend
+from dsv4_backend_torch import interpret
 from dsv4_conformance.model import golden
 
 from dsv4_core.checkpoint.weights import Checkpoint

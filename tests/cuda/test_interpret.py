@@ -9,7 +9,7 @@ import sys
 import interpreter_proofs
 import numpy as np
 import pytest
-from dsv4_backend_cuda import interpret
+from dsv4_backend_torch import interpret
 
 
 @pytest.mark.parametrize("proof", interpreter_proofs.PROOFS, ids=lambda p: p.__name__)
@@ -39,7 +39,7 @@ def test_refuses_a_version_without_proof(monkeypatch):
 
 
 def test_refuses_compiled_kernels():
-    code = "import triton\nfrom dsv4_backend_cuda import interpret\ninterpret.activate()"
+    code = "import triton\nfrom dsv4_backend_torch import interpret\ninterpret.activate()"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
         "PYTHONPATH": os.pathsep.join(sys.path)
     }

@@ -21,7 +21,9 @@ from pathlib import Path
 from re import search
 from typing import Any
 
-from dsv4_backend_cuda import decode, interpret, roofline, sass
+from dsv4_backend_torch import interpret
+
+from dsv4_backend_cuda import decode, roofline, sass
 from dsv4_backend_cuda.launch import ARCHITECTURES, KernelSpec
 from dsv4_core.files.writing import write
 

@@ -10,8 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import click
+from dsv4_backend_torch import interpret
 
-from dsv4_backend_cuda import build, interpret, prove
+from dsv4_backend_cuda import build, prove
 from dsv4_backend_cuda.launch import ARCHITECTURES, compatible
 from dsv4_core.contract.spec import BackendError
 from dsv4_core.files.writing import write_over

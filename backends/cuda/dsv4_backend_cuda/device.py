@@ -10,8 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from dsv4_backend_torch import interpret
 
-from dsv4_backend_cuda import hopper, interpret, launch
+from dsv4_backend_cuda import hopper, launch
 from dsv4_core.contract.backend import BackendError, Diagnosis
 
 ARITHMETICS = ("exact", "hopper")

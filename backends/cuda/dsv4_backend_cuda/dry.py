@@ -17,10 +17,11 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+from dsv4_backend_torch import interpret
 from dsv4_backend_torch.weights import StackedExperts
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsv4_backend_cuda import interpret, launch
+from dsv4_backend_cuda import launch
 from dsv4_backend_cuda.backend import CudaBackend
 from dsv4_core.contract.backend import BackendError
 from dsv4_core.contract.dtypes import Experts, ScaledArray

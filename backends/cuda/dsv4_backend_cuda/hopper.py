@@ -14,8 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
-from dsv4_backend_cuda import interpret
+from dsv4_backend_torch import interpret
 
 FP8_BITS, FP8_STEP, STEP = 13, 32, 16
 LOG2_E = np.float32(1.4426950408889634)

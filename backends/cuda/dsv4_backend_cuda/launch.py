@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dsv4_backend_cuda import interpret
+from dsv4_backend_torch import interpret
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
 TABLE = Path(os.environ.get("DSV4_LAUNCH_TABLE") or Path(__file__).with_name("launch_table.json"))

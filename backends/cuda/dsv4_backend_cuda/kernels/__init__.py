@@ -2,7 +2,7 @@
 
 import os
 
-from dsv4_backend_cuda import interpret
+from dsv4_backend_torch import interpret
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpret.activate()

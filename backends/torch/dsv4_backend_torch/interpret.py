@@ -1,4 +1,5 @@
-"""Triton's interpreter with BF16 and FP8 arithmetic that is right.
+"""Triton's interpreter with BF16 and FP8 arithmetic that is right, for backends whose kernels are
+Triton's.
 
 Out of the box the interpreter adds, multiplies and contracts BF16 and FP8 as raw integers,
 truncates float32 to BF16 and rounds float32 to E4M3 wrongly on ties, subnormals and overflow. The
@@ -17,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dsv4_backend_cuda import lockstep
+from dsv4_backend_torch import lockstep
 
 TESTED_TRITON = ("3.9.0",)
 
@@ -51,7 +52,7 @@ def activate() -> None:
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise InterpreterError(
             "triton was imported before the interpreter was chosen, so its kernels are already compiled functions; "
-            "call dsv4_backend_cuda.interpret.activate() first, or start with TRITON_INTERPRET=1"
+            "call dsv4_backend_torch.interpret.activate() first, or start with TRITON_INTERPRET=1"
         )
     os.environ["TRITON_INTERPRET"] = "1"
     _repair()
