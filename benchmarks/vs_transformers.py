@@ -307,7 +307,7 @@ class Dsv4:
         self.backend = create(backend, numerics=numerics, **device)
         self.model = Model(weights, self.backend)
         self.cache = Cache(self.backend, weights.config, 1, room)
-        self.replay = Replay(self.model, self.cache) if device else None
+        self.replay = Replay(self.model, self.cache)
 
     def prefill(self, ids: Host) -> Host:
         """Give the last token's logits."""
@@ -317,7 +317,7 @@ class Dsv4:
     def decode(self, ids: Host) -> Host:
         """Give the last token's logits."""
         step = Step(self.cache, ids[None])
-        if self.replay and len(ids) == 1:
+        if len(ids) == 1:
             logits = self.backend.to_numpy(self.replay.logits(step))[0]
             self.cache.advance(step.sequences, step.ends)
             return logits

@@ -62,10 +62,22 @@ FAULTS = {
     ),
     "a panel's last rows are the ones before": Fault("gemv.c", "p->first + row, rows", "p->first + (row ? row - 1 : 0), rows", "linear", "standard"),
     "a panel of FP8 uses its first block's scale": Fault(
-        "panel.c", "+ begin / E4M3_BLOCK]);", "+ 0 * begin]);", "linear", "standard", "avx512",
+        "panel.c", "blocks + begin / E4M3_BLOCK", "blocks + 0 * begin", "linear", "standard", "avx512",
+    ),
+    "a panel of FP4 has its first group's scale": Fault(
+        "panel.c", "(k + i) * each / E2M1_GROUP", "0 * (k + i)", "linear", "standard", "avx512",
+    ),
+    "a panel of BF16 has neighbours in each other's place": Fault(
+        "panel.c", "k ? word & 0xffff0000u : word << 16", "k ? word << 16 : word & 0xffff0000u", "linear", "standard", "avx512",
+    ),
+    "a panel of FP8 has one scale for rows of two": Fault(
+        "panel.c", "(first + r) / E4M3_BLOCK * blocks", "first / E4M3_BLOCK * blocks", "linear", "standard", "avx512",
+    ),
+    "of a short panel the words of the last columns are left out": Fault(
+        "panel.c", "count = (n + each - 1) / each;", "count = n / each;", "linear", "standard", "avx512",
     ),
     "a panel of BF16 pairs uses its first block's scale": Fault(
-        "panel.c", "+ begin / E4M3_BLOCK];", "+ 0 * begin];", "linear", "standard", "avx512bf16",
+        "panel.c", "/ E4M3_BLOCK) + begin / E4M3_BLOCK];", "/ E4M3_BLOCK) + 0 * begin];", "linear", "standard", "avx512bf16",
     ),
     "a panel of FP4 has one scale a row": Fault(
         "panel.c", "(scales[j / E2M1_GROUP] - 127)", "(scales[0 * j] - 127)", "moe", "standard", "avx512bf16",
@@ -98,12 +110,7 @@ FAULTS = {
     "zero loses its sign": Fault("formats.h", "& 0x7fffffff) | sign)", "& 0x7fffffff) | (sign & (words)((y + shift) - shift != 0)))", "cache_write"),
     "an absent row is stored in the first slot": Fault("cache.c", "if (index[i] < 0) continue;", "if (index[i] < 0) to = a[0].p;", "cache_write"),
     "an absent row is not cleared": Fault("rows.h", "put(to, type, at + j, 0)", "put(to, type, at + j, 1)", "cache_read"),
-    "experts of another rank are taken for its own": Fault(
-        "moe.c",
-        "l->chosen[p] - l->first, count = 0;",
-        "l->chosen[p], count = 0;",
-        "moe",
-    ),
+    "a rank's experts are counted from the first of all": Fault("moe.c", "a[10].i, a[11].i, a[12].i", "a[10].i, 0, a[12].i", "moe"),
     "an angle is rounded no more": Fault(
         "rope.c",
         "(float)positions[k / half] * freqs[k % half]",
@@ -129,6 +136,14 @@ FAULTS = {
     "the last tile's padding has weight": Fault("attention.c", "scores[r] = -INFINITY;", "scores[r] = 0;", "sparse_attn"),
     "a window's halves of channels are swapped": Fault("attention.c", "j >= ratio ? dim : 0", "j < ratio ? dim : 0", "compress"),
     "ape begins anew with each token": Fault("attention.c", "ape + j % ratio * width", "ape + j / ratio * width", "compress"),
+    "the state's rows are in the order of slots": Fault("attention.c", "i < recent ? index[i] : 0", "i < recent ? i : 0", "cached_compress"),
+    "a state row that is absent is the first slot": Fault(
+        "attention.c", "i < recent ? index[i] : 0", "i < recent && index[i] >= 0 ? index[i] : 0", "cached_compress",
+    ),
+    "a window of rows before and rows of this step has no ape": Fault(
+        "attention.c", "floats score = load(ape + j % ratio * width + at);", "floats score = all(0);", "cached_compress",
+    ),
+    "odd channels of FP4 rows are the even ones": Fault("rows.h", "pair | pair << 28", "pair | pair << 32", "cache_read"),
     "relu is forgotten": Fault("index.c", "(words)hit & ~(words)(hit < 0)", "(words)hit", "cached_index_topk"),
     "of equal scores the higher row is taken": Fault(
         "index.c",

@@ -22,11 +22,10 @@ class TorchAttention(Numeric, AttentionOps):
         return 4096 if self.on_cpu else None
 
     def compress(self, kv_score: Tensor, ape: Tensor, window_idxs: Tensor, *, dim: int) -> Tensor:
-        if (
-            self.compiled
-            and (few := self.compiled.compress(kv_score, ape, window_idxs, dim, self.act_type)) is not None
-        ):
-            return few
+        if self.compiled:
+            few = self.compiled.compress(kv_score, None, None, ape, window_idxs, dim, self.act_type)
+            if few is not None:
+                return few
         ratio, width = ape.shape
         rows, span = window_idxs.shape
         entries = kv_score.index_select(0, window_idxs.reshape(-1).clamp(min=0)).reshape(rows, span, 2 * width)
@@ -41,6 +40,16 @@ class TorchAttention(Numeric, AttentionOps):
             absent, torch.finfo(score.dtype).min
         )  # not -inf: a row without tokens is a mean of zeros
         return self.rounded((score.softmax(1) * kv.masked_fill(absent, 0)).sum(1))
+
+    def cached_compress(
+        self, kv_score: Tensor, state: Tensor, index: Tensor, ape: Tensor, window_idxs: Tensor, *, dim: int
+    ) -> Tensor:
+        if self.compiled:
+            few = self.compiled.compress(kv_score, state, index, ape, window_idxs, dim, self.act_type)
+            if few is not None:
+                return few
+        rows: Tensor = super().cached_compress(kv_score, state, index, ape, window_idxs, dim=dim)
+        return rows
 
     def index_scores(self, q: Tensor, weights: Tensor, keys: Tensor, *, scale: float) -> Tensor:
         batch, seq, heads, dim = q.shape

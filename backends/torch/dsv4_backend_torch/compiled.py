@@ -56,7 +56,7 @@ _ARGUMENTS = {  # q: an integer or an address, d: a number
     "cache_read": "q" * 8,
     "copy": "q" * 6,
     "sparse_attn": "q" * 21 + "d",
-    "compress": "q" * 10,
+    "compress": "q" * 14,
     "index_topk": "q" * 17 + "d",
 }
 
@@ -427,15 +427,22 @@ class Kernels:
         )  # fmt: skip
         return y if done else None
 
-    def compress(self, kv_score: Tensor, ape: Tensor, idxs: Tensor, dim: int, dtype: torch.dtype) -> Tensor | None:
-        """Contract of ``compress``, in ``dtype``."""
-        (rows, span), (ratio, width), pool = idxs.shape, ape.shape, kv_score.shape[0]
-        if rows > MANY or dim % TILE or width != span // ratio * dim or not (_wide(kv_score, ape) and _indices(idxs)):
+    def compress(
+        self, kv_score: Tensor, state: Tensor | None, index: Tensor | None, ape: Tensor, idxs: Tensor, dim: int, dtype: torch.dtype
+    ) -> Tensor | None:  # fmt: skip
+        """Contract of ``cached_compress``, in ``dtype``; without ``state`` and ``index`` of
+        ``compress``.
+        """
+        (rows, span), (ratio, width) = idxs.shape, ape.shape
+        if rows > MANY or dim % TILE or width != span // ratio * dim or not (_wide(kv_score, state, ape) and _indices(idxs)):
+            return None
+        if index is not None and not _indices(index):
             return None
         y = torch.empty((rows, dim), dtype=dtype)
         done = self._run(
-            "compress", kv_score.data_ptr(), ape.data_ptr(), idxs.data_ptr(), rows, span, ratio, dim, pool, y.data_ptr(),
-            _TYPES[dtype], keep=(kv_score, ape, idxs),
+            "compress", kv_score.data_ptr(), ape.data_ptr(), idxs.data_ptr(), rows, span, ratio, dim, kv_score.shape[0], y.data_ptr(),
+            _TYPES[dtype], _address(state), 1 if state is None else state.shape[0], _address(index), 0 if index is None else index.shape[0],
+            keep=(kv_score, state, index, ape, idxs),
         )  # fmt: skip
         return y if done else None
 

@@ -122,21 +122,27 @@ static void mix_rows(const float *weights, int64_t stride, int64_t vectors, cons
 /* A tile of listed rows in both layouts; says whether all are finite. */
 static int unpack_tile(const attention *s, const space *own, int64_t count, int64_t first) {
     int64_t dim = s->dim;
-    float rows[TILE][TILE] __attribute__((aligned(64))), *row = own->channels + first * dim, sum = 0; /* rows, before they are turned */
+    float rows[TILE][TILE] __attribute__((aligned(64))), *row = own->channels + first * dim; /* rows, before they are turned */
+    tile sum = {0};
     for (int64_t r = 0; r < TILE; r++) {
         if (first + r < count)
             fetch_row(s, own->listed[first + r], row);
         else
             memset(row, 0, dim * sizeof(float));
-        for (int64_t d = 0; d < dim; d += TILE) memcpy(own->values + d * own->room + (first + r) * TILE, row + d, sizeof(tile));
-        for (int64_t j = 0; j < dim; j++) sum += row[j] * 0;
+        for (int64_t d = 0; d < dim; d += TILE) {
+            tile part;
+            memcpy(&part, row + d, sizeof part);
+            memcpy(own->values + d * own->room + (first + r) * TILE, &part, sizeof part);
+            sum += part * 0;
+        }
     }
     for (int64_t d = 0; d < dim; d += TILE) {
         for (int64_t r = 0; r < TILE; r++) memcpy(rows[r], own->values + d * own->room + (first + r) * TILE, sizeof(tile));
         for (int64_t r = 0; r < TILE; r += LANES)
             for (int64_t j = 0; j < TILE; j += LANES) turn(&rows[r][j], TILE, own->channels + (first * dim) + (d + j) * TILE + r, TILE);
     }
-    return sum == 0;
+    for (int l = 1; l < TILE; l++) sum[0] += sum[l];
+    return sum[0] == 0;
 }
 
 /* A group of a token's heads. */
@@ -244,34 +250,38 @@ static int64_t compress_work(const arg *a, int64_t threads) {
     return a[3].i * a[6].i * a[4].i;
 }
 
-/* (kv_score, ape, window_idxs, rows, span, ratio, dim, pool, y, type): kv_score [pool, 2 * width], ape [ratio, width]; y [rows, dim] in type.
- * As the contract says; where no token of a window is there, zeros. */
+/* (kv_score, ape, window_idxs, rows, span, ratio, dim, pool, y, type, state, slots, index, recent): window_idxs counts in [state[index] |
+ * kv_score]; kv_score [pool, 2 * width], state [slots, 2 * width], index [recent] or -1 for zeros, ape [ratio, width]; y [rows, dim] in
+ * type. As the contract says; where no token of a window is there, zeros. */
 static void mix_windows(const arg *a, const team *t) {
-    const float *pool = a[0].p, *ape = a[1].p;
-    int64_t span = a[4].i, ratio = a[5].i, dim = a[6].i, width = span / ratio * dim, parts = dim / LANES;
+    const float *pool = a[0].p, *ape = a[1].p, *state = a[10].p;
+    const int32_t *index = a[12].p;
+    int64_t span = a[4].i, ratio = a[5].i, dim = a[6].i, width = span / ratio * dim, parts = dim / LANES, recent = a[13].i;
     for (int64_t n = first_of(a[3].i * parts, t); n < last_of(a[3].i * parts, t); n++) {
         int64_t row = n / parts, c = n % parts * LANES;
         const int32_t *idxs = (const int32_t *)a[2].p + row * span;
         floats top = all(-0x1.fffffep127f), sum = {0}, mixed = {0};
         for (int pass = 0; pass < 2; pass++)
             for (int64_t j = 0; j < span; j++) {
-                if (idxs[j] < 0) continue;
-                if (idxs[j] >= a[7].i) {
+                int64_t i = idxs[j], slot = i >= 0 && i < recent ? index[i] : 0;
+                if (i < 0) continue;
+                if (i >= recent + a[7].i || slot >= a[11].i) {
                     fail(NOT_MINE);
                     return;
                 }
                 int64_t at = c + (span > ratio && j >= ratio ? dim : 0);
-                const float *token = pool + (int64_t)idxs[j] * 2 * width;
-                floats score = load(token + width + at) + load(ape + j % ratio * width + at);
+                const float *token = i < recent ? state + slot * 2 * width : pool + (i - recent) * 2 * width;
+                floats score = load(ape + j % ratio * width + at);
+                if (slot >= 0) score += load(token + width + at);
                 if (pass == 0) {
                     top = choose((words)(score > top), score, top);
                 } else {
                     floats e = exponential(score - top);
                     sum += e;
-                    mixed += e * load(token + at);
+                    if (slot >= 0) mixed += e * load(token + at);
                 }
             }
-        for (int l = 0; l < LANES; l++) put(a[8].p, a[9].i, row * dim + c + l, sum[l] == 0 ? 0 : mixed[l] / sum[l]);
+        put_lanes(a[8].p, a[9].i, row * dim + c, choose((words)(sum == 0), all(0), mixed / sum));
     }
 }
 

@@ -1,15 +1,8 @@
-/* Codes become float32 by shifts, masks and look-ups of words, on any CPU: each channel of a word has a part of the vector. */
+/* Products with codes on any CPU: each channel of a word has a part of the vector. */
 #pragma once
 
 #ifndef E4M3_BY_HALVES
 INLINE int64_t e4m3_place(int64_t j, int64_t cols) { return j % 4 * ((cols + 3) / 4) + j / 4; }
-
-/* Code k of each word, as e4m3 gives it. */
-static inline floats values_e4m3(words code, int k) {
-    words magnitude = (code >> 8 * k & 0x7f) << 20;
-    words nan = (words)(magnitude == 0x7f00000) & 0x7fc00000u;
-    return (floats)((code << (24 - 8 * k) & 0x80000000u) | magnitude | nan) * 0x1p120f;
-}
 
 INLINE void e4m3_sums(const uint8_t *w, const uint8_t *scale, const float *const *x, int count, int64_t cols, float *to) {
     int64_t quarter = (cols + 3) / 4;
@@ -42,28 +35,13 @@ INLINE void e4m3_sums(const uint8_t *w, const uint8_t *scale, const float *const
 #ifndef E2M1_BY_HALVES
 INLINE int64_t e2m1_place(int64_t j, int64_t cols) { return j % 8 * (cols / 8) + j / 8; }
 
-/* Code k of each word. */
-static inline floats values_e2m1(words code, int k) {
-#if defined(__GNUC__) && !defined(__clang__) && LANES == 16 /* one instruction looks up a register of codes by their last bits */
-    floats values;
-    for (int lane = 0; lane < LANES; lane++) values[lane] = e2m1((uint8_t)lane);
-    return __builtin_shuffle(values, code >> 4 * k);
-#else /* 1.m * 2^e is twice the value, or where e is 0 the value plus 1: whichever gives less */
-    words sign = code << (28 - 4 * k) & 0x80000000u;
-    floats twice = (floats)(((code >> 4 * k & 7) << 22) + (127u << 23)), less = twice - 1, half = twice * .5f;
-    words first = (words)(less < half);
-    return (floats)((first & (words)less) | (~first & (words)half) | sign);
-#endif
-}
-
 /* Scales of a register of words, four of which are a group. */
 static inline floats scales_e2m1(const uint8_t *scale) {
     uint32_t bytes = 0;
     words shift;
     memcpy(&bytes, scale, LANES / 4);
     for (int lane = 0; lane < LANES; lane++) shift[lane] = lane / 4 * 8;
-    words byte = ((words){0} + bytes) >> shift & 0xff;
-    return (floats)(byte << 23 | ((words)(byte == 0) & 0x400000) | ((words)(byte == 255) & 0x7fc00000));
+    return values_e8m0(((words){0} + bytes) >> shift & 0xff);
 }
 
 INLINE void e2m1_sums(const uint8_t *w, const uint8_t *scale, const float *const *x, int count, int64_t cols, float *to) {

@@ -63,3 +63,28 @@ static inline float e2m1(uint8_t code) {
     static const float values[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
     return values[code & 15];
 }
+
+/* Registers of words: code k of each, and scales of one byte each. */
+static inline floats values_e4m3(words code, int k) {
+    words magnitude = (code >> 8 * k & 0x7f) << 20;
+    words nan = (words)(magnitude == 0x7f00000) & 0x7fc00000u;
+    return (floats)((code << (24 - 8 * k) & 0x80000000u) | magnitude | nan) * 0x1p120f;
+}
+
+static inline floats values_e2m1(words code, int k) {
+#if defined(__GNUC__) && !defined(__clang__) && LANES >= 8 /* one instruction looks up a register by codes' last bits */
+    floats values;
+    for (int lane = 0; lane < LANES; lane++) values[lane] = e2m1((uint8_t)lane);
+    floats found = (floats)__builtin_shuffle((words)values, code >> 4 * k);
+    return LANES == 16 ? found : (floats)((words)found | (code << (28 - 4 * k) & 0x80000000u));
+#else /* 1.m * 2^e is twice the value, or where e is 0 the value plus 1: whichever gives less */
+    words sign = code << (28 - 4 * k) & 0x80000000u;
+    floats twice = (floats)(((code >> 4 * k & 7) << 22) + (127u << 23)), less = twice - 1, half = twice * .5f;
+    words first = (words)(less < half);
+    return (floats)((first & (words)less) | (~first & (words)half) | sign);
+#endif
+}
+
+static inline floats values_e8m0(words byte) {
+    return (floats)(byte << 23 | ((words)(byte == 0) & 0x400000) | ((words)(byte == 255) & 0x7fc00000));
+}

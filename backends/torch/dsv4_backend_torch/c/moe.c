@@ -43,7 +43,7 @@ static space space_of(const layer *l, char *scratch, int64_t threads, int64_t ow
 }
 
 /* Whether an expert's panels serve so many rows that decoding them pays. */
-static int by_panels(const layer *l) { return l->rows > ALIKE && l->rows * l->topk > ALIKE / 2 * l->experts; }
+static int by_panels(const layer *l) { return l->rows > ALIKE && l->rows * l->topk > ALIKE / 4 * l->experts; }
 
 static int64_t bytes(const arg *a, int64_t threads) {
     layer l = read_layer(a);

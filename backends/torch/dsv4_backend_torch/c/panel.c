@@ -24,34 +24,53 @@ panel panel_in(char *scratch, int64_t cols, int64_t n) {
     return (panel){cols, 0, vectors + whole(cols) * ABREAST + n * whole(cols) * PANEL, vectors};
 }
 
-static float e4m3_values[256], e2m1_pairs[256][2];
+/* A word of a row holds so many values. */
+static int64_t values_of(int64_t type) { return type == FLOAT32 ? 1 : type == BFLOAT16 ? 2 : type == CODES_E4M3 ? 4 : 8; }
 
-__attribute__((constructor)) static void fill_values(void) {
-    for (int code = 0; code < 256; code++) {
-        e4m3_values[code] = e4m3((uint8_t)code);
-        e2m1_pairs[code][0] = e2m1((uint8_t)code);
-        e2m1_pairs[code][1] = e2m1((uint8_t)(code >> 4));
+/* Value k of each word of a type, a constant. */
+INLINE floats value_of(words word, int k, int64_t type) {
+    if (type == FLOAT32) return (floats)word;
+    if (type == BFLOAT16) return (floats)(k ? word & 0xffff0000u : word << 16);
+    return type == CODES_E4M3 ? values_e4m3(word, k) : values_e2m1(word, k);
+}
+
+/* As memcpy, quickly where n is a multiple of ``often``, a constant: of a number that it does not know a compiler makes slow string moves. */
+INLINE void copy_bytes(void *to, const void *from, int64_t n, int64_t often) {
+    if (n % often) memcpy(to, from, n);
+    else
+        for (int64_t i = 0; i < n; i += often) memcpy((char *)to + i, (const char *)from + i, often);
+}
+
+/* Bytes of scales of PART columns of rows, a word for each row. */
+static void fetch_scales(const weight *w, int64_t first, int64_t rows, int64_t cols, int64_t begin, int64_t n, uint32_t *scales) {
+    int64_t blocks = (cols + E4M3_BLOCK - 1) / E4M3_BLOCK, groups = cols / E2M1_GROUP;
+    for (int64_t r = 0; r < rows; r++) {
+        scales[r] = 0;
+        if (w->type == CODES_E4M3)
+            scales[r] = w->scale[(first + r) / E4M3_BLOCK * blocks + begin / E4M3_BLOCK];
+        else
+            copy_bytes(scales + r, w->scale + (first + r) * groups + begin / E2M1_GROUP, n / E2M1_GROUP, 4);
     }
 }
 
-/* n columns of a row from ``begin``, a multiple of PART, on. */
-static void decode_floats(const weight *w, int64_t row, int64_t cols, int64_t begin, int64_t n, float *to) {
-    if (w->type == FLOAT32) {
-        memcpy(to, (const float *)w->data + row * cols + begin, n * sizeof(float));
-    } else if (w->type == BFLOAT16) {
-        const uint16_t *from = (const uint16_t *)w->data + row * cols + begin;
-        for (int64_t j = 0; j < n; j++) to[j] = widen(from[j]);
-    } else if (w->type == CODES_E4M3) {
-        const uint8_t *from = (const uint8_t *)w->data + row * cols + begin;
-        float scale = scale_value(w->scale[row / E4M3_BLOCK * ((cols + E4M3_BLOCK - 1) / E4M3_BLOCK) + begin / E4M3_BLOCK]);
-        for (int64_t j = 0; j < n; j++) to[j] = e4m3_values[from[j]] * scale;
-    } else {
-        const uint8_t *from = (const uint8_t *)w->data + (row * cols + begin) / 2, *scales = w->scale + (row * cols + begin) / E2M1_GROUP;
-        for (int64_t j = 0; j < n; j += E2M1_GROUP) {
-            float scale = scale_value(scales[j / E2M1_GROUP]);
-            for (int64_t k = 0; k < E2M1_GROUP; k += 2) {
-                to[j + k] = e2m1_pairs[from[(j + k) / 2]][0] * scale;
-                to[j + k + 1] = e2m1_pairs[from[(j + k) / 2]][1] * scale;
+/* Words of PANEL rows, ``width`` apart, to columns of floats, of which ``count`` words are needed. Words are turned before they are decoded:
+ * a register then holds the same columns of many rows. */
+INLINE void decode_words(const uint32_t *part, int64_t width, int64_t count, const uint32_t *scales, int64_t type, float *to) {
+    enum { GROUPS = PART / E2M1_GROUP };
+    int64_t each = values_of(type);
+    uint32_t turned[LANES][LANES] __attribute__((aligned(64)));
+    for (int64_t r = 0; r < PANEL; r += LANES) {
+        floats scale[GROUPS];
+        for (int g = 0; type > BFLOAT16 && g < (type == CODES_E2M1 ? GROUPS : 1); g++) scale[g] = values_e8m0(load_words(scales + r) >> 8 * g & 0xff);
+        for (int64_t k = 0; k < count; k += LANES) {
+            turn(part + r * width + k, width, turned, LANES);
+            for (int64_t i = 0; i < LANES && k + i < count; i++) {
+                words word = load_words(turned[i]);
+                for (int v = 0; v < each; v++) {
+                    floats value = value_of(word, v, type);
+                    if (type > BFLOAT16) value *= scale[type == CODES_E2M1 ? (k + i) * each / E2M1_GROUP : 0];
+                    store(to + ((k + i) * each + v) * PANEL + r, value);
+                }
             }
         }
     }
@@ -183,19 +202,29 @@ void fill_panel(panel *p, const weight *w, int64_t first, int64_t rows, int64_t 
 #if BY_PAIRS
     p->pairs = fits_pairs(w, first, rows, p->cols, x_type);
 #endif
-    uint32_t part[PANEL][PART] __attribute__((aligned(64)));
-    int64_t width = p->pairs ? PART / 2 : PART; /* words of a part's row */
-    if (rows < PANEL) memset(part, 0, sizeof part);
+    uint32_t part[PANEL][PART] __attribute__((aligned(64))), scales[PANEL] = {0}; /* rows as they lie, or as BF16 */
+    int64_t each = p->pairs ? 2 : values_of(w->type), width = PART / each;
+    if (rows < PANEL || p->cols % PART) memset(part, 0, sizeof part);
     for (int64_t begin = 0; begin < p->cols; begin += PART) {
-        int64_t n = p->cols - begin < PART ? p->cols - begin : PART, count = p->pairs ? n / 2 : n;
-        uint32_t *to = (uint32_t *)p->values + (p->pairs ? begin / 2 : begin) * PANEL;
+        int64_t n = p->cols - begin < PART ? p->cols - begin : PART, count = (n + each - 1) / each;
+        float *to = p->values + (p->pairs ? begin / 2 : begin) * PANEL;
 #if BY_PAIRS
-        if (p->pairs) decode_pairs(w, first, rows, p->cols, begin, n, (uint16_t(*)[PART])part);
+        if (p->pairs) {
+            decode_pairs(w, first, rows, p->cols, begin, n, (uint16_t(*)[PART])part);
+            for (int64_t k = 0; k < count; k += LANES)
+                for (int64_t r = 0; r < PANEL; r += LANES) turn(&part[0][0] + r * width + k, width, (uint32_t *)to + k * PANEL + r, PANEL);
+            continue;
+        }
 #endif
-        if (!p->pairs)
-            for (int64_t r = 0; r < rows; r++) decode_floats(w, first + r, p->cols, begin, n, (float *)part[r]);
-        for (int64_t k = 0; k < count; k += LANES)
-            for (int64_t r = 0; r < PANEL; r += LANES) turn(&part[0][0] + r * width + k, width, to + k * PANEL + r, PANEL);
+        for (int64_t r = 0; r < rows; r++)
+            copy_bytes(&part[0][0] + r * width, w->data + ((first + r) * p->cols + begin) * 4 / each, (n * 4 + each - 1) / each, 64);
+        if (w->type > BFLOAT16) fetch_scales(w, first, rows, p->cols, begin, n, scales);
+        switch (w->type) { /* constants: loops are compiled once for each */
+        case FLOAT32: decode_words(&part[0][0], width, count, scales, FLOAT32, to); break;
+        case BFLOAT16: decode_words(&part[0][0], width, count, scales, BFLOAT16, to); break;
+        case CODES_E4M3: decode_words(&part[0][0], width, count, scales, CODES_E4M3, to); break;
+        default: decode_words(&part[0][0], width, count, scales, CODES_E2M1, to);
+        }
     }
 }
 

@@ -10,15 +10,31 @@ typedef struct {
     int64_t kind, dim, rope, width;
 } layout;
 
+/* LANES codes, each in a word of its own; what stands above a code there does not count. */
+static inline words codes_e4m3(const uint8_t *from) {
+    typedef uint8_t bytes __attribute__((vector_size(LANES)));
+    bytes code;
+    memcpy(&code, from, sizeof code);
+    return __builtin_convertvector(code, words);
+}
+
+static inline words codes_e2m1(const uint8_t *from) {
+    typedef uint8_t bytes __attribute__((vector_size(LANES / 2)));
+    typedef uint64_t pairs __attribute__((vector_size(BYTES)));
+    bytes code;
+    memcpy(&code, from, sizeof code);
+    pairs pair = __builtin_convertvector(code, pairs);
+    return (words)(pair | pair << 28);
+}
+
 static inline void unpack(const uint8_t *stored, void *to, int64_t type, int64_t at, const layout *l) {
     int64_t block = l->kind == KV ? KV_BLOCK : KEY_BLOCK, channels = l->dim - l->rope;
     const uint8_t *scales = stored + (l->kind == KV ? channels : channels / 2);
     for (int64_t begin = 0; begin < channels; begin += block, at += block) {
         float scale = scale_value(scales[begin / block]);
-        if (l->kind == KV) {
-            FOR_TYPE(type, for (int64_t j = 0; j < KV_BLOCK; j++) put(to, T, at + j, e4m3(stored[begin + j]) * scale);)
-        } else {
-            FOR_TYPE(type, for (int64_t j = 0; j < KEY_BLOCK; j++) put(to, T, at + j, e2m1(stored[(begin + j) / 2] >> j % 2 * 4) * scale);)
+        for (int64_t j = 0; j < block; j += LANES) {
+            floats value = l->kind == KV ? values_e4m3(codes_e4m3(stored + begin + j), 0) : values_e2m1(codes_e2m1(stored + (begin + j) / 2), 0);
+            FOR_TYPE(type, put_lanes(to, T, at + j, value * scale);)
         }
     }
     for (int64_t j = 0; j < l->rope; j++) {

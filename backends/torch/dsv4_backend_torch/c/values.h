@@ -126,7 +126,8 @@ static inline void put_many(void *to, int64_t type, int64_t i, const float *from
 
 static inline void store(float *to, floats v) { memcpy(to, &v, sizeof v); }
 
-static inline floats all(float value) { return (floats){0} + value; }
+/* Less 0, which any value stays: 0 plus -0 would be 0, so that a register would be added to. */
+static inline floats all(float value) { return value - (floats){0}; }
 
 static inline floats choose(words mask, floats yes, floats no) { return (floats)((mask & (words)yes) | (~mask & (words)no)); }
 
