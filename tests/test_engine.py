@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from recorded import load_model
 
+from dsv4_core.contract.choosing import log_softmax
 from dsv4_core.graph.cache import Cache, CacheError
 from dsv4_core.graph.engine import BusyError, Engine, Request
 from dsv4_core.graph.evaluate import teacher_forced
 from dsv4_core.graph.generate import generate
-from dsv4_core.graph.sampling import Sampling, choose, log_softmax, packed_bits
+from dsv4_core.graph.sampling import Sampling, choice, drawn, packed_bits
 from dsv4_core.graph.step import Step
 
 
@@ -176,7 +177,7 @@ def test_the_hosts_choice_is_the_ops(model):
         wish = Sampling(float(rng.choice([0, 0.3, 1, 2])), float(rng.choice([0.1, 0.5, 0.9, 1])))
         uniform = np.array([rng.random()])
         op = model.backend.sample(logits, uniform, temperature=wish.temperature, top_p=wish.top_p)
-        assert choose(logits[0], wish, float(uniform[0]), {}).token == op[0]
+        assert drawn(logits[0], choice(wish, float(uniform[0]), {})) == op[0]
 
 
 def test_what_narrows_a_choice():
@@ -186,7 +187,7 @@ def test_what_narrows_a_choice():
         draws = (np.arange(200) + 0.5) / 200
         generated = wish.pop("generated", {})
         allowed = wish.pop("allowed", None)
-        return {choose(logits, Sampling(1.0, **wish), u, generated, allowed).token for u in draws}
+        return {drawn(logits, choice(Sampling(1.0, **wish), u, generated, allowed)) for u in draws}
 
     assert support() == {0, 1, 2, 3}
     assert support(top_k=2) == {0, 1}
@@ -195,11 +196,11 @@ def test_what_narrows_a_choice():
     assert support(top_k=3, top_p=0.5) == {0, 1}  # top-k first: 4/9 is below a half
     assert support(bias={3: 100.0}) == {3}
     assert support(allowed=packed_bits([1, 3], 4)) == {1, 3}
-    assert choose(logits, Sampling(presence_penalty=1.0), 0, {0: 1}).token == 1
-    assert choose(logits, Sampling(frequency_penalty=0.2), 0, {0: 1}).token == 0
-    assert choose(logits, Sampling(frequency_penalty=0.2), 0, {0: 2}).token == 1
+    assert drawn(logits, choice(Sampling(presence_penalty=1.0), 0, {0: 1})) == 1
+    assert drawn(logits, choice(Sampling(frequency_penalty=0.2), 0, {0: 1})) == 0
+    assert drawn(logits, choice(Sampling(frequency_penalty=0.2), 0, {0: 2})) == 1
     with pytest.raises(ValueError, match="allows no token"):
-        choose(logits, Sampling(), 0, {}, packed_bits([], 4))
+        choice(Sampling(), 0, {}, packed_bits([], 4))
 
 
 class OnlyEven:

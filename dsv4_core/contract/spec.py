@@ -8,7 +8,10 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, cast
+
+if TYPE_CHECKING:
+    from dsv4_core.contract.dtypes import Host
 
 Numerics = Literal["native", "float32", "float64"]
 Judgement = Literal["exact", "rounded", "discrete"]
@@ -198,3 +201,11 @@ class Ops:
         mode.
         """
         return "float64" if self.numerics == "float64" else "float32"
+
+    def from_numpy(self, array: Host) -> Array:
+        """Take over a host array."""
+        raise NotImplementedError
+
+    def to_numpy(self, array: Array) -> Host:
+        """Give an array back to the host."""
+        raise NotImplementedError

@@ -11,7 +11,7 @@ import numpy as np
 
 from dsv4_core.graph.dspark import block_step
 from dsv4_core.graph.replay import Replay
-from dsv4_core.graph.sampling import Sampling, choose
+from dsv4_core.graph.sampling import Choice, Sampling, choice, drawn, packed
 from dsv4_core.graph.step import Step
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dsv4_core.contract.spec import Array
     from dsv4_core.graph.cache import Cache
     from dsv4_core.graph.model import Model
+    from dsv4_core.graph.sampling import Chosen
 
 DRAFTED = (
     8  # tokens a row up to which steps of a drafting model are replayed: a token and its drafts, not a prompt's chunk
@@ -29,18 +30,13 @@ DRAFTED = (
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens that a slot is fed; what follows its last ``wanted`` ones is asked for.
-
-    ``plain``: temperature and top-p by which the backend chooses, with one ``uniform`` a wanted
-    token; None: the logits are given instead. ``following``: the ids that come after the tokens, as
-    far as they are known.
+    """Tokens that a slot is fed; what follows the last of them is chosen, by one of ``choices``
+    each. ``following``: the ids that come after the tokens, as far as they are known.
     """
 
     slot: int
     tokens: tuple[int, ...]
-    wanted: int
-    plain: tuple[float, float] | None
-    uniform: Sequence[float]
+    choices: Sequence[Choice]
     following: tuple[int, ...] = ()
 
 
@@ -56,21 +52,12 @@ class Wish:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``ids`` int32 [n] that the backend chose after the wanted tokens; ``logits`` [n, vocab] for
-    rows that are not plain.
-    """
+    """``chosen``: per row what follows its last tokens, one of each choice, in their order."""
 
-    ids: Host
-    logits: Host | None
-    starts: tuple[int, ...] = ()
+    chosen: list[list[Chosen]]
     step: Step | None = None
     streams: Array | None = None
     taps: Sequence[Array] = ()
-
-    def of(self, row: int) -> Outcome:
-        """One row's part."""
-        cut = slice(self.starts[row], self.starts[row + 1])
-        return Outcome(self.ids[cut], None if self.logits is None else self.logits[cut])
 
 
 class Batch:
@@ -86,7 +73,7 @@ class Batch:
 
         On a rank that has none of the slots it takes part in the exchanges alone.
         """
-        model, be = self.model, self.model.backend
+        model = self.model
         here = [row for row in rows if self._has(row.slot)]
         width = max(len(row.tokens) for row in rows)
         ids = np.zeros((len(here), width), np.int64)
@@ -94,32 +81,50 @@ class Batch:
             line[: len(row.tokens)] = row.tokens
         counts = [len(row.tokens) for row in here]
         step = Step(self.cache, ids, sequences=[row.slot - self.first for row in here], counts=counts)
-        starts = (0, *np.cumsum([row.wanted for row in rows]).tolist())
+        wanted = [len(row.choices) for row in rows]
         h = None
         taps: list[Array] = []
-        if width == 1 and not self.drafting and starts[-1] == len(rows):
+        if width == 1 and not self.drafting and all(wanted):
             logits = self._replay.logits(step)
         else:
             if self.drafting and model.dspark:
                 h = model.forward(step, taps)
             else:
                 h = self._replay.streams(step) if self.drafting and width <= DRAFTED else model.forward(step)
-            if starts[-1] == 0:
-                return Outcome(np.zeros(0, np.int32), None, starts, step, h, taps)
+            if not any(wanted):
+                return Outcome([[] for _ in rows], step, h, taps)
             ends = [i * width + len(row.tokens) for i, row in enumerate(here)]
-            at = [np.arange(end - row.wanted, end) for end, row in zip(ends, here, strict=True)]
+            at = [np.arange(end - len(row.choices), end) for end, row in zip(ends, here, strict=True)]
             logits = model.logits(self._picked(h, np.concatenate([np.zeros(0, int), *at])))
-        wishes = [row.plain for row in here for _ in range(row.wanted)]
-        uniform = np.array([u for row in here for u in row.uniform], np.float32)
-        chosen = np.zeros(len(wishes), np.int32)
-        for wish in {w for w in wishes if w is not None}:
-            own = np.array([i for i, w in enumerate(wishes) if w == wish])
-            part = be.sample(self._picked(logits, own), be.from_numpy(uniform[own]), temperature=wish[0], top_p=wish[1])
-            chosen[own] = be.to_numpy(part)
-        host = None
-        if any(row.plain is None and row.wanted for row in rows):
-            host = model.parallel.joined(be.to_numpy(logits))
-        return Outcome(model.parallel.joined(chosen), host, starts, step, h, taps)
+        return Outcome(self._chosen(logits, rows), step, h, taps)
+
+    def _chosen(self, logits: Array, rows: Sequence[Row]) -> list[list[Chosen]]:
+        """Choose from logits of those rows' choices whose slots are here: greedy ones in one call,
+        all others in another.
+        """
+        model, be, vocab = self.model, self.model.backend, self.model.config.vocab_size
+        choices = [each for row in rows if self._has(row.slot) for each in row.choices]
+        tokens = np.zeros(len(choices), np.int32)
+        greedy = np.array([i for i, each in enumerate(choices) if each.greedy], int)
+        if greedy.size:
+            zeros = be.from_numpy(np.zeros(len(greedy), np.float32))
+            tokens[greedy] = be.to_numpy(be.sample(self._picked(logits, greedy), zeros, temperature=0.0, top_p=1.0))
+        asked = [each.logprobs for row in rows for each in row.choices if each.logprobs is not None]
+        likely = min(vocab, max(asked, default=0))
+        told = np.zeros((len(choices), 1 + 2 * likely))
+        others = np.array([i for i, each in enumerate(choices) if not each.greedy], int)
+        if others.size:
+            *operands, allowed = packed([choices[i] for i in others], vocab)
+            uniform, heat, top_p, top_k, min_p, ids, added = map(be.from_numpy, operands)
+            mask = None if allowed is None else be.from_numpy(allowed)
+            lines = self._picked(logits, others)
+            found = be.sample_each(lines, uniform, heat, top_p, top_k, min_p, ids, added, mask, likely=likely)
+            tokens[others], *columns = map(be.to_numpy, found)
+            told[others] = np.concatenate([column.reshape(len(others), -1) for column in columns], axis=1)
+        tokens = model.parallel.joined(tokens)
+        reports = model.parallel.joined(told).tolist() if asked else [()] * len(tokens)
+        every = iter(zip(tokens.tolist(), reports, strict=True))
+        return [[each.told(*next(every)) for each in row.choices] for row in rows]
 
     def drafts(
         self,
@@ -201,7 +206,7 @@ class Batch:
                 if k >= len(wish.uniform) or survives[i] < self.confidence:
                     alive.discard(i)
                 if i in alive:
-                    token = choose(base[n, k] + added[n], wish.sampling, wish.uniform[k], {}).token
+                    token = drawn(base[n, k] + added[n], choice(wish.sampling, wish.uniform[k], {}))
                     if token < 0:
                         alive.discard(i)
                     else:

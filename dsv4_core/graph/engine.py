@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv4_core.graph.batch import Batch, Outcome, Row, Wish
+from dsv4_core.graph.batch import Batch, Row, Wish
 from dsv4_core.graph.cache import SHARED, Cache, CacheError, Snapshot
-from dsv4_core.graph.sampling import GREEDY, Chosen, Constraint, NoNumberError, Sampling, choose, log_softmax, top_ids
+from dsv4_core.graph.sampling import GREEDY, Choice, Chosen, Constraint, NoNumberError, Sampling, choice, packed_bits
 from dsv4_core.graph.step import check_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
 
     from dsv4_core.graph.model import Model
 
@@ -118,13 +118,6 @@ class _Run:
     def free(self) -> int:
         """How many of the next tokens no constraint narrows."""
         return _MANY if self.request.constraint is None else self.request.constraint.free()
-
-    @property
-    def plain(self) -> tuple[float, float] | None:
-        """Temperature and top-p, where the backend's ``sample`` is all that it needs."""
-        r = self.request
-        alone = r.sampling.by_backend and r.prompt_logprobs is None and self.free > 0
-        return (r.sampling.temperature, r.sampling.top_p) if alone else None
 
     def uniform(self, ahead: int) -> float:
         """The draw for the ``ahead``-th token from now: one for each token, whatever is drafted and
@@ -260,16 +253,16 @@ class Engine:
         while self._waiting and self._free and not self._soon_shared(self._waiting[0].request):
             self._admit(self._waiting.popleft())
         decoding = sorted((run for run in self._running if run.out), key=lambda run: run.slot)
-        rows = [self._decode_row(run) for run in decoding]
-        if rows:
-            self._forward(decoding, rows)
-        left = max(1, self.budget - sum(len(row.tokens) for row in rows))
+        decodes = [(run, row) for run in decoding if (row := self._row(run))]
+        if decodes:
+            self._forward([run for run, _ in decodes], [row for _, row in decodes])
+        left = max(1, self.budget - sum(len(row.tokens) for _, row in decodes))
         while left > 0 and (reading := [run for run in self._running if not run.out]):
             prompts: list[tuple[_Run, Row]] = []
             for run in reading:
-                if left > 0:
-                    prompts.append((run, self._prefill_row(run, left)))
-                    left -= len(prompts[-1][1].tokens)
+                if left > 0 and (row := self._row(run, left)):
+                    prompts.append((run, row))
+                    left -= len(row.tokens)
             for rectangle in _rectangles(prompts):
                 self._forward([run for run, _ in rectangle], [row for _, row in rectangle])
                 if self.progress:
@@ -280,10 +273,26 @@ class Engine:
 
     # rows of a step
 
+    def _row(self, run: _Run, left: int = 0) -> Row | None:
+        """What a request is fed next; one whose constraint fails ends here, and there is none."""
+        try:
+            return self._decode_row(run) if run.out else self._prefill_row(run, left)
+        except Exception as error:  # noqa: BLE001  it goes to the one who asked
+            self._end(run, "error", error=error)
+            return None
+
     def _decode_row(self, run: _Run) -> Row:
         tokens = (run.out[-1], *run.draft)
-        uniform = [run.uniform(i) for i in range(len(tokens))]
-        return Row(run.slot, tokens, len(tokens), run.plain, uniform)
+        return Row(run.slot, tokens, self._choices(run, run.draft))
+
+    def _choices(self, run: _Run, drafted: Sequence[int] = ()) -> list[Choice]:
+        """How the next token is chosen, and those after each draft, should it be right."""
+        request, counts, choices = run.request, run.counts, list[Choice]()
+        for ahead in range(len(drafted) + 1):
+            allowed = request.constraint.allowed() if request.constraint and run.free <= ahead else None
+            choices.append(choice(request.sampling, run.uniform(ahead), counts, allowed))
+            counts = counts + Counter(drafted[ahead : ahead + 1])
+        return choices
 
     def _prefill_row(self, run: _Run, left: int) -> Row:
         """The next tokens of a prompt: a chunk or what the budget leaves, and no further than the
@@ -295,10 +304,13 @@ class Engine:
             marks = (_near_end(prompt), (start // FAR + 1) * FAR)
             known = {len(k.tokens) for k in self._kept if k.tokens == prompt[: len(k.tokens)]}
             end = min((m for m in marks if start < m < end and m not in known), default=end)
-        last = end == len(prompt)
-        wanted = end - start if run.request.prompt_logprobs is not None else int(last)
         following = (*prompt[start + 1 : end + 1],)
-        return Row(run.slot, prompt[start:end], wanted, run.plain, [run.uniform(0)] * wanted, following)
+        choices = self._choices(run) if end == len(prompt) else []
+        if run.request.prompt_logprobs is not None:  # of the prompt's own tokens, each the only one allowed
+            vocab, count = self.model.config.vocab_size, run.request.prompt_logprobs
+            told = [Choice(GREEDY, 0.0, allowed=packed_bits([token], vocab), logprobs=count) for token in following]
+            choices = told + choices
+        return Row(run.slot, prompt[start:end], choices, following)
 
     def _forward(self, runs: list[_Run], rows: list[Row]) -> None:
         """One step. Where it fails, each row is tried alone: a request that cannot be served harms
@@ -306,9 +318,7 @@ class Engine:
         """
         try:
             outcome = self._batch.forward(rows)
-            chosen = [
-                self._choose(run, row, outcome.of(i)) for i, (run, row) in enumerate(zip(runs, rows, strict=True))
-            ]
+            chosen = [self._choose(run, row, seen) for run, row, seen in zip(runs, rows, outcome.chosen, strict=True)]
             told = [[c.token for c in line] for line in chosen]
             drafts = self._batch.drafts(
                 rows, outcome, told, [self._wish(r, n) for r, n in zip(runs, told, strict=True)]
@@ -326,31 +336,26 @@ class Engine:
         self._batch.advance(rows, outcome, stands)
         self._stats.steps += 1
         self._stats.rows += sum(len(row.tokens) for row in rows)
-        for i, (run, row) in enumerate(zip(runs, rows, strict=True)):
-            self._tell(run, row, outcome.of(i))
-            self._commit(run, row, chosen[i], drafts[i])
+        for run, row, seen, line, draft in zip(runs, rows, outcome.chosen, chosen, drafts, strict=True):
+            self._tell(run, row, seen)
+            self._commit(run, row, line, draft)
 
-    def _choose(self, run: _Run, row: Row, seen: Outcome) -> list[Chosen]:
+    def _choose(self, run: _Run, row: Row, seen: Sequence[Chosen]) -> list[Chosen]:
         """The tokens that follow: one, and one more for each draft that was right. Changes
         nothing.
         """
         request, line = run.request, list[Chosen]()
-        if not run.out and run.rows + len(row.tokens) < len(request.prompt):
-            return line
-        drafted = row.tokens[1:] if run.out else ()
-        counts = Counter(run.counts)
+        if not run.out:
+            for i, chosen in enumerate(seen):
+                if chosen.token < 0:
+                    raise NoNumberError(run.rows + len(row.tokens) - len(seen) + 1 + i)
+            return [*seen[-1:]] if run.rows + len(row.tokens) == len(request.prompt) else line
+        drafted = row.tokens[1:]
         room = request.max_tokens - len(run.out)
-        for j in range(len(drafted) + 1):
-            at = j if run.out else row.wanted - 1
-            if row.plain or seen.logits is None:
-                chosen = Chosen(int(seen.ids[at]))
-            else:
-                allowed = request.constraint.allowed() if request.constraint and run.free <= j else None
-                chosen = choose(seen.logits[at], request.sampling, run.uniform(j), counts, allowed)
+        for j, chosen in enumerate(seen):
             if chosen.token < 0:
                 raise NoNumberError(len(request.prompt) + len(run.out) + j)
             line.append(chosen)
-            counts[chosen.token] += 1
             right = j < len(drafted) and drafted[j] == chosen.token
             if not right or len(line) == room or chosen.token in request.stop:
                 break
@@ -367,17 +372,15 @@ class Engine:
         count = max(0, min(self.drafts, room, run.free - len(line) - 1))
         return Wish(request.sampling, [run.uniform(len(line) + k) for k in range(count)])
 
-    def _tell(self, run: _Run, row: Row, seen: Outcome) -> None:
+    def _tell(self, run: _Run, row: Row, seen: Sequence[Chosen]) -> None:
         """Note the log-probabilities of the prompt's tokens after those that were fed, where they
         are asked for.
         """
-        count = run.request.prompt_logprobs
-        if count is None or seen.logits is None or run.out:
+        if run.request.prompt_logprobs is None or run.out:
             return
         if not run.told:
             run.told.append((None, ()))
-        for line, token in zip(log_softmax(seen.logits), row.following, strict=False):
-            run.told.append((float(line[token]), top_ids(line, count)))
+        run.told += [(chosen.logprob, chosen.likely) for chosen, _ in zip(seen, row.following, strict=False)]
 
     def _commit(self, run: _Run, row: Row, line: list[Chosen], draft: list[int]) -> None:
         request = run.request

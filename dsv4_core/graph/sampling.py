@@ -1,13 +1,15 @@
-"""How a token is chosen from logits: one request's wishes, and the choice where the backend's
-``sample`` is not enough.
+"""How a token is chosen from logits: one request's wishes, and what the op ``sample_each`` is told
+of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
+
+from dsv4_core.contract import choosing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -66,12 +68,6 @@ class Sampling:
         if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
             raise ValueError(f"logprobs = {self.logprobs} must be in 0 .. {MOST_LOGPROBS}")
 
-    @property
-    def by_backend(self) -> bool:
-        """Whether the ``sample`` op alone serves it."""
-        narrowed = self.top_k or self.min_p or self.presence_penalty or self.frequency_penalty or self.bias
-        return not narrowed and self.logprobs is None
-
 
 GREEDY = Sampling()
 
@@ -117,72 +113,76 @@ class Chosen:
     likely: tuple[tuple[int, float], ...] = ()
 
 
-def choose(
-    logits: Host, sampling: Sampling, uniform: float, generated: Mapping[int, int], allowed: Host | None = None
-) -> Chosen:
-    """Choose from one row of logits [vocab], in float64 on the host; rules as of the ``sample`` op
-    (-1: nothing to choose by), and ``Sampling``.
-
-    ``generated``: how often each id was generated. Raises ``ValueError`` where ``allowed`` allows
-    nothing.
+@dataclass(frozen=True)
+class Choice:
+    """How one token is chosen: ``added`` to the logits of its ids (bias, penalties), of the
+    ``allowed`` ids (as ``Constraint.allowed``). ``logprobs``: as of ``Sampling``.
     """
-    raw = np.asarray(logits, np.float64)
-    if not np.isfinite(raw.max()):
-        return Chosen(-1)
-    x = raw.copy()
-    if generated and (sampling.presence_penalty or sampling.frequency_penalty):
-        ids = np.fromiter(generated.keys(), np.int64)
-        counts = np.fromiter(generated.values(), np.float64)
-        x[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts
-    if sampling.bias:
-        x[np.fromiter(sampling.bias.keys(), np.int64)] += np.fromiter(sampling.bias.values(), np.float64)
-    if allowed is not None:
-        bits = np.unpackbits(np.ascontiguousarray(allowed, "<i4").view(np.uint8), bitorder="little")[: len(x)]
-        if not bits.any():
-            raise ValueError("the constraint allows no token")
-        x[bits == 0] = -np.inf
-    token = int(x.argmax()) if sampling.temperature == 0 else _drawn(x / sampling.temperature, sampling, uniform)
-    return _reported(token, raw, sampling.logprobs)
+
+    sampling: Sampling
+    uniform: float
+    added: Mapping[int, float] = field(default_factory=dict)
+    allowed: Host | None = None
+    logprobs: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the largest of the logits is all that is asked for."""
+        narrowed = self.added or self.allowed is not None or self.logprobs is not None
+        return self.sampling.temperature == 0 and not narrowed
+
+    def told(self, token: int, report: Sequence[float]) -> Chosen:
+        """What was chosen. ``report``: of ``sample_each`` the log-probability, the likely ids,
+        theirs.
+        """
+        if self.logprobs is None or token < 0:
+            return Chosen(token)
+        logprob, likely = report[0], (len(report) - 1) // 2
+        pairs = zip(report[1 : 1 + likely], report[1 + likely :], strict=True)
+        return Chosen(token, logprob, tuple((int(i), p) for i, p in pairs)[: self.logprobs])
 
 
-def _drawn(x: Host, sampling: Sampling, uniform: float) -> int:
-    order = np.argsort(-x, kind="stable")
-    if sampling.top_k:
-        order = order[: sampling.top_k]
-    p = np.exp(x[order] - x[order[0]])
-    running = np.cumsum(p)
-    kept = min(int((running < sampling.top_p * running[-1]).sum()) + 1, len(order))
-    if sampling.min_p:
-        kept = min(kept, int((p >= sampling.min_p).sum()))
-    running = running[:kept]
-    chosen = min(int((running <= uniform * running[-1]).sum()), kept - 1)
-    return int(order[chosen])
-
-
-def _reported(token: int, raw: Host, likely: int | None) -> Chosen:
-    if likely is None:
-        return Chosen(token)
-    logprobs = log_softmax(raw)
-    return Chosen(token, float(logprobs[token]), top_ids(logprobs, likely))
-
-
-def log_softmax(logits: Host) -> Host:
-    """Log-probabilities of one row or many, [..., vocab], float64."""
-    x = np.asarray(logits, np.float64)
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-
-def top_ids(logprobs: Host, count: int) -> tuple[tuple[int, float], ...]:
-    """The ``count`` likeliest ids of a row and their log-probabilities, the lower id first on a
-    tie.
+def choice(sampling: Sampling, uniform: float, generated: Mapping[int, int], allowed: Host | None = None) -> Choice:
+    """The choice of a request's next token. ``generated``: how often each id was. Raises
+    ``ValueError`` where ``allowed`` allows nothing.
     """
-    if count == 0:
-        return ()
-    least = np.partition(logprobs, -count)[-count] if count < len(logprobs) else -np.inf
-    ids = np.flatnonzero(logprobs >= least)
-    ids = ids[np.argsort(-logprobs[ids], kind="stable")][:count]
-    return tuple((int(i), float(logprobs[i])) for i in ids)
+    if allowed is not None and not allowed.any():
+        raise ValueError("the constraint allows no token")
+    added = dict(sampling.bias)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        for token, count in generated.items():
+            taken = sampling.presence_penalty + sampling.frequency_penalty * count
+            added[token] = added.get(token, 0.0) - taken
+    return Choice(sampling, uniform, added, allowed, sampling.logprobs)
+
+
+Packed: TypeAlias = "tuple[Host, Host, Host, Host, Host, Host, Host, Host | None]"
+
+
+def packed(choices: Sequence[Choice], vocab: int) -> Packed:
+    """The operands of ``sample_each`` after the logits, one row a choice."""
+
+    def wishes(name: str, kind: type = np.float32) -> Host:
+        return np.array([getattr(each.sampling, name) for each in choices], kind)
+
+    uniform = np.array([each.uniform for each in choices], np.float32)
+    ids = np.full((len(choices), max(len(each.added) for each in choices)), -1, np.int32)
+    added = np.zeros(ids.shape, np.float32)
+    for i, each in enumerate(choices):
+        count = len(each.added)
+        ids[i, :count], added[i, :count] = list(each.added.keys()), list(each.added.values())
+    allowed = None
+    if any(each.allowed is not None for each in choices):
+        everything = np.full(-(-vocab // 32), -1, np.int32)
+        masks = [everything if each.allowed is None else each.allowed for each in choices]
+        allowed = np.stack(masks).astype(np.int32)
+    narrowing = wishes("top_p"), wishes("top_k", np.int32), wishes("min_p")
+    return uniform, wishes("temperature"), *narrowing, ids, added, allowed
+
+
+def drawn(logits: Host, one: Choice) -> int:
+    """Choose from one row of logits [vocab] on the host, as ``sample_each`` does."""
+    return int(choosing.sample_each(logits[None], *packed([one], len(logits)), likely=0)[0][0])
 
 
 def packed_bits(ids: Sequence[int], vocab: int) -> Host:

@@ -147,10 +147,8 @@ def penalties_of_the_company(monkeypatch):
 
 def mask_for_the_next_one(monkeypatch):
     """The constraint is not asked."""
-    right = engine_module.choose
-    monkeypatch.setattr(
-        engine_module, "choose", lambda logits, wish, u, counts, allowed=None: right(logits, wish, u, counts)
-    )
+    right = engine_module.choice
+    monkeypatch.setattr(engine_module, "choice", lambda wish, u, counts, allowed=None: right(wish, u, counts))
 
 
 def snapshot_is_the_donor(monkeypatch):

@@ -10,9 +10,9 @@ import pytest
 openai = pytest.importorskip("openai")
 anthropic = pytest.importorskip("anthropic")
 
+from dsv4_core.contract.choosing import log_softmax  # noqa: E402
 from dsv4_core.graph.evaluate import teacher_forced  # noqa: E402
 from dsv4_core.graph.generate import generate  # noqa: E402
-from dsv4_core.graph.sampling import log_softmax  # noqa: E402
 from dsv4_core.text.chat import encode  # noqa: E402
 
 MODEL = "tiny-jargon"

@@ -16,8 +16,8 @@ import pytest
 from dsv4_serve.openapi import document
 
 from dsv4_core.checkpoint.weights import embedded
+from dsv4_core.contract.choosing import log_softmax
 from dsv4_core.graph.evaluate import teacher_forced
-from dsv4_core.graph.sampling import log_softmax
 
 MODEL = "tiny-jargon"
 ASK = [{"role": "user", "content": "What is kludge?"}]

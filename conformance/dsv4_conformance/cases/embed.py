@@ -35,3 +35,22 @@ def sample() -> tuple[Case, ...]:
         base.but("views", views=True, temperature=0.7),
         base.but("flash", vocab=129280, temperature=0.7, top_p=0.95),
     )
+
+
+def sample_each() -> tuple[Case, ...]:
+    base = Case("some_greedy", {"tokens": 6, "vocab": 500, "changed": 5}, {"likely": 3}, tier="smoke")
+    return (
+        base,
+        base.but("ties", "smoke", data="ties"),
+        base.but("no_number", "smoke", data="no_number"),
+        base.but("nothing_changed", "smoke", changed=0, dtypes={"allowed": "none"}),
+        base.but("nothing_told", "smoke", likely=0),
+        base.but("twenty_told", likely=20),
+        base.but("only_one_allowed", "smoke", data="only_one"),
+        base.but("whole_words", vocab=512),
+        base.but("masked", data="masked"),
+        base.but("edges", data="edges"),
+        base.but("views", views=True),
+        *base.odd(sizes=(0, 1, 17)),
+        base.but("flash", vocab=129280, likely=20),
+    )

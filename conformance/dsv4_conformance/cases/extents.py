@@ -75,6 +75,7 @@ EXTENTS: Mapping[str, Sequence[Change]] = {
         *at("vocab", SHARE_OF_VOCAB, ("normal", "late"), tokens=3),
         *at("tokens", 128),
     ],
+    "sample_each": [*at("vocab", VOCAB, tokens=3), *at("vocab", SHARE_OF_VOCAB, tokens=3), *at("tokens", 128)],
     "rms_norm": [
         *at("tokens", NORM_ROWS, dim=16),
         *at("dim", HIDDEN, LONG_SUMS, tokens=2),

@@ -43,6 +43,7 @@ EXTRA: Mapping[str, tuple[str, ...]] = {
     "moe": ("normal", "outliers", "one_expert", "other_ranks", "nothing_here", "positive"),
     "expert_linear": (*OF_NUMBERS, "one_expert", "other_ranks", "nothing_here"),
     "sample": ("normal", "ties", "peaked", "late"),
+    "sample_each": ("normal", "ties", "peaked", "late", "masked", "only_one"),
     "swiglu": (*OF_NUMBERS, "clamp", "very_negative"),
     "embedding": ("normal", "ids_outside"),
     "cache_write": ("normal", "padding", "nothing", "outliers", "zero_rows"),

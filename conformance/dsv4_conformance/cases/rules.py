@@ -23,7 +23,7 @@ def _embedding(m: Maker) -> list[Any]:
 
 @builds("sample")
 def _sample(m: Maker) -> list[Any]:
-    flavour = {"ties": "integers", "no_number": "normal", "masked": "normal"}.get(m.data, m.data)
+    flavour = {"ties": "integers", **dict.fromkeys(("no_number", "masked", "only_one"), "normal")}.get(m.data, m.data)
     logits = m.floats(m["tokens"], m["vocab"], dtype=m.wide, data=flavour, scale=3.0)
     if m.data == "no_number":  # of every two rows one cannot be chosen from
         for row, value in zip(logits[::2], itertools.cycle((np.nan, np.inf, -np.inf)), strict=False):
@@ -35,6 +35,34 @@ def _sample(m: Maker) -> list[Any]:
         logits[m.rng.random(logits.shape) < 0.9] = -np.inf
         logits[:, m["vocab"] // 2] = 0
     return [logits, uniform]
+
+
+@builds("sample_each")
+def _sample_each(m: Maker) -> list[Any]:
+    """Rows of unlike wishes: every third is greedy, and each of the others narrows in its own
+    way.
+    """
+    logits, uniform = _sample(m)
+    t, vocab, changed = m["tokens"], m["vocab"], m["changed"]
+
+    def one_of(*values: float, dtype: Any = np.float32) -> Host:
+        return m.rng.choice(np.array(values, dtype), t)
+
+    temperature = np.where(np.arange(t) % 3 == 0, np.float32(0), one_of(0.5, 1, 2.5))
+    wishes = [one_of(1, 0.9, 0.3), one_of(0, 1, 3, 40, vocab, dtype=np.int32), one_of(0, 0.02, 0.5)]
+    ids = np.stack([m.rng.permutation(vocab)[:changed] for _ in range(t)]) if t else np.zeros((0, changed))
+    ids[1::2, changed // 2 :] = -1  # rows name unlike many
+    added = m.plain(t, changed, scale=4.0)
+    added[2::4] *= 8
+    allowed = None
+    if m.case.dtypes.get("allowed") != "none":
+        bits = m.rng.random((t, -(-vocab // 32) * 32)) < np.where(np.arange(t) % 2, 0.5, 0.02)[:, None]
+        bits[:, : -(-vocab // 32) * 32 : 40] = True  # also beyond the vocabulary, where nothing may look
+        bits[3::4] = True
+        if m.data == "only_one":
+            bits[:] = np.arange(bits.shape[1]) == m.rng.integers(vocab, size=(t, 1))
+        allowed = np.packbits(bits, axis=1, bitorder="little").view("<i4").astype(np.int32)
+    return [logits, uniform, temperature.astype(np.float32), *wishes, ids.astype(np.int32), added, allowed]
 
 
 @builds("rms_norm")

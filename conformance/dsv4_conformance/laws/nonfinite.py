@@ -33,7 +33,7 @@ FINITE = (0.0, 1.0, -3.0, 300.0, -1000.0)  # far enough apart that a difference 
 FINITE_CODES = (0x00, 0x38, 0xB8, 0x7E)  # the same of E4M3: 0, 1, -1, 448
 NAN_CODE = 0x7F
 HUGE = 1e30  # what stands for infinity where a clamp or an exponential makes a number of it again
-BY_CHOICE = frozenset({"index_select", "index_topk", "cached_index_topk", "sample"})
+BY_CHOICE = frozenset({"index_select", "index_topk", "cached_index_topk", "sample", "sample_each"})
 """Ops that return choices alone: of what is no number none is the best."""
 SHARES_A_SCALE = {"act_quant": "block", "act_qdq": "block"}
 """Casts: the element's own result is NaN; the others of its block share a scale with it, and may

@@ -139,6 +139,74 @@ def nan_is_a_choice(be: Any, right: Op, logits: Host, uniform: Host, *, temperat
     return right(np.nan_to_num(logits, nan=1e9, posinf=1e9), uniform, temperature=temperature, top_p=top_p)
 
 
+# logits, uniform, temperature, top_p, top_k, min_p, ids, added, allowed
+@mutant("sample_each", seen="one temperature a batch: the first row's", numeric=False)
+def temperature_of_the_first_row(
+    be: Any, right: Op, logits: Host, uniform: Host, heat: Host, *rest: Any, **kw: Any
+) -> Any:
+    return right(logits, uniform, np.broadcast_to(heat[:1], heat.shape).copy(), *rest, **kw)
+
+
+@mutant("sample_each", seen="top-k that keeps what equals its threshold's rank too", numeric=False)
+def top_k_one_too_many(be: Any, right: Op, *operands: Any, **kw: Any) -> Any:
+    top_k = np.where(operands[4] > 0, operands[4] + 1, 0).astype(np.int32)
+    return right(*operands[:4], top_k, *operands[5:], **kw)
+
+
+@mutant("sample_each", seen="min-p of the whole, not of the most likely token", numeric=False)
+def min_p_of_the_whole(be: Any, right: Op, logits: Host, uniform: Host, *rest: Any, **kw: Any) -> Any:
+    heat, top_p, top_k, min_p, ids, added, allowed = rest
+    warm = np.where(heat > 0, heat, 1)[:, None].astype(np.float64)
+    whole = np.exp((logits - logits.max(-1, keepdims=True)) / warm).sum(-1) if logits.size else min_p
+    share = np.minimum(min_p * whole, 1).astype(np.float32)
+    return right(logits, uniform, heat, top_p, top_k, share, ids, added, allowed, **kw)
+
+
+@mutant("sample_each", seen="a mask read from the highest bit of each byte", numeric=False)
+def mask_from_the_other_end(be: Any, right: Op, *operands: Any, **kw: Any) -> Any:
+    if operands[8] is None:
+        return right(*operands, **kw)
+    bits = np.unpackbits(np.ascontiguousarray(operands[8]).view(np.uint8), axis=1, bitorder="big")
+    return right(*operands[:8], np.packbits(bits, axis=1, bitorder="little").view(np.int32), **kw)
+
+
+@mutant("sample_each", seen="padding of the shorter rows' bias, -1, is the last id of the vocabulary", numeric=False)
+def bias_of_no_id_at_the_end(be: Any, right: Op, *operands: Any, **kw: Any) -> Any:
+    logits, ids, added = operands[0].copy(), operands[6], operands[7]
+    np.add.at(logits[:, -1], np.nonzero(ids < 0)[0], added[ids < 0])
+    token, *_ = right(logits, *operands[1:], **kw)
+    return (token, *right(*operands, **kw)[1:])
+
+
+@mutant("sample_each", seen="log-probabilities of the logits after bias and penalties", numeric=False)
+def told_after_the_bias(be: Any, right: Op, *operands: Any, **kw: Any) -> Any:
+    logits, ids, added = operands[0].copy(), operands[6], operands[7]
+    rows, at = np.nonzero(ids >= 0)
+    np.add.at(logits, (rows, ids[rows, at]), added[rows, at].astype(logits.dtype))
+    return right(logits, *operands[1:7], np.zeros_like(added), operands[8], **kw)
+
+
+@mutant("sample_each", seen="log-probabilities at the temperature that is sampled with", numeric=False)
+def told_at_the_temperature(be: Any, right: Op, *operands: Any, **kw: Any) -> Any:
+    warm = np.where(operands[2] > 0, operands[2], 1)[:, None]
+    told = right((operands[0] / warm).astype(operands[0].dtype), *operands[1:], **kw)
+    token, _, most, _ = right(*operands, **kw)
+    return token, told[1], most, told[3]
+
+
+@mutant(
+    "sample_each", seen="the likeliest ids as a partial sort leaves them: the right ones in any order", numeric=False
+)
+def likely_unsorted(be: Any, right: Op, *operands: Any, **kw: Any) -> Any:
+    token, logprob, most, logprobs = right(*operands, **kw)
+    return token, logprob, most[:, ::-1].copy(), logprobs[:, ::-1].copy()
+
+
+@mutant("sample_each", seen="a row of NaN says a token: the largest of NaN is the first", numeric=False)
+def nan_is_a_choice_of_a_row(be: Any, right: Op, logits: Host, *rest: Any, **kw: Any) -> Any:
+    return right(np.nan_to_num(logits, nan=1e9, posinf=1e9), *rest, **kw)
+
+
 @mutant("swiglu", seen="results computed in float32 and returned so", numeric=False)
 def wrong_dtype(be: Any, right: Op, *operands: Any, **kw: Any) -> Any:
     return right(*operands, **kw).astype(np.float64)

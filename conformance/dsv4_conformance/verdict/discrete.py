@@ -7,6 +7,7 @@ ties follow the published rule: the lower index.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -213,38 +214,121 @@ def judge_sample(call: Call, results: list[Host], backend: Backend) -> Verdict:
         return judge_exact(largest, Expected(logits.max(-1, initial=-np.inf), "float64"))
     if temperature == 0:
         return judge_exact(got, Expected(logits.argmax(-1).astype(np.int32), "int32"))
+    every, none = np.ones(len(logits)), np.zeros(len(logits), int)
+    wishes = Wishes(temperature * every, top_p * every, none, none, uniform)
+    return judge_drawn(got, logits, wishes, backend)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """How each row is to be drawn: [rows] each, ``top_k`` 0 for all."""
+
+    temperature: Host
+    top_p: Host
+    top_k: Host
+    min_p: Host
+    uniform: Host
+
+
+def judge_drawn(got: Host, x: Host, wishes: Wishes, backend: Backend) -> Verdict:
+    """Tokens drawn from logits [rows, vocab] in float64, each row with a finite largest one: each
+    token's share of the cumulative distribution holds the random number, give or take rounding.
+    """
     verdict = Verdict()
-    tokens, vocab = logits.shape
+    tokens, vocab = x.shape
     if not tokens:
         return verdict
     if ((got < 0) | (got >= vocab)).any():
         at = place((got < 0) | (got >= vocab))
         return Verdict([f"token {list(at)} is {int(got[at])}, outside the vocabulary of {vocab}"], math.inf)
-    scaled = logits / temperature
-    p = np.exp(scaled - scaled.max(-1, keepdims=True))
-    p /= p.sum(-1, keepdims=True)
-    order = np.argsort(-p, axis=-1, kind="stable")
-    sorted_p = np.take_along_axis(p, order, -1)
-    running = np.cumsum(sorted_p, -1)
+    got, largest = got.astype(np.int64), x.max(-1, keepdims=True)
+    order = np.argsort(-x, axis=-1, kind="stable")
+    cut = np.where(wishes.top_k > 0, np.minimum(wishes.top_k, vocab), vocab)
+    sorted_x = np.take_along_axis(x, order, -1)
+    sorted_p = np.exp((sorted_x - largest) / wishes.temperature[:, None].astype(np.float64))
+    sorted_p[np.arange(vocab) >= cut[:, None]] = 0
+    share = sorted_p / sorted_p.sum(-1, keepdims=True)
+    running = np.cumsum(share, -1)
+    finite = np.where(np.isfinite(x), np.abs(x), 0).max(-1) / wishes.temperature
     slack = (
-        SAFETY * roundoff(backend.wide_dtype) * (np.sqrt(vocab) / 3 + np.abs(scaled).max(-1))
+        SAFETY * roundoff(backend.wide_dtype) * (np.sqrt(vocab) / 3 + finite)
     )  # a sum of `vocab` terms; exp of the largest
-    rank = np.take_along_axis(np.argsort(order, -1), got[:, None].astype(np.int64), -1)[:, 0]
-    token = np.arange(tokens)
-    upper, lower = running[token, rank], running[token, rank] - sorted_p[token, rank]
+    rank = np.take_along_axis(np.argsort(order, -1), got[:, None], -1)[:, 0]
+    token, first, last = np.arange(tokens), rank, rank
+    if backend.ties == "any":  # it may stand anywhere among its equals
+        same = sorted_x == x[token, got][:, None]
+        first, last = same.argmax(-1), vocab - 1 - same[:, ::-1].argmax(-1)
+    upper, lower = running[token, last], running[token, first] - share[token, first]
     fits = np.zeros(tokens, bool)
-    for edge in (-slack, slack):  # rounding may take one token more or less into the prefix
-        kept = np.minimum((running < top_p + edge[:, None]).sum(-1), vocab - 1)
-        goal = uniform * running[token, kept]
-        fits |= (rank <= kept) & (goal >= lower - slack) & (goal <= upper + slack)
+    for edge, least in itertools.product((-slack, slack), (-slack, slack)):  # rounding may take one token more or less
+        prefix = (running < (wishes.top_p + edge)[:, None]).sum(-1) + 1
+        likely = (sorted_p >= (wishes.min_p * (1 + least))[:, None]).sum(-1)
+        kept = np.maximum(np.minimum(np.minimum(prefix, likely), cut), 1) - 1
+        goal = wishes.uniform * running[token, kept]
+        fits |= (first <= kept) & (goal >= lower - slack) & (goal <= upper + slack)
+    fits &= np.isfinite(x[token, got])
     if not fits.all():
         t = int(np.argmin(fits))
         verdict.worst = {"element": [t], "got": int(got[t]), "budget": float(slack[t])}
         verdict.used = math.inf
         verdict.problems.append(
             f"{int((~fits).sum())} of {tokens} tokens cannot be what the random number selects; token {t}: got {int(got[t])}, whose share of the "
-            f"cumulative distribution is {lower[t]:.7g} .. {upper[t]:.7g}; uniform {float(uniform[t]):.7g}, budget {slack[t]:.3g}"
+            f"cumulative distribution is {lower[t]:.7g} .. {upper[t]:.7g}; uniform {float(wishes.uniform[t]):.7g}, budget {slack[t]:.3g}"
         )
+    return verdict
+
+
+def judge_sample_each(call: Call, results: list[Host], backend: Backend) -> Verdict:
+    """Tokens by the logits as they are changed, in the wide dtype, so that every comparison of two
+    is exact; likely ids by those that were given; log-probabilities within their rounding.
+    """
+    o, wide = call.named(), backend.wide_dtype
+    token, logprob, most, logprobs = results
+    given = o["logits"]
+    x, vocab = given.copy(), given.shape[1]
+    for row, ids, added in zip(x, o["ids"], o["added"], strict=True):
+        row[ids[ids >= 0]] += added[ids >= 0].astype(row.dtype)
+    if o["allowed"] is not None:
+        v = np.arange(vocab)
+        x[o["allowed"][:, v // 32] >> (v % 32) & 1 == 0] = -np.inf
+    x, raw = x.astype(np.float64), given.astype(np.float64)
+    sound = np.isfinite(raw.max(-1, initial=-np.inf)) & np.isfinite(x.max(-1, initial=-np.inf))
+    for name, got, none in (("token", token, -1), ("likely", most, -1)):
+        verdict = judge_exact(got[~sound], Expected(np.full(got[~sound].shape, none, np.int32), "int32"))
+        if not verdict.ok:
+            verdict.problems = [f"{name} of a row that cannot be chosen from: {p}" for p in verdict.problems]
+            return verdict
+    likely = call.scalars["likely"]
+    best = np.argsort(-raw, axis=-1, kind="stable")[:, :likely]
+    greedy, verdict = sound & (o["temperature"] == 0), Verdict()
+    first = x.argmax(-1)
+    if backend.ties == "any":
+        taken = np.clip(token, 0, vocab - 1)
+        first = np.where(np.take_along_axis(x, taken[:, None], 1)[:, 0] == x.max(-1, initial=-np.inf), token, first)
+        values = np.take_along_axis(raw, np.clip(most, 0, vocab - 1).astype(np.int64), 1)
+        distinct = [len(set(line)) == likely for line in most.tolist()]
+        equal = (values == np.take_along_axis(raw, best, 1)).all(-1) & np.array(distinct, bool)
+        best = np.where(equal[:, None], most, best)
+    for name, got, want in (("token", token[greedy], first[greedy]), ("likely", most[sound], best[sound])):
+        verdict.add(judge_exact(got, Expected(want.astype(np.int32), "int32")), f"{name}: ")
+    drawn = sound & ~greedy
+    wishes = Wishes(*(o[name][drawn] for name in ("temperature", "top_p", "top_k", "min_p", "uniform")))
+    verdict.add(judge_drawn(token[drawn], x[drawn], wishes, backend), "token: ")
+    if not verdict.ok:
+        return verdict
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        largest = np.where(sound, raw.max(-1, initial=-np.inf), 0)[:, None]
+        total = np.log(np.exp(raw - largest).sum(-1, keepdims=True))
+        told = np.where(sound[:, None], raw - largest - total, np.nan)
+    for name, got, ids in (("logprob", logprob[:, None], token[:, None]), ("likely_logprobs", logprobs, most)):
+        at = np.clip(ids, 0, vocab - 1).astype(np.int64)
+        value = np.take_along_axis(told, at, 1)
+        logit = np.take_along_axis(raw, at, 1)
+        size = (
+            np.sqrt(vocab) / 3 + np.abs(largest) + sum(np.where(np.isfinite(z), np.abs(z), 0) for z in (logit, value))
+        )
+        spread = roundoff(wide) * size  # the sum's terms, their logarithm, two subtractions
+        verdict.add(judge_rounded(got, Expected(value, wide, SAFETY * spread, spread)), f"{name}: ")
     return verdict
 
 
@@ -254,4 +338,6 @@ def judge_discrete(call: Call, results: list[Host], oracle: Oracle, backend: Bac
         return judge_gate(call, results, oracle, backend)
     if call.op == "sample":
         return judge_sample(call, results, backend)
+    if call.op == "sample_each":
+        return judge_sample_each(call, results, backend)
     return judge_index(call, results, oracle, backend)

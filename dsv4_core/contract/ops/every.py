@@ -1,5 +1,5 @@
 """All contracts together, as a backend inherits them. A fused op's body is its default, written in
-the required ops beside it.
+the required ops beside it (``sample_each``: on the host).
 """
 
 from dsv4_core.contract.ops.attention import AttentionOps
