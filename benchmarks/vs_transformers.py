@@ -1,20 +1,21 @@
 """Time dsv4 against Hugging Face transformers' DeepseekV4: same random weights, same tokens, same
 threads, alternated in one run.
 
-    python benchmarks/vs_transformers.py --backend torch --dtype bfloat16 python
-    benchmarks/vs_transformers.py --backend cuda --device cuda --dtype bfloat16 --weights published
+    python benchmarks/vs_transformers.py --backend torch --dtype bfloat16
+    python benchmarks/vs_transformers.py --backend cuda --device cuda --weights published
 
 Both sides hold plain weights of ``--dtype``. transformers runs with eager attention (it has no
 other for this model) and the fastest of its experts implementations, which are tried first. dsv4
 runs ``native`` numerics in bfloat16 (BF16 between operations, FP8 key/value rows, FP4 indexer keys)
 and in float32 its exact mode, whose logits must agree. With ``--weights published`` dsv4 holds FP8
 and FP4 weights as the published checkpoints do, and transformers their exact values in BF16.
-``--device cuda`` runs both sides on a GPU, dsv4's decode steps recorded and replayed. Prefills and
-decode steps of the two sides alternate one by one, so that whatever else the machine does meets
-both. Printed: medians and their ratio, the same of the fastest, the range of the middle 80 % (on an
-idle machine both sides' lie within a tenth; a process beside them slows transformers far more,
-whose steps wait for all threads more often, so a ratio taken then says little), and beside them the
-bounds: memory bandwidth for decode, matrix products for prefill, both measured in the same run.
+dsv4's decode steps are recorded and replayed, as in ``dsv4 generate``. ``--device cuda`` runs both
+sides on a GPU. Prefills and decode steps of the two sides alternate one by one, so that whatever
+else the machine does meets both. Printed: medians and their ratio, the same of the fastest, the
+range of the middle 80 % (on an idle machine both sides' lie within a tenth; a process beside them
+slows transformers far more, whose steps wait for all threads more often, so a ratio taken then says
+little), and beside them the bounds: memory bandwidth for decode, matrix products for prefill, both
+measured in the same run.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ from dsv4_core.contract.spec import OPS  # noqa: E402
 from dsv4_core.graph.cache import Cache  # noqa: E402
 from dsv4_core.graph.model import Model  # noqa: E402
 from dsv4_core.graph.replay import Replay  # noqa: E402
-from dsv4_core.graph.step import Step  # noqa: E402
+from dsv4_core.graph.step import Addresses, Step  # noqa: E402
 
 CONFIG = ModelConfig(
     vocab_size=8192, hidden_size=1024, num_hidden_layers=6, num_attention_heads=16, head_dim=128, qk_rope_head_dim=64, q_lora_rank=256,
@@ -314,16 +315,25 @@ class Dsv4:
         self.cache.rewind(0, 0)
         return self.decode(ids)
 
-    def decode(self, ids: Host) -> Host:
-        """Give the last token's logits."""
+    def decode(self, ids: Host, *, replayed: bool = True) -> Host:
+        """Give the last token's logits. ``replayed``: of a step that was recorded."""
         step = Step(self.cache, ids[None])
-        if len(ids) == 1:
-            logits = self.backend.to_numpy(self.replay.logits(step))[0]
-            self.cache.advance(step.sequences, step.ends)
-            return logits
-        h = self.model.forward(step)
+        logits = self.replay.logits(step) if replayed and len(ids) == 1 else self.logits(step)
         self.cache.advance(step.sequences, step.ends)
-        return self.backend.to_numpy(self.model.logits(h[-1:]))[0]
+        return self.backend.to_numpy(logits)[-1].copy()  # a replay's result holds until the next
+
+    def logits(self, step: Step) -> Any:
+        """Run a step as it is; the last token's logits [1, vocab]."""
+        return self.model.logits(self.model.forward(step)[-1:])
+
+    def record(self, ids: Host) -> Any:
+        """Record the next step."""
+        step = Step(self.cache, ids[None])
+        recorded = self.backend.record(
+            lambda buffer: self.model.logits(self.model.forward(Addresses(self.cache, step.shape, buffer)))
+        )
+        recorded(step.host)
+        return recorded
 
 
 def timed(side: Transformers | Dsv4, ids: Host, prefill: int) -> tuple[float, float, list[Host]]:
@@ -352,12 +362,18 @@ def choose_experts(side: Transformers, ids: Host) -> None:
     copies a weight per token and is for decode alone.
     """
     for phase, names in (("prefill", ("eager", "grouped_mm")), ("decode", ("eager", "grouped_mm", "batched_mm"))):
-        seconds = {}
+        seconds: dict[str, float] = {}
         for name in names:
             side.experts[phase] = name
-            timed(side, ids[: args.prefill + 2], args.prefill)
-            prefill, decode, _ = timed(side, ids[: args.prefill + 8], args.prefill)
-            seconds[name] = prefill if phase == "prefill" else decode
+            times: list[float] = []
+            if phase == "prefill":
+                side.prefill(ids[:64])
+                clocked(times, side.prefill, ids[: args.prefill])
+            else:
+                side.model.set_experts_implementation(name)
+                for i in range(args.prefill, args.prefill + 8):
+                    clocked(times, side.decode, ids[i : i + 1])
+            seconds[name] = min(times)
         side.experts[phase] = min(seconds, key=lambda n: seconds[n])
         print(
             f"  transformers {phase} by experts implementation: {', '.join(f'{n} {t * 1e3:.1f} ms' for n, t in seconds.items())}"
@@ -433,8 +449,8 @@ def machine() -> str:
 
 
 def op_table(side: Dsv4, tokens: Host) -> list[str]:
-    """Per op of a decode step: its own milliseconds (without the ops inside it), its share, calls,
-    microseconds a call.
+    """Per op of a decode step that is not replayed: its own milliseconds (without the ops inside
+    it), its share, calls, microseconds a call.
     """
     backend = side.backend
     own: dict[str, float] = dict.fromkeys(OPS, 0.0)
@@ -458,7 +474,7 @@ def op_table(side: Dsv4, tokens: Host) -> list[str]:
         setattr(backend, name, watched(name, getattr(backend, name)))
     begin = clock()
     for i in range(len(tokens)):
-        side.decode(tokens[i : i + 1])
+        side.decode(tokens[i : i + 1], replayed=False)
     total = clock() - begin
     for name in OPS:
         delattr(backend, name)
@@ -468,6 +484,21 @@ def op_table(side: Dsv4, tokens: Host) -> list[str]:
         + (f" {calls[name] / n:6.1f} calls {t / calls[name] * 1e6:7.1f} us each" if calls.get(name) else "")
         for name, t in sorted(own.items(), key=lambda item: -item[1])
         if t / total >= 0.002
+    ]
+
+
+def kernel_table(side: Dsv4, token: Host) -> list[str]:
+    """Per kernel of a recorded step: milliseconds, share, calls, microseconds a call; nothing where
+    the backend cannot time them apart.
+    """
+    timed_apart = getattr(side.record(token), "timed", list)()
+    sums: dict[str, list[float]] = {}
+    for name, t in timed_apart:
+        sums.setdefault(name, []).append(t)
+    total = sum(t for _, t in timed_apart)
+    return [
+        f"{name:>28} {sum(t) * 1e3:7.3f} ms {sum(t) / total:6.1%} {len(t):6.1f} calls {sum(t) / len(t) * 1e6:7.1f} us each"
+        for name, t in sorted(sums.items(), key=lambda item: -sum(item[1]))
     ]
 
 
@@ -486,7 +517,7 @@ def call_cost(side: Dsv4, token: Host) -> tuple[int, float]:
             return _method(*a, **k)
 
         setattr(backend, name, counted)
-    side.decode(token)
+    side.decode(token, replayed=False)
     for name in OPS:
         delattr(backend, name)
     x = (backend.zeros((1, 1), backend.activation_dtype),)
@@ -571,7 +602,9 @@ def main() -> None:
             f"{operations / p / peak:.0%} of the {peak / 1e9:.0f} of a plain product"
         )
         if args.ops:
-            print("\n".join(["  a decode step, op by op:", *op_table(ours, ids[:24])]))
+            print("\n".join(["  a decode step that is not recorded, op by op:", *op_table(ours, ids[:24])]))
+            if table := kernel_table(ours, ids[:1]):
+                print("\n".join(["  a recorded one, each kernel called alone, the fastest of 20 calls:", *table]))
         count, each = call_cost(ours, ids[:1])
         print(
             f"      op call: {count} ops a decode step, {each * 1e9:.0f} ns each through the interface: {count * each / d:.3%} of a step"

@@ -51,6 +51,21 @@ def test_a_step_of_a_few_tokens_is_all_on_the_tape(numerics, sequences, seq):
     assert len(recorded._tape) > 100
 
 
+def test_each_kernel_of_a_tape_is_timed_alone_and_leaves_the_step_as_it_was():
+    _, cache, replay = stage()
+    for token in range(3):
+        at = step(cache, [0, 1], token)
+        got = replay.logits(at).clone()
+        if token < 2:
+            cache.advance(at.sequences, at.ends)
+    (recorded,) = recordings(replay)
+    timed = recorded.timed(2)
+    assert len(timed) == len(recorded._tape)
+    assert {"gemv", "moe", "sparse_attn", "compress"} <= {name for name, _ in timed}
+    assert all(0 < seconds < 60 for _, seconds in timed)
+    assert torch.equal(replay.logits(at), got)
+
+
 def test_a_context_grows_over_every_window_and_bucket():
     """Replayed over 300 tokens, the same bits as run: windows of 4 and 128 close, extents double,
     the ring goes round.

@@ -111,11 +111,19 @@ class Kernels:
     def tape(self, tape: Tape | None) -> None:
         self._recording.tape = tape
 
+    def call(self, entry: int, packed: bytes) -> int:
+        """Call a kernel; what it says."""
+        return int(self._kernel(entry, packed, torch.get_num_threads()))
+
+    def name_of(self, entry: int) -> str:
+        """The kernel at an entry."""
+        return next(name for name, (known, _) in self._entries.items() if known == entry)
+
     def _run(self, name: str, *arguments: float, keep: object = None) -> bool:
         """Call; say whether the kernel did it. ``keep``: what the arguments are addresses in."""
         entry, packer = self._entries[name]
         packed = packer.pack(*arguments)
-        status = self._kernel(entry, packed, torch.get_num_threads())
+        status = self.call(entry, packed)
         if status == _NO_MEMORY:
             raise MemoryError(
                 f"{name} of the torch backend's C kernels got no memory for what it makes beside its result"
@@ -434,7 +442,12 @@ class Kernels:
         ``compress``.
         """
         (rows, span), (ratio, width) = idxs.shape, ape.shape
-        if rows > MANY or dim % TILE or width != span // ratio * dim or not (_wide(kv_score, state, ape) and _indices(idxs)):
+        if (
+            rows > MANY
+            or dim % TILE
+            or width != span // ratio * dim
+            or not (_wide(kv_score, state, ape) and _indices(idxs))
+        ):
             return None
         if index is not None and not _indices(index):
             return None

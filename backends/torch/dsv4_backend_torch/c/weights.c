@@ -1,7 +1,7 @@
 /* The products of weights.h. What is made of a row's codes serves SHARED vectors. */
 #include "weights.h"
 
-#define AHEAD 1024 /* bytes between what is multiplied and what is fetched: a few times memory's latency */
+#define AHEAD 4096 /* bytes between what is multiplied and what is fetched: a few times the latency of a slow memory */
 #define INLINE static inline __attribute__((always_inline))
 
 enum { SHARED = BYTES == 64 ? 4 : 2 }; /* vectors of one pass over a row: their sums fit into the registers */
