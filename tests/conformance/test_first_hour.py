@@ -13,6 +13,7 @@ from dsv4_conformance.cli.run import beside
 from dsv4_conformance.museum.catalogue import MUTANTS
 from dsv4_conformance.museum.hunt import right_backend
 from dsv4_conformance.run import earlier, progress, runner, watching
+from dsv4_conformance.run.catalogue import collect
 
 
 def made(folder, name="acme"):
@@ -39,6 +40,14 @@ def test_what_is_wrong_comes_before_what_is_missing(tmp_path):
     cls.hc_expand = lambda self, x, *, hc: np.zeros((len(x), hc, x.shape[1]), x.dtype)
     backend = cls()
     assert "next: mend hc_expand: hc_expand/small" in progress.lines(progress.states(backend), backend)
+
+
+def test_no_operands_are_made_for_an_op_that_is_not_there(tmp_path, monkeypatch):
+    backend = made(tmp_path / "p")()
+    check = next(c for c in collect("smoke", "native") if c.id == "rms_norm/small")
+    monkeypatch.setattr(type(check), "call", None)
+    finding = runner.run_check(check, Session(backend, "smoke"))
+    assert (finding.status, finding.message) == ("unsupported", "backend 'acme' does not implement it")
 
 
 @pytest.mark.parametrize("name", ["9x", "Acme", "a-b", "class", "reference"])

@@ -163,6 +163,41 @@ class OpCase:
         )
 
 
+@dataclass(frozen=True)
+class LawOnCase:
+    """A law on one op case, ``LAW/OP/CASE``: the method of the law's name judges the case's
+    call.
+    """
+
+    case: OpCase
+    law: str
+    tier: Tier = "standard"
+    group: Group = "op"
+
+    @property
+    def id(self) -> str:
+        """``LAW/OP/CASE``."""
+        return f"{self.law}/{self.case.id}"
+
+    @property
+    def op(self) -> str:
+        """The op."""
+        return self.case.op
+
+    @property
+    def level(self) -> int:
+        """The op's."""
+        return level_of(self.case.spec)
+
+    def run(self, session: Session) -> Finding:
+        """Ask for support, judge."""
+        call = self.case.call(session.numerics, session.repeat)
+        if not (support := session.backend.supports(self.case.op, **describe(call))):
+            return Finding(self.id, self.op, self.group, self.level, "unsupported", support.reason)
+        verdict: Verdict = getattr(self, self.law)(call, session)
+        return Finding.of(self, verdict, seed=call.seed, dtypes=self.case.dtypes(session.numerics))
+
+
 def checks(numerics: Numerics) -> list[Check]:
     """Every declared case of every op, but for weight formats that a backend need not have; in the
     full tier smoke's with more seeds.

@@ -7,21 +7,20 @@ a tile; here are the numbers up to 16, the multiples of eight up to 128, and chu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dsv4_conformance.cases.case import Case, cases_of
-from dsv4_conformance.cases.checks import OpCase, describe, judge_call, level_of, optional
+from dsv4_conformance.cases.checks import LawOnCase, OpCase, describe, judge_call, optional
 from dsv4_conformance.cases.pairs import BUCKETS, MOST, rows_of, variants
-from dsv4_conformance.check import Check, Finding, Group, Session
+from dsv4_conformance.check import Check, Finding, Session
 from dsv4_conformance.verdict.budget import expect
 from dsv4_conformance.verdict.judge import Verdict
-from dsv4_core.contract.spec import OPS, OpSpec
+from dsv4_core.contract.spec import OPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dsv4_core.contract.spec import Numerics, Tier
+    from dsv4_core.contract.spec import Numerics
 
 SIZES = tuple(n for n in (*range(5, 17), *range(24, 129, 8)) if n not in BUCKETS)
 CHUNKS = (160, 192, 200, 256, 320, 384, 512, 768, 1024, 2048, 4096)
@@ -41,37 +40,16 @@ def sized(op: str, base: Case) -> Iterator[tuple[str, Case]]:
             yield f"{axis}={n}", base.but(f"{base.name}_{axis}={n}", **{**few, axis: n}, **slots)
 
 
-@dataclass(frozen=True)
-class EverySize:
+class EverySize(LawOnCase):
     """One small case of an op at every size."""
-
-    spec: OpSpec
-    base: Case
-    tier: Tier = "standard"
-    group: Group = "op"
-
-    @property
-    def id(self) -> str:
-        """``every_size/OP/CASE``."""
-        return f"every_size/{self.spec.name}/{self.base.name}"
-
-    @property
-    def op(self) -> str:
-        """The op."""
-        return self.spec.name
-
-    @property
-    def level(self) -> int:
-        """The op's."""
-        return level_of(self.spec)
 
     def run(self, session: Session) -> Finding:
         """Run the case at each size; the first that is wrong is the finding's."""
         worst, dtypes = Verdict(), ""
-        for where, case in sized(self.spec.name, self.base):
-            one = OpCase(self.spec, case)
+        for where, case in sized(self.op, self.case.case):
+            one = OpCase(self.case.spec, case)
             call, dtypes = one.call(session.numerics, session.repeat), one.dtypes(session.numerics)
-            if not (support := session.backend.supports(self.spec.name, **describe(call))):
+            if not (support := session.backend.supports(self.op, **describe(call))):
                 return Finding(self.id, self.op, self.group, self.level, "unsupported", f"{where}: {support.reason}")
             verdict = judge_call(call, session, expect(call, session.oracle, session.backend, FIRST))
             if not verdict.ok:
@@ -88,7 +66,7 @@ def checks(numerics: Numerics) -> list[Check]:
     """Each variant of scalars and formats that an op's smoke cases have."""
     del numerics
     return [
-        EverySize(spec, base)
+        EverySize(OpCase(spec, base), "every_size")
         for spec in OPS.values()
         if spec.name != "concat"
         for base in variants(cases_of(spec))

@@ -3,7 +3,8 @@ axes tiny.
 
 What the published models reach is computed from their configurations; ``CHUNK`` tokens are fed at a
 time. An axis whose extent is no multiple of a block is also tried one past it, so that full tiles
-and a rest both occur.
+and a rest both occur. Widths that no published model has come last: a vocabulary with tokens added,
+a model of one's own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 FLASH, PRO = PRESETS["flash"], PRESETS["pro"]
 CHUNK = 5462  # tokens: times six experts each they are 32772 copies, just past 2^15
 COPIES = CHUNK * FLASH.num_experts_per_tok
+LONG_CHUNK = 10923  # 65538 copies, past 2^16: of ops that only move or map rows
+STREAM_ROWS = (1 << 14) + 1  # tokens of four streams each, past 2^16
 VOCAB = FLASH.vocab_size
 EXPERTS = (FLASH.n_routed_experts, PRO.n_routed_experts)
 HEADS = (FLASH.num_attention_heads, PRO.num_attention_heads)
@@ -64,15 +67,15 @@ def _linear() -> list[Change]:
     return [*wide, *others, *outs, *at("tokens", CHUNK, out=64, inner=128)]
 
 
-def _hyper() -> list[Change]:
-    return [*at("dim", HIDDEN, LONG_SUMS, tokens=2), *at("tokens", CHUNK, dim=8)]
+def _hyper(tokens: int) -> list[Change]:
+    return [*at("dim", HIDDEN, LONG_SUMS, tokens=2), *at("tokens", tokens, dim=8)]
 
 
 EXTENTS: Mapping[str, Sequence[Change]] = {
     "embedding": [*at("vocab", VOCAB, dim=16), *at("tokens", CHUNK, dim=16), *at("dim", HIDDEN)],
     "sample": [
         *at("vocab", VOCAB, ("normal", "ties"), tokens=3),
-        *at("vocab", SHARE_OF_VOCAB, ("normal", "late"), tokens=3),
+        *(c for n in (SHARE_OF_VOCAB, VOCAB + 3) for c in at("vocab", n, ("normal", "late"), tokens=3)),
         *at("tokens", 128),
     ],
     "sample_each": [*at("vocab", VOCAB, tokens=3), *at("vocab", SHARE_OF_VOCAB, tokens=3), *at("tokens", 128)],
@@ -131,6 +134,7 @@ EXTENTS: Mapping[str, Sequence[Change]] = {
     ],
     "dispatch": [
         *at("tokens", CHUNK, topk=FLASH.num_experts_per_tok, dim=8),
+        *at("tokens", LONG_CHUNK, topk=FLASH.num_experts_per_tok, dim=8),
         *at("tokens", CHUNK, ("one_expert",), topk=FLASH.num_experts_per_tok, dim=8),
         *(c for e in (*SHARE_OF_EXPERTS[1:], *EXPERTS) for c in at("n_experts", e, tokens=65, topk=6)),
         *at("n_experts", 1, first_expert=2),
@@ -138,15 +142,24 @@ EXTENTS: Mapping[str, Sequence[Change]] = {
         *at("n_experts", 14, ("buckets",), tokens=303, topk=2),
         *at("dim", HIDDEN),
     ],
-    "swiglu": [*at("rows", COPIES, inter=16), *at("inter", INTER, ("normal", "clamp"))],
+    "swiglu": [
+        *at("rows", COPIES, inter=16),
+        *at("rows", LONG_CHUNK * FLASH.num_experts_per_tok, inter=16),
+        *at("inter", INTER, ("normal", "clamp")),
+    ],
     "combine": [
         *at("tokens", CHUNK, topk=FLASH.num_experts_per_tok, dim=8),
+        *at("tokens", LONG_CHUNK, topk=FLASH.num_experts_per_tok, dim=8),
         *(c for e in (*SHARE_OF_EXPERTS, *EXPERTS) for c in at("experts", e, tokens=65, topk=6)),
         *(c for k in (1, 2, 4, 8) for c in at("topk", k)),
         *at("experts", 14, ("buckets",), tokens=303, topk=2),
         *at("dim", HIDDEN, ("normal", "cancel")),
     ],
-    "compress": [*at("rows", CHUNK // 4, dim=8), *at("dim", FLASH.head_dim, ("normal", "peaked"))],
+    "compress": [
+        *at("rows", CHUNK // 4, dim=8),
+        *at("rows", CHUNK // 128 + 1, ratio=128, dim=8),
+        *at("dim", FLASH.head_dim, ("normal", "peaked")),
+    ],
     "kv_score": [*at("dim", HIDDEN, LONG_SUMS, tokens=2), *at("tokens", CHUNK, dim=64), *at("width", 1024, tokens=2)],
     "cached_compress": [*at("rows", CHUNK // 4, dim=8), *at("slots", SLOTS, dim=8), *at("dim", FLASH.head_dim)],
     "index_scores": [
@@ -204,13 +217,13 @@ EXTENTS: Mapping[str, Sequence[Change]] = {
         *at("dim", FLASH.head_dim, tokens=2),
         *at("tokens", CHUNK, heads=1, picks=4),
     ],
-    "hc_expand": _hyper(),
-    "hc_add": _hyper()[-1:],
+    "hc_expand": _hyper(STREAM_ROWS),
+    "hc_add": at("tokens", STREAM_ROWS, dim=8),
     "hc_split_sinkhorn": at("tokens", CHUNK, ("normal", "slow")),
-    "hc_pre": _hyper(),
-    "hc_pre_norm": _hyper(),
-    "hc_post": _hyper(),
-    "hc_head": _hyper(),
+    "hc_pre": _hyper(CHUNK),
+    "hc_pre_norm": _hyper(CHUNK),
+    "hc_post": _hyper(STREAM_ROWS),
+    "hc_head": _hyper(STREAM_ROWS),
     "ffn": [*at("dim", HIDDEN, tokens=2), *at("inter", INTER, tokens=2), *at("tokens", CHUNK, dim=128)],
     "moe": [
         *at("experts", EXPERTS[1], tokens=33, topk=6),
@@ -220,7 +233,7 @@ EXTENTS: Mapping[str, Sequence[Change]] = {
     ],
     "cache_write": [*at("slots", SLOTS, n=65), *at("n", CHUNK, slots=CHUNK + 3)],
     "cache_read": [*at("slots", SLOTS, n=65), *at("n", COPIES)],
-    "concat": [*at("n", COPIES, dim=8), *at("dim", HIDDEN)],
+    "concat": [*at("n", COPIES, dim=8), *at("dim", HIDDEN), *at("parts", 9)],
 }
 """Per op the changes to its first case; sizes and scalars by name, and ``data``."""
 
@@ -236,9 +249,29 @@ FORMATS: Mapping[str, Sequence[str]] = {
 }
 """Ops whose first case does not stand for all: the cases that the changes are made to."""
 
+UNEVEN = 37  # no multiple of any vector, and more than one
+WIDTHS: Mapping[str, Sequence[str]] = {
+    **dict.fromkeys(("embedding", "rms_norm", "hc_expand", "hc_add", "hc_pre", "hc_pre_norm"), ("dim",)),
+    **dict.fromkeys(("hc_post", "hc_head", "combine", "compress", "cached_compress", "concat"), ("dim",)),
+    **dict.fromkeys(("gate", "gate_hash"), ("dim", "experts")),
+    **dict.fromkeys(("sparse_attn",), ("dim", "heads")),
+    **dict.fromkeys(
+        ("index_scores", "index_topk", "cached_index_topk", "cached_sparse_attn", "apply_rope"), ("heads",)
+    ),
+    "sample": ("vocab",),
+    "linear": ("in", "out"),
+    "grouped_linear": ("in",),
+    "logits": ("dim", "vocab"),
+    "dispatch": ("dim", "n_experts"),
+    "swiglu": ("inter",),
+    "kv_score": ("dim", "width"),
+    "rms_norm_rope": ("heads",),
+}
+"""Per op the axes that the contract leaves free, each tried at ``UNEVEN``."""
+
 
 def extended(op: str, cases: Sequence[Case]) -> list[Case]:
-    """The op's cases at published extents, from those that are declared."""
+    """The op's cases at published extents and at uneven widths, from those that are declared."""
     by_name = {c.name: c for c in cases}
     bases = [by_name[n] for n in FORMATS[op]] if op in FORMATS else [cases[0]]
     found = []
@@ -256,4 +289,7 @@ def extended(op: str, cases: Sequence[Case]) -> list[Case]:
             if op == "act_qdq" or (op in {"cache_write", "cache_read"}):
                 sizes.pop("dim", None)
             found.append(base.but(name, "standard", data=data, **sizes))
+    for axis in WIDTHS.get(op, ()):
+        uneven: Change = {axis: UNEVEN}
+        found.append(cases[0].but(f"at_{axis}={UNEVEN}", **uneven))
     return list({c.name: c for c in found}.values())

@@ -8,16 +8,16 @@ sum or its histogram finds the wrong thing; so does a counter that runs over.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dsv4_conformance.cases.case import cases_of
-from dsv4_conformance.cases.checks import OpCase, describe, judge_call, level_of, optional
+from dsv4_conformance.cases.checks import LawOnCase, OpCase, judge_call, optional
 from dsv4_conformance.cases.every_size import FIRST
 from dsv4_conformance.cases.pairs import rows_of, variants
-from dsv4_conformance.check import Check, Finding, Group, Session
+from dsv4_conformance.check import Check, Session
 from dsv4_conformance.laws.invariance import plain_run
 from dsv4_conformance.verdict.budget import expect
 from dsv4_conformance.verdict.calls import Outcome, as_tuple, copied, place
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dsv4_conformance.verdict.calls import Call
     from dsv4_core.contract.backend import Backend
     from dsv4_core.contract.dtypes import Host
-    from dsv4_core.contract.spec import Numerics, Tier
+    from dsv4_core.contract.spec import Numerics
 
 TOKENS = 6  # rows of a case: the first and the last stay, those between change places
 BOUND = frozenset({"offsets", "order", "ring_index", "row_index", "index"})
@@ -90,37 +90,8 @@ def after(call: Call, name: str, other: Call, backend: Backend) -> Outcome:
     return outcome
 
 
-@dataclass(frozen=True)
-class InARow:
-    """One law on one op case: ``almost_the_same`` or ``many_calls``."""
-
-    case: OpCase
-    law: str
-    tier: Tier = "standard"
-    group: Group = "op"
-
-    @property
-    def id(self) -> str:
-        """``LAW/OP/CASE``."""
-        return f"{self.law}/{self.case.id}"
-
-    @property
-    def op(self) -> str:
-        """The op."""
-        return self.case.op
-
-    @property
-    def level(self) -> int:
-        """The op's."""
-        return level_of(self.case.spec)
-
-    def run(self, session: Session) -> Finding:
-        """Call the op more than once."""
-        call = self.case.call(session.numerics, session.repeat)
-        if not (support := session.backend.supports(self.op, **describe(call))):
-            return Finding(self.id, self.op, self.group, self.level, "unsupported", support.reason)
-        verdict = getattr(self, self.law)(call, session)
-        return Finding.of(self, verdict, seed=call.seed, dtypes=self.case.dtypes(session.numerics))
+class InARow(LawOnCase):
+    """``almost_the_same`` or ``many_calls``."""
 
     def almost_the_same(self, call: Call, session: Session) -> Verdict:
         """A call whose operands differ from the last one's in one place, inside one of them, gives

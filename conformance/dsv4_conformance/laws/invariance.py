@@ -6,15 +6,14 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dsv4_conformance.cases.case import cases_of
-from dsv4_conformance.cases.checks import OpCase, describe, level_of, optional
+from dsv4_conformance.cases.checks import LawOnCase, OpCase, optional
 from dsv4_conformance.cases.pairs import variants
-from dsv4_conformance.check import Check, Finding, Group, Session
+from dsv4_conformance.check import Check, Session
 from dsv4_conformance.verdict.calls import Call, Outcome, as_tuple, copied, place
 from dsv4_conformance.verdict.judge import Verdict
 from dsv4_conformance.verdict.judge import place as first_of
@@ -23,9 +22,8 @@ from dsv4_core.contract.spec import OPS
 
 if TYPE_CHECKING:
     from dsv4_core.contract.backend import Backend
-    from dsv4_core.contract.spec import Numerics, Tier
+    from dsv4_core.contract.spec import Numerics
 
-OF_OPS = frozenset({"buffer_reuse", "another_thread"})
 AGAIN = 6  # calls whose bits are compared with the first one's: an atomic sum differs now and then
 LONG = 1.0  # seconds after which a large case is not called again
 FURTHER = 6  # calls after which a result must still be there: buffers that take turns are few
@@ -61,43 +59,20 @@ def bits_differ(a: Host, b: Host) -> Host:
     return (one != two).any(-1)
 
 
-@dataclass(frozen=True)
-class Bitwise:
-    """A law on one op case: ``determinism`` and ``batch_invariance`` of its bits; ``buffer_reuse``
-    and ``another_thread``.
+class Bitwise(LawOnCase):
+    """``determinism`` and ``batch_invariance`` of a case's bits; ``buffer_reuse`` and
+    ``another_thread``, where the op is simply wrong.
     """
-
-    case: OpCase
-    law: str
-    tier: Tier = "standard"
-
-    @property
-    def id(self) -> str:
-        """``LAW/OP/CASE``."""
-        return f"{self.law}/{self.case.id}"
 
     @property
     def op(self) -> str:
-        """The law; for buffers and threads the op, which is simply wrong where it fails."""
-        return self.case.op if self.law in OF_OPS else self.law
-
-    @property
-    def group(self) -> Group:
-        """Whose claim it is."""
-        return "op" if self.law in OF_OPS else "invariance"
+        """The law; for buffers and threads the op."""
+        return self.law if self.group == "invariance" else self.case.op
 
     @property
     def level(self) -> int:
         """The op's, or 4."""
-        return level_of(self.case.spec) if self.law in OF_OPS else 4
-
-    def run(self, session: Session) -> Finding:
-        """Run the op on the case more than once."""
-        call = self.case.call(session.numerics, session.repeat)
-        if not (support := session.backend.supports(self.case.op, **describe(call))):
-            return Finding(self.id, self.op, self.group, self.level, "unsupported", support.reason)
-        verdict = getattr(self, self.law)(call, session)
-        return Finding.of(self, verdict, seed=call.seed, dtypes=self.case.dtypes(session.numerics))
+        return 4 if self.group == "invariance" else super().level
 
     def determinism(self, call: Call, session: Session) -> Verdict:
         """Same call, same bits, however often, and in another thread."""
@@ -194,10 +169,13 @@ def checks(numerics: Numerics) -> list[Check]:
         for i, case in enumerate(every.values()):
             found.append(Bitwise(OpCase(spec, case), "buffer_reuse", "standard" if i else "smoke"))
             found.append(Bitwise(OpCase(spec, case), "another_thread"))
-        found += [Bitwise(OpCase(spec, c), "determinism") for c in {**every, cases[-1].name: cases[-1]}.values()]
+        found += [
+            Bitwise(OpCase(spec, c), "determinism", group="invariance")
+            for c in {**every, cases[-1].name: cases[-1]}.values()
+        ]
         if spec.name not in WHOLE and axis in {"tokens", "rows", "batch"}:
             many = [c for c in cases if c.sizes.get(axis, 0) >= (2 if axis == "batch" else 17) or c is cases[0]]
-            found += [Bitwise(OpCase(spec, c), "batch_invariance") for c in many]
+            found += [Bitwise(OpCase(spec, c), "batch_invariance", group="invariance") for c in many]
     return found
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsv4_conformance.cases.case import Case, cases_of
-from dsv4_conformance.cases.checks import OpCase, describe, level_of, optional
-from dsv4_conformance.check import Check, Finding, Group, Session
+from dsv4_conformance.cases.checks import LawOnCase, OpCase, optional
+from dsv4_conformance.check import Check, Session
 from dsv4_conformance.verdict.budget import Expected, expect
 from dsv4_conformance.verdict.calls import LOADED, Call, execute, seed_of
 from dsv4_conformance.verdict.discrete import judge_discrete
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dsv4_core.contract.registry import Oracle
-    from dsv4_core.contract.spec import Numerics, Tier
+    from dsv4_core.contract.spec import Numerics
 
 FINITE = (0.0, 1.0, -3.0, 300.0, -1000.0)  # far enough apart that a difference shows behind any quantisation
 FINITE_CODES = (0x00, 0x38, 0xB8, 0x7E)  # the same of E4M3: 0, 1, -1, 448
@@ -256,42 +256,18 @@ def judge_others(call: Call, results: list[Host], depends: Host, session: Sessio
     return judge_discrete(replace(call, operands=operands), [r[kept] for r in results], session.oracle, session.backend)
 
 
-@dataclass(frozen=True)
-class NonFinite:
+class NonFinite(LawOnCase):
     """The law on one case of one op."""
 
-    case: OpCase
-    tier: Tier = "standard"
-    group: Group = "op"
-
-    @property
-    def id(self) -> str:
-        """``nonfinite/OP/CASE``."""
-        return f"nonfinite/{self.case.id}"
-
-    @property
-    def op(self) -> str:
-        """The op."""
-        return self.case.op
-
-    @property
-    def level(self) -> int:
-        """The op's."""
-        return level_of(self.case.spec)
-
-    def run(self, session: Session) -> Finding:
+    def nonfinite(self, call: Call, session: Session) -> Verdict:
         """Try every spot."""
-        call = replace(
-            self.case.call(session.numerics, session.repeat), views=False, seed=seed_of(self.id, session.repeat)
-        )
-        if not (support := session.backend.supports(self.op, **describe(call))):
-            return Finding(self.id, self.op, self.group, self.level, "unsupported", support.reason)
+        call = replace(call, views=False, seed=seed_of(self.id, session.repeat))
         verdict = Verdict()
         for spot in spots(call):
             verdict.add(judge_spot(call, spot, session), "")
             if not verdict.ok:
                 break
-        return Finding.of(self, verdict, seed=call.seed, dtypes=self.case.dtypes(session.numerics))
+        return verdict
 
 
 def cases(spec: OpSpec) -> list[Case]:
@@ -314,7 +290,7 @@ def checks(numerics: Numerics) -> list[Check]:
     """Every op that computes with numbers."""
     del numerics
     return [
-        NonFinite(OpCase(spec, case), "smoke" if i == 0 else "standard")
+        NonFinite(OpCase(spec, case), "nonfinite", "smoke" if i == 0 else "standard")
         for spec in OPS.values()
         if spec.name not in BY_CHOICE
         for i, case in enumerate(cases(spec))

@@ -232,3 +232,57 @@ for _op, _rows in (
     ("expert_linear", 32), ("apply_rope", 8), ("act_quant", 128), ("cached_sparse_attn", 2), ("logits", 3), ("combine", 16), ("hc_pre", 128),
 ):  # fmt: skip
     mutant(_op, seen=FULL, name=f"{_op}_of_exactly_{_rows}_rows")(exactly(_op, _rows, last_row_left))
+
+
+# Widths that no published model has: a vector's rest, a table with as many entries as there were.
+
+VECTORS = "a vectorised loop without its rest: every published width is a multiple of 64"
+
+
+def _whole_vectors(name: str, op: str, operand: int, vector: int) -> None:
+    """Register: what is left of the last axis of an operand after whole vectors does not enter."""
+
+    def fault(be: Any, right: Op, *operands: Any, **kw: Any) -> Any:
+        given = list(operands)
+        if rest := given[operand].shape[-1] % vector:
+            given[operand] = given[operand].copy()
+            given[operand][..., -rest:] = 0
+        return right(*given, **kw)
+
+    mutant(op, seen=VECTORS, name=name)(fault)
+
+
+_whole_vectors("norm_of_whole_vectors", "rms_norm", 0, 8)
+_whole_vectors("linear_of_whole_vectors", "linear", 0, 16)
+_whole_vectors("gate_of_whole_vectors", "gate", 0, 8)
+_whole_vectors("post_of_whole_vectors", "hc_post", 1, 8)
+
+
+@mutant("sample", seen="tokens that a user added to the vocabulary lie past the last whole tile of 64")
+def added_tokens_are_never_drawn(be: Any, right: Op, logits: Host, uniform: Host, **kw: Any) -> Any:
+    logits = logits.copy()
+    whole = logits.shape[1] // 64 * 64
+    if whole and whole != logits.shape[1]:
+        logits[:, whole:] = -np.inf
+    return right(logits, uniform, **kw)
+
+
+@mutant("concat", seen="a launch that takes eight pointers; the ninth part is never copied")
+def ninth_part_is_not_copied(be: Any, right: Op, arrays: Any, *, axis: int) -> Any:
+    result = right(arrays, axis=axis)
+    if len(arrays) > 8:
+        np.moveaxis(result, axis, 0)[-arrays[-1].shape[axis] :] = 0
+    return result
+
+
+@mutant("compress", seen="closing windows of a chunk in a table of 32: ratio 128 has at most 32 in a chunk of 4096")
+def windows_in_a_table_of_32(be: Any, right: Op, kv_score: Host, ape: Host, idxs: Host, *, dim: int) -> Any:
+    if len(ape) == 128:
+        idxs = idxs[np.minimum(np.arange(len(idxs)), 31)]
+    return right(kv_score, ape, idxs, dim=dim)
+
+
+only_first(
+    "stream_rows_on_a_short_grid", "hc_post", BITS_16 // 4 - 1, "one program a stream and token, on a short axis"
+)
+only_first("swiglu_rows_of_16_bits", "swiglu", BITS_16, "a row's number in 16 bits: rows are tokens times experts")

@@ -30,13 +30,19 @@ LEVELS = (
 
 
 def run_check(check: Check, session: Session) -> Finding:
-    """Run one check; an exception of the backend becomes a finding that names it and its line."""
+    """Run one check; an exception of the backend becomes a finding that names it and its line. An
+    op that the backend does not have is not prepared for.
+    """
     begin = time.perf_counter()
-    session.backend.kernels_ran()  # what ran before is not this check's
+    backend = session.backend
+    backend.kernels_ran()  # what ran before is not this check's
+    if check.op in OPS and not OPS[check.op].fused and not type(backend).implements(check.op):
+        reason = backend.supports(check.op).reason
+        return Finding(check.id, check.op, check.group, check.level, "unsupported", reason)
     try:
         finding = check.run(session)
     except UnsupportedOpError as error:
-        refused = refuses(check, session.backend)
+        refused = refuses(check, backend)
         status: Status = "unsupported" if refused else "error"
         text = str(error) if refused else f"supports() said yes, and then it {describe(error)}; refuse it in supports()"
         used = 0.0 if refused else float("inf")
@@ -46,7 +52,7 @@ def run_check(check: Check, session: Session) -> Finding:
     except (Exception, SystemExit) as error:  # noqa: BLE001  whatever the backend raises is its result
         finding = Finding(check.id, check.op, check.group, check.level, "error", describe(error), used=float("inf"))
     finding.duration = time.perf_counter() - begin
-    finding.ran = " ".join(session.backend.kernels_ran())
+    finding.ran = " ".join(backend.kernels_ran())
     return finding
 
 
