@@ -33,6 +33,11 @@ RECORD = "museum.json"
     help="Seeds of the numeric op cases for the honest variants; 0 leaves them out.",
 )
 @click.option("--whole", is_flag=True, help="Also the whole standard tier once on each honest variant.")
+@click.option(
+    "--earlier",
+    type=click.Path(path_type=Path, exists=True),
+    help="A report of an earlier suite: also say what its cases and traces of the faulty ops would have found.",
+)
 @click.option("--jobs", default=2, show_default=True, type=click.IntRange(1, 1024), help="Processes.")
 @click.option(
     "--out",
@@ -45,7 +50,14 @@ RECORD = "museum.json"
     help="Take up the record in --out: what this same suite has found stands; elsewhere the check that killed last is tried first.",
 )
 def command(
-    names: tuple[str, ...], tier: str, seeds: int, whole: bool, jobs: int, out: Path | None, resume: bool
+    names: tuple[str, ...],
+    tier: str,
+    seeds: int,
+    whole: bool,
+    earlier: Path | None,
+    jobs: int,
+    out: Path | None,
+    resume: bool,
 ) -> None:
     """Prove that the suite bites: run it on backends with one fault each, until something fails;
     and on honest ones, which must pass.
@@ -95,6 +107,20 @@ def command(
             verdict = f"{kill['tier']:8} {kill['id']}" if kill["id"] else click.style("SURVIVES", fg="red")
             click.echo(f"{kill['name']:46} {verdict}  {kill['seconds']:.1f} s")
             noted()
+        if earlier:
+            ids, date = of_ops_in(earlier)
+            record["earlier"] = date
+            had = [
+                n
+                for n in chosen
+                if n in record["mutants"] and record["mutants"][n].get("earlier", {}).get("of") != date
+            ]
+            for name, kill in zip(had, pool.map(hunted_before, had, [ids] * len(had)), strict=True):
+                record["mutants"][name]["earlier"] = {"of": date, **kill}
+                click.echo(
+                    f"{name:46} {kill['tier'] or click.style('passes', fg='yellow'):8} {kill['id']}  (suite of {date})"
+                )
+                noted()
         if seeds and honest:
             parts = [range(i, i + 1) for i in range(first, seeds)]
             for seed, part in enumerate(pool.map(tried, parts, [honest] * len(parts)), first):
@@ -160,6 +186,22 @@ def hunted_one(name: str, tier: str, killer: str = "") -> dict[str, Any]:
         }
     )
     return plain
+
+
+def of_ops_in(report: Path) -> tuple[frozenset[str], str]:
+    """Ids of a report's op cases and traces, and its date; raise ``FileError`` where it is none."""
+    held = json_file(report / "report.json" if report.is_dir() else report, dict[str, Any], "give a report.json")
+    ids = [str(f["id"]) for f in held["findings"]]
+    return frozenset(i for i in ids if not i.startswith(("law/", "model/"))), str(held["date"])[:10]
+
+
+def hunted_before(name: str, ids: frozenset[str]) -> dict[str, str]:
+    """What the checks of these ids find of one mutant, in a process of its own."""
+    from dsv4_conformance.museum.catalogue import MUTANTS
+    from dsv4_conformance.museum.hunt import hunt
+
+    kill = hunt(MUTANTS[name], only=ids)
+    return {"id": kill.finding.id if kill.finding else "", "tier": kill.tier}
 
 
 def tried(seeds: range, names: list[str]) -> list[dict[str, Any]]:

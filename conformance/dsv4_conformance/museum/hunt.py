@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -43,15 +43,23 @@ def right_backend() -> type[Backend]:
     return registry.reference()
 
 
-def hunt(mutant: Mutant, numerics: Numerics = "native", tier: str = "standard", killer: str = "") -> Kill:
+def hunt(
+    mutant: Mutant,
+    numerics: Numerics = "native",
+    tier: str = "standard",
+    killer: str = "",
+    only: Container[str] | None = None,
+) -> Kill:
     """Run checks, smoke first, until one fails; ``killer``: the id of a check that is tried before
-    the others of its tier.
+    the others of its tier; ``only``: ids of the checks that there are.
     """
     begin, count = time.perf_counter(), 0
     cls = mutant.build(right_backend())
     for level in ("smoke", "standard")[: 1 if tier == "smoke" else 2]:
         session = Session(cls(numerics=numerics), level)  # type: ignore[arg-type]
         for check in sorted(in_order(level, numerics, set(mutant.faults)), key=lambda c: c.id != killer):
+            if only is not None and check.id not in only:
+                continue
             count += 1
             finding = run_check(check, session)
             if finding.status in DEADLY:

@@ -28,9 +28,13 @@ def write(record: dict[str, Any], directory: Path) -> None:
 
 
 def pages(record: dict[str, Any]) -> dict[str, str]:
-    """Every document by its file name."""
-    texts = {"mutants.md": mutants(record), "safety-factor.md": safety(record)}
-    return {name: in_lines(text) for name, text in texts.items()} | {"safety-factor.svg": picture(record)}
+    """Every document by its file name; those of the safety factor where honest variants and
+    mutants that are off by an amount were tried.
+    """
+    made = {"mutants.md": in_lines(mutants(record))}
+    if record["honest"] and excesses(record):
+        made |= {"safety-factor.md": in_lines(safety(record)), "safety-factor.svg": picture(record)}
+    return made
 
 
 def mutants(record: dict[str, Any]) -> str:
@@ -46,6 +50,8 @@ def mutants(record: dict[str, Any]) -> str:
         f"A suite that has never caught a bug proves nothing. Each of these {len(kills)} backends is the reference with one fault;",
         f"{killed} are caught, {smoke} of them by the",
         f"smoke tier ({record['date']}). The suite stops at the first check that fails.",
+        "",
+        *before(record),
         "",
         "| fault | where it was seen, or why it is likely | caught by | tier |",
         "|---|---|---|---|",
@@ -67,6 +73,20 @@ def mutants(record: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def before(record: dict[str, Any]) -> list[str]:
+    """What an earlier suite's op cases would have said, where that was tried."""
+    tried = {n: k for n, k in record["mutants"].items() if k.get("earlier")}
+    if not tried:
+        return []
+    past = [n for n, k in tried.items() if not k["earlier"]["id"]]
+    return [
+        "",
+        f"Of {len(tried)} of them, the op cases and recorded calls of the suite of {record['earlier']} (laws and models left out) would",
+        f"have caught {len(tried) - len(past)}"
+        + (f"; these {len(past)} would have passed them: {', '.join(f'`{n}`' for n in past)}." if past else "."),
+    ]
 
 
 def waiting(kills: dict[str, Any]) -> list[str]:
