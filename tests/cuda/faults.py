@@ -20,7 +20,7 @@ class Fault(NamedTuple):
 FAULTS = {
     "unmasked_tail": Fault(
         "a missing mask: channels past the row's end are added to its sum", "norm",
-        "wide = tl.load(x + at, mask=inside, other=0.0)", "wide = tl.load(x + at, mask=(row < rows)[:, None], other=0.0)", "rms_norm", "standard",
+        "wide = in_order(x, at, inside,", "wide = in_order(x, at, (row < rows)[:, None],", "rms_norm", "standard",
     ),
     "mean_over_block": Fault("the mean is taken over the block, not the row", "norm", "axis=1) / DIM + eps", "axis=1) / BLOCK + eps", "rms_norm", "standard"),
     "scale_rounded_down": Fault(

@@ -42,7 +42,19 @@ def test_norm_and_rope_in_one_launch_are_the_two(heads, dim, rope_dim, weighted)
     freqs = oracle.guarded((10000.0 ** -(torch.arange(0, rope_dim, 2).double() / rope_dim)).float())
     normed = norm.rms_norm(x.reshape(3 * heads, dim), weight, eps=EPS).reshape(x.shape)
     want = rope.apply_rope(normed, positions, freqs, inverse=False)
-    assert torch.equal(norm_rope.norm_rope(x, weight, positions, freqs, eps=EPS), want)
+    got, grid = norm_rope.norm_rope(x, weight, positions, freqs, eps=EPS)
+    assert torch.equal(got, want)
+    assert grid is None
+
+
+@pytest.mark.parametrize(("dim", "rope_dim"), [(512, 64), (192, 64), (80, 16)])
+def test_key_value_rows_are_rounded_beside(dim, rope_dim):
+    x, weight = oracle.normal(5, 1, dim, seed=8, scale=3.0), oracle.normal(dim, seed=9)
+    positions = oracle.uniform_int(0, 1 << 20, 5, seed=10, dtype=torch.int32)
+    freqs = oracle.guarded((10000.0 ** -(torch.arange(0, rope_dim, 2).double() / rope_dim)).float())
+    got, grid = norm_rope.norm_rope(x, weight, positions, freqs, eps=EPS)
+    want = quant.act_qdq(got[:, 0], format="e4m3", block=64, channels=dim - rope_dim)
+    assert torch.equal(grid[:, 0], want)
 
 
 @pytest.mark.parametrize("inverse", [False, True])
@@ -107,7 +119,9 @@ def test_hadamard(dim):
     i = torch.arange(dim)
     popcount = sum(((i[:, None] & i[None, :]) >> b) & 1 for b in range(8))
     exact = x.double() @ (1.0 - 2.0 * (popcount % 2)).double() * dim**-0.5
-    got = quant.hadamard(x)
+    got, grid = quant.hadamard(x)
     oracle.close(got, exact)
     if dim >= 32:
-        assert torch.equal(quant.hadamard_qdq(x).double(), oracle.qdq(got, "e2m1", 32))
+        assert torch.equal(grid.double(), oracle.qdq(got, "e2m1", 32))
+    else:
+        assert grid is None

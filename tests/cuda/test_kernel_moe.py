@@ -20,7 +20,7 @@ def test_route(experts, topk):
     logits[1] = -60.0  # softplus is 1e-26 here: log(1 + exp(x)) without care is zero
     logits[1, :2] = -50.0
     bias = oracle.normal(experts, seed=2, dtype=torch.float32, scale=0.1)
-    weights, indices = moe.route(logits[None], bias, topk=topk, route_scale=1.5)
+    weights, indices, _ = moe.route(logits[None], bias, topk=topk, route_scale=1.5)
     ranked = scores(logits) + bias.double()
     order = torch.sort(ranked, dim=1, descending=True, stable=True).indices[:, :topk]
     assert torch.equal(indices.long(), order)
@@ -30,7 +30,7 @@ def test_route(experts, topk):
 
 def test_route_ties_go_to_the_lower_expert():
     logits = oracle.guarded(torch.zeros(2, 16))
-    _, indices = moe.route(logits[None], oracle.guarded(torch.zeros(16)), topk=4, route_scale=1.0)
+    _, indices, _ = moe.route(logits[None], oracle.guarded(torch.zeros(16)), topk=4, route_scale=1.0)
     assert indices.tolist() == [[0, 1, 2, 3]] * 2
 
 
@@ -38,7 +38,7 @@ def test_the_router_adds_up_its_products_pieces():
     parts = oracle.normal(3, 7, 24, seed=21, dtype=torch.float32)
     bias = oracle.normal(24, seed=22, dtype=torch.float32, scale=0.1)
     whole = oracle.guarded((parts[0] + parts[1] + parts[2])[None])
-    for got, want in zip(*(moe.route(x, bias, topk=6, route_scale=1.5) for x in (parts, whole)), strict=True):
+    for got, want in zip(*(moe.route(x, bias, topk=6, route_scale=1.5)[:2] for x in (parts, whole)), strict=True):
         assert torch.equal(got, want)
 
 
@@ -46,10 +46,23 @@ def test_route_by_hash():
     logits = oracle.normal(5, 64, seed=3, dtype=torch.float32)
     table = oracle.uniform_int(0, 64, 100, 6, seed=4, dtype=torch.int64)
     ids = oracle.uniform_int(0, 100, 5, seed=5, dtype=torch.int32)
-    weights, indices = moe.route(logits[None], None, topk=6, route_scale=2.5, tid2eid=table, ids=ids)
+    weights, indices, _ = moe.route(logits[None], None, topk=6, route_scale=2.5, tid2eid=table, ids=ids)
     assert torch.equal(indices.long(), table[ids.long()])
     chosen = scores(logits).gather(1, indices.long())
     torch.testing.assert_close(weights.double(), chosen / chosen.sum(1, keepdim=True) * 2.5, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9])
+@pytest.mark.parametrize(("experts", "topk"), [(5, 5), (24, 6), (256, 6), (384, 1)])
+def test_few_tokens_are_sorted_by_who_routes_them(tokens, experts, topk):
+    logits = oracle.normal(tokens, experts, seed=31, dtype=torch.float32)
+    logits[0] = torch.nan  # goes to no expert that there is, or to the last
+    _, indices, got = moe.route(logits[None], oracle.guarded(torch.zeros(experts)), topk=topk, route_scale=1.0)
+    if tokens > moe.SORTED_TOKENS:
+        assert got is None
+        return
+    for mine, want in zip(got, moe.sort(indices, first_expert=0, n_experts=experts), strict=True):
+        assert torch.equal(mine, want)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 nothing is imported unless chosen.
 
 The stand-ins below have the published signatures and compute, in float64 torch, what the libraries'
-own words promise. Neither library runs here.
+own words promise. None of the libraries runs here.
 """
 
 from __future__ import annotations
@@ -54,14 +54,42 @@ def fp8_gemm_nt(
     d.copy_((x.double() * xs.double().repeat_interleave(128, 1)) @ wide.T)
 
 
+def top_k_ragged_transform(
+    input, offsets, lengths, k, deterministic=False, tie_break=0, dsa_graph_safe=False, row_starts=None
+):
+    assert input.dtype == torch.float32
+    assert offsets.dtype == lengths.dtype == torch.int32
+    assert offsets.shape == lengths.shape == input.shape[:1]
+    assert (deterministic, tie_break, dsa_graph_safe, row_starts) == (True, 1, False, None)
+    out = torch.full((len(input), k), -1, dtype=torch.int32)
+    for row, (scores, start, length) in enumerate(zip(input, offsets, lengths, strict=True)):
+        order = torch.sort(scores[:length], descending=True, stable=True).indices[:k]
+        out[row, : len(order)] = order.flip(0).int() + start  # in no order that anybody promised
+    return out
+
+
+def mhc_post(x, residual, post_layer_mix, comb_res_mix):
+    assert x.dtype == residual.dtype == torch.bfloat16
+    assert post_layer_mix.dtype == comb_res_mix.dtype == torch.float32
+    assert residual.shape[-2] == 4
+    assert (x.shape[-1], *comb_res_mix.shape[-2:]) == (residual.shape[-1], 4, 4)
+    kept = torch.einsum("toh,ton->tnh", residual.double(), comb_res_mix.double())
+    return (x.double()[:, None] * post_layer_mix.double()[..., None] + kept).bfloat16()
+
+
 @pytest.fixture
 def installed(monkeypatch):
-    """Both libraries, on a pretended sm_90 whose arrays are the CPU's; our kernels are
+    """All libraries, on a pretended sm_90 whose arrays are the CPU's; our kernels are
     interpreted.
     """
     made = {
         "flash_mla": types.SimpleNamespace(flash_mla_sparse_fwd=flash_mla_sparse_fwd),
         "deep_gemm": types.SimpleNamespace(fp8_gemm_nt=fp8_gemm_nt),
+        "flashinfer": types.SimpleNamespace(
+            __name__="flashinfer",
+            top_k_ragged_transform=top_k_ragged_transform,
+            mhc=types.SimpleNamespace(mhc_post=mhc_post),
+        ),
     }
     monkeypatch.setattr(providers, "find_spec", made.get)
     monkeypatch.setattr(providers.importlib, "import_module", lambda name: made[name])
@@ -110,6 +138,35 @@ def test_what_is_chosen_runs_where_it_fits():
 
 
 @pytest.mark.usefixtures("installed")
+def test_flashinfer_picks_rows_and_mixes_streams():
+    be = CudaBackend(device="cpu", prefer="flashinfer")
+    checks = be.device_checks()
+    assert [(c.op, c.case) for c in checks] == [
+        (op, "as_flashinfer") for op in ("index_select", "cached_index_topk", "hc_post")
+    ]
+    assert [c.run() for c in checks] == ["", "", ""]
+    name, mhc = (f"flashinfer of unknown version: {f}" for f in ("top_k_ragged_transform", "mhc.mhc_post"))
+    layout = RowLayout("key", 128)
+    cache = torch.zeros(64, layout.width, dtype=torch.uint8)
+    slots = torch.arange(64, dtype=torch.int32)
+    be.cache_write(cache, oracle.normal(64, 128, seed=21), slots, layout=layout)
+    q, weights = oracle.normal(2, 3, 64, 128, seed=22), oracle.normal(2, 3, 64, seed=23, dtype=torch.float32)
+    visible = oracle.uniform_int(0, 33, 2, 3, seed=24, dtype=torch.int32)
+    arrays, scalars = (q, weights, cache, slots, visible, visible + 7), {"layout": layout, "scale": 0.1, "topk": 8}
+    be.kernels_ran()
+    theirs = be.cached_index_topk(*arrays, **scalars)
+    assert be.kernels_ran() == (name,)
+    ours = be.kernels["cached_index_topk"](be, *arrays, **scalars)
+    assert torch.equal(theirs.sort().values, ours.sort().values)
+    y, h, mix = oracle.normal(3, 64, seed=25), oracle.normal(3, 4, 64, seed=26), oracle.normal(3, 20, seed=27)
+    mix = mix.float()
+    be.hc_post(y, h, mix[:, :4], mix[:, 4:].reshape(3, 4, 4))
+    be.hc_post(y, h[:, :2], mix[:, :2], mix[:, :4].reshape(3, 2, 2))  # two streams: ours
+    assert be.kernels_ran() == (mhc, "hc_expand")
+    assert be.supports("hc_post", y=y, h=h, post=mix[:, :4], comb=mix[:, 4:].reshape(3, 4, 4)).by == mhc
+
+
+@pytest.mark.usefixtures("installed")
 def test_cached_rows_are_widened_by_us():
     be = CudaBackend(device="cpu", prefer="flash_mla")
     layout = RowLayout("kv", 512, 64)
@@ -135,14 +192,30 @@ def test_a_library_that_computes_otherwise_is_found(installed):
     def forgets_a_scale(a, b, d, **how):
         fp8_gemm_nt((a[0], a[1] * 0 + a[1][:, :1]), b, d, **how)
 
+    def higher_of_equals(input, offsets, lengths, k, **how):
+        return top_k_ragged_transform(input + torch.arange(input.shape[1]) * 1e-4, offsets, lengths, k, **how)
+
+    def not_transposed(x, residual, post_layer_mix, comb_res_mix):
+        return mhc_post(x, residual, post_layer_mix, comb_res_mix.transpose(1, 2))
+
+    installed["flashinfer"].top_k_ragged_transform = higher_of_equals
+    installed["flashinfer"].mhc.mhc_post = not_transposed
     installed["flash_mla"].flash_mla_sparse_fwd = without_sink
     installed["deep_gemm"].fp8_gemm_nt = forgets_a_scale
-    be = CudaBackend(device="cpu", prefer="flash_mla,deep_gemm")
+    be = CudaBackend(device="cpu", prefer="flash_mla,deep_gemm,flashinfer")
     said = {c.op: c.run() for c in be.device_checks()}
-    assert all("times the allowed distance from our kernel" in words for words in said.values()), said
+    assert len(said) == len(CALLS)
+    for op, words in said.items():
+        picks = op in {"index_select", "cached_index_topk"}
+        assert ("picks other rows" if picks else "times the allowed distance") in words, said
 
 
-@pytest.mark.parametrize(("op", "stand_in"), [("sparse_attn", flash_mla_sparse_fwd), ("linear", fp8_gemm_nt)])
+@pytest.mark.parametrize(
+    ("op", "stand_in"),
+    [
+        ("sparse_attn", flash_mla_sparse_fwd), ("linear", fp8_gemm_nt), ("index_select", top_k_ragged_transform), ("hc_post", mhc_post),
+    ],
+)  # fmt: skip
 def test_stand_ins_have_the_published_signatures(op, stand_in):
     """Else the tests above would prove nothing of the call."""
     assert providers.changed(stand_in, CALLS[op].signature) == ""
@@ -156,7 +229,7 @@ def test_what_cannot_be_preferred_is_refused_with_the_reason(installed, monkeypa
         with pytest.raises(BackendError, match=match):
             CudaBackend(**{"device": "cpu", "prefer": "flash_mla", **options})
 
-    refused("'flashmla' is none of flash_mla, deep_gemm", prefer="flashmla")
+    refused("'flashmla' is none of flash_mla, deep_gemm, flashinfer", prefer="flashmla")
     refused("libraries run on a GPU, and here kernels are interpreted", interpret=True)
     refused("libraries promise no order of sums", batch_invariant=True)
     installed["flash_mla"].flash_mla_sparse_fwd = lambda q, kv, picks, sm_scale: None
@@ -178,6 +251,7 @@ def test_libraries_that_are_not_there_are_left_out_of_a_proof(tmp_path):
     p.stage("libraries", prove.libraries)
     assert [(r.name, r.state, r.why) for r in p.stages["libraries"].ran.values()] == [
         ("flash_mla", "left out", "flash_mla is not installed"), ("deep_gemm", "left out", "deep_gemm is not installed"),
+        ("flashinfer", "left out", "flashinfer is not installed"),
     ]  # fmt: skip
 
 

@@ -17,7 +17,6 @@ if sys.version_info < (3, 11):
     pytest.skip("reads pyproject.toml with tomllib", allow_module_level=True)
 
 import tomllib
-
 from dsv4_backend_torch import kept
 
 ROOT = Path(__file__).parents[2]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dsv4_backend_cuda import launch
+from dsv4_backend_cuda.carried import Grid, carrying
 from dsv4_backend_cuda.kernels import (
     add_pieces,
     cache,
@@ -30,7 +31,7 @@ from dsv4_backend_cuda.kernels import (
     sparse_attn,
     unpack,
 )
-from dsv4_core.contract.dtypes import FP8_BLOCK, Experts, RowLayout, ScaledArray
+from dsv4_core.contract.dtypes import FP4_GROUP, FP8_BLOCK, KV_BLOCK, Experts, RowLayout, ScaledArray
 from dsv4_core.contract.ops.attention import SCORES_AT_ONCE
 
 PARTIALS = 1 << 24  # elements of attention's pieces that exist at a time: 64 MB
@@ -61,10 +62,6 @@ class Settings(Protocol):
 
 
 Quantised = tuple[Tensor, Tensor]
-CODES = "fp8_codes"
-"""Attribute of a norm's result: codes and scale bytes, by whether they are in FP4 weights' order.
-Arrays of the graph are never written again, so that codes stay those of their array.
-"""
 Mixed = tuple[Tensor, Tensor, Tensor]
 
 
@@ -77,18 +74,15 @@ def _quantise(x: Tensor, *, fp4: bool) -> Quantised:
     norm's that made it, or new ones.
     """
     paired = scaled_matmul.paired(x, fp4=fp4)
-    known: dict[bool, Quantised] = getattr(x, CODES, {})
+    known: dict[bool, Quantised] = getattr(x, "codes", {})
     if paired in known:
         return known[paired]
     return quant.act_quant(x.contiguous(), block=FP8_BLOCK, paired=paired)
 
 
-def _carrying(y: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """The result of a norm with its FP8 codes [orders, tokens, dim] attached, which its own launch
-    made: products that read it need none.
-    """
-    setattr(y, CODES, {bool(paired): (part, scales) for paired, part in enumerate(codes)})
-    return y
+def _with_codes(y: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """The result of a norm with its FP8 codes [orders, tokens, dim], which its own launch made."""
+    return carrying(y, codes={bool(paired): (part, scales) for paired, part in enumerate(codes)})
 
 
 def _parts(weight: ScaledArray) -> scaled_matmul.Weight:
@@ -108,9 +102,9 @@ def _stack(weight: Any) -> ScaledArray:
 def rms_norm(be: Settings, x: Tensor, weight: Tensor | None, *, eps: float) -> Tensor:
     del be
     if weight is not None and x.shape[1] % FP8_BLOCK == 0:
-        y, *codes = norm.rms_norm_quant(x.contiguous(), weight.contiguous(), eps=eps)
-        return _carrying(y, codes[0][None], codes[1])
-    return norm.rms_norm(x.contiguous(), None if weight is None else weight.contiguous(), eps=eps)
+        y, *codes = norm.rms_norm_quant(x, weight.contiguous(), eps=eps)
+        return _with_codes(y, codes[0][None], codes[1])
+    return norm.rms_norm(x, None if weight is None else weight.contiguous(), eps=eps)
 
 
 def apply_rope(be: Settings, x: Tensor, positions: Tensor, freqs: Tensor, *, inverse: bool) -> Tensor:
@@ -123,7 +117,9 @@ def rms_norm_rope(
 ) -> Tensor:
     del be
     gain = None if weight is None else weight.contiguous()
-    return norm_rope.norm_rope(x.contiguous(), gain, positions.contiguous(), freqs.contiguous(), eps=eps)
+    y, grid = norm_rope.norm_rope(x, gain, positions.contiguous(), freqs.contiguous(), eps=eps)
+    plain = x.shape[2] - 2 * freqs.shape[0]
+    return y if grid is None else carrying(y, grids={("e4m3", KV_BLOCK, plain): grid})
 
 
 def act_quant(be: Settings, x: Tensor, *, block: int) -> Quantised:
@@ -133,12 +129,16 @@ def act_quant(be: Settings, x: Tensor, *, block: int) -> Quantised:
 
 def act_qdq(be: Settings, x: Tensor, *, format: str, block: int, channels: int) -> Tensor:
     del be
+    known: dict[Grid, Tensor] = getattr(x, "grids", {})
+    if (format, block, channels) in known:
+        return known[format, block, channels]
     return quant.act_qdq(x.contiguous(), format=format, block=block, channels=channels)
 
 
 def hadamard(be: Settings, x: Tensor) -> Tensor:
     del be
-    return quant.hadamard(x.contiguous())
+    y, grid = quant.hadamard(x.contiguous())
+    return y if grid is None else carrying(y, grids={("e2m1", FP4_GROUP, x.shape[1]): grid})
 
 
 def linear(be: Settings, x: Tensor, weight: Any, *, out_dtype: str) -> Tensor:
@@ -173,13 +173,18 @@ def _logits(be: Settings, x: Tensor, weight: Any) -> Tensor:
 
 
 def gate(be: Settings, x: Tensor, weight: Any, bias: Tensor, *, topk: int, route_scale: float) -> Quantised:
-    return moe.route(_logits(be, x, weight), bias.contiguous(), topk=topk, route_scale=route_scale)
+    return _routed(moe.route(_logits(be, x, weight), bias.contiguous(), topk=topk, route_scale=route_scale))
 
 
 def gate_hash(be: Settings, x: Tensor, weight: Any, tid2eid: Tensor, ids: Tensor, *, route_scale: float) -> Quantised:
     table, ids = tid2eid.contiguous(), ids.contiguous()
     logits = _logits(be, x, weight)
-    return moe.route(logits, None, topk=table.shape[1], route_scale=route_scale, tid2eid=table, ids=ids)
+    return _routed(moe.route(logits, None, topk=table.shape[1], route_scale=route_scale, tid2eid=table, ids=ids))
+
+
+def _routed(made: tuple[Tensor, Tensor, moe.Sorted | None]) -> Quantised:
+    weights, indices, order = made
+    return weights, indices if order is None else carrying(indices, order=order)
 
 
 def dispatch(
@@ -225,6 +230,14 @@ def ffn(be: Settings, x: Tensor, w1: ScaledArray, w3: ScaledArray, w2: ScaledArr
     return _product(be, hidden, w2, x.dtype)
 
 
+def _sorted(indices: Tensor, *, first_expert: int, n_experts: int) -> moe.Sorted:
+    """Copies by expert: the router's, where all experts that it knows are here, or sorted anew."""
+    known: moe.Sorted | None = getattr(indices, "order", None)
+    if known is not None and first_expert == 0 and known[2].shape[0] == n_experts + 1:
+        return known
+    return moe.sort(indices.contiguous(), first_expert=first_expert, n_experts=n_experts)
+
+
 def routed(
     be: Settings, x: Tensor, weights: Tensor, indices: Tensor, shared: Tensor | None, w1: Experts, w3: Experts, w2: Experts,
     *, first_expert: int, limit: float, out_dtype: str,
@@ -235,7 +248,7 @@ def routed(
     del be
     gate, up, down = (_stack(w) for w in (w1, w3, w2))
     topk = indices.shape[1]
-    order, place, offsets = moe.sort(indices.contiguous(), first_expert=first_expert, n_experts=w1.shape[0])
+    order, place, offsets = _sorted(indices, first_expert=first_expert, n_experts=w1.shape[0])
     both = scaled_matmul.expert_products(
         *_quantise(x, fp4=_fp4(gate)), [(w.data, w.scale) for w in (gate, up)], offsets,
         fp4=_fp4(gate), order=order, topk=topk,
@@ -250,7 +263,7 @@ def routed(
 
 def cache_write(be: Settings, cache_: Tensor, rows: Tensor, index: Tensor, *, layout: RowLayout) -> Tensor:
     del be
-    cache.cache_write(cache_, rows.contiguous(), index.contiguous(), layout=layout)
+    cache.cache_write(cache_, rows, index.contiguous(), layout=layout)
     return cache_
 
 
@@ -261,7 +274,7 @@ def cache_read(be: Settings, cache_: Tensor, index: Tensor, *, layout: RowLayout
 
 def compressed(be: Settings, kv_score: Tensor, ape: Tensor, window_idxs: Tensor, *, dim: int) -> Tensor:
     del be
-    return compress.compress(kv_score.contiguous(), ape.contiguous(), window_idxs.contiguous(), dim=dim)
+    return compress.compress(kv_score, ape.contiguous(), window_idxs.contiguous(), dim=dim)
 
 
 def kv_score(be: Settings, x: Tensor, wkv: Any, wgate: Any) -> Tensor:
@@ -274,12 +287,12 @@ def cached_compress(
 ) -> Tensor:
     del be
     held = {"state": state.contiguous(), "slots": index.contiguous()}
-    return compress.compress(kv_score.contiguous(), ape.contiguous(), window_idxs.contiguous(), dim=dim, **held)
+    return compress.compress(kv_score, ape.contiguous(), window_idxs.contiguous(), dim=dim, **held)
 
 
 def index_scores(be: Settings, q: Tensor, weights: Tensor, keys: Tensor, *, scale: float) -> Tensor:
     del be
-    return index.index_scores(q.contiguous(), weights.contiguous(), keys.contiguous(), scale=scale)
+    return index.index_scores(q.contiguous(), weights, keys.contiguous(), scale=scale)
 
 
 def index_select(be: Settings, scores: Tensor, visible: Tensor, offset: Tensor, *, topk: int) -> Tensor:
@@ -295,16 +308,20 @@ def _topk(
     offset: Tensor,
     rows: int,
     topk: int,
+    select: Callable[..., Tensor] = index.index_select,
 ) -> Tensor:
     """Selection in blocks of tokens, so that scores of a long context never exist at once."""
     batch, seq = visible.shape
     step = max(1, SCORES_AT_ONCE // (batch * rows))
+    if seq <= step:
+        scores = score(q.contiguous(), weights)
+        return select(scores, visible.contiguous(), offset.contiguous(), topk=topk)
     picks = []
-    for i in range(0, max(seq, 1), step):
+    for i in range(0, seq, step):
         part = slice(i, i + step)
-        scores = score(q[:, part].contiguous(), weights[:, part].contiguous())
-        picks.append(index.index_select(scores, visible[:, part].contiguous(), offset[:, part].contiguous(), topk=topk))
-    return picks[0] if len(picks) == 1 else torch.cat(picks, 1)
+        scores = score(q[:, part].contiguous(), weights[:, part])
+        picks.append(select(scores, visible[:, part].contiguous(), offset[:, part].contiguous(), topk=topk))
+    return torch.cat(picks, 1)
 
 
 def index_topk(
@@ -337,13 +354,17 @@ def cached_index_topk(
     layout: RowLayout,
     scale: float,
     topk: int,
+    select: Callable[..., Tensor] = index.index_select,
 ) -> Tensor:
+    """``select``: who picks rows of given scores."""
     del be, layout
     cache, slots = cache.contiguous(), slots.contiguous()
     rows = slots.shape[0] // q.shape[0]
-    return _topk(
-        lambda q, w: index.cached_index_scores(q, w, cache, slots, scale=scale), q, weights, visible, offset, rows, topk
-    )
+
+    def score(q: Tensor, weights: Tensor) -> Tensor:
+        return index.cached_index_scores(q, weights, cache, slots, scale=scale)
+
+    return _topk(score, q, weights, visible, offset, rows, topk, select)
 
 
 def _in_blocks(
@@ -425,7 +446,7 @@ def hc_pre_norm(
     arrays = (t.contiguous() for t in (h, fn, scale, base, weight))
     paired = scaled_matmul.paired(h, fp4=True)
     y, post, comb, codes = mhc.hc_pre_norm(*arrays, norm_eps=norm_eps, eps=eps, iters=iters, paired=paired)
-    return _carrying(y, *codes) if codes else y, post, comb
+    return _with_codes(y, *codes) if codes else y, post, comb
 
 
 def hc_head(be: Settings, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float) -> Tensor:

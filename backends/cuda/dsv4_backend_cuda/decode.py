@@ -32,8 +32,8 @@ class Step:
 @dataclass(frozen=True)
 class _Product:
     """``copies``: experts or groups. ``split``: may be cut over its inputs (``pieces``);
-    ``reader``: its pieces are added up by the kernel that reads them, else by a launch of their
-    own.
+    ``reader``: in two pieces too, since the kernel that reads them adds them up; ``awaited``: it
+    does so as well, but is not known when the sum is cut. Else a launch of their own does.
     """
 
     layer: str
@@ -44,18 +44,21 @@ class _Product:
     variant: str = "flash"
     split: bool = True
     reader: bool = False
+    awaited: bool = False
 
 
 def _products(c: ModelConfig) -> list[_Product]:
     d, heads, inter = c.hidden_size, c.num_attention_heads * c.head_dim, c.moe_intermediate_size
     experts = c.num_experts_per_tok
     return [
-        _Product("wq_a", "linear_decode", c.q_lora_rank, d),
+        _Product("wq_a", "linear_decode", c.q_lora_rank, d, awaited=True),
         _Product("wq_b", "linear_decode", heads, c.q_lora_rank),
-        _Product("wkv", "linear_decode", c.head_dim, d),
+        _Product("wkv", "linear_decode", c.head_dim, d, awaited=True),
         _Product("wo_a", "grouped_linear_decode", c.o_lora_rank, heads // c.o_groups, c.o_groups, split=False),
         _Product("wo_b", "linear_decode", d, c.o_groups * c.o_lora_rank),
-        _Product("compressor wkv, wgate (ratio 4)", "bf16_linear_decode", 4 * c.head_dim, d, variant="pair"),
+        _Product(
+            "compressor wkv, wgate (ratio 4)", "bf16_linear_decode", 4 * c.head_dim, d, variant="pair", awaited=True
+        ),
         _Product("gate", "bf16_linear_decode", c.n_routed_experts, d, reader=True),
         _Product("experts w1, w3", "fp4_experts_decode", 2 * inter, d, experts, "pair", split=False),
         _Product("experts w2", "fp4_experts_decode", d, inter, experts, split=False),
@@ -93,7 +96,7 @@ def steps(results: Iterable[Any]) -> Iterator[Step]:
                     count = cdiv(passes, span)
                     split = built.get((p.kernel, "split", arch), r) if count > 1 else r
                     size = p.outputs * p.inputs * p.copies * BYTES[p.kernel]
-                    launches = 1 + (count > 1 and not p.reader)
+                    launches = 1 + (count > 1 and not p.reader and not p.awaited)
                     yield _step(name, p.layer, split, device, programs * count, span, size, launches)
             if r := built.get(("sparse_attn", "decode", arch)):
                 rows = config.sliding_window + config.index_topk

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from dsv4_backend_torch import interpret
+from dsv4_backend_torch import interpret, playback
 
 FP8_BITS, FP8_STEP, STEP = 13, 32, 16
 LOG2_E = np.float32(1.4426950408889634)
@@ -71,6 +71,8 @@ def install() -> None:
 
     for name, function in {"create_exp": exp, "create_exp2": exp2_of, "create_fdiv": fdiv, "create_dot": dot}.items():
         setattr(builder, name, function)
+    playback.watch(it)
+    playback.forget()
     _installed = True
 
 

@@ -1,5 +1,5 @@
 """Kernels of other libraries, for the ops that they have: chosen with ``-O
-prefer=flash_mla,deep_gemm``, and imported then alone.
+prefer=flash_mla,deep_gemm,flashinfer``, and imported then alone.
 
 Each call is written down with its published signature, where it fits, and how the contract's
 operands become its own. A call that does not fit is ours, op by op. ``difference`` holds one
@@ -25,6 +25,8 @@ from torch import Tensor
 from dsv4_core.contract.dtypes import FP8_BLOCK, ScaledArray, dtype_name
 from dsv4_core.contract.spec import BackendError
 
+STREAMS = 4  # of flashinfer's hyper-connections
+LOWER = 1  # flashinfer's TopKTieBreak.SMALL: of equal scores the lower row
 PICKS = 128  # FlashMLA walks a token's list in blocks; -1 is nothing to it, as here
 FLOAT_SCALES = "float_scales"
 """Attribute of a weight's scale bytes: the same as float32, made at the first product. Weights are
@@ -75,6 +77,56 @@ def linear(function: Any, be: Any, x: Tensor, weight: ScaledArray, *, out_dtype:
 def float_scales(exponents: Tensor) -> Tensor:
     """2^(byte - 127) as float32, of bytes that are neither 0 nor 255."""
     return (exponents.to(torch.int32) << 23).view(torch.float32)
+
+
+def index_select(function: Any, be: Any, scores: Tensor, visible: Tensor, offset: Tensor, *, topk: int) -> Tensor:
+    """``ops/attention.py: index_select`` by ``top_k_ragged_transform``, a row of scores a token."""
+    del be
+    batch, seq, rows = scores.shape
+    flat, starts, lengths = scores.reshape(batch * seq, rows), offset.reshape(-1), visible.reshape(-1)
+    picks = function(
+        flat.contiguous(), starts.contiguous(), lengths.contiguous(), topk, deterministic=True, tie_break=LOWER
+    )
+    return picks.reshape(batch, seq, topk)  # type: ignore[no-any-return]
+
+
+def cached_index_topk(function: Any, be: Any, *arrays: Any, **scalars: Any) -> Tensor:
+    """``cached_index_topk``: keys are scored by our kernel, rows picked by the library."""
+    from dsv4_backend_cuda import bindings
+
+    def select(scores: Tensor, visible: Tensor, offset: Tensor, *, topk: int) -> Tensor:
+        return index_select(function, be, scores, visible, offset, topk=topk)
+
+    return bindings.cached_index_topk(be, *arrays, **scalars, select=select)
+
+
+def hc_post(function: Any, be: Any, y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """``ops/mhc.py: hc_post`` by ``mhc_post``, which reads ``comb`` transposed too."""
+    del be
+    return function(y.contiguous(), h.contiguous(), post.contiguous(), comb.contiguous())  # type: ignore[no-any-return]
+
+
+def fits_index_select(*arrays: Any, topk: int, **scalars: Any) -> str:
+    """Why ``top_k_ragged_transform`` cannot, or nothing."""
+    del scalars
+    return "" if topk and all(arrays[-1].shape) else "no row is to be picked"
+
+
+def fits_cached_index_topk(*arrays: Any, layout: Any, **scalars: Any) -> str:
+    """The same over cached keys, which our kernel reads where they are packed."""
+    return (
+        fits_index_select(*arrays, **scalars)
+        if layout.kind == "key"
+        else f"rows of layout {layout.kind!r} are not packed"
+    )
+
+
+def fits_hc_post(y: Any, h: Any, post: Any, comb: Any) -> str:
+    """Why ``mhc_post`` cannot, or nothing."""
+    del y, post, comb
+    if h.shape[1] != STREAMS:
+        return f"{h.shape[1]} streams are not {STREAMS}"
+    return "" if h.shape[0] else "no token is given"
 
 
 def fits_sparse_attn(*arrays: Any, **scalars: Any) -> str:
@@ -141,13 +193,26 @@ LIBRARIES = {
         "deepseek-ai/DeepGEMM at 54e2261",
         "pip install sgl-deep-gemm, or build https://github.com/deepseek-ai/DeepGEMM",
     ),
+    "flashinfer": Library(
+        "flashinfer",
+        "flashinfer-ai/flashinfer at ed0e27f (topk.py) and 185cd95 (mhc.py)",
+        "pip install flashinfer-python",
+    ),
 }
 _SPARSE = "flash_mla_sparse_fwd", "(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None)"
 _GEMM = "(a, b, d, c=None, recipe=None, recipe_a=None, recipe_b=None, compiled_dims='nk', disable_ue8m0_cast=False)"
+_TOP_K = (
+    "top_k_ragged_transform",
+    "(input, offsets, lengths, k, deterministic=False, tie_break=TopKTieBreak.NONE, dsa_graph_safe=False, row_starts=None)",
+)
+_POST = "mhc.mhc_post", "(x, residual, post_layer_mix, comb_res_mix)"
 CALLS: dict[str, Call] = {
     "sparse_attn": Call("flash_mla", *_SPARSE, (90, 100), fits_sparse_attn, sparse_attn),
     "cached_sparse_attn": Call("flash_mla", *_SPARSE, (90, 100), fits_cached_sparse_attn, cached_sparse_attn),
     "linear": Call("deep_gemm", "fp8_gemm_nt", _GEMM, (90, 100), fits_linear, linear),
+    "index_select": Call("flashinfer", *_TOP_K, (80, 89, 90, 100, 120), fits_index_select, index_select),
+    "cached_index_topk": Call("flashinfer", *_TOP_K, (80, 89, 90, 100, 120), fits_cached_index_topk, cached_index_topk),
+    "hc_post": Call("flashinfer", *_POST, (90, 100), fits_hc_post, hc_post),
 }
 """By op."""
 
@@ -201,7 +266,7 @@ def load(prefer: str, arch: int) -> Mapping[str, Provider]:
                 f"backend 'cuda': prefer={name}: importing {library.package} failed: {type(error).__name__}: {error}; leave it out"
             ) from error
         for op, call in calls.items():
-            function = getattr(module, call.function, None)
+            function = _named(module, call.function)
             if function is None or (why := changed(function, call.signature)):
                 raise BackendError(
                     f"backend 'cuda': prefer={name}: {call.function} {why if function is not None else 'is gone'}; it is called as published in "
@@ -209,6 +274,17 @@ def load(prefer: str, arch: int) -> Mapping[str, Provider]:
                 )
             found[op] = Provider(call, f"{name} {_version(library.package)}: {call.function}", function)
     return found
+
+
+def _named(module: Any, path: str) -> Any:
+    """A function by its dotted name in a library; None where it is gone."""
+    *within, name = path.split(".")
+    try:
+        for part in within:
+            module = getattr(module, part, None) or importlib.import_module(f"{module.__name__}.{part}")
+    except ImportError:
+        return None
+    return getattr(module, name, None)
 
 
 def changed(function: Any, signature: str) -> str:
@@ -245,9 +321,9 @@ def difference(be: Any, op: str) -> str:
     """What a provider computes otherwise than our kernels on the same GPU, in words; nothing where
     they agree.
 
-    Bounds: a unit of BF16 for the two results' rounding; for attention half a unit of every
-    probability on each side (``sum p |v|`` is taken in float64); for sums in float32 a part in 10^4
-    of the largest result.
+    Picks are the same rows. Bounds: a unit of BF16 for the two results' rounding; for attention
+    half a unit of every probability on each side (``sum p |v|`` is taken in float64); for sums in
+    float32 a part in 10^4 of the largest result.
     """
     draw = torch.Generator().manual_seed(0)
 
@@ -260,6 +336,19 @@ def difference(be: Any, op: str) -> str:
         arrays: tuple[Any, ...] = (normal(33, 512), ScaledArray(codes.to(be.device), scale.to(be.device), "e4m3"))
         scalars: dict[str, Any] = {"out_dtype": "bfloat16"}
         spread: Any = 0.0
+    elif op == "hc_post":
+        weights = torch.rand((17, 20), generator=draw).to(be.device)
+        arrays = (normal(17, 512), normal(17, STREAMS, 512), weights[:, :4], weights[:, 4:].reshape(17, 4, 4))
+        scalars, spread = {}, 0.0
+    elif op in {"index_select", "cached_index_topk"}:
+        scores = torch.randint(-40, 40, (2, 9, 700), generator=draw).float().to(be.device)  # many are equal
+        visible = torch.randint(0, 701, (2, 9), generator=draw, dtype=torch.int32).to(be.device)
+        picked = [
+            torch.sort(run(be, scores, visible, visible + 5, topk=64)).values
+            for run in (be.providers["index_select"].run, be.kernels["index_select"])
+        ]
+        wrong = int((picked[0] != picked[1]).any(-1).sum())
+        return f"{be.providers[op].name} picks other rows than our kernel for {wrong} of 18 tokens" if wrong else ""
     else:
         op = "sparse_attn"  # the cached one is our unpacking before it
         picks = torch.randint(-1, 300, (17, 150), generator=draw, dtype=torch.int32)

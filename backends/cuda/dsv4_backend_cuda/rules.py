@@ -15,6 +15,7 @@ from dsv4_core.contract.dtypes import FP8_BLOCK, dtype_name
 
 Answer = str | tuple[str, ...]
 DECODE_TOKENS = 16  # rows up to which the matrix products take their narrow tile
+MIDDLE_TOKENS = 128  # and those up to which FP8 ones may take another than the wide tile
 LARGEST_HADAMARD = 256  # channels whose whole +-1 matrix one block multiplies by
 
 
@@ -68,7 +69,10 @@ def linear(x: Any, weight: Any, *, out_dtype: str) -> Answer:
         return f"no kernel multiplies by {dtype} weights"
     if x.shape[1] % FP8_BLOCK:
         return f"{x.shape[1]} input channels are no multiple of {FP8_BLOCK}"
-    return ("act_quant", f"{'fp4_' if dtype.startswith('float4') else ''}linear_{_phase(rows)}", "add_pieces")
+    if dtype.startswith("float4"):
+        return ("act_quant", f"fp4_linear_{_phase(rows)}", "add_pieces")
+    between = ("linear_middle",) if DECODE_TOKENS < rows <= MIDDLE_TOKENS else ()  # or the wide tile, by architecture
+    return ("act_quant", *between, f"linear_{_phase(rows)}", "add_pieces")
 
 
 def grouped_linear(x: Any, weight: Any) -> Answer:
@@ -102,7 +106,10 @@ def _gate(x: Any, weight: Any) -> Answer:
     product = linear(x, weight, out_dtype="float32")
     if isinstance(product, str):
         return product
-    return (*(product[:1] if len(product) == 2 else product), "route")  # it adds up a BF16 product's pieces itself
+    return (
+        *(product[:1] if "act_quant" not in product else product),
+        "route",
+    )  # it adds up a BF16 product's pieces itself
 
 
 def gate(x: Any, weight: Any, bias: Any, *, topk: int, route_scale: float) -> Answer:
@@ -137,7 +144,7 @@ def ffn(x: Any, w1: Any, w3: Any, w2: Any, *, limit: float) -> Answer:
         return "composed of required ops: only quantised weights gain by fusing"
     if dtype_name(w1) != dtype_name(w3):
         return f"composed of required ops: w1 is {dtype_name(w1)}, w3 is {dtype_name(w3)}"
-    return (*first[:2], "swiglu", *second[1:])
+    return (*first[:-1], "swiglu", *second[1:])
 
 
 def moe(

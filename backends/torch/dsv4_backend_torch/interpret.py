@@ -8,6 +8,7 @@ the emitted ``cvt.rn.satfinite.e4m3x2.f32`` does. They hook into Triton's intern
 versions that the exhaustive tests ran on are accepted.
 """
 
+import functools
 import os
 import sys
 import types
@@ -18,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dsv4_backend_torch import lockstep
+from dsv4_backend_torch import lockstep, playback
 
 TESTED_TRITON = ("3.9.0",)
 
@@ -60,6 +61,7 @@ def activate() -> None:
     _active = True
 
 
+@functools.cache
 def _small_types() -> dict[Any, Any]:
     import triton.language as tl
 
@@ -158,7 +160,7 @@ def _repair() -> None:
     def fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
         if rounding_mode not in (None, it._ir.ROUNDING_MODE.RTNE):
             raise InterpreterError(f"rounding mode {rounding_mode} is not repaired; use the default, to nearest even")
-        return cast_impl(self, src, dst_type)
+        return self.cast_impl(src, dst_type)
 
     def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
         dtype = lhs.dtype.scalar
@@ -204,37 +206,18 @@ def _repair() -> None:
         kind = d.dtype.scalar
         return handle(narrow(total, kind) if kind in small else total.astype(d.data.dtype), kind)
 
-    def apply(function: Callable[..., Any]) -> Callable[..., Any]:
+    def widened(function: Callable[..., Any]) -> Callable[..., Any]:
         """A reduction or scan over small floats: combined and rounded in float32, as Triton
         promotes before summing.
         """
 
-        def wrapped(self: Any, inputs: Any) -> Any:
-            dtypes = [x.dtype for x in inputs]
-            if not any(t in small for t in dtypes):
-                return function(self, inputs)
-            wide = tuple(
-                it.tl.core.tensor(
-                    handle(widen(x.handle.data, t), tl.float32), it.tl.core.block_type(tl.float32, x.shape)
-                )
-                if t in small
-                else x
-                for x, t in zip(inputs, dtypes, strict=True)
-            )
-            out = function(self, wide)
-            many = isinstance(out, list | tuple)
-            done = []
-            for x, t in zip(out if many else (out,), dtypes, strict=False):
-                if t in small and x.dtype == tl.float32:
-                    bits = narrow(x.handle.data, t)
-                    done.append(
-                        it.tl.core.tensor(handle(bits, t), x.type.with_element_ty(t) if x.type.is_block() else t)
-                    )
-                else:
-                    done.append(x)
-            return done if many else done[0]
+        def run(self: Any, arg: Any, *how: Any) -> Any:
+            dtype = arg.dtype.scalar
+            if dtype not in small:
+                return function(self, arg, *how)
+            return rewrap(function(self, handle(widen(arg.data, dtype), tl.float32), *how).data, dtype)
 
-        return wrapped
+        return run
 
     def scaled_values(value: Any) -> np.ndarray:
         if value.dtype == tl.uint8:
@@ -249,8 +232,9 @@ def _repair() -> None:
         setattr(builder, name, quiet(function))
     _patch_once(it)
     lockstep.install(it)
-    it.ReduceOps.apply_impl = quiet(apply(it.ReduceOps.apply_impl))
-    it.ScanOps.apply_impl = quiet(apply(it.ScanOps.apply_impl))
+    for name in ("create_reduce", "create_scan"):
+        setattr(builder, name, quiet(widened(getattr(builder, name))))
+    playback.watch(it)
     it._mxfp_value_handle_to_float32 = scaled_values
 
 

@@ -11,13 +11,17 @@ either.
 from __future__ import annotations
 
 import builtins
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-ELEMENTS = 1 << 20
+from dsv4_backend_torch import memory
+from dsv4_backend_torch.playback import Recording, Tape, tape_of
+
+ELEMENTS = 1 << 18
 """Values that an operation works on at once, about: as many programs run together as their largest
 block allows.
 """
@@ -40,13 +44,25 @@ def _one(values: np.ndarray) -> Any:
     kinds = np.unique(values.reshape(-1), return_inverse=True)[1] if (values != values.flat[0]).any() else values[:0]
     if kinds.any():
         raise PartedWays(kinds)
-    return values.flat[0]
+    return values.item(0)
+
+
+def _trips(start: np.ndarray, stop: np.ndarray, step: np.ndarray) -> int:
+    """How often a loop turns, the same for all programs."""
+    starts, stops, steps = (x.astype(np.int64) for x in (start, stop, step))
+    return int(_one(np.maximum(-((starts - stops) // steps), 0)))
+
+
+@functools.cache
+def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of a kernel's parameters, which have no defaults."""
+    return tuple(inspect.signature(function).parameters)
 
 
 def install(it: Any) -> None:
     """Make the interpreter module ``it`` run programs in lockstep."""
     tl, handle, builder = it.tl, it.TensorHandle, it.InterpreterBuilder
-    plain = {name: getattr(builder, name) for name in ("create_masked_load", "create_masked_store")}
+    one_by_one = it._interpreter
     undo: list[tuple[Any, Any, Any]] = []
     widest: list[int] = [1]  # elements per program of the largest block seen in this launch
 
@@ -68,19 +84,29 @@ def install(it: Any) -> None:
         ids = self.grid_idx[axis]
         return handle(ids[:1] if (ids == ids[0]).all() else ids, tl.int32)
 
+    def fetch(ptrs: Any, mask: Any, other: Any) -> Any:
+        element = ptrs.get_element_ty()
+        kind = it._get_np_dtype(element)
+        return handle(memory.load(ptrs.data, mask.data, other.data, kind, one_by_one.load), element)
+
     def masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *policy: Any) -> Any:
+        del self, policy
         if other is None:
             element = ptrs.get_element_ty()
             other = handle(np.zeros_like(ptrs.data, dtype=it._get_np_dtype(element)), element)
         widest[0] = max(widest[0], ptrs.data[0].size)
-        return plain["create_masked_load"](self, *same_programs(ptrs, mask, other), *policy)
+        return fetch(*same_programs(ptrs, mask, other))
 
     def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, policy: Any) -> Any:
+        del policy
         ptrs, value, mask = same_programs(ptrs, value, mask)
         widest[0] = max(widest[0], ptrs.data[0].size)
-        if self.together > 1:
-            undo.append((ptrs, plain["create_masked_load"](self, ptrs, mask, value, None, False), mask))
-        return plain["create_masked_store"](self, ptrs, value, mask, policy)
+        if self.taking_back:
+            undo.append((ptrs, fetch(ptrs, mask, value), mask))
+        put(ptrs, value, mask)
+
+    def put(ptrs: Any, value: Any, mask: Any) -> None:
+        memory.store(ptrs.data, value.data, mask.data, one_by_one.store)
 
     def histogram(self: Any, data: Any, bins: int, mask: Any) -> Any:
         values = data.data.astype(np.int64)
@@ -128,100 +154,131 @@ def install(it: Any) -> None:
     }.items():
         setattr(builder, name, function)
 
-    def reduced(data: np.ndarray, axis: int | None) -> Any:
-        return tuple(builtins.range(1, data.ndim)) if axis is None else axis + 1
-
-    def to_tensor(self: Any, values: Any, dtype: Any) -> Any:
-        data = np.asarray(values).astype(it._get_np_dtype(dtype), copy=False)
-        return tl.core.tensor(
-            handle(data, dtype.scalar),
-            tl.block_type(dtype.scalar, list(data.shape[1:])) if data.ndim > 1 else dtype.scalar,
-        )
-
     reductions = {
         tl.standard._sum_combine: np.sum,
         tl.standard._elementwise_max: np.fmax.reduce,  # as nanmax, without its warning where all are NaN
         tl.standard._elementwise_min: np.fmin.reduce,
     }
 
+    def create_reduce(_: Any, arg: Any, function: Callable[..., Any], axis: int | None, keep: bool) -> Any:
+        over: Any = tuple(builtins.range(1, arg.data.ndim)) if axis is None else axis + 1
+        out = function(arg.data, axis=over, keepdims=keep)
+        return handle(out.astype(arg.data.dtype, copy=False), arg.dtype.scalar)
+
+    def create_scan(_: Any, arg: Any, axis: int, reverse: bool) -> Any:
+        data = np.flip(arg.data, axis + 1) if reverse else arg.data
+        total = np.cumsum(data, axis=axis + 1, dtype=data.dtype)
+        return handle(np.flip(total, axis + 1) if reverse else total, arg.dtype.scalar)
+
+    builder.create_reduce, builder.create_scan = create_reduce, create_scan
+
+    def tensor_of(result: Any, dtype: Any) -> Any:
+        shape = list(result.data.shape[1:])
+        return tl.core.tensor(result, tl.block_type(dtype.scalar, shape) if shape else dtype.scalar)
+
     def reduce(self: Any, inputs: Any) -> Any:
-        data = inputs[0].handle.data
         function = reductions.get(self.combine_fn)
         if function is None:
             raise NotImplementedError(
                 f"reduction with {self.combine_fn.__name__}: programs in lockstep know sum, max and min; add it to lockstep.py"
             )
-        return self.to_tensor(function(data, axis=reduced(data, self.axis), keepdims=self.keep_dims), inputs[0].dtype)
+        result = it.interpreter_builder.create_reduce(inputs[0].handle, function, self.axis, self.keep_dims)
+        return tensor_of(result, inputs[0].dtype)
 
     def scan(self: Any, inputs: Any) -> Any:
-        data, axis = inputs[0].handle.data, self.axis + 1
         if self.combine_fn != tl.standard._sum_combine:
             raise NotImplementedError(
                 f"scan with {self.combine_fn.__name__}: programs in lockstep know sums; add it to lockstep.py"
             )
-        data = np.flip(data, axis) if self.reverse else data
-        total = np.cumsum(data, axis=axis)
-        return [self.to_tensor(np.flip(total, axis) if self.reverse else total, inputs[0].dtype)]
+        result = it.interpreter_builder.create_scan(inputs[0].handle, self.axis, self.reverse)
+        return [tensor_of(result, inputs[0].dtype)]
 
-    it.ReduceScanOpInterface.to_tensor = to_tensor
     it.ReduceOps.apply_impl, it.ScanOps.apply_impl = reduce, scan
+
+    def agreed(choose: Callable[..., Any], *handles: Any) -> Any:
+        """What all programs choose, by their data; noted, since a kernel's ways depend on it."""
+        outcome = choose(*(h.data for h in handles))
+        recording = it.interpreter_builder.recording
+        if recording is not None:
+            recording.choose(choose, list(handles), outcome)
+        return outcome
+
+    builder.create_turn = lambda _, start, step, n: handle(
+        (start.data + n * step.data).astype(start.data.dtype), start.dtype
+    )
 
     def loop(*bounds: Any) -> Any:
         """``range`` of a kernel's loop. Only its length must be the same for all programs."""
         if not any(isinstance(b, tl.tensor) for b in bounds):
             return builtins.range(*bounds)
+        b = it.interpreter_builder
         first, last, step = {1: (0, *bounds, 1), 2: (*bounds, 1)}.get(len(bounds), bounds)
-        starts, stops, steps = (
-            b.handle.data.astype(np.int64) if isinstance(b, tl.tensor) else np.array([b]) for b in (first, last, step)
-        )
-        trips = int(_one(np.maximum(-((starts - stops) // steps), 0)))
-        if len(starts) == len(steps) == 1:
-            return builtins.range(int(starts[0]), int(starts[0]) + trips * int(steps[0]), int(steps[0]))
-        kind = first.handle.dtype
-        return (
-            tl.tensor(handle((starts + n * steps).astype(it._get_np_dtype(kind)), kind), kind)
-            for n in builtins.range(trips)
-        )
+        start, stop, stride = (x.handle if isinstance(x, tl.tensor) else b.get_int64(x) for x in (first, last, step))
+        trips = agreed(_trips, start, stop, stride)
+        if not isinstance(first, tl.tensor) and not isinstance(step, tl.tensor):
+            return builtins.range(first, first + trips * step, step)
+        kind = start.dtype if isinstance(first, tl.tensor) else stride.dtype
+        return (tl.tensor(b.create_turn(start, stride, n), kind) for n in builtins.range(trips))
 
     it.range = loop  # the interpreter gives its own names to the kernels that it rewrites
 
     def transposed(self: Any) -> Any:
+        *front, rows, columns = builtins.range(len(self.type.shape))
         shape = [*self.type.shape[:-2], self.type.shape[-1], self.type.shape[-2]]
-        return tl.core.tensor(
-            handle(np.swapaxes(self.handle.data, -1, -2), self.handle.dtype), tl.core.block_type(self.dtype, shape)
-        )
+        turned = it.interpreter_builder.create_trans(self.handle, [*front, columns, rows])
+        return tl.core.tensor(turned, tl.core.block_type(self.dtype, shape))
 
     tensor = tl.core.tensor
-    tensor.__index__ = lambda self: int(_one(self.handle.data))
-    tensor.__bool__ = lambda self: self.type.is_block() or bool(_one(self.handle.data))
+    tensor.__index__ = lambda self: int(agreed(_one, self.handle))
+    tensor.__bool__ = lambda self: self.type.is_block() or bool(agreed(_one, self.handle))
     tensor.T = property(transposed)
 
-    def run(function: Callable[..., Any], args: dict[str, Any], ids: np.ndarray) -> None:
+    def take_back() -> None:
+        for ptrs, old, mask in reversed(undo):
+            put(ptrs, old, mask)
+        undo.clear()
+
+    def run(function: Callable[..., Any], tape: Tape, args: dict[str, Any], ids: np.ndarray) -> None:
         """Run the programs ``ids`` [3, programs] together, or kind by kind."""
         b = it.interpreter_builder
-        b.grid_idx, b.together = ids, ids.shape[1]
+        handles = [arg.handle for arg in args.values() if isinstance(arg, tl.tensor)]
+        b.grid_idx = ids
         undo.clear()
         try:
+            if tape.start is not None:
+                if tape.play(b, [h.data for h in handles]):
+                    return
+                take_back()
+            b.taking_back = ids.shape[1] > 1
+            b.recording = None if tape.unknown else Recording(tape, handles)
             function(**args)
+            if b.recording is not None:
+                b.recording.finish()
         except PartedWays as parted:
-            for ptrs, old, mask in reversed(undo):
-                plain["create_masked_store"](b, ptrs, old, mask, None)
+            b.recording = None
+            take_back()
             for kind in np.unique(parted.kinds):
-                run(function, args, ids[:, parted.kinds == kind])
+                run(function, tape, args, ids[:, parted.kinds == kind])
+        finally:
+            b.recording = None
 
     def launch(self: Any, *given: Any, **named: Any) -> None:
         b = it.interpreter_builder
-        names = inspect.signature(self.fn).parameters
-        args = inspect.getcallargs(self.fn, *given, **{k: v for k, v in named.items() if k in names})
-        args = {name: arg if name in self.constexprs else it._implicit_cvt(arg) for name, arg in args.items()}
+        names = parameters(self.fn)
+        found = dict(zip(names, given, strict=False)) | named
+        args = {n: found[n] if n in self.constexprs else it._implicit_cvt(found[n]) for n in names}
         grid = self.grid(args) if callable(self.grid) else self.grid
         b.set_grid_dim(*grid, *(1,) * (3 - len(grid)))
         ids = np.stack(np.unravel_index(np.arange(np.prod(b.grid_dim)), b.grid_dim)).astype(np.int32)
-        done, many, widest[0] = 0, FIRST, 1
+        tape, done = tape_of(self.fn, args), 0
+        many = FIRST if tape.start is None else max(1, ELEMENTS // tape.widest)
         try:
-            while done < ids.shape[1]:
-                run(self.fn, args, ids[:, done : done + many])
-                done, many = done + many, max(1, ELEMENTS // widest[0])
+            with np.errstate(all="ignore"):  # a GPU does not warn about infinities either
+                while done < ids.shape[1]:
+                    widest[0] = tape.widest
+                    run(self.fn, tape, args, ids[:, done : done + many])
+                    tape.widest = widest[0]
+                    done, many = done + many, max(1, ELEMENTS // widest[0])
         except Exception as error:
             raise it.InterpreterError(repr(error)) from error
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from dsv4_backend_cuda import launch
+from dsv4_backend_cuda.carried import Sum, waiting
 from dsv4_backend_cuda.kernels.tiles import in_order
 from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv
 
@@ -17,15 +18,18 @@ def add_pieces_kernel(partial, y, size, pieces, BLOCK: tl.constexpr):
     tl.store(y + at, value.to(y.dtype.element_ty), mask=at < size)
 
 
-def total(partial: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-    """Sum of [pieces, rows, outputs] over the pieces; one piece is the result already."""
-    pieces, rows, outputs = partial.shape
-    if pieces == 1:
-        return partial[0]
-    y = torch.empty((rows, outputs), dtype=out_dtype, device=partial.device)
+def add_up(partial: torch.Tensor, y: torch.Tensor) -> None:
+    """Put the sum of [pieces, ...] over the pieces into ``y``."""
     options = launch.options("add_pieces", partial)
-    add_pieces_kernel[(cdiv(y.numel(), options["BLOCK"]),)](partial, y, y.numel(), pieces, **options)
-    return y
+    add_pieces_kernel[(cdiv(y.numel(), options["BLOCK"]),)](partial, y, y.numel(), partial.shape[0], **options)
+
+
+def total(partial: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """Sum of [pieces, rows, outputs] over the pieces, for its reader to make or to wait for; one piece is the result already."""
+    if partial.shape[0] == 1:
+        return partial[0]
+    y = torch.empty(partial.shape[1:], dtype=out_dtype, device=partial.device)
+    return waiting(y, Sum(partial, y, add_up))
 
 
 SPECS = (

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from dsv4_backend_cuda import launch
+from dsv4_backend_cuda.carried import parts
 from dsv4_backend_cuda.kernels.formats import e2m1_encode, e8m0_of, e8m0_reciprocal, quantise_e4m3
 from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
 from dsv4_core.contract.dtypes import FP4_GROUP, KV_BLOCK, RowLayout
@@ -52,15 +53,21 @@ def write_key_kernel(rows, index, cache, DIM: tl.constexpr, WIDTH: tl.constexpr,
     tl.store(out + DIM // 2 + group, exponent.to(tl.uint8), mask=kept & (group < DIM // GROUP))
 
 
-@triton.jit
-def copy_rows_kernel(source, index, target, DIM: tl.constexpr, SCATTER: tl.constexpr, BLOCK: tl.constexpr):
-    """A program copies BLOCK channels of one row. SCATTER: to target[index[row]], -1 nowhere; else from source[index[row]], zeros for -1."""
+@triton.jit(do_not_specialize=["rows", "pieces"])
+def copy_rows_kernel(source, index, target, rows, pieces, DIM: tl.constexpr, SCATTER: tl.constexpr, BLOCK: tl.constexpr):
+    """A program copies BLOCK channels of one row. SCATTER: to target[index[row]], -1 nowhere; else from source[index[row]], zeros for -1.
+
+    Of SCATTER the ``rows`` of ``source`` may come in ``pieces``.
+    """
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(index + row).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     kept = (slot >= 0) & (column < DIM)
     if SCATTER:
-        tl.store(target + slot * DIM + column, tl.load(source + row * DIM + column, mask=kept), mask=kept)
+        value = tl.load(source + row * DIM + column, mask=kept)
+        for piece in range(1, pieces):
+            value += tl.load(source + (piece * tl.cast(rows, tl.int64) + row) * DIM + column, mask=kept)
+        tl.store(target + slot * DIM + column, value, mask=kept)
     else:
         tl.store(target + row * DIM + column, tl.load(source + slot * DIM + column, mask=kept, other=0.0), mask=column < DIM)
 
@@ -72,8 +79,11 @@ def cache_write(cache: torch.Tensor, rows: torch.Tensor, index: torch.Tensor, *,
         return
     if layout.kind == "plain":
         options = launch.options("copy_rows", rows)
-        copy_rows_kernel[(n, cdiv(dim, options["BLOCK"]))](rows, index, cache, DIM=dim, SCATTER=True, **options)
-    elif layout.kind == "kv":
+        given = parts(rows)
+        copy_rows_kernel[(n, cdiv(dim, options["BLOCK"]))](given, index, cache, n, given.shape[0], DIM=dim, SCATTER=True, **options)
+        return
+    rows = rows.contiguous()
+    if layout.kind == "kv":
         groups = next_power_of_2(layout.width - dim - layout.rope_dim)  # the scales' bytes with their padding: at least one for each group
         write_kv_kernel[(n,)](
             rows, index, cache, DIM=dim, ROPE=layout.rope_dim, WIDTH=layout.width, GROUP=KV_BLOCK, GROUPS=groups,
@@ -91,7 +101,7 @@ def cache_read(cache: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     rows = torch.empty((n, dim), dtype=cache.dtype, device=cache.device)
     if n:
         options = launch.options("copy_rows", cache)
-        copy_rows_kernel[(n, cdiv(dim, options["BLOCK"]))](cache, index, rows, DIM=dim, SCATTER=False, **options)
+        copy_rows_kernel[(n, cdiv(dim, options["BLOCK"]))](cache, index, rows, n, 1, DIM=dim, SCATTER=False, **options)
     return rows
 
 
@@ -111,7 +121,7 @@ SPECS = (
     ),
     KernelSpec(
         name="copy_rows", kernel=copy_rows_kernel, looped=False,
-        signature={"source": "*fp32", "index": "*i32", "target": "*fp32"},
+        signature={"source": "*fp32", "index": "*i32", "target": "*fp32", "rows": "i32", "pieces": "i32"},
         variants={"write": {"DIM": 2048, "SCATTER": True}, "read": {"DIM": 2048, "SCATTER": False}},
         work=lambda c: Work(bytes=8.0 * c["BLOCK"]),
     ),

@@ -5,7 +5,9 @@ import triton
 import triton.language as tl
 
 from dsv4_backend_cuda import launch
+from dsv4_backend_cuda.carried import parts
 from dsv4_backend_cuda.kernels.formats import bf16_of_e2m1
+from dsv4_backend_cuda.kernels.tiles import in_order
 from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
 
 SIDE_BY_SIDE = 1024  # programs of pieces: eight a multiprocessor, whose passes hide each other's waiting
@@ -13,12 +15,15 @@ PIECE = 8192  # rows of a piece, four blocks of a pass
 LEAST_PIECES = 4  # fewer save less than the second launch and its list cost
 
 
-@triton.jit(do_not_specialize=["seq", "rows"])
+@triton.jit(do_not_specialize=["seq", "rows", "tokens", "pieces"])
 def index_scores_kernel(
-    q, weights, keys, slots, scores, seq, heads, rows, scale,
+    q, weights, keys, slots, scores, seq, heads, rows, tokens, pieces, scale,
     DIM: tl.constexpr, PACKED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program scores BLOCK keys for one token: relu per head, then the weighted sum over heads. PACKED: keys are cache rows keys[slots[b, n]]."""
+    """A program scores BLOCK keys for one token: relu per head, then the weighted sum over heads. PACKED: keys are cache rows keys[slots[b, n]].
+
+    ``weights`` may come in ``pieces``.
+    """
     token = tl.program_id(0).to(tl.int64)
     batch = token // seq
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -41,7 +46,7 @@ def index_scores_kernel(
         c = tl.arange(0, DIM)
         key = tl.load(keys + (batch * rows + n)[:, None] * DIM + c[None, :], mask=live_n[:, None], other=0.0)
         hit = tl.dot(tl.load(query + c[None, :], mask=live_h[:, None], other=0.0), tl.trans(key))
-    share = tl.load(weights + token * heads + h, mask=live_h, other=0.0) * scale
+    share = in_order(weights, token * heads + h, live_h, tl.cast(tokens, tl.int64) * heads, pieces) * scale
     tl.store(scores + token * rows + n, tl.sum(tl.maximum(hit, 0.0, propagate_nan=tl.PropagateNan.ALL) * share[:, None], axis=0), mask=live_n)
 
 
@@ -124,11 +129,11 @@ def index_select_kernel(scores, visible, offset, listed, picks, rows, topk, leng
 
 def _scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, slots: torch.Tensor | None, rows: int, scale: float) -> torch.Tensor:
     batch, seq, heads, dim = q.shape
-    scores = torch.empty((batch, seq, rows), dtype=torch.float32, device=q.device)
+    scores, weights = torch.empty((batch, seq, rows), dtype=torch.float32, device=q.device), parts(weights)
     options = launch.options("index_scores", q)
     index_scores_kernel[(batch * seq, cdiv(rows, options["BLOCK"]))](
-        q, weights, keys, weights if slots is None else slots, scores, seq, heads, rows, scale,
-        DIM=dim, PACKED=slots is not None, BLOCK_H=max(16, next_power_of_2(heads)), **options,
+        q, weights, keys, weights if slots is None else slots, scores, seq, heads, rows,
+        batch * seq, weights.shape[0], scale, DIM=dim, PACKED=slots is not None, BLOCK_H=max(16, next_power_of_2(heads)), **options,
     )  # fmt: skip
     return scores
 
@@ -168,7 +173,8 @@ SPECS = (
             name="index_scores",
             kernel=index_scores_kernel,
             looped=False,
-            signature={"q": "*bf16", "weights": "*fp32", "keys": kind, "slots": "*i32", "scores": "*fp32", "seq": "i32", "heads": "i32:16", "rows": "i32", "scale": "fp32"},
+            signature={"q": "*bf16", "weights": "*fp32", "keys": kind, "slots": "*i32", "scores": "*fp32", "seq": "i32", "heads": "i32:16", "rows": "i32",
+                       "tokens": "i32", "pieces": "i32", "scale": "fp32"},
             variants={variant: {"DIM": 128, "PACKED": variant == "packed", "BLOCK_H": 64}},
             mma={80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTC.*MMA", 120: "HMMA"},
             work=lambda c: Work(bytes=c["BLOCK"] * ((68 if c["PACKED"] else 256) + 4.0), flops=2.0 * 64 * 128 * c["BLOCK"]),

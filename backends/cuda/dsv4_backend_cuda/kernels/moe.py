@@ -22,10 +22,13 @@ def sqrt_softplus(x):
 
 @triton.jit(do_not_specialize=["tokens", "pieces"])
 def route_kernel(
-    logits, bias, table, ids, weights, indices, tokens, pieces, experts, route_scale,
-    TOPK: tl.constexpr, HASH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    logits, bias, table, ids, weights, indices, order, place, offsets, tokens, pieces, experts, route_scale,
+    TOPK: tl.constexpr, HASH: tl.constexpr, SORT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program routes ROWS tokens, whose logits come in ``pieces``. HASH: to ``table[ids[t]]``; else to the largest biased scores, the lower id of equals."""
+    """A program routes ROWS tokens, whose logits come in ``pieces``. HASH: to ``table[ids[t]]``; else to the largest biased scores, the lower id of equals.
+
+    SORT: the one program of all tokens also sorts their copies by expert, as ``sort_kernel`` does.
+    """
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     e, k = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
     live = token < tokens
@@ -51,6 +54,18 @@ def route_kernel(
     at = token[:, None] * TOPK + k[None, :]
     tl.store(weights + at, share, mask=live[:, None] & (k < TOPK)[None, :])
     tl.store(indices + at, chosen, mask=live[:, None] & (k < TOPK)[None, :])
+    if SORT:
+        COPIES: tl.constexpr = ROWS * BLOCK_K
+        there = live[:, None] & (k < TOPK)[None, :]
+        copy = tl.reshape(tl.where(there, at.to(tl.int32), COPIES * TOPK), (COPIES,))
+        expert = tl.reshape(tl.where(there, chosen, BLOCK_E), (COPIES,))
+        lower = (expert[None, :] < expert[:, None]) | ((expert[None, :] == expert[:, None]) & (copy[None, :] < copy[:, None]))
+        to = tl.sum(lower.to(tl.int32), axis=1)
+        tl.store(place + copy, to, mask=expert < BLOCK_E)
+        tl.store(order + to, copy, mask=expert < BLOCK_E)
+        ends = tl.cumsum(tl.histogram(expert, BLOCK_E, mask=expert < BLOCK_E), axis=0)
+        tl.store(offsets, 0)
+        tl.store(offsets + 1 + e, ends, mask=e < experts)
 
 
 @triton.jit(do_not_specialize=["copies", "first_expert", "n_experts"])
@@ -146,28 +161,43 @@ def swiglu_kernel(
         tl.store(y + at, rounded, mask=inside)
 
 
+Sorted = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""``order``, where each copy went, and ``offsets``."""
+SORTED_TOKENS = 8
+"""Tokens up to which the program that routes them sorts their copies too."""
+
+
 def route(
     logits: torch.Tensor, bias: torch.Tensor | None, *, topk: int, route_scale: float, tid2eid: torch.Tensor | None = None, ids: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, Sorted | None]:
     """The second half of ``gate`` (with ``bias``) and ``gate_hash`` (with ``tid2eid`` and ``ids``): float32 logits [pieces, tokens, experts] -> weights,
-    indices.
+    indices; of few tokens also what ``sort`` makes of the indices where all experts are here.
     """
     pieces, tokens, experts = logits.shape
     weights = torch.empty((tokens, topk), dtype=torch.float32, device=logits.device)
     indices = torch.empty((tokens, topk), dtype=torch.int32, device=logits.device)
     options = launch.options("route", logits)
+    few = 0 < tokens <= SORTED_TOKENS
+    if few:
+        options["ROWS"] = 1 if tokens == 1 else SORTED_TOKENS
+    made = _places(indices, experts) if few else None
+    order, place, offsets = made or (indices, indices, indices)
     route_kernel[(cdiv(tokens, options["ROWS"]),)](
         logits, logits if bias is None else bias, indices if tid2eid is None else tid2eid, indices if ids is None else ids, weights, indices,
-        tokens, pieces, experts, route_scale, TOPK=topk, HASH=tid2eid is not None,
+        order, place, offsets, tokens, pieces, experts, route_scale, TOPK=topk, HASH=tid2eid is not None, SORT=few,
         BLOCK_E=next_power_of_2(experts), BLOCK_K=next_power_of_2(topk), **options,
     )  # fmt: skip
-    return weights, indices
+    return weights, indices, made
 
 
-def sort(indices: torch.Tensor, *, first_expert: int, n_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Copies of tokens by expert: ``order`` and ``offsets`` of ``ops/moe.py: dispatch``, and where each copy went."""
+def _places(indices: torch.Tensor, n_experts: int) -> Sorted:
     order, place = (torch.empty(indices.numel(), dtype=torch.int32, device=indices.device) for _ in range(2))
-    offsets = torch.empty(n_experts + 1, dtype=torch.int32, device=indices.device)
+    return order, place, torch.empty(n_experts + 1, dtype=torch.int32, device=indices.device)
+
+
+def sort(indices: torch.Tensor, *, first_expert: int, n_experts: int) -> Sorted:
+    """Copies of tokens by expert: ``order`` and ``offsets`` of ``ops/moe.py: dispatch``, and where each copy went."""
+    order, place, offsets = _places(indices, n_experts)
     sort_kernel[(n_experts + 1,)](indices, order, place, offsets, indices.numel(), first_expert, n_experts, **launch.options("sort", indices))
     return order, place, offsets
 
@@ -232,12 +262,14 @@ def swiglu_quant(
     return _swiglu(both[..., :dim], both[..., dim:], weights, order, limit, quantise=True, paired=paired)[1:]
 
 
-_ROUTE = {"TOPK": 6, "BLOCK_K": 8}
+_ROUTE = {"HASH": False, "SORT": False, "TOPK": 6, "BLOCK_K": 8}
 SPECS = (
     KernelSpec(
         name="route", kernel=route_kernel, looped=False,
-        signature={"logits": "*fp32", "bias": "*fp32", "table": "*i64", "ids": "*i32", "weights": "*fp32", "indices": "*i32", "tokens": "i32", "pieces": "i32", "experts": "i32:16", "route_scale": "fp32"},
-        variants={"flash": {**_ROUTE, "HASH": False, "BLOCK_E": 256}, "pro": {**_ROUTE, "HASH": False, "BLOCK_E": 512}, "hash": {**_ROUTE, "HASH": True, "BLOCK_E": 256}},
+        signature={"logits": "*fp32", "bias": "*fp32", "table": "*i64", "ids": "*i32", "weights": "*fp32", "indices": "*i32", "order": "*i32", "place": "*i32",
+                   "offsets": "*i32", "tokens": "i32", "pieces": "i32", "experts": "i32:16", "route_scale": "fp32"},
+        variants={"flash": {**_ROUTE, "BLOCK_E": 256}, "pro": {**_ROUTE, "BLOCK_E": 512}, "hash": {**_ROUTE, "HASH": True, "BLOCK_E": 256},
+                  "sorted": {**_ROUTE, "BLOCK_E": 256, "SORT": True}, "sorted8": {**_ROUTE, "BLOCK_E": 256, "SORT": True, "ROWS": SORTED_TOKENS}},
         work=lambda c: Work(bytes=4.0 * c["ROWS"] * c["BLOCK_E"]),
     ),
     KernelSpec(

@@ -5,21 +5,23 @@ import triton
 import triton.language as tl
 
 from dsv4_backend_cuda import launch
+from dsv4_backend_cuda.carried import parts
 from dsv4_backend_cuda.kernels.formats import quantise_e4m3
+from dsv4_backend_cuda.kernels.tiles import in_order
 from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "pieces"])
 def rms_norm_kernel(
-    x, weight, y, codes, scales, rows, eps,
+    x, weight, y, codes, scales, rows, pieces, eps,
     DIM: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr, QUANTISE: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program takes ROWS whole rows, so a row's sum never depends on how many rows there are."""
+    """A program takes ROWS whole rows, so a row's sum never depends on how many rows there are. ``x`` may come in ``pieces``, whose sum is rounded first."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     at = row[:, None] * DIM + column[None, :]
     inside = (row < rows)[:, None] & (column < DIM)[None, :]
-    wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    wide = in_order(x, at, inside, tl.cast(rows, tl.int64) * DIM, pieces).to(y.dtype.element_ty).to(tl.float32)
     wide = wide * (1.0 / tl.sqrt_rn(tl.sum(wide * wide, axis=1) / DIM + eps))[:, None]
     if WEIGHTED:
         wide = wide * tl.load(weight + column, mask=column < DIM, other=0.0).to(tl.float32)[None, :]
@@ -39,19 +41,19 @@ def rms_norm_kernel(
 
 def _launch(x: torch.Tensor, weight: torch.Tensor | None, eps: float, *, quantise: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, dim = x.shape
-    y = torch.empty_like(x)
+    x, y = parts(x), torch.empty((rows, dim), dtype=x.dtype, device=x.device)
     codes = torch.empty((rows, dim) if quantise else (0,), dtype=torch.uint8, device=x.device)
     scales = torch.empty((rows, dim // 128) if quantise else (0,), dtype=torch.uint8, device=x.device)
     options = launch.options("rms_norm", x)
     rms_norm_kernel[(cdiv(rows, options["ROWS"]),)](
-        x, x if weight is None else weight, y, codes, scales, rows, eps, DIM=dim, BLOCK=max(128, next_power_of_2(dim)),
+        x, x if weight is None else weight, y, codes, scales, rows, x.shape[0], eps, DIM=dim, BLOCK=max(128, next_power_of_2(dim)),
         WEIGHTED=weight is not None, QUANTISE=quantise, NATIVE=launch.native_fp8(x), **options,
     )  # fmt: skip
     return y, codes, scales
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, *, eps: float) -> torch.Tensor:
-    """``ops/norm.py: rms_norm`` for contiguous ``x`` [tokens, dim]."""
+    """``ops/norm.py: rms_norm`` for ``x`` [tokens, dim]."""
     return _launch(x, weight, eps, quantise=False)[0]
 
 
@@ -64,7 +66,7 @@ SPECS = (
     KernelSpec(
         name="rms_norm",
         kernel=rms_norm_kernel,
-        signature={"x": "*bf16", "weight": "*bf16", "y": "*bf16", "codes": "*u8", "scales": "*u8", "rows": "i32", "eps": "fp32"},
+        signature={"x": "*bf16", "weight": "*bf16", "y": "*bf16", "codes": "*u8", "scales": "*u8", "rows": "i32", "pieces": "i32", "eps": "fp32"},
         variants={
             "flash": {"DIM": 4096, "BLOCK": 4096, "WEIGHTED": True, "QUANTISE": True},
             "pro": {"DIM": 7168, "BLOCK": 8192, "WEIGHTED": True, "QUANTISE": True},

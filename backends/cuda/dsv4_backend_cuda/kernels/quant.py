@@ -62,8 +62,8 @@ def act_qdq_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def hadamard_kernel(x, y, rows, DIM: tl.constexpr, QUANTISE: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr):
-    """Rotation as a product with the +-1 matrix, whose entries are made in registers; then, if asked, the FP4 grid in groups of 32."""
+def hadamard_kernel(x, y, grid, rows, DIM: tl.constexpr, QUANTISE: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr):
+    """Rotation as a product with the +-1 matrix, whose entries are made in registers; beside it, if asked, the result on the FP4 grid in groups of 32."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     i = tl.arange(0, DIM)
     at = row[:, None] * DIM + i[None, :]
@@ -75,10 +75,10 @@ def hadamard_kernel(x, y, rows, DIM: tl.constexpr, QUANTISE: tl.constexpr, NORM:
     odd ^= odd >> 1
     sign = (1 - 2 * (odd & 1)).to(tl.bfloat16)
     rotated = (tl.dot(tl.load(x + at, mask=inside, other=0.0), sign) * NORM).to(y.dtype.element_ty)
-    if QUANTISE:
-        grid = qdq(tl.reshape(rotated.to(tl.float32), (ROWS * DIM // 32, 32)), True, True)
-        rotated = tl.reshape(grid, (ROWS, DIM)).to(y.dtype.element_ty)
     tl.store(y + at, rotated, mask=inside)
+    if QUANTISE:
+        rounded = qdq(tl.reshape(rotated.to(tl.float32), (ROWS * DIM // 32, 32)), True, True)
+        tl.store(grid + at, tl.reshape(rounded, (ROWS, DIM)).to(y.dtype.element_ty), mask=inside)
 
 
 def act_quant(x: torch.Tensor, *, block: int, paired: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,22 +102,17 @@ def act_qdq(x: torch.Tensor, *, format: str, block: int, channels: int) -> torch
     return y
 
 
-def _rotate(x: torch.Tensor, *, quantise: bool) -> torch.Tensor:
+def hadamard(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``ops/quant.py: hadamard`` for contiguous BF16 ``x`` [tokens, dim], dim a power of two from 16 to 256; and the same rounded by ``act_qdq`` to E2M1 in
+    groups of 32, where rows are whole groups.
+    """
     rows, dim = x.shape
+    quantise = dim % 32 == 0
     y = torch.empty_like(x)
+    grid = torch.empty_like(x) if quantise else None
     options = launch.options("hadamard", x)
-    hadamard_kernel[(cdiv(rows, options["ROWS"]),)](x, y, rows, DIM=dim, QUANTISE=quantise, NORM=dim**-0.5, **options)
-    return y
-
-
-def hadamard(x: torch.Tensor) -> torch.Tensor:
-    """``ops/quant.py: hadamard`` for contiguous BF16 ``x`` [tokens, dim], dim a power of two from 16 to 256."""
-    return _rotate(x, quantise=False)
-
-
-def hadamard_qdq(x: torch.Tensor) -> torch.Tensor:
-    """``hadamard``, then ``act_qdq`` to E2M1 in groups of 32 over all channels."""
-    return _rotate(x, quantise=True)
+    hadamard_kernel[(cdiv(rows, options["ROWS"]),)](x, y, y if grid is None else grid, rows, DIM=dim, QUANTISE=quantise, NORM=dim**-0.5, **options)
+    return y, grid
 
 
 SPECS = (
@@ -145,10 +140,10 @@ SPECS = (
     KernelSpec(
         name="hadamard",
         kernel=hadamard_kernel,
-        signature={"x": "*bf16", "y": "*bf16", "rows": "i32"},
+        signature={"x": "*bf16", "y": "*bf16", "grid": "*bf16", "rows": "i32"},
         variants={"index": {"DIM": 128, "QUANTISE": True, "NORM": 128**-0.5}},
         mma={80: "HMMA", 89: "HMMA", 90: "HGMMA|HMMA", 100: "UTC.*MMA|HMMA", 120: "HMMA"},
         looped=False,
-        work=lambda c: Work(bytes=4.0 * c["ROWS"] * c["DIM"], flops=2.0 * c["ROWS"] * c["DIM"] ** 2),
+        work=lambda c: Work(bytes=6.0 * c["ROWS"] * c["DIM"], flops=2.0 * c["ROWS"] * c["DIM"] ** 2),
     ),
 )

@@ -22,6 +22,7 @@ from dsv4_backend_cuda.kernels.words import half_of_e4m3
 from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
 
 DECODE_TOKENS = 16  # up to here one narrow tile holds all tokens (of an expert)
+MIDDLE_TOKENS = 128  # up to here a tile of few tokens keeps more multiprocessors busy than a wide one whose sum cannot be cut
 
 
 @triton.jit(do_not_specialize=["rows", "span"])
@@ -130,9 +131,18 @@ def products(codes: torch.Tensor, scales: torch.Tensor, weights: Sequence[Weight
     ``split``: allowed to cut the sum in pieces, where there are too few programs for the multiprocessors; ``reader``: whoever reads it adds them up.
     """
     rows, n, steps = codes.shape[0], weights[0][0].shape[0], codes.shape[1] // 128
-    options = launch.options(f"{'fp4_' if fp4 else ''}linear_{'decode' if rows <= DECODE_TOKENS else 'prefill'}", codes)
-    tiles, arch = cdiv(rows, options["BLOCK_T"]), launch.architecture(str(codes.device))
-    span = pieces.span(cdiv(n, options["BLOCK_N"]) * len(weights) * tiles, steps, arch, reader=reader) if split else steps
+    arch = launch.architecture(str(codes.device))
+
+    def shared_out(phase: str) -> tuple[dict[str, Any], int, int]:
+        """The phase's tile, its tiles of tokens, and the span that a program sums."""
+        options = launch.options(f"{'fp4_' if fp4 else ''}linear_{phase}", codes)
+        tiles = cdiv(rows, options["BLOCK_T"])
+        programs = cdiv(n, options["BLOCK_N"]) * len(weights) * tiles
+        return options, tiles, pieces.span(programs, steps, arch, reader=reader) if split else steps
+
+    options, tiles, span = shared_out("decode" if rows <= DECODE_TOKENS else "prefill")
+    if DECODE_TOKENS < rows <= MIDDLE_TOKENS and span == steps and not fp4:
+        options, tiles, span = shared_out("middle")
     count = max(cdiv(steps, span), 1)
     y = torch.empty((count, rows, n * len(weights)), dtype=out_dtype if count == 1 else torch.float32, device=codes.device)
     return _launch((codes, scales), weights, y, scales, None, experts=0, tiles=tiles, topk=0, fp4=fp4, span=span, options=options)
@@ -163,13 +173,13 @@ def expert_products(
 def _specs(base: str, phase: str) -> Iterator[KernelSpec]:
     fp4, experts = base.startswith("fp4"), 256 if "experts" in base else 0
     shape = {"EXPERTS": experts, "SLOTS": 512 if experts else 1, "TWO": False, "TOPK": 0, "SPLIT": False}
-    pair = shape | {"TWO": True} | ({"TOPK": 6} if experts else {"SPLIT": phase == "decode"})
+    pair = shape | {"TWO": True} | ({"TOPK": 6} if experts else {"SPLIT": phase != "prefill"})
 
     def work(arch: int, c: Mapping[str, Any]) -> Work:
         n, t, k = c["BLOCK_N"], c["BLOCK_T"], 128
         weight = n * k / 2 + n * k / 32 if fp4 else n * k + 1
         # A decode tile's activations come from the second-level cache; a prefill tile's weights and activations are shared by the tiles of a wave.
-        share = 1.0 if t <= DECODE_TOKENS else 1 / 8
+        share = 1 / 8 if phase == "prefill" else 1.0
         return Work(bytes=weight * share, flops=2.0 * n * t * k, rate="fp8" if arch >= 89 else "bf16")
 
     for kind in ("half", "fp8", "scaled"):
@@ -188,4 +198,7 @@ def _specs(base: str, phase: str) -> Iterator[KernelSpec]:
         )
 
 
-SPECS = tuple(spec for base in ("linear", "fp4_linear", "fp8_experts", "fp4_experts") for phase in ("decode", "prefill") for spec in _specs(base, phase))
+_PHASES = {"linear": ("decode", "middle", "prefill")}
+SPECS = tuple(
+    spec for base in ("linear", "fp4_linear", "fp8_experts", "fp4_experts") for phase in _PHASES.get(base, ("decode", "prefill")) for spec in _specs(base, phase)
+)

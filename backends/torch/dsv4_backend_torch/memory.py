@@ -1,0 +1,101 @@
+"""Loads and stores of blocks of pointers. Triton's interpreter moves one element at a time, at a
+dozen nanoseconds each; most blocks are rows of elements that follow each other, which move whole.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+FEW = 512
+"""Elements up to which one at a time is no slower."""
+
+
+def load(
+    pointers: np.ndarray, mask: np.ndarray, other: np.ndarray, dtype: np.dtype[Any], plain: Callable[..., Any]
+) -> Any:
+    """Elements at ``pointers`` [...] (addresses) where ``mask`` is set, else ``other``'s; ``plain``
+    does the same one by one.
+    """
+    found = _rows(pointers, mask, dtype.itemsize)
+    if found is None:
+        return plain(pointers, mask, other, dtype)
+    turned, live, count, starts = found
+    if live is None:
+        windows, at = _windows(starts, count, dtype)
+        return turned(windows[at])
+    out = np.array(other, dtype)
+    if live.any():
+        windows, at = _windows(starts[live], count, dtype)
+        turned(out)[live, :count] = windows[at]
+    return out
+
+
+def store(pointers: np.ndarray, value: np.ndarray, mask: np.ndarray, plain: Callable[..., Any]) -> None:
+    """Put ``value`` at ``pointers`` where ``mask`` is set, in order."""
+    found = _rows(pointers, mask, value.itemsize)
+    if found is None:
+        plain(pointers, value, mask)
+        return
+    turned, live, count, starts = found
+    if live is None:
+        windows, at = _windows(starts, count, value.dtype)
+        windows[at] = turned(value)
+    elif live.any():
+        windows, at = _windows(starts[live], count, value.dtype)
+        windows[at] = turned(value)[live, :count]
+
+
+def _same(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+def _swapped(array: np.ndarray) -> np.ndarray:
+    return np.swapaxes(array, -1, -2)
+
+
+def _rows(
+    pointers: np.ndarray, mask: np.ndarray, size: int
+) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray | None, int, np.ndarray] | None:
+    """How a block lies in memory: which axis is last, which rows have elements (None: all have
+    all), how many, the same in all of them and from the first on, and where they begin. None where
+    it is not like that.
+    """
+    if pointers.size <= FEW:
+        return None
+    for turned in (_same, _swapped)[: pointers.ndim]:
+        across = turned(pointers)
+        if across.shape[-1] >= 8 and across.ndim > 1 and _follow(across, size):
+            inside = turned(mask)
+            if inside.all():
+                return turned, None, across.shape[-1], across[..., 0]
+            live = inside[..., 0]
+            counts = inside.sum(-1)
+            count = int(counts.max(initial=0))
+            whole = np.array_equal(counts, np.where(live, count, 0)) and bool(inside[..., :count].all(-1)[live].all())
+            return (turned, live, count, across[..., 0]) if whole else None
+    return None
+
+
+def _follow(pointers: np.ndarray, size: int) -> bool:
+    """Whether the last axis goes through memory element by element."""
+    corner = pointers[(0,) * (pointers.ndim - 1)]
+    if int(corner[1]) - int(corner[0]) != size:
+        return False
+    return bool((pointers[..., 1:] - pointers[..., :-1] == np.uint64(size)).all())
+
+
+def _windows(starts: np.ndarray, count: int, dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Memory as windows [n, count], one from each element on, and which window begins at each of
+    ``starts``.
+    """
+    low, high = int(starts.min()), int(starts.max())
+    size = dtype.itemsize
+    offsets = starts - np.uint64(low)
+    step = size if not (offsets % np.uint64(size)).any() else 1
+    memory = (ctypes.c_char * (high - low + count * size)).from_address(low)
+    windows = np.ndarray(((high - low) // step + 1, count), dtype, memory, strides=(step, size))
+    return windows, (offsets // np.uint64(step)).astype(np.intp)
