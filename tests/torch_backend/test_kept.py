@@ -131,6 +131,7 @@ def test_a_relative_folder_is_not_the_working_directory(home, monkeypatch):
 def test_a_compiler_that_is_none(home, monkeypatch, command, said):
     monkeypatch.setenv("CC", command)
     monkeypatch.setattr(kept, "PATIENCE", 0.2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     if command.startswith("sleep"):
         hanging = home / "hang"
         hanging.write_text("#!/bin/sh\nexec sleep 9\n")
@@ -138,6 +139,13 @@ def test_a_compiler_that_is_none(home, monkeypatch, command, said):
         monkeypatch.setenv("CC", str(hanging))
     with pytest.raises(kept.NotCompiledError, match=said):
         library()
+
+
+def test_a_compiler_gets_longer_where_more_processes_than_cores_run(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    for load, times in ((0.0, 1), (2.0, 1), (16.0, 8)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert kept.patience() == times * kept.PATIENCE
 
 
 def test_processes_that_come_at_once_build_once(home):

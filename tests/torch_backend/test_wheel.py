@@ -36,7 +36,9 @@ def done(command, folder, **more):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy of the sources after the step that cibuildwheel is told to run before."""
+    """Built from a copy of the sources after the step that cibuildwheel is told to run before, by a
+    Python that has no packages.
+    """
     copy = tmp_path_factory.mktemp("source") / "dsv4"
     left_out = shutil.ignore_patterns(".*", "reports", "docs", "tests", "*.egg-info", "build", "built", "__pycache__")
     shutil.copytree(ROOT, copy, ignore=left_out)
@@ -44,7 +46,9 @@ def wheel(tmp_path_factory):
         tomllib.loads((copy / "pyproject.toml").read_text())["tool"]["cibuildwheel"]["before-build"]
     )
     assert program == "python"
-    done([sys.executable, *words], copy)
+    bare = tmp_path_factory.mktemp("bare")
+    done([sys.executable, "-m", "venv", "--without-pip", bare], copy)
+    done([bare / "bin/python", *words], copy)
     done([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", "dist", "."], copy)
     (made,) = (copy / "dist").glob("*.whl")
     return made

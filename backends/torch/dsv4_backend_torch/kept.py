@@ -23,7 +23,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsv4_core.files.writing import write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +32,7 @@ FLAGS = ("-O3", "-pthread", "-fPIC", "-shared", "-fvisibility=hidden")
 """Hidden: a name of ours (``compress``) must not be found in a library that the program has loaded
 before (zlib).
 """
-PATIENCE = 60  # seconds: a compiler that takes longer hangs; this one takes five
+PATIENCE = 60  # seconds on an idle machine: a compiler that takes longer hangs; this one takes ten
 CARRIED = Path(__file__).parent / "built"
 _AVX2 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
@@ -48,11 +47,17 @@ class NotCompiledError(Exception):
     """Why the kernels cannot be built or loaded here, and what to do."""
 
 
+def patience() -> float:
+    """Seconds that a compiler gets: as much longer as more processes than cores run."""
+    return PATIENCE * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def run(command: list[str]) -> str:
     """Run a compiler; give what it prints. Raises ``NotCompiledError``."""
+    seconds = patience()
     try:
         done = subprocess.run(  # noqa: S603  the user's own compiler
-            command, capture_output=True, text=True, check=True, timeout=PATIENCE, stdin=subprocess.DEVNULL
+            command, capture_output=True, text=True, check=True, timeout=seconds, stdin=subprocess.DEVNULL
         )
     except FileNotFoundError:
         raise NotCompiledError(f"no C compiler {command[0]!r}: install one (gcc), or name it in CC") from None
@@ -62,7 +67,7 @@ def run(command: list[str]) -> str:
         ) from None
     except subprocess.TimeoutExpired:
         raise NotCompiledError(
-            f"{command[0]} was ended after {PATIENCE} s on c/*.c; name another compiler in CC"
+            f"{command[0]} was ended after {seconds:.3g} s on c/*.c; name another compiler in CC"
         ) from None
     except subprocess.CalledProcessError as error:
         said = (error.stderr.strip().splitlines() or ["nothing"])[0]
@@ -193,6 +198,8 @@ def library() -> tuple[Path, str]:
     ``CC`` asks for a build: what it names is used, also where the package carries a library, and
     with a ``-march`` of its own.
     """
+    from dsv4_core.files.writing import write  # not needed where a wheel is built, nor is the package there
+
     if not os.environ.get("CC") and (found := carried()):
         return found
     command = compiler()

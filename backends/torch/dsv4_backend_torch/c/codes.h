@@ -20,12 +20,9 @@ INLINE void e4m3_sums(const uint8_t *w, const uint8_t *scale, const float *const
                 for (int v = 0; v < count; v++) part[v][k % 2] += value * load(x[v] + j / 4 + k * quarter);
             }
         }
-        for (int v = 0; v < count; v++) {
-            float few = 0;
-            for (int64_t i = j; i < end; i++) few += e4m3(w[i]) * x[v][e4m3_place(i, cols)];
-            sum[v] += (part[v][0] + part[v][1]) * factor;
-            rest[v] += few * factor;
-        }
+        for (int v = 0; v < count; v++) sum[v] += (part[v][0] + part[v][1]) * factor;
+        for (int v = 0; j < end && v < count; v++) /* apart: with a loop inside, what is above would not stay in registers */
+            for (int64_t i = j; i < end; i++) rest[v] += e4m3(w[i]) * factor * x[v][e4m3_place(i, cols)];
     }
     for (int v = 0; v < count; v++) to[v] = total(sum[v]) + rest[v];
 }

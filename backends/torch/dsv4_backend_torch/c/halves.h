@@ -36,12 +36,9 @@ INLINE void e4m3_sums(const uint8_t *w, const uint8_t *scale, const float *const
                 for (int v = 0; v < count; v++) part[v][k % 2] += value * load(x[v] + j + k * LANES);
             }
         }
-        for (int v = 0; v < count; v++) {
-            float few = 0;
-            for (int64_t i = j; i < end; i++) few += e4m3(w[i]) * x[v][i];
-            sum[v] += (part[v][0] + part[v][1]) * factor;
-            rest[v] += few * factor;
-        }
+        for (int v = 0; v < count; v++) sum[v] += (part[v][0] + part[v][1]) * factor;
+        for (int v = 0; j < end && v < count; v++) /* apart: with a loop inside, what is above would not stay in registers */
+            for (int64_t i = j; i < end; i++) rest[v] += e4m3(w[i]) * factor * x[v][i];
     }
     for (int v = 0; v < count; v++) to[v] = _mm256_testz_si256(nan, nan) ? total(sum[v]) * 256 + rest[v] : NAN;
 }
