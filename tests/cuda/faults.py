@@ -1,4 +1,4 @@
-"""Faults to plant in the Triton sources, each of a kind that has shipped somewhere, and the op whose cases must notice."""
+"""Faults to plant in the Triton sources and around them, each of a kind that has shipped somewhere, and the op whose cases, or the tests, that must notice."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 
 class Fault(NamedTuple):
-    """``found`` stands once in ``kernels/<module>.py`` and becomes ``planted``; ``op``'s cases at ``tier`` (or its ``case`` alone) must fail."""
+    """``found`` stands once in ``kernels/<module>.py`` (or, with a slash, in that file of that package) and becomes ``planted``; ``op``'s cases at ``tier``
+    (or its ``case`` alone) must fail, or, where no case of the suite can reach it, the tests of a file of this folder.
+    """
 
     what: str
     module: str
@@ -129,5 +131,59 @@ FAULTS = {
     "a_row_too_far": Fault(
         "rows are scattered to the slot behind theirs", "cache",
         "tl.store(target + slot * DIM + column,", "tl.store(target + (slot + 1) * DIM + column,", "cache_write",
+    ),
+    "sum_read_unmade": Fault(
+        "torch is given a product whose pieces nobody has added up", "dsv4_backend_cuda/carried", "_make((*args, *kwargs.values()))", "pass", "test_carried.py",
+    ),
+    "first_piece_of_a_score": Fault(
+        "a compressor's window is made of the first piece of its tokens' sums", "compress", "for piece in range(1, pieces):", "for piece in range(1, 1):",
+        "test_carried.py",
+    ),
+    "first_piece_of_a_state": Fault(
+        "a state is written of the first piece of its tokens' sums", "cache", "for piece in range(1, pieces):", "for piece in range(1, 1):", "test_carried.py",
+    ),
+    "any_grid_will_do": Fault(
+        "rows that were rounded to another grid are handed out", "dsv4_backend_cuda/bindings", "if (format, block, channels) in known:", "if known:",
+        "test_carried.py",
+    ),
+    "other_ranks_order": Fault(
+        "a rank with some of the experts takes the order of all", "dsv4_backend_cuda/bindings", "known is not None and first_expert == 0 and known[2].shape[0] == n_experts + 1",
+        "known is not None", "test_carried.py",
+    ),
+    "equals_in_any_order": Fault(
+        "the router puts copies of one expert in the same place", "moe", "& (copy[None, :] < copy[:, None])", "& (copy[None, :] < 0)", "test_kernel_moe.py",
+    ),
+    "graph_keeps_the_first_step": Fault(
+        "a graph's buffers hold the first step's addresses for ever", "dsv4_backend_torch/graphs", "given.copy_(pinned, non_blocking=True)",
+        "given.copy_(pinned, non_blocking=True) if self.graph is None else None", "test_graphs.py",
+    ),
+    "pinned_too_early": Fault(
+        "pinned memory is written again while the last step's copy reads it", "dsv4_backend_torch/graphs", "if self.copied is not None:", "if False:",
+        "test_graphs.py",
+    ),
+    "graph_of_another_shape": Fault(
+        "a graph is replayed for arrays of another shape", "dsv4_backend_torch/graphs", "!= self.forms:", "!= self.forms and False:", "test_graphs.py",
+    ),
+    "library_without_its_tie_rule": Fault(
+        "a library picks any of equal rows", "dsv4_backend_cuda/providers", "tie_break=LOWER", "tie_break=0", "test_providers.py",
+    ),
+    "library_reads_row_0_for_nothing": Fault(
+        "a list is filled up with row 0 for a library", "dsv4_backend_cuda/providers", "value=-1)", "value=0)", "test_providers.py",
+    ),
+    "library_scales_of_a_half": Fault(
+        "a library's float scales are made of the wrong bits", "dsv4_backend_cuda/providers", "(exponents.to(torch.int32) << 23)", "(exponents.to(torch.int32) << 22)",
+        "test_providers.py",
+    ),
+    "library_where_it_does_not_fit": Fault(
+        "a library is called with a number of heads that it does not have", "dsv4_backend_cuda/providers", "if q.shape[1] not in {64, 128}:", "if not q.shape[1]:",
+        "test_providers.py",
+    ),
+    "a_launch_like_the_last": Fault(
+        "the interpreter's tape takes the last launch's program numbers for constants", "dsv4_backend_torch/playback",
+        'VOLATILE = ("create_get_program_id", "create_get_num_programs")', "VOLATILE = ()", "rms_norm", "standard",
+    ),
+    "rows_past_their_mask": Fault(
+        "rows that move whole ignore where their mask ends", "dsv4_backend_torch/memory", "turned(out)[live, :count] = windows[at]",
+        "turned(out)[live] = _windows(starts[live], turned(out).shape[-1], dtype)[0][at]", "test_memory.py",
     ),
 }  # fmt: skip

@@ -1,5 +1,5 @@
-"""Mutants of kernels: copies of the package with one fault each, judged by the suite as it stands,
-interpreted, in processes of their own.
+"""Mutants of kernels and of what is around them: copies of a package with one fault each, judged by
+the suite as it stands, interpreted, or by tests of this folder, in processes of their own.
 
 python tests/cuda/plant.py [NAME ...]   # minutes; writes docs/cuda-faults.md, exit status 1 if a
 fault goes unnoticed
@@ -19,17 +19,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dsv4_backend_cuda
+import dsv4_backend_torch
 from faults import FAULTS, Fault
 
 from dsv4_core.files.markdown import in_lines
 
-PACKAGE = Path(dsv4_backend_cuda.__file__).parent
+PACKAGES = {p.__name__: Path(p.__file__).parent for p in (dsv4_backend_cuda, dsv4_backend_torch)}
+TESTS = Path(__file__).parent
 DOCUMENT = Path(__file__).parents[2] / "docs" / "cuda-faults.md"
 ALONE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # threads cost an interpreter more than they give
 HEAD = """# Faults planted in the Triton kernels
 
-Each row is one change to a kernel's source, of a kind that has shipped somewhere. `tests/cuda/plant.py` plants it in a copy of the package and lets the
-conformance suite judge the copy in Triton's repaired interpreter, in a process of its own; the run must fail in the named op. The list is
+Each row is one change to the source of a kernel or of what is around it, of a kind that has shipped somewhere. `tests/cuda/plant.py` plants it in a copy of
+the package and lets the conformance suite judge the copy in Triton's repaired interpreter, in a process of its own; the run must fail in the named op. Where
+no case of the suite can reach it (sums that wait, graphs' buffers, other libraries), tests of `tests/cuda` judge it. The list is
 `tests/cuda/faults.py`. Nothing here ran on a GPU. Written by
 
     python tests/cuda/plant.py        # minutes; `make cuda` runs it
@@ -41,8 +44,10 @@ conformance suite judge the copy in Triton's repaired interpreter, in a process 
 
 def planted(fault: Fault, path: Path) -> Path:
     """A copy of the package with a fault, in ``path``."""
-    copy = shutil.copytree(PACKAGE, path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
-    source = copy / "kernels" / f"{fault.module}.py"
+    package, _, module = fault.module.rpartition("/")
+    package, module = (package, module) if package else ("dsv4_backend_cuda", f"kernels/{module}")
+    copy = shutil.copytree(PACKAGES[package], path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    source = copy / f"{module}.py"
     text = source.read_text()
     assert text.count(fault.found) == 1, (
         f"{source.name} has {fault.found!r} {text.count(fault.found)} times; the fault must be planted once"
@@ -52,9 +57,11 @@ def planted(fault: Fault, path: Path) -> Path:
 
 
 def noticed(fault: Fault) -> str:
-    """The first case that fails, with how it did unless by its numbers; empty where the suite
-    passes.
+    """The first case that fails, with how it did unless by its numbers, or the first test; empty
+    where all pass.
     """
+    if fault.op.endswith(".py"):
+        return noticed_by_tests(fault)
     with tempfile.TemporaryDirectory() as path:
         planted(fault, Path(path))
         chosen = ["--case", f"{fault.op}/{fault.case}"] if fault.case else ["--op", fault.op]
@@ -68,9 +75,31 @@ def noticed(fault: Fault) -> str:
     return f"`{first[2]}`" + (" (ends the process)" if first[1] == "CRASHED" else "")
 
 
+def noticed_by_tests(fault: Fault) -> str:
+    """The first test that fails; empty where all pass."""
+    with tempfile.TemporaryDirectory() as path:
+        planted(fault, Path(path))
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-n",
+            "0",
+            "-p",
+            "no:cacheprovider",
+            str(TESTS / fault.op),
+        ]
+        env = {**os.environ, **ALONE, "PYTHONPATH": path}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=TESTS.parents[1])
+    first = re.search(r"^FAILED \S+?::(\w+)", done.stdout, re.MULTILINE)
+    return f"`{fault.op}::{first[1]}`" if done.returncode == 1 and first else ""
+
+
 def row(fault: Fault) -> str:
     """A fault's row of the document, without who noticed."""
-    return f"| {fault.what} | {fault.module} | {fault.tier} | "
+    return f"| {fault.what} | {fault.module} | {'tests' if fault.op.endswith('.py') else fault.tier} | "
 
 
 def main(names: list[str]) -> int:
@@ -78,10 +107,11 @@ def main(names: list[str]) -> int:
     if unknown := [n for n in names if n not in FAULTS]:
         sys.exit(f"plant.py: no fault {unknown[0]!r}; they are {', '.join(FAULTS)}")
     chosen = {n: FAULTS[n] for n in names or FAULTS}
+    found = {}
     with ThreadPoolExecutor(2) as pool:
-        found = dict(zip(chosen, pool.map(noticed, chosen.values()), strict=True))
-    for name, by in found.items():
-        print(f"{name}: {by or 'UNNOTICED'}")
+        for name, by in zip(chosen, pool.map(noticed, chosen.values()), strict=True):
+            found[name] = by
+            print(f"{name}: {by or 'UNNOTICED'}", flush=True)
     missed = [name for name, by in found.items() if not by]
     print(f"{len(found) - len(missed)} of {len(found)} noticed")
     before = DOCUMENT.read_text().splitlines()
