@@ -187,12 +187,11 @@ def main() -> None:
             command, at = llama_server(given.llama, max(given.clients), 256)
             llama = ended.enter_context(running(command))
             servers.append(("llama.cpp", until(llama, lambda: healthy(at)), "embedded", psutil.Process(llama.pid)))
-        for name, at, model, who in servers:
-            measured(at, model, who, 1, argparse.Namespace(**{**vars(given), "requests": 2}))  # first of all kinds
-            rows[name] = []
+        first = argparse.Namespace(**{**vars(given), "requests": 2})
         for clients in given.clients:
             for name, at, model, who in servers:
-                rows[name].append(measured(at, model, who, clients, given))
+                measured(at, model, who, clients, first)  # a server that has seen so many before
+                rows.setdefault(name, []).append(measured(at, model, who, clients, given))
                 print(name, json.dumps(rows[name][-1]), flush=True)
     report = {
         "date": str(datetime.datetime.now(datetime.timezone.utc).date()),
