@@ -180,6 +180,62 @@ def test_the_hosts_choice_is_the_ops(model):
         assert drawn(logits[0], choice(wish, float(uniform[0]), {})) == op[0]
 
 
+def test_a_step_chooses_in_two_calls(model, monkeypatch):
+    """Greedy rows in one, all others in another, whatever each of them wishes; what is told is what
+    is told alone.
+    """
+    wishes = [
+        Sampling(),
+        Sampling(),
+        Sampling(0.7, 0.9, seed=1),
+        Sampling(1.3, seed=2, top_k=5, logprobs=2),
+        Sampling(presence_penalty=1.0, bias={3: 2.0}, logprobs=20),
+    ]
+    asked = [Request(prompt(20 + i, 30), 6, wish) for i, wish in enumerate(wishes)]
+    expected = [alone(model, request) for request in asked]
+    calls = []
+    for op in ("sample", "sample_each"):
+        right = getattr(model.backend, op)
+        monkeypatch.setattr(
+            model.backend, op, lambda *a, _op=op, _right=right, **k: calls.append(_op) or _right(*a, **k)
+        )
+    engine = Engine(model, slots=5, capacity=64, reuse=False)
+    names = [engine.submit(request) for request in asked]
+    tokens, _ = finished(engine)
+    assert [tokens[name] for name in names] == expected
+    assert calls == ["sample", "sample_each"] * 6
+
+
+class AllowsNothing:
+    """A constraint that no token satisfies once two were said."""
+
+    def __init__(self, vocab):
+        self.vocab, self.said = vocab, 0
+
+    def free(self):
+        return 0
+
+    def allowed(self):
+        return packed_bits(range(self.vocab) if self.said < 2 else [], self.vocab)
+
+    def accept(self, token):
+        self.said += 1
+
+
+def test_a_constraint_that_allows_nothing_ends_its_request_alone(model):
+    engine = Engine(model, slots=2, capacity=64)
+    stuck = engine.submit(Request(prompt(6, 20), 10, constraint=AllowsNothing(model.config.vocab_size)))
+    other = engine.submit(Request(prompt(7, 20), 10))
+    events = []
+    while not engine.idle:
+        events += engine.step()
+    told = {name: [e for e in events if e.id == name] for name in (stuck, other)}
+    assert [e.finish for e in told[stuck]] == [None, None, "error"]
+    assert "allows no token" in str(told[stuck][-1].error)
+    assert [e.chosen.token for e in told[other]] == alone(model, Request(prompt(7, 20), 10))
+    assert engine.stats.free == 2
+
+
 def test_what_narrows_a_choice():
     logits = np.log([0.4, 0.3, 0.2, 0.1])
 

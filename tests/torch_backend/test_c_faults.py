@@ -167,7 +167,9 @@ def test_the_suite_notices(name, tmp_path, monkeypatch):
     assert text.count(fault.found) == 1
     source.write_text(text.replace(fault.found, fault.planted))
     monkeypatch.setattr(kept, "SOURCES", tmp_path / "c")
-    monkeypatch.setattr(kept, "FLAGS", ("-O1", *(flag for flag in kept.FLAGS if flag != "-O3")))  # built in a third of the time
+    monkeypatch.setattr(
+        kept, "FLAGS", ("-O1", *(flag for flag in kept.FLAGS if flag != "-O3"))
+    )  # built in a third of the time
     made = tmp_path / "faulty.so"
     flags = kept.LEVELS[fault.level][0] if fault.level else ("-march=native",)
     try:
