@@ -111,7 +111,7 @@ class Batch:
             tokens[greedy] = be.to_numpy(be.sample(self._picked(logits, greedy), zeros, temperature=0.0, top_p=1.0))
         asked = [each.logprobs for row in rows for each in row.choices if each.logprobs is not None]
         likely = min(vocab, max(asked, default=0))
-        told = np.zeros((len(choices), 1 + 2 * likely))
+        told = np.zeros((len(choices), 1 + 2 * likely), be.wide_dtype)  # ids below 2^24 are exact in it
         others = np.array([i for i, each in enumerate(choices) if not each.greedy], int)
         if others.size:
             *operands, allowed = packed([choices[i] for i in others], vocab)
