@@ -13,8 +13,9 @@ import torch
 from dsv4_backend_torch.backend import TorchBackend
 from dsv4_backend_torch.graphs import Recorded
 
-from dsv4_backend_ascend import probe, proof, selftest, simulate, trust, vendor
+from dsv4_backend_ascend import probe, proof, selftest, simulate, triton, trust, vendor
 from dsv4_backend_ascend.cann import attention, matmul, moe, norm
+from dsv4_backend_ascend.cann.call import RefusedError
 from dsv4_backend_ascend.capability import GENERATIONS, Answer, table
 from dsv4_backend_ascend.capability import cann_version as parse_cann
 from dsv4_backend_ascend.composed import ComposedBackend
@@ -37,14 +38,14 @@ UNQUANTISED = "activations of linear layers with FP8 or FP4 weights are not quan
 
 
 def _tiered(op: str) -> Callable[..., Any]:
-    """One contract: the tier that the plan says, else what PyTorch composes."""
+    """One contract: the tier or the kernel that the plan says, else what PyTorch composes."""
     composed = getattr(ComposedBackend, op)
 
     @functools.wraps(composed)
     def run(self: AscendBackend, *arrays: Any, **scalars: Any) -> Any:
         answer = self.planned(op, arrays, scalars)
         if answer.tier != "composed" and self.fits_bf16(op, arrays):
-            self.ran.update(dict.fromkeys(call.name for call in answer.calls))
+            self.note(answer, op)
             return IMPLEMENTATIONS[answer.tier][op](self, *arrays, **scalars)
         return composed(self, *arrays, **scalars)
 
@@ -56,13 +57,14 @@ class AscendBackend(ComposedBackend):
 
     ``tier``: ``vendor`` (the operators' own extension where it is installed and serves, then CANN's
     ops), ``cann`` (CANN's ops where they serve) or ``composed`` (plain PyTorch, the yardstick).
-    ``composed``: contracts that are composed whatever the tier. ``trust``: a report of `dsv4 ascend
-    selftest`; what failed there is composed. ``simulate``: a generation; compute on the CPU with
-    simulated CANN. ``soc``: a generation; plan for it without computing, or name the chip that is
-    there. ``cann``: plan for this version. ``expand_bytes``: BF16 weights of experts that exist at
-    a time on chips without FP8. ``activations``: ``bf16`` leaves out that linear layers quantise
-    and dequantise what they multiply, on chips without FP8; not the published arithmetic, and
-    nothing is claimed of it.
+    ``prefer``: ``triton`` puts vector kernels of our own before CANN's ops, where Triton-Ascend is
+    installed. ``composed``: contracts that are composed whatever the tier. ``trust``: a report of
+    `dsv4 ascend selftest`; what failed there is composed. ``simulate``: a generation; compute on
+    the CPU with simulated CANN. ``soc``: a generation; plan for it without computing, or name the
+    chip that is there. ``cann``: plan for this version. ``expand_bytes``: BF16 weights of experts
+    that exist at a time on chips without FP8. ``activations``: ``bf16`` leaves out that linear
+    layers quantise and dequantise what they multiply, on chips without FP8; not the published
+    arithmetic, and nothing is claimed of it.
     """
 
     name = "ascend"
@@ -71,6 +73,7 @@ class AscendBackend(ComposedBackend):
         Option("weight_cache", "bytes of FP8 weights kept expanded to BF16 on 910B and 910C", 16 << 30),
         Option("device", "torch device of the NPU", "npu"),
         Option("tier", "vendor, cann, or composed: plain PyTorch ops only; vendor on an NPU, else cann"),
+        Option("prefer", "triton: vector kernels of our own by Triton-Ascend, for fewer launches", ""),
         Option("composed", "contracts that are composed whatever the tier, with commas: index_topk,sparse_attn"),
         Option("trust", "report of `dsv4 ascend selftest` on this chip: what failed there is composed"),
         Option("simulate", "run on simulated CANN, on the CPU: 910B, 910C or 950"),
@@ -96,6 +99,10 @@ class AscendBackend(ComposedBackend):
             raise BackendError(f"backend 'ascend': tier {chosen['tier']!r} is not one of vendor, cann, composed")
         if chosen["activations"] not in {"fp8", "bf16"}:
             raise BackendError(f"backend 'ascend': activations {chosen['activations']!r} is not one of fp8, bf16")
+        if chosen["prefer"] not in {"", "triton"}:
+            raise BackendError(
+                f"backend 'ascend': prefer {chosen['prefer']!r} is not triton; leave it out for CANN's ops alone"
+            )
         for name in ("simulate", "soc"):
             if chosen[name] is not None and str(chosen[name]) not in GENERATIONS:
                 raise BackendError(f"backend 'ascend': {name} {chosen[name]!r} is not one of {', '.join(GENERATIONS)}")
@@ -134,6 +141,9 @@ class AscendBackend(ComposedBackend):
             warnings.warn(f"backend 'ascend': {problem}; what it serves is composed", stacklevel=2)
         if chosen["rows"] not in {"bf16", "packed"}:
             raise BackendError(f"backend 'ascend': rows {chosen['rows']!r} is not one of bf16, packed")
+        if self.prefer:
+            triton.ready(self.standing)
+            self.vector_cores = triton.vector_cores(self.standing, self.generation)
         self.packs_rows = chosen["rows"] == "packed"
         self.kept = Kept()
         self.plans: dict[tuple[Any, ...], Answer] = {}
@@ -163,6 +173,12 @@ class AscendBackend(ComposedBackend):
         self.generation = soc or probe.generation_of(found[0])  # type: ignore[assignment]
         return "found"
 
+    def note(self, answer: Answer, op: str = "") -> None:
+        """Remember what ran."""
+        self.ran.update(
+            dict.fromkeys([f"triton:{op}"] if answer.tier == "triton" else [call.name for call in answer.calls])
+        )
+
     def planned(self, op: str, arrays: tuple[Any, ...], scalars: dict[str, Any]) -> Answer:
         """The plan for a call, made once for each set of dtypes, shapes and scalars."""
         key = (op, *(None if a is None else (dtype_name(a), tuple(a.shape)) for a in arrays), *scalars.items())
@@ -179,6 +195,8 @@ class AscendBackend(ComposedBackend):
         reached = " ".join(proof.rungs(self.generation, answer.calls)) or "none"
         if answer.tier == "composed":
             return Support(by=f"composed: {answer.reason}", proof=reached)
+        if answer.tier == "triton":
+            return Support(by=f"triton: {op}", proof=proof.KERNELS)
         sources = "; ".join(f"{cell.standing}: {cell.source}" for cell in answer.cells)
         named = ", ".join(dict.fromkeys(call.op for call in answer.calls))
         return Support(by=f"{answer.tier}: {named}", proof=f"{reached} ({sources})")
@@ -302,7 +320,9 @@ class AscendBackend(ComposedBackend):
         answer = self.planned("swiglu", (*pairs.unbind(1), weights), {"limit": limit})
         if answer.tier == "composed":
             return super().gated(pairs, weights, limit)
-        self.ran.update(dict.fromkeys(call.name for call in answer.calls))
+        self.note(answer, "swiglu")
+        if answer.tier == "triton":
+            return triton.swiglu(self, *pairs.unbind(1), weights, limit=limit)
         return moe.gated(pairs, weights, limit=limit)
 
     def rms_norm_rope(
@@ -311,11 +331,15 @@ class AscendBackend(ComposedBackend):
         """The default, turning the norm's result in place: so not by ``self.rms_norm``, whose
         result is its caller's for whoever watches the op.
         """
+        answer = self.planned("rms_norm_rope", (x, weight, positions, freqs), {"eps": eps})
+        if answer.tier == "triton":
+            self.note(answer, "rms_norm_rope")
+            return triton.rms_norm_rope(self, x, weight, positions, freqs, eps=eps)
         normed = type(self).rms_norm(self, x.flatten(0, 1), weight, eps=eps).reshape(x.shape)
         answer = self.planned("apply_rope", (normed, positions, freqs), {"inverse": False})
         if answer.tier == "composed":
             return self.apply_rope(normed, positions, freqs, inverse=False)  # type: ignore[no-any-return]
-        self.ran.update(dict.fromkeys(call.name for call in answer.calls))
+        self.note(answer)
         return (vendor if answer.tier == "vendor" else norm).turn_own(self, normed, positions, freqs, inverse=False)
 
     def cached_sparse_attn(
@@ -323,18 +347,56 @@ class AscendBackend(ComposedBackend):
         row_index: torch.Tensor | None, attn_sink: torch.Tensor, topk_idxs: torch.Tensor, *, layout: RowLayout, softmax_scale: float,
     ) -> torch.Tensor:  # fmt: skip
         """The default, with the row that carries the sink joined to the others at once."""
-        parts = [self.cache_read(ring, ring_index, layout=layout), kv]
-        if rows is not None and row_index is not None:
-            parts.append(self.cache_read(rows, row_index, layout=layout))
+        indices = [ring_index, *([row_index] if rows is not None and row_index is not None else [])]
         scale = {"softmax_scale": softmax_scale}
-        every = Operand(dtype_name(kv), (sum(part.shape[0] for part in parts), kv.shape[1]))
+        every = Operand(dtype_name(kv), (kv.shape[0] + sum(index.shape[0] for index in indices), kv.shape[1]))
+        joins = self.planned("cache_read", (ring, ring_index), {"layout": layout}).tier == "triton"
+
+        def parts() -> list[torch.Tensor]:
+            found = [self.cache_read(ring, ring_index, layout=layout), kv]
+            return [*found, self.cache_read(rows, row_index, layout=layout)] if len(indices) > 1 else found
+
         answer = self.planned("sparse_attn", (q, every, attn_sink, topk_idxs), scale)
         if answer.tier == "composed":
-            return self.sparse_attn(q, self.concat(parts, axis=0), attn_sink, topk_idxs, **scale)  # type: ignore[no-any-return]
-        self.ran.update(dict.fromkeys(call.name for call in answer.calls))
-        keys = torch.cat([*parts, attention.no_row(self, kv)])
+            return self.sparse_attn(q, self.concat(parts(), axis=0), attn_sink, topk_idxs, **scale)  # type: ignore[no-any-return]
+        self.note(answer)
+        keys = (
+            triton.joined(self, ring, ring_index, kv, rows, row_index, zeros=1)
+            if joins
+            else torch.cat([*parts(), attention.no_row(self, kv)])
+        )
         return attention.attend(self, q, keys, attn_sink, topk_idxs, **scale)
 
+    def expanded(self, stacks: Sequence[ScaledArray], own: torch.Tensor) -> torch.Tensor:
+        """Packed experts in BF16, by a kernel where one is preferred and takes them."""
+        if self.by_kernels("moe"):
+            try:
+                made = triton.expanded(self, stacks, own)
+            except RefusedError:
+                return super().expanded(stacks, own)
+            self.ran["triton:expand"] = None
+            return made
+        return super().expanded(stacks, own)
+
+    def summed(
+        self, rows: torch.Tensor, shared: torch.Tensor | None, topk: int, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        """What a token's experts give, added by a kernel where one is preferred."""
+        if self.by_kernels("moe"):
+            return triton.combined(self, rows, shared, topk, out_dtype)
+        return super().summed(rows, shared, topk, out_dtype)
+
+    def by_kernels(self, op: str) -> bool:
+        """Whether kernels of our own may be part of a contract."""
+        return bool(self.prefer) and op not in self.kept_composed and self.tier != "composed"
+
+    act_qdq = _tiered("act_qdq")
+    hadamard = _tiered("hadamard")
+    cache_write = _tiered("cache_write")
+    cache_read = _tiered("cache_read")
+    compress = _tiered("compress")
+    cached_compress = _tiered("cached_compress")
+    hc_pre_norm = _tiered("hc_pre_norm")
     rms_norm = _tiered("rms_norm")
     apply_rope = _tiered("apply_rope")
     linear = _tiered("linear")

@@ -85,7 +85,7 @@ class Answer(NamedTuple):
     with the reason why not better.
     """
 
-    tier: Literal["cann", "composed", "vendor"]
+    tier: Literal["cann", "composed", "triton", "vendor"]
     calls: tuple[Call, ...] = ()
     cells: tuple[Cell, ...] = ()
     reason: str = ""

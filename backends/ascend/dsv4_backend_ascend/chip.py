@@ -20,7 +20,8 @@ class ChipBackend(TorchBackend):
 
     ``cann_version``: None is any. ``drift``: calls of the table that the installed ops cannot take,
     ``kept_composed``: contracts that no npu op may run, each with the reason. ``planning``: a dry
-    run asks whether a call is allowed.
+    run asks whether a call is allowed. ``prefer``: ``triton``, or nothing. ``vector_cores``: of the
+    chip, a program of a Triton launch each.
     """
 
     tier: str
@@ -30,6 +31,8 @@ class ChipBackend(TorchBackend):
     cann_version: str | None
     drift: dict[str, str]
     kept_composed: dict[str, str]
+    prefer: str
+    vector_cores: int
 
     kept: Kept
     planning = False

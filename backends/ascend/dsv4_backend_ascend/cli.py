@@ -29,6 +29,7 @@ def command() -> None:
 @click.option("--seed", default=0, show_default=True, help="Of the operands.")
 @click.option("--small", is_flag=True, help="Without the cases at high addresses, which need up to 10 GB.")
 @click.option("--contract", "contracts", multiple=True, help="Only this contract's cases; may be given several times.")
+@click.option("--prefer", default="", metavar="triton", help="With the vector kernels of our own, too.")
 @click.option("--together", is_flag=True, help="On an NPU: all in one process. Else each contract has one of its own.")
 @click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write the outcomes as JSON here.")
 def selftest(
@@ -37,6 +38,7 @@ def selftest(
     seed: int,
     small: bool,
     contracts: tuple[str, ...],
+    prefer: str,
     together: bool,
     report: Path | None,
 ) -> None:
@@ -48,14 +50,14 @@ def selftest(
     from dsv4_backend_ascend import selftest as tests
     from dsv4_backend_ascend.backend import AscendBackend
 
-    given = {"simulate": simulate, "device": device}
+    given = {"simulate": simulate, "device": device, "prefer": prefer or None}
     backend = AscendBackend(**{name: value for name, value in given.items() if value is not None})
     click.echo(backend.describe().split("\n")[0])
     outcomes = []
     cases = tests.chosen(contracts)
     apart = backend.standing == "found" and not together and len({case.contract for case in cases}) > 1
     ran = (
-        tests.apart(cases, seed=seed, small=small, device=device)
+        tests.apart(cases, seed=seed, small=small, device=device, words=["--prefer", prefer] if prefer else [])
         if apart
         else tests.run(backend, cases, seed=seed, small=small)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from dsv4_backend_ascend.capability import GENERATIONS
@@ -28,7 +29,8 @@ def report(
     before: dict[str, Any] | None = None,
     said: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Count and capture one decode step for each chip and tier; ``said`` is told of each in words.
+    """Count and capture one decode step for each chip and tier, without and with kernels of our
+    own; ``said`` is told of each in words.
 
     Raises ``BackendError`` for a model, a chip or a tier that there is not.
     """
@@ -42,9 +44,13 @@ def report(
     config = PRESETS[model]
     steps: dict[str, Any] = {}
     for soc in socs or GENERATIONS:
-        for tier in tiers or TIERS[1:]:
-            step = count(config, soc, tier=tier, start=start, batch=batch)  # type: ignore[arg-type]
-            captured = dry_capture(config, soc, tier=tier, start=start, batch=batch)  # type: ignore[arg-type]
+        for tier, prefer in itertools.product(tiers or TIERS[1:], ("", "triton")):
+            if tier == "composed" and prefer:
+                continue
+            name = f"{soc} {tier}{' triton' if prefer else ''}"
+            given: dict[str, Any] = {"tier": tier, "start": start, "batch": batch, "prefer": prefer}
+            step = count(config, soc, **given)  # type: ignore[arg-type]
+            captured = dry_capture(config, soc, **given)  # type: ignore[arg-type]
             found = {
                 "launches": step.launched(),
                 "outside layers": step.launched(None),
@@ -58,12 +64,12 @@ def report(
                     "read on the host": captured.host,
                 },
             }
-            old = (before or {}).get("steps", {}).get(f"{soc} {tier}")
+            old = (before or {}).get("steps", {}).get(f"{soc} {tier}")  # what kernels of our own save, too
             if old:
                 found["before"] = old["launches"]
-            steps[f"{soc} {tier}"] = found
+            steps[name] = found
             for line in lines(step):
-                said(line)
+                said(line.replace(f"tier {tier}", f"tier {tier}, prefer=triton") if prefer else line)
             most = ", ".join(f"{name or 'the graph'} {n}" for name, n in list(found["contracts"].items())[:SHOWN])
             said(f"  by contract: {most}")
             wrong = captured.host or ", ".join(captured.moved)

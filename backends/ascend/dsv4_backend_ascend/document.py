@@ -24,6 +24,8 @@ def page(
     l1: dict[str, Any],
     errors: dict[str, dict[str, float]],
     counted: dict[str, Any],
+    kernels: dict[str, Any],
+    planted_kernels: dict[str, Any],
 ) -> str:
     """The page with its generated part made new. ``runs``: of the conformance suite, ``selftests``:
     at full sizes, by chip.
@@ -37,6 +39,8 @@ def page(
         *_selftests(selftests),
         *_planted(planted),
         *_launches(counted),
+        *_kernels(kernels),
+        *_planted_kernels(planted_kernels),
         *_w8a8(runs, errors),
         *_memory(),
     ]
@@ -63,6 +67,54 @@ def _launches(counted: dict[str, Any]) -> list[str]:
         "| chip, tier | before | launches | a layer | on AICPU | can be recorded | most by |",
         "|---|---|---|---|---|---|---|",
         *rows,
+        "",
+    ]
+
+
+def _kernels(report: dict[str, Any]) -> list[str]:
+    """What compiling the Triton kernels reached."""
+    if not report:
+        return []
+    rows = []
+    for kernel in report["kernels"]:
+        constants = ", ".join(f"{name} {value}" for name, value in kernel["constants"])
+        cells = []
+        for chip in GENERATIONS:
+            found = kernel["chips"][chip]
+            slow = f", {n} loops over elements" if (n := found.get("loops over elements")) else ""
+            size = found.get("bytes of a core's memory")
+            cells.append(f"{found['reached']}{f', {size / 1024:.0f} KB' if size else ''}{slow}")
+        rows.append(f"| `{kernel['kernel'].partition('.')[2]}` | {constants} | {' | '.join(cells)} |")
+    versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
+    said = (
+        f"Every one that a decode step of flash or pro launches, with its constants ({versions}; {report['date']}): "
+        f"{report['says']}. Memory is what a vector core's buffers take, of 192 KB (910B, 910C) and 248 KB (950), where "
+        "the compiler says it."
+    )
+    return [
+        "### Triton kernels",
+        "",
+        said,
+        "",
+        f"| kernel | constants | {' | '.join(GENERATIONS)} |",
+        f"|---|---|{'---|' * len(GENERATIONS)}",
+        *rows,
+        "",
+    ]
+
+
+def _planted_kernels(report: dict[str, Any]) -> list[str]:
+    """Faults in the Triton kernels, and which case of the suite noticed."""
+    if not report:
+        return []
+    return [
+        "### Faults planted in the Triton kernels",
+        "",
+        f"{report['says'][0].upper()}{report['says'][1:]} ({report['date']}).",
+        "",
+        "| fault | kernel's file | noticed first by |",
+        "|---|---|---|",
+        *(f"| {f['what']} | {f['module']} | {f['noticed'] or '**not noticed**'} |" for f in report["faults"].values()),
         "",
     ]
 

@@ -85,15 +85,21 @@ class DecodeExperts(ChipBackend):
         own, absent = self.kept.of(
             (indices, "own", first_expert, w1.shape[0]), lambda: self._own(indices, first_expert, w1.shape[0])
         )
-        expanded = self._expanded(stacks, own)
+        expanded = self.expanded(stacks, own)
         x = self.quantised_activation(x)[:, None].expand(2, tokens, topk, dim).reshape(2 * rows, dim, 1)
         pairs = torch.bmm(expanded[:2].reshape(2 * rows, inter, dim), x).reshape(2, rows, inter).transpose(0, 1)
         hidden = self.quantised_activation(self.gated(pairs, weights.reshape(-1), limit))
         y = torch.bmm(expanded[2].reshape(rows, dim, inter), hidden[:, :, None])[:, :, 0]
         if absent is not None:
             y = y.masked_fill_(absent, 0)
-        y = y.reshape(tokens, topk, dim).sum(1, dtype=torch.float32)
-        return (y if shared is None else y.add_(shared)).to(getattr(torch, out_dtype))
+        return self.summed(y, shared, topk, getattr(torch, out_dtype))
+
+    def summed(
+        self, rows: torch.Tensor, shared: torch.Tensor | None, topk: int, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Each token's rows [tokens x topk, dim] and the shared expert's, added wide."""
+        y = rows.unflatten(0, (-1, topk)).sum(1, dtype=torch.float32)
+        return (y if shared is None else y.add_(shared)).to(out_dtype)
 
     def _gatherable(self, indices: torch.Tensor, experts: Sequence[Experts]) -> list[ScaledArray] | None:
         """The three stacks, where a step has no more rows than there are experts, and what they
@@ -119,7 +125,7 @@ class DecodeExperts(ChipBackend):
         local = (flat - first).clamp_(0, count - 1)
         return local, (local != flat - first)[:, None]
 
-    def _expanded(self, stacks: Sequence[ScaledArray], own: torch.Tensor) -> torch.Tensor:
+    def expanded(self, stacks: Sequence[ScaledArray], own: torch.Tensor) -> torch.Tensor:
         """BF16 [projections, rows x out x in] of the experts that rows have."""
         codes, scales = (
             part.new_empty((len(stacks), own.shape[0], part[0].numel())) for part in (stacks[0].data, stacks[0].scale)

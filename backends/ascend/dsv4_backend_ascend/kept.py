@@ -34,6 +34,10 @@ class Kept:
         """What ``make`` gives for operands of any size, while few others came after them."""
         return _once(self.results, key, make, RESULTS)
 
+    def result(self, key: tuple[Any, ...]) -> Any:
+        """What ``once`` was given for a key; None where it was not, or too long ago."""
+        return _find(self.results, key)
+
     def of(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """What ``make`` gives for indices or positions, which no op changes."""
         return _once(self.of_indices, key, make, OF_INDICES)

@@ -231,20 +231,26 @@ class _Layered(Model):
             self.watch.layer = None
 
 
-def count(
+def prepared(
     config: ModelConfig, generation: Generation, *, tier: str, start: int, batch: int = 1, seq: int = 1, **options: Any
-) -> Step2b:
-    """Run one step of a model's own sizes with ``start`` tokens before it, and count what it
-    launches.
+) -> tuple[_Layered, Callable[[], Any]]:
+    """A model of its own sizes on tensors without data, and one step of it with ``start`` tokens
+    before it, which ran once: what is made once is made. Call it, and run the step, in a dry run.
     """
-    backend = ShapesBackend(soc=generation, tier=tier, **options)
+    model = _Layered(ShapeSource(config), ShapesBackend(soc=generation, tier=tier, **options))
+    run = functools.partial(run_step, model, batch=batch, seq=seq, start=start)
+    run()
+    return model, run
+
+
+def count(config: ModelConfig, generation: Generation, *, tier: str, start: int, **options: Any) -> Step2b:
+    """Run one step as ``prepared`` says, and count what it launches."""
+    step = Step2b(generation, tier)
     with torch.no_grad(), dry_run(generation):
-        model = _Layered(ShapeSource(config), backend)
-        run_step(model, batch=batch, seq=seq, start=start)  # what is made once, and the plans
-        step = Step2b(generation, tier)
-        model.watch = _Watch(step, backend)
+        model, run = prepared(config, generation, tier=tier, start=start, **options)
+        model.watch = _Watch(step, model.backend)  # type: ignore[arg-type]
         with model.watch, watched(model.watch.note):
-            run_step(model, batch=batch, seq=seq, start=start)
+            run()
     return step
 
 

@@ -14,7 +14,7 @@ import torch
 from dsv4_backend_torch.numeric import torch_dtype
 from dsv4_backend_torch.weights import StackedExperts
 
-from dsv4_backend_ascend import vendor
+from dsv4_backend_ascend import triton, vendor
 from dsv4_backend_ascend.cann import attention, expand, matmul, mhc, moe, norm
 from dsv4_backend_ascend.cann.call import RefusedError, dry_run
 from dsv4_backend_ascend.capability import Answer, table
@@ -64,10 +64,10 @@ def _expert_linear(backend: ChipBackend, x: torch.Tensor, weight: Any, offsets: 
 
 
 def _logits(backend: ChipBackend, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The router's product, float32 [tokens, experts]; without data its shape alone, for nothing
-    may be kept of it.
+    """The router's product, float32 [tokens, experts]; while planning its shape alone, for
+    nothing may be kept of it.
     """
-    if x.is_meta:
+    if backend.planning:
         return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
     return backend.product(x, (weight,), wide=True)
 
@@ -117,8 +117,11 @@ _CANN: Mapping[str, Implementation] = {
 IMPLEMENTATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "cann": _CANN,
     "vendor": {"hc_pre": _as_is(vendor.hc_pre), "apply_rope": vendor.apply_rope},
+    "triton": triton.KERNELS,
 }
-"""The contracts that each tier of ops implements."""
+"""The contracts that each tier of ops implements, and those with kernels of our own."""
+WITH_PRODUCT = frozenset({"hc_pre"})
+"""Contracts of the vendor tier that one operator makes, products and all: before a kernel."""
 
 
 def without_data(value: Any, *, mx: bool) -> Any:
@@ -152,13 +155,20 @@ def plan(backend: ChipBackend, op: str, operands: Mapping[str, Any]) -> Answer:
     if reason := backend.kept_composed.get(op):
         return Answer("composed", reason=reason)
     dtypes = {name: dtype_name(v) for name, v in operands.items() if hasattr(v, "dtype")}
+    refused = ""
+    if backend.prefer == "triton" and op in triton.KERNELS and not (backend.tier == "vendor" and op in WITH_PRODUCT):
+        tried = _tried(backend, op, operands, Answer("triton"))
+        if tried.tier == "triton":
+            return tried
+        refused = f"{tried.reason}; "
     if backend.tier == "vendor":
         found = table().extension(op, backend.generation, dtypes, cann=backend.cann_version)
         tried = _tried(backend, op, operands, found) if found.tier == "vendor" else found
         if tried.tier == "vendor":
             return tried
     answer = table().answer(op, backend.generation, dtypes, cann=backend.cann_version)
-    return _tried(backend, op, operands, answer) if answer.tier == "cann" else answer
+    answer = _tried(backend, op, operands, answer) if answer.tier == "cann" else answer
+    return answer if answer.tier == "cann" else answer._replace(reason=f"{refused}{answer.reason}")
 
 
 def _tried(backend: ChipBackend, op: str, operands: Mapping[str, Any], answer: Answer) -> Answer:

@@ -24,6 +24,8 @@ RUNGS = {
     "L3": "numerics: the conformance suite passes on simulated CANN",
 }
 LEGEND = f"proof: {'; '.join(f'{rung} {says}' for rung, says in RUNGS.items())}; on hardware: not run"
+KERNELS = "compiled to HIVM without a chip, interpreted by the suite; on hardware: not run"
+"""How far the Triton kernels of our own are proven."""
 
 
 @functools.cache

@@ -143,7 +143,7 @@ def compare(backend: ChipBackend, case: Case, *, seed: int = 0) -> Outcome:
     arrays = tuple(_loaded(backend, array) for array in call.arrays)
     answer = backend.planned(case.contract, arrays, call.scalars)
     asked = answer.tier != "composed"
-    ops = tuple(dict.fromkeys(c.op for c in answer.calls)) if asked else ()
+    ops = tuple(dict.fromkeys(c.op for c in answer.calls)) or (("triton",) if asked else ())
     skipped = "" if asked else answer.reason
     composed = getattr(TorchBackend if TorchBackend.implements(case.contract) else EveryOp, case.contract)
     low = tuple(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_core.contract.dtypes import BFLOAT16, Experts, Host, ScaledArray, quantise_int8, quantise_weight
+from dsv4_core.contract.dtypes import BFLOAT16, Experts, Host, RowLayout, ScaledArray, quantise_int8, quantise_weight
 
 if TYPE_CHECKING:
     from dsv4_core.contract.dtypes import Format
@@ -222,6 +222,40 @@ def _hc_pre(d: Draws, dim: int) -> Call:
     return Call(arrays, {"norm_eps": 1e-6, "eps": 1e-6, "iters": 20})
 
 
+def _qdq(d: Draws, fmt: Format, dim: int, block: int, channels: int) -> Call:
+    return Call((_uneven(d, 17, dim),), {"format": fmt, "block": block, "channels": channels})
+
+
+def _norm_rope(d: Draws) -> Call:
+    positions = np.array([0, 77, 1 << 20], np.int32)
+    freqs = (10000.0 ** (-np.arange(32) / 32)).astype(np.float32)
+    return Call((d.act(3, HEADS, DIM, scale=3.0), d.act(DIM), positions, freqs), {"eps": 1e-6})
+
+
+def _hc_pre_norm(d: Draws, dim: int) -> Call:
+    made = _hc_pre(d, dim)
+    return Call((*made.arrays, d.act(dim)), made.scalars)
+
+
+def _written(d: Draws) -> Call:
+    """The cache of the composed tier is another array: both write in place."""
+    arrays = (d.act(40, DIM), d.act(5, DIM), np.array([39, -1, 0, 7, 8], np.int32))
+    return Call(arrays, {"layout": RowLayout("plain", DIM)}, low=arrays)
+
+
+def _windows(d: Draws, ratio: int, width: int, dim: int) -> Call:
+    """Tokens from the cache and from this step in each window; one is not there, and one slot is
+    none.
+    """
+    span = ratio * (width // dim)
+    slots = d.order(1, 2 * span)[0]
+    slots[1] = -1
+    windows = np.stack([np.arange(span) + 2 * span - ratio, np.arange(span)]).astype(np.int32)
+    windows[1, 2] = -1
+    arrays = (d.normal(ratio + span, 2 * width), d.normal(2 * span, 2 * width), slots, d.normal(ratio, width), windows)
+    return Call(arrays, {"dim": dim})
+
+
 CASES: tuple[Case, ...] = (
     Case("rms_norm", "tokens=33", lambda d: _norm(d, 33, 1.0, weighted=True)),
     Case("rms_norm", "tiny_values", lambda d: _norm(d, 5, 1e-3, weighted=True)),
@@ -264,5 +298,14 @@ CASES: tuple[Case, ...] = (
         "comb_not_symmetric",
         lambda d: Call((d.act(9, 256), d.act(9, 4, 256), d.normal(9, 4), d.uniform(9, 4, 4))),
     ),
+    Case("hc_pre_norm", "streams=4,channels=4096", lambda d: _hc_pre_norm(d, 4096)),
+    Case("act_qdq", "e4m3,uneven_tokens", lambda d: _qdq(d, "e4m3", 1024, 128, 1024), exact=True),
+    Case("act_qdq", "e4m3,rows", lambda d: _qdq(d, "e4m3", DIM, 64, 448), exact=True),
+    Case("act_qdq", "e2m1,uneven_tokens", lambda d: _qdq(d, "e2m1", 128, 32, 128), exact=True),
+    Case("hadamard", "rows=70", lambda d: Call((d.act(70, INDEX_DIM),))),
+    Case("rms_norm_rope", "position=2^20", _norm_rope),
+    Case("cache_write", "holes", _written, exact=True),
+    Case("cached_compress", "ratio=4,windows_overlap", lambda d: _windows(d, 4, 2 * DIM, DIM)),
+    Case("cached_compress", "ratio=128", lambda d: _windows(d, 128, DIM, DIM)),
 )
 """Every case, in the order of a run."""

@@ -14,7 +14,7 @@ from dsv4_core.contract.backend import BackendError
 if TYPE_CHECKING:
     from dsv4_backend_ascend.capability import Generation
 
-CONTRACTS = tuple(dict.fromkeys(op for tier in IMPLEMENTATIONS.values() for op in tier))
+CONTRACTS = (*dict.fromkeys(op for tier in IMPLEMENTATIONS.values() for op in tier), "moe")
 """Contracts that some tier of npu ops implements."""
 
 

@@ -115,6 +115,8 @@ def page() -> str:
         l1,
         w8a8_errors(),
         read(REPORTS / "launches.json"),
+        read(REPORTS / "kernels.json"),
+        read(REPORTS / "planted_kernels.json"),
     )
 
 

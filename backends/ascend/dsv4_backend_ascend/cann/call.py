@@ -41,13 +41,22 @@ def call(op: str, **arguments: Any) -> Any:
     bound = bind(op, (), arguments)
     if broken := violation(op, generation, bound):
         raise RefusedError(broken)
+    with _disable_current_modes():  # what makes its results' shapes is not launched
+        results = SHAPES[op](bound)
+    tell(f"{namespace(op)}::{op}", arguments, results)
+    return results
+
+
+def planning() -> bool:
+    """Whether this is a dry run."""
+    return _planned.get() is not None
+
+
+def tell(name: str, operands: Any, results: Any) -> None:
+    """Tell whoever watches a dry run of a launch that torch does not dispatch."""
     if watch := _watching.get():
-        with _disable_current_modes():  # what makes its results' shapes is not launched
-            results = SHAPES[op](bound)
-        first = next(t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor))
-        watch(f"{namespace(op)}::{op}", str(first.dtype).removeprefix("torch."), arguments, results)
-        return results
-    return SHAPES[op](bound)
+        first = next(t for t in tree_leaves(operands) if isinstance(t, torch.Tensor))
+        watch(name, str(first.dtype).removeprefix("torch."), operands, results)
 
 
 @contextmanager
