@@ -90,7 +90,9 @@ def test_linear_mx(reference, fmt, out, cols):
     simulate.install("950")
     weight, mx = _quantised(fmt, out, cols)
     x = _bf16(6, cols)
-    close(matmul.linear_mx(x, mx, out_dtype="bfloat16"), reference.linear(host(x), weight, out_dtype="bfloat16"))
+    close(
+        matmul.linear_mx(keeper(), x, mx, out_dtype="bfloat16"), reference.linear(host(x), weight, out_dtype="bfloat16")
+    )
 
 
 @pytest.mark.parametrize("fmt", ["e4m3", "e2m1"])
@@ -111,7 +113,7 @@ def test_expert_linear_bf16(reference):
     simulate.install("910B")
     x, weight = _bf16(7, 64), _bf16(3, 48, 64)
     want = reference.expert_linear(host(x), Experts([host(w) for w in weight]), OFFSETS.numpy())
-    got = matmul.expert_linear_bf16(x, weight, OFFSETS)
+    got = matmul.expert_linear_bf16(keeper(), x, weight, OFFSETS)
     close(got, want)
     assert bool((got[5:] == 0).all())
 
@@ -124,7 +126,7 @@ def test_expert_linear_mx(reference, fmt):
     x = _bf16(7, 256)
     want = reference.expert_linear(host(x), Experts(packed), OFFSETS.numpy())
     mx = to_mx(*stack, fmt)
-    close(matmul.expert_linear_mx(x, matmul.tiled(mx) if fmt == "e2m1" else mx, OFFSETS), want)
+    close(matmul.expert_linear_mx(keeper(), x, matmul.tiled(mx) if fmt == "e2m1" else mx, OFFSETS), want)
 
 
 @pytest.mark.parametrize("experts", [256, 384])
@@ -162,7 +164,7 @@ def test_int8_is_as_lossy_as_its_scales_say():
     got = matmul.linear_int8(x, packed[0], out_dtype="bfloat16").double()
     exact = x.double() @ weight[0].double().t()
     assert 0.001 < float((got - exact).norm() / exact.norm()) < 0.02
-    grouped = matmul.expert_linear_int8(x, packed, torch.tensor([0, 6, 6, 6], dtype=torch.int32)).double()
+    grouped = matmul.expert_linear_int8(keeper(), x, packed, torch.tensor([0, 6, 6, 6], dtype=torch.int32)).double()
     assert float((grouped - exact).norm() / exact.norm()) < 0.02
 
 
@@ -180,7 +182,11 @@ def test_dispatch_and_combine(reference, first, count):
     simulate.install("910B")
     x, weights = _bf16(9, 16), torch.rand(9, 2)
     indices = torch.stack([torch.randperm(8)[:2] for _ in range(9)]).to(torch.int32)
-    got = moe.dispatch(x, weights, indices, first_expert=first, n_experts=count)
+    backend = keeper()
+    got = moe.dispatch(backend, x, weights, indices, first_expert=first, n_experts=count)
+    backend.kept.of((indices, "routed among"), lambda: 8)  # as a gate of eight experts notes
+    known = moe.dispatch(backend, x, weights, indices, first_expert=first, n_experts=count)
+    assert all(map(torch.equal, got, known))
     want = reference.dispatch(host(x), weights.numpy(), indices.numpy(), first_expert=first, n_experts=count)
     for ours, theirs in zip(got, want, strict=True):
         assert np.array_equal(host(ours), theirs)

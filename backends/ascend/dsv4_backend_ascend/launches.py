@@ -25,6 +25,7 @@ from dsv4_backend_ascend.backend import AscendBackend
 from dsv4_backend_ascend.cann.call import dry_run, watched
 from dsv4_core.contract.dtypes import Experts, Host, ScaledArray, dtype_name
 from dsv4_core.contract.ops import OPS
+from dsv4_core.graph.cache import Cache
 from dsv4_core.graph.model import Model
 from dsv4_core.planning.shapes import ShapeSource, run_step
 
@@ -235,10 +236,12 @@ def prepared(
     config: ModelConfig, generation: Generation, *, tier: str, start: int, batch: int = 1, seq: int = 1, **options: Any
 ) -> tuple[_Layered, Callable[[], Any]]:
     """A model of its own sizes on tensors without data, and one step of it with ``start`` tokens
-    before it, which ran once: what is made once is made. Call it, and run the step, in a dry run.
+    before it, which ran once: what is made once is made, the cache too. Call it, and run the step,
+    in a dry run.
     """
     model = _Layered(ShapeSource(config), ShapesBackend(soc=generation, tier=tier, **options))
-    run = functools.partial(run_step, model, batch=batch, seq=seq, start=start)
+    cache = Cache(model.backend, config, batch, start + seq)
+    run = functools.partial(run_step, model, batch=batch, seq=seq, start=start, cache=cache)
     run()
     return model, run
 

@@ -38,10 +38,10 @@ def _hc_pre(backend: ChipBackend, *arrays: torch.Tensor, **scalars: Any) -> Any:
     )
 
 
-def _linear(_backend: ChipBackend, x: torch.Tensor, weight: Any, *, out_dtype: str) -> torch.Tensor:
+def _linear(backend: ChipBackend, x: torch.Tensor, weight: Any, *, out_dtype: str) -> torch.Tensor:
     if weight.format == "int8":
         return matmul.linear_int8(x, weight, out_dtype=out_dtype)
-    return matmul.linear_mx(x, weight.mx, out_dtype=out_dtype)
+    return matmul.linear_mx(backend, x, weight.mx, out_dtype=out_dtype)
 
 
 def _grouped_linear(backend: ChipBackend, x: torch.Tensor, weight: Any) -> torch.Tensor:
@@ -53,14 +53,14 @@ def _grouped_linear(backend: ChipBackend, x: torch.Tensor, weight: Any) -> torch
 
 def _expert_linear(backend: ChipBackend, x: torch.Tensor, weight: Any, offsets: torch.Tensor) -> torch.Tensor:
     if isinstance(weight, MxExperts):
-        return matmul.expert_linear_mx(x, weight.stack.mx, offsets)
+        return matmul.expert_linear_mx(backend, x, weight.stack.mx, offsets)
     if isinstance(weight, TiledExperts):
-        return matmul.expert_linear_mx(x, weight.mx, offsets)
+        return matmul.expert_linear_mx(backend, x, weight.mx, offsets)
     if isinstance(weight.stack, ScaledArray) and weight.stack.format == "int8":
-        return matmul.expert_linear_int8(x, weight.stack, offsets)
+        return matmul.expert_linear_int8(backend, x, weight.stack, offsets)
     if isinstance(weight.stack, ScaledArray):
         return expand.expert_linear(backend, x, weight.stack, offsets, expand_bytes=backend.expand_bytes)
-    return matmul.expert_linear_bf16(x, weight.stack, offsets)
+    return matmul.expert_linear_bf16(backend, x, weight.stack, offsets)
 
 
 def _logits(backend: ChipBackend, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -75,14 +75,18 @@ def _logits(backend: ChipBackend, x: torch.Tensor, weight: torch.Tensor) -> torc
 def _gate(
     backend: ChipBackend, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, topk: int, route_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return moe.gate(_logits(backend, x, weight), bias.float(), topk=topk, route_scale=route_scale)
+    weights, picks = moe.gate(_logits(backend, x, weight), bias.float(), topk=topk, route_scale=route_scale)
+    backend.kept.of((picks, "routed among"), lambda: weight.shape[0])
+    return weights, picks
 
 
 def _gate_hash(
     backend: ChipBackend, x: torch.Tensor, weight: torch.Tensor, tid2eid: torch.Tensor, ids: torch.Tensor,
     *, route_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    return moe.gate_hash(_logits(backend, x, weight), tid2eid, ids, route_scale=route_scale)
+    weights, picks = moe.gate_hash(_logits(backend, x, weight), tid2eid, ids, route_scale=route_scale)
+    backend.kept.of((picks, "routed among"), lambda: weight.shape[0])
+    return weights, picks
 
 
 def _combine(_backend: ChipBackend, *arrays: Any, topk: int, out_dtype: str) -> torch.Tensor:
@@ -107,7 +111,7 @@ _CANN: Mapping[str, Implementation] = {
     "swiglu": _as_is(moe.swiglu),
     "gate": _gate,
     "gate_hash": _gate_hash,
-    "dispatch": _as_is(moe.dispatch),
+    "dispatch": moe.dispatch,
     "combine": _combine,
     "index_topk": _index_topk,
     "sparse_attn": attention.sparse_attn,

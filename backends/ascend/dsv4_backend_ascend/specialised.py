@@ -40,7 +40,7 @@ def specialised(model: str, generation: Generation, tier: str) -> set[Specialise
     def note(op: str, _dtype: str, operands: Any, _results: Any) -> None:
         if op.startswith("triton::"):
             arguments, constants = operands
-            types = [TYPES[a.dtype] if isinstance(a, torch.Tensor) else _scalar(a) for a in arguments]
+            types = [TYPES[a.dtype] if isinstance(a, torch.Tensor) else scalar_type(a) for a in arguments]
             found.add(Specialised(op.removeprefix("triton::"), tuple(types), tuple(constants.items())))
 
     with torch.no_grad(), dry_run(generation):
@@ -50,7 +50,8 @@ def specialised(model: str, generation: Generation, tier: str) -> set[Specialise
     return found
 
 
-def _scalar(value: float) -> str:
+def scalar_type(value: float) -> str:
+    """Of a number, as Triton writes it."""
     return "fp32" if isinstance(value, float) else "i32"
 
 

@@ -1,11 +1,11 @@
 """Compile every Triton kernel that a decode step of the published models launches, as far as that
 goes without CANN; write a report.
 
-``list`` runs where dsv4 is installed and says what is launched. ``build`` runs in an environment of
-its own, with triton-ascend, ascendnpu-ir, pybind11, attrs and psutil from PyPI and nothing of dsv4:
-Triton's front end and Triton-Ascend's adapter lower each kernel to MLIR of tensors (linalg), and
-bishengir-compile that to HIVM, in which every instruction of a vector core and every byte of its
-memory is placed. There it wants hivmc, the assembler, which is CANN's alone.
+``list`` runs where dsv4 is installed and says what is launched. ``build`` and ``linalg`` run in an
+environment of its own, with triton-ascend, ascendnpu-ir, pybind11, attrs and psutil from PyPI and
+nothing of dsv4: Triton's front end and Triton-Ascend's adapter lower each kernel to MLIR of tensors
+(linalg), and bishengir-compile that to HIVM, in which every instruction of a vector core and every
+byte of its memory is placed. There it wants hivmc, the assembler, which is CANN's alone.
 
     python backends/ascend/tools/compile_kernels.py list FILE
     DIR/bin/python backends/ascend/tools/compile_kernels.py build FILE --report kernels.json
@@ -71,6 +71,14 @@ def linalg(launch: dict[str, Any], generation: str) -> str:
     mod = source.make_ir(options, backend.get_codegen_implementation(), backend.get_module_map(), context)
     metadata = {**options.__dict__, "hash": "0", "target": backend.target}
     return compiler.ttir_to_linalg(compiler.make_ttir(mod, metadata, options), metadata, options, named_ops=True)
+
+
+def lowered(given: Path, folder: Path) -> int:
+    """Write the linalg of what is listed, for 910B: a file each, by number."""
+    sys.path.insert(0, str(PACKAGE.parent))
+    for i, launch in enumerate(json.loads(given.read_text(encoding="utf-8"))["launches"]):
+        (folder / f"{i}.mlir").write_text(linalg(launch, "910B"), encoding="utf-8")
+    return 0
 
 
 def hivm(text: str, generation: str, folder: Path) -> tuple[str, str]:
@@ -173,6 +181,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list").add_argument("file", type=Path)
+    lower = commands.add_parser("linalg")
+    lower.add_argument("file", type=Path)
+    lower.add_argument("folder", type=Path)
     wanted = commands.add_parser("build")
     wanted.add_argument("file", type=Path)
     wanted.add_argument("--report", type=Path, required=True)
@@ -180,7 +191,7 @@ def main() -> int:
     if args.command == "list":
         listed(args.file)
         return 0
-    return build(args.file, args.report)
+    return lowered(args.file, args.folder) if args.command == "linalg" else build(args.file, args.report)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ from dsv4_backend_ascend.cann.matmul import expert_linear_bf16
 from dsv4_core.contract.dtypes import ScaledArray
 
 if TYPE_CHECKING:
-    from dsv4_backend_torch.backend import TorchBackend
+    from dsv4_backend_ascend.chip import ChipBackend
 
 GROUPS = 1024  # npu_grouped_matmul takes no more
 PIECES = 16  # a sixteenth of what may be expanded is made at a time, an expert at least: that needs twice as many bytes beside it
 
 
 def expand(
-    backend: TorchBackend, stack: ScaledArray, experts: torch.Tensor | slice, into: torch.Tensor, piece: int
+    backend: ChipBackend, stack: ScaledArray, experts: torch.Tensor | slice, into: torch.Tensor, piece: int
 ) -> torch.Tensor:
     """Dequantise some experts of a stack into the front of ``into`` [groups, out, in], BF16,
     ``piece`` bytes at a time; give that part.
@@ -38,7 +38,7 @@ def expand(
 
 
 def expert_linear(
-    backend: TorchBackend, x: torch.Tensor, stack: ScaledArray, offsets: torch.Tensor, *, expand_bytes: int
+    backend: ChipBackend, x: torch.Tensor, stack: ScaledArray, offsets: torch.Tensor, *, expand_bytes: int
 ) -> torch.Tensor:
     """Contract ``expert_linear``. No more than ``expand_bytes`` of BF16 weights exist (and one
     expert's at least), with about a quarter more while they are made; offsets stay on the device.
@@ -57,13 +57,13 @@ def expert_linear(
     if gathered:
         own = expert_of_rows(row, offsets, experts)
         each = torch.arange(rows + 1, dtype=offsets.dtype, device=x.device)
-        y = expert_linear_bf16(x, expand(backend, stack, own, held, expand_bytes // PIECES), each)
+        y = expert_linear_bf16(backend, x, expand(backend, stack, own, held, expand_bytes // PIECES), each)
         return y.masked_fill((row >= offsets[-1]).unsqueeze(-1), 0)
     y = x.new_zeros((rows, out))
     for first in range(0, experts, block):
         bounds = offsets[first : first + block + 1]
         weight = expand(backend, stack, slice(first, first + block), held, expand_bytes // PIECES)
-        turned = expert_linear_bf16(x[(row + bounds[0]) % rows], weight, bounds - bounds[0])
+        turned = expert_linear_bf16(backend, x[(row + bounds[0]) % rows], weight, bounds - bounds[0])
         mine = (row >= bounds[0]) & (row < bounds[-1])
         y = torch.where(mine.unsqueeze(-1), turned[(row - bounds[0]) % rows], y)
     return y

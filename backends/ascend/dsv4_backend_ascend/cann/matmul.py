@@ -6,6 +6,7 @@ contract wants zeros.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from dsv4_backend_ascend.weights import MxWeight, spread
 from dsv4_core.contract.dtypes import FP4_GROUP, FP8_BLOCK
 
 if TYPE_CHECKING:
+    from dsv4_backend_ascend.chip import ChipBackend
     from dsv4_core.contract.dtypes import ScaledArray
 
 _NUMBERS = {"bfloat16": BFLOAT16, "float32": FLOAT32}
@@ -24,18 +26,22 @@ _GROUPED = {"split_item": 3, "group_type": 0, "group_list_type": 0, "output_dtyp
 TRANSPOSED_LIMIT = 65536  # npu_transpose_batchmatmul: k * batch stays below it where the input is transposed inside
 
 
-def mx_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def mx_activation(backend: ChipBackend, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise per 128 channels as the model does, and spread the scales over MX's groups of 32:
-    codes, [tokens, in / 64, 2].
+    codes, [tokens, in / 64, 2]. Rows that several weights multiply are quantised once.
     """
+    return backend.kept.once((x, "mx"), functools.partial(_mx, x))  # type: ignore[no-any-return]
+
+
+def _mx(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     codes, scale = call("npu_dynamic_mx_quant", input=x, dst_type=E4M3_NPU, block_size=FP8_BLOCK, scale_alg=1)
     groups = spread(scale.flatten(-2), FP8_BLOCK // FP4_GROUP)[..., : -(-x.shape[-1] // 64) * 2]
     return codes, groups.unflatten(-1, (-1, 2)).contiguous()
 
 
-def linear_mx(x: torch.Tensor, weight: MxWeight, *, out_dtype: str) -> torch.Tensor:
+def linear_mx(backend: ChipBackend, x: torch.Tensor, weight: MxWeight, *, out_dtype: str) -> torch.Tensor:
     """Contract ``linear`` on 950: FP8 activations, FP8 or FP4 weights."""
-    codes, scale = mx_activation(x)
+    codes, scale = mx_activation(backend, x)
     form = {"x2_dtype": E2M1, "group_sizes": [0, 0, 32]} if weight.format == "e2m1" else {"group_sizes": [1, 1, 32]}
     return call(  # type: ignore[no-any-return]
         "npu_quant_matmul",
@@ -79,15 +85,28 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return y.flatten(1)  # type: ignore[no-any-return]
 
 
-def _own_rows(y: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-    """Zero the rows from ``end`` on."""
-    return y.masked_fill((torch.arange(y.shape[0], device=y.device) >= end).unsqueeze(-1), 0)
+def ends(backend: ChipBackend, offsets: torch.Tensor) -> torch.Tensor:
+    """Where each expert's rows end, int64; the three projections ask for it."""
+    return backend.kept.of((offsets, "ends"), offsets[1:].long)  # type: ignore[no-any-return]
 
 
-def expert_linear_bf16(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def _own_rows(backend: ChipBackend, y: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Zero the rows after the last expert's."""
+    others = backend.kept.of(
+        (offsets, "others", y.shape[0]),
+        lambda: (torch.arange(y.shape[0], device=y.device) >= offsets[-1]).unsqueeze(-1),
+    )
+    return y.masked_fill(others, 0)
+
+
+def expert_linear_bf16(
+    backend: ChipBackend, x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor:
     """Contract ``expert_linear`` with BF16 weights [experts, out, in]."""
-    (y,) = call("npu_grouped_matmul", x=[x], weight=[weight.transpose(1, 2)], group_list=offsets[1:].long(), **_GROUPED)
-    return _own_rows(y, offsets[-1])
+    (y,) = call(
+        "npu_grouped_matmul", x=[x], weight=[weight.transpose(1, 2)], group_list=ends(backend, offsets), **_GROUPED
+    )
+    return _own_rows(backend, y, offsets)
 
 
 def tiled(weight: MxWeight) -> MxWeight:
@@ -98,9 +117,9 @@ def tiled(weight: MxWeight) -> MxWeight:
     return MxWeight(data, weight.scale, weight.format)
 
 
-def expert_linear_mx(x: torch.Tensor, weight: MxWeight, offsets: torch.Tensor) -> torch.Tensor:
+def expert_linear_mx(backend: ChipBackend, x: torch.Tensor, weight: MxWeight, offsets: torch.Tensor) -> torch.Tensor:
     """Contract ``expert_linear`` on 950; E2M1 weights come in tiles, see ``tiled``."""
-    codes, scale = mx_activation(x)
+    codes, scale = mx_activation(backend, x)
     scale_of_weight = [weight.scale.transpose(1, 2)]
     scales = (
         {"antiquant_scale": scale_of_weight, "weight_dtype": E2M1}
@@ -113,14 +132,16 @@ def expert_linear_mx(x: torch.Tensor, weight: MxWeight, offsets: torch.Tensor) -
         weight=[weight.data.transpose(1, 2)],
         per_token_scale=[scale],
         per_token_scale_dtype=E8M0,
-        group_list=offsets[1:].long(),
+        group_list=ends(backend, offsets),
         **scales,
         **_GROUPED,
     )
-    return _own_rows(y, offsets[-1])
+    return _own_rows(backend, y, offsets)
 
 
-def expert_linear_int8(x: torch.Tensor, weight: ScaledArray, offsets: torch.Tensor) -> torch.Tensor:
+def expert_linear_int8(
+    backend: ChipBackend, x: torch.Tensor, weight: ScaledArray, offsets: torch.Tensor
+) -> torch.Tensor:
     """W8A8 on 910B and 910C; BF16 results need the weight's scales in BF16, which is the precision
     that they have.
     """
@@ -131,7 +152,7 @@ def expert_linear_int8(x: torch.Tensor, weight: ScaledArray, offsets: torch.Tens
         weight=[weight.data.transpose(1, 2)],
         scale=[weight.scale.bfloat16()],
         per_token_scale=[scale],
-        group_list=offsets[1:].long(),
+        group_list=ends(backend, offsets),
         **_GROUPED,
     )
-    return _own_rows(y, offsets[-1])
+    return _own_rows(backend, y, offsets)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from dsv4_backend_ascend.cann.call import call
+
+if TYPE_CHECKING:
+    from dsv4_backend_ascend.chip import ChipBackend
 
 SQRT_SOFTPLUS = 2  # norm_type of npu_moe_gating_top_k
 EPS = 0.0  # its own 1e-20 added to the sum would outweigh experts that all score very low
@@ -56,13 +61,21 @@ def gated(pairs: torch.Tensor, weights: torch.Tensor | None, *, limit: float) ->
 
 
 def dispatch(
-    x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, *, first_expert: int, n_experts: int
+    backend: ChipBackend,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    first_expert: int,
+    n_experts: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Contract ``dispatch``: copies for other ranks go to one expert more, which sorts them to the
-    end in their order.
+    end in their order; there are none where all that the gate chose among are here.
     """
-    local = indices - first_expert
-    local = local.where((local >= 0) & (local < n_experts), n_experts)
+    local = indices
+    if first_expert or backend.kept.known((indices, "routed among")) != n_experts:
+        local = indices - first_expert
+        local = local.where((local >= 0) & (local < n_experts), n_experts)
     rows, order, ends, _ = call(
         "npu_moe_init_routing_v2",
         x=x,
