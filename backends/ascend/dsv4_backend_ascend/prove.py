@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from dsv4_backend_ascend import triton
 from dsv4_backend_ascend.capability import GENERATIONS
 from dsv4_backend_ascend.selftest_cases import CASES
 from dsv4_core.cli.stages import STAGE_SECONDS, Ran, Stage, Stages
@@ -160,6 +161,32 @@ def texts(p: Prover) -> None:
     p.run("bench", *DSV4, "bench", "--backend", "ascend", on_npu=True)
 
 
+def kernels(p: Prover) -> None:
+    """Where Triton-Ascend is installed: the self-test with the vector kernels of our own, contract
+    by contract, and a text made with them.
+    """
+    without = "" if triton.installed("simulated" if p.simulate else "found") else "no triton-ascend is installed"
+    for contract in triton.KERNELS:
+        report = p.out / "kernels" / f"{contract}.json"
+        words = (
+            "ascend",
+            "selftest",
+            *p.chip,
+            "--small",
+            "--prefer",
+            "triton",
+            "--contract",
+            contract,
+            "--report",
+            report,
+        )
+        if any(case.contract == contract for case in CASES):
+            p.command(contract, (*DSV4, *words), left_out=without, env=BLOCKING)
+    device = ["-O", f"simulate={p.simulate}"] if p.simulate else []
+    words = ("generate", "--tokens", "0,3,327", "-n", "4", "--backend", "ascend", *device, "-O", "prefer=triton")
+    p.command("generate", (*DSV4, *words), left_out=without)
+
+
 def counts(p: Prover) -> None:
     """What a decode step of Flash launches on this chip by this installation's plan, and whether it
     can be recorded.
@@ -169,7 +196,8 @@ def counts(p: Prover) -> None:
 
 
 STAGES: dict[str, Callable[[Prover], None]] = {
-    "installation": installation, "selftest": selftest, "addresses": addresses, "smoke": smoke, "texts": texts, "counts": counts,
+    "installation": installation, "selftest": selftest, "addresses": addresses, "smoke": smoke, "texts": texts, "kernels": kernels,
+    "counts": counts,
     "standard": standard, "whole": whole,
 }  # fmt: skip
 """In the order of a first run: what is needed to understand a failure comes before it."""

@@ -41,7 +41,7 @@ def ready(standing: str) -> None:
     """Make kernels runnable; raise ``BackendError`` where Triton is missing or not Ascend's."""
     if standing == "planned":
         return
-    if find_spec("triton") is None or (standing == "found" and find_spec("triton.backends.ascend") is None):
+    if not installed(standing):
         raise BackendError(
             f"backend 'ascend': prefer=triton: no Triton{'' if standing == 'simulated' else ' for Ascend'} is installed ({PACKAGE}; "
             "simulation takes triton 3.9.0); leave prefer out"
@@ -51,6 +51,11 @@ def ready(standing: str) -> None:
             activate()
         except InterpreterError as error:
             raise BackendError(f"backend 'ascend': prefer=triton: {error}") from error
+
+
+def installed(standing: str) -> bool:
+    """Whether a Triton is there that runs kernels on a chip, or interprets them in simulation."""
+    return find_spec("triton") is not None and (standing != "found" or find_spec("triton.backends.ascend") is not None)
 
 
 def vector_cores(standing: str, generation: str) -> int:

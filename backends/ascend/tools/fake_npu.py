@@ -4,7 +4,7 @@ Run in the environment of ``npu_venv.py``. Prefill and decode of small models pa
 backend as on an NPU, without data: the wheel's own schemas and shape functions see every call.
 Noted are operations with an operand in host memory (device-clean: there must be none beside
 transfers) and operators for which the wheel has no NPU kernel, so that they would fall back to the
-CPU.
+CPU. ``npu_format_cast`` has no shape function in the wheel; ours stands in.
 
     python backends/ascend/tools/npu_venv.py --venv DIR run backends/ascend/tools/fake_npu.py
     --report reports/ascend/l2/2.13.0.json
@@ -47,6 +47,16 @@ from dsv4_core.contract.dtypes import dtype_name  # noqa: E402
 from dsv4_core.graph.cache import Cache  # noqa: E402
 from dsv4_core.graph.model import Model  # noqa: E402
 from dsv4_core.graph.step import Step  # noqa: E402
+
+
+def _tiled(weight: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """Stand in for the shape function that the wheel lacks: tiles are the same bytes in another
+    order.
+    """
+    return torch.empty_like(weight)
+
+
+torch.library.register_fake("npu::npu_format_cast", _tiled)
 
 TRANSFERS = {
     "aten::_to_copy",

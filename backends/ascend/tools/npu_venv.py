@@ -23,7 +23,7 @@ from pathlib import Path
 
 WHEELS = {"2.9.0.post2": "2.9.0", "2.10.0.post4": "2.10.0", "2.13.0": "2.13.0"}
 """torch-npu's versions that are compared with, each with the torch that it pins."""
-REQUIREMENTS = ("numpy", "pyyaml", "ml-dtypes", "safetensors", "pluggy", "click")
+REQUIREMENTS = ("numpy", "pyyaml", "ml-dtypes", "msgspec", "packaging", "safetensors", "pluggy", "click")
 CANN_PREFIXES = ("acl", "rt", "Msprof")  # families of C symbols that only CANN defines
 
 

@@ -87,12 +87,12 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def ends(backend: ChipBackend, offsets: torch.Tensor) -> torch.Tensor:
     """Where each expert's rows end, int64; the three projections ask for it."""
-    return backend.kept.of((offsets, "ends"), offsets[1:].long)  # type: ignore[no-any-return]
+    return backend.kept.once((offsets, "ends"), offsets[1:].long)  # type: ignore[no-any-return]
 
 
 def _own_rows(backend: ChipBackend, y: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """Zero the rows after the last expert's."""
-    others = backend.kept.of(
+    others = backend.kept.once(
         (offsets, "others", y.shape[0]),
         lambda: (torch.arange(y.shape[0], device=y.device) >= offsets[-1]).unsqueeze(-1),
     )

@@ -56,8 +56,12 @@ def hc_pre_by_norms(
         return torch.cat([part.expand(n) for part, n in zip(scale.float().split(1), (hc, hc, hc * hc), strict=True)])
 
     mixes = torch.addcmul(base.float(), mixes, kept.always(("scale", id(scale)), scale, widths))
-    half = kept.always(("post is doubled", hc), None, lambda: flat.new_tensor([1.0] * hc + [2.0] * hc))
-    least = kept.always(("pre is positive", hc, eps), None, lambda: flat.new_tensor([eps] * hc + [0.0] * hc))
+
+    def halves(first: float, second: float) -> torch.Tensor:
+        return torch.cat([flat.new_full((hc,), first), flat.new_full((hc,), second)])
+
+    half = kept.always(("post is doubled", hc), None, lambda: halves(1.0, 2.0))
+    least = kept.always(("pre is positive", hc, eps), None, lambda: halves(eps, 0.0))
     pre, post = torch.addcmul(least, mixes[:, : 2 * hc].sigmoid(), half).split(hc, 1)
     comb = (mixes[:, 2 * hc :].unflatten(1, (hc, hc)).softmax(-1) + eps).sqrt_()
     gain = kept.always(("gain of a half step", hc), None, lambda: flat.new_full((hc,), hc**-0.5))
