@@ -352,20 +352,19 @@ class AscendBackend(ComposedBackend):
         every = Operand(dtype_name(kv), (kv.shape[0] + sum(index.shape[0] for index in indices), kv.shape[1]))
         joins = self.planned("cache_read", (ring, ring_index), {"layout": layout}).tier == "triton"
 
-        def parts() -> list[torch.Tensor]:
-            found = [self.cache_read(ring, ring_index, layout=layout), kv]
-            return [*found, self.cache_read(rows, row_index, layout=layout)] if len(indices) > 1 else found
+        def joined(*last: torch.Tensor) -> torch.Tensor:
+            if joins:
+                return triton.joined(self, ring, ring_index, kv, rows, row_index, zeros=len(last))
+            parts = [self.cache_read(ring, ring_index, layout=layout), kv]
+            if rows is not None and row_index is not None:
+                parts.append(self.cache_read(rows, row_index, layout=layout))
+            return torch.cat([*parts, *last])
 
         answer = self.planned("sparse_attn", (q, every, attn_sink, topk_idxs), scale)
         if answer.tier == "composed":
-            return self.sparse_attn(q, self.concat(parts(), axis=0), attn_sink, topk_idxs, **scale)  # type: ignore[no-any-return]
+            return self.sparse_attn(q, joined(), attn_sink, topk_idxs, **scale)  # type: ignore[no-any-return]
         self.note(answer)
-        keys = (
-            triton.joined(self, ring, ring_index, kv, rows, row_index, zeros=1)
-            if joins
-            else torch.cat([*parts(), attention.no_row(self, kv)])
-        )
-        return attention.attend(self, q, keys, attn_sink, topk_idxs, **scale)
+        return attention.attend(self, q, joined(attention.no_row(self, kv)), attn_sink, topk_idxs, **scale)
 
     def expanded(self, stacks: Sequence[ScaledArray], own: torch.Tensor) -> torch.Tensor:
         """Packed experts in BF16, by a kernel where one is preferred and takes them."""
