@@ -1,5 +1,5 @@
 """Faults to plant in the sources of the Triton kernels, each of a kind that has shipped somewhere,
-and the op whose cases at tier smoke must notice.
+and the op whose cases must notice.
 """
 
 from typing import NamedTuple
@@ -13,6 +13,7 @@ class Fault(NamedTuple):
     found: str
     planted: str
     op: str
+    tier: str = "smoke"
 
 
 FAULTS = {
@@ -32,7 +33,7 @@ FAULTS = {
     "eps_left_out": Fault("eps is not added", "norm", "tl.sum(squares, axis=0) / DIM + eps", "tl.sum(squares, axis=0) / DIM", "rms_norm"),
     "weight_of_the_first_part": Fault(
         "each part of a row takes the first part's weights", "norm", "tl.load(weight + column, mask=inside, other=0.0)",
-        "tl.load(weight + part, mask=inside, other=0.0)", "rms_norm",
+        "tl.load(weight + part, mask=inside, other=0.0)", "rms_norm", "standard",
     ),
     "turned_the_other_way": Fault("the partner's sign is swapped", "norm", "-after.to(tl.float32), before", "after.to(tl.float32), -before", "apply_rope"),
     "inverse_ignored": Fault("the inverse rotation turns forwards", "norm", "sin = -sin", "sin = sin", "apply_rope"),
@@ -48,7 +49,6 @@ FAULTS = {
     "not_scaled": Fault("the rotation is not scaled", "hadamard", "(wide * factor)", "(wide)", "hadamard"),
     "slot_0_is_none": Fault("the first slot is taken for none", "rows", "if slot >= 0:", "if slot > 0:", "cache_write"),
     "absent_rows_are_row_0": Fault("-1 reads the first row", "rows", "tl.where(slot >= 0, stored, 0.0)", "stored", "cache_read"),
-    "rows_overwrite_the_rings": Fault("rows of the cache begin one too early", "rows", "out, recent + new, old,", "out, recent + new - 1, old,", "cached_sparse_attn"),
     "sum_not_rescaled": Fault("a higher score does not rescale the sum so far", "compress", "total * kept + share", "total + share", "compress"),
     "window_boundary": Fault("the current window's first token uses the previous one's channels", "compress", "j >= RATIO", "j > RATIO", "compress"),
     "bias_of_the_first_place": Fault("every place of a window has the first one's bias", "compress", "(j % RATIO) * WIDTH", "0 * WIDTH", "cached_compress"),
@@ -58,7 +58,7 @@ FAULTS = {
     ),
     "softplus_as_written": Fault(
         "the logarithm's argument loses what is small", "gate", "tl.where(less == 0.0, e, tl.log(sum_) * (e / tl.where(less == 0.0, 1.0, less)))",
-        "tl.log(sum_)", "gate",
+        "tl.log(sum_)", "gate", "standard",
     ),
     "hash_row_of_the_token": Fault("the table is read by the token's number, not its id", "gate", "tl.load(ids + token)", "token", "gate_hash"),
     "gate_not_clamped": Fault("gate is not clamped", "experts", "tl.where(g > limit, limit, g)", "g", "swiglu"),

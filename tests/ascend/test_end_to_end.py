@@ -136,7 +136,9 @@ def test_every_call_of_the_table_runs_at_the_published_head_sizes(wide_heads, wi
         reached |= set(backend.kernels_ran())
         composed = {op for (op, *_), plan in backend.plans.items() if plan.tier == "composed"}
         # plain products are aten::matmul, and so are those of weights that 910B and 910C expand
-        assert composed - {"linear"} == set(IMPLEMENTATIONS["cann"]) - by_table(generation)
+        assert (composed - {"linear"}) & set(IMPLEMENTATIONS["cann"]) == set(IMPLEMENTATIONS["cann"]) - by_table(
+            generation
+        )
         if form == "published":
             for what in ("logits", "mtp_logits"):
                 native, exact = wide_exact["native"][what], wide_exact["float32"][what]

@@ -32,11 +32,11 @@ def spread_e2m1(packed: torch.Tensor) -> torch.Tensor:
 
     A byte's two values become two float16 in an int32: magnitudes, three bits, at the top of the
     exponents' low end, signs at the top. The multiplications shift; what leaves an int32 at its top
-    is not needed.
+    is not needed. Bits that do not overlap are added: torch-npu has no ``|`` in place.
     """
     signs = packed.to(torch.int32)
     bits = (signs * ((1 << 9) + (1 << 21))).bitwise_and_(PACKED_MAGNITUDES)
-    bits.bitwise_or_(signs.mul_((1 << 12) + (1 << 24)).bitwise_and_(PACKED_SIGNS))
+    bits.add_(signs.mul_((1 << 12) + (1 << 24)).bitwise_and_(PACKED_SIGNS))
     return bits.view(torch.float16)
 
 

@@ -39,7 +39,7 @@ def noticed(fault: Fault) -> str:
     with tempfile.TemporaryDirectory() as path:
         planted(fault, Path(path))
         command = [sys.executable, "-m", "dsv4_core", "conformance", "run", "--backend", "ascend", "--simulate", "910B"]
-        command += ["--option", "prefer=triton", "--tier", "smoke", "--op", fault.op, "--quiet"]
+        command += ["--option", "prefer=triton", "--tier", fault.tier, "--op", fault.op, "--quiet"]
         env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     first = re.search(rf"^(?:FAILED|ERROR) ({fault.op}/\S+)", done.stdout, re.MULTILINE)
@@ -55,11 +55,17 @@ def main() -> int:
     known = json.loads(args.report.read_text(encoding="utf-8"))["faults"] if args.names and args.report.exists() else {}
     for name in args.names or FAULTS:
         fault = FAULTS[name]
-        known[name] = {"what": fault.what, "module": fault.module, "op": fault.op, "noticed": noticed(fault)}
+        known[name] = {
+            "what": fault.what,
+            "module": fault.module,
+            "op": fault.op,
+            "tier": fault.tier,
+            "noticed": noticed(fault),
+        }
         print(f"{name}: {known[name]['noticed'] or 'NOT NOTICED'}", flush=True)
     faults = {name: known[name] for name in FAULTS if name in known}
     report = {
-        "says": "each fault is one change to a kernel's source, in a copy of the package that the suite judged at tier smoke, interpreted; nothing "
+        "says": "each fault is one change to a kernel's source, in a copy of the package that the suite judged, interpreted; nothing "
         "ran on an NPU",
         "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
         "faults": faults,
