@@ -9,6 +9,7 @@ from dsv4_backend_ascend import proof, selftest
 from dsv4_backend_ascend.backend import AscendBackend
 from dsv4_backend_ascend.capability import GENERATIONS, table
 from dsv4_backend_ascend.cli import command
+from dsv4_backend_ascend.plan import IMPLEMENTATIONS
 from dsv4_backend_ascend.selftest_cases import CASES
 from dsv4_backend_torch.backend import TorchBackend
 from dsv4_conformance.cli.run import run_command
@@ -23,7 +24,7 @@ def test_a_sane_chip_shows_no_difference(generation):
     outcomes = list(selftest.run(AscendBackend(simulate=generation), small=True))
     assert [o for o in outcomes if o.found] == []
     asked = {o.contract for o in outcomes if not o.skipped}
-    composed = {o.contract for o in outcomes} - asked
+    composed = ({o.contract for o in outcomes} - asked) & set(IMPLEMENTATIONS["cann"])  # others have kernels of our own
     assert composed == ({"apply_rope", "index_topk"} if generation == "950" else {"gate", "gate_hash"})
     reached = {op for outcome in outcomes for op in outcome.ops}
     assert reached == {call.op for call in table().claimed(generation) if call.tier == "cann"}

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from dsv4_backend_ascend import triton
+from dsv4_backend_ascend import selftest, triton
 from dsv4_backend_ascend.backend import AscendBackend
 from dsv4_backend_ascend.cann.call import RefusedError
 from dsv4_backend_ascend.launches import count
+from dsv4_backend_ascend.selftest_cases import CASES
 from dsv4_backend_torch.backend import TorchBackend
 from dsv4_backend_torch.weights import StackedExperts
 from test_composed import TestRounding as Rounding
@@ -159,6 +160,20 @@ def test_results_do_not_depend_on_the_number_of_cores(composed, cores):
     x = act(7, 1024)
     scalars = {"format": "e4m3", "block": 128, "channels": 1024}
     assert torch.equal(backend.act_qdq(x, **scalars), composed.act_qdq(x, **scalars))
+
+
+def test_the_self_test_asks_the_kernels_and_finds_no_difference(backend):
+    cases = [case for case in CASES if case.contract in triton.KERNELS]
+    outcomes = list(selftest.run(backend, cases, small=True))
+    assert [o for o in outcomes if o.found or o.ops != ("triton",)] == []
+    assert {o.contract for o in outcomes} >= {
+        "act_qdq",
+        "cache_write",
+        "cached_compress",
+        "hadamard",
+        "hc_pre_norm",
+        "rms_norm_rope",
+    }
 
 
 @pytest.mark.parametrize(("tier", "most"), [("cann", 6000), ("vendor", 3000)])
