@@ -85,10 +85,12 @@ def test_products(kernels, kind, x_dtype, tokens, out, cols):
     assert torch.equal(once, got.bfloat16())
 
 
-@pytest.mark.parametrize("kind", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [*DTYPES, "e4m3"], ids=str)
+@pytest.mark.parametrize("tokens", [2, 19])
 @pytest.mark.parametrize("cols", [1, 7, 33, 333])
-def test_products_of_odd_widths(kernels, kind, cols):
-    x, (w, values) = random(2, cols, dtype=kind), weight(kind, 7, cols)
+def test_products_of_odd_widths(kernels, kind, cols, tokens):
+    dtype = kind if isinstance(kind, torch.dtype) else torch.bfloat16
+    x, (w, values) = random(tokens, cols, dtype=dtype), weight(kind, 7, cols)
     got = kernels.products([(x, [w])], torch.float32)
     assert ((got - x.double() @ values.T).abs() <= cols * UNIT * (x.double().abs() @ values.abs().T)).all()
 
