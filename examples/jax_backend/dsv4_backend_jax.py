@@ -79,7 +79,7 @@ def on_grid(x, fmt):
 
 def quantised(x, fmt, block):
     """Values on the grid, still over their scales, [..., n, block], and scale bytes [..., n]."""
-    blocks = x.astype(F32).reshape(*x.shape[:-1], -1, block)
+    blocks = x.astype(F32).reshape(*x.shape[:-1], x.shape[-1] // block, block)
     scale = scale_byte(jnp.abs(blocks).max(-1), fmt)
     return on_grid(blocks / exponent_as_float(scale)[..., None], fmt), scale
 
@@ -482,7 +482,9 @@ def _write(cache, rows, index, layout):
         rows = jnp.concatenate([e2m1_codes(values.reshape(rows.shape)), scale], axis=1)
     elif layout.kind == "kv":
         values, scale = quantised(rows[:, :n], "e4m3", d.KV_BLOCK)
-        rope = lax.bitcast_convert_type(rows[:, n:].astype(jnp.bfloat16), jnp.uint8).reshape(len(rows), -1)
+        rope = lax.bitcast_convert_type(rows[:, n:].astype(jnp.bfloat16), jnp.uint8).reshape(
+            len(rows), 2 * layout.rope_dim
+        )
         gap = jnp.zeros((len(rows), layout.width - n - scale.shape[1] - rope.shape[1]), jnp.uint8)
         codes = e4m3_codes(values).reshape(len(rows), n)
         rows = jnp.concatenate([codes, scale, gap, rope], axis=1)
