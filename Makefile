@@ -49,6 +49,11 @@ ascend: $(VENV)
 	$(RUN) python backends/ascend/tools/plant.py --report reports/ascend/planted.json
 	$(RUN) dsv4 ascend launches --before reports/ascend/launches.json --report reports/ascend/launches.new && mv reports/ascend/launches.new reports/ascend/launches.json
 	for chip in 910B 910C 950; do $(RUN) dsv4 ascend selftest --simulate $$chip --report reports/ascend/selftest-$$chip.json || exit 1; done
+	$(PYTHON) -m venv $(VENV)/triton-ascend && $(VENV)/triton-ascend/bin/pip install -q triton-ascend==3.2.0 ascendnpu-ir==1.2.0 pybind11 attrs psutil
+	$(RUN) python backends/ascend/tools/compile_kernels.py list $(VENV)/launched.json
+	$(VENV)/triton-ascend/bin/python backends/ascend/tools/compile_kernels.py build $(VENV)/launched.json --report reports/ascend/kernels.json
+	$(RUN) python backends/ascend/tools/replay_kernels.py --python $(VENV)/triton-ascend/bin/python --report reports/ascend/replayed.json
+	$(RUN) python backends/ascend/tools/plant_kernels.py --report reports/ascend/planted_kernels.json
 	$(RUN) pytest -m proof tests/ascend
 
 mutants: $(VENV)
