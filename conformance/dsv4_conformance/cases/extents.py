@@ -75,7 +75,7 @@ EXTENTS: Mapping[str, Sequence[Change]] = {
     "embedding": [*at("vocab", VOCAB, dim=16), *at("tokens", CHUNK, dim=16), *at("dim", HIDDEN)],
     "sample": [
         *at("vocab", VOCAB, ("normal", "ties"), tokens=3),
-        *(c for n in (SHARE_OF_VOCAB, VOCAB + 3) for c in at("vocab", n, ("normal", "late"), tokens=3)),
+        *(c for n in (SHARE_OF_VOCAB, VOCAB + 3) for c in at("vocab", n, ("normal", "late", "last"), tokens=3)),
         *at("tokens", 128),
     ],
     "sample_each": [*at("vocab", VOCAB, tokens=3), *at("vocab", SHARE_OF_VOCAB, tokens=3), *at("tokens", 128)],

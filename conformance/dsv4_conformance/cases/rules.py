@@ -23,11 +23,14 @@ def _embedding(m: Maker) -> list[Any]:
 
 @builds("sample")
 def _sample(m: Maker) -> list[Any]:
-    flavour = {"ties": "integers", **dict.fromkeys(("no_number", "masked", "only_one"), "normal")}.get(m.data, m.data)
+    ordinary = dict.fromkeys(("no_number", "masked", "only_one", "last"), "normal")
+    flavour = {"ties": "integers", **ordinary}.get(m.data, m.data)
     logits = m.floats(m["tokens"], m["vocab"], dtype=m.wide, data=flavour, scale=3.0)
     if m.data == "no_number":  # of every two rows one cannot be chosen from
         for row, value in zip(logits[::2], itertools.cycle((np.nan, np.inf, -np.inf)), strict=False):
             row[slice(None) if value == -np.inf else int(m.rng.integers(m["vocab"]))] = value
+    if m.data == "last":  # the vocabulary's last token is the likeliest by far
+        logits[:, -1] = 100
     uniform = m.rng.random(m["tokens"]).astype(np.float32)
     if m.data == "edges":  # the least and the largest number that may be drawn, and their neighbours
         uniform = np.resize(np.array([0, 1 - 2.0**-24, 2.0**-24, 1 - 2.0**-23], np.float32), m["tokens"])
