@@ -3,6 +3,12 @@ ascend extend.
 """
 
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dsv4_backend_torch import plugin
+    from dsv4_backend_torch.backend import TorchBackend
 
 # a broken device extension would fail `import torch` for everyone
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
@@ -13,7 +19,14 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
-from dsv4_backend_torch import plugin
-from dsv4_backend_torch.backend import TorchBackend
-
 __all__ = ["TorchBackend", "plugin"]
+
+
+def __getattr__(name: str) -> object:
+    """``plugin`` and ``TorchBackend`` when they are asked for: Triton's interpreter, which other
+    backends take from here, needs no torch.
+    """
+    if name in __all__:
+        plugin = import_module("dsv4_backend_torch.plugin")
+        return plugin if name == "plugin" else plugin.TorchBackend
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
