@@ -80,6 +80,20 @@ def summed_exactly(a: Host, b: Host, magnitude: Host, unit: float) -> bool:
     return all(magnitude.max(initial=0) <= lowest_bit(left) * lowest_bit(right) / unit for left, right in (few, (a, b)))
 
 
+def scale_of_sum(unit: float, n: int) -> float:
+    """Of the error of a sum of n terms, relative to the sum of their magnitudes."""
+    return float(unit * (ELEMENTWISE + np.sqrt(n) / 3))
+
+
+def swallowed(x: Host, axis: int, unit: float) -> Host:
+    """What a running total never takes up, in units of the noise's scale: terms below its roundoff,
+    which are lost one and all where they come after a large one.
+    """
+    magnitude = np.abs(x)
+    lost = np.where(magnitude < unit * magnitude.sum(axis, keepdims=True), magnitude, 0).sum(axis, keepdims=True)
+    return np.asarray(lost / scale_of_sum(unit, x.shape[axis]))
+
+
 class Oracle(ReferenceBackend):
     """Evaluates an op in float64, alone and perturbed. ``narrower``: as a backend declares it."""
 
@@ -171,7 +185,8 @@ class Oracle(ReferenceBackend):
         """Sum with its error."""
         y = x.sum(axis, keepdims=True)
         if self.rng is not None:
-            y = y + self._noise(y, lambda: np.abs(x).sum(axis, keepdims=True), self.unit, x.shape[axis])
+            unit, n = self.unit, x.shape[axis]
+            y = y + self._noise(y, lambda: np.abs(x).sum(axis, keepdims=True) + swallowed(x, axis, unit), unit, n)
         return y
 
     def square_mean(self, x: Host) -> Host:
@@ -189,11 +204,7 @@ class Oracle(ReferenceBackend):
         if kept is not None and kept.shape != y.shape:  # another branch than the first sample took
             kept = magnitude()
         self.sums += 1
-        return (
-            0.0
-            if kept is None
-            else unit * (ELEMENTWISE + np.sqrt(n) / 3) * kept * self.rng.standard_normal(y.shape, np.float32)
-        )
+        return 0.0 if kept is None else scale_of_sum(unit, n) * kept * self.rng.standard_normal(y.shape, np.float32)
 
     def on_grid(self, x: Host, fmt: Format, block: int) -> Host:
         """Quantisation is exact given its input; the scale of a rounded intermediate may fall on

@@ -17,7 +17,7 @@ from dsv4_conformance.cases.pairs import paired
 from dsv4_conformance.cases.scalars import rescaled
 from dsv4_conformance.check import Check, Finding, Group, Session
 from dsv4_conformance.verdict import calls, dump, subnormals
-from dsv4_conformance.verdict.budget import Expected, expect
+from dsv4_conformance.verdict.budget import BEFORE_FAILING, SAMPLES, Expected, expect
 from dsv4_conformance.verdict.calls import Call, Outcome, execute, seed_of
 from dsv4_conformance.verdict.discrete import judge_discrete
 from dsv4_conformance.verdict.judge import Verdict, flushed, judge_exact, judge_rounded
@@ -44,8 +44,9 @@ def level_of(spec: OpSpec) -> int:
 def judge_call(
     call: Call, session: Session, expected: list[Expected] | None = None, ran: Callable[[], Outcome] | None = None
 ) -> Verdict:
-    """Run a call on the session's backend and judge every result (against ``expected`` where the
-    oracle has been asked already). ``ran``: how it is run, where not by itself and guarded.
+    """Run a call on the session's backend and judge every result: against ``expected`` first where
+    the oracle has been asked already, and by more samples of it before anything fails. ``ran``:
+    how it is run, where not by itself and guarded.
     """
     spec, backend = call.spec, session.backend
     if expected is None:
@@ -60,6 +61,11 @@ def judge_call(
         verdict.got, verdict.want = outcome.results, expected
         return verdict
     verdict.add(compared(outcome.results, expected), "")
+    for samples in (SAMPLES, BEFORE_FAILING):
+        if verdict.ok or "rounded" not in spec.judged:
+            break
+        expected = expect(call, session.oracle, backend, samples)
+        verdict = compared(outcome.results, expected)
     if verdict.ok:
         return verdict
     verdict.got, verdict.want = outcome.results, expected

@@ -53,8 +53,6 @@ class EverySize(LawOnCase):
                 return Finding(self.id, self.op, self.group, self.level, "unsupported", f"{where}: {support.reason}")
             verdict = judge_call(call, session, expect(call, session.oracle, session.backend, FIRST))
             if not verdict.ok:
-                verdict = judge_call(call, session)
-            if not verdict.ok:
                 verdict.problems[0] = f"{where}: {verdict.problems[0]}"
                 return Finding.of(self, verdict, seed=call.seed, dtypes=dtypes)
             if verdict.used >= worst.used:

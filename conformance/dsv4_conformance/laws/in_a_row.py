@@ -105,8 +105,6 @@ class InARow(LawOnCase):
 
             verdict = judge_call(other, session, expect(other, session.oracle, session.backend, FIRST), ran)
             if not verdict.ok:
-                verdict = judge_call(other, session, ran=ran)
-            if not verdict.ok:
                 verdict.problems[0] = f"after a call that differs inside {name!r} alone: {verdict.problems[0]}"
                 return verdict
             if verdict.used >= worst.used:

@@ -6,8 +6,9 @@
 
 The deviations contain the case's own sensitivity: conditioning, cancellation, declared narrower
 intermediates. Elementwise arithmetic after the last sum rounds in the wide format too: that is the
-last term. ``SAFETY`` is one number for every op, backend and dtype; the experiment behind it is
-``docs/safety-factor.md``, which ``dsv4_conformance.museum.pages`` writes.
+last term. What fails by ``SAMPLES`` is judged by ``BEFORE_FAILING``. ``SAFETY`` is one number for
+every op, backend and dtype; the experiment behind it is ``docs/safety-factor.md``, which
+``dsv4_conformance.museum.pages`` writes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 SAFETY = 4.0
 ORACLES_OWN = 1.0  # unit: in float64 the oracle's own arithmetic is no wider than the backend's
 SAMPLES = 16  # the largest of 16 normal deviations is under a third of its scale in one element of 12 million
+BEFORE_FAILING = 64  # samples that a failure is judged by: inside a fused op a rare step of a grid may decide
 
 
 @dataclass(frozen=True)
