@@ -56,19 +56,23 @@ def planted(fault: Fault, path: Path) -> Path:
     return path
 
 
+def judged(fault: Fault, module: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """What a Python module, run as a program, says of a copy with the fault."""
+    with tempfile.TemporaryDirectory() as path:
+        env = {**os.environ, **ALONE, "PYTHONPATH": str(planted(fault, Path(path)))}
+        command = [sys.executable, "-m", module, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=TESTS.parents[1])
+
+
 def noticed(fault: Fault) -> str:
     """The first case that fails, with how it did unless by its numbers, or the first test; empty
     where all pass.
     """
     if fault.op.endswith(".py"):
         return noticed_by_tests(fault)
-    with tempfile.TemporaryDirectory() as path:
-        planted(fault, Path(path))
-        chosen = ["--case", f"{fault.op}/{fault.case}"] if fault.case else ["--op", fault.op]
-        command = [sys.executable, "-m", "dsv4_core", "conformance", "run", "--backend", "cuda", "--interpret"]
-        command += ["--tier", fault.tier, *chosen, "--quiet", "--isolate"]
-        env = {**os.environ, **ALONE, "PYTHONPATH": path}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    chosen = ["--case", f"{fault.op}/{fault.case}"] if fault.case else ["--op", fault.op]
+    command = ["dsv4_core", "conformance", "run", "--backend", "cuda", "--interpret", "--tier", fault.tier, *chosen]
+    done = judged(fault, *command, "--quiet", "--isolate")
     first = re.search(rf"^(FAILED|ERROR|CRASHED) ({fault.op}/\S+)", done.stdout, re.MULTILINE)
     if done.returncode != 1 or not first:
         return ""
@@ -77,22 +81,7 @@ def noticed(fault: Fault) -> str:
 
 def noticed_by_tests(fault: Fault) -> str:
     """The first test that fails; empty where all pass."""
-    with tempfile.TemporaryDirectory() as path:
-        planted(fault, Path(path))
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-n",
-            "0",
-            "-p",
-            "no:cacheprovider",
-            str(TESTS / fault.op),
-        ]
-        env = {**os.environ, **ALONE, "PYTHONPATH": path}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=TESTS.parents[1])
+    done = judged(fault, "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", str(TESTS / fault.op))
     first = re.search(r"^FAILED \S+?::(\w+)", done.stdout, re.MULTILINE)
     return f"`{fault.op}::{first[1]}`" if done.returncode == 1 and first else ""
 

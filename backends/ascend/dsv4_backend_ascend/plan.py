@@ -63,30 +63,19 @@ def _expert_linear(backend: ChipBackend, x: torch.Tensor, weight: Any, offsets: 
     return matmul.expert_linear_bf16(backend, x, weight.stack, offsets)
 
 
-def _logits(backend: ChipBackend, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The router's product, float32 [tokens, experts]; while planning its shape alone, for
-    nothing may be kept of it.
-    """
-    if backend.planning:
-        return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
-    return backend.product(x, (weight,), wide=True)
-
-
 def _gate(
     backend: ChipBackend, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, topk: int, route_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    weights, picks = moe.gate(_logits(backend, x, weight), bias.float(), topk=topk, route_scale=route_scale)
-    backend.kept.of((picks, "routed among"), lambda: weight.shape[0])
-    return weights, picks
+    logits = moe.router_logits(backend, x, weight)
+    return moe.routed(backend, moe.gate(logits, bias.float(), topk=topk, route_scale=route_scale), weight)
 
 
 def _gate_hash(
     backend: ChipBackend, x: torch.Tensor, weight: torch.Tensor, tid2eid: torch.Tensor, ids: torch.Tensor,
     *, route_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    weights, picks = moe.gate_hash(_logits(backend, x, weight), tid2eid, ids, route_scale=route_scale)
-    backend.kept.of((picks, "routed among"), lambda: weight.shape[0])
-    return weights, picks
+    logits = moe.router_logits(backend, x, weight)
+    return moe.routed(backend, moe.gate_hash(logits, tid2eid, ids, route_scale=route_scale), weight)
 
 
 def _combine(_backend: ChipBackend, *arrays: Any, topk: int, out_dtype: str) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 from dsv4_backend_torch.interpret import InterpreterError, activate
 
 from dsv4_backend_ascend import vendor
-from dsv4_backend_ascend.cann import norm
+from dsv4_backend_ascend.cann import moe, norm
 from dsv4_backend_ascend.cann.call import RefusedError, planning, tell
 from dsv4_core.contract.backend import BackendError
 from dsv4_core.contract.dtypes import FP4_GROUP, FP8_BLOCK
@@ -330,11 +330,7 @@ def _routed(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     tokens, experts = x.shape[0], router.shape[0]
     refuse(experts <= AT_ONCE and topk <= experts, f"{topk} of {experts} experts")
-    logits = (
-        x.new_empty((tokens, experts), dtype=torch.float32)
-        if backend.planning
-        else backend.product(x, (router,), wide=True)
-    )
+    logits = moe.router_logits(backend, x, router)
     weights = torch.empty((tokens, topk), dtype=torch.float32, device=x.device)
     picks = torch.empty((tokens, topk), dtype=torch.int32, device=x.device)
     launch(
@@ -342,8 +338,7 @@ def _routed(
         picks if ids is None else ids, weights, picks, tokens, route_scale, results=[weights, picks],
         EXPERTS=experts, BLOCK=power_of_two(experts), TOPK=topk, PADDED=power_of_two(topk), HASH=table is not None,
     )  # fmt: skip
-    backend.kept.of((picks, "routed among"), lambda: experts)
-    return weights, picks
+    return moe.routed(backend, (weights, picks), router)
 
 
 def gate(

@@ -52,7 +52,6 @@ def mutants(record: dict[str, Any]) -> str:
         f"smoke tier ({record['date']}). The suite stops at the first check that fails.",
         "",
         *before(record),
-        "",
         "| fault | where it was seen, or why it is likely | caught by | tier |",
         "|---|---|---|---|",
         *(
@@ -82,10 +81,10 @@ def before(record: dict[str, Any]) -> list[str]:
         return []
     past = [n for n, k in tried.items() if not k["earlier"]["id"]]
     return [
-        "",
         f"Of {len(tried)} of them, the op cases and recorded calls of the suite of {record['earlier']} (laws and models left out) would",
         f"have caught {len(tried) - len(past)}"
         + (f"; these {len(past)} would have passed them: {', '.join(f'`{n}`' for n in past)}." if past else "."),
+        "",
     ]
 
 

@@ -120,10 +120,9 @@ class EmbedOps(Ops):
             None if allowed is None else host(allowed),
             likely=likely,
         )
-        given = (token, logprob.astype(wide), most, logprobs.astype(wide))
         return (
-            self.from_numpy(given[0]),
-            self.from_numpy(given[1]),
-            self.from_numpy(given[2]),
-            self.from_numpy(given[3]),
+            self.from_numpy(token),
+            self.from_numpy(logprob.astype(wide)),
+            self.from_numpy(most),
+            self.from_numpy(logprobs.astype(wide)),
         )

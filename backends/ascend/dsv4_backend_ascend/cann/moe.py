@@ -11,8 +11,26 @@ from dsv4_backend_ascend.cann.call import call
 if TYPE_CHECKING:
     from dsv4_backend_ascend.chip import ChipBackend
 
+ROUTED = "routed among"
 SQRT_SOFTPLUS = 2  # norm_type of npu_moe_gating_top_k
 EPS = 0.0  # its own 1e-20 added to the sum would outweigh experts that all score very low
+
+
+def router_logits(backend: ChipBackend, x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+    """The router's product, float32 [tokens, experts]; while planning its shape alone, for
+    nothing may be kept of it.
+    """
+    if backend.planning:
+        return x.new_empty((x.shape[0], router.shape[0]), dtype=torch.float32)
+    return backend.product(x, (router,), wide=True)
+
+
+def routed(
+    backend: ChipBackend, chosen: tuple[torch.Tensor, torch.Tensor], router: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A gate's weights and picks, of which ``dispatch`` is told among how many they were made."""
+    backend.kept.of((chosen[1], ROUTED), lambda: router.shape[0])
+    return chosen
 
 
 def gate(
@@ -73,7 +91,7 @@ def dispatch(
     end in their order; there are none where all that the gate chose among are here.
     """
     local = indices
-    if first_expert or backend.kept.known((indices, "routed among")) != n_experts:
+    if first_expert or backend.kept.known((indices, ROUTED)) != n_experts:
         local = indices - first_expert
         local = local.where((local >= 0) & (local < n_experts), n_experts)
     rows, order, ends, _ = call(
