@@ -225,3 +225,8 @@ def test_activations_of_another_form_are_refused():
         AscendBackend(soc="910B", activations="int4")
     with pytest.raises(BackendError, match="activations 'bf16' is for 910B and 910C; 950 multiplies FP8"):
         AscendBackend(soc="950", activations="bf16")
+
+
+def test_a_chip_that_is_planned_for_computes_nothing():
+    with pytest.raises(BackendError, match=r"soc=910B plans for a chip that is not here.*simulate=910B"):
+        AscendBackend(soc="910B", prefer="triton").load(np.zeros((2, 2), np.float32))

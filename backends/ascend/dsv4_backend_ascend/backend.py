@@ -286,7 +286,14 @@ class AscendBackend(ComposedBackend):
         return not expanded or self.well_scaled(weight)
 
     def load(self, weight: Host | ScaledArray) -> Any:
-        """On 950 a quantised weight gets its scales in MX layout too."""
+        """On 950 a quantised weight gets its scales in MX layout too. Raises ``BackendError`` for a
+        chip that is planned for alone.
+        """
+        if self.standing == "planned":
+            raise BackendError(
+                f"backend 'ascend': soc={self.generation} plans for a chip that is not here, and computes nothing; "
+                f"simulate={self.generation} computes on this CPU, `dsv4 explain` and `dsv4 plan` take soc"
+            )
         loaded = super().load(weight)
         published = isinstance(loaded, ScaledArray) and loaded.format != "int8"
         return self._as_mx(loaded) if published and self.generation == "950" else loaded

@@ -52,6 +52,8 @@ def main() -> int:
     parser.add_argument("--report", type=Path, required=True)
     parser.add_argument("names", nargs="*", help="these alone; the others' rows stay as they are")
     args = parser.parse_args()
+    if unknown := [name for name in args.names if name not in FAULTS]:
+        parser.error(f"no fault {unknown[0]!r}; they are {', '.join(FAULTS)}")
     known = json.loads(args.report.read_text(encoding="utf-8"))["faults"] if args.names and args.report.exists() else {}
     for name in args.names or FAULTS:
         fault = FAULTS[name]

@@ -71,6 +71,7 @@ def command(
         )
     if resume and not out:
         raise ValueError("--resume: needs --out DIR, whose museum.json is taken up")
+    ids, date = of_ops_in(earlier) if earlier else (frozenset(), "")
     last = load(out / RECORD) if resume and out and (out / RECORD).exists() else {"mutants": {}, "honest": {}}
     record: dict[str, Any] = {
         "date": str(datetime.datetime.now(datetime.timezone.utc).date()),
@@ -108,7 +109,6 @@ def command(
             click.echo(f"{kill['name']:46} {verdict}  {kill['seconds']:.1f} s")
             noted()
         if earlier:
-            ids, date = of_ops_in(earlier)
             record["earlier"] = date
             had = [
                 n
