@@ -107,7 +107,8 @@ def e2m1_codes(values):
 
 
 def e2m1_values(pairs):
-    return jnp.take(jnp.asarray(d.E2M1_PAIRS), pairs.astype(jnp.int32), axis=0).reshape(*pairs.shape[:-1], -1)
+    values = jnp.take(jnp.asarray(d.E2M1_PAIRS), pairs.astype(jnp.int32), axis=0)
+    return values.reshape(*pairs.shape[:-1], 2 * pairs.shape[-1])
 
 
 def unpacked(weight):
@@ -142,7 +143,8 @@ def multiplied(x, weight):
         return product(x, weight)
     values, scale, size = unpacked(weight)
     short = -x.shape[1] % size
-    parts = (jnp.pad(a, ((0, 0), (0, short))).reshape(len(a), -1, size).swapaxes(0, 1) for a in (x, values))
+    groups = (x.shape[1] + short) // size
+    parts = (jnp.pad(a, ((0, 0), (0, short))).reshape(len(a), groups, size).swapaxes(0, 1) for a in (x, values))
 
     def group(y, one):
         a, b, s = one
@@ -177,14 +179,14 @@ def normed(x, weight, eps):
 
 def mixes(h, fn, eps):
     """``fn`` times the flattened streams over their root-mean-square."""
-    x = h.reshape(h.shape[0], -1).astype(F32)
+    x = h.reshape(len(h), h.shape[1] * h.shape[2]).astype(F32)
     return product(x, fn) / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + F32(eps))
 
 
 def split(m, scale, base, hc, eps, iters):
     pre = jax.nn.sigmoid(m[:, :hc] * scale[0] + base[:hc]) + F32(eps)
     post = 2 * jax.nn.sigmoid(m[:, hc : 2 * hc] * scale[1] + base[hc : 2 * hc])
-    comb = jax.nn.softmax((m[:, 2 * hc :] * scale[2] + base[2 * hc :]).reshape(-1, hc, hc), axis=-1) + F32(eps)
+    comb = jax.nn.softmax((m[:, 2 * hc :] * scale[2] + base[2 * hc :]).reshape(len(m), hc, hc), axis=-1) + F32(eps)
     comb = comb / (comb.sum(1, keepdims=True) + F32(eps))
 
     def once(_, c):
@@ -278,7 +280,7 @@ class JaxBackend(Backend):
     def hadamard(self, x):
         y, dim, half = x.astype(F32), x.shape[1], 1
         while half < dim:
-            pairs = y.reshape(len(y), -1, 2, half)
+            pairs = y.reshape(len(y), dim // half // 2, 2, half)
             y = jnp.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], axis=2).reshape(x.shape)
             half *= 2
         return self.rounded(y * F32(dim**-0.5))
@@ -296,7 +298,7 @@ class JaxBackend(Backend):
             scale = jnp.repeat(exponent_as_float(stored[:, n // 2 :]), d.FP4_GROUP, axis=1)
             return self.rounded(e2m1_values(stored[:, : n // 2]) * scale)
         scale = jnp.repeat(exponent_as_float(stored[:, n : n + n // d.KV_BLOCK]), d.KV_BLOCK, axis=1)
-        rope = stored[:, layout.width - 2 * layout.rope_dim :].reshape(len(stored), -1, 2)
+        rope = stored[:, layout.width - 2 * layout.rope_dim :].reshape(len(stored), layout.rope_dim, 2)
         values = self.rounded(e4m3_values(stored[:, :n]) * scale)
         return jnp.concatenate([values, lax.bitcast_convert_type(rope, jnp.bfloat16)], axis=1)
 
@@ -375,8 +377,8 @@ class JaxBackend(Backend):
         if isinstance(weight, ScaledArray):
             values, scale, size = unpacked(weight)
             weight = values * jnp.repeat(scale, size, axis=1)[:, : x.shape[2]]
-        w = weight.reshape(x.shape[1], -1, x.shape[2])
-        return self.rounded(summed("tgi,goi->tgo", x, w).reshape(len(x), -1))
+        w = weight.reshape(x.shape[1], len(weight) // x.shape[1], x.shape[2])
+        return self.rounded(summed("tgi,goi->tgo", x, w).reshape(len(x), len(weight)))
 
     @op
     def expert_linear(self, x, weight, offsets):
@@ -425,7 +427,7 @@ class JaxBackend(Backend):
     @op
     def combine(self, rows, order, offsets, shared, *, topk, out_dtype):
         here = jnp.where((jnp.arange(len(rows)) < offsets[-1])[:, None], rows.astype(F32), 0)
-        y = jnp.zeros_like(here).at[order].set(here).reshape(-1, topk, rows.shape[1]).sum(1)
+        y = jnp.zeros_like(here).at[order].set(here).reshape(len(rows) // topk, topk, rows.shape[1]).sum(1)
         return (y if shared is None else y + shared.astype(F32)).astype(out_dtype)
 
     # Attention

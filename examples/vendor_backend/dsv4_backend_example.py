@@ -39,9 +39,9 @@ class ExampleBackend(Backend):
 
     def act_qdq(self, x, *, format, block, channels):
         codes, scale = quantise(x[:, :channels], format, block)
-        y = x.copy()
-        y[:, :channels] = d.decode(codes, format) * np.repeat(d.E8M0_VALUES[scale], block, axis=1)
-        return y
+        values = d.decode(codes, format) * np.repeat(d.E8M0_VALUES[scale], block, axis=1)
+        values = np.where(np.isnan(x[:, :channels]), np.nan, values)  # E2M1 has no code for NaN
+        return np.concatenate([values.astype(x.dtype), x[:, channels:]], axis=1)
 
     def cache_write(self, cache, rows, index, *, layout):
         kept, n = rows[index >= 0], layout.dim - layout.rope_dim

@@ -15,6 +15,8 @@ from dsv4_conformance.museum.hunt import right_backend
 from dsv4_conformance.run import earlier, progress, runner, watching
 from dsv4_conformance.run.catalogue import collect
 
+from dsv4_core.contract.spec import OPS
+
 
 def made(folder, name="acme"):
     plugin.write(name, folder)
@@ -33,6 +35,14 @@ def test_a_new_plugin_passes_level_0_and_is_told_what_comes_next(tmp_path):
         line.startswith("next: write rms_norm(self, x, weight, *, eps)") for line in progress.lines(found, backend)
     )
     assert 'acme = "dsv4_backend_acme"' in (tmp_path / "p" / "pyproject.toml").read_text()
+
+
+def test_what_a_new_plugin_has_passes_standard(tmp_path):
+    backend = made(tmp_path / "p")()
+    own = [op for op in OPS if type(backend).implements(op)]
+    ran = runner.run(Session(backend, "standard"), ops=own)
+    assert [f.id for f in ran.findings if f.status not in ("passed", "unsupported")] == []
+    assert sum(f.status == "passed" for f in ran.findings) > 500
 
 
 def test_what_is_wrong_comes_before_what_is_missing(tmp_path):
