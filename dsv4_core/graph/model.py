@@ -214,6 +214,8 @@ class Model:
         be = self.backend
         with be.computing():
             h = be.hc_expand(self.embedding(step.ids), hc=self.config.hc_mult)
+            for ratio in sorted({block.ratio for block in self.blocks} - {0}):
+                step.compression(ratio)  # its lists are joined here, and no layer has more to do than its like
             tapped = {}
             for block in self.blocks:
                 h = self.block(block, h, step)
@@ -297,8 +299,7 @@ class Model:
                 cache.rows = written(be, _held(cache.rows), closed, where.row_write, layout=layout)
             picked = self._picked_rows(w.indexer, qr, x, block, cache, step, where)
             if picked:
-                rows, (row_index, row_idxs) = cache.rows, picked
-                idxs = be.concat((idxs, row_idxs), axis=1)
+                rows, (row_index, idxs) = cache.rows, picked
         o = be.cached_sparse_attn(
             q, kv, cache.ring, step.ring_read, rows, row_index, w.attn_sink, idxs, layout=layout, softmax_scale=d**-0.5
         )
@@ -368,8 +369,8 @@ class Model:
         step: Addresses,
         where: Compression,
     ) -> tuple[Array, Array] | None:
-        """Which compressed rows are read and, counted among all rows, which each token attends to:
-        ``row_index``, ``idxs`` [T, ...].
+        """Which compressed rows are read and which rows of all, window rows first, each token
+        attends to: ``row_index``, ``idxs`` [T, ...].
         """
         if w is None:
             return (where.row_read, where.row_idxs) if where.bound and where.row_idxs is not None else None
@@ -399,7 +400,8 @@ class Model:
         )
         if where.picks.idxs is not None:
             return picks.reshape((step.tokens * where.picks.topk,)), where.picks.idxs
-        return where.row_read, picks.reshape((step.tokens, where.picks.topk))
+        chosen = picks.reshape((step.tokens, where.picks.topk))
+        return where.row_read, be.concat((step.window_idxs, chosen), axis=1)
 
     def moe(self, w: Moe, x: Array, step: Addresses) -> Array:
         """Gate, routed experts, shared expert."""

@@ -133,7 +133,8 @@ class Compression:
     sequence, or too old to keep). ``window_idxs`` [n * closing, span]: each closing window's tokens
     in ``[state_read | step]``; -1 where there is none. ``row_write``, ``row_positions`` [n *
     closing]; a window that does not close is written nowhere (-1). ``row_read`` [n * bound].
-    ``visible`` [n, S]. ``row_idxs`` [T, bound]: all visible rows (ratio 128).
+    ``visible`` [n, S]. ``row_idxs`` [T, width + bound]: window rows and all visible rows (ratio
+    128).
     """
 
     shape: CompressionShape
@@ -167,8 +168,9 @@ class Compression:
 class Picks:
     """Where the indexer's picks are read from (ratio 4).
 
-    Gathered: each token's picks are read one by one and ``idxs`` is known beforehand; otherwise all
-    ``bound`` rows are read and the picks themselves, shifted by ``offset`` [n, S], are the indices.
+    Gathered: each token's picks are read one by one and ``idxs`` [T, width + topk], window rows and
+    picks, is known beforehand; otherwise all ``bound`` rows are read and the picks themselves,
+    shifted by ``offset`` [n, S], are the indices.
     """
 
     topk: int
@@ -250,6 +252,8 @@ class Addresses:
             shape = {each.ratio: each for each in self.shape.compressions}[ratio]
             names = shape.parts(self.batch, self.tokens)
             arrays = {name: self.part(f"{ratio}.{name}") for name in names}
+            for name in arrays.keys() & {"row_idxs", "pick_idxs"}:  # joined once a step, not by every layer
+                arrays[name] = self.cache.backend.concat((self.window_idxs, arrays[name]), axis=1)
             offset, idxs = arrays.pop("offset", None), arrays.pop("pick_idxs", None)
             picks = None if offset is None else Picks(shape.topk, shape.gathered, offset, idxs)
             self._compressions[ratio] = Compression(

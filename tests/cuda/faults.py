@@ -48,7 +48,7 @@ FAULTS = {
         "sparse_attn", "standard",
     ),
     "no_sink": Fault("the sink is left out of the denominator", "sparse_attn", "    total = tl.exp(drain - above)\n", "    total = 0.0 * drain\n", "sparse_attn"),
-    "other_ranks_rows": Fault("rows of other ranks' experts are added", "moe", "mask=(column < dim) & (row < count)", "mask=column < dim", "combine"),
+    "other_ranks_rows": Fault("rows of other ranks' experts are added", "moe", "mask=inside & (row < count)", "mask=inside", "combine"),
     "sorted_past_equals": Fault("copies start behind those of their own expert", "moe", "(group < mine) & (start", "(group <= mine) & (start", "dispatch"),
     "tie_to_the_higher_id": Fault(
         "of equal experts the higher id wins", "moe", "best = tl.min(tl.where(ranked == largest[:, None], e[None, :], BLOCK_E - 1), axis=1)",
@@ -133,7 +133,7 @@ FAULTS = {
         "tl.store(target + slot * DIM + column,", "tl.store(target + (slot + 1) * DIM + column,", "cache_write",
     ),
     "sum_read_unmade": Fault(
-        "torch is given a product whose pieces nobody has added up", "dsv4_backend_cuda/carried", "_make((*args, *kwargs.values()))", "pass", "test_carried.py",
+        "torch is given a product whose pieces nobody has added up", "dsv4_backend_cuda/carried", "settle((*args, *kwargs.values()))", "pass", "test_carried.py",
     ),
     "first_piece_of_a_score": Fault(
         "a compressor's window is made of the first piece of its tokens' sums", "compress", "for piece in range(1, pieces):", "for piece in range(1, 1):",
@@ -152,6 +152,53 @@ FAULTS = {
     ),
     "equals_in_any_order": Fault(
         "the router puts copies of one expert in the same place", "moe", "& (copy[None, :] < copy[:, None])", "& (copy[None, :] < 0)", "test_kernel_moe.py",
+    ),
+    "streams_of_the_other_side": Fault(
+        "the next sub-layer makes streams with comb as it stands, not transposed", "mhc", "tl.load(comb + (token * EXPAND + j) * EXPAND + stream)",
+        "tl.load(comb + (token * EXPAND + stream) * EXPAND + j)", "test_carried.py",
+    ),
+    "streams_of_the_first": Fault(
+        "every stream that the next sub-layer makes gets the first one's share", "mhc", "tl.load(post + token * EXPAND + stream)", "tl.load(post + token * EXPAND)",
+        "test_carried.py",
+    ),
+    "streams_of_another_form": Fault(
+        "streams that wait are made as streams of the reader's form", "dsv4_backend_cuda/carried",
+        "return later if (room[-1] == shape[-1] if rows else room == shape) else None", "return later", "test_carried.py",
+    ),
+    "streams_kept_for_ever": Fault(
+        "streams keep those of the layer before, and so on to the first", "dsv4_backend_cuda/carried", "vars(self).clear()", "pass", "test_carried.py",
+    ),
+    "fewer_bits_of_an_invariant_batch": Fault(
+        "arrays wait where bits may not depend on the number of tokens", "dsv4_backend_cuda/bindings", "if be.batch_invariant or array.shape[0]", "if array.shape[0]",
+        "test_carried.py",
+    ),
+    "turned_on": Fault(
+        "attention's rows are turned on, not back, by who adds their pieces", "sparse_attn", "token, HALF, True)", "token, HALF, False)", "test_carried.py",
+    ),
+    "turned_channels_do_not_fade": Fault(
+        "pieces of the turned channels are added without their share", "sparse_attn", "tail += fade[:, None] *", "tail +=", "test_carried.py",
+    ),
+    "rotation_of_heads_as_tokens": Fault(
+        "the Hadamard rotation turns a head by its row's number", "quant", "tl.load(positions + row // heads,", "tl.load(positions + row // 1,", "test_carried.py",
+    ),
+    "both_of_a_pair_minus": Fault(
+        "the Hadamard rotation turns both channels of a pair by the first one's formula", "quant", "tl.where(((i & 1) == 0)[None, :], -across, across)", "-across",
+        "test_carried.py",
+    ),
+    "shared_expert_weighted": Fault(
+        "the shared expert's rows are weighted like copies, where one launch has both", "moe", "weighted = (row < rows) & (is_early == 0)", "weighted = row < rows",
+        "test_carried.py",
+    ),
+    "shared_expert_in_words": Fault(
+        "the shared expert's codes are stored in FP4 weights' order", "moe", "tl.where(is_early, column, paired_place(column))", "paired_place(column)",
+        "test_kernel_moe.py",
+    ),
+    "limit_of_the_others": Fault(
+        "the shared expert is clamped by the routed experts' limit", "dsv4_backend_cuda/bindings", "of.limit != limit or ", "", "test_carried.py",
+    ),
+    "made_outside_the_graph": Fault(
+        "a recorded step's result waits, so that no replay makes it", "dsv4_backend_cuda/backend", "                settle(result)", "                pass",
+        "test_carried.py",
     ),
     "graph_keeps_the_first_step": Fault(
         "a graph's buffers hold the first step's addresses for ever", "dsv4_backend_torch/graphs", "given.copy_(pinned, non_blocking=True)",

@@ -1,5 +1,5 @@
 """What a kernel makes beside its result is what the op that it stands for would make, and is taken
-only for the array that it was made of.
+only for the array that it was made of. What waits for its reader is what the op alone would make.
 """
 
 from __future__ import annotations
@@ -8,7 +8,10 @@ import oracle
 import pytest
 import torch
 from dsv4_backend_cuda.backend import CudaBackend
-from dsv4_backend_cuda.carried import Carrying, InPieces
+from dsv4_backend_cuda.carried import Carrying, Waiting, settle
+from dsv4_backend_torch.weights import StackedExperts
+
+from dsv4_core.contract.dtypes import ScaledArray
 
 
 @pytest.fixture(scope="module")
@@ -95,12 +98,12 @@ def split(be, seed=7):
     """A product whose sum waits, and the sum."""
     x, w = oracle.normal(3, 4096, seed=seed), oracle.normal(64, 4096, seed=seed + 1)
     product = be.linear(x, w, out_dtype="float32")
-    assert isinstance(product, InPieces)
-    assert product.awaited.waits
+    assert isinstance(product, Waiting)
+    assert product.later.waits
     made = be.linear(x, w, out_dtype="float32")
     made.data_ptr()
-    assert not made.awaited.waits
-    return product, made.awaited.room
+    assert not made.later.waits
+    return product, made.later.room
 
 
 TORCH = {
@@ -117,7 +120,7 @@ def test_torch_is_given_the_sum(be, name):
     product, made = split(be)
     look = TORCH[name]
     got = look(product)
-    assert not product.awaited.waits
+    assert not product.later.waits
     assert torch.equal(got, torch.tensor(True) if name == "equal" else look(made))
 
 
@@ -126,10 +129,10 @@ def test_a_look_at_its_form_makes_nothing(be):
     assert (product.shape, product.dtype, product.device.type, product.ndim) == ((3, 64), torch.float32, "cpu", 2)
     assert product.is_contiguous()
     turned = product.reshape((3, 8, 8))
-    assert product.awaited.waits
+    assert product.later.waits
     assert turned.shape == (3, 8, 8)
-    turned.awaited.made()
-    assert not product.awaited.waits
+    turned.later.made()
+    assert not product.later.waits
 
 
 @pytest.mark.parametrize(
@@ -141,7 +144,7 @@ def test_who_reads_a_sum_makes_it(be, op):
 
     product, made = split(be)
     if op.startswith("rms"):
-        product, made = (p.awaited.room.to(torch.bfloat16) if p is None else p for p in bfloat16(be))
+        product, made = (p.later.room.to(torch.bfloat16) if p is None else p for p in bfloat16(be))
 
     def call(rows):
         if op == "rms_norm":
@@ -168,7 +171,7 @@ def test_who_reads_a_sum_makes_it(be, op):
     run, arrays, scalars = call(product)
     got, ran = launches(be, run.__name__, *arrays, **scalars)
     assert "add_pieces_kernel" not in ran
-    assert product.awaited.waits
+    assert product.later.waits
     run, arrays, scalars = call(made)
     assert torch.equal(got, run(*arrays, **scalars))
 
@@ -176,5 +179,143 @@ def test_who_reads_a_sum_makes_it(be, op):
 def bfloat16(be):
     x, w = oracle.normal(3, 4096, seed=13), oracle.normal(64, 4096, seed=14)
     product, made = (be.linear(x, w, out_dtype="bfloat16") for _ in range(2))
-    made.awaited.made()
-    return product, made.awaited.room
+    made.later.made()
+    return product, made.later.room
+
+
+def streams(be, tokens, *, experts, dim=256):
+    """A sub-layer's result, which its reader makes, of rows [tokens, dim] or of experts' rows."""
+    y = oracle.normal(tokens, dim, seed=21)
+    h = oracle.normal(tokens, 4, dim, seed=22)
+    post, comb = (oracle.normal(tokens, *shape, seed=23, dtype=torch.float32) for shape in ((4,), (4, 4)))
+    if experts:
+        rows, order = oracle.normal(2 * tokens, dim, seed=24), oracle.guarded(torch.arange(2 * tokens).flip(0).int())
+        offsets = oracle.guarded(torch.tensor([0, tokens, 2 * tokens - 1], dtype=torch.int32))
+        shared = y if experts == "shared" else None
+        y = be.combine(rows, order, offsets, shared, topk=2, out_dtype="bfloat16")
+    return be.hc_post(y, h, post, comb)
+
+
+@pytest.mark.parametrize("experts", ["", "routed", "shared"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_the_next_sub_layer_makes_its_streams(be, tokens, experts):
+    weights = [oracle.normal(*shape, seed=25, dtype=torch.float32) for shape in ((24, 1024), (3,), (24,))]
+    gain, scalars = oracle.normal(256, seed=26), {"norm_eps": 1e-6, "eps": 1e-6, "iters": 20}
+    h, made = streams(be, tokens, experts=experts), streams(be, tokens, experts=experts)
+    assert isinstance(h, Waiting)
+    be.hc_head(made, *hc_head_weights(), norm_eps=1e-6, eps=1e-6)
+    plain = streams(be, tokens, experts=experts)
+    settle(plain)
+    got, ran = launches(be, "hc_pre_norm", h, *weights, gain, **scalars)
+    assert ran == ["mix_kernel", "reduce_kernel"]
+    for a, b in zip(got, be.hc_pre_norm(plain.clone(), *weights, gain, **scalars), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(h.clone(), plain.clone())
+    assert torch.equal(made.clone(), plain.clone())
+    assert not {"y", "h", "rows"} & vars(h.later).keys()  # or every layer's streams would be kept
+
+
+def hc_head_weights():
+    return [oracle.normal(*shape, seed=27, dtype=torch.float32) for shape in ((4, 1024), (1,), (4,))]
+
+
+@pytest.mark.parametrize("form", ["other streams", "odd channels", "many tokens", "invariant"])
+def test_streams_of_another_form_are_made_first(be, form):
+    """A reader that sees them otherwise, blocks of channels across streams, steps of many tokens."""
+    tokens, dim = (17 if form == "many tokens" else 2), (96 if form == "odd channels" else 256)
+    be = CudaBackend(interpret=True, batch_invariant=True) if form == "invariant" else be
+    h = streams(be, tokens, experts="", dim=dim)
+    assert h.later.waits == (form in {"other streams", "odd channels"})
+    h = h.reshape((2 * tokens, 2, dim)) if form == "other streams" else h
+    hc, dim = h.shape[1:]
+    mixes = hc * (hc + 2)
+    weights = [oracle.normal(*shape, seed=25, dtype=torch.float32) for shape in ((mixes, hc * dim), (3,), (mixes,))]
+    scalars = {"norm_eps": 1e-6, "eps": 1e-6, "iters": 2}
+    got, ran = launches(be, "hc_pre", h, *weights, **scalars)
+    assert ran == (["expand_kernel"] if form in {"other streams", "odd channels"} else []) + [
+        "mix_kernel",
+        "reduce_kernel",
+    ]
+    for a, b in zip(got, be.hc_pre(h.clone(), *weights, **scalars), strict=True):
+        assert torch.equal(a, b)
+
+
+def attended(be, picks):
+    q, kv, sink = (oracle.normal(*shape, seed=31) for shape in ((2, 3, 64), (40, 64), (3,)))
+    listed = oracle.guarded(torch.arange(2 * picks).reshape(2, picks).int() % 40)
+    return be.sparse_attn(q, kv, sink.float(), listed, softmax_scale=0.2)
+
+
+@pytest.mark.parametrize("picks", [3, 300])
+def test_attention_is_turned_back_by_who_adds_its_pieces(be, picks):
+    positions = oracle.guarded(torch.tensor([3, 70001], dtype=torch.int32))
+    freqs = oracle.normal(16, seed=32, dtype=torch.float32)
+    o, made = attended(be, picks), attended(be, picks)
+    settle(made)
+    got, ran = launches(be, "apply_rope", o, positions, freqs, inverse=True)
+    assert ran == ["sparse_attn_combine_kernel"]
+    assert torch.equal(got, be.apply_rope(made.clone(), positions, freqs, inverse=True).clone())
+    assert torch.equal(o.clone(), made.clone())  # and whoever wants it unturned has it
+    forwards, ran = launches(be, "apply_rope", attended(be, picks), positions, freqs, inverse=False)
+    assert torch.equal(forwards.clone(), be.apply_rope(made.clone(), positions, freqs, inverse=False).clone())
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_the_rotation_turns_its_rows(be, inverse):
+    x = oracle.normal(3, 5, 128, seed=33)
+    positions = oracle.guarded(torch.tensor([0, 9, 70001], dtype=torch.int32))
+    freqs = oracle.normal(32, seed=34, dtype=torch.float32)
+    turned, made = (be.apply_rope(x, positions, freqs, inverse=inverse) for _ in range(2))
+    settle(made)
+    got, ran = launches(be, "hadamard", turned.reshape((15, 128)))
+    assert ran == ["hadamard_kernel"]
+    assert torch.equal(got, be.hadamard(made.clone().reshape((15, 128))))
+    got, ran = launches(be, "hadamard", turned.reshape((30, 64)))  # other rows than those that wait
+    assert ran == ["rope_kernel", "hadamard_kernel"]
+    assert torch.equal(got, be.hadamard(made.clone().reshape((30, 64))))
+
+
+def scaled(*shape, seed):
+    """An FP8 weight, with scales near 1."""
+    codes = oracle.uniform_int(0, 0x60, *shape, seed=seed, dtype=torch.uint8)
+    blocks = (*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128))
+    return ScaledArray(codes, oracle.uniform_int(120, 126, *blocks, seed=seed + 1, dtype=torch.uint8), "e4m3")
+
+
+@pytest.mark.parametrize("tokens", [2, 17])
+@pytest.mark.parametrize("other", ["", "limit", "width"])
+def test_swiglu_of_the_shared_expert_waits_for_the_others(be, tokens, other):
+    """One launch for both where they are alike; the shared expert's own otherwise."""
+    dim, wide, narrow = 256, 256, 128
+    x = be.rms_norm(oracle.normal(tokens, dim, seed=41), oracle.normal(dim, seed=42), eps=1e-6)
+    own = [scaled(*shape, seed=43) for shape in ((wide, dim), (wide, dim), (dim, wide))]
+    width = narrow if other == "width" else wide
+    stacks = [StackedExperts(scaled(3, *shape, seed=46)) for shape in ((width, dim), (width, dim), (dim, width))]
+    weights, indices = (
+        oracle.normal(tokens, 2, seed=49).float(),
+        oracle.uniform_int(0, 3, tokens, 2, seed=50, dtype=torch.int32),
+    )
+
+    def call(shared):
+        limit = 7.0 if other == "limit" else 10.0
+        return launches(
+            be, "moe", x, weights, indices, shared, *stacks, first_expert=0, limit=limit, out_dtype="float32"
+        )
+
+    shared = be.ffn(x, *own, limit=10.0)
+    made = be.ffn(x, *own, limit=10.0).clone()
+    got, ran = call(shared)
+    want, needed = call(made)
+    assert torch.equal(got.clone(), want.clone())
+    waits = tokens <= be.few_tokens
+    assert ran.count("swiglu_kernel") == (1 + bool(other) if waits else 1)
+    assert needed.count("swiglu_kernel") == 1
+
+
+def test_a_recorded_step_gives_nothing_that_waits(be, monkeypatch):
+    """Or the first who asks would make it outside of the graph, and no replay again."""
+    product, _ = split(be)
+    monkeypatch.setattr("dsv4_backend_cuda.backend.Recorded", lambda function, device: function)
+    monkeypatch.setattr(be, "index", 0)
+    be.record(lambda x: [(x,)])(product)
+    assert not product.later.waits

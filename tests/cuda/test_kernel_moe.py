@@ -109,17 +109,28 @@ def test_swiglu(rows, dim, weighted):
     oracle.close(got, exact)
     codes, scales = oracle.quantise_fp8(got, 128)
     both = oracle.guarded(torch.cat([gate, up], 1)[None])
-    for paired in (False, True):
-        made = moe.swiglu_quant(both, weights, limit=10.0, paired=paired)
-        assert torch.equal(made[0], codes.unflatten(1, (-1, 16, 2)).transpose(2, 3).flatten(1) if paired else codes)
-        assert torch.equal(made[1], scales)
-    # pieces whose sum is what is above, and weights in another order
-    pieces = both.float() * torch.tensor([0.25, 0.5, 0.25])[:, None, None]
+    pieces = oracle.guarded(both.float() * torch.tensor([0.25, 0.5, 0.25])[:, None, None])  # their sum is what is above
     order = oracle.guarded(torch.arange(rows, dtype=torch.int32).flip(0))
-    turned = None if weights is None else oracle.guarded(weights.flip(0))
-    made = moe.swiglu_quant(oracle.guarded(pieces), turned, order, limit=10.0)
-    assert torch.equal(made[0], codes)
-    assert torch.equal(made[1], scales)
+    for paired in (False, True):
+        inside = codes.unflatten(1, (-1, 16, 2)).transpose(2, 3).flatten(1) if paired else codes
+        if not weighted:
+            for each in (both, pieces):
+                made = moe.swiglu_quant(each, limit=10.0, paired=paired)
+                assert torch.equal(made[0], inside)
+                assert torch.equal(made[1], scales)
+            continue
+        turned = oracle.guarded(weights.flip(0))
+        alone, none = moe.swiglu_experts(both[0], turned, order, None, limit=10.0, paired=paired)
+        made, early = moe.swiglu_experts(
+            both[0], turned, order, oracle.guarded(pieces[:, :2].contiguous()), limit=10.0, paired=paired
+        )
+        assert not none[0].numel()
+        for got in (alone, made):
+            assert torch.equal(got[0], inside)
+            assert torch.equal(got[1], scales)
+        plain = moe.swiglu_quant(oracle.guarded(both[:, :2].contiguous()), limit=10.0)
+        assert torch.equal(early[0], plain[0])
+        assert torch.equal(early[1], plain[1])
 
 
 @pytest.mark.parametrize(("tokens", "out", "k"), [(1, 8, 100), (5, 200, 256), (40, 130, 384), (3, 70, 2100)])

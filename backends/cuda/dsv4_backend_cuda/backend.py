@@ -14,6 +14,7 @@ from dsv4_backend_torch.backend import TorchBackend
 from dsv4_backend_torch.graphs import Recorded
 
 from dsv4_backend_cuda import device, launch, providers
+from dsv4_backend_cuda.carried import settle
 from dsv4_backend_cuda.rules import RULES, WITHOUT_KERNEL, Answer
 from dsv4_core.contract.backend import BackendError, DeviceCheck, Option
 from dsv4_core.contract.ops import OPS, EveryOp
@@ -177,7 +178,9 @@ class CudaBackend(TorchBackend):
 
         def run(*arrays: Any) -> Any:
             with self.computing():
-                return function(*arrays)
+                result = function(*arrays)
+                settle(result)  # or the first to ask would make it once, and no replay again
+                return result
 
         return Recorded(run, self.device)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dsv4_backend_cuda import launch
-from dsv4_backend_cuda.carried import Grid, carrying
+from dsv4_backend_cuda.carried import Attended, Grid, Shared, awaited, carrying, settle, waiting
 from dsv4_backend_cuda.kernels import (
     add_pieces,
     cache,
@@ -65,6 +65,15 @@ Quantised = tuple[Tensor, Tensor]
 Mixed = tuple[Tensor, Tensor, Tensor]
 
 
+def _few(be: Settings, array: Tensor) -> Tensor:
+    """``array``, which may wait for its reader if it is of few tokens: of many, what each reader
+    would do again costs more than a launch, and bits could depend on their number.
+    """
+    if be.batch_invariant or array.shape[0] > be.few_tokens:
+        settle(array)
+    return array
+
+
 def _fp4(weight: ScaledArray) -> bool:
     return weight.format == "e2m1"
 
@@ -89,10 +98,11 @@ def _parts(weight: ScaledArray) -> scaled_matmul.Weight:
     return weight.data.contiguous(), weight.scale.contiguous()
 
 
-def _product(be: Settings, x: Quantised, weight: ScaledArray, out_dtype: torch.dtype) -> Tensor:
-    return scaled_matmul.linear(
-        *x, *_parts(weight), out_dtype=out_dtype, fp4=_fp4(weight), split=not be.batch_invariant
-    )
+def _product(
+    be: Settings, x: Quantised, weight: ScaledArray, out_dtype: torch.dtype, room: Tensor | None = None
+) -> Tensor:
+    how = {"out_dtype": out_dtype, "fp4": _fp4(weight), "split": not be.batch_invariant, "room": room}
+    return scaled_matmul.linear(*x, *_parts(weight), **how)
 
 
 def _stack(weight: Any) -> ScaledArray:
@@ -108,8 +118,12 @@ def rms_norm(be: Settings, x: Tensor, weight: Tensor | None, *, eps: float) -> T
 
 
 def apply_rope(be: Settings, x: Tensor, positions: Tensor, freqs: Tensor, *, inverse: bool) -> Tensor:
-    del be
-    return rope.apply_rope(x.contiguous(), positions.contiguous(), freqs.contiguous(), inverse=inverse)
+    positions, freqs = positions.contiguous(), freqs.contiguous()
+    if inverse and (of := awaited(x, Attended)):
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        sparse_attn.combine(of, y, positions, freqs)
+        return y
+    return _few(be, rope.apply_rope(x.contiguous(), positions, freqs, inverse=inverse))
 
 
 def rms_norm_rope(
@@ -137,7 +151,7 @@ def act_qdq(be: Settings, x: Tensor, *, format: str, block: int, channels: int) 
 
 def hadamard(be: Settings, x: Tensor) -> Tensor:
     del be
-    y, grid = quant.hadamard(x.contiguous())
+    y, grid = quant.hadamard(x)
     return y if grid is None else carrying(y, grids={("e2m1", FP4_GROUP, x.shape[1]): grid})
 
 
@@ -206,28 +220,31 @@ def swiglu(be: Settings, gate: Tensor, up: Tensor, weights: Tensor | None, *, li
 def combine(
     be: Settings, rows: Tensor, order: Tensor, offsets: Tensor, shared: Tensor | None, *, topk: int, out_dtype: str
 ) -> Tensor:
-    del be
     shared = None if shared is None else shared.contiguous()
-    return moe.combine(
-        rows.contiguous(),
-        moe.invert(order.contiguous()),
-        offsets.contiguous(),
-        shared,
-        topk=topk,
-        out_dtype=getattr(torch, out_dtype),
-    )
+    place = moe.invert(order.contiguous())
+    dtype = getattr(torch, out_dtype)
+    return _few(be, moe.combine(rows.contiguous(), place, offsets.contiguous(), shared, topk=topk, out_dtype=dtype))
 
 
 def ffn(be: Settings, x: Tensor, w1: ScaledArray, w3: ScaledArray, w2: ScaledArray, *, limit: float) -> Tensor:
     """The input is quantised once, w1 and w3 are one launch, whose pieces SwiGLU adds up; it hands
-    w2 its codes.
+    w2 its codes. SwiGLU may wait for that of the routed experts.
     """
     both = scaled_matmul.products(
         *_quantise(x, fp4=_fp4(w1)), [_parts(w1), _parts(w3)],
         out_dtype=x.dtype, fp4=_fp4(w1), split=not be.batch_invariant, reader=True,
     )  # fmt: skip
-    hidden = moe.swiglu_quant(both, limit=limit, paired=scaled_matmul.paired(x, fp4=_fp4(w2)))
-    return _product(be, hidden, w2, x.dtype)
+    if paired := scaled_matmul.paired(x, fp4=_fp4(w2)):
+        return _product(be, moe.swiglu_quant(both, limit=limit, paired=paired), w2, x.dtype)
+    room = torch.empty((x.shape[0], w2.shape[0]), dtype=x.dtype, device=x.device)
+
+    def finish(hidden: Quantised) -> Tensor:
+        return _product(be, hidden, w2, x.dtype, room)
+
+    def make(of: Shared) -> None:
+        settle(finish(moe.swiglu_quant(of.both, limit=of.limit)))
+
+    return _few(be, waiting(room, Shared(room, make, both, limit, finish)))
 
 
 def _sorted(indices: Tensor, *, first_expert: int, n_experts: int) -> moe.Sorted:
@@ -245,7 +262,6 @@ def routed(
     """``moe``: tokens are quantised once and never copied to their experts: w1 and w3, one launch,
     read them where they are.
     """
-    del be
     gate, up, down = (_stack(w) for w in (w1, w3, w2))
     topk = indices.shape[1]
     order, place, offsets = _sorted(indices, first_expert=first_expert, n_experts=w1.shape[0])
@@ -253,12 +269,19 @@ def routed(
         *_quantise(x, fp4=_fp4(gate)), [(w.data, w.scale) for w in (gate, up)], offsets,
         fp4=_fp4(gate), order=order, topk=topk,
     )  # fmt: skip
-    hidden = moe.swiglu_quant(
-        both[None], weights.contiguous(), order, limit=limit, paired=scaled_matmul.paired(x, fp4=_fp4(down))
-    )
+    of = None if shared is None else awaited(shared, Shared)
+    if of and (of.limit != limit or of.both.shape[2] != both.shape[1]):
+        of = None
+    hidden, early = moe.swiglu_experts(
+        both, weights.contiguous(), order, of.both if of else None,
+        limit=limit, paired=scaled_matmul.paired(x, fp4=_fp4(down)),
+    )  # fmt: skip
+    if of:
+        shared = of.finish(early)
+        of.done()
     rows = scaled_matmul.expert_products(*hidden, [(down.data, down.scale)], offsets, fp4=_fp4(down))
     shared = None if shared is None else shared.contiguous()
-    return moe.combine(rows, place, offsets, shared, topk=topk, out_dtype=getattr(torch, out_dtype))
+    return _few(be, moe.combine(rows, place, offsets, shared, topk=topk, out_dtype=getattr(torch, out_dtype)))
 
 
 def cache_write(be: Settings, cache_: Tensor, rows: Tensor, index: Tensor, *, layout: RowLayout) -> Tensor:
@@ -380,7 +403,7 @@ def _in_blocks(
     pieces = launch.cdiv(picks.shape[1], launch.options(kernel, q)["SPLIT"])
     step = max(1, PARTIALS // (pieces * heads * dim))
     if tokens <= step:
-        return attend(q, picks, True)
+        return _few(be, attend(q, picks, True))
     return torch.cat([attend(q[i : i + step], picks[i : i + step], True) for i in range(0, tokens, step)])
 
 
@@ -426,7 +449,7 @@ def hc_pre(
 ) -> Mixed:
     del be
     return mhc.hc_pre(
-        h.contiguous(), fn.contiguous(), scale.contiguous(), base.contiguous(), norm_eps=norm_eps, eps=eps, iters=iters
+        h, fn.contiguous(), scale.contiguous(), base.contiguous(), norm_eps=norm_eps, eps=eps, iters=iters
     )
 
 
@@ -443,22 +466,19 @@ def hc_pre_norm(
     iters: int,
 ) -> Mixed:
     del be
-    arrays = (t.contiguous() for t in (h, fn, scale, base, weight))
+    arrays = (t.contiguous() for t in (fn, scale, base, weight))
     paired = scaled_matmul.paired(h, fp4=True)
-    y, post, comb, codes = mhc.hc_pre_norm(*arrays, norm_eps=norm_eps, eps=eps, iters=iters, paired=paired)
+    y, post, comb, codes = mhc.hc_pre_norm(h, *arrays, norm_eps=norm_eps, eps=eps, iters=iters, paired=paired)
     return _with_codes(y, *codes) if codes else y, post, comb
 
 
 def hc_head(be: Settings, h: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, norm_eps: float, eps: float) -> Tensor:
     del be
-    return mhc.hc_head(
-        h.contiguous(), fn.contiguous(), scale.contiguous(), base.contiguous(), norm_eps=norm_eps, eps=eps
-    )
+    return mhc.hc_head(h, fn.contiguous(), scale.contiguous(), base.contiguous(), norm_eps=norm_eps, eps=eps)
 
 
 def hc_post(be: Settings, y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    del be
-    return mhc.hc_post(y.contiguous(), h.contiguous(), post.contiguous(), comb.contiguous())
+    return _few(be, mhc.hc_post(y, h.contiguous(), post.contiguous(), comb.contiguous()))
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {

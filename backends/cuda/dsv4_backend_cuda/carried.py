@@ -1,12 +1,14 @@
-"""What a kernel makes beside its result for those who read it, so that they need no launch for it.
+"""What saves launches between ops: what a kernel makes beside its result for those who read it, and
+arrays that wait for their reader, whose kernel makes them on its way.
 
-Arrays of the graph are never written again: what was made of one stays right.
+Arrays of the graph are never written again: what was made of one, or will be, stays right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,36 +51,109 @@ def carrying(
     return made
 
 
-class Sum:
-    """A product's pieces [pieces, ...] in float32 and the room for their sum, made when asked
-    for.
+@dataclass(eq=False)
+class Later:
+    """An array's room, and ``make``, which launches what fills it: for the first who asks for it
+    and does not make it himself. Each kind adds what its readers make it of.
     """
 
-    def __init__(self, pieces: Tensor, room: Tensor, add: Callable[[Tensor, Tensor], None]) -> None:
-        self.pieces, self.room, self.add = pieces, room, add
-        self.waits = True
+    room: Tensor
+    make: Callable[[Any], None]
+    waits = True
 
     def made(self) -> None:
-        """Add the pieces up, unless that was done."""
+        """Fill the room, unless that was done."""
         if self.waits:
-            self.waits = False
-            self.add(self.pieces, self.room)
+            with torch.cuda.device_of(self.room):
+                self.make(self)
+            self.done()
+
+    def done(self) -> None:
+        """The room is filled: let go of what that took."""
+        room = self.room
+        vars(self).clear()
+        self.room, self.waits = room, False
 
 
-class InPieces(Tensor):
-    """A product that nobody has added up yet. Kernels that read ``parts`` add it up on the way; for
-    torch and for every other kernel, which ask for its address, it is the sum.
+@dataclass(eq=False)
+class Sum(Later):
+    """A product's pieces [pieces, ...] in float32, which nobody has added up."""
+
+    pieces: Tensor
+
+
+@dataclass(eq=False)
+class Streams(Later):
+    """Streams [tokens, hc, dim] after ``hc_post`` of these."""
+
+    y: Tensor
+    h: Tensor
+    post: Tensor
+    comb: Tensor
+
+
+@dataclass(eq=False)
+class Mixture(Later):
+    """Sums [tokens, dim] of ``topk`` experts' rows each, where each copy's row stands, ``local``
+    [1] rows of experts that are here, and the shared expert's rows.
     """
 
-    awaited: Sum
+    rows: Tensor
+    place: Tensor
+    local: Tensor
+    shared: Tensor | None
+    topk: int
+
+
+@dataclass(eq=False)
+class Shared(Later):
+    """A dense layer's rows [tokens, dim], of which gate and up are there, [pieces, tokens, gate |
+    up]; ``finish`` gives the rows for SwiGLU's codes, in channels' order.
+    """
+
+    both: Tensor
+    limit: float
+    finish: Callable[[Codes], Tensor]
+
+
+@dataclass(eq=False)
+class Attended(Later):
+    """Attention [tokens, heads, dim] in pieces of a token's list [tokens, pieces, heads, dim], each
+    with its largest score and its sum of weights [tokens, pieces, heads, 2].
+    """
+
+    partial: Tensor
+    sums: Tensor
+    sink: Tensor
+
+
+@dataclass(eq=False)
+class Turned(Later):
+    """Heads [tokens, heads, dim] after RoPE."""
+
+    x: Tensor
+    positions: Tensor
+    freqs: Tensor
+    inverse: bool
+
+
+Kind = TypeVar("Kind", bound=Later)
+
+
+class Waiting(Tensor):
+    """An array that nobody has made yet. Kernels that know its kind (``awaited``) make it on the
+    way; for torch and for every other kernel, which ask for its address, it is made.
+    """
+
+    later: Later
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Make the sum before anything but a look at its form."""
+        """Make the array before anything but a look at its form."""
         del types
         kwargs = kwargs or {}
         if func not in _FORM:
-            _make((*args, *kwargs.values()))
+            settle((*args, *kwargs.values()))
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001  as Tensor.__torch_function__ does
             return func(*args, **kwargs)
 
@@ -86,7 +161,7 @@ class InPieces(Tensor):
         """The same numbers, which may still wait."""
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
             new = Tensor.reshape(self, *shape)
-        return waiting(new, self.awaited) if self.awaited.waits else new
+        return waiting(new, self.later) if self.later.waits else new
 
 
 _FORM = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "is_meta")} | {
@@ -94,25 +169,36 @@ _FORM = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", 
 }  # fmt: skip
 
 
-def _make(args: Sequence[Any]) -> None:
-    for arg in args:
-        if isinstance(arg, InPieces):
-            arg.awaited.made()
-        elif isinstance(arg, list | tuple):
-            _make(arg)
+def settle(result: Any) -> None:
+    """Make what waits among arrays in lists and tuples."""
+    if isinstance(result, Waiting):
+        result.later.made()
+    elif isinstance(result, list | tuple):
+        for part in result:
+            settle(part)
 
 
-def waiting(array: Tensor, of: Sum) -> Tensor:
-    """``array``, over the room of a sum that waits."""
-    made = array.as_subclass(InPieces)
-    made.awaited = of
+def waiting(array: Tensor, later: Later) -> Tensor:
+    """``array``, over the room of what waits."""
+    made = array.as_subclass(Waiting)
+    made.later = later
     return made
+
+
+def awaited(array: Tensor, kind: type[Kind], *, rows: bool = False) -> Kind | None:
+    """What ``array`` waits for, if it is of that kind and shape, or (``rows``) of rows of that
+    length.
+    """
+    if not isinstance(array, Waiting) or not isinstance(later := array.later, kind) or not later.waits:
+        return None
+    room, shape = later.room.shape, array.shape
+    return later if (room[-1] == shape[-1] if rows else room == shape) else None
 
 
 def parts(array: Tensor) -> Tensor:
     """For a kernel that adds up: the pieces [pieces, elements] of a sum that waits, else the array
     [1, elements].
     """
-    if isinstance(array, InPieces) and array.awaited.waits:
-        return array.awaited.pieces.reshape(array.awaited.pieces.shape[0], -1)
+    if isinstance(array, Waiting) and isinstance(later := array.later, Sum) and later.waits:
+        return later.pieces.reshape(later.pieces.shape[0], -1)
     return array.contiguous().reshape(1, -1)

@@ -18,18 +18,18 @@ def add_pieces_kernel(partial, y, size, pieces, BLOCK: tl.constexpr):
     tl.store(y + at, value.to(y.dtype.element_ty), mask=at < size)
 
 
-def add_up(partial: torch.Tensor, y: torch.Tensor) -> None:
-    """Put the sum of [pieces, ...] over the pieces into ``y``."""
-    options = launch.options("add_pieces", partial)
-    add_pieces_kernel[(cdiv(y.numel(), options["BLOCK"]),)](partial, y, y.numel(), partial.shape[0], **options)
+def add_up(of: Sum) -> None:
+    """Put the sum of [pieces, ...] over the pieces into its room."""
+    y, options = of.room, launch.options("add_pieces", of.pieces)
+    add_pieces_kernel[(cdiv(y.numel(), options["BLOCK"]),)](of.pieces, y, y.numel(), of.pieces.shape[0], **options)
 
 
-def total(partial: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-    """Sum of [pieces, rows, outputs] over the pieces, for its reader to make or to wait for; one piece is the result already."""
+def total(partial: torch.Tensor, out_dtype: torch.dtype, room: torch.Tensor | None = None) -> torch.Tensor:
+    """Sum of [pieces, rows, outputs] over the pieces, for its reader to make or to wait for, in ``room``, if given; one piece is the result already."""
     if partial.shape[0] == 1:
         return partial[0]
-    y = torch.empty(partial.shape[1:], dtype=out_dtype, device=partial.device)
-    return waiting(y, Sum(partial, y, add_up))
+    y = torch.empty(partial.shape[1:], dtype=out_dtype, device=partial.device) if room is None else room
+    return waiting(y, Sum(y, add_up, partial))
 
 
 SPECS = (

@@ -5,7 +5,9 @@ import triton
 import triton.language as tl
 
 from dsv4_backend_cuda import launch
+from dsv4_backend_cuda.carried import Mixture, Streams, awaited, waiting
 from dsv4_backend_cuda.kernels.formats import quantise_e4m3
+from dsv4_backend_cuda.kernels.moe import combined
 from dsv4_backend_cuda.kernels.scaled_matmul import mma_of
 from dsv4_backend_cuda.kernels.words import paired_place
 from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
@@ -15,8 +17,16 @@ Codes = tuple[torch.Tensor, torch.Tensor]
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def mix_kernel(h, fn, partial, tokens, K, MIXES: tl.constexpr, BLOCK_M: tl.constexpr, PIECE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Products of one PIECE of the streams' channels with ``fn``, and their sum of squares in the last column: partial[piece, token, BLOCK_M]."""
+def mix_kernel(
+    h, fn, partial, y, old, post, comb, place, local, shared, tokens, K,
+    EXPAND: tl.constexpr, DIM: tl.constexpr, TOPK: tl.constexpr, SHARED: tl.constexpr,
+    MIXES: tl.constexpr, BLOCK_M: tl.constexpr, PIECE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Products of one PIECE of the streams' channels with ``fn``, and their sum of squares in the last column: partial[piece, token, BLOCK_M].
+
+    EXPAND: streams, 0 for none: ``h`` is not made yet, the program makes its channels, as ``expand_kernel`` does. TOPK: and unless 0 the sub-layer's rows
+    are not either: ``y`` holds the experts' rows (``moe.combine_kernel``). A block of channels lies in one stream: DIM is a multiple of BLOCK_K.
+    """
     row = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     m = tl.arange(0, BLOCK_M)
     start = tl.program_id(1) * PIECE
@@ -24,7 +34,24 @@ def mix_kernel(h, fn, partial, tokens, K, MIXES: tl.constexpr, BLOCK_M: tl.const
     squares = tl.zeros((BLOCK_T,), tl.float32)
     for k in range(start, start + PIECE, BLOCK_K):
         column = k + tl.arange(0, BLOCK_K)
-        x = tl.load(h + row[:, None] * K + column[None, :], mask=(row < tokens)[:, None] & (column < K)[None, :], other=0.0).to(tl.float32)
+        at, inside = row[:, None] * K + column[None, :], (row < tokens)[:, None] & (column < K)[None, :]
+        if EXPAND:
+            stream, token = tl.minimum(k // DIM, EXPAND - 1), tl.minimum(row, tokens - 1)[:, None]
+            d = (column - stream * DIM)[None, :]
+            if TOPK:
+                new = combined(y, place, local, shared, token, d, inside, DIM, TOPK, SHARED).to(h.dtype.element_ty).to(tl.float32)
+            else:
+                new = tl.load(y + token * DIM + d, mask=inside, other=0.0).to(tl.float32)
+            new = tl.load(post + token * EXPAND + stream) * new
+            mixed = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+            for j in tl.static_range(EXPAND):
+                share = tl.load(comb + (token * EXPAND + j) * EXPAND + stream)
+                mixed += share * tl.load(old + (token * EXPAND + j) * DIM + d, mask=inside, other=0.0).to(tl.float32)
+            rounded = (new + mixed).to(h.dtype.element_ty)
+            tl.store(h + at, rounded, mask=inside)
+            x = rounded.to(tl.float32)
+        else:
+            x = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
         f = tl.load(fn + m[None, :] * K + column[:, None], mask=(m < MIXES)[None, :] & (column < K)[:, None], other=0.0)
         mixes = tl.dot(x, f, mixes, input_precision="ieee")
         squares += tl.sum(x * x, axis=1)
@@ -117,7 +144,21 @@ def _reduce(
     options = launch.options("mix", h)
     pieces = cdiv(k, options["PIECE"])
     partial = torch.empty((pieces, tokens, block_m), dtype=torch.float32, device=h.device)
-    mix_kernel[(cdiv(tokens, options["BLOCK_T"]), pieces)](h, fn, partial, tokens, k, MIXES=mixes, BLOCK_M=block_m, **options)
+    grid, how = (cdiv(tokens, options["BLOCK_T"]), pieces), {"DIM": dim, "MIXES": mixes, "BLOCK_M": block_m, **options}
+    streams = awaited(h, Streams) if dim % options["BLOCK_K"] == 0 else None
+    if streams:
+        h = streams.room
+        of = awaited(streams.y, Mixture) if streams.y.dtype == h.dtype else None
+        y, local, place = (of.rows, of.local, of.place) if of else (streams.y.contiguous(), fn, fn)
+        shared = fn if of is None or of.shared is None else of.shared.contiguous()
+        mix_kernel[grid](
+            h, fn, partial, y, streams.h, streams.post, streams.comb, place, local, shared, tokens, k,
+            EXPAND=hc, TOPK=of.topk if of else 0, SHARED=of is not None and of.shared is not None, **how,
+        )  # fmt: skip
+        streams.done()
+    else:
+        h = h.contiguous()
+        mix_kernel[grid](h, fn, partial, *(fn,) * 7, tokens, k, EXPAND=0, TOPK=0, SHARED=False, **how)
     y = h.new_empty((tokens, dim))
     post = torch.empty((tokens, hc), dtype=torch.float32, device=h.device)
     comb = torch.empty((tokens, hc, hc), dtype=torch.float32, device=h.device)
@@ -151,23 +192,30 @@ def hc_head(h: torch.Tensor, fn: torch.Tensor, scale: torch.Tensor, base: torch.
     return _reduce(h, fn, scale, base, None, norm_eps=norm_eps, eps=eps, iters=0, head=True)[0]
 
 
+def _expand(of: Streams) -> None:
+    (tokens, hc, dim), options = of.room.shape, launch.options("hc_expand", of.room)
+    grid = (tokens, cdiv(dim, options["BLOCK"]))
+    expand_kernel[grid](of.y.contiguous(), of.h, of.post, of.comb, of.room, DIM=dim, HC=hc, **options)
+
+
 def hc_post(y: torch.Tensor, h: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
-    """``ops/mhc.py: hc_post``."""
-    tokens, hc, dim = h.shape
+    """``ops/mhc.py: hc_post``, for its reader to make: the next sub-layer's ``mix_kernel``."""
     out = torch.empty_like(h)
-    options = launch.options("hc_expand", h)
-    expand_kernel[(tokens, cdiv(dim, options["BLOCK"]))](y, h, post, comb, out, DIM=dim, HC=hc, **options)
-    return out
+    return waiting(out, Streams(out, _expand, y, h, post, comb))
 
 
+_MADE = {"EXPAND": 0, "DIM": 4096, "TOPK": 0, "SHARED": False}
 _NORMED = {"HC": 4, "BLOCK_M": 32, "HEAD": False, "NORM": True, "QUANTISE": True}
 _FLOATS = {"scale": "*fp32", "base": "*fp32"}
 SPECS = (
     KernelSpec(
         name="mix", kernel=mix_kernel,
-        signature={"h": "*bf16", "fn": "*fp32", "partial": "*fp32", "tokens": "i32", "K": "i32:16"},
-        variants={"pre": {"MIXES": 24, "BLOCK_M": 32}, "head": {"MIXES": 4, "BLOCK_M": 16}},
-        work=lambda c: Work(bytes=c["BLOCK_K"] * (4.0 * c["MIXES"] + 2.0)),
+        signature={**dict.fromkeys(("h", "y", "old", "shared"), "*bf16"), **dict.fromkeys(("fn", "partial", "post", "comb"), "*fp32"),
+                   "place": "*i32", "local": "*i32", "tokens": "i32", "K": "i32:16"},
+        variants={"pre": {**_MADE, "MIXES": 24, "BLOCK_M": 32}, "head": {**_MADE, "MIXES": 4, "BLOCK_M": 16},
+                  "expand": {**_MADE, "EXPAND": 4, "MIXES": 24, "BLOCK_M": 32},
+                  "experts": {**_MADE, "EXPAND": 4, "TOPK": 6, "SHARED": True, "MIXES": 24, "BLOCK_M": 32}},
+        work=lambda c: Work(bytes=c["BLOCK_K"] * (4.0 * c["MIXES"] + 2.0 + 2.0 * c["EXPAND"])),
     ),
     KernelSpec(
         name="hc_reduce", kernel=reduce_kernel, looped=False,

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from dsv4_backend_cuda import launch
+from dsv4_backend_cuda.carried import Mixture, waiting
 from dsv4_backend_cuda.kernels.formats import quantise_e4m3
 from dsv4_backend_cuda.kernels.tiles import in_order
 from dsv4_backend_cuda.kernels.words import paired_place
@@ -110,49 +111,68 @@ def invert_kernel(order, place, copies, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def combined(rows, place, local, shared, token, column, inside, DIM, TOPK: tl.constexpr, SHARED: tl.constexpr):
+    """Channels of tokens: their experts' rows in the router's order, then the shared expert's, added up in float32."""
+    count = tl.load(local)
+    acc = tl.zeros(inside.shape, tl.float32)
+    for j in tl.static_range(TOPK):
+        row = tl.load(place + token * TOPK + j)
+        acc += tl.load(rows + row.to(tl.int64) * DIM + column, mask=inside & (row < count), other=0.0).to(tl.float32)
+    if SHARED:
+        acc += tl.load(shared + token * DIM + column, mask=inside, other=0.0).to(tl.float32)
+    return acc
+
+
+@triton.jit
 def combine_kernel(rows, place, local, shared, y, dim, TOPK: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr):
     """A program sums BLOCK channels of one token's expert rows in the router's order, then the shared expert's."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    count = tl.load(local)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for j in tl.static_range(TOPK):
-        row = tl.load(place + token * TOPK + j)
-        acc += tl.load(rows + row.to(tl.int64) * dim + column, mask=(column < dim) & (row < count), other=0.0).to(tl.float32)
-    if SHARED:
-        acc += tl.load(shared + token * dim + column, mask=column < dim, other=0.0).to(tl.float32)
+    acc = combined(rows, place, local, shared, token, column, column < dim, dim, TOPK, SHARED)
     tl.store(y + token * dim + column, acc.to(y.dtype.element_ty), mask=column < dim)
 
 
-@triton.jit(do_not_specialize=["rows", "pieces"])
+@triton.jit(do_not_specialize=["rows", "pieces", "early_rows", "early_pieces"])
 def swiglu_kernel(
-    gate, up, weights, order, y, codes, scales, rows, pieces, limit,
+    gate, up, weights, order, y, codes, scales, early, early_codes, early_scales, rows, pieces, early_rows, early_pieces, limit,
     DIM: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr, SORTED: tl.constexpr, QUANTISE: tl.constexpr,
-    PAIRED: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr,
+    PAIRED: tl.constexpr, EARLY: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """A program takes BLOCK channels of ROWS rows: clamp, silu, product, routing weight; then FP8 in groups of 128, if asked.
 
     Rows of ``gate`` and ``up`` are STRIDE apart and may come in ``pieces``, whose sum is rounded first. SORTED: row r's weight is weights[order[r]].
-    PAIRED: codes as ``words.paired_place``.
+    PAIRED: codes as ``words.paired_place``. EARLY: the first programs take ``early_rows`` of a dense layer (gate | up in ``early``), without weights or
+    another order.
     """
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    program, is_early = tl.program_id(0), False
+    if EARLY:
+        others = tl.cdiv(early_rows, ROWS)
+        is_early = program < others
+        program, rows = tl.where(is_early, program, program - others), tl.where(is_early, early_rows, rows)
+    row = (program * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = row[:, None] * DIM + column[None, :]
     inside = (row < rows)[:, None] & (column < DIM)[None, :]
     read, stride = row[:, None] * STRIDE + column[None, :], tl.cast(rows, tl.int64) * STRIDE
-    g = in_order(gate, read, inside, stride, pieces).to(y.dtype.element_ty).to(tl.float32)
-    u = in_order(up, read, inside, stride, pieces).to(y.dtype.element_ty).to(tl.float32)
+    if is_early:
+        g = in_order(early, read, inside, stride, early_pieces).to(y.dtype.element_ty).to(tl.float32)
+        u = in_order(early + DIM, read, inside, stride, early_pieces).to(y.dtype.element_ty).to(tl.float32)
+        codes, scales = early_codes, early_scales
+    else:
+        g = in_order(gate, read, inside, stride, pieces).to(y.dtype.element_ty).to(tl.float32)
+        u = in_order(up, read, inside, stride, pieces).to(y.dtype.element_ty).to(tl.float32)
     g = tl.minimum(g, limit, propagate_nan=tl.PropagateNan.ALL)
     u = tl.clamp(u, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     out = g / (1.0 + tl.exp(-g)) * u
     if WEIGHTED:
-        whose = tl.load(order + row, mask=row < rows, other=0) if SORTED else row
-        out = out * tl.load(weights + whose, mask=row < rows, other=0.0)[:, None]
+        weighted = (row < rows) & (is_early == 0)
+        whose = tl.load(order + row, mask=weighted, other=0) if SORTED else row
+        out = out * tl.load(weights + whose, mask=weighted, other=1.0)[:, None]
     rounded = out.to(y.dtype.element_ty)
     if QUANTISE:
         GROUPS: tl.constexpr = BLOCK // 128
         code, exponent = quantise_e4m3(tl.reshape(rounded.to(tl.float32), (ROWS, GROUPS, 128)), NATIVE)
-        place = paired_place(column) if PAIRED else column
+        place = tl.where(is_early, column, paired_place(column)) if PAIRED else column
         tl.store(codes + row[:, None] * DIM + place[None, :], tl.reshape(code, (ROWS, BLOCK)), mask=inside)
         group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
         where = row[:, None] * (DIM // 128) + group[None, :]
@@ -219,31 +239,45 @@ def invert(order: torch.Tensor) -> torch.Tensor:
     return place
 
 
+def _combine(of: Mixture) -> None:
+    (tokens, dim), options = of.room.shape, launch.options("combine", of.rows)
+    shared = of.rows if of.shared is None else of.shared.contiguous()
+    combine_kernel[(tokens, cdiv(dim, options["BLOCK"]))](
+        of.rows, of.place, of.local, shared, of.room, dim, TOPK=of.topk, SHARED=of.shared is not None, **options
+    )
+
+
 def combine(rows: torch.Tensor, place: torch.Tensor, offsets: torch.Tensor, shared: torch.Tensor | None, *, topk: int, out_dtype: torch.dtype) -> torch.Tensor:
-    """``ops/moe.py: combine``, of copies that went to ``place``."""
+    """``ops/moe.py: combine``, of copies that went to ``place``; for its reader to make, where that is ``hc_post``."""
     copies, dim = rows.shape
     y = torch.empty((copies // topk, dim), dtype=out_dtype, device=rows.device)
-    options = launch.options("combine", rows)
-    combine_kernel[(copies // topk, cdiv(dim, options["BLOCK"]))](
-        rows, place, offsets[-1:], rows if shared is None else shared, y, dim, TOPK=topk, SHARED=shared is not None, **options
-    )
-    return y
+    return waiting(y, Mixture(y, _combine, rows, place, offsets[-1:], shared, topk))
+
+
+Codes = tuple[torch.Tensor, torch.Tensor]
+"""E4M3 codes [rows, dim] and scale bytes [rows, dim / 128]."""
+
+
+def _codes(rows: int, dim: int, device: torch.device) -> Codes:
+    return tuple(torch.empty((rows, width), dtype=torch.uint8, device=device) for width in (dim, dim // 128))  # type: ignore[return-value]
 
 
 def _swiglu(
-    gate: torch.Tensor, up: torch.Tensor, weights: torch.Tensor | None, order: torch.Tensor | None, limit: float, *, quantise: bool, paired: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    gate: torch.Tensor, up: torch.Tensor, weights: torch.Tensor | None, order: torch.Tensor | None, limit: float,
+    *, quantise: bool, paired: bool = False, early: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Codes, Codes]:  # fmt: skip
     pieces, rows, dim = gate.shape
     y = torch.empty((0,) if quantise else (rows, dim), dtype=torch.bfloat16, device=gate.device)
-    codes = torch.empty((rows, dim) if quantise else (0,), dtype=torch.uint8, device=gate.device)
-    scales = torch.empty((rows, dim // 128) if quantise else (0,), dtype=torch.uint8, device=gate.device)
+    early_pieces, early_rows = (0, 0) if early is None else early.shape[:2]
+    codes, early_codes = (_codes(count if quantise else 0, dim, gate.device) for count in (rows, early_rows))
     options = launch.options("swiglu", gate)
-    swiglu_kernel[(cdiv(rows, options["ROWS"]), cdiv(dim, options["BLOCK"]))](
-        gate, up, gate if weights is None else weights, scales if order is None else order, y, codes, scales, rows, pieces, limit,
+    swiglu_kernel[(cdiv(rows, options["ROWS"]) + cdiv(early_rows, options["ROWS"]), cdiv(dim, options["BLOCK"]))](
+        gate, up, gate if weights is None else weights, codes[1] if order is None else order, y, *codes, gate if early is None else early, *early_codes,
+        rows, pieces, early_rows, early_pieces, limit,
         DIM=dim, STRIDE=gate.stride(1), WEIGHTED=weights is not None, SORTED=order is not None, QUANTISE=quantise, PAIRED=paired,
-        NATIVE=launch.native_fp8(gate), **options,
+        EARLY=early is not None, NATIVE=launch.native_fp8(gate), **options,
     )  # fmt: skip
-    return y, codes, scales
+    return y, codes, early_codes
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, weights: torch.Tensor | None, *, limit: float) -> torch.Tensor:
@@ -251,18 +285,25 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, weights: torch.Tensor | None, *
     return _swiglu(gate[None], up[None], weights, None, limit, quantise=False)[0]
 
 
-def swiglu_quant(
-    both: torch.Tensor, weights: torch.Tensor | None = None, order: torch.Tensor | None = None, *, limit: float, paired: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``swiglu`` of [pieces, rows, gate | up], rounded to BF16, then ``act_quant`` (block 128): what ``w2`` multiplies. Half a row is a multiple of 128.
-
-    ``weights`` of copies in the router's order, where ``order`` says which copy a row is; else of rows.
-    """
+def swiglu_quant(both: torch.Tensor, *, limit: float, paired: bool = False) -> Codes:
+    """``swiglu`` of [pieces, rows, gate | up], rounded to BF16, then ``act_quant`` (block 128): what ``w2`` multiplies. Half a row is a multiple of 128."""
     dim = both.shape[2] // 2
-    return _swiglu(both[..., :dim], both[..., dim:], weights, order, limit, quantise=True, paired=paired)[1:]
+    return _swiglu(both[..., :dim], both[..., dim:], None, None, limit, quantise=True, paired=paired)[1]
+
+
+def swiglu_experts(
+    both: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, early: torch.Tensor | None, *, limit: float, paired: bool
+) -> tuple[Codes, Codes]:
+    """``swiglu_quant`` of experts' rows [rows, gate | up], with ``weights`` of copies in the router's order, where ``order`` says which copy a row is; and,
+    where there are such, of the shared expert's [pieces, tokens, gate | up], as wide.
+    """
+    dim = both.shape[1] // 2
+    gate, up = both[None, :, :dim], both[None, :, dim:]
+    return _swiglu(gate, up, weights, order, limit, quantise=True, paired=paired, early=early)[1:]
 
 
 _ROUTE = {"HASH": False, "SORT": False, "TOPK": 6, "BLOCK_K": 8}
+_SWIGLU = {"DIM": 2048, "STRIDE": 4096, "QUANTISE": True}
 SPECS = (
     KernelSpec(
         name="route", kernel=route_kernel, looped=False,
@@ -293,11 +334,13 @@ SPECS = (
     ),
     KernelSpec(
         name="swiglu", kernel=swiglu_kernel, looped=False,
-        signature={"gate": "*bf16", "up": "*bf16", "weights": "*fp32", "order": "*i32", "y": "*bf16", "codes": "*u8", "scales": "*u8"}
-        | {"rows": "i32", "pieces": "i32", "limit": "fp32"},
+        signature={"gate": "*bf16", "up": "*bf16", "weights": "*fp32", "order": "*i32", "y": "*bf16", "early": "*fp32"}
+        | dict.fromkeys(("codes", "scales", "early_codes", "early_scales"), "*u8")
+        | {"rows": "i32", "pieces": "i32", "early_rows": "i32", "early_pieces": "i32", "limit": "fp32"},
         variants={
-            "experts": {"DIM": 2048, "STRIDE": 4096, "WEIGHTED": True, "SORTED": True, "QUANTISE": True, "PAIRED": True},
-            "shared": {"DIM": 2048, "STRIDE": 4096, "WEIGHTED": False, "SORTED": False, "QUANTISE": True, "PAIRED": False},
+            "experts": {**_SWIGLU, "WEIGHTED": True, "SORTED": True, "PAIRED": True, "EARLY": False},
+            "all": {**_SWIGLU, "WEIGHTED": True, "SORTED": True, "PAIRED": True, "EARLY": True},
+            "shared": {**_SWIGLU, "WEIGHTED": False, "SORTED": False, "PAIRED": False, "EARLY": False},
         },
         per_arch=lambda arch: {"NATIVE": arch >= 89},
         work=lambda c: Work(bytes=c["ROWS"] * c["BLOCK"] * 5.0),

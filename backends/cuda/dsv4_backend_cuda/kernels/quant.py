@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from dsv4_backend_cuda import launch
+from dsv4_backend_cuda.carried import Turned, awaited
 from dsv4_backend_cuda.kernels.formats import (
     e2m1_encode,
     e2m1_value,
@@ -61,9 +62,15 @@ def act_qdq_kernel(
     tl.store(y + at, tl.where(column < CHANNELS, rounded, raw), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def hadamard_kernel(x, y, grid, rows, DIM: tl.constexpr, QUANTISE: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr):
-    """Rotation as a product with the +-1 matrix, whose entries are made in registers; beside it, if asked, the result on the FP4 grid in groups of 32."""
+@triton.jit(do_not_specialize=["rows", "heads"])
+def hadamard_kernel(
+    x, positions, freqs, y, grid, rows, heads,
+    DIM: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr, QUANTISE: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rotation as a product with the +-1 matrix, whose entries are made in registers; beside it, if asked, the result on the FP4 grid in groups of 32.
+
+    HALF: pairs of channels at the end that are turned first, as ``rope_kernel`` does, and rounded; rows are ``heads`` of a token.
+    """
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     i = tl.arange(0, DIM)
     at = row[:, None] * DIM + i[None, :]
@@ -74,7 +81,18 @@ def hadamard_kernel(x, y, grid, rows, DIM: tl.constexpr, QUANTISE: tl.constexpr,
     odd ^= odd >> 2
     odd ^= odd >> 1
     sign = (1 - 2 * (odd & 1)).to(tl.bfloat16)
-    rotated = (tl.dot(tl.load(x + at, mask=inside, other=0.0), sign) * NORM).to(y.dtype.element_ty)
+    value = tl.load(x + at, mask=inside, other=0.0)
+    if HALF:
+        turned = i >= DIM - 2 * HALF
+        other = tl.load(x + row[:, None] * DIM + (i ^ 1)[None, :], mask=inside & turned[None, :], other=0.0).to(tl.float32)
+        position = tl.load(positions + row // heads, mask=row < rows, other=0).to(tl.float32)
+        angle = position[:, None] * tl.load(freqs + (i - (DIM - 2 * HALF)) // 2, mask=turned, other=0.0)[None, :]
+        if INVERSE:
+            angle = -angle
+        across = other * tl.sin(angle)
+        both = value.to(tl.float32) * tl.cos(angle) + tl.where(((i & 1) == 0)[None, :], -across, across)
+        value = tl.where(turned[None, :], both.to(x.dtype.element_ty), value)
+    rotated = (tl.dot(value, sign) * NORM).to(y.dtype.element_ty)
     tl.store(y + at, rotated, mask=inside)
     if QUANTISE:
         rounded = qdq(tl.reshape(rotated.to(tl.float32), (ROWS * DIM // 32, 32)), True, True)
@@ -103,15 +121,21 @@ def act_qdq(x: torch.Tensor, *, format: str, block: int, channels: int) -> torch
 
 
 def hadamard(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``ops/quant.py: hadamard`` for contiguous BF16 ``x`` [tokens, dim], dim a power of two from 16 to 256; and the same rounded by ``act_qdq`` to E2M1 in
-    groups of 32, where rows are whole groups.
+    """``ops/quant.py: hadamard`` for BF16 ``x`` [tokens, dim], dim a power of two from 16 to 256; and the same rounded by ``act_qdq`` to E2M1 in groups of
+    32, where rows are whole groups. Heads that wait for RoPE are turned on the way.
     """
     rows, dim = x.shape
     quantise = dim % 32 == 0
-    y = torch.empty_like(x)
-    grid = torch.empty_like(x) if quantise else None
+    of = awaited(x, Turned, rows=True)
+    x = x.contiguous() if of is None else of.x
+    positions, freqs, heads, half = (x, x, 1, 0) if of is None else (of.positions, of.freqs, of.x.shape[1], of.freqs.shape[0])
+    y = torch.empty((rows, dim), dtype=x.dtype, device=x.device)
+    grid = torch.empty_like(y) if quantise else None
     options = launch.options("hadamard", x)
-    hadamard_kernel[(cdiv(rows, options["ROWS"]),)](x, y, y if grid is None else grid, rows, DIM=dim, QUANTISE=quantise, NORM=dim**-0.5, **options)
+    hadamard_kernel[(cdiv(rows, options["ROWS"]),)](
+        x, positions, freqs, y, y if grid is None else grid, rows, heads, DIM=dim, HALF=half, INVERSE=of is not None and of.inverse, QUANTISE=quantise,
+        NORM=dim**-0.5, **options,
+    )  # fmt: skip
     return y, grid
 
 
@@ -140,8 +164,11 @@ SPECS = (
     KernelSpec(
         name="hadamard",
         kernel=hadamard_kernel,
-        signature={"x": "*bf16", "y": "*bf16", "grid": "*bf16", "rows": "i32"},
-        variants={"index": {"DIM": 128, "QUANTISE": True, "NORM": 128**-0.5}},
+        signature={"x": "*bf16", "positions": "*i32", "freqs": "*fp32", "y": "*bf16", "grid": "*bf16", "rows": "i32", "heads": "i32"},
+        variants={
+            "index": {"DIM": 128, "HALF": 0, "INVERSE": False, "QUANTISE": True, "NORM": 128**-0.5},
+            "turned": {"DIM": 128, "HALF": 32, "INVERSE": False, "QUANTISE": True, "NORM": 128**-0.5},
+        },
         mma={80: "HMMA", 89: "HMMA", 90: "HGMMA|HMMA", 100: "UTC.*MMA|HMMA", 120: "HMMA"},
         looped=False,
         work=lambda c: Work(bytes=6.0 * c["ROWS"] * c["DIM"], flops=2.0 * c["ROWS"] * c["DIM"] ** 2),

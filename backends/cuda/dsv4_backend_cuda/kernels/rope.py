@@ -5,7 +5,19 @@ import triton
 import triton.language as tl
 
 from dsv4_backend_cuda import launch
+from dsv4_backend_cuda.carried import Turned, waiting
 from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
+
+
+@triton.jit
+def turn(x, positions, freqs, token, HALF: tl.constexpr, INVERSE: tl.constexpr):
+    """Interleaved pairs of heads [heads, 2 HALF] of one token, rotated by its position; float32."""
+    angle = tl.load(positions + token).to(tl.float32) * tl.load(freqs + tl.arange(0, HALF))
+    if INVERSE:
+        angle = -angle
+    cosine, sine = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
+    a, b = tl.split(tl.reshape(x.to(tl.float32), (x.shape[0], HALF, 2)))
+    return tl.reshape(tl.join(a * cosine - b * sine, a * sine + b * cosine), (x.shape[0], 2 * HALF))
 
 
 @triton.jit(do_not_specialize=["heads"])
@@ -21,27 +33,24 @@ def rope_kernel(
     column = tl.arange(0, BLOCK)
     plain = present & (column < DIM - 2 * HALF)[None, :]
     tl.store(y + row[:, None] + column[None, :], tl.load(x + row[:, None] + column[None, :], mask=plain), mask=plain)
-    pair = tl.arange(0, HALF)
-    angle = tl.load(positions + token).to(tl.float32) * tl.load(freqs + pair)
-    if INVERSE:
-        angle = -angle
-    cosine, sine = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
-    turned = tl.arange(0, 2 * HALF)
-    at = row[:, None] + (DIM - 2 * HALF) + turned[None, :]
-    a, b = tl.split(tl.reshape(tl.load(x + at, mask=present, other=0.0).to(tl.float32), (HEADS, HALF, 2)))
-    out = tl.reshape(tl.join(a * cosine - b * sine, a * sine + b * cosine), (HEADS, 2 * HALF))
+    at = row[:, None] + (DIM - 2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
+    out = turn(tl.load(x + at, mask=present, other=0.0), positions, freqs, token, HALF, INVERSE)
     tl.store(y + at, out.to(y.dtype.element_ty), mask=present)
 
 
 def apply_rope(x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, *, inverse: bool) -> torch.Tensor:
-    """``ops/norm.py: apply_rope`` for contiguous ``x`` [tokens, heads, dim]; the number of pairs is a power of two."""
-    tokens, heads, dim = x.shape
+    """``ops/norm.py: apply_rope`` for contiguous ``x`` [tokens, heads, dim]; the number of pairs is a power of two; for its reader to make, where that is
+    ``hadamard``.
+    """
     y = torch.empty_like(x)
-    options = launch.options("rope", x)
+    return waiting(y, Turned(y, _turn, x, positions, freqs, inverse))
+
+
+def _turn(of: Turned) -> None:
+    (tokens, heads, dim), options = of.x.shape, launch.options("rope", of.x)
     rope_kernel[(tokens, cdiv(heads, options["HEADS"]))](
-        x, positions, freqs, y, heads, DIM=dim, BLOCK=next_power_of_2(dim), HALF=freqs.shape[0], INVERSE=inverse, **options
+        of.x, of.positions, of.freqs, of.room, heads, DIM=dim, BLOCK=next_power_of_2(dim), HALF=of.freqs.shape[0], INVERSE=of.inverse, **options
     )
-    return y
 
 
 SPECS = (

@@ -125,8 +125,12 @@ def _launch(
     return y
 
 
-def products(codes: torch.Tensor, scales: torch.Tensor, weights: Sequence[Weight], *, out_dtype: torch.dtype, fp4: bool, split: bool, reader: bool = False) -> torch.Tensor:
-    """Products with one weight or two [out, in] as [pieces, tokens, outputs]: one piece in ``out_dtype``, or several in float32 for the reader to add up.
+def products(
+    codes: torch.Tensor, scales: torch.Tensor, weights: Sequence[Weight],
+    *, out_dtype: torch.dtype, fp4: bool, split: bool, reader: bool = False, room: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Products with one weight or two [out, in] as [pieces, tokens, outputs]: one piece in ``out_dtype`` (in ``room``, if given), or several in float32 for
+    the reader to add up.
 
     ``split``: allowed to cut the sum in pieces, where there are too few programs for the multiprocessors; ``reader``: whoever reads it adds them up.
     """
@@ -144,15 +148,18 @@ def products(codes: torch.Tensor, scales: torch.Tensor, weights: Sequence[Weight
     if DECODE_TOKENS < rows <= MIDDLE_TOKENS and span == steps and not fp4:
         options, tiles, span = shared_out("middle")
     count = max(cdiv(steps, span), 1)
-    y = torch.empty((count, rows, n * len(weights)), dtype=out_dtype if count == 1 else torch.float32, device=codes.device)
+    y = torch.empty((count, rows, n * len(weights)), dtype=torch.float32, device=codes.device) if count > 1 else None
+    if y is None:
+        y = (torch.empty((rows, n * len(weights)), dtype=out_dtype, device=codes.device) if room is None else room)[None]
     return _launch((codes, scales), weights, y, scales, None, experts=0, tiles=tiles, topk=0, fp4=fp4, span=span, options=options)
 
 
 def linear(
-    codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, *, out_dtype: torch.dtype, fp4: bool = False, split: bool = False
-) -> torch.Tensor:
+    codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor,
+    *, out_dtype: torch.dtype, fp4: bool = False, split: bool = False, room: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Quantised activation [tokens, in] x weight [out, in]: ``ops/matmul.py: linear`` after ``act_quant``. All four operands uint8; in % 128 = 0."""
-    return total(products(codes, scales, [(weight, weight_scale)], out_dtype=out_dtype, fp4=fp4, split=split), out_dtype)
+    return total(products(codes, scales, [(weight, weight_scale)], out_dtype=out_dtype, fp4=fp4, split=split, room=room), out_dtype, room)
 
 
 def expert_products(

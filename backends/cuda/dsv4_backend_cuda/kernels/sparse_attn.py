@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 
 from dsv4_backend_cuda import launch
+from dsv4_backend_cuda.carried import Attended, waiting
+from dsv4_backend_cuda.kernels.rope import turn
 from dsv4_backend_cuda.kernels.unpack import unpack_rows
 from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
 
@@ -62,9 +64,12 @@ def sparse_attn_kernel(
 
 @triton.jit(do_not_specialize=["pieces"])
 def sparse_attn_combine_kernel(
-    partial, partial_sum, sink, y, heads, pieces, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr, HEADS: tl.constexpr
-):
-    """Add up the pieces of HEADS heads of one token, in order, each scaled to the common maximum."""
+    partial, partial_sum, sink, positions, freqs, y, heads, pieces,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, PIECES: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Add up the pieces of HEADS heads of one token, in order, each scaled to the common maximum. HALF: pairs of channels at the end that are then turned
+    back, as ``rope_kernel`` does.
+    """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     column, p = tl.arange(0, BLOCK_D), tl.arange(0, PIECES)
@@ -76,13 +81,21 @@ def sparse_attn_combine_kernel(
     above = tl.maximum(tl.max(tops, axis=1), drain)
     total = tl.exp(drain - above)
     acc = tl.zeros((HEADS, BLOCK_D), tl.float32)
+    last = DIM - 2 * HALF + tl.arange(0, 2 * HALF if HALF else 2)
+    tail = tl.zeros((HEADS, 2 * HALF if HALF else 2), tl.float32)
     for piece in range(pieces):
         row = (token * pieces + piece) * heads + head
         fade = tl.exp(tl.load(partial_sum + 2 * row, mask=live, other=NOTHING) - above)
         total += fade * tl.load(partial_sum + 2 * row + 1, mask=live, other=0.0)
         acc += fade[:, None] * tl.load(partial + row[:, None] * DIM + column[None, :], mask=tile, other=0.0)
-    out = acc / tl.where(total == 0, 1.0, total)[:, None]
-    tl.store(y + (token * heads + head)[:, None] * DIM + column[None, :], out.to(y.dtype.element_ty), mask=tile)
+        if HALF:
+            tail += fade[:, None] * tl.load(partial + row[:, None] * DIM + last[None, :], mask=live[:, None], other=0.0)
+    total = tl.where(total == 0, 1.0, total)[:, None]
+    out = y + (token * heads + head)[:, None] * DIM
+    tl.store(out + column[None, :], (acc / total).to(y.dtype.element_ty), mask=tile & (column < DIM - 2 * HALF)[None, :])
+    if HALF:
+        turned = turn((tail / total).to(y.dtype.element_ty), positions, freqs, token, HALF, True)
+        tl.store(out + last[None, :], turned.to(y.dtype.element_ty), mask=live[:, None])
 
 
 def sparse_attn(q: torch.Tensor, kv: torch.Tensor, attn_sink: torch.Tensor, topk_idxs: torch.Tensor, *, softmax_scale: float, split: bool) -> torch.Tensor:
@@ -99,12 +112,18 @@ def sparse_attn(q: torch.Tensor, kv: torch.Tensor, attn_sink: torch.Tensor, topk
     sparse_attn_kernel[(tokens, cdiv(heads, options["HEADS"]), pieces)](
         q, kv, attn_sink, topk_idxs, y, partial, sums, heads, count, softmax_scale, DIM=dim, BLOCK_D=block, SPLIT=length if split else 0, **options
     )
-    if split:
-        options = launch.options("sparse_attn_combine", q)
-        sparse_attn_combine_kernel[(tokens, cdiv(heads, options["HEADS"]))](
-            partial, sums, attn_sink, y, heads, pieces, DIM=dim, BLOCK_D=block, PIECES=next_power_of_2(pieces), **options
-        )
-    return y
+    return waiting(y, Attended(y, combine, partial, sums, attn_sink)) if split else y
+
+
+def combine(of: Attended, y: torch.Tensor | None = None, positions: torch.Tensor | None = None, freqs: torch.Tensor | None = None) -> None:
+    """Put the attended rows into their room, or, turned back by RoPE, into ``y``."""
+    _, pieces, heads, dim = of.partial.shape
+    y = of.room if y is None else y
+    options = launch.options("sparse_attn_combine", y)
+    sparse_attn_combine_kernel[(y.shape[0], cdiv(heads, options["HEADS"]))](
+        of.partial, of.sums, of.sink, of.sink if positions is None else positions, of.sink if freqs is None else freqs, y, heads, pieces,
+        DIM=dim, BLOCK_D=next_power_of_2(dim), HALF=0 if freqs is None else freqs.shape[0], PIECES=next_power_of_2(pieces), **options,
+    )  # fmt: skip
 
 
 def cached_sparse_attn(
@@ -140,8 +159,8 @@ SPECS = (
     KernelSpec(
         name="sparse_attn_combine",
         kernel=sparse_attn_combine_kernel,
-        signature={"partial": "*fp32", "partial_sum": "*fp32", "sink": "*fp32", "y": "*bf16", "heads": "i32:16", "pieces": "i32"},
-        variants={"flash": _SHAPE | {"PIECES": 8}},
+        signature={"partial": "*fp32", "partial_sum": "*fp32", "sink": "*fp32", "positions": "*i32", "freqs": "*fp32", "y": "*bf16", "heads": "i32:16", "pieces": "i32"},
+        variants={"flash": _SHAPE | {"PIECES": 8, "HALF": 0}, "turned": _SHAPE | {"PIECES": 8, "HALF": 32}},
         work=lambda c: Work(bytes=c["HEADS"] * 512 * 4.0),
     ),
 )
