@@ -90,6 +90,12 @@ class Attention:
     compressor: Compressor | None
     indexer: Indexer | None
 
+    @property
+    def compressors(self) -> list[Compressor]:
+        """Of rows, and of the indexer's keys."""
+        own = [self.compressor] if self.compressor else []
+        return [*own, self.indexer.compressor] if self.indexer else own
+
 
 @dataclass(frozen=True)
 class Moe:
@@ -281,23 +287,29 @@ class Model:
         T, d, act = step.tokens, c.head_dim, be.activation_dtype
         if T == 0:  # a rank that takes part in the experts' exchange alone
             return x
-        qr = be.rms_norm(be.linear(x, w.wq_a, out_dtype=act), w.q_norm, eps=c.rms_norm_eps)
+        where = step.compression(block.ratio) if block.ratio else None
+        indexer = w.indexer if where and where.picks else None
+        # products of one input stand together: a backend may compute them in one launch
+        qr, kv = (be.linear(x, weight, out_dtype=act) for weight in (w.wq_a, w.wkv))
+        scores = [be.kv_score(x, each.wkv, each.wgate) for each in w.compressors]
+        weights = be.linear(x, indexer.weights_proj, out_dtype=be.wide_dtype) if indexer else None
+        qr = be.rms_norm(qr, w.q_norm, eps=c.rms_norm_eps)
         q = be.linear(qr, w.wq_b, out_dtype=act)
+        index_q = be.linear(qr, indexer.wq_b, out_dtype=act) if indexer else None
         heads = q.shape[1] // d
         q = be.rms_norm_rope(q.reshape((T, heads, d)), None, step.positions, block.freqs, eps=c.rms_norm_eps)
-        kv = self.turned(be.linear(x, w.wkv, out_dtype=act), w.kv_norm, step.positions, block.freqs)
+        kv = self.turned(kv, w.kv_norm, step.positions, block.freqs)
 
         cache, layout = step.cache.layers[block.index], step.cache.kv_layout
         idxs, rows, row_index = step.window_idxs, None, None
-        if not block.ratio or not w.compressor:
+        if not where or not w.compressor:
             kv = self.on_grid(kv)
         else:
-            where = step.compression(block.ratio)
-            closed, cache.state = self._close_windows(w.compressor, x, d, block.freqs, cache.state, step, where)
+            closed, cache.state = self._close_windows(w.compressor, scores[0], d, block.freqs, cache.state, step, where)
             kv, closed = self._rounded(kv, closed, layout)
             if closed is not None:
                 cache.rows = written(be, _held(cache.rows), closed, where.row_write, layout=layout)
-            picked = self._picked_rows(w.indexer, qr, x, block, cache, step, where)
+            picked = self._picked_rows(w.indexer, scores[-1], index_q, weights, block, cache, step, where)
             if picked:
                 rows, (row_index, idxs) = cache.rows, picked
         o = be.cached_sparse_attn(
@@ -341,7 +353,7 @@ class Model:
     def _close_windows(
         self,
         w: Compressor,
-        x: Array,
+        kv_score: Array,
         dim: int,
         freqs: Array,
         state: Array | None,
@@ -352,7 +364,6 @@ class Model:
         where none does), and the state with this step's tokens in it.
         """
         be, layout = self.backend, step.cache.state_layout(where.ratio, dim)
-        kv_score = be.kv_score(x, w.wkv, w.wgate)
         rows = None
         if where.closing:
             rows = be.cached_compress(kv_score, _held(state), where.state_read, w.ape, where.window_idxs, dim=dim)
@@ -362,31 +373,33 @@ class Model:
     def _picked_rows(
         self,
         w: Indexer | None,
-        qr: Array,
-        x: Array,
+        kv_score: Array,
+        q: Array | None,
+        weights: Array | None,
         block: Block,
         cache: LayerCache,
         step: Addresses,
         where: Compression,
     ) -> tuple[Array, Array] | None:
         """Which compressed rows are read and which rows of all, window rows first, each token
-        attends to: ``row_index``, ``idxs`` [T, ...].
+        attends to: ``row_index``, ``idxs`` [T, ...]. ``kv_score``, ``q``, ``weights``: the
+        indexer's products, the last two None where nothing is picked.
         """
         if w is None:
             return (where.row_read, where.row_idxs) if where.bound and where.row_idxs is not None else None
         be, c = self.backend, self.config
         Hi, di, layout = c.index_n_heads, c.index_head_dim, step.cache.key_layout
-        rows, cache.key_state = self._close_windows(w.compressor, x, di, block.freqs, cache.key_state, step, where)
+        rows, cache.key_state = self._close_windows(
+            w.compressor, kv_score, di, block.freqs, cache.key_state, step, where
+        )
         if rows is not None:
             keys = be.hadamard(rows)
             keys = self._index_on_grid(keys) if layout.kind == "plain" else keys
             cache.keys = written(be, _held(cache.keys), keys, where.row_write, layout=layout)
-        if where.picks is None:
+        if where.picks is None or q is None or weights is None:
             return None
-        q = be.linear(qr, w.wq_b, out_dtype=be.activation_dtype).reshape((step.tokens, Hi, di))
-        q = be.apply_rope(q, step.positions, block.freqs, inverse=False)
+        q = be.apply_rope(q.reshape((step.tokens, Hi, di)), step.positions, block.freqs, inverse=False)
         q = self._index_on_grid(be.hadamard(q.reshape((step.tokens * Hi, di))))
-        weights = be.linear(x, w.weights_proj, out_dtype=be.wide_dtype)
         picks = be.cached_index_topk(
             q.reshape((step.batch, step.seq, Hi, di)),
             weights.reshape((step.batch, step.seq, Hi)),

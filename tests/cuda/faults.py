@@ -81,7 +81,7 @@ FAULTS = {
         "y += tl.program_id(2).to(tl.int64) * rows * stride", "y += 0 * tl.program_id(2).to(tl.int64) * rows * stride", "linear", "standard", "bf16_at_in=7168",
     ),
     "second_weight_is_the_first": Fault(
-        "the second of two weights in one launch is the first again", "tiles", "w, ws, y = w2, ws2, y + width", "y = y + width", "ffn", "smoke", "fp8",
+        "the second of two weights in one launch is the first again", "tiles", "w, ws, y, N, stride = w2, ws2, y2, N2, stride2", "y, N, stride = y2, N2, stride2", "ffn", "smoke", "fp8",
     ),
     "position_of_the_row": Fault(
         "a head is turned by its row's number in place of its token's position", "norm_rope", "row // heads", "row // 1", "rms_norm_rope",
@@ -152,6 +152,20 @@ FAULTS = {
     ),
     "equals_in_any_order": Fault(
         "the router puts copies of one expert in the same place", "moe", "& (copy[None, :] < copy[:, None])", "& (copy[None, :] < 0)", "test_kernel_moe.py",
+    ),
+    "product_never_launched": Fault(
+        "who reads a product that was not launched takes its room as it is", "dsv4_backend_cuda/carried", "        later.begun()\n", "", "test_carried.py",
+    ),
+    "rooms_changed": Fault(
+        "products that are launched together stand in each other's rooms", "dsv4_backend_cuda/bindings", "zip(some, parts, strict=True)", "zip(some, parts[::-1], strict=True)",
+        "test_carried.py",
+    ),
+    "stride_of_the_first": Fault(
+        "the second weight's rows are stored with the first one's stride", "tiles", "w2, ws2, y2, N2, stride2\n    return", "w2, ws2, y2, N2, stride\n    return",
+        "test_carried.py",
+    ),
+    "fourth_weight_is_the_third": Fault(
+        "of five weights in one launch the fourth is the third again", "dense_matmul", "w4, ws, y4, N4, stride4)", "w3, ws, y4, N4, stride4)", "test_carried.py",
     ),
     "streams_of_the_other_side": Fault(
         "the next sub-layer makes streams with comb as it stands, not transposed", "mhc", "tl.load(comb + (token * EXPAND + j) * EXPAND + stream)",

@@ -221,7 +221,7 @@ def hc_head_weights():
 
 @pytest.mark.parametrize("form", ["other streams", "odd channels", "many tokens", "invariant"])
 def test_streams_of_another_form_are_made_first(be, form):
-    """A reader that sees them otherwise, blocks of channels across streams, steps of many tokens."""
+    """A reader that sees them otherwise, blocks across streams, steps of many tokens."""
     tokens, dim = (17 if form == "many tokens" else 2), (96 if form == "odd channels" else 256)
     be = CudaBackend(interpret=True, batch_invariant=True) if form == "invariant" else be
     h = streams(be, tokens, experts="", dim=dim)
@@ -319,3 +319,51 @@ def test_a_recorded_step_gives_nothing_that_waits(be, monkeypatch):
     monkeypatch.setattr(be, "index", 0)
     be.record(lambda x: [(x,)])(product)
     assert not product.later.waits
+
+
+def norm_of(be, tokens, seed=61, dim=512):
+    """An input of products, as the graph has it."""
+    return be.rms_norm(oracle.normal(tokens, dim, seed=seed), oracle.normal(dim, seed=seed + 1), eps=1e-6)
+
+
+@pytest.mark.parametrize("dim", [512, 4096])
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_products_of_one_input_are_launched_by_their_first_reader(be, first, dim):
+    """FP8 and BF16 ones apart, each with the others of its kind; in one piece, and in several."""
+    x = norm_of(be, 3, dim=dim)
+    weights = [scaled(*shape, seed=63) for shape in ((192, dim), (64, dim), (128, dim))]
+    plain = [oracle.normal(*shape, seed=64) for shape in ((96, dim), (96, dim), (32, dim), (32, dim), (16, dim))]
+
+    def calls(x):
+        out = [be.linear(x, w, out_dtype="bfloat16") for w in weights]
+        out += [be.kv_score(x, *plain[:2]), be.kv_score(x, *plain[2:4]), be.linear(x, plain[4], out_dtype="float32")]
+        return out
+
+    waiting = calls(x)
+    assert all(isinstance(y, Waiting) and y.later.waits and y.later.pieces is None for y in waiting)
+    want = [y.clone() for y in calls(x.clone())]
+    _, ran = launches(be, "hadamard", waiting[first].reshape((-1, 64)))
+    assert ran.count("scaled_matmul_kernel") == 2  # two at a time
+    assert "dense_matmul_kernel" not in ran
+    _, ran = launches(
+        be,
+        "index_scores",
+        oracle.normal(1, 3, 16, 32, seed=9),
+        waiting[5].reshape((1, 3, 16)),
+        oracle.normal(1, 20, 32, seed=10),
+        scale=0.1,
+    )
+    assert ran == ["dense_matmul_kernel", "index_scores_kernel"]
+    assert x.products == {(True, torch.bfloat16): [], (False, torch.float32): []}
+    for got, exact in zip(waiting, want, strict=True):  # in other pieces than alone
+        torch.testing.assert_close(got.clone().float(), exact.float(), rtol=2**-7, atol=1e-4 * float(exact.abs().max()))
+
+
+def test_what_stands_alone_is_launched_at_once(be):
+    """Inputs that are no norm, steps of many tokens, and where bits may not depend on others."""
+    weight = scaled(192, 512, seed=63)
+    invariant = CudaBackend(interpret=True, batch_invariant=True)
+    for backend, x in ((be, norm_of(be, 3).clone()), (be, norm_of(be, 17)), (invariant, norm_of(invariant, 3))):
+        y, ran = launches(backend, "linear", x, weight, out_dtype="bfloat16")
+        assert "scaled_matmul_kernel" in ran
+        assert type(y) is torch.Tensor

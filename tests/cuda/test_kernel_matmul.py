@@ -156,5 +156,5 @@ def test_a_program_wider_than_a_scale_is_refused():
     config = {"BLOCK_N": 256, "BLOCK_T": 16, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
     with pytest.raises(Exception, match="one scale of 128 outputs"):
         scaled_matmul._launch(
-            (codes, scales), [(weight, scale)], y, scales, None, experts=0, tiles=1, topk=0, fp4=False, span=1, options=config,
+            (codes, scales), [(weight, scale)], [y], scales, None, experts=0, tiles=1, topk=0, fp4=False, span=1, options=config,
         )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dsv4_backend_cuda import launch
-from dsv4_backend_cuda.carried import Attended, Grid, Shared, awaited, carrying, settle, waiting
+from dsv4_backend_cuda.carried import Attended, Carrying, Grid, Product, Shared, Sum, awaited, carrying, settle, waiting
 from dsv4_backend_cuda.kernels import (
     add_pieces,
     cache,
@@ -155,8 +155,45 @@ def hadamard(be: Settings, x: Tensor) -> Tensor:
     return y if grid is None else carrying(y, grids={("e2m1", FP4_GROUP, x.shape[1]): grid})
 
 
+def _together(be: Settings, x: Tensor, weights: list[Any], dtype: torch.dtype) -> Tensor | None:
+    """A product of few tokens that another of the same input may follow: the first that is read is
+    launched with all that are there by then. None where the input is not one of the graph's norms.
+    """
+    if not isinstance(x, Carrying) or be.batch_invariant or not 0 < x.shape[0] <= be.few_tokens:
+        return None
+    scaled = isinstance(weights[0], ScaledArray)
+    waits = x.products.setdefault((scaled, dtype), [])
+    room = torch.empty((x.shape[0], sum(w.shape[0] for w in weights)), dtype=dtype, device=x.device)
+
+    def begin() -> None:
+        while waits:
+            some: list[Product] = []
+            most = scaled_matmul.TOGETHER if scaled else dense_matmul.TOGETHER
+            while waits and sum(len(p.weights) for p in (*some, waits[0])) <= most:
+                some.append(waits.pop(0))
+            rooms = [p.of.room for p in some]
+            if scaled:
+                parts = scaled_matmul.together(*_quantise(x, fp4=False), [_parts(p.weights[0]) for p in some], rooms)
+            else:
+                parts = dense_matmul.together(x.contiguous(), [p.weights for p in some], rooms)
+            for product, part in zip(some, parts, strict=True):
+                if part.shape[0] == 1:
+                    product.of.done()
+                else:
+                    product.of.pieces = part
+
+    later = Sum(room, add_pieces.add_up, None, begin)
+    waits.append(Product(later, weights))
+    return waiting(room, later)
+
+
 def linear(be: Settings, x: Tensor, weight: Any, *, out_dtype: str) -> Tensor:
     dtype = getattr(torch, out_dtype)
+    if (
+        not (isinstance(weight, ScaledArray) and _fp4(weight))
+        and (product := _together(be, x, [weight], dtype)) is not None
+    ):
+        return product
     if isinstance(weight, ScaledArray):
         return _product(be, _quantise(x, fp4=_fp4(weight)), weight, dtype)
     return dense_matmul.linear(x.contiguous(), weight.contiguous(), out_dtype=dtype, split=not be.batch_invariant)
@@ -302,6 +339,8 @@ def compressed(be: Settings, kv_score: Tensor, ape: Tensor, window_idxs: Tensor,
 
 def kv_score(be: Settings, x: Tensor, wkv: Any, wgate: Any) -> Tensor:
     weights = wkv.contiguous(), wgate.contiguous()
+    if (product := _together(be, x, [*weights], torch.float32)) is not None:
+        return product
     return dense_matmul.linear(x.contiguous(), *weights, out_dtype=torch.float32, split=not be.batch_invariant)
 
 

@@ -29,6 +29,10 @@ class Carrying(Tensor):
     """Its rows rounded."""
     order: tuple[Tensor, Tensor, Tensor] | None
     """Of an expert a copy: what ``moe.sort`` gives where all experts are here."""
+    products: dict[tuple[bool, torch.dtype], list[Product]]
+    """Products of it that are not launched yet, by whether its codes are multiplied and by the
+    result's dtype.
+    """
 
     def reshape(self, *shape: Any) -> Tensor:
         """Rows of the same length stay the same rows."""
@@ -47,7 +51,7 @@ def carrying(
 ) -> Tensor:
     """``array``, carrying these."""
     made = array.as_subclass(Carrying)
-    made.codes, made.grids, made.order = codes or {}, grids or {}, order
+    made.codes, made.grids, made.order, made.products = codes or {}, grids or {}, order, {}
     return made
 
 
@@ -77,9 +81,17 @@ class Later:
 
 @dataclass(eq=False)
 class Sum(Later):
-    """A product's pieces [pieces, ...] in float32, which nobody has added up."""
+    """A product's pieces [pieces, ...] in float32, which nobody has added up; None before ``begin``
+    has launched it, with others of its input, and made the pieces or filled the room.
+    """
 
-    pieces: Tensor
+    pieces: Tensor | None
+    begin: Callable[[], None] | None = None
+
+    def begun(self) -> None:
+        """Launch it, unless that was done."""
+        if self.begin and self.pieces is None:
+            self.begin()
 
 
 @dataclass(eq=False)
@@ -135,6 +147,14 @@ class Turned(Later):
     positions: Tensor
     freqs: Tensor
     inverse: bool
+
+
+@dataclass(eq=False)
+class Product:
+    """A sum that waits, and its weights: one, or two side by side."""
+
+    of: Sum
+    weights: list[Any]
 
 
 Kind = TypeVar("Kind", bound=Later)
@@ -200,5 +220,7 @@ def parts(array: Tensor) -> Tensor:
     [1, elements].
     """
     if isinstance(array, Waiting) and isinstance(later := array.later, Sum) and later.waits:
-        return later.pieces.reshape(later.pieces.shape[0], -1)
+        later.begun()
+        if later.waits and later.pieces is not None:
+            return later.pieces.reshape(later.pieces.shape[0], -1)
     return array.contiguous().reshape(1, -1)

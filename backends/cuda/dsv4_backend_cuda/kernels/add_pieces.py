@@ -20,6 +20,9 @@ def add_pieces_kernel(partial, y, size, pieces, BLOCK: tl.constexpr):
 
 def add_up(of: Sum) -> None:
     """Put the sum of [pieces, ...] over the pieces into its room."""
+    of.begun()
+    if not of.waits or of.pieces is None:
+        return  # of one piece
     y, options = of.room, launch.options("add_pieces", of.pieces)
     add_pieces_kernel[(cdiv(y.numel(), options["BLOCK"]),)](of.pieces, y, y.numel(), of.pieces.shape[0], **options)
 

@@ -10,7 +10,8 @@ import triton.language as tl
 from dsv4_backend_cuda import launch, pieces
 from dsv4_backend_cuda.kernels.add_pieces import total
 from dsv4_backend_cuda.kernels.formats import e8m0_value
-from dsv4_backend_cuda.kernels.tiles import of_two
+from dsv4_backend_cuda.kernels.scaled_matmul import side_by_side
+from dsv4_backend_cuda.kernels.tiles import following
 from dsv4_backend_cuda.kernels.words import bf16_of_e4m3
 from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv
 
@@ -19,24 +20,28 @@ DECODE_TOKENS = 16
 
 @triton.jit(do_not_specialize=["rows", "span"])
 def dense_matmul_kernel(
-    x, w, w2, ws, y, rows, N, K, span,
-    GROUPS: tl.constexpr, FP8: tl.constexpr, TWO: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, WORDS: tl.constexpr = 0,
+    x, w, w2, w3, w4, w5, ws, y, y2, y3, y4, y5, rows, N, N2, N3, N4, N5, stride, stride2, stride3, stride4, stride5, K, span,
+    GROUPS: tl.constexpr, FP8: tl.constexpr, WEIGHTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, WORDS: tl.constexpr = 0,
 ):  # fmt: skip
     """A program computes BLOCK_N of group program_id(2)'s N outputs for BLOCK_T rows. Weights are the tall operand, as in ``scaled_matmul``. FP8: K is a multiple of 4.
 
-    WORDS: codes are widened in words of four, where a conversion for each takes as long as the products (16 lanes a cycle on sm_90) or does not exist. TWO: one group, two BF16
-    weights of N outputs, side by side in a row of ``y``. SPLIT: one group, and program_id(2) is the piece of the sum, ``span`` steps of 128, into ``y``
-    [pieces, rows, outputs].
+    WORDS: codes are widened in words of four, where a conversion for each takes as long as the products (16 lanes a cycle on sm_90) or does not exist. ``stride``: from a row of
+    ``y`` to the next. WEIGHTS: one group, so many BF16 weights, each with its outputs and its ``y``. SPLIT: one group, and program_id(2) is the piece of the
+    sum, ``span`` steps of 128, into ``y`` [pieces, rows, stride].
     """
-    group, begin, stop = tl.program_id(2), 0, K
-    stride = 2 * N if TWO else N * GROUPS
+    tile, group, begin, stop = tl.program_id(0), tl.program_id(2), 0, K
+    if WEIGHTS > 1:
+        tile, w, ws, y, N, stride = following(tile, tl.cdiv(N, BLOCK_N), w, ws, y, N, stride, w2, ws, y2, N2, stride2)
+    if WEIGHTS > 2:
+        tile, w, ws, y, N, stride = following(tile, tl.cdiv(N, BLOCK_N), w, ws, y, N, stride, w3, ws, y3, N3, stride3)
+    if WEIGHTS > 3:
+        tile, w, ws, y, N, stride = following(tile, tl.cdiv(N, BLOCK_N), w, ws, y, N, stride, w4, ws, y4, N4, stride4)
+    if WEIGHTS > 4:
+        tile, w, ws, y, N, stride = following(tile, tl.cdiv(N, BLOCK_N), w, ws, y, N, stride, w5, ws, y5, N5, stride5)
     if SPLIT:
         group, begin = 0, tl.program_id(2) * span * 128
         stop = tl.minimum(begin + span * 128, K)
         y += tl.program_id(2).to(tl.int64) * rows * stride
-    tile = tl.program_id(0)
-    if TWO:
-        tile, w, ws, y = of_two(tile, tl.cdiv(N, BLOCK_N), w, ws, y, w2, ws, N)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     live_n, live_t = n < N, row < rows
@@ -63,28 +68,53 @@ def dense_matmul_kernel(
     tl.store(y + at, tl.trans(acc).to(y.dtype.element_ty), mask=live_t[:, None] & live_n[None, :])
 
 
+TOGETHER = 5
+"""Weights that one launch can take."""
+
+
+def _shared_out(
+    kernel: str, x: torch.Tensor, outputs: Sequence[int], *, split: bool, reader: bool = False
+) -> tuple[dict[str, Any], int, int]:
+    """The tile for products with so many outputs each, the span that a program sums, and how many pieces those are."""
+    rows, steps = x.shape[0], cdiv(x.shape[-1], 128)
+    options = launch.options(f"{kernel}_{'decode' if rows <= DECODE_TOKENS else 'prefill'}", x)
+    programs = sum(cdiv(n, options["BLOCK_N"]) for n in outputs) * cdiv(rows, options["BLOCK_T"])
+    span = pieces.span(programs, steps, launch.architecture(str(x.device)), reader=reader) if split else steps
+    return options, span, max(cdiv(steps, span), 1)
+
+
 def _launch(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], scale: torch.Tensor | None, out_dtype: torch.dtype, groups: int, *, split: bool, reader: bool = False
-) -> torch.Tensor:
-    rows, k = x.shape[0], x.shape[-1]
-    first, last = weights[0], weights[-1]
-    n = first.shape[0] // groups
-    options = launch.options(f"{'grouped_linear' if scale is not None else 'bf16_linear'}_{'decode' if rows <= DECODE_TOKENS else 'prefill'}", x)
-    grid = (cdiv(n, options["BLOCK_N"]) * len(weights), cdiv(rows, options["BLOCK_T"]))
-    steps = cdiv(k, 128)
-    span = pieces.span(grid[0] * grid[1], steps, launch.architecture(str(x.device)), reader=reader) if split else steps
-    count = max(cdiv(steps, span), 1)
-    y = torch.empty((count, rows, first.shape[0] * len(weights)), dtype=out_dtype if count == 1 else torch.float32, device=x.device)
-    dense_matmul_kernel[(*grid, max(groups, count))](
-        x, first, last, first if scale is None else scale, y, rows, n, k, span,
-        GROUPS=groups, FP8=scale is not None, TWO=len(weights) == 2, SPLIT=count > 1, **options,
+    x: torch.Tensor, weights: Sequence[torch.Tensor], ys: Sequence[torch.Tensor], scale: torch.Tensor | None, *, groups: int, span: int, options: dict[str, Any]
+) -> None:
+    """Products with up to TOGETHER weights, each into its columns [pieces, rows, outputs]; with ``groups`` one, whose rows of groups these are."""
+    rows, k, count, outputs = x.shape[0], x.shape[-1], ys[0].shape[0], [w.shape[0] // groups for w in weights]
+    grid = (sum(cdiv(n, options["BLOCK_N"]) for n in outputs), cdiv(rows, options["BLOCK_T"]), max(groups, count))
+
+    def filled(values: Sequence[Any]) -> Sequence[Any]:
+        return [*values, *[values[-1]] * (TOGETHER - len(values))]
+
+    dense_matmul_kernel[grid](
+        x, *filled(weights), weights[0] if scale is None else scale, *filled(ys), rows, *filled(outputs), *filled([y.stride(1) for y in ys]), k, span,
+        GROUPS=groups, FP8=scale is not None, WEIGHTS=len(weights), SPLIT=count > 1, **options,
     )  # fmt: skip
-    return y
 
 
 def products(x: torch.Tensor, weights: Sequence[torch.Tensor], *, out_dtype: torch.dtype, split: bool, reader: bool = False) -> torch.Tensor:
     """``linear`` with one weight, or two of a shape, as [pieces, tokens, outputs]: one piece, or several in float32 to be added up (``scaled_matmul.products``)."""
-    return _launch(x, weights, None, out_dtype, 1, split=split, reader=reader)
+    outputs = [w.shape[0] for w in weights]
+    options, span, count = _shared_out("bf16_linear", x, outputs, split=split, reader=reader)
+    y = torch.empty((count, x.shape[0], sum(outputs)), dtype=out_dtype if count == 1 else torch.float32, device=x.device)
+    _launch(x, weights, side_by_side(y, len(weights)), None, groups=1, span=span, options=options)
+    return y
+
+
+def together(x: torch.Tensor, weights: Sequence[Sequence[torch.Tensor]], rooms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Products of one input with weights, or pairs of them side by side: each in its room [tokens, outputs], or several pieces for the readers."""
+    options, span, count = _shared_out("bf16_linear", x, [w.shape[0] for pair in weights for w in pair], split=True)
+    ys = [room[None] if count == 1 else torch.empty((count, *room.shape), dtype=torch.float32, device=x.device) for room in rooms]
+    columns = [part for pair, y in zip(weights, ys, strict=True) for part in side_by_side(y, len(pair))]
+    _launch(x, [w for pair in weights for w in pair], columns, None, groups=1, span=span, options=options)
+    return ys
 
 
 def linear(x: torch.Tensor, *weights: torch.Tensor, out_dtype: torch.dtype, split: bool = False) -> torch.Tensor:
@@ -94,7 +124,11 @@ def linear(x: torch.Tensor, *weights: torch.Tensor, out_dtype: torch.dtype, spli
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """``ops/matmul.py: grouped_linear`` for ``x`` [tokens, groups, in] and a weight [out, in], BF16 or E4M3 codes with ``scale``."""
-    return _launch(x, [weight], scale, x.dtype, x.shape[1], split=False)[0]
+    kernel = "bf16_linear" if scale is None else "grouped_linear"
+    options, span, _ = _shared_out(kernel, x, [weight.shape[0] // x.shape[1]], split=False)
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    _launch(x, [weight], [y[None]], scale, groups=x.shape[1], span=span, options=options)
+    return y
 
 
 def _specs(name: str, *, fp8: bool, groups: int) -> KernelSpec:
@@ -102,11 +136,13 @@ def _specs(name: str, *, fp8: bool, groups: int) -> KernelSpec:
         n, t = c["BLOCK_N"], c["BLOCK_T"]
         return Work(bytes=n * 128.0 * (1 if fp8 else 2) * (1 if t <= DECODE_TOKENS else 1 / 8), flops=2.0 * n * t * 128)
 
+    kinds = {"w": "*u8" if fp8 else "*bf16", "y": "*bf16" if fp8 else "*fp32", "N": "i32:16", "stride": "i32:16"}
     return KernelSpec(
         name=name, kernel=dense_matmul_kernel,
-        signature=dict.fromkeys(("w", "w2"), "*u8" if fp8 else "*bf16") | {"x": "*bf16", "ws": "*u8", "y": "*bf16" if fp8 else "*fp32", "rows": "i32", "N": "i32:16", "K": "i32:16", "span": "i32"},
-        variants={"flash": {"GROUPS": groups, "FP8": fp8, "TWO": False, "SPLIT": False}}
-        | ({} if fp8 else {"split": {"GROUPS": 1, "FP8": False, "TWO": False, "SPLIT": True}, "pair": {"GROUPS": 1, "FP8": False, "TWO": True, "SPLIT": True}}),
+        signature={"x": "*bf16", "ws": "*u8", "rows": "i32", "K": "i32:16", "span": "i32"}
+        | {f"{arg}{i}": kind for arg, kind in kinds.items() for i in ("", 2, 3, 4, 5)},
+        variants={"flash": {"GROUPS": groups, "FP8": fp8, "WEIGHTS": 1, "SPLIT": False}}
+        | ({} if fp8 else {name: {"GROUPS": 1, "FP8": False, "WEIGHTS": count, "SPLIT": True} for name, count in (("split", 1), ("pair", 2), ("five", 5))}),
         mma={80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTC.*MMA", 120: "HMMA"},
         work=work,
     )  # fmt: skip

@@ -8,7 +8,7 @@ memory to the tensor cores without passing through registers; FP16 ones are brou
 import triton
 import triton.language as tl
 
-from dsv4_backend_cuda.kernels.tiles import locate, of_two
+from dsv4_backend_cuda.kernels.tiles import following, locate
 from dsv4_backend_cuda.kernels.words import group_e4m3, group_half, half_of_e4m3
 
 
@@ -27,15 +27,14 @@ def half_group_order(x):
 
 @triton.jit(do_not_specialize=["rows", "span"])
 def fp4_matmul_kernel(
-    x, xs, w, ws, w2, ws2, y, order, offsets, rows, N, K, span,
+    x, xs, w, ws, w2, ws2, y, y2, order, offsets, rows, N, N2, stride, stride2, K, span,
     EXPERTS: tl.constexpr, SLOTS: tl.constexpr, FP8: tl.constexpr, TWO: tl.constexpr, TOPK: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """A program computes BLOCK_N outputs of BLOCK_T rows. EXPERTS, TWO, TOPK, SPLIT: as in ``scaled_matmul``. FP8: products in E4M3, else in FP16."""
     tile = tl.program_id(0)
     if TWO:
-        tile, w, ws, y = of_two(tile, tl.cdiv(N, BLOCK_N), w, ws, y, w2, ws2, N)
-    stride = 2 * N if TWO else N
+        tile, w, ws, y, N, stride = following(tile, tl.cdiv(N, BLOCK_N), w, ws, y, N, stride, w2, ws2, y2, N2, stride2)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     expert, first, end = 0, tl.program_id(1) * BLOCK_T, rows
     if EXPERTS > 0:

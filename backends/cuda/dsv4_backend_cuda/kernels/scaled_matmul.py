@@ -17,7 +17,7 @@ from dsv4_backend_cuda import launch, pieces
 from dsv4_backend_cuda.kernels.add_pieces import total
 from dsv4_backend_cuda.kernels.formats import e8m0_value
 from dsv4_backend_cuda.kernels.fp4_matmul import fp4_matmul_kernel
-from dsv4_backend_cuda.kernels.tiles import locate, of_two
+from dsv4_backend_cuda.kernels.tiles import following, locate
 from dsv4_backend_cuda.kernels.words import half_of_e4m3
 from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv, next_power_of_2
 
@@ -27,21 +27,20 @@ MIDDLE_TOKENS = 128  # up to here a tile of few tokens keeps more multiprocessor
 
 @triton.jit(do_not_specialize=["rows", "span"])
 def scaled_matmul_kernel(
-    x, xs, w, ws, w2, ws2, y, order, offsets, rows, N, K, span,
+    x, xs, w, ws, w2, ws2, y, y2, order, offsets, rows, N, N2, stride, stride2, K, span,
     EXPERTS: tl.constexpr, SLOTS: tl.constexpr, FP4: tl.constexpr, MMA: tl.constexpr, TWO: tl.constexpr, TOPK: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """A program computes BLOCK_N outputs of BLOCK_T rows. EXPERTS 0: one dense weight. MMA: "half", "fp8" or "scaled" (block-scaled).
 
-    TWO: two weights of N outputs, side by side in a row of ``y``. TOPK > 0: row t is of token order[t] // TOPK. SPLIT: piece program_id(2) of the sum,
-    ``span`` blocks of 128, into ``y`` [pieces, rows, outputs].
+    ``stride``: from a row of ``y`` to the next. TWO: a second weight of N2 outputs, into ``y2``. TOPK > 0: row t is of token order[t] // TOPK. SPLIT: piece
+    program_id(2) of the sum, ``span`` blocks of 128, into ``y`` [pieces, rows, stride].
     """
     # One weight scale a program: a block of 128 outputs must hold all of the program's, or all but the first 128 are scaled by a neighbour's scale.
     tl.static_assert(FP4 or MMA == "scaled" or BLOCK_N <= 128, "BLOCK_N: a program reads one scale of 128 outputs")
     tile = tl.program_id(0)
     if TWO:
-        tile, w, ws, y = of_two(tile, tl.cdiv(N, BLOCK_N), w, ws, y, w2, ws2, N)
-    stride = 2 * N if TWO else N
+        tile, w, ws, y, N, stride = following(tile, tl.cdiv(N, BLOCK_N), w, ws, y, N, stride, w2, ws2, y2, N2, stride2)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     expert, first, end = 0, tl.program_id(1) * BLOCK_T, rows
     if EXPERTS > 0:
@@ -108,50 +107,74 @@ def paired(device: torch.Tensor, *, fp4: bool) -> bool:
 
 
 def _launch(
-    x: Weight, weights: Sequence[Weight], y: torch.Tensor, offsets: torch.Tensor, order: torch.Tensor | None,
+    x: Weight, weights: Sequence[Weight], ys: Sequence[torch.Tensor], offsets: torch.Tensor, order: torch.Tensor | None,
     *, experts: int, tiles: int, topk: int, fp4: bool, span: int, options: dict[str, Any],
-) -> torch.Tensor:  # fmt: skip
+) -> None:  # fmt: skip
+    """Products with one weight or two, each into its columns [pieces, rows, outputs]."""
     (codes, scales), first, last = x, weights[0], weights[-1]
-    rows, n, k = y.shape[1], first[0].shape[-2], codes.shape[1]
-    grid = (cdiv(n, options["BLOCK_N"]) * len(weights), tiles, y.shape[0])
+    (count, rows, _), k, outputs = ys[0].shape, codes.shape[1], [w[0].shape[-2] for w in weights]
+    grid = (sum(cdiv(n, options["BLOCK_N"]) for n in outputs), tiles, count)
     slots = next_power_of_2(experts + 2) if experts else 1
     mma = mma_of(launch.architecture(str(codes.device)), fp4=fp4)
-    arrays = codes, scales, *first, *last, y, offsets if order is None else order, offsets, rows, n, k, span
-    how = {"EXPERTS": experts, "SLOTS": slots, "TWO": len(weights) == 2, "TOPK": topk, "SPLIT": y.shape[0] > 1, **options}
+    sizes = rows, outputs[0], outputs[-1], ys[0].stride(1), ys[-1].stride(1), k, span
+    arrays = codes, scales, *first, *last, ys[0], ys[-1], offsets if order is None else order, offsets, *sizes
+    how = {"EXPERTS": experts, "SLOTS": slots, "TWO": len(weights) == 2, "TOPK": topk, "SPLIT": count > 1, **options}
     if fp4 and mma != "scaled":
         fp4_matmul_kernel[grid](*arrays, FP8=mma == "fp8", **how)
     else:
         scaled_matmul_kernel[grid](*arrays, FP4=fp4, MMA=mma, **how)
-    return y
+
+
+def side_by_side(y: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """The columns of ``count`` weights' outputs in ``y`` [pieces, rows, outputs]."""
+    return list(y.split(y.shape[2] // count, 2))
+
+
+def _shared_out(
+    codes: torch.Tensor, outputs: Sequence[int], *, fp4: bool, split: bool, reader: bool = False
+) -> tuple[dict[str, Any], int, int, int]:
+    """The tile for products with so many outputs each, its tiles of tokens, the span that a program sums, and how many pieces those are."""
+    rows, steps = codes.shape[0], codes.shape[1] // 128
+    arch = launch.architecture(str(codes.device))
+
+    def of_phase(phase: str) -> tuple[dict[str, Any], int, int, int]:
+        options = launch.options(f"{'fp4_' if fp4 else ''}linear_{phase}", codes)
+        tiles = cdiv(rows, options["BLOCK_T"])
+        programs = sum(cdiv(n, options["BLOCK_N"]) for n in outputs) * tiles
+        span = pieces.span(programs, steps, arch, reader=reader) if split else steps
+        return options, tiles, span, max(cdiv(steps, span), 1)
+
+    chosen = of_phase("decode" if rows <= DECODE_TOKENS else "prefill")
+    return of_phase("middle") if DECODE_TOKENS < rows <= MIDDLE_TOKENS and chosen[2] == steps and not fp4 else chosen
 
 
 def products(
     codes: torch.Tensor, scales: torch.Tensor, weights: Sequence[Weight],
     *, out_dtype: torch.dtype, fp4: bool, split: bool, reader: bool = False, room: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Products with one weight or two [out, in] as [pieces, tokens, outputs]: one piece in ``out_dtype`` (in ``room``, if given), or several in float32 for
-    the reader to add up.
+    """Products with one weight or two of a shape [out, in], side by side, as [pieces, tokens, outputs]: one piece in ``out_dtype`` (in ``room``, if given),
+    or several in float32 for the reader to add up.
 
     ``split``: allowed to cut the sum in pieces, where there are too few programs for the multiprocessors; ``reader``: whoever reads it adds them up.
     """
-    rows, n, steps = codes.shape[0], weights[0][0].shape[0], codes.shape[1] // 128
-    arch = launch.architecture(str(codes.device))
+    rows, outputs = codes.shape[0], [w[0].shape[0] for w in weights]
+    options, tiles, span, count = _shared_out(codes, outputs, fp4=fp4, split=split, reader=reader)
+    dtype = out_dtype if count == 1 else torch.float32
+    y = torch.empty((count, rows, sum(outputs)), dtype=dtype, device=codes.device) if room is None or count > 1 else room[None]
+    _launch((codes, scales), weights, side_by_side(y, len(weights)), scales, None, experts=0, tiles=tiles, topk=0, fp4=fp4, span=span, options=options)
+    return y
 
-    def shared_out(phase: str) -> tuple[dict[str, Any], int, int]:
-        """The phase's tile, its tiles of tokens, and the span that a program sums."""
-        options = launch.options(f"{'fp4_' if fp4 else ''}linear_{phase}", codes)
-        tiles = cdiv(rows, options["BLOCK_T"])
-        programs = cdiv(n, options["BLOCK_N"]) * len(weights) * tiles
-        return options, tiles, pieces.span(programs, steps, arch, reader=reader) if split else steps
 
-    options, tiles, span = shared_out("decode" if rows <= DECODE_TOKENS else "prefill")
-    if DECODE_TOKENS < rows <= MIDDLE_TOKENS and span == steps and not fp4:
-        options, tiles, span = shared_out("middle")
-    count = max(cdiv(steps, span), 1)
-    y = torch.empty((count, rows, n * len(weights)), dtype=torch.float32, device=codes.device) if count > 1 else None
-    if y is None:
-        y = (torch.empty((rows, n * len(weights)), dtype=out_dtype, device=codes.device) if room is None else room)[None]
-    return _launch((codes, scales), weights, y, scales, None, experts=0, tiles=tiles, topk=0, fp4=fp4, span=span, options=options)
+TOGETHER = 2
+"""Products of one input that a launch can compute."""
+
+
+def together(codes: torch.Tensor, scales: torch.Tensor, weights: Sequence[Weight], rooms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """FP8 products of one input with two weights of any number of outputs: each in its room [tokens, outputs], or several pieces for the readers."""
+    options, tiles, span, count = _shared_out(codes, [w[0].shape[0] for w in weights], fp4=False, split=True)
+    ys = [room[None] if count == 1 else torch.empty((count, *room.shape), dtype=torch.float32, device=codes.device) for room in rooms]
+    _launch((codes, scales), weights, ys, scales, None, experts=0, tiles=tiles, topk=0, fp4=False, span=span, options=options)
+    return ys
 
 
 def linear(
@@ -174,7 +197,10 @@ def expert_products(
     y = torch.empty((1, rows, n * len(weights)), dtype=torch.bfloat16, device=codes.device)
     options = launch.options(f"{'fp4' if fp4 else 'fp8'}_experts_{'decode' if rows <= DECODE_TOKENS * experts else 'prefill'}", codes)
     tiles = min(rows, experts + 1 + rows // options["BLOCK_T"])
-    return _launch((codes, scales), weights, y, offsets, order, experts=experts, tiles=tiles, topk=topk, fp4=fp4, span=0, options=options)[0]
+    _launch(
+        (codes, scales), weights, side_by_side(y, len(weights)), offsets, order, experts=experts, tiles=tiles, topk=topk, fp4=fp4, span=0, options=options
+    )
+    return y[0]
 
 
 def _specs(base: str, phase: str) -> Iterator[KernelSpec]:
@@ -197,7 +223,8 @@ def _specs(base: str, phase: str) -> Iterator[KernelSpec]:
             name=f"{base}_{phase}",
             kernel=fp4_matmul_kernel if widened else scaled_matmul_kernel,
             signature=dict.fromkeys(("x", "xs", "w", "ws", "w2", "ws2"), "*u8")
-            | {"y": "*bf16", "order": "*i32", "offsets": "*i32", "rows": "i32", "N": "i32:16", "K": "i32:16", "span": "i32"},
+            | {"y": "*bf16", "y2": "*bf16", "order": "*i32", "offsets": "*i32", "rows": "i32", "span": "i32"}
+            | dict.fromkeys(("N", "N2", "stride", "stride2", "K"), "i32:16"),
             variants={name: what | ({"FP8": kind == "fp8"} if widened else {"FP4": fp4, "MMA": kind}) for name, what in (("flash", shape), ("pair", pair))},
             architectures=architectures,
             mma={80: "HMMA", 89: "QMMA", 90: "QGMMA", 100: "UTC.*MMA", 120: "QMMA" if fp4 else "QMMA|OMMA"},

@@ -1,4 +1,4 @@
-"""Tiles of rows that are grouped by expert; two weights in one launch; sums that several programs take in pieces."""
+"""Tiles of rows that are grouped by expert; several weights in one launch; sums that several programs take in pieces."""
 
 import triton
 import triton.language as tl
@@ -20,12 +20,12 @@ def locate(pid, offsets, rows, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK
 
 
 @triton.jit
-def of_two(tile, tiles, w, ws, y, w2, ws2, width):
-    """Tile and operands of a product with two weights of ``width`` outputs: tiles from ``tiles`` on are the second weight's, whose results stand behind."""
+def following(tile, tiles, w, ws, y, N, stride, w2, ws2, y2, N2, stride2):
+    """Tile and operands of a product with several weights: from ``tiles``, those of the weight so far, on it is the next one's."""
     if tile >= tiles:
         tile -= tiles
-        w, ws, y = w2, ws2, y + width
-    return tile, w, ws, y
+        w, ws, y, N, stride = w2, ws2, y2, N2, stride2
+    return tile, w, ws, y, N, stride
 
 
 @triton.jit
