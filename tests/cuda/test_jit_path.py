@@ -60,7 +60,7 @@ def test_full_size_layers_take_no_torch_but_for_joining():
         assert set(layer["torch"]) <= {"cat"}, (name, layer["torch"])
     launches = {name: layer["triton"] + sum(layer["torch"].values()) for name, layer in found["ran"].items()}
     assert [launches[f"flash {ratio} 1x1@8191"] for ratio in (0, 128, 4)] == LAUNCHES
-    # dense_matmul has eleven: groups of Flash and Pro, weights alone, in pairs and five at once, split and whole
+    # dense_matmul has eleven: groups of Flash and Pro, one, two and five weights, split and whole
     assert max(found["specialisations"].values()) <= 11, found["specialisations"]
 
 
