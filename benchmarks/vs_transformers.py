@@ -11,11 +11,12 @@ and in float32 its exact mode, whose logits must agree. With ``--weights publish
 and FP4 weights as the published checkpoints do, and transformers their exact values in BF16.
 dsv4's decode steps are recorded and replayed, as in ``dsv4 generate``. ``--device cuda`` runs both
 sides on a GPU. Prefills and decode steps of the two sides alternate one by one, so that whatever
-else the machine does meets both. Printed: medians and their ratio, the same of the fastest, the
-range of the middle 80 % (on an idle machine both sides' lie within a tenth; a process beside them
-slows transformers far more, whose steps wait for all threads more often, so a ratio taken then says
-little), and beside them the bounds: memory bandwidth for decode, matrix products for prefill, both
-measured in the same run.
+else the machine does meets both. Each begins after a pause: OpenMP's threads look for work for some
+milliseconds after a side's step, and would take a core from the other side's. Printed: medians and
+their ratio, the same of the fastest, the range of the middle 80 % (on an idle machine both sides'
+lie within a tenth; a process beside them slows transformers far more, whose steps wait for all
+threads more often, so a ratio taken then says little), and beside them the bounds: memory bandwidth
+for decode, matrix products for prefill, both measured in the same run.
 """
 
 from __future__ import annotations
@@ -75,6 +76,9 @@ CONFIG = ModelConfig(
     o_groups=4, o_lora_rank=256, n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=512, num_hash_layers=1, index_n_heads=16,
     index_head_dim=64, index_topk=128, compress_ratios=(0, 0, 4, 128, 4, 128), num_nextn_predict_layers=0, routed_scaling_factor=1.5,
 )  # fmt: skip
+
+
+PAUSE = 0.02  # s: libgomp's 300000 turns take 4 ms with pauses of 40 cycles, 15 with 130, as some CPUs have them
 
 
 class RandomWeights:
@@ -350,7 +354,8 @@ def timed(side: Transformers | Dsv4, ids: Host, prefill: int) -> tuple[float, fl
 
 
 def clocked(seconds: list[float], call: Callable[[Host], Host], ids: Host) -> Host:
-    """Call, and note how long it took."""
+    """Call after a pause, and note how long it took."""
+    time.sleep(PAUSE)
     start = clock()
     result = call(ids)
     seconds.append(clock() - start)

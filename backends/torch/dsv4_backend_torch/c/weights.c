@@ -6,8 +6,8 @@
 
 enum { SHARED = BYTES == 64 ? 4 : 2 }; /* vectors of one pass over a row: their sums fit into the registers */
 
-static inline void fetch(const void *from, int64_t bytes) {
-    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch((const char *)from + line + AHEAD);
+static inline void fetch(const void *from, int64_t bytes) { /* into the second cache level: the first can wait for few lines at once */
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch((const char *)from + line + AHEAD, 0, 2);
 }
 
 #if defined(__F16C__) && defined(__AVX2__) && BYTES >= 32
