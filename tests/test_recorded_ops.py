@@ -290,13 +290,16 @@ def test_indexer_picks_are_as_good_as_the_best(model_name, monkeypatch):
         x, qr = (trace[f"{time}.layer{layer}.indexer.{name}"][0] for name in ("x", "qr"))
         start = int(cache.lengths[0])
         step = Step(cache, trace["tokens"][:, start : start + len(x)])
-        held, where = cache.layers[layer], step.compression(4)
+        held, where, indexer = cache.layers[layer], step.compression(4), block.attn.indexer
+        scores = [spy.kv_score(x, each.wkv, each.wgate) for each in block.attn.compressors]
         closed, held.state = model._close_windows(
-            block.attn.compressor, x, model.config.head_dim, block.freqs, held.state, step, where
+            block.attn.compressor, scores[0], model.config.head_dim, block.freqs, held.state, step, where
         )
         if closed is not None:
             held.rows = spy.cache_write(held.rows, model.on_grid(closed), where.row_write, layout=cache.kv_layout)
-        model._picked_rows(block.attn.indexer, qr, x, block, held, step, where)
+        index_q = spy.linear(qr, indexer.wq_b, out_dtype=spy.activation_dtype)
+        proj = spy.linear(x, indexer.weights_proj, out_dtype=spy.wide_dtype)
+        model._picked_rows(indexer, scores[1], index_q, proj, block, held, step, where)
         cache.advance(step.sequences, step.ends)
         q, weights, keys, visible, offset, picks, scale = spy.seen
         hits = np.maximum(np.einsum("shd,nd->shn", wide(q[0]), wide(keys)), 0) * scale
