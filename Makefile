@@ -61,7 +61,7 @@ mutants: $(VENV)
 
 kernels: $(VENV)
 	$(RUN) dsv4 kernels build --report reports/cuda/kernels.json
-	for v in 3.4.0 3.6.0; do pip install -q --no-deps --target $(VENV)/triton-$$v triton==$$v && \
+	for v in 3.6.0; do pip install -q --no-deps --target $(VENV)/triton-$$v triton==$$v && \
 	$(RUN) PYTHONPATH=$(VENV)/triton-$$v dsv4 kernels build || exit 1; done
 	$(RUN) python -m dsv4_backend_cuda.document
 
