@@ -1,10 +1,8 @@
 """A backend on JAX: arrays that cannot be written, shapes that are compiled, numbers that flush.
 
 Every op is a pure function of arrays, traced once for each set of shapes, dtypes and scalars (`op`,
-below). Shapes come in buckets: window rows, compressed rows and windows that close by
-``Backend.round_up``, whose default is a power of two from 128 on; rows of experts by tiles of one
-expert each (`expert_linear`). A cache is donated to the op that writes it, and the graph goes on
-with the array that the op gives back.
+below). Rows of windows and compressed rows come in buckets by ``Backend.round_up``; rows of experts
+by tiles of one expert each. A cache is donated to the op that writes it.
 
 Modes: ``native`` (BF16, FP8 and FP4 as published) and ``float32`` (weights dequantised, nothing
 quantised), whose logits can be compared with the reference's.
@@ -25,6 +23,7 @@ from dsv4_core.backend import Backend, Diagnosis, Experts, ScaledArray, hookimpl
 F32 = jnp.float32
 LEAST_TILE = 8  # rows of an expert's tile
 GATHERED = 1 << 22  # elements of key rows gathered at a time
+PROGRAMS = 200  # of one op; each maps memory, and Linux lets a process have 65530 maps
 jax.tree_util.register_pytree_node(
     ScaledArray, lambda w: ((w.data, w.scale), w.format), lambda fmt, parts: ScaledArray(*parts, fmt)
 )
@@ -49,7 +48,13 @@ def op(function):
     """Compile a pure function of mode, operands, scalars: the method of a contract."""
     scalars = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     compiled = jax.jit(function, static_argnums=0, static_argnames=scalars)
-    return functools.wraps(function)(lambda self, *operands, **scalars: compiled(self.mode, *operands, **scalars))
+
+    def call(self, *operands, **scalars):
+        if compiled._cache_size() >= PROGRAMS:  # noqa: SLF001  jax has no public count
+            jax.clear_caches()
+        return compiled(self.mode, *operands, **scalars)
+
+    return functools.wraps(function)(call)
 
 
 # Formats
@@ -107,8 +112,7 @@ def e2m1_codes(values):
 
 
 def e2m1_values(pairs):
-    values = jnp.take(jnp.asarray(d.E2M1_PAIRS), pairs.astype(jnp.int32), axis=0)
-    return values.reshape(*pairs.shape[:-1], 2 * pairs.shape[-1])
+    return lax.collapse(jnp.take(jnp.asarray(d.E2M1_PAIRS), pairs.astype(jnp.int32), axis=0), pairs.ndim - 1)
 
 
 def unpacked(weight):
@@ -136,9 +140,7 @@ def product(x, weight):
 
 
 def multiplied(x, weight):
-    """The same for any weight: group after group, each sum times its scale, so that no product is
-    a subnormal, which XLA makes zero.
-    """
+    """The same for any weight, a group's sum times its scale: XLA makes subnormal products zero."""
     if not isinstance(weight, ScaledArray):
         return product(x, weight)
     values, scale, size = unpacked(weight)
