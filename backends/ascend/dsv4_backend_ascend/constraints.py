@@ -143,7 +143,7 @@ def dynamic_mx_quant(generation: Generation, a: SimpleNamespace) -> Iterator[str
     if a.axis not in {-1, len(a.input.shape) - 1}:
         yield f"axis={a.axis}; this backend quantises along the last"
     if a.dst_type_max or a.max_low_bound:
-        yield f"dst_type_max={a.dst_type_max}, max_low_bound={a.max_low_bound}; both 0 for E4M3"
+        yield f"dst_type_max={a.dst_type_max}, max_low_bound={a.max_low_bound}; this backend leaves both at 0"
 
 
 def quant_matmul(generation: Generation, a: SimpleNamespace) -> Iterator[str]:

@@ -150,6 +150,13 @@ def _linear(d: Draws, fmt: Format, cols: int) -> Call:
     return Call((_uneven(d, 17, cols), d.weight(192, cols, fmt)), {"out_dtype": "bfloat16"})
 
 
+def _small(d: Draws, fmt: Format) -> Call:
+    """Blocks so far below the quantisation's least magnitude that its scale leaves them few
+    codes.
+    """
+    return Call((d.act(17, 512, scale=2.0**-30), d.weight(192, 512, fmt)), {"out_dtype": "bfloat16"})
+
+
 def _grouped(d: Draws, fmt: Format | None) -> Call:
     rows = 8 * 128
     return Call((d.act(9, 8, DIM), d.weight(rows, DIM, fmt) if fmt else d.act(rows, DIM)))
@@ -267,6 +274,7 @@ CASES: tuple[Case, ...] = (
     Case("linear", "e2m1,uneven_tokens", lambda d: _linear(d, "e2m1", 512)),
     Case("linear", "int8,uneven_tokens", lambda d: _linear(d, "int8", 512)),
     Case("linear", "e4m3,in=7168", lambda d: _linear(d, "e4m3", 7168)),
+    Case("linear", "e4m3,below_the_least_magnitude", lambda d: _small(d, "e4m3")),
     Case("grouped_linear", "bfloat16,groups=8", lambda d: _grouped(d, None)),
     Case("grouped_linear", "e4m3,groups=8", lambda d: _grouped(d, "e4m3")),
     Case("expert_linear", "e2m1,empty_expert,other_ranks_rows", lambda d: _experts(d, "e2m1")),

@@ -15,7 +15,7 @@ from dsv4_backend_ascend.cann.call import call
 from dsv4_backend_ascend.constraints import BFLOAT16, E2M1, E4M3, E4M3_NPU, E8M0, FLOAT32
 from dsv4_backend_ascend.formats import NZ
 from dsv4_backend_ascend.weights import MxWeight, spread
-from dsv4_core.contract.dtypes import FP4_GROUP, FP8_BLOCK
+from dsv4_core.contract.dtypes import AMAX_FLOOR, FP4_GROUP, FP8_BLOCK
 
 if TYPE_CHECKING:
     from dsv4_backend_ascend.chip import ChipBackend
@@ -34,9 +34,21 @@ def mx_activation(backend: ChipBackend, x: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def _mx(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    codes, scale = call("npu_dynamic_mx_quant", input=x, dst_type=E4M3_NPU, block_size=FP8_BLOCK, scale_alg=1)
-    groups = spread(scale.flatten(-2), FP8_BLOCK // FP4_GROUP)[..., : -(-x.shape[-1] // 64) * 2]
-    return codes, groups.unflatten(-1, (-1, 2)).contiguous()
+    """Each block gets 32 channels of the least magnitude that the model allows a block, which the
+    operator does not know; their codes are left out.
+
+    ``max_low_bound`` is not in every wheel, and torch-npu drops it in silence where CANN has no
+    aclnnDynamicMxQuantV3.
+    """
+    tokens, channels = x.shape
+    blocks = torch.nn.functional.pad(x, (0, -channels % FP8_BLOCK)) if channels % FP8_BLOCK else x
+    floored = torch.nn.functional.pad(blocks.unflatten(1, (-1, FP8_BLOCK)), (0, FP4_GROUP), value=AMAX_FLOOR["e4m3"])
+    codes, scale = call(
+        "npu_dynamic_mx_quant", input=floored, dst_type=E4M3_NPU, block_size=FP8_BLOCK + FP4_GROUP, scale_alg=1
+    )
+    own = codes.view(torch.uint8)[..., :FP8_BLOCK].reshape(tokens, -1)[:, :channels].contiguous()
+    groups = spread(scale[..., 0, 0], FP8_BLOCK // FP4_GROUP)[:, : -(-channels // 64) * 2]
+    return own.view(codes.dtype), groups.unflatten(1, (-1, 2)).contiguous()
 
 
 def linear_mx(backend: ChipBackend, x: torch.Tensor, weight: MxWeight, *, out_dtype: str) -> torch.Tensor:
