@@ -144,6 +144,14 @@ def test_rows_go_to_their_slots_and_come_back(backend):
     assert torch.equal(read, torch.stack([rows[3], torch.zeros(96), rows[0]]))
 
 
+def test_a_cache_with_gaps_is_left_to_pytorch(backend):
+    layout = RowLayout("plain", 8)
+    cache = torch.zeros(4, 16, dtype=torch.bfloat16)[:, :8]
+    rows, index = torch.ones(1, 8, dtype=torch.bfloat16), torch.tensor([2], dtype=torch.int32)
+    backend.cache_write(cache, rows, index, layout=layout)
+    assert backend.cache_read(cache, index, layout=layout).tolist() == rows.tolist()
+
+
 def test_rows_of_three_origins_are_joined(backend):
     ring, kv, cache = act(6, 64), act(3, 64, seed=1), act(50, 64, seed=2)
     near, far = torch.tensor([5, -1], dtype=torch.int32), torch.tensor([49, 0, -1], dtype=torch.int32)

@@ -38,15 +38,21 @@ UNQUANTISED = "activations of linear layers with FP8 or FP4 weights are not quan
 
 
 def _tiered(op: str) -> Callable[..., Any]:
-    """One contract: the tier or the kernel that the plan says, else what PyTorch composes."""
+    """One contract: the tier or the kernel that the plan says, else what PyTorch composes; so, too,
+    where a kernel refuses what a plan does not see, such as gaps between rows.
+    """
     composed = getattr(ComposedBackend, op)
 
     @functools.wraps(composed)
     def run(self: AscendBackend, *arrays: Any, **scalars: Any) -> Any:
         answer = self.planned(op, arrays, scalars)
         if answer.tier != "composed" and self.fits_bf16(op, arrays):
+            try:
+                result = IMPLEMENTATIONS[answer.tier][op](self, *arrays, **scalars)
+            except RefusedError:
+                return composed(self, *arrays, **scalars)
             self.note(answer, op)
-            return IMPLEMENTATIONS[answer.tier][op](self, *arrays, **scalars)
+            return result
         return composed(self, *arrays, **scalars)
 
     return run
