@@ -21,14 +21,14 @@ gathered; the shared expert is then left to the first rank of each group.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dsv4_core.checkpoint.shards import BITS
 from dsv4_core.contract.dtypes import FP8_BLOCK, Experts, Host, ScaledArray, dtype_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from dsv4_core.checkpoint.config import ModelConfig
     from dsv4_core.checkpoint.layout import TensorSpec
@@ -65,6 +65,11 @@ class Place:
     def sequences(self, batch: int) -> slice:
         """Which of ``batch`` sequences this rank's group takes; none is possible."""
         return slice(-(-batch * self.e // self.ep), -(-batch * (self.e + 1) // self.ep))
+
+    def most(self, sequences: Sequence[int], batch: int) -> int:
+        """How many of some of a batch's ``sequences`` the group takes that takes the most."""
+        parts = [replace(self, rank=e * self.tp).sequences(batch) for e in range(self.ep)]
+        return max(sum(part.start <= b < part.stop for b in sequences) for part in parts)
 
     def vocabulary(self, size: int) -> slice:
         """Which rows of embedding and head this rank holds; they need not divide."""

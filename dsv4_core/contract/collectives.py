@@ -46,13 +46,15 @@ class Group(Protocol):
 
 class ProcessGroup(Protocol):
     """All ranks, as a backend's library connects them. ``holder``: the rank in whose process
-    ``store`` lives, if any.
+    ``store`` lives, if any. ``host_reads_stall``: the host waits for a device where it reads an
+    array.
     """
 
     rank: int
     ranks: int
     store: Store
     holder: int | None
+    host_reads_stall: bool
 
     def connect(self) -> None:
         """Connect with all other ranks, which do the same."""

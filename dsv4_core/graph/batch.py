@@ -61,10 +61,14 @@ class Outcome:
 
 
 class Batch:
-    """Runs rows on a model and its cache, whose sequences are the slots from ``first`` on."""
+    """Runs rows on a model and its cache, whose sequences are the slots from ``first`` on, of
+    ``slots`` that all ranks have together.
+    """
 
-    def __init__(self, model: Model, cache: Cache, *, first: int, drafts: int, confidence: float = 0.0) -> None:
-        self.model, self.cache, self.first, self.drafting = model, cache, first, drafts
+    def __init__(
+        self, model: Model, cache: Cache, *, first: int, slots: int, drafts: int, confidence: float = 0.0
+    ) -> None:
+        self.model, self.cache, self.first, self.slots, self.drafting = model, cache, first, slots, drafts
         self.confidence = confidence
         self._replay = Replay(model, cache)
 
@@ -80,7 +84,8 @@ class Batch:
         for line, row in zip(ids, here, strict=True):
             line[: len(row.tokens)] = row.tokens
         counts = [len(row.tokens) for row in here]
-        step = Step(self.cache, ids, sequences=[row.slot - self.first for row in here], counts=counts)
+        padded = model.parallel.padded([row.slot for row in rows], self.slots, width)
+        step = Step(self.cache, ids, [row.slot - self.first for row in here], counts, padded=padded)
         wanted = [len(row.choices) for row in rows]
         h = None
         taps: list[Array] = []

@@ -189,7 +189,12 @@ class Engine:
         mine = model.parallel.mine(np.arange(slots))
         self.cache = Cache(model.backend, model.config, len(mine), capacity, rewindable=drafts)
         self._batch = Batch(
-            model, self.cache, first=int(mine[0]) if len(mine) else 0, drafts=drafts, confidence=confidence
+            model,
+            self.cache,
+            first=int(mine[0]) if len(mine) else 0,
+            slots=slots,
+            drafts=drafts,
+            confidence=confidence,
         )
         self._free = list(range(slots))
         self._held: dict[int, tuple[int, ...]] = {}  # what free slots still hold

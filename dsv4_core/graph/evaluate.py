@@ -58,6 +58,7 @@ def teacher_forced(
     be = model.backend
     total = tokens.shape[1]
     check_ids(tokens, model.config.vocab_size)
+    padded = model.parallel.padded(range(len(tokens)), len(tokens), 1)
     tokens = model.parallel.mine(tokens)
     batch = len(tokens)
     cache = Cache(be, model.config, batch, total, rewindable=0)
@@ -65,7 +66,7 @@ def teacher_forced(
     done = generate.prefill(model, cache, tokens[:, :prefill], chunk=chunk, mtp_next=following, progress=progress)
     logits, replay = [be.to_numpy(model.logits(done.streams))], Replay(model, cache)
     for i in range(prefill, total):
-        step = Step(cache, tokens[:, i : i + 1])
+        step = Step(cache, tokens[:, i : i + 1], padded=padded)
         logits.append(np.array(be.to_numpy(replay.logits(step))))  # a copy: the next step's take their place
         cache.advance(step.sequences, step.ends)
         if progress:

@@ -10,7 +10,7 @@ from dsv4_core.graph.cache import written
 from dsv4_core.graph.dspark import Dspark, DsparkWeights, mean_of_streams
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from dsv4_core.checkpoint.source import WeightSource
     from dsv4_core.contract.backend import Backend
@@ -28,8 +28,10 @@ class Parallel:
     gives them so, and round the whole once. ``local_ids``: token ids counted from this rank's part
     of the vocabulary. ``gather_low_rank``: joins the inputs of an output projection that is held
     whole. ``first_expert`` and ``experts`` of a block with so many experts: the first that is held
-    here, and what stands in for ``moe`` where token copies travel. ``sequences``: which of a batch
-    are this rank's, and ``gather_sequences`` joins host rows over all of the batch.
+    here, and what stands in for ``moe`` where token copies travel, given ``StepShape.padded``.
+    ``sequences``: which of a batch are this rank's, and ``gather_sequences`` joins host rows over
+    all of the batch. ``padded``: that of a step of so many tokens for each of some sequences of a
+    batch.
     """
 
     first_expert: Callable[[int], int] = lambda _: 0
@@ -38,11 +40,12 @@ class Parallel:
     reduce_embedding: Callable[[Array], Array] | None = None
     gather_low_rank: Callable[[Array], Array] | None = None
     reduce_attention: Callable[[Array], Array] | None = None
-    experts: Callable[[int], Callable[..., Array]] | None = None
+    experts: Callable[[int, int], Callable[..., Array]] | None = None
     reduce_moe: Callable[[Array], Array] | None = None
     gather_logits: Callable[[Array], Array] | None = None
     sequences: Callable[[int], slice] | None = None
     gather_sequences: Callable[[Host], Host] | None = None
+    padded: Callable[[Sequence[int], int, int], int] = lambda _sequences, _batch, _tokens: 0
 
     def mine(self, rows: Host) -> Host:
         """Give this rank's of the host rows of a whole batch."""
@@ -428,7 +431,7 @@ class Model:
         shared = be.ffn(x, *w.shared, limit=c.swiglu_limit) if w.shared else None
         out_dtype = be.wide_dtype if p.reduce_moe else be.activation_dtype
         count = w.gate.shape[0]
-        experts = p.experts(count) if p.experts else be.moe
+        experts = p.experts(count, step.shape.padded) if p.experts else be.moe
         y = experts(
             x,
             weights,

@@ -79,7 +79,8 @@ class StepShape:
     """All that the shapes of a step's arrays depend on: steps of one shape differ in values alone.
 
     ``before``: window rows per sequence that are read back from the ring. ``width``: window rows of
-    a token.
+    a token. ``padded``: rows that each of several ranks gives to an exchange among experts; 0 where
+    counts are exchanged first.
     """
 
     batch: int
@@ -87,6 +88,7 @@ class StepShape:
     before: int
     width: int
     compressions: tuple[CompressionShape, ...]
+    padded: int = 0
 
     @property
     def tokens(self) -> int:
@@ -268,11 +270,17 @@ class Step(Addresses):
     """
 
     def __init__(
-        self, cache: Cache, ids: Host, sequences: Sequence[int] | None = None, counts: Sequence[int] | None = None
+        self,
+        cache: Cache,
+        ids: Host,
+        sequences: Sequence[int] | None = None,
+        counts: Sequence[int] | None = None,
+        *,
+        padded: int = 0,
     ) -> None:
         """Raise ``CacheError`` where a sequence would grow past the cache's capacity,
         ``ValueError`` for ids outside the vocabulary and for sequences or counts that the cache or
-        the rectangle does not have.
+        the rectangle does not have. ``padded``: as in ``StepShape``.
         """
         batch, seq = ids.shape
         self.backend, self.config = cache.backend, cache.config
@@ -292,7 +300,7 @@ class Step(Addresses):
         self.real = column < self.counts[:, None]
         self.host_positions = np.where(self.real, self.starts[:, None] + column, -1)  # [n, S]
         self.cache = cache
-        super().__init__(cache, self._extents(batch, seq), None)
+        super().__init__(cache, self._extents(batch, seq, padded), None)
         self.host = np.zeros(self.shape.size, np.int32)
         self._fill(ids)
 
@@ -303,7 +311,7 @@ class Step(Addresses):
             self._buffer = self.backend.from_numpy(self.host)
         return self._buffer
 
-    def _extents(self, batch: int, seq: int) -> StepShape:
+    def _extents(self, batch: int, seq: int, padded: int) -> StepShape:
         """The step's shape, its extents rounded up."""
         c, up = self.config, self.backend.round_up
         start, end = int(self.starts.max(initial=0)), int(self.ends.max(initial=0))
@@ -326,7 +334,7 @@ class Step(Addresses):
                     gathered=ratio == 4 and self.cache.in_one_part and batch * seq * topk < batch * bound,
                 )
             )
-        return StepShape(batch, seq, before, width, tuple(compressions))
+        return StepShape(batch, seq, before, width, tuple(compressions), padded)
 
     def _visible(self, ratio: int) -> Host:
         """Compressed rows that each token sees [n, S]; 0 for padding, whose position is -1."""

@@ -176,7 +176,7 @@ class Graph:
             reduce_embedding=reduce if several else None,
             gather_low_rank=(lambda o: gather(o, c.o_groups * c.o_lora_rank)) if several and not cuts else None,
             reduce_attention=reduce if several and cuts else None,
-            experts=(lambda _: experts) if p.ep > 1 else None,
+            experts=(lambda _count, _padded: experts) if p.ep > 1 else None,
             reduce_moe=reduce if several else None,
             gather_logits=(lambda logits: gather(logits, c.vocab_size)) if several else None,
         )

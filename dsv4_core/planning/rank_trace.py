@@ -74,7 +74,7 @@ def shape_parallel(be: ShapeBackend, place: Place, config: ModelConfig) -> Paral
         reduce_embedding=reduce if several else None,
         gather_low_rank=(lambda x: gather(x, config.o_groups * config.o_lora_rank)) if several and not cuts else None,
         reduce_attention=reduce if several and cuts else None,
-        experts=(lambda count: partial(experts, count)) if place.ep > 1 else None,
+        experts=(lambda count, _padded: partial(experts, count)) if place.ep > 1 else None,
         reduce_moe=reduce if several else None,
         gather_logits=(lambda x: gather(x, config.vocab_size)) if several else None,
     )

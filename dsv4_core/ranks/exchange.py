@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from dsv4_core.contract.spec import Array
 
 T = TypeVar("T")
+FEW = 256  # rows of all ranks together, up to which each computes on every rank's: a decode step, not a prompt
 
 
 class Traffic:
@@ -143,7 +144,7 @@ class Ranks:
         exchange = None
         if place.ep > 1:
             self.fp8 = quantised and act == "bfloat16"
-            exchange = partial(ExpertExchange, self)
+            exchange = self.exchange
         cuts, several = place.cuts_output(config), place.tp > 1
         return Parallel(
             first_expert=lambda count: place.experts(count).start,
@@ -157,7 +158,22 @@ class Ranks:
             gather_logits=self.gather_logits(config) if several else None,
             sequences=place.sequences if place.ep > 1 else None,
             gather_sequences=self.gather_rows if place.ep > 1 else None,
+            padded=self.padded,
         )
+
+    def exchange(self, count: int, padded: int) -> Callable[..., Array]:
+        """Give what stands in for ``moe`` with ``count`` experts in a step of so many ``padded``
+        rows.
+        """
+        experts = ExpertExchange(self, count)
+        return partial(experts.everywhere, padded) if padded else experts
+
+    def padded(self, sequences: Sequence[int], batch: int, tokens: int) -> int:
+        """``StepShape.padded`` of a step of ``tokens`` for each of these of a batch's sequences."""
+        if self.place.ep == 1 or not self.world.host_reads_stall:
+            return 0
+        most = tokens * self.place.most(sequences, batch)
+        return most if most * self.place.ep <= FEW else 0
 
     def local_ids(self, config: ModelConfig) -> Callable[[Array], Array]:
         """Count token ids from the first row of the vocabulary that is held here; the others fall
@@ -297,6 +313,50 @@ class ExpertExchange:
         traffic.returned += int(receive.sum() - receive[link.place])
         elsewhere = be.zeros((tokens * topk - here, dim), be.activation_dtype)
         return be.combine(be.concat((back, elsewhere), axis=0), order, offsets, shared, topk=topk, out_dtype=out_dtype)
+
+    def everywhere(
+        self,
+        padded: int,
+        x: Array,
+        weights: Array,
+        indices: Array,
+        shared: Array | None,
+        w1: Experts,
+        w3: Experts,
+        w2: Experts,
+        *,
+        first_expert: int,
+        limit: float,
+        out_dtype: str,
+    ) -> Array:
+        """As ``moe`` too, reading nothing on the host, in a step of ``padded`` rows a rank: every
+        rank gets every token, multiplies by its own experts, and adds its own tokens' shared
+        expert; what the ranks have is summed, wide.
+        """
+        be, link, tokens = self.ranks.backend, self.ranks.ep, x.shape[0]
+        begin, rows = link.place * padded, link.size * padded
+
+        def among_zeros(mine: Array, before: int, after: int) -> Array:
+            zeros = [be.zeros((count, *mine.shape[1:]), dtype_name(mine)) for count in (before, after)]
+            return be.concat([part for part in (zeros[0], mine, zeros[1]) if part.shape[0]], axis=0)
+
+        def everyones(mine: Array) -> Array:
+            every = link.all_gather("expert gather", among_zeros(mine, 0, padded - tokens))
+            return every.reshape((rows, *mine.shape[1:]))
+
+        y = be.moe(
+            everyones(x),
+            everyones(weights),
+            everyones(indices),
+            None if shared is None else among_zeros(shared, begin, rows - begin - tokens),
+            w1,
+            w3,
+            w2,
+            first_expert=first_expert,
+            limit=limit,
+            out_dtype=be.wide_dtype,
+        )
+        return link.all_reduce("expert sum", y, wide=be.wide_dtype, out_dtype=out_dtype)[begin : begin + tokens]
 
 
 def copy_bytes(config: ModelConfig, *, act: str, wide: str, fp8: bool) -> tuple[int, int]:

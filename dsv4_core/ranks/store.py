@@ -89,6 +89,7 @@ class StoredRanks:
     """
 
     device_id: Any = None
+    host_reads_stall = False
 
     def __init__(self, distributed: Any, where: Rendezvous, library: str) -> None:
         """``distributed``: the module torch.distributed. Raise ``RankError`` where the store cannot

@@ -3,16 +3,27 @@ ends.
 """
 
 import dataclasses
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from dsv4_backend_ascend.backend import AscendBackend
+from dsv4_backend_ascend.cann.call import dry_run
 from dsv4_backend_ascend.capability import GENERATIONS
 from dsv4_backend_ascend.capture import compare, dry_capture
+from dsv4_backend_ascend.launches import ShapesBackend
 from dsv4_backend_torch.graphs import Recorded
+from dsv4_backend_torch.numeric import torch_dtype
 
 from dsv4_core.checkpoint.config import PRESETS
+from dsv4_core.checkpoint.rank_part import Place
+from dsv4_core.graph.cache import Cache
+from dsv4_core.graph.model import Model, Parallel
+from dsv4_core.graph.step import Addresses, Step
+from dsv4_core.planning.shapes import ShapeSource
+from dsv4_core.ranks.exchange import ExpertExchange, Link, Traffic
 
 SMALL = dataclasses.replace(
     PRESETS["flash"], vocab_size=256, num_hidden_layers=3, n_routed_experts=8, num_experts_per_tok=2, num_hash_layers=1,
@@ -27,6 +38,35 @@ def test_a_decode_step_reads_the_same_buffers_each_time(generation, tier, start)
     found = dry_capture(SMALL, generation, tier=tier, start=start)
     assert found.sound, found
     assert found.buffers > 100  # weights of three layers, and their cache
+
+
+class TwoRanks:
+    """A group of two on tensors without data."""
+
+    def all_gather(self, x):
+        return torch.stack([x, x])
+
+    def all_reduce(self, x, *, out_dtype):
+        return x.to(torch_dtype(out_dtype))
+
+
+@pytest.mark.parametrize("padded", [0, 2])
+def test_an_exchange_of_a_padded_step_reads_nothing_on_the_host(padded):
+    """This rank has a token, the other one two. Where counts are exchanged, they are read."""
+    backend, place, traffic = ShapesBackend(soc="910B"), Place(1, 2, 0), Traffic()
+    link = Link(TwoRanks(), 2, 0, traffic, None)
+    ranks = SimpleNamespace(backend=backend, place=place, ep=link, traffic=traffic, fp8=False)
+    exchange = ExpertExchange(ranks, SMALL.n_routed_experts)
+    parallel = Parallel(experts=lambda _, padded: partial(exchange.everywhere, padded) if padded else exchange)
+    with torch.no_grad(), dry_run("910B"):
+        model = Model(ShapeSource(SMALL), backend, parallel=parallel)
+        cache = Cache(backend, SMALL, 1, 101)
+        cache.lengths[:] = cache.furthest[:] = 100
+        step = Step(cache, np.zeros((1, 1), np.int32), padded=padded)
+        buffer = backend.from_numpy(step.host)
+        found = compare(backend.alone(lambda: model.logits(model.forward(Addresses(cache, step.shape, buffer)))))
+    assert found.sound == bool(padded), found
+    assert bool(found.host) != bool(padded)
 
 
 def test_what_is_kept_across_runs_is_found():

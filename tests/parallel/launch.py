@@ -60,13 +60,15 @@ def jobs_of(ranks: int, wide: Path) -> list[dict]:
     jobs = []
     for tp, ep in FACTORINGS[ranks]:
 
-        def add(model, backend="reference", numerics="float64", *, variant="", batch=3, text=0, tp=tp, ep=ep):
+        def add(
+            model, backend="reference", numerics="float64", *, variant="", batch=3, text=0, tp=tp, ep=ep, stalls=False
+        ):
             path = wide if model == "wide" else golden.checkpoint_path(model)
             rng = np.random.default_rng(batch)  # the same for every split, so that one rank computes it once
             size = 251 if model == "tiny-flash" or variant == "odd" else 512
             jobs.append(
                 {
-                    "name": f"{model}-{backend}-{numerics}-{variant or 'whole'}-{batch}-tp{tp}-ep{ep}",
+                    "name": f"{model}-{backend}-{numerics}-{variant or 'whole'}-{batch}-tp{tp}-ep{ep}{'-stalls' * stalls}", "stalls": stalls,
                     "model": model, "checkpoint": str(path), "backend": backend, "numerics": numerics, "variant": variant,
                     "tp": tp, "ep": ep, "prefill": 133, "chunk": 80, "generate": text,
                     "tokens": rng.integers(2, size, (batch, 135)).tolist(),
@@ -78,6 +80,9 @@ def jobs_of(ranks: int, wide: Path) -> list[dict]:
         add("tiny-pro", "torch", "float32")
         add("tiny-pro", "reference", "native")
         add("wide", "torch", "native")
+        if ep > 1:  # as where a host read waits for a device
+            add("tiny-pro", text=5, stalls=True)
+            add("tiny-flash", "torch", "native", batch=1, stalls=True)
         if tp < 4:  # two o_groups
             add("tiny-flash", batch=1)  # with ep, some ranks have no token
             add("tiny-flash", variant="odd", batch=2)

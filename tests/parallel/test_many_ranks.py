@@ -126,6 +126,14 @@ def test_some_ranks_have_no_token(results):
             assert (figures["returned"] > 0) == (rank >= job["tp"])
 
 
+def test_decode_steps_send_no_counts_where_a_host_read_stalls(results):
+    exchanged = [(job, got) for job, got in results if job["ep"] > 1 and job["variant"] != "distance"]
+    assert {job["stalls"] for job, _ in exchanged} == {False, True}
+    for job, got in exchanged:
+        for figures in got["figures"]:
+            assert (figures["summed"] > 0) == job["stalls"], job["name"]
+
+
 def test_all_tokens_go_to_one_ranks_experts(results):
     """Uneven and empty splits: the ranks of other experts get nothing to compute."""
     crowded = [(job, got) for job, got in results if job["variant"] == "one_rank" and job["tp"] == 1]

@@ -113,6 +113,7 @@ def run(job, ranks=None, backend=None):
             "returned": traffic.returned,
             "dispatched": traffic.sent["expert dispatch"],
             "combined": traffic.sent["expert combine"],
+            "summed": traffic.sent["expert sum"],
             "lines": report(ranks, source.config, seconds=1.0),
         }
         results["figures"] = np.array(
@@ -129,6 +130,7 @@ def main(folder):
         began = time.perf_counter()
         backend = registry.create(job["backend"], numerics=job["numerics"])
         world = backend.process_group(where)
+        world.host_reads_stall = job["stalls"]
         watch = watch or Watch(world.store, rank=where.rank, ranks=where.ranks, holder=None, place=where.place)
         ranks = Ranks(backend, Place(job["tp"], job["ep"], where.rank), world, watch)
         results = run(job, ranks, backend)

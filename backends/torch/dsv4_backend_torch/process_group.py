@@ -30,6 +30,7 @@ class TorchProcessGroup(StoredRanks):
     def __init__(self, backend: TorchQuant, where: Rendezvous) -> None:
         super().__init__(dist, where, LIBRARY.get(backend.device.type, "gloo"))
         self.backend = backend
+        self.host_reads_stall = backend.device.type != "cpu"
         if backend.device.type == "cuda" and backend.device.index is not None:
             self.device_id = backend.device
 
