@@ -303,7 +303,7 @@ def drafts_are_accepted(stage: Stage, *, ratios: tuple[int, ...], prompt: int, t
     logits = feed_drafts(model, new_cache(model, 1, len(text)), ids[:, :-1], ids[:, 1:])[0]
     right = logits[prompt - 1 :].argmax(-1)[:-1] == ids[0, prompt + 1 :]
     could, at = 0, 0
-    while at < len(right):  # a draft that is right takes the step of the token after it
+    while at < len(right) - 1:  # a draft that is right takes the next token's step; none is made for the last
         could += int(right[at])
         at += 2 if right[at] else 1
     if drafts.accepted >= could or stage.noisy:
