@@ -51,7 +51,6 @@ KILLS = {
     "visible_one_row_late": "reach",
     "compressed_branch_masked_in_prefill": "reach",
     "int32_overflow_at_a_high_position": "anywhere_as_the_oracle",
-    "buffer_reused": "prefill_is_decode",
     "comb_softmax_over_columns": "sinkhorn",
     "last_expert_dropped": "experts_over_ranks",
 }
