@@ -150,6 +150,7 @@ def test_a_cache_with_gaps_is_left_to_pytorch(backend):
     rows, index = torch.ones(1, 8, dtype=torch.bfloat16), torch.tensor([2], dtype=torch.int32)
     backend.cache_write(cache, rows, index, layout=layout)
     assert backend.cache_read(cache, index, layout=layout).tolist() == rows.tolist()
+    assert backend.planned("cache_write", (cache, rows, index), {"layout": layout}).tier == "composed"
 
 
 def test_rows_of_three_origins_are_joined(backend):

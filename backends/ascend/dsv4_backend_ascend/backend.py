@@ -20,7 +20,7 @@ from dsv4_backend_ascend.capability import GENERATIONS, Answer, table
 from dsv4_backend_ascend.capability import cann_version as parse_cann
 from dsv4_backend_ascend.composed import ComposedBackend
 from dsv4_backend_ascend.kept import Kept
-from dsv4_backend_ascend.plan import IMPLEMENTATIONS, plan
+from dsv4_backend_ascend.plan import IMPLEMENTATIONS, gaps, plan
 from dsv4_backend_ascend.selftest_cases import CASES
 from dsv4_backend_ascend.weights import MxArray, MxExperts, TiledExperts
 from dsv4_core.contract.backend import BackendError, DeviceCheck, Diagnosis, Option
@@ -38,21 +38,15 @@ UNQUANTISED = "activations of linear layers with FP8 or FP4 weights are not quan
 
 
 def _tiered(op: str) -> Callable[..., Any]:
-    """One contract: the tier or the kernel that the plan says, else what PyTorch composes; so, too,
-    where a kernel refuses what a plan does not see, such as gaps between rows.
-    """
+    """One contract: the tier or the kernel that the plan says, else what PyTorch composes."""
     composed = getattr(ComposedBackend, op)
 
     @functools.wraps(composed)
     def run(self: AscendBackend, *arrays: Any, **scalars: Any) -> Any:
         answer = self.planned(op, arrays, scalars)
         if answer.tier != "composed" and self.fits_bf16(op, arrays):
-            try:
-                result = IMPLEMENTATIONS[answer.tier][op](self, *arrays, **scalars)
-            except RefusedError:
-                return composed(self, *arrays, **scalars)
             self.note(answer, op)
-            return result
+            return IMPLEMENTATIONS[answer.tier][op](self, *arrays, **scalars)
         return composed(self, *arrays, **scalars)
 
     return run
@@ -186,8 +180,9 @@ class AscendBackend(ComposedBackend):
         )
 
     def planned(self, op: str, arrays: tuple[Any, ...], scalars: dict[str, Any]) -> Answer:
-        """The plan for a call, made once for each set of dtypes, shapes and scalars."""
-        key = (op, *(None if a is None else (dtype_name(a), tuple(a.shape)) for a in arrays), *scalars.items())
+        """The plan for a call, made once for each set of dtypes, shapes, gaps and scalars."""
+        forms = (None if a is None else (dtype_name(a), tuple(a.shape), gaps(a)) for a in arrays)
+        key = (op, *forms, *scalars.items())
         if key not in self.plans:
             self.plans[key] = plan(self, op, dict(zip(OPS[op].arrays, arrays, strict=True)) | scalars)
         return self.plans[key]

@@ -117,13 +117,22 @@ WITH_PRODUCT = frozenset({"hc_pre"})
 """Contracts of the vendor tier that one operator makes, products and all: before a kernel."""
 
 
+def gaps(value: Any) -> tuple[int, ...] | None:
+    """Strides of a tensor with gaps between its elements, or in another order; None of any other
+    operand.
+    """
+    return None if not isinstance(value, torch.Tensor) or value.is_contiguous() else value.stride()
+
+
 def without_data(value: Any, *, mx: bool) -> Any:
-    """An operand, or a placeholder of one, as tensors of the meta device. ``mx``: quantised weights
-    get MX scales.
+    """An operand, or a placeholder of one, as tensors of the meta device, with the same gaps.
+    ``mx``: quantised weights get MX scales.
     """
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     dtype, shape = dtype_name(value), tuple(value.shape)
+    if strides := gaps(value):
+        return torch.empty_strided(shape, strides, dtype=value.dtype, device="meta")
     if "@" not in dtype:
         return torch.empty(shape, dtype=torch_dtype(dtype), device="meta")
     *lead, out, cols = shape
