@@ -61,8 +61,8 @@ mutants: $(VENV)
 
 kernels: $(VENV)
 	$(RUN) dsv4 kernels build --report reports/cuda/kernels.json
-	for v in 3.6.0; do pip install -q --no-deps --target $(VENV)/triton-$$v triton==$$v && \
-	$(RUN) PYTHONPATH=$(VENV)/triton-$$v dsv4 kernels build || exit 1; done
+	pip install -q --no-deps --target $(VENV)/triton-3.6.0 triton==3.6.0
+	$(RUN) PYTHONPATH=$(VENV)/triton-3.6.0 dsv4 kernels build
 	$(RUN) python -m dsv4_backend_cuda.document
 
 benchmarks: $(VENV)

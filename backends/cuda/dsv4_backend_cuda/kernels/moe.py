@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from dsv4_backend_cuda import launch
-from dsv4_backend_cuda.carried import Mixture, waiting
+from dsv4_backend_cuda.carried import Codes, Mixture, waiting
 from dsv4_backend_cuda.kernels.formats import quantise_e4m3
 from dsv4_backend_cuda.kernels.tiles import in_order
 from dsv4_backend_cuda.kernels.words import paired_place
@@ -254,11 +254,8 @@ def combine(rows: torch.Tensor, place: torch.Tensor, offsets: torch.Tensor, shar
     return waiting(y, Mixture(y, _combine, rows, place, offsets[-1:], shared, topk))
 
 
-Codes = tuple[torch.Tensor, torch.Tensor]
-"""E4M3 codes [rows, dim] and scale bytes [rows, dim / 128]."""
-
-
 def _codes(rows: int, dim: int, device: torch.device) -> Codes:
+    """Room for E4M3 codes [rows, dim] and scale bytes [rows, dim / 128]."""
     return tuple(torch.empty((rows, width), dtype=torch.uint8, device=device) for width in (dim, dim // 128))  # type: ignore[return-value]
 
 
