@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,7 +158,10 @@ def test_the_command_at_a_terminal(tmp_path):
     pytest.importorskip("prompt_toolkit")
     words = ["-m", "dsv4_core", "chat", "-b", "reference", "--temperature", "50", "-n", "400", "--system", "Be brief."]
     known = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "HOME": str(tmp_path)}
-    terminal = pexpect.spawn(sys.executable, words, env=known, encoding="utf-8", timeout=60, dimensions=(40, 100))
+    terminal = pexpect.spawn(
+        sys.executable, words, env=known, encoding="utf-8", timeout=60, dimensions=(40, 100),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored below a shell's background job
+    )  # fmt: skip
     ready = r">[^\n]*\x1b\[\?25h"  # the prompt is drawn and the cursor shown
     terminal.expect("Ctrl-D ends")
     terminal.expect(ready)
