@@ -4,9 +4,12 @@ suite's.
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from recorded import load_model
 
 from dsv4_core.contract.choosing import log_softmax
+from dsv4_core.graph.batch import _rectangles
 from dsv4_core.graph.cache import Cache, CacheError
 from dsv4_core.graph.engine import BusyError, Engine, Request
 from dsv4_core.graph.evaluate import teacher_forced
@@ -226,10 +229,11 @@ def test_a_constraint_that_allows_nothing_ends_its_request_alone(model):
     engine = Engine(model, slots=2, capacity=64)
     stuck = engine.submit(Request(prompt(6, 20), 10, constraint=AllowsNothing(model.config.vocab_size)))
     other = engine.submit(Request(prompt(7, 20), 10))
-    events = []
+    steps = []
     while not engine.idle:
-        events += engine.step()
-    told = {name: [e for e in events if e.id == name] for name in (stuck, other)}
+        steps.append(engine.step())
+    assert all(any(event.id == other for event in events) for events in steps)  # a token a step, the third too
+    told = {name: [e for events in steps for e in events if e.id == name] for name in (stuck, other)}
     assert [e.finish for e in told[stuck]] == [None, None, "error"]
     assert "allows no token" in str(told[stuck][-1].error)
     assert [e.chosen.token for e in told[other]] == alone(model, Request(prompt(7, 20), 10))
@@ -342,15 +346,45 @@ def test_one_prompt_is_read_once_for_all_its_replies(model):
 
 @pytest.mark.parametrize("drafts", [False, True])
 def test_prompts_that_come_together_are_read_together(model, drafts):
-    """In few steps, each of prompts of like length; each is told what it is told alone."""
+    """In one step, of whatever lengths they are; each is told what it is told alone."""
     lengths = [40, 31, 33, 5, 39, 6, 120]
     asked = [Request(prompt(20 + i, length), 5) for i, length in enumerate(lengths)]
     engine = Engine(model, slots=8, capacity=200, chunk=512, drafts=drafts)
     ids = [engine.submit(request) for request in asked]
     tokens, _ = finished(engine, until=lambda: engine.stats.generated >= len(asked))
-    assert engine.stats.steps <= 4  # of 40 and 39 and 31 and 33; of 5 and 6; of 120
+    assert engine.stats.steps == 1
     finished(engine, tokens=tokens)
     assert [tokens[i] for i in ids] == [alone(model, request) for request in asked]
+
+
+def test_nothing_is_padded_to_the_longest(model, monkeypatch):
+    """Prompts are read beside replies that are under way, in one pass of the model over their own
+    tokens, and each request has the tokens that it has alone.
+    """
+    requests = [Request(prompt(seed, length), 12) for seed, length in ((1, 9), (2, 70), (3, 31), (4, 150))]
+    expected = [alone(model, request) for request in requests]
+    engine, passes, forward = Engine(model, slots=4, capacity=200, reuse=False), [], model.forward
+    monkeypatch.setattr(model, "forward", lambda step: passes.append(step.tokens) or forward(step))
+    events = []
+    for request in requests:
+        engine.submit(request)
+        events += engine.step()
+    assert passes == [9, 71, 33, 153]  # each prompt, and a token of each that came before it
+    while not engine.idle:
+        events += engine.step()
+    tokens = [[event.chosen.token for event in events if event.id == i] for i in range(1, 5)]
+    assert tokens == expected
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.sampled_from([0, 8]))
+def test_rectangles(widths, padding):
+    groups = _rectangles(widths, padding)
+    assert sorted(i for group in groups for i in group) == list(range(len(widths)))
+    for group in groups:
+        assert group == sorted(group)
+        assert sum(max(widths[i] for i in group) - widths[i] for i in group) <= padding
+    if not padding:
+        assert len(groups) == len(set(widths))
 
 
 def test_a_snapshot_is_only_where_windows_are_closed(model):

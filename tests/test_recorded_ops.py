@@ -297,9 +297,9 @@ def test_indexer_picks_are_as_good_as_the_best(model_name, monkeypatch):
         )
         if closed is not None:
             held.rows = spy.cache_write(held.rows, model.on_grid(closed), where.row_write, layout=cache.kv_layout)
-        index_q = spy.linear(qr, indexer.wq_b, out_dtype=spy.activation_dtype)
+        index_q = model._index_queries(indexer, qr, block, step)
         proj = spy.linear(x, indexer.weights_proj, out_dtype=spy.wide_dtype)
-        model._picked_rows(indexer, scores[1], index_q, proj, block, held, step, where)
+        model._picked_rows(block, step, where, scores[1], index_q, proj)
         cache.advance(step.sequences, step.ends)
         q, weights, keys, visible, offset, picks, scale = spy.seen
         hits = np.maximum(np.einsum("shd,nd->shn", wide(q[0]), wide(keys)), 0) * scale

@@ -9,7 +9,7 @@ from dsv4_core.checkpoint.config import PRESETS
 from dsv4_core.contract import registry
 from dsv4_core.contract.backend import Backend
 from dsv4_core.graph.cache import Cache
-from dsv4_core.graph.step import ALIGNED, Addresses, Step
+from dsv4_core.graph.step import ALIGNED, Addresses, Joined, Step
 
 FLASH = PRESETS["flash"]
 
@@ -106,3 +106,23 @@ def test_refused(given, said):
     with pytest.raises(ValueError, match=said):
         Step(cache, np.zeros((2, 3), np.int64), **given)
     assert cache.lengths.tolist() == [0, 0, 0]
+
+
+def test_rectangles_of_one_step():
+    """Their tokens stand one after another; a sequence is in one of them, and all are of one
+    cache.
+    """
+    cache, other = (Cache(registry.create("reference"), PRESETS["tiny"], 3, 64) for _ in range(2))
+    cache.lengths[:] = [5, 6, 7]
+    one, long = Step(cache, np.array([[3], [4]]), [2, 0]), Step(cache, np.array([[5, 6, 7]]), [1])
+    step = Joined([one, long])
+    assert step.tokens == 5
+    assert step.ids.tolist() == [3, 4, 5, 6, 7]
+    assert step.positions.tolist() == [7, 5, 6, 7, 8]
+    assert step.ring_write.tolist() == [*one.ring_write.tolist(), *long.ring_write.tolist()]
+    assert step.sequences.tolist() == [2, 0, 1]
+    assert step.ends.tolist() == [8, 6, 9]
+    with pytest.raises(ValueError, match="sequence 0 is named twice"):
+        Joined([one, Step(cache, np.array([[1]]), [0])])
+    with pytest.raises(ValueError, match="several caches"):
+        Joined([one, Step(other, np.array([[1]]), [1])])

@@ -4,6 +4,7 @@ padding, not requests.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import numpy as np
 from dsv4_core.graph.dspark import block_step
 from dsv4_core.graph.replay import Replay
 from dsv4_core.graph.sampling import Choice, Sampling, choice, drawn, packed
-from dsv4_core.graph.step import Step
+from dsv4_core.graph.step import Joined, Step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 DRAFTED = (
     8  # tokens a row up to which steps of a drafting model are replayed: a token and its drafts, not a prompt's chunk
 )
+
+PADDING = 8
+"""Tokens of padding that cost less than a rectangle more, which attends by calls of its own."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,13 @@ class Wish:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``chosen``: per row what follows its last tokens, one of each choice, in their order."""
+    """``chosen``: per row what follows its last tokens, one of each choice, in their order.
+    ``begins``: where the tokens of each row that is here stand among the step's.
+    """
 
     chosen: list[list[Chosen]]
-    step: Step | None = None
+    step: Step | Joined
+    begins: Sequence[int]
     streams: Array | None = None
     taps: Sequence[Array] = ()
 
@@ -80,28 +87,41 @@ class Batch:
         model = self.model
         here = [row for row in rows if self._has(row.slot)]
         width = max(len(row.tokens) for row in rows)
-        ids = np.zeros((len(here), width), np.int64)
-        for line, row in zip(ids, here, strict=True):
-            line[: len(row.tokens)] = row.tokens
-        counts = [len(row.tokens) for row in here]
-        padded = model.parallel.padded([row.slot for row in rows], self.slots, width)
-        step = Step(self.cache, ids, [row.slot - self.first for row in here], counts, padded=padded)
+        few = bool(self.drafting) and model.dspark is None and width <= DRAFTED  # of one shape, to be replayed
+        step, begins = self._step(rows, here, width, padding=math.inf if few else PADDING)
         wanted = [len(row.choices) for row in rows]
         h = None
         taps: list[Array] = []
-        if width == 1 and not self.drafting and all(wanted):
+        if isinstance(step, Step) and width == 1 and not self.drafting and all(wanted):
             logits = self._replay.logits(step)
         else:
             if self.drafting and model.dspark:
                 h = model.forward(step, taps)
             else:
-                h = self._replay.streams(step) if self.drafting and width <= DRAFTED else model.forward(step)
+                h = self._replay.streams(step) if few and isinstance(step, Step) else model.forward(step)
             if not any(wanted):
-                return Outcome([[] for _ in rows], step, h, taps)
-            ends = [i * width + len(row.tokens) for i, row in enumerate(here)]
+                return Outcome([[] for _ in rows], step, begins, h, taps)
+            ends = [begin + len(row.tokens) for begin, row in zip(begins, here, strict=True)]
             at = [np.arange(end - len(row.choices), end) for end, row in zip(ends, here, strict=True)]
             logits = model.logits(self._picked(h, np.concatenate([np.zeros(0, int), *at])))
-        return Outcome(self._chosen(logits, rows), step, h, taps)
+        return Outcome(self._chosen(logits, rows), step, begins, h, taps)
+
+    def _step(
+        self, rows: Sequence[Row], here: Sequence[Row], width: int, *, padding: float
+    ) -> tuple[Step | Joined, list[int]]:
+        """The rows that are here as rectangles of like widths, and where each row's tokens begin.
+        ``width``: of the widest, here or on another rank.
+        """
+        steps, begins, begin = list[Step](), [0] * len(here), 0
+        padded = self.model.parallel.padded([row.slot for row in rows], self.slots, width)
+        for places in _rectangles([len(row.tokens) for row in here], padding) or [[]]:
+            counts = [len(here[i].tokens) for i in places]
+            ids = np.zeros((len(places), max(counts, default=width)), np.int64)
+            for line, i in zip(ids, places, strict=True):
+                line[: len(here[i].tokens)] = here[i].tokens
+                begins[i], begin = begin, begin + len(line)
+            steps.append(Step(self.cache, ids, [here[i].slot - self.first for i in places], counts, padded=padded))
+        return steps[0] if len(steps) == 1 else Joined(steps), begins
 
     def _chosen(self, logits: Array, rows: Sequence[Row]) -> list[list[Chosen]]:
         """Choose from logits of those rows' choices whose slots are here: greedy ones in one call,
@@ -147,18 +167,17 @@ class Batch:
             return [[] for _ in rows]
         if self.model.dspark:
             return self._block_drafts(rows, outcome, chosen, wishes)
-        assert outcome.step is not None
         assert outcome.streams is not None
         model, be, step = self.model, self.model.backend, outcome.step
         here = [(row, line) for row, line in zip(rows, chosen, strict=True) if self._has(row.slot)]
-        following = np.zeros((step.batch, step.seq), np.int32)
+        following = np.zeros(step.tokens, np.int32)
         ends = []
-        for i, (row, line) in enumerate(here):
+        for begin, (row, line) in zip(outcome.begins, here, strict=True):
             known = (*row.following, *line)[: len(row.tokens)]
-            following[i, : len(known)] = known
+            following[begin : begin + len(known)] = known
             if line:
-                ends.append(i * step.seq + len(known) - 1)
-        m = model.mtp(outcome.streams, be.from_numpy(following.reshape(-1)), step)
+                ends.append(begin + len(known) - 1)
+        m = model.mtp(outcome.streams, be.from_numpy(following), step)
         if not any(chosen):
             return [[] for _ in rows]
         logits = model.logits(self._picked(m, np.array(ends, int)), mtp=True)
@@ -180,21 +199,19 @@ class Batch:
         where the distributions do. The confidence of a draft is judged before it is drawn.
         """
         model, be, c = self.model, self.model.backend, self.model.config
-        dspark, step = model.dspark, outcome.step
+        dspark = model.dspark
         assert dspark is not None
-        assert step is not None
-        dspark.remember(outcome.taps, step)
+        dspark.remember(outcome.taps, outcome.step)
         proposed: list[list[int]] = [[] for _ in rows]
         asked = [i for i, (line, wish) in enumerate(zip(chosen, wishes, strict=True)) if line and wish and wish.uniform]
         if not asked:
             return proposed
         here = [i for i in asked if self._has(rows[i].slot)]
-        places = {row.slot: b for b, row in enumerate(row for row in rows if self._has(row.slot))}
-        at = np.array([places[rows[i].slot] for i in here], int)
+        at = np.array([rows[i].slot - self.first for i in here], np.int64)
         stands = np.array([len((*rows[i].following, *chosen[i])[: len(rows[i].tokens)]) for i in here], np.int64)
         ids = np.full((len(here), c.dspark_block_size), c.dspark_noise_token_id, np.int64)
         ids[:, 0] = [chosen[i][-1] for i in here]
-        block = block_step(self.cache, ids, step.sequences[at], step.starts[at] + stands)
+        block = block_step(self.cache, ids, at, self.cache.lengths[at] + stands)
         g, logits = dspark.block(block)
         base = model.parallel.joined(be.to_numpy(logits)).reshape(len(asked), c.dspark_block_size, -1)
         last = {i: chosen[i][-1] for i in asked}
@@ -225,9 +242,7 @@ class Batch:
         """Note that of each row's tokens the first ``stands`` ones stand; the others were drafts
         that are forgotten.
         """
-        step = outcome.step
-        assert step is not None
-        self.cache.advance(step.sequences, step.ends)
+        self.cache.advance(outcome.step.sequences, outcome.step.ends)
         for row, count in zip(rows, stands, strict=True):
             if count < len(row.tokens) and self._has(row.slot):
                 here = row.slot - self.first
@@ -242,10 +257,21 @@ class Batch:
         return 0 <= slot - self.first < self.cache.sequences
 
     def _picked(self, rows: Array, at: Host) -> Array:
-        """Rows ``at``, ascending; neighbours in one slice."""
-        if len(at) == rows.shape[0]:
+        """Rows ``at``; neighbours in one slice."""
+        if np.array_equal(at, np.arange(rows.shape[0])):
             return rows
         if not len(at):
             return rows[0:0]
         parts = np.split(at, np.flatnonzero(np.diff(at) != 1) + 1)
         return self.model.backend.concat([rows[int(p[0]) : int(p[-1]) + 1] for p in parts], axis=0)
+
+
+def _rectangles(widths: Sequence[int], padding: float) -> list[list[int]]:
+    """Places of rows, those of like width together: at most so many tokens of padding in each."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(widths)), key=lambda i: widths[i]):
+        if groups and sum(widths[i] - widths[j] for j in groups[-1]) <= padding:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return [sorted(group) for group in groups]

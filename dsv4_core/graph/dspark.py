@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dsv4_core.contract.dtypes import Host
     from dsv4_core.contract.spec import Array
     from dsv4_core.graph.cache import Cache
+    from dsv4_core.graph.step import Fed
 
 
 class Graph(Protocol):
@@ -36,7 +37,7 @@ class Graph(Protocol):
     def embedding(self, ids: Array) -> Array:
         """Look up rows."""
 
-    def block(self, block: Any, h: Array, step: Addresses) -> Array:
+    def block(self, block: Any, h: Array, step: Fed) -> Array:
         """One layer."""
 
     def on_grid(self, rows: Array) -> Array:
@@ -93,7 +94,7 @@ class Dspark:
         mean = self.mean
         return self.model.backend.hc_head(h, mean.fn, mean.scale, mean.base, norm_eps=1.0, eps=0.0)
 
-    def remember(self, taps: Sequence[Array], step: Addresses) -> None:
+    def remember(self, taps: Sequence[Array], step: Fed) -> None:
         """Write a context row a token into every stage's ring; ``taps``: of the target layers, in
         the configuration's order.
         """
@@ -105,9 +106,8 @@ class Dspark:
                 row = be.linear(x, stage.attn.wkv, out_dtype=be.activation_dtype)
                 row = self.model.turned(row, stage.attn.kv_norm, step.positions, stage.freqs)
                 cache = step.cache.layers[stage.index]
-                cache.ring = written(
-                    be, cache.ring, self.model.on_grid(row), step.ring_write, layout=step.cache.kv_layout
-                )
+                row = self.model.on_grid(row)
+                cache.ring = written(be, cache.ring, row, step.ring_write, layout=step.cache.kv_layout)
 
     def block(self, step: Addresses) -> tuple[Array, Array]:
         """Run a block's rows through all stages; give what its heads read [T, D] and the logits

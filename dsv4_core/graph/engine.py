@@ -257,22 +257,22 @@ class Engine:
         """
         while self._waiting and self._free and not self._soon_shared(self._waiting[0].request):
             self._admit(self._waiting.popleft())
-        decoding = sorted((run for run in self._running if run.out), key=lambda run: run.slot)
-        decodes = [(run, row) for run in decoding if (row := self._row(run))]
-        if decodes:
-            self._forward([run for run, _ in decodes], [row for _, row in decodes])
-        left = max(1, self.budget - sum(len(row.tokens) for _, row in decodes))
-        while left > 0 and (reading := [run for run in self._running if not run.out]):
-            prompts: list[tuple[_Run, Row]] = []
+        fed = [(run, row) for run in [*self._running] if run.out and (row := self._row(run))]
+        left = max(1, self.budget - sum(len(row.tokens) for _, row in fed))
+        while True:
+            reading = [run for run in self._running if not run.out]
             for run in reading:
                 if left > 0 and (row := self._row(run, left)):
-                    prompts.append((run, row))
+                    fed.append((run, row))
                     left -= len(row.tokens)
-            for rectangle in _rectangles(prompts):
-                self._forward([run for run, _ in rectangle], [row for _, row in rectangle])
-                if self.progress:
-                    for run, _ in rectangle:
-                        self.progress(run.rows, len(run.request.prompt))
+            if not fed:
+                break
+            fed.sort(key=lambda one: one[0].slot)
+            self._forward([run for run, _ in fed], [row for _, row in fed])
+            if self.progress:
+                for run in (run for run, row in fed if run in reading):
+                    self.progress(run.rows, len(run.request.prompt))
+            fed = []
         events, self._events = self._events, []
         return events
 
@@ -523,23 +523,6 @@ class Engine:
             return
         self._kept.append(_Kept(tokens, run.slot, self.cache.snapshot(run.slot)))
         del self._kept[: len(self._kept) - 4 * self.slots]
-
-
-def _rectangles(prompts: list[tuple[_Run, Row]]) -> list[list[tuple[_Run, Row]]]:
-    """Rows of prompts that are read in one step each: no row is padded by more than a third of its
-    tokens, which costs less than a step of its own. Each is sorted by slot, as a step needs it.
-    """
-    groups: list[list[tuple[_Run, Row]]] = []
-    for one in prompts:
-        length = len(one[1].tokens)
-        for group in groups:
-            lengths = [len(row.tokens) for _, row in group]
-            if 3 * max(length, *lengths) <= 4 * min(length, *lengths):
-                group.append(one)
-                break
-        else:
-            groups.append([one])
-    return [sorted(group, key=lambda one: one[0].slot) for group in groups]
 
 
 def _near_end(prompt: tuple[int, ...]) -> int:

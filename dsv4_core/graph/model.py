@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from dsv4_core.contract.backend import Backend
     from dsv4_core.contract.dtypes import Host, RowLayout
     from dsv4_core.contract.spec import Array
-    from dsv4_core.graph.cache import LayerCache
-    from dsv4_core.graph.step import Addresses, Compression
+    from dsv4_core.graph.step import Addresses, Compression, Fed
 
 
 @dataclass(frozen=True)
@@ -214,7 +213,7 @@ class Model:
         """
         return self.config.dspark_block_size if self.dspark else int(self.mtp_block is not None)
 
-    def forward(self, step: Addresses, taps: list[Array] | None = None) -> Array:
+    def forward(self, step: Fed, taps: list[Array] | None = None) -> Array:
         """Run the main stack on a step's tokens; give the streams [T, hc, D].
 
         The cache's rows are written, its lengths are not. ``taps`` receives what DSpark reads, [T,
@@ -223,8 +222,9 @@ class Model:
         be = self.backend
         with be.computing():
             h = be.hc_expand(self.embedding(step.ids), hc=self.config.hc_mult)
-            for ratio in sorted({block.ratio for block in self.blocks} - {0}):
-                step.compression(ratio)  # its lists are joined here, and no layer has more to do than its like
+            for each in step.rectangles:
+                for ratio in sorted({block.ratio for block in self.blocks} - {0}):
+                    each.compression(ratio)  # its lists are joined here, and no layer has more to do than its like
             tapped = {}
             for block in self.blocks:
                 h = self.block(block, h, step)
@@ -234,7 +234,7 @@ class Model:
             taps += [tapped[i] for i in self.config.dspark_target_layer_ids]
         return h
 
-    def mtp(self, h: Array, next_ids: Array, step: Addresses) -> Array:
+    def mtp(self, h: Array, next_ids: Array, step: Fed) -> Array:
         """Run the MTP block on the main stack's streams and the *next* tokens' ids, at the same
         positions; give its streams.
         """
@@ -269,7 +269,7 @@ class Model:
         x = self.backend.embedding(p.local_ids(ids) if p.local_ids else ids, self.embed)
         return p.reduce_embedding(x) if p.reduce_embedding else x
 
-    def block(self, block: Block, h: Array, step: Addresses) -> Array:
+    def block(self, block: Block, h: Array, step: Fed) -> Array:
         """One layer: attention, then experts, each between its hyper-connections."""
         x, post, comb = self._hc_pre(h, block.hc_attn, block.attn_norm)
         h = self.backend.hc_post(self.attention(block, x, step), h, post, comb)
@@ -282,7 +282,7 @@ class Model:
             h, mix.fn, mix.scale, mix.base, norm, norm_eps=c.rms_norm_eps, eps=c.hc_eps, iters=c.hc_sinkhorn_iters
         )
 
-    def attention(self, block: Block, x: Array, step: Addresses) -> Array:
+    def attention(self, block: Block, x: Array, step: Fed) -> Array:
         """Window rows, compressed rows (all, or the indexer's picks), sink, grouped output
         projection.
         """
@@ -290,35 +290,19 @@ class Model:
         T, d, act = step.tokens, c.head_dim, be.activation_dtype
         if T == 0:  # a rank that takes part in the experts' exchange alone
             return x
-        where = step.compression(block.ratio) if block.ratio else None
-        indexer = w.indexer if where and where.picks else None
+        picked = w.indexer and any(each.compression(block.ratio).picks for each in step.rectangles)
+        indexer = w.indexer if picked else None
         # products of one input stand together: a backend may compute them in one launch
         qr, kv = (be.linear(x, weight, out_dtype=act) for weight in (w.wq_a, w.wkv))
         scores = [be.kv_score(x, each.wkv, each.wgate) for each in w.compressors]
         weights = be.linear(x, indexer.weights_proj, out_dtype=be.wide_dtype) if indexer else None
         qr = be.rms_norm(qr, w.q_norm, eps=c.rms_norm_eps)
         q = be.linear(qr, w.wq_b, out_dtype=act)
-        index_q = be.linear(qr, indexer.wq_b, out_dtype=act) if indexer else None
+        index_q = self._index_queries(indexer, qr, block, step) if indexer else None
         heads = q.shape[1] // d
         q = be.rms_norm_rope(q.reshape((T, heads, d)), None, step.positions, block.freqs, eps=c.rms_norm_eps)
         kv = self.turned(kv, w.kv_norm, step.positions, block.freqs)
-
-        cache, layout = step.cache.layers[block.index], step.cache.kv_layout
-        idxs, rows, row_index = step.window_idxs, None, None
-        if not where or not w.compressor:
-            kv = self.on_grid(kv)
-        else:
-            closed, cache.state = self._close_windows(w.compressor, scores[0], d, block.freqs, cache.state, step, where)
-            kv, closed = self._rounded(kv, closed, layout)
-            if closed is not None:
-                cache.rows = written(be, _held(cache.rows), closed, where.row_write, layout=layout)
-            picked = self._picked_rows(w.indexer, scores[-1], index_q, weights, block, cache, step, where)
-            if picked:
-                rows, (row_index, idxs) = cache.rows, picked
-        o = be.cached_sparse_attn(
-            q, kv, cache.ring, step.ring_read, rows, row_index, w.attn_sink, idxs, layout=layout, softmax_scale=d**-0.5
-        )
-        cache.ring = written(be, cache.ring, kv, step.ring_write, layout=layout)
+        o = self._by_rectangle(block, step, q, kv, index_q, weights, *scores)
 
         o = be.apply_rope(o, step.positions, block.freqs, inverse=True)
         groups = heads * c.o_groups // c.num_attention_heads
@@ -326,6 +310,54 @@ class Model:
         o = p.gather_low_rank(o) if p.gather_low_rank else o
         o = be.linear(o, w.wo_b, out_dtype=be.wide_dtype if p.reduce_attention else act)
         return p.reduce_attention(o) if p.reduce_attention else o
+
+    def _by_rectangle(self, block: Block, step: Fed, *tokens: Any) -> Array:
+        """Attend for each rectangle of a step, given its part of what every token has."""
+        if len(step.rectangles) == 1:
+            return self._attend(block, step.rectangles[0], *tokens)
+        outputs: list[Array] = []
+        begin = 0
+        for rectangle in step.rectangles:
+            end = begin + rectangle.tokens
+            own: list[Any] = [None if array is None else array[begin:end] for array in tokens]
+            outputs.append(self._attend(block, rectangle, *own))
+            begin = end
+        return self.backend.concat(outputs, axis=0)
+
+    def _attend(
+        self,
+        block: Block,
+        step: Addresses,
+        q: Array,
+        kv: Array,
+        index_q: Array | None,
+        weights: Array | None,
+        *scores: Array,
+    ) -> Array:
+        """Close windows, pick rows, attend [T, heads, d], and write what later steps read.
+
+        ``kv``: the tokens' own rows, normed and turned. ``index_q``, ``weights``: what the indexer
+        picks by, None where nothing is picked. ``scores``: ``kv_score`` for each compressor.
+        """
+        be, w, d = self.backend, block.attn, self.config.head_dim
+        cache, layout = step.cache.layers[block.index], step.cache.kv_layout
+        idxs, rows, row_index = step.window_idxs, None, None
+        if not block.ratio or not w.compressor:
+            kv = self.on_grid(kv)
+        else:
+            where = step.compression(block.ratio)
+            closed, cache.state = self._close_windows(w.compressor, scores[0], d, block.freqs, cache.state, step, where)
+            kv, closed = self._rounded(kv, closed, layout)
+            if closed is not None:
+                cache.rows = written(be, _held(cache.rows), closed, where.row_write, layout=layout)
+            picked = self._picked_rows(block, step, where, scores[-1], index_q, weights)
+            if picked:
+                rows, (row_index, idxs) = cache.rows, picked
+        o = be.cached_sparse_attn(
+            q, kv, cache.ring, step.ring_read, rows, row_index, w.attn_sink, idxs, layout=layout, softmax_scale=d**-0.5
+        )
+        cache.ring = written(be, cache.ring, kv, step.ring_write, layout=layout)
+        return o
 
     def on_grid(self, rows: Array) -> Array:
         """Key/value rows [n, d] rounded to FP8, but for the channels that RoPE turns."""
@@ -373,24 +405,31 @@ class Model:
             rows = self.turned(rows, w.norm, where.row_positions, freqs)
         return rows, written(be, _held(state), kv_score, where.state_write, layout=layout)
 
+    def _index_queries(self, w: Indexer, qr: Array, block: Block, step: Fed) -> Array:
+        """The indexer's queries [T, Hi, di], turned and rounded."""
+        be, c = self.backend, self.config
+        shape = (step.tokens, c.index_n_heads, c.index_head_dim)
+        q = be.linear(qr, w.wq_b, out_dtype=be.activation_dtype).reshape(shape)
+        q = be.apply_rope(q, step.positions, block.freqs, inverse=False)
+        return self._index_on_grid(be.hadamard(q.reshape((shape[0] * shape[1], shape[2])))).reshape(shape)
+
     def _picked_rows(
         self,
-        w: Indexer | None,
+        block: Block,
+        step: Addresses,
+        where: Compression,
         kv_score: Array,
         q: Array | None,
         weights: Array | None,
-        block: Block,
-        cache: LayerCache,
-        step: Addresses,
-        where: Compression,
     ) -> tuple[Array, Array] | None:
         """Which compressed rows are read and which rows of all, window rows first, each token
-        attends to: ``row_index``, ``idxs`` [T, ...]. ``kv_score``, ``q``, ``weights``: the
-        indexer's products, the last two None where nothing is picked.
+        attends to: ``row_index``, ``idxs`` [T, ...]. ``kv_score``, ``q``, ``weights``: what the
+        indexer has of the tokens, the last two None where nothing is picked.
         """
+        w = block.attn.indexer
         if w is None:
             return (where.row_read, where.row_idxs) if where.bound and where.row_idxs is not None else None
-        be, c = self.backend, self.config
+        be, c, cache = self.backend, self.config, step.cache.layers[block.index]
         Hi, di, layout = c.index_n_heads, c.index_head_dim, step.cache.key_layout
         rows, cache.key_state = self._close_windows(
             w.compressor, kv_score, di, block.freqs, cache.key_state, step, where
@@ -401,8 +440,6 @@ class Model:
             cache.keys = written(be, _held(cache.keys), keys, where.row_write, layout=layout)
         if where.picks is None or q is None or weights is None:
             return None
-        q = be.apply_rope(q.reshape((step.tokens, Hi, di)), step.positions, block.freqs, inverse=False)
-        q = self._index_on_grid(be.hadamard(q.reshape((step.tokens * Hi, di))))
         picks = be.cached_index_topk(
             q.reshape((step.batch, step.seq, Hi, di)),
             weights.reshape((step.batch, step.seq, Hi)),
@@ -419,7 +456,7 @@ class Model:
         chosen = picks.reshape((step.tokens, where.picks.topk))
         return where.row_read, be.concat((step.window_idxs, chosen), axis=1)
 
-    def moe(self, w: Moe, x: Array, step: Addresses) -> Array:
+    def moe(self, w: Moe, x: Array, step: Fed) -> Array:
         """Gate, routed experts, shared expert."""
         be, c, p = self.backend, self.config, self.parallel
         if w.tid2eid is not None:
@@ -431,7 +468,7 @@ class Model:
         shared = be.ffn(x, *w.shared, limit=c.swiglu_limit) if w.shared else None
         out_dtype = be.wide_dtype if p.reduce_moe else be.activation_dtype
         count = w.gate.shape[0]
-        experts = p.experts(count, step.shape.padded) if p.experts else be.moe
+        experts = p.experts(count, step.padded) if p.experts else be.moe
         y = experts(
             x,
             weights,

@@ -17,7 +17,7 @@ import functools
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
     from dsv4_core.contract.dtypes import Host
     from dsv4_core.contract.spec import Array
+
+Fed: TypeAlias = "Addresses | Joined"
+"""What a pass of the graph is given."""
 
 ALIGNED = 16  # elements: parts of the buffer begin at whole cache lines
 
@@ -212,6 +215,16 @@ class Addresses:
         """All sequences' tokens, padding too."""
         return self.shape.tokens
 
+    @property
+    def padded(self) -> int:
+        """As of ``StepShape``."""
+        return self.shape.padded
+
+    @property
+    def rectangles(self) -> tuple[Addresses, ...]:
+        """Itself: ``Joined`` has several."""
+        return (self,)
+
     def part(self, name: str) -> Array:
         """One array of the step."""
         begin, shape = self.shape.parts[name]
@@ -340,11 +353,15 @@ class Step(Addresses):
         """Compressed rows that each token sees [n, S]; 0 for padding, whose position is -1."""
         return (self.host_positions + 1) // ratio
 
-    def _put(self, name: str, values: Any) -> None:
+    def on_host(self, name: str) -> Host:
+        """One array of the step in host memory."""
         begin, shape = self.shape.parts[name]
-        if not prod(shape):  # nothing to write: of a rank without a sequence, or of windows that do not close
-            return
-        self.host[begin : begin + prod(shape)].reshape(shape)[...] = values
+        return self.host[begin : begin + prod(shape)].reshape(shape)
+
+    def _put(self, name: str, values: Any) -> None:
+        array = self.on_host(name)
+        if array.size:  # not of a rank without a sequence, nor of windows that do not close
+            array[...] = values
 
     def _fill(self, ids: Host) -> None:
         shape, tokens = self.shape, self.tokens
@@ -422,6 +439,44 @@ class Step(Addresses):
             put("offset", first)
 
 
+class Joined:
+    """Rectangles of unlike lengths in one pass, so that none is padded to another's length: their
+    tokens stand one after another. Each keeps its own addresses; what treats every token by itself
+    is done for all at once.
+    """
+
+    def __init__(self, rectangles: Sequence[Step]) -> None:
+        """Raise ``ValueError`` where two of them name a sequence, or are of two caches."""
+        self.rectangles, self.cache = tuple(rectangles), rectangles[0].cache
+        if any(step.cache is not self.cache for step in rectangles):
+            raise ValueError("step: its rectangles are of several caches; a step has one")
+        self.sequences = np.concatenate([step.sequences for step in rectangles])
+        self.starts = np.concatenate([step.starts for step in rectangles])
+        self.ends = np.concatenate([step.ends for step in rectangles])
+        _check_once(self.sequences)
+        self.tokens = sum(step.tokens for step in rectangles)
+        self.padded = rectangles[0].padded
+
+    @cached_property
+    def ids(self) -> Array:
+        """Token ids [T]."""
+        return self._joined("ids")
+
+    @cached_property
+    def positions(self) -> Array:
+        """Positions [T], 0 for padding."""
+        return self._joined("positions")
+
+    @cached_property
+    def ring_write(self) -> Array:
+        """As of ``Addresses``: [T]."""
+        return self._joined("ring_write")
+
+    def _joined(self, name: str) -> Array:
+        host = np.concatenate([step.on_host(name) for step in self.rectangles])
+        return self.cache.backend.from_numpy(host)
+
+
 def _check_rectangle(cache: Cache, ids: Host, sequences: Host, counts: Host) -> None:
     """Raise ``ValueError`` where a step names a sequence twice or one that the cache lacks, or
     counts more tokens than there are.
@@ -434,15 +489,19 @@ def _check_rectangle(cache: Cache, ids: Host, sequences: Host, counts: Host) -> 
     if batch and not 0 <= sequences.min() <= sequences.max() < cache.sequences:
         wrong = int(sequences[(sequences < 0) | (sequences >= cache.sequences)][0])
         raise ValueError(f"step: sequence {wrong} is not one of the cache's 0 .. {cache.sequences - 1}")
-    if np.unique(sequences).size != batch:
-        twice = int(np.flatnonzero(np.bincount(sequences) > 1)[0])
-        raise ValueError(
-            f"step: sequence {twice} is named twice; a sequence's tokens stand in one row of ids, or in steps one after another"
-        )
+    _check_once(sequences)
     if batch and not 0 <= counts.min() <= counts.max() <= seq:
         wrong = int(counts[(counts < 0) | (counts > seq)][0])
         raise ValueError(
             f"step: a count of {wrong}; a row of ids has {seq} tokens, of which the first 0 .. {seq} may be real"
+        )
+
+
+def _check_once(sequences: Host) -> None:
+    if np.unique(sequences).size != sequences.size:
+        twice = int(np.flatnonzero(np.bincount(sequences) > 1)[0])
+        raise ValueError(
+            f"step: sequence {twice} is named twice; a sequence's tokens stand in one row of ids, or in steps one after another"
         )
 
 

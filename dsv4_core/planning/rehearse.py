@@ -21,7 +21,7 @@ from dsv4_core.checkpoint.create import create
 from dsv4_core.graph.cache import Cache
 from dsv4_core.graph.model import Model
 from dsv4_core.graph.sampling import NoNumberError
-from dsv4_core.graph.step import Addresses, Step
+from dsv4_core.graph.step import Fed, Step
 from dsv4_core.planning.counting import total
 from dsv4_core.planning.plan import Graph
 
@@ -117,7 +117,7 @@ class Rehearsal(Model):
             files = resident("RssFile")
         self.files = files
 
-    def block(self, block: Block, h: Array, step: Addresses) -> Array:
+    def block(self, block: Block, h: Array, step: Fed) -> Array:
         """One layer, then a note."""
         h = super().block(block, h, step)
         self.note()

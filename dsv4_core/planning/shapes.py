@@ -26,7 +26,7 @@ from dsv4_core.contract.spec import Array, Numerics, Operand, OpSpec
 from dsv4_core.graph.cache import Cache
 from dsv4_core.graph.dspark import block_step
 from dsv4_core.graph.model import Block, Model
-from dsv4_core.graph.step import Addresses, Step
+from dsv4_core.graph.step import Fed, Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -368,10 +368,10 @@ class LayeredModel(Model):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._kinds: dict[int, Hashable] = {}
-        self._step: Addresses | None = None
+        self._step: Fed | None = None
         self._seen: dict[Hashable, list[Any]] = {}
 
-    def block(self, block: Block, h: Array, step: Addresses) -> Array:
+    def block(self, block: Block, h: Array, step: Fed) -> Array:
         """Run one layer with ``backend.layer`` set to its index, or repeat the notes of one that is
         just like it.
         """

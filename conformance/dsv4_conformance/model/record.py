@@ -17,7 +17,7 @@ from dsv4_core.contract.dtypes import Experts, Host, ScaledArray, dtype_name
 from dsv4_core.contract.spec import OPS
 from dsv4_core.graph.cache import Cache
 from dsv4_core.graph.model import Block, Model
-from dsv4_core.graph.step import Addresses, Step
+from dsv4_core.graph.step import Fed, Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -169,14 +169,14 @@ class TracedModel(Model):
         self.recorder = recorder
         super().__init__(source, recorder.backend)
 
-    def forward(self, step: Addresses, taps: list[Array] | None = None) -> Array:
+    def forward(self, step: Fed, taps: list[Array] | None = None) -> Array:
         """As the model's, from ``embedding`` to ``head``."""
         self.recorder.place = "embedding"
         h = super().forward(step, taps)
         self.recorder.place = "head"
         return h
 
-    def block(self, block: Block, h: Array, step: Addresses) -> Array:
+    def block(self, block: Block, h: Array, step: Fed) -> Array:
         """As the model's, in ``layer{i}``."""
         self.recorder.place = f"layer{block.index}"
         return super().block(block, h, step)
