@@ -398,3 +398,37 @@ def test_a_snapshot_is_only_where_windows_are_closed(model):
     cache.rewind(0, 0)
     with pytest.raises(CacheError, match="sequence 0 holds 0 tokens; 128 are needed"):
         cache.restore(1, taken, donor=0)
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_a_step_that_fails_half_way_leaves_prompts_as_they_were(model, monkeypatch, reuse):
+    """A device that fails in the last layer, when the rings of the others hold a chunk's tokens
+    where older ones were that the chunk reads: it is not read again onto them. Who comes after a
+    failure, with the same beginning, is not told by them either.
+    """
+    good, bad = Request(prompt(3, 400), 20), Request((*prompt(4, 5), 201), 6)
+    long = Request((*prompt(3, 260), *prompt(5, 100), 201), 6)
+    expected, expected_long, block = alone(model, good), alone(model, long), model.block
+    fails = True
+
+    def failing(each, h, step):
+        after = block(each, h, step)
+        if fails and each.index == len(model.blocks) - 1 and 201 in np.asarray(step.ids):
+            raise RuntimeError("the device hiccups")
+        return after
+
+    monkeypatch.setattr(model, "block", failing)
+    engine = Engine(model, slots=3, capacity=512, chunk=150, reuse=reuse)
+    first = engine.submit(good)
+    assert engine.step() == []  # a chunk of it is read
+    ids = [first, engine.submit(bad)]
+    tokens, ends = finished(engine)
+    assert (tokens[first], ends[ids[1]].finish) == (expected, "error")
+    last = engine.submit(long)
+    _, ends = finished(engine)
+    assert ends[last].finish == "error"
+    fails = False
+    ids = [engine.submit(request) for request in (long, good)]
+    tokens, _ = finished(engine)
+    assert [tokens[i] for i in ids] == [expected_long, expected]
+    assert engine.stats.free == 3

@@ -331,11 +331,15 @@ class Engine:
         except Exception as error:
             if self.model.parallel.sequences is not None or self.model.parallel.gather_logits is not None:
                 raise  # the other ranks wait in an exchange
-            if len(rows) > 1:
-                for run, row in zip(runs, rows, strict=True):
-                    self._forward([run], [row])
+            lost = [self._lost(run, row) for run, row in zip(runs, rows, strict=True)]
+            if len(rows) == 1:
+                self._end(runs[0], "error", error=error)
                 return
-            self._end(runs[0], "error", error=error)
+            for run, row, again in zip(runs, rows, lost, strict=True):
+                if not again:
+                    self._forward([run], [row])
+                while again and run in self._running and not run.out and (new := self._row(run, self.budget)):
+                    self._forward([run], [new])
             return
         stands = [len(line if run.out else row.tokens) for run, row, line in zip(runs, rows, chosen, strict=True)]
         self._batch.advance(rows, outcome, stands)
@@ -344,6 +348,19 @@ class Engine:
         for run, row, seen, line, draft in zip(runs, rows, outcome.chosen, chosen, drafts, strict=True):
             self._tell(run, row, seen)
             self._commit(run, row, line, draft)
+
+    def _lost(self, run: _Run, row: Row) -> bool:
+        """Whether a step that failed half way may have written a chunk's tokens where older ones
+        were that the chunk reads: the prompt is read from its beginning then.
+        """
+        if not run.rows or len(row.tokens) <= 1 + self.drafts:
+            return False
+        self._stats.hit_tokens -= run.hit
+        run.rows = run.hit = 0
+        run.told.clear()
+        self._forget(run.slot, 0)
+        self._batch.clear(run.slot)
+        return True
 
     def _choose(self, run: _Run, row: Row, seen: Sequence[Chosen]) -> list[Chosen]:
         """The tokens that follow: one, and one more for each draft that was right. Changes
@@ -501,11 +518,13 @@ class Engine:
         return min(self._free, key=lambda s: (len(self._held.get(s, ())), s))
 
     def _take(self, slot: int, stays: int) -> None:
-        """Take a free slot, of which the first ``stays`` tokens stay. Prefixes that lay there move
-        or are forgotten.
-        """
+        """Take a free slot, of which the first ``stays`` tokens stay."""
         self._free.remove(slot)
         self._held.pop(slot, None)
+        self._forget(slot, stays)
+
+    def _forget(self, slot: int, stays: int) -> None:
+        """Prefixes of more than ``stays`` tokens that lie in a slot move or are forgotten."""
         for kept in [k for k in self._kept if k.slot == slot and len(k.tokens) > stays]:
             others = {**self._held, **{run.slot: run.tokens[: run.rows] for run in self._running}}
             other = next((s for s, tokens in others.items() if tokens[: len(kept.tokens)] == kept.tokens), None)
