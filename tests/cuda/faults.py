@@ -246,4 +246,12 @@ FAULTS = {
         "rows that move whole ignore where their mask ends", "dsv4_backend_torch/memory", "turned(out)[live, :count] = windows[at]",
         "turned(out)[live] = _windows(starts[live], turned(out).shape[-1], dtype)[0][at]", "test_memory.py",
     ),
+    "read_once": Fault(
+        "the interpreter's tape does not read again what may have been written since", "dsv4_backend_torch/playback",
+        "self.known.get(key) if name not in MEMORY else None", "self.known.get(key)", "test_playback.py",
+    ),
+    "between_two_places": Fault(
+        "elements by index are read from the place below their address", "dsv4_backend_torch/memory",
+        "if size > 1 and (pointers & np.uint64(size - 1)).any():", "if not size:", "test_memory.py",
+    ),
 }  # fmt: skip

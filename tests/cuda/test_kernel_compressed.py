@@ -118,6 +118,21 @@ def split(mixes, scale, base, hc, eps, iters):
     return pre, post, comb
 
 
+@pytest.mark.parametrize(("dim", "piece", "pieces"), [(4096, 2048, 8), (128, 512, 1), (100, 448, 1)])
+def test_hc_goes_through_no_channels_that_are_not_there(monkeypatch, dim, piece, pieces):
+    """A narrow model's streams are one piece, no longer than they are."""
+    launched = []
+
+    class Mix:
+        def __getitem__(self, grid):
+            return lambda *_, **constants: launched.append((grid, constants["PIECE"]))
+
+    monkeypatch.setattr(mhc, "mix_kernel", Mix())
+    h, fn = oracle.normal(1, 4, dim, seed=0), oracle.normal(24, 4 * dim, seed=1, dtype=torch.float32)
+    mhc.hc_pre(h, fn, torch.ones(3), torch.zeros(24), norm_eps=1e-6, eps=1e-6, iters=1)
+    assert launched == [((1, pieces), piece)]
+
+
 @pytest.mark.parametrize(("tokens", "hc", "dim"), [(1, 4, 4096), (17, 4, 192), (3, 2, 100)])
 def test_hc(tokens, hc, dim):
     n = hc * (hc + 2)

@@ -1,4 +1,6 @@
-"""Rows that move whole are what one element at a time gives; anything else goes the plain way."""
+"""Rows that move whole, and elements by index, are what one element at a time gives; anything else
+goes the plain way.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ MASKS = {
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize("name", MASKS)
-def test_as_one_by_one(dtype, swapped, step, name):
+@pytest.mark.parametrize("rows", [True, False])
+def test_as_one_by_one(monkeypatch, dtype, swapped, step, name, rows):
+    monkeypatch.setattr(memory, "ROWS", 0 if rows else 1 << 20)
     buffer, pointers = block(dtype, swapped=swapped, step=step)
     mask = MASKS[name](pointers.shape)
     wild = np.where(mask, pointers, np.uint64(0x10))  # what is masked out may point anywhere
@@ -56,7 +60,9 @@ def test_as_one_by_one(dtype, swapped, step, name):
         buffer[:] = before
 
 
-def test_rows_over_each_other_keep_their_order():
+@pytest.mark.parametrize("rows", [True, False])
+def test_rows_over_each_other_keep_their_order(monkeypatch, rows):
+    monkeypatch.setattr(memory, "ROWS", 0 if rows else 1 << 20)
     buffer = np.zeros(4096, np.uint16)
     at = np.arange(60)[:, None] * 3 + np.arange(16)
     pointers = np.uint64(buffer.ctypes.data) + at.astype(np.uint64) * np.uint64(2)
@@ -68,6 +74,20 @@ def test_rows_over_each_other_keep_their_order():
     np.testing.assert_array_equal(buffer, want)
 
 
-def test_rows_go_the_fast_way():
+@pytest.mark.parametrize("rows", [True, False])
+def test_a_block_goes_the_fast_way(monkeypatch, rows):
+    monkeypatch.setattr(memory, "ROWS", 0 if rows else 1 << 20)
     _, pointers = block(np.uint16, swapped=False, step=1)
     memory.load(pointers, np.ones(pointers.shape, bool), np.zeros(pointers.shape, np.uint16), np.dtype(np.uint16), None)
+
+
+def test_elements_between_two_places_go_the_plain_way():
+    """A BF16 array over bytes may begin at an odd address."""
+    bytes_ = RNG.integers(0, 255, 4097, np.uint8)
+    pointers = np.uint64(bytes_.ctypes.data + 1) + 2 * RNG.permutation(2048).reshape(16, 128).astype(np.uint64)
+    mask, other = np.ones(pointers.shape, bool), np.zeros(pointers.shape, np.uint16)
+    got = memory.load(pointers, mask, other, np.dtype(np.uint16), one_by_one.load)
+    np.testing.assert_array_equal(got, one_by_one.load(pointers, mask, other, np.dtype(np.uint16)))
+    memory.store(pointers, np.arange(2048, dtype=np.uint16).reshape(16, 128), mask, one_by_one.store)
+    back = memory.load(pointers, mask, other, np.dtype(np.uint16), one_by_one.load)
+    np.testing.assert_array_equal(back, np.arange(2048).reshape(16, 128))

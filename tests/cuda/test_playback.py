@@ -120,3 +120,32 @@ def test_what_constants_give_is_computed_once():
     assert ranges, "arange and what follows from it"
     assert found.start.choice is None
     assert sum(s.store for s in found.start.steps) == 1
+
+
+@triton.jit
+def repeating_kernel(x, y, step, N: tl.constexpr, TURNS: tl.constexpr):
+    total = tl.zeros((N,), tl.float32)
+    for k in tl.static_range(TURNS):
+        column = tl.arange(0, N) * step
+        total += tl.load(x + column + k)
+        tl.store(x + column + k, total)
+        total += tl.load(x + column + k)
+    tl.store(y + tl.arange(0, N), total)
+
+
+def test_what_was_computed_before_is_not_computed_again():
+    """Addresses that every turn of a loop makes anew are made once; memory is read each time."""
+    for step in (1, 3, 3):
+        x, y = torch.arange(100, dtype=torch.float32), torch.empty(8)
+        want, total = x.clone(), torch.zeros(8)
+        at = torch.arange(8) * step
+        for k in range(4):
+            total = total + want[at + k]
+            want[at + k] = total
+            total = total + want[at + k]
+        repeating_kernel[(1,)](x, y, step, N=8, TURNS=4)
+        assert torch.equal(x, want)
+        assert torch.equal(y, total)
+    (found,) = [t for key, t in playback._tapes.items() if key[0].__name__ == "repeating_kernel"]
+    assert sum(s.function.__name__ == "multiply" for s in found.start.steps) == 1
+    assert sum(s.store for s in found.start.steps) == 5

@@ -1,17 +1,23 @@
-"""Loads and stores of blocks of pointers. Triton's interpreter moves one element at a time, at a
-dozen nanoseconds each; most blocks are rows of elements that follow each other, which move whole.
+"""Loads and stores of blocks of pointers. Triton's interpreter moves one element at a time, at 30
+nanoseconds each. NumPy moves what it is told by index, of an array that is all memory, in a quarter
+of that; and most large blocks are rows of elements that follow each other, which move whole.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-FEW = 512
-"""Elements up to which one at a time is no slower."""
+FEW = 128
+"""Elements of a block up to which one at a time is no slower."""
+ROWS = 8192
+"""Elements of a block from which it pays to look for rows."""
+ADDRESSES = 1 << 48
+"""Bytes that a process may address."""
 
 
 def load(
@@ -20,9 +26,19 @@ def load(
     """Elements at ``pointers`` [...] (addresses) where ``mask`` is set, else ``other``'s; ``plain``
     does the same one by one.
     """
+    if pointers.size <= FEW:
+        return plain(pointers, mask, other, dtype)
     found = _rows(pointers, mask, dtype.itemsize)
     if found is None:
-        return plain(pointers, mask, other, dtype)
+        live = None if mask.all() else mask
+        at = _places(pointers if live is None else pointers[live], dtype.itemsize)
+        if at is None:
+            return plain(pointers, mask, other, dtype)
+        if live is None:
+            return _memory(dtype)[at]
+        out = np.array(other, dtype)
+        out[live] = _memory(dtype)[at]
+        return out
     turned, live, count, starts = found
     if live is None:
         windows, at = _windows(starts, count, dtype)
@@ -36,9 +52,16 @@ def load(
 
 def store(pointers: np.ndarray, value: np.ndarray, mask: np.ndarray, plain: Callable[..., Any]) -> None:
     """Put ``value`` at ``pointers`` where ``mask`` is set, in order."""
+    if pointers.size <= FEW:
+        plain(pointers, value, mask)
+        return
     found = _rows(pointers, mask, value.itemsize)
     if found is None:
-        plain(pointers, value, mask)
+        at = _places(pointers[mask], value.itemsize)
+        if at is None:
+            plain(pointers, value, mask)
+        else:
+            _memory(value.dtype)[at] = value[mask]
         return
     turned, live, count, starts = found
     if live is None:
@@ -47,6 +70,20 @@ def store(pointers: np.ndarray, value: np.ndarray, mask: np.ndarray, plain: Call
     elif live.any():
         windows, at = _windows(starts[live], count, value.dtype)
         windows[at] = turned(value)[live, :count]
+
+
+@functools.cache
+def _memory(dtype: np.dtype[Any]) -> np.ndarray:
+    """All memory but its first element, as one array."""
+    some = ADDRESSES // dtype.itemsize - 1
+    return np.ndarray((some,), dtype, (ctypes.c_char * (some * dtype.itemsize)).from_address(dtype.itemsize))
+
+
+def _places(pointers: np.ndarray, size: int) -> np.ndarray | None:
+    """Where elements of ``size`` bytes lie in ``_memory``; None if one lies across two places."""
+    if size > 1 and (pointers & np.uint64(size - 1)).any():
+        return None
+    return (pointers >> np.uint64(size.bit_length() - 1)).astype(np.intp) - 1
 
 
 def _same(array: np.ndarray) -> np.ndarray:
@@ -62,9 +99,9 @@ def _rows(
 ) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray | None, int, np.ndarray] | None:
     """How a block lies in memory: which axis is last, which rows have elements (None: all have
     all), how many, the same in all of them and from the first on, and where they begin. None where
-    it is not like that.
+    it is not like that, or too small to tell.
     """
-    if pointers.size <= FEW:
+    if pointers.size < ROWS:
         return None
     for turned in (_same, _swapped)[: pointers.ndim]:
         across = turned(pointers)

@@ -6,8 +6,9 @@ a kernel is launched with the same constants and types, and takes the same ways.
 them as NumPy functions over numbered values, from one ``choice`` (a loop's length, a branch) to the
 next. A launch that chooses a way not taken before is interpreted, and adds it.
 
-What follows from constants alone is computed once. A value that did not come out of an operation
-written down has an unknown origin: such a kernel is interpreted each time.
+What follows from constants alone is computed once, and so is what was computed before: unrolled
+loops repeat their addresses. A value that did not come out of an operation written down has an
+unknown origin: such a kernel is interpreted each time.
 """
 
 from __future__ import annotations
@@ -114,6 +115,8 @@ class Recording:
         self.hint: Any = None
         self.units: dict[int, tuple[int, tuple[int, ...]]] = {}
         """By a broadcast's number: what was broadcast, and its shape."""
+        self.known: dict[Hashable, tuple[int, ...]] = {}
+        """The results' numbers by an operation, its operands' numbers and what else it is given."""
         self.trunk: list[Stretch] = []
         """Stretches that are on the tape already."""
         self.fresh: list[Stretch] = []
@@ -172,39 +175,50 @@ class Recording:
         else:
             self.begin(known)
 
-    def note(self, name: str, function: Callable[..., Any], handles: list[Any], out: Any) -> None:
-        """Write an operation down: ``function`` of the operands' data gives the result's."""
+    def note(self, name: str, function: Callable[..., Any], handles: list[Any], out: Any, how: Hashable = None) -> None:
+        """Write an operation down: ``function`` of the operands' data gives the result's. ``how``:
+        what else it is given.
+        """
         inputs = self.numbers(handles)
         if not self.tape.unknown:
-            self.write(name, function, inputs, out)
+            self.write(name, function, inputs, out, how)
 
-    def write(self, name: str, function: Callable[..., Any], inputs: tuple[int, ...], out: Any) -> None:
+    def write(self, name: str, function: Callable[..., Any], inputs: tuple[int, ...], out: Any, how: Hashable) -> None:
         results = out if isinstance(out, tuple) else (out,)
-        for i, result in enumerate(results):
-            part = function if len(results) == 1 else _part(function, i)
-            fixed = name not in MEMORY + VOLATILE and self.constant(inputs)
-            small = result is not None and result.data.nbytes <= CONSTANT_BYTES
-            number = self.new(result.data if fixed and small else None)
+        key = name, inputs, how
+        numbers = self.known.get(key) if name not in MEMORY else None
+        if numbers is None:
+            parts = [function] if len(results) == 1 else [_part(function, i) for i in range(len(results))]
+            numbers = tuple(self.made(name, f, inputs, r) for f, r in zip(parts, results, strict=True))
+            self.known[key] = numbers
+        for result, number in zip(results, numbers, strict=True):
             if result is not None:
                 self.number(result, number)
-            if self.fresh and not (fixed and small):
-                self.fresh[-1].steps.append(Step(part, inputs, number, store=name in STORES))
+
+    def made(self, name: str, function: Callable[..., Any], inputs: tuple[int, ...], result: Any) -> int:
+        """The number of an operation's new result, a constant or a step's."""
+        fixed = name not in MEMORY + VOLATILE and self.constant(inputs)
+        small = result is not None and result.data.nbytes <= CONSTANT_BYTES
+        number = self.new(result.data if fixed and small else None)
+        if self.fresh and not (fixed and small):
+            self.fresh[-1].steps.append(Step(function, inputs, number, store=name in STORES))
+        return number
 
     def broadcast(self, one: Any, out: Any) -> None:
         """Write a broadcast down, and what it is of: NumPy's own operations need none."""
         shape = out.data.shape[1:]
-        self.note("create_broadcast", lambda a: np.broadcast_to(a, (len(a), *shape)), [one], out)
+        self.note("create_broadcast", lambda a: np.broadcast_to(a, (len(a), *shape)), [one], out, shape)
         if not self.tape.unknown:
             self.units[out.number] = self.units.get(one.number, (one.number, one.data.shape[1:]))
 
-    def elementwise(self, name: str, function: Callable[..., Any], handles: list[Any], out: Any) -> None:
+    def elementwise(self, name: str, function: Callable[..., Any], handles: list[Any], out: Any, how: Hashable) -> None:
         """Write an operation down that NumPy broadcasts for itself."""
         numbers = self.numbers(handles)
         if self.tape.unknown:
             return
         units = [self.units.get(n, (n, h.data.shape[1:])) for n, h in zip(numbers, handles, strict=True)]
         fits = np.broadcast_shapes(*(shape for _, shape in units)) == out.data.shape[1:]
-        self.write(name, function, tuple(n for n, _ in units) if fits else numbers, out)
+        self.write(name, function, tuple(n for n, _ in units) if fits else numbers, out, how)
 
     def finish(self) -> None:
         """Hang what is fresh onto the tape; say where values die."""
@@ -286,18 +300,19 @@ def _noting(it: Any, name: str, function: Callable[..., Any]) -> Callable[..., A
         if any(isinstance(a, handle) for a in named.values()):
             now.tape.unknown = True  # no operation names an operand today
         operands = [a for a in args if isinstance(a, handle)]
+        how = *(None if isinstance(a, handle) else str(a) for a in args), *named.items()
         if name == "create_splat":
             one = handle(operands[0].data.reshape(-1, *[1] * (out.data.ndim - 1)), out.dtype)
-            now.note(name, _ones(out.data.ndim - 1), operands, one)
+            now.note(name, _ones(out.data.ndim - 1), operands, one, out.data.ndim)
             now.broadcast(one, out)
         elif name == "create_broadcast":
             now.broadcast(operands[0], out)
         else:
             simple = _simple(it, name, operands, out, now.hint)
             if simple is not None and operands:
-                now.elementwise(name, simple, operands, out)
+                now.elementwise(name, simple, operands, out, how)
             else:
-                now.note(name, _views(name, args) or _again(it, self, function, args, named), operands, out)
+                now.note(name, _views(name, args) or _again(it, self, function, args, named), operands, out, how)
         return out
 
     run.watched = True  # type: ignore[attr-defined]

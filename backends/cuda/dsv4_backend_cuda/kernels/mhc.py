@@ -142,10 +142,12 @@ def _reduce(
     mixes, k = fn.shape
     block_m = max(16, next_power_of_2(mixes + 1))
     options = launch.options("mix", h)
+    block_k = options["BLOCK_K"]
+    options["PIECE"] = min(options["PIECE"], cdiv(k, block_k) * block_k)  # few channels are one short piece
     pieces = cdiv(k, options["PIECE"])
     partial = torch.empty((pieces, tokens, block_m), dtype=torch.float32, device=h.device)
     grid, how = (cdiv(tokens, options["BLOCK_T"]), pieces), {"DIM": dim, "MIXES": mixes, "BLOCK_M": block_m, **options}
-    streams = awaited(h, Streams) if dim % options["BLOCK_K"] == 0 else None
+    streams = awaited(h, Streams) if dim % block_k == 0 else None
     if streams:
         h = streams.room
         of = awaited(streams.y, Mixture) if streams.y.dtype == h.dtype else None
