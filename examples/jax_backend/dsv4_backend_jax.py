@@ -250,7 +250,7 @@ class JaxBackend(Backend):
     # Arrays
 
     def from_numpy(self, array):
-        return jnp.array(array)  # a copy: the host may write to its own afterwards
+        return jax.device_put(np.array(array))  # a copy: the host may write to its own; jnp.array compiles one for each shape
 
     def to_numpy(self, array):
         return np.array(array)
