@@ -90,7 +90,10 @@ FAULTS = {
     "of many rows the shared expert is left out": Fault(
         "moe.c", "l->shared ? get(l->shared, l->act_type, r * l->dim + row + i) : 0", "0 * (l->shared != 0)", "moe", "standard",
     ),
-    "of many rows another pair's share is taken": Fault("moe.c", "l->share[s->order[n + v]]", "l->share[s->order[n]]", "moe", "standard"),
+    "of many rows another pair's share is taken": Fault(
+        "moe.c", "l->share[s->of.order[n + v]]", "l->share[s->of.order[n]]", "moe", "standard",
+    ),
+    "of few rows an expert takes its first one for all": Fault("moe.c", "x + own[n] / l.topk", "x + own[0] / l.topk", "moe"),
     "many tokens attend to each other's rows": Fault(
         "attention.c", "memset(own->times, 0", "if (token == first) memset(own->times, 0", "sparse_attn", "standard",
     ),

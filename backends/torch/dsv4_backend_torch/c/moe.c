@@ -25,30 +25,60 @@ static layer read_layer(const arg *a) {
 
 static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-/* Where things of many rows are in the scratch: pairs in the order of experts, where each expert's begin, activations in act_type, and for
- * each thread its panels and sums of a panel's channels. */
+/* A pair is a row and one of its experts. Pairs in the order of experts, and where each expert's begin. */
 typedef struct {
     int64_t *order, *begins;
+} sorting;
+
+static int64_t sorting_bytes(const layer *l) { return aligned((l->rows * l->topk + l->experts + 1) * (int64_t)sizeof(int64_t)); }
+
+static sorting sorting_in(const layer *l, char *scratch) {
+    return (sorting){(int64_t *)scratch, (int64_t *)scratch + l->rows * l->topk};
+}
+
+/* Pairs in the order of their experts, and of rows within those; of experts that are here. */
+static void sort_pairs(const layer *l, const sorting *s) {
+    int64_t pairs = l->rows * l->topk, sum = 0;
+    memset(s->begins, 0, (l->experts + 1) * sizeof(int64_t));
+    for (int64_t p = 0; p < pairs; p++) {
+        int64_t e = l->chosen[p] - l->first;
+        if (e >= 0 && e < l->experts) s->begins[e]++;
+    }
+    for (int64_t e = 0; e <= l->experts; e++) {
+        int64_t count = s->begins[e];
+        s->begins[e] = sum;
+        sum += count;
+    }
+    for (int64_t p = 0; p < pairs; p++) {
+        int64_t e = l->chosen[p] - l->first;
+        if (e >= 0 && e < l->experts) s->order[s->begins[e]++] = p;
+    }
+    for (int64_t e = l->experts; e > 0; e--) s->begins[e] = s->begins[e - 1];
+    s->begins[0] = 0;
+}
+
+/* Where things of many rows are in the scratch: pairs sorted, activations in act_type, and for each thread its panels and sums of a panel's
+ * channels. */
+typedef struct {
+    sorting of;
     char *hidden, *own;
     int64_t bytes; /* of all */
 } space;
 
 static space space_of(const layer *l, char *scratch, int64_t threads, int64_t own) {
     int64_t pairs = l->rows * l->topk, widest = l->dim > l->inter ? l->dim : l->inter;
-    int64_t sorted = aligned((pairs + l->experts + 1) * (int64_t)sizeof(int64_t)), hidden = aligned(pairs * l->inter * size_of(l->act_type));
+    int64_t sorted = sorting_bytes(l), hidden = aligned(pairs * l->inter * size_of(l->act_type));
     int64_t thread = aligned(panel_bytes(widest, 2) + l->rows * PANEL * (int64_t)sizeof(float));
-    scratch = (char *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
-    int64_t *order = (int64_t *)scratch;
-    return (space){order, order + pairs, scratch + sorted, scratch + sorted + hidden + own * thread, sorted + hidden + threads * thread + 64};
+    return (space){sorting_in(l, scratch), scratch + sorted, scratch + sorted + hidden + own * thread, sorted + hidden + threads * thread};
 }
 
-/* Whether an expert's panels serve so many rows that decoding them pays. */
-static int by_panels(const layer *l) { return l->rows > ALIKE && l->rows * l->topk > ALIKE / 4 * l->experts; }
+/* Whether an expert's panels serve so many rows, more than ALIKE on average, that decoding them pays. */
+static int by_panels(const layer *l) { return l->rows > ALIKE && l->rows * l->topk > ALIKE * l->experts; }
 
 static int64_t bytes(const arg *a, int64_t threads) {
     layer l = read_layer(a);
     if (by_panels(&l)) return space_of(&l, NULL, threads, 0).bytes;
-    return (l.rows * room(l.dim) + l.rows * l.topk * (2 * room(l.inter) + l.dim)) * (int64_t)sizeof(float);
+    return sorting_bytes(&l) + (l.rows * room(l.dim) + l.rows * l.topk * (2 * room(l.inter) + l.dim)) * (int64_t)sizeof(float);
 }
 
 static int64_t work(const arg *a, int64_t threads) {
@@ -74,28 +104,19 @@ static float activated(float gate, float up, float limit) {
     return gate / (1 + expf(-gate)) * up;
 }
 
-/* A pair is a row and one of its experts. Those of pair p's expert, if p is the first of them and the expert is here: how many. */
-static int64_t pairs_of(const layer *l, int64_t p, int64_t *found) {
-    int64_t e = l->chosen[p] - l->first, count = 0;
-    if (e < 0 || e >= l->experts) return 0;
-    for (int64_t q = 0; q < p; q++)
-        if (l->chosen[q] == l->chosen[p]) return 0;
-    for (int64_t q = p; q < l->rows * l->topk; q++)
-        if (l->chosen[q] == l->chosen[p]) found[count++] = q;
-    return count;
-}
-
 static void few(layer l, const team *t) {
-    int64_t pairs = l.rows * l.topk, dim = l.dim, inter = l.inter, own[pairs];
-    float *x = (float *)t->scratch, *hidden = x + l.rows * room(dim), *laid_out = hidden + pairs * room(inter);
+    int64_t pairs = l.rows * l.topk, dim = l.dim, inter = l.inter;
+    sorting s = sorting_in(&l, t->scratch);
+    float *x = (float *)(t->scratch + sorting_bytes(&l)), *hidden = x + l.rows * room(dim), *laid_out = hidden + pairs * room(inter);
     float *part = laid_out + pairs * room(inter), gate[pairs], up[pairs];
     const float *vectors[pairs];
+    if (t->own == 0) sort_pairs(&l, &s);
     for (int64_t r = t->own; r < l.rows; r += t->threads)
         spread(l.x + r * dim * size_of(l.act_type), l.act_type, l.weights->type, dim, x + r * room(dim));
     meet(t);
-    for (int64_t p = 0; p < pairs; p++) {
-        int64_t count = pairs_of(&l, p, own);
-        const weight *w = l.weights + 3 * (l.chosen[p] - l.first);
+    for (int64_t e = 0; e < l.experts; e++) {
+        int64_t count = s.begins[e + 1] - s.begins[e], *own = s.order + s.begins[e];
+        const weight *w = l.weights + 3 * e;
         for (int64_t n = 0; n < count; n++) vectors[n] = x + own[n] / l.topk * room(dim);
         for (int64_t i = count ? first_of(inter, t) : inter; i < last_of(inter, t); i++) {
             dots(w, i, dim, vectors, l.act_type, count, gate);
@@ -115,9 +136,9 @@ static void few(layer l, const team *t) {
         lay_out(hidden + p * inter, begin, end, inter, l.act_type, l.weights[2].type, l.quantise, laid_out + p * room(inter));
     }
     meet(t);
-    for (int64_t p = 0; p < pairs; p++) {
-        int64_t count = pairs_of(&l, p, own);
-        const weight *w = l.weights + 3 * (l.chosen[p] - l.first) + 2;
+    for (int64_t e = 0; e < l.experts; e++) {
+        int64_t count = s.begins[e + 1] - s.begins[e], *own = s.order + s.begins[e];
+        const weight *w = l.weights + 3 * e + 2;
         for (int64_t n = 0; n < count; n++) vectors[n] = laid_out + own[n] * room(inter);
         for (int64_t i = count ? first_of(dim, t) : dim; i < last_of(dim, t); i++) {
             dots(w, i, inter, vectors, l.act_type, count, gate);
@@ -143,43 +164,22 @@ static floats activations(floats gate, floats up, float limit) {
     return gate / (1 + e) * up;
 }
 
-/* Pairs in the order of their experts, and of rows within those: one thread. */
-static void sort_pairs(const layer *l, const space *s) {
-    int64_t pairs = l->rows * l->topk, sum = 0;
-    memset(s->begins, 0, (l->experts + 1) * sizeof(int64_t));
-    for (int64_t p = 0; p < pairs; p++) {
-        int64_t e = l->chosen[p] - l->first;
-        if (e >= 0 && e < l->experts) s->begins[e]++;
-    }
-    for (int64_t e = 0; e <= l->experts; e++) {
-        int64_t count = s->begins[e];
-        s->begins[e] = sum;
-        sum += count;
-    }
-    for (int64_t p = 0; p < pairs; p++) {
-        int64_t e = l->chosen[p] - l->first;
-        if (e >= 0 && e < l->experts) s->order[s->begins[e]++] = p;
-    }
-    for (int64_t e = l->experts; e > 0; e--) s->begins[e] = s->begins[e - 1];
-    s->begins[0] = 0;
-}
-
 /* A panel of an expert's gate and up for all its rows, activated. */
 static void open_panel(const layer *l, const space *s, int64_t e, int64_t row) {
-    int64_t rows = l->inter - row < PANEL ? l->inter - row : PANEL, end = s->begins[e + 1], widest = l->dim > l->inter ? l->dim : l->inter;
+    int64_t rows = l->inter - row < PANEL ? l->inter - row : PANEL, end = s->of.begins[e + 1], widest = l->dim > l->inter ? l->dim : l->inter;
     panel w1 = panel_in(s->own, widest, 0), w3 = panel_in(s->own, widest, 1);
     w1.cols = w3.cols = l->dim;
     fill_panel(&w1, l->weights + 3 * e, row, rows, l->act_type);
     fill_panel(&w3, l->weights + 3 * e + 1, row, rows, l->act_type);
-    for (int64_t n = s->begins[e]; n < end; n += ABREAST) {
+    for (int64_t n = s->of.begins[e]; n < end; n += ABREAST) {
         int64_t count = end - n < ABREAST ? end - n : ABREAST;
         const void *x[ABREAST];
         float gate[ABREAST][PANEL] __attribute__((aligned(64))), up[ABREAST][PANEL] __attribute__((aligned(64)));
-        for (int64_t v = 0; v < count; v++) x[v] = l->x + s->order[n + v] / l->topk * l->dim * size_of(l->act_type);
+        for (int64_t v = 0; v < count; v++) x[v] = l->x + s->of.order[n + v] / l->topk * l->dim * size_of(l->act_type);
         panel_products(&w1, x, l->act_type, count, gate);
         panel_products(&w3, x, l->act_type, count, up);
         for (int64_t v = 0; v < count; v++) {
-            float share = l->share ? l->share[s->order[n + v]] : 1;
+            float share = l->share ? l->share[s->of.order[n + v]] : 1;
             for (int64_t i = 0; i < PANEL; i += LANES)
                 store(gate[v] + i, activations(rounded_lanes(load(gate[v] + i), l->act_type), rounded_lanes(load(up[v] + i), l->act_type), l->limit) * share);
             put_many(s->hidden, l->act_type, (n + v) * l->inter + row, gate[v], rows);
@@ -207,17 +207,17 @@ static void close_panel(const layer *l, const space *s, int64_t row) {
     for (int64_t r = 0; r < l->rows; r++)
         for (int64_t i = 0; i < rows; i++) sums[r][i] = l->shared ? get(l->shared, l->act_type, r * l->dim + row + i) : 0;
     for (int64_t e = 0; e < l->experts; e++) {
-        int64_t end = s->begins[e + 1];
-        if (end == s->begins[e]) continue;
+        int64_t end = s->of.begins[e + 1];
+        if (end == s->of.begins[e]) continue;
         fill_panel(&w2, l->weights + 3 * e + 2, row, rows, l->act_type);
-        for (int64_t n = s->begins[e]; n < end; n += ABREAST) {
+        for (int64_t n = s->of.begins[e]; n < end; n += ABREAST) {
             int64_t count = end - n < ABREAST ? end - n : ABREAST;
             const void *x[ABREAST];
             float part[ABREAST][PANEL] __attribute__((aligned(64)));
             for (int64_t v = 0; v < count; v++) x[v] = s->hidden + (n + v) * l->inter * size_of(l->act_type);
             panel_products(&w2, x, l->act_type, count, part);
             for (int64_t v = 0; v < count; v++) {
-                float *sum = sums[s->order[n + v] / l->topk];
+                float *sum = sums[s->of.order[n + v] / l->topk];
                 for (int64_t i = 0; i < PANEL; i += LANES) store(sum + i, load(sum + i) + rounded_lanes(load(part[v] + i), l->act_type));
             }
         }
@@ -227,15 +227,15 @@ static void close_panel(const layer *l, const space *s, int64_t row) {
 
 static void many(layer l, const team *t) {
     space s = space_of(&l, t->scratch, t->threads, t->own);
-    if (t->own == 0) sort_pairs(&l, &s);
+    if (t->own == 0) sort_pairs(&l, &s.of);
     meet(t);
     int64_t panels = (l.inter + PANEL - 1) / PANEL;
     for (int64_t n = take(t); n < l.experts * panels; n = take(t))
-        if (s.begins[n / panels] < s.begins[n / panels + 1]) open_panel(&l, &s, n / panels, n % panels * PANEL);
+        if (s.of.begins[n / panels] < s.of.begins[n / panels + 1]) open_panel(&l, &s, n / panels, n % panels * PANEL);
     meet(t);
     if (l.quantise)
-        for (int64_t n = take(t) * ALIKE; n < s.begins[l.experts]; n = take(t) * ALIKE)
-            for (int64_t i = n; i < n + ALIKE && i < s.begins[l.experts]; i++) quantise_row(&l, &s, i);
+        for (int64_t n = take(t) * ALIKE; n < s.of.begins[l.experts]; n = take(t) * ALIKE)
+            for (int64_t i = n; i < n + ALIKE && i < s.of.begins[l.experts]; i++) quantise_row(&l, &s, i);
     meet(t);
     for (int64_t n = take(t); n * PANEL < l.dim; n = take(t)) close_panel(&l, &s, n * PANEL);
 }

@@ -15,7 +15,7 @@ typedef struct {
     int64_t type;
 } weight;
 
-enum { ALIKE = 8 }; /* vectors at most that ``dots`` multiplies by a row; their bits are those of one alone. As in compiled.py */
+enum { ALIKE = 8 }; /* so many vectors meet a row as it lies, by ``dots``, and their bits are those of one alone; more meet panels. As in compiled.py */
 
 /* Floats that a vector of cols channels takes when it is spread: up to 8 more than cols, and whole cache lines. */
 static inline int64_t room(int64_t cols) { return (cols + 8 + 15) / 16 * 16; }
