@@ -250,7 +250,7 @@ class JaxBackend(Backend):
     # Arrays
 
     def from_numpy(self, array):
-        return jax.device_put(np.array(array))  # a copy: the host may write to its own; jnp.array compiles one for each shape
+        return jax.device_put(np.array(array))  # a copy by NumPy: jnp.array compiles one for each shape
 
     def to_numpy(self, array):
         return np.array(array)
