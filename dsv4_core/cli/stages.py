@@ -49,9 +49,20 @@ class Stage:
 
     @property
     def state(self) -> str:
-        """The worst of its commands."""
+        """The worst of its commands; left out where all were."""
         states = {r.state for r in self.ran.values()}
-        return next((s for s in ("failed", "late") if s in states), "passed" if self.ended else "not finished")
+        if worst := next((s for s in ("failed", "late") if s in states), ""):
+            return worst
+        return "not finished" if not self.ended else "left out" if states == {"left out"} else "passed"
+
+    @property
+    def line(self) -> str:
+        """How it ended, in one line."""
+        by = [ran.state for ran in self.ran.values()]
+        counts = ", ".join(f"{by.count(s)} {s}" for s in dict.fromkeys(by))
+        seconds = sum(ran.seconds for ran in self.ran.values())
+        failed = ", ".join(ran.name for ran in self.ran.values() if ran.state == "failed")
+        return f"{self.name:14} {self.state:12} {counts}, {seconds:.0f} s{f': failed {failed}' if failed else ''}"
 
 
 class Stages:

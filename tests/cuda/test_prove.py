@@ -56,8 +56,18 @@ def test_a_stage_that_runs_out_of_time_goes_on_next_time(tmp_path):
 
 def test_a_dry_run_leaves_out_what_wants_a_gpu_and_says_so(tmp_path):
     p = Prover(tmp_path, dry=True)
-    p.stage("counters", prove.counters)
+    assert p.stage("counters", prove.counters).line.split() == [
+        "counters",
+        "left",
+        "out",
+        "1",
+        "left",
+        "out,",
+        "0",
+        "s",
+    ]
     text = prove.report(p)
+    assert "| counters | left out | 1 | 0 | 0 | 0 | 1 | 0 |" in text
     assert text.splitlines()[2] == "**A dry run: no GPU, no time, no proof.**"
     assert "- counters/ncu: a dry run has no GPU" in text
     with pytest.raises(FileExistsError, match="holds a dry run"):
@@ -88,6 +98,19 @@ def test_predictions_stand_beside_results(tmp_path):
     text = "\n".join(prove.compared(tmp_path))
     assert "| flash | wq_a | 1.26 | 10.5 | 11.0 | not measured |" in text
     assert "## Furthest from their floors" in text
+
+
+def test_where_nothing_was_predicted_there_is_no_comparison(tmp_path):
+    (tmp_path / "times.json").write_text("[]")
+    (tmp_path / "kernels.json").write_text(json.dumps({"decode": []}))
+    assert prove.compared(tmp_path) == []
+
+
+def test_each_stage_is_told_as_it_ends_and_one_in_which_nothing_ran_is_no_failure(tmp_path):
+    found = CliRunner().invoke(cli.command, ["prove", "--dry-run", "--out", str(tmp_path), "--stage", "tune"])
+    assert found.exit_code == 0, found.output
+    assert found.output.startswith("tune           left out     3 left out, 0 s\n")
+    assert found.output.rstrip().endswith(f"report: {tmp_path / 'report.md'}")
 
 
 def test_without_a_gpu_it_says_what_a_dry_run_is_for(tmp_path):

@@ -143,7 +143,7 @@ def prove(out: Path, simulate: str | None, chosen: tuple[str, ...], again: bool,
     prover = proving.Prover(out, simulate=simulate, seconds=seconds)
     for name in proving.stages(chosen):
         stage = prover.stage(name, proving.STAGES[name], again=again)
-        click.echo(proving.line(stage))
+        click.echo(stage.line)
     click.echo(f"{prover.write_report()}: {prover.heading}")
     raise click.exceptions.Exit(prover.status(proving.stages(chosen)))
 

@@ -77,7 +77,7 @@ class Prover(Stages):
     def status(self, names: Sequence[str]) -> int:
         """Exit status of stages: 1 something failed, 3 something is left to run."""
         states = {self.stages[name].state for name in names}
-        return 1 if "failed" in states else 3 if states - {"passed"} else 0
+        return 1 if "failed" in states else 3 if states - {"passed", "left out"} else 0
 
     @property
     def chip(self) -> tuple[str, ...]:
@@ -210,10 +210,3 @@ def stages(chosen: Sequence[str]) -> tuple[str, ...]:
     if unknown := [name for name in chosen if name not in STAGES]:
         raise BackendError(f"ascend prove: stage {unknown[0]!r} is not one of {', '.join(STAGES)}")
     return tuple(chosen) or tuple(STAGES)
-
-
-def line(stage: Stage) -> str:
-    """A stage in one line."""
-    failed = [ran.name for ran in stage.ran.values() if ran.state == "failed"]
-    seconds = sum(ran.seconds for ran in stage.ran.values())
-    return f"{stage.name:14} {stage.state:12} {len(stage.ran)} commands, {seconds:.0f} s{f': failed {chr(44).join(failed)}' if failed else ''}"

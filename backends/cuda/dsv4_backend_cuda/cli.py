@@ -85,7 +85,9 @@ def build_command(
     results = build.against_baseline(results)
     console = wide_console()
     console.print(build.table(results))
-    console.print(build.decode_table(results))
+    decode = build.decode_table(results)
+    if decode.row_count:
+        console.print(decode)
     if report:
         write_over(report, json.dumps(build.report(results), indent=1) + "\n")
     failed = [r for r in results if r.failures]
@@ -201,9 +203,9 @@ def prove_command(out: Path, stages: tuple[str, ...], *, again: bool, dry_run: b
     """
     require_triton(untested=True)
     try:
-        made, text = prove.prove(out, dry=dry_run, only=stages, again=again)
+        made, text = prove.prove(out, dry=dry_run, only=stages, again=again, tell=click.echo)
     except FileExistsError as error:
         raise click.BadParameter(str(error), param_hint="--out") from None
-    click.echo(text)
-    if any(made.stages[name].state != "passed" for name in stages or prove.STAGES):
+    click.echo(f"\n{text}\nreport: {out / 'report.md'}")
+    if any(made.stages[name].state not in {"passed", "left out"} for name in stages or prove.STAGES):
         raise click.exceptions.Exit(1)

@@ -293,9 +293,8 @@ def report(p: Prover, where: dict[str, str] | None = None) -> str:
         "**A dry run: no GPU, no time, no proof.**" if p.dry else f"Measured on {(where or {}).get('device', 'a GPU')}."
     )
     lines = ["# What this machine shows of the CUDA kernels", "", first, ""]
-    lines += [f"- {what}: {found}" for what, found in (where or {}).items()]
+    lines += [*(f"- {what}: {found}" for what, found in where.items()), ""] if where else []
     lines += [
-        "",
         "| stage | ended | commands | passed | failed | late | left out | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -341,6 +340,8 @@ def compared(out: Path) -> list[str]:
     rows = json.loads((out / "times.json").read_text())
     built = json.loads((out / "kernels.json").read_text())["decode"]
     predicted = {(s["model"], s["layer"]): s["microseconds"] for s in built}
+    if not predicted:  # a dry run compiles one kernel
+        return []
     lines = [
         "",
         "## Predictions beside results",
@@ -377,9 +378,11 @@ def _cell(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.1f}"
 
 
-def prove(out: Path, *, dry: bool, only: tuple[str, ...] = (), again: bool = False) -> tuple[Prover, str]:
-    """Run the stages (those named, or all) and write ``report.md``; raise ``BackendError`` without
-    a GPU.
+def prove(
+    out: Path, *, dry: bool, only: tuple[str, ...] = (), again: bool = False, tell: Callable[[str], None]
+) -> tuple[Prover, str]:
+    """Run the stages (those named, or all) and write ``report.md``; ``tell`` hears a line as each
+    ends. Raises ``BackendError`` without a GPU.
     """
     where: dict[str, Any] = {}
     if not dry:
@@ -390,7 +393,7 @@ def prove(out: Path, *, dry: bool, only: tuple[str, ...] = (), again: bool = Fal
     p = Prover(out, dry=dry)
     for name, steps in STAGES.items():
         if not only or name in only:
-            p.stage(name, steps, again=again)
+            tell(p.stage(name, steps, again=again).line)
             text = report(p, where)
             write(out / "report.md", text)
     return p, text
