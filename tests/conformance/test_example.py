@@ -11,6 +11,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from dsv4_conformance.cli.run import IN_FULL
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "vendor_backend"
@@ -92,3 +93,5 @@ def test_a_wrong_line_is_found(vendor):
     assert re.search(r"FAILED rms_norm/small", done.stdout)
     assert re.search(r"worst \[\d+, \d+\]: got \S+, want \S+, off by \S+, budget \S+", done.stdout)
     assert "re-run: dsv4 conformance run --backend example --case rms_norm/small" in done.stdout
+    assert done.stdout.count("re-run: ") == IN_FULL < done.stdout.count("FAILED rms_norm/")  # then they are named only
+    assert done.stdout.count("rms_norm's failures are named only") == 1

@@ -198,13 +198,19 @@ def earlier_calls(result: Run, session: Session, place: Workers, *, aside: bool)
             click.echo(f"{finding.id} {earlier.words(chain)}", err=aside)
 
 
+IN_FULL = 5  # failures of an op; what is behind them shows in the first few
+
+
 class Progress:
-    """One line that moves, a block for each failure, a line for each that was not claimed."""
+    """One line that moves, a block for each of an op's first failures, a line for each later one
+    and for each that was not claimed.
+    """
 
     def __init__(self, rerun: str, *, quiet: bool, detailed: bool, aside: bool = False) -> None:
         """``aside``: print to standard error, since standard output is for a document."""
         self.rerun, self.detailed, self.aside = rerun, detailed, aside
         self.moving = not quiet and sys.stderr.isatty()
+        self.failures: Counter[str] = Counter()
 
     def __call__(self, finding: Finding, done: int, of: int) -> None:
         """Show a finding."""
@@ -218,6 +224,14 @@ class Progress:
             return
         colour = "green" if finding.status == "passed" else "red"
         click.echo(f"{clear}{click.style(finding.status.upper(), fg=colour)} {finding.id}", err=self.aside)
+        self.failures[finding.op] += 1
+        if not self.detailed and self.failures[finding.op] > IN_FULL:
+            if self.failures[finding.op] == IN_FULL + 1:
+                click.echo(
+                    f"    from here on {finding.op}'s failures are named only: --case ID and --report say more",
+                    err=self.aside,
+                )
+            return
         if finding.message:
             click.echo(f"    {finding.message}", err=self.aside)
         for line in beside(finding.worst):

@@ -125,7 +125,7 @@ def judge_rounded(got: Host, want: Expected) -> Verdict:
         digits = 17 if want.dtype == "float64" else 9
         verdict.problems.append(
             f"{over} of {x.size} elements over budget; worst {list(at)}: got {x[at]:.{digits}g}, want {value[at]:.{digits}g}, "
-            f"off by {abs(x[at] - value[at]):.3g}, budget {want.budget[at]:.3g} ({verdict.used:.3g} times that)"
+            f"off by {abs(x[at] - value[at]):.3g}, budget {want.budget[at]:.3g} ({verdict.used:.{3 if verdict.used > 1.01 else 6}g} times that)"
         )
     noise = want.spread if want.noise is None else want.noise  # of elements that share an intermediate: not independent
     explained = float(SAFETY * np.mean(noise[finite] / unit(np.abs(b), want.dtype))) if b.size else 0.0
