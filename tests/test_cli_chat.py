@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,6 +105,9 @@ def test_commands(talking, tmp_path):
         ("/think maybe", "'/think maybe' is no command"),
         ("/effort high", "effort 'high' needs chat texts; begin with --encoding-profile"),
         ("/load nowhere.json", "nowhere.json: No such file"),
+        ("/load a\0b", "character 8 of the line is NUL; nothing was sent"),
+        ("/load ~nobody-of-that-name/x", "~nobody-of-that-name/x: No such file"),
+        ("/system d\udce9", "character 10 of the line is no UTF-8; nothing was sent"),
         ("x" * 500, "the conversation has"),
     ],
 )
@@ -120,12 +124,96 @@ def test_loading_what_is_no_conversation(talking, tmp_path):
         assert f"{tmp_path / 'x.json'}" in spoken(talking, f"/load {tmp_path / 'x.json'}")[1]
 
 
+def test_what_was_saved_before_a_turn_is_loaded_and_a_home_is_found(talking, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "0 turns from ~/none" in spoken(talking, "/save ~/none", "/load ~/none")[1]
+    assert json.loads((tmp_path / "none").read_text()) == []
+
+
+def test_an_effort_ends_with_the_thinking(talking):
+    talking.texts = SimpleNamespace(efforts={"high": ""})
+    spoken(talking, "/effort high")
+    assert (talking.thinking, talking.effort) == (True, "high")
+    spoken(talking, "/think off")
+    assert (talking.thinking, talking.effort) == (False, None)
+
+
+def test_an_interrupt_waits_for_the_step_and_ends_the_turn(model, talking, monkeypatch):
+    """Ctrl-C in the middle of a step, twice: the turn is over, what was said is kept, and the next
+    turn is told what it is told by an engine that saw no interrupt.
+    """
+    block, steps = model.block, []
+
+    def interrupted(each, h, step):
+        steps.append(each.index)
+        if len(steps) == len(model.blocks) * 2 + 2:  # the second token's
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+        return block(each, h, step)
+
+    monkeypatch.setattr(signal, "default_int_handler", signal.getsignal(signal.SIGINT))
+    monkeypatch.setattr(model, "block", interrupted)
+    said, dimmed = spoken(talking, "What is kludge?")
+    assert dimmed == "(ended)\n"
+    assert talking.messages[-1]["content"] == said.removesuffix("\n") != ""
+    assert talking.engine.idle
+    spoken(talking, "And a hack?")
+    turns = talking.messages[:3]
+    out = [s[0] for s in generate(model, [talking.vocabulary.ids(encode(turns))], max_tokens=6, stop=[1])]
+    assert talking.messages[-1]["content"] == talking.vocabulary.text([t for t in out if t != 1])
+
+
+def test_a_model_that_fails_ends_the_turn_alone(model, talking, monkeypatch):
+    def hiccups(*_):
+        raise RuntimeError("the device hiccups")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "block", hiccups)
+        assert spoken(talking, "Hi")[1] == "the model failed: the device hiccups\n"
+    assert talking.messages == []
+    assert spoken(talking, "Hi")[0].strip()
+
+
 def test_the_command_reads_a_pipe():
+    """Also lines that a Windows editor made, and bytes that are no text."""
     result = CliRunner().invoke(
-        cli.root, ["chat", "-b", "reference", "-n", "3", "--temperature", "0"], input="Hi\n/stats\n"
+        cli.root,
+        ["chat", "-b", "reference", "-n", "3", "--temperature", "0"],
+        input=b"caf\xe9\r\nHi\r\n/stats\r\n/quit\r\nnever",
     )
     assert result.exit_code == 0
+    assert result.stdout.startswith("character 4 of the line is no UTF-8; nothing was sent\n")
     assert "3 generated" in result.stdout
+    words = ["chat", "-b", "reference", "--system", "caf\udce9"]
+    assert isinstance(CliRunner().invoke(cli.root, words, input="").exception, ValueError)
+
+
+def test_a_dumb_terminal_is_told_no_escapes(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    for term, wanted in (("xterm", "\x1b[2mso\x1b[0m"), ("dumb", "so")):
+        monkeypatch.setenv("TERM", term)
+        _write("so", True)
+        assert capsys.readouterr().out == wanted
+
+
+def test_a_terminal_is_as_it_was_after_a_sigterm(tmp_path):
+    """At the prompt, where keys are read one by one."""
+    fdpexpect = pytest.importorskip("pexpect.fdpexpect")
+    pytest.importorskip("prompt_toolkit")
+    termios = pytest.importorskip("termios")
+    known = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "HOME": str(tmp_path)}
+    words = [sys.executable, "-m", "dsv4_core", "chat", "-b", "reference"]
+    ours, theirs = os.openpty()
+    with subprocess.Popen(words, env=known, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        terminal = fdpexpect.fdspawn(ours, timeout=60)
+        terminal.expect("Ctrl-D ends")
+        terminal.expect(rb">[^\n]*\x1b\[\?25h")
+        assert not termios.tcgetattr(theirs)[3] & termios.ICANON
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert termios.tcgetattr(theirs)[3] & termios.ICANON
+    os.close(theirs)
+    os.close(ours)
 
 
 @pytest.mark.parametrize("at_a_terminal", [True, False])

@@ -194,6 +194,25 @@ def test_a_full_disk_is_named(tmp_path):
         raise OSError(28, "No space left on device")
 
 
+@pytest.mark.parametrize(
+    ("closed", "words", "status", "said"),
+    [
+        (0, ["chat", "-b", "reference"], 0, ""),
+        (1, ["backends"], 2, "standard output: bad file descriptor"),
+        (1, ["generate", "-b", "reference", "--tokens", "1,2", "-n", "2"], 2, "standard output: bad file descriptor"),
+        (2, ["generate", "-b", "reference", "--tokens", "1,2", "-n", "2"], 0, ""),
+    ],
+)
+def test_a_closed_stream_is_an_empty_input_or_an_output_that_fails(closed, words, status, said):
+    done = subprocess.run(
+        [sys.executable, "-m", "dsv4_core", *words], preexec_fn=lambda: os.close(closed),
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    assert said in done.stderr
+    assert "foreseen" not in done.stderr
+
+
 def test_a_result_replaces_nothing_but_its_like(tmp_path):
     """An option's slip must not cost a model or a document."""
     ids, model = tmp_path / "ids.npy", tmp_path / "m"

@@ -8,6 +8,7 @@ entry-point group ``dsv4.commands``.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import select
 import sys
@@ -131,6 +132,7 @@ def main() -> None:
     2; what nobody foresaw is one line, too, and exits with 70. Nothing exits with 0 that did not
     come to its end.
     """
+    open_streams()
     if COMPLETION in os.environ:
         root(prog_name="dsv4", complete_var=COMPLETION)  # answers the shell, and leaves
     say = in_a_child() if wanted() else None
@@ -164,12 +166,22 @@ def main() -> None:
     sys.exit(status)
 
 
+def open_streams() -> None:
+    """Put something where a standard stream was closed (``<&-``), before another file takes its
+    number: an empty input, an output that cannot be written to, and errors that go nowhere.
+    """
+    for name, flags in (("stdin", os.O_RDONLY), ("stdout", os.O_RDONLY), ("stderr", os.O_WRONLY)):
+        if getattr(sys, name) is None:
+            raw = io.FileIO(os.open(os.devnull, flags), "r" if name == "stdin" else "w")
+            setattr(sys, name, io.TextIOWrapper(raw, encoding="utf-8", write_through=True))
+
+
 def system_error(error: OSError) -> str:
     """An error of the system as one line that begins with what it is about."""
     if error.strerror is None:
         return str(error) or repr(error)
-    full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-    about = error.filename if error.filename is not None else "standard output" if full else ""
+    written = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF}
+    about = error.filename if error.filename is not None else "standard output" if written else ""
     said = error.strerror[:1].lower() + error.strerror[1:]
     return f"{about}: {said}" if about != "" else said
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -52,12 +55,12 @@ class Talk:
     messages: list[Message] = field(default_factory=list)
     last: str = "no turn yet"
 
-    def say(self, text: str) -> Iterator[Delta]:
-        """Add a user's turn and give the reply as it comes; both are kept, the reply also where it
-        is cut off.
+    def say(self, text: str, stopped: Callable[[], Any] = lambda: False) -> Iterator[Delta]:
+        """Add a user's turn and give the reply as it comes, until ``stopped``; both are kept, the
+        reply also where it is cut off.
 
-        Raises ``ValueError`` where the conversation cannot be encoded or does not fit; nothing is
-        kept then.
+        Raises ``ValueError`` where the conversation cannot be encoded or does not fit, or where the
+        model fails. A turn of which nothing was said is not kept.
         """
         from dsv4_core.graph.engine import Request
         from dsv4_core.text.chat import encode
@@ -76,10 +79,10 @@ class Talk:
         began, first, count, hit = time.perf_counter(), 0.0, 0, 0
         name = self.engine.submit(request)
         try:
-            while not self.engine.idle:
+            while not self.engine.idle and not stopped():
                 for event in self.engine.step():
                     if event.error:
-                        raise event.error
+                        raise ValueError(f"the model failed: {event.error or repr(event.error)}") from event.error
                     if event.chosen:
                         first = first or time.perf_counter()
                         count, hit = count + 1, hit + event.hit
@@ -92,7 +95,8 @@ class Talk:
             self.engine.cancel(name)
             self.engine.step()
             parser.finish()
-            self.messages = [*turns, cast("Message", parser.reply.message())]
+            if count:
+                self.messages = [*turns, cast("Message", parser.reply.message())]
             after = time.perf_counter() - (first or began)
             self.last = (
                 f"{len(ids)} prompt tokens ({hit} from the cache) in {(first or time.perf_counter()) - began:.2f} s, "
@@ -103,10 +107,12 @@ class Talk:
         """Do what a line that begins with / says; give what to print. Raises ``ValueError`` for
         what is none.
         """
-        word, _, rest = line.partition(" ")
+        word, _, rest = line.strip().partition(" ")
         rest = rest.strip()
+        file = Path(os.path.expanduser(rest))  # noqa: PTH111  Path's own raises for a user who is not there
         if word == "/think" and rest in {"on", "off"}:
             self.thinking = rest == "on"
+            self.effort = self.effort if self.thinking else None
             return f"thinking {rest}"
         if word == "/effort":
             levels = list(self.texts.efforts) if self.texts else []
@@ -124,10 +130,10 @@ class Talk:
             self.messages = [{"role": "system", "content": rest}] if rest else system
             return "a new conversation"
         if word == "/save" and rest:
-            write_over(Path(rest), json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n", alike=1)
+            write_over(file, json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n", alike=1)
             return f"{len(self.messages)} turns in {rest}"
         if word == "/load" and rest:
-            self.messages = read_conversation(Path(rest), self.texts)
+            self.messages = read_conversation(file, self.texts)
             return f"{len(self.messages)} turns from {rest}"
         if word == "/stats":
             return self.last
@@ -144,8 +150,36 @@ def read_conversation(path: Path, texts: FixedTexts | None) -> list[Message]:
 
     messages = cast("list[Message]", json_file(path, list[dict[str, Any]], "/save writes one"))
     with fitting(f"{path}", "/save writes a list of messages"):
-        encode(messages, texts=texts)
+        if messages:
+            encode(messages, texts=texts)
     return messages
+
+
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Ctrl-C is noted in a list and not raised: what is cut in the middle of a step leaves a cache
+    that nobody knows. Where it is ignored or somebody else's, it stays so.
+    """
+    noted, before = list[int](), signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def whole(line: str) -> str:
+    """Give a line that can be sent and saved; raise ``ValueError`` for one with bytes that are no
+    text.
+    """
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start + 1} of the line is no UTF-8; nothing was sent") from None
+    if "\0" in line:
+        raise ValueError(f"character {line.index(chr(0)) + 1} of the line is NUL; nothing was sent")
+    return line
 
 
 def talk(session: Talk, read: Callable[[], str], write: Callable[[str, bool], Any]) -> None:
@@ -162,20 +196,23 @@ def talk(session: Talk, read: Callable[[], str], write: Callable[[str, bool], An
         if not line.strip():
             continue
         try:
-            if line.startswith("/"):
+            if whole(line).startswith("/"):
                 write(session.command(line) + "\n", True)
                 continue
             thought = False
-            for delta in session.say(line):
-                if delta.kind == "reasoning":
-                    thought = True
-                    write(delta.text, True)
-                elif delta.kind == "content":
-                    write(("\n\n" if thought else "") + delta.text, False)
-                    thought = False
-                else:
-                    write(delta.text, True)
+            with interrupts() as pressed:
+                for delta in session.say(line, lambda: pressed):
+                    if delta.kind == "reasoning":
+                        thought = True
+                        write(delta.text, True)
+                    elif delta.kind == "content":
+                        write(("\n\n" if thought else "") + delta.text, False)
+                        thought = False
+                    else:
+                        write(delta.text, True)
             write("\n", False)
+            if pressed:
+                write("(ended)\n", True)
         except KeyboardInterrupt:
             write("\n(ended)\n", True)
         except OSError as error:
@@ -249,6 +286,7 @@ def command(
             session.model,
             slots=1,
             capacity=context or min(8192, most),
+            chunk=512,  # a Ctrl-C waits no longer
             drafts=session.load_drafter() if speculative else 0,
         )
         ends = session.defaults.ends
@@ -257,16 +295,28 @@ def command(
         if effort is not None:
             talking.command(f"/effort {effort}")
         if system:
-            talking.command(f"/system {system}")
+            talking.command(whole(f"/system {system}"))
         report(
             f"{session.directory.name}, {engine.capacity} tokens of context; /help says what may be typed, Ctrl-D ends"
         )
-        talk(talking, read, _write)
+        before = signal.signal(signal.SIGTERM, _leave)
+        try:
+            talk(talking, read, _write)
+        except SystemExit:
+            raise click.exceptions.Exit(128 + signal.SIGTERM) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _leave(number: int, _: Any) -> None:
+    """End by an exception, so that a terminal is left as it was before a line was edited."""
+    raise SystemExit(128 + number)
 
 
 def _write(text: str, dim: bool) -> None:
     text = for_terminal(text)
-    click.echo(click.style(text, dim=True) if dim and sys.stdout.isatty() else text, nl=False, color=True)
+    dim = dim and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    click.echo(click.style(text, dim=True) if dim else text, nl=False, color=True)
     sys.stdout.flush()
 
 
@@ -283,7 +333,7 @@ def _reader() -> Callable[[], str]:
 
 
 def _line() -> str:
-    line = sys.stdin.readline()
+    line = sys.stdin.buffer.readline()
     if not line:
         raise EOFError
-    return line.rstrip("\n")
+    return line.decode(errors="surrogateescape").rstrip("\r\n")
