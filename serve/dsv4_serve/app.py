@@ -375,7 +375,7 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     what = "no such route" if status == 404 else "this route takes another method"
     refused = RefusedError(f"{request.method} {request.url.path}: {what}", status=status)
-    return _error(refused, anthropic=False)
+    return _error(refused, anthropic=request.url.path.startswith("/v1/messages"))
 
 
 def _usage(asked: list[completions.Completion]) -> dict[str, int]:

@@ -149,6 +149,8 @@ def test_metrics_and_the_small_routes(server):
     assert not set(words) & set(server.app.served.vocabulary.control)
     assert httpx.post(f"{server.url}/detokenize", json={"tokens": words}).json() == {"prompt": "a<｜User｜>"}
     assert httpx.get(f"{server.url}/nowhere").json()["error"]["message"] == "GET /nowhere: no such route"
+    refused = httpx.get(f"{server.url}/v1/messages/batches").json()  # in its clients' own form
+    assert (refused["type"], refused["error"]["type"]) == ("error", "not_found_error")
     assert httpx.get(f"{server.url}/v1/completions").status_code == 405
     assert httpx.get(f"{server.url}/").headers["content-type"].startswith("text/html")
 
