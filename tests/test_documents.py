@@ -1,9 +1,13 @@
-"""Documents: their length, the width of their lines, and that the files that they name exist."""
+"""Documents: their length, the width of their lines, and that the files and options that they name
+exist.
+"""
 
 import re
 from pathlib import Path
 
 import pytest
+
+from dsv4_core.cli import root
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -38,3 +42,26 @@ def test_files_that_a_document_names_exist(path):
     )
     missing = [name for name in named if "FAMILY" not in name and not (ROOT / name).exists()]
     assert not missing
+
+
+OTHERS = {  # options of commands that are not dsv4's
+    "--help", "--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--rdzv-backend",  # torchrun's
+    "--tensor-parallel-size", "--speculative-config", "--additional-config",  # vLLM's
+    "--bundle",  # cosign's
+    "--ops", "--weights", "--llama",  # of scripts in benchmarks/
+    "--inputs", "--ledger",  # of scripts in tests/
+}  # fmt: skip
+
+
+def options(command):
+    """Every option of a command and of those below it."""
+    for name in command.list_commands(None) if hasattr(command, "list_commands") else ():
+        yield from options(command.get_command(None, name))
+    for parameter in command.params:
+        yield from (*parameter.opts, *parameter.secondary_opts)
+
+
+def test_options_that_documents_name_exist():
+    known = OTHERS | set(options(root))
+    named = {(m, path.name) for path in DOCUMENTS for m in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", path.read_text())}
+    assert not sorted((m, where) for m, where in named if m not in known)

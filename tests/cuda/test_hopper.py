@@ -59,7 +59,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     argv = [sys.executable, "-m", "dsv4_core", "conformance", "run", "--backend", "cuda", "--interpret"]
     alone = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     return subprocess.run(
-        [*argv, "--arithmetic", "hopper", "--quiet", *words], capture_output=True, text=True, check=False, env={**os.environ, **alone}
+        [*argv, "-O", "arithmetic=hopper", "--quiet", *words], capture_output=True, text=True, check=False, env={**os.environ, **alone}
     )  # fmt: skip
 
 
