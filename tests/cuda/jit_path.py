@@ -130,6 +130,7 @@ def layers(backend: dry.DryBackend) -> dict[str, dict]:
                         model.block(model.blocks[0], streams, step)
                 found[f"{name} {ratio} {batch}x{seq}@{start}"] = {
                     "triton": sum(record.launches.values()) // 2,
+                    "kernels": {k: n // 2 for k, n in record.launches.items()},
                     "torch": dict(torch_kernels.kernels),
                     "allocations": torch_kernels.allocations,
                     "copies": torch_kernels.copies,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from faults import Fault
 from plant import planted
 
 SCRIPT = Path(__file__).with_name("jit_path.py")
+DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
 OLDEST = os.environ.get("DSV4_OLDEST_TRITON")
 TRITONS = ["", pytest.param(OLDEST, marks=pytest.mark.skipif(not OLDEST, reason="DSV4_OLDEST_TRITON is not set"))]
 AS_A_CONTEXT_GROWS = 8
@@ -37,6 +39,16 @@ def run(*args: str, first_on_path: str = "") -> dict:
     done = subprocess.run([sys.executable, SCRIPT, *args], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def documented() -> list[dict[str, int]]:
+    """Launches by kernel that docs/kernels.md gives for the window alone, ratio 128 and ratio 4."""
+    rows = re.findall(r"^\| (\w+) \| [^|]+ \| (\d) \| (\d) \| (\d) \| [^|]+ \|$", DOCUMENT.read_text(), re.MULTILINE)
+    by: list[dict[str, int]] = [{}, {}, {}]
+    for kernel, *counts in rows:
+        for found, count in zip(by, map(int, counts), strict=True):
+            found[f"{kernel}_kernel"] = found.get(f"{kernel}_kernel", 0) + count
+    return [{kernel: count for kernel, count in found.items() if count} for found in by]
 
 
 @pytest.mark.parametrize("triton", TRITONS)
@@ -60,6 +72,7 @@ def test_full_size_layers_take_no_torch_but_for_joining():
         assert set(layer["torch"]) <= {"cat"}, (name, layer["torch"])
     launches = {name: layer["triton"] + sum(layer["torch"].values()) for name, layer in found["ran"].items()}
     assert [launches[f"flash {ratio} 1x1@8191"] for ratio in (0, 128, 4)] == LAUNCHES
+    assert [found["ran"][f"flash {ratio} 1x1@8191"]["kernels"] for ratio in (0, 128, 4)] == documented()
     # dense_matmul has eleven: groups of Flash and Pro, one, two and five weights, split and whole
     assert max(found["specialisations"].values()) <= 11, found["specialisations"]
 
