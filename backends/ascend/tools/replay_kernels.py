@@ -18,6 +18,7 @@ import datetime as dt
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ from dsv4_backend_ascend.specialised import START, TYPES, scalar_type
 
 from dsv4_core.contract.dtypes import RowLayout, ScaledArray
 
+LLVM = ("mlir-opt-19", "mlir-translate-19", "llc-19")
 PROGRAMS = 5  # of a launch here: fewer than units, so that each loops
 UNITS = {"bfloat16": 2, "float32": 64, "int32": 0}
 """What a result may be off by: two roundings of BF16; of float32 two units for each of Sinkhorn's
@@ -198,9 +200,9 @@ def library(given: Path) -> Any:
     copy = given.with_name("copy.c")
     copy.write_text(COPY, encoding="utf-8")
     for command in (
-        ["mlir-opt-19", str(source), "--allow-unregistered-dialect", *PASSES, "-o", str(low)],
-        ["mlir-translate-19", "--mlir-to-llvmir", str(low), "-o", str(ir)],
-        ["llc-19", "-O2", "-filetype=obj", "-relocation-model=pic", str(ir), "-o", str(made)],
+        [LLVM[0], str(source), "--allow-unregistered-dialect", *PASSES, "-o", str(low)],
+        [LLVM[1], "--mlir-to-llvmir", str(low), "-o", str(ir)],
+        [LLVM[2], "-O2", "-filetype=obj", "-relocation-model=pic", str(ir), "-o", str(made)],
         ["cc", "-O2", "-fPIC", "-shared", "-o", str(so), str(made), str(copy), "-lm"],
     ):
         subprocess.run(command, check=True)
@@ -243,6 +245,8 @@ def main() -> int:
     parser.add_argument("--python", required=True, help="of the environment that has triton-ascend")
     parser.add_argument("--report", type=Path, required=True)
     args = parser.parse_args()
+    if missing := [tool for tool in (*LLVM, args.python) if not shutil.which(tool)]:
+        parser.error(f"not found: {', '.join(missing)}; Debian's mlir-19-tools and llvm-19 bring LLVM's")
     seen = launches()
     kernels = []
     with tempfile.TemporaryDirectory() as folder:
