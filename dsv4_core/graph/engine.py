@@ -296,7 +296,8 @@ class Engine:
         for ahead in range(len(drafted) + 1):
             allowed = request.constraint.allowed() if request.constraint and run.free <= ahead else None
             choices.append(choice(request.sampling, run.uniform(ahead), counts, allowed))
-            counts = counts + Counter(drafted[ahead : ahead + 1])
+            if ahead < len(drafted):
+                counts = counts + Counter(drafted[ahead : ahead + 1])
         return choices
 
     def _prefill_row(self, run: _Run, left: int) -> Row:

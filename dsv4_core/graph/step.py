@@ -190,7 +190,7 @@ class Addresses:
     """
 
     def __init__(self, cache: Cache, shape: StepShape, buffer: Array | None) -> None:
-        self.cache, self.shape = cache, shape
+        self.cache, self.shape, self.parts = cache, shape, shape.parts
         self._buffer = buffer
         self._compressions: dict[int, Compression] = {}
 
@@ -227,7 +227,7 @@ class Addresses:
 
     def part(self, name: str) -> Array:
         """One array of the step."""
-        begin, shape = self.shape.parts[name]
+        begin, shape = self.parts[name]
         return self.buffer[begin : begin + prod(shape)].reshape(shape)
 
     @cached_property
@@ -355,7 +355,7 @@ class Step(Addresses):
 
     def on_host(self, name: str) -> Host:
         """One array of the step in host memory."""
-        begin, shape = self.shape.parts[name]
+        begin, shape = self.parts[name]
         return self.host[begin : begin + prod(shape)].reshape(shape)
 
     def _put(self, name: str, values: Any) -> None:
@@ -409,18 +409,19 @@ class Step(Addresses):
         def put(name: str, values: Any) -> None:
             self._put(f"{ratio}.{name}", values)
 
-        window = self.starts[:, None] // ratio + np.arange(shape.closing)  # the first to close, and those after it
-        closes = window < self.ends[:, None] // ratio
-        token = (window[:, :, None] + 1) * ratio + np.arange(-shape.span, 0)  # [n, closing, span]
-        absent = (token < 0) | ~closes[:, :, None]
-        old = self.starts[:, None] + np.arange(-shape.before, 0)
         state_rows, rows = cache.state_rows(ratio), cache.compressed_rows(ratio)
-        put("state_read", self._slots(old, state_rows).reshape(-1))
-        put("state_write", self._newest(state_rows))
-        put("window_idxs", np.where(absent, -1, self._recent(token, shape.before)).reshape(-1, shape.span))
         sequence = self.sequences[:, None]
-        put("row_write", np.where(closes, cache.at(sequence, window, rows, tokens=ratio), -1).reshape(-1))
-        put("row_positions", np.where(closes, window * ratio, 0).reshape(-1))
+        put("state_write", self._newest(state_rows))
+        if shape.closing:
+            window = self.starts[:, None] // ratio + np.arange(shape.closing)  # the first to close, and those after it
+            closes = window < self.ends[:, None] // ratio
+            token = (window[:, :, None] + 1) * ratio + np.arange(-shape.span, 0)  # [n, closing, span]
+            absent = (token < 0) | ~closes[:, :, None]
+            old = self.starts[:, None] + np.arange(-shape.before, 0)
+            put("state_read", self._slots(old, state_rows).reshape(-1))
+            put("window_idxs", np.where(absent, -1, self._recent(token, shape.before)).reshape(-1, shape.span))
+            put("row_write", np.where(closes, cache.at(sequence, window, rows, tokens=ratio), -1).reshape(-1))
+            put("row_positions", np.where(closes, window * ratio, 0).reshape(-1))
 
         visible, column = self._visible(ratio), np.arange(shape.bound)
         behind = n * self.shape.before + self.tokens  # window rows that stand before the compressed ones
@@ -498,7 +499,7 @@ def _check_rectangle(cache: Cache, ids: Host, sequences: Host, counts: Host) -> 
 
 
 def _check_once(sequences: Host) -> None:
-    if np.unique(sequences).size != sequences.size:
+    if len(set(sequences.tolist())) != sequences.size:
         twice = int(np.flatnonzero(np.bincount(sequences) > 1)[0])
         raise ValueError(
             f"step: sequence {twice} is named twice; a sequence's tokens stand in one row of ids, or in steps one after another"
