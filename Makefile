@@ -31,7 +31,8 @@ torch: $(VENV)
 	$(RUN) pytest -m proof tests/torch_backend
 	$(RUN) pytest -m "proof or not proof" tests/parallel
 
-jax: export XLA_FLAGS = --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true  # compilation is what it takes
+# compilation is nearly all that it takes
+jax: export XLA_FLAGS = --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 jax:
 	$(PYTHON) -m venv $(VENV)/jax && $(VENV)/jax/bin/pip install -q '.[dev]' ./examples/jax_backend
 	. $(VENV)/jax/bin/activate && pytest tests/conformance/test_jax_example.py && \

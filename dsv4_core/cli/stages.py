@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 STAGE_SECONDS = 600.0
+WELL = frozenset({"passed", "left out"})
+"""States of a stage that ended and in which nothing failed."""
 
 
 @dataclass

@@ -14,6 +14,7 @@ the concatenation ``[window rows before the step: n * before | this step's: T | 
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -184,7 +185,32 @@ class Picks:
     idxs: Array | None
 
 
-class Addresses:
+class Tokens(ABC):
+    """What a step has for each of its tokens, in one rectangle or in several."""
+
+    @abstractmethod
+    def part(self, name: str) -> Array:
+        """One array of the step."""
+
+    @cached_property
+    def ids(self) -> Array:
+        """Token ids [T]."""
+        return self.part("ids")
+
+    @cached_property
+    def positions(self) -> Array:
+        """Positions [T], 0 for padding."""
+        return self.part("positions")
+
+    @cached_property
+    def ring_write(self) -> Array:
+        """Ring slots of this step's rows, -1 for those that later ones of the step overwrite:
+        [T].
+        """
+        return self.part("ring_write")
+
+
+class Addresses(Tokens):
     """A step as the graph sees it: the arrays in a ``buffer`` [shape.size] int32 on the device, for
     a cache.
     """
@@ -231,28 +257,11 @@ class Addresses:
         return self.buffer[begin : begin + prod(shape)].reshape(shape)
 
     @cached_property
-    def ids(self) -> Array:
-        """Token ids [T]."""
-        return self.part("ids")
-
-    @cached_property
-    def positions(self) -> Array:
-        """Positions [T], 0 for padding."""
-        return self.part("positions")
-
-    @cached_property
     def ring_read(self) -> Array:
         """Ring slots of the ``before`` rows that precede each sequence's tokens, oldest first; -1
         before its beginning: [n * before].
         """
         return self.part("ring_read")
-
-    @cached_property
-    def ring_write(self) -> Array:
-        """Ring slots of this step's rows, -1 for those that later ones of the step overwrite:
-        [T].
-        """
-        return self.part("ring_write")
 
     @cached_property
     def window_idxs(self) -> Array:
@@ -440,7 +449,7 @@ class Step(Addresses):
             put("offset", first)
 
 
-class Joined:
+class Joined(Tokens):
     """Rectangles of unlike lengths in one pass, so that none is padded to another's length: their
     tokens stand one after another. Each keeps its own addresses; what treats every token by itself
     is done for all at once.
@@ -458,22 +467,8 @@ class Joined:
         self.tokens = sum(step.tokens for step in rectangles)
         self.padded = rectangles[0].padded
 
-    @cached_property
-    def ids(self) -> Array:
-        """Token ids [T]."""
-        return self._joined("ids")
-
-    @cached_property
-    def positions(self) -> Array:
-        """Positions [T], 0 for padding."""
-        return self._joined("positions")
-
-    @cached_property
-    def ring_write(self) -> Array:
-        """As of ``Addresses``: [T]."""
-        return self._joined("ring_write")
-
-    def _joined(self, name: str) -> Array:
+    def part(self, name: str) -> Array:
+        """One array with an element for each token, of all rectangles."""
         host = np.concatenate([step.on_host(name) for step in self.rectangles])
         return self.cache.backend.from_numpy(host)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dsv4_backend_ascend import triton
 from dsv4_backend_ascend.capability import GENERATIONS
 from dsv4_backend_ascend.selftest_cases import CASES
-from dsv4_core.cli.stages import STAGE_SECONDS, Ran, Stage, Stages
+from dsv4_core.cli.stages import STAGE_SECONDS, WELL, Ran, Stage, Stages
 from dsv4_core.contract.backend import BackendError
 from dsv4_core.contract.ops import OPS
 from dsv4_core.files.writing import write
@@ -77,7 +77,7 @@ class Prover(Stages):
     def status(self, names: Sequence[str]) -> int:
         """Exit status of stages: 1 something failed, 3 something is left to run."""
         states = {self.stages[name].state for name in names}
-        return 1 if "failed" in states else 3 if states - {"passed", "left out"} else 0
+        return 1 if "failed" in states else 3 if states - WELL else 0
 
     @property
     def chip(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from dsv4_backend_torch import interpret
 
 from dsv4_backend_cuda import build, prove
 from dsv4_backend_cuda.launch import ARCHITECTURES, compatible
+from dsv4_core.cli.stages import WELL
 from dsv4_core.contract.spec import BackendError
 from dsv4_core.files.writing import write_over
 
@@ -207,5 +208,5 @@ def prove_command(out: Path, stages: tuple[str, ...], *, again: bool, dry_run: b
     except FileExistsError as error:
         raise click.BadParameter(str(error), param_hint="--out") from None
     click.echo(f"\n{text}\nreport: {out / 'report.md'}")
-    if any(made.stages[name].state not in {"passed", "left out"} for name in stages or prove.STAGES):
+    if any(made.stages[name].state not in WELL for name in stages or prove.STAGES):
         raise click.exceptions.Exit(1)

@@ -3,7 +3,7 @@
  *
  * What a product gives and the activation are rounded to act_type, as between linear layers; the sum over experts is float32: for few
  * rows in the order in which a row names them, for many in the order of experts. Rows of one expert share the reading of its weights.
- * Threads meet when x is laid out (or its rows are sorted by experts), when all of an activation is there, and when that is laid out for w2.
+ * Threads meet when rows are sorted by experts (and, few, laid out), when all of an activation is there, and when that is laid out for w2.
  */
 #include "panel.h"
 
