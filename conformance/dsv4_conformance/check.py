@@ -127,6 +127,21 @@ class Session:
         return {}
 
 
+def claimed(check: Check, backend: Backend) -> bool:
+    """Say whether the backend's own file claims what a check tests: by level, or by name; a bitwise
+    law for all ops, or for one as ``LAW/OP``.
+    """
+    if check.op in backend.departures:
+        return False
+    level = backend.claims_level
+    if level is not None and check.level <= level:
+        return True
+    if check.group == "invariance":
+        whole = backend.batch_invariant if check.op == "batch_invariance" else backend.deterministic
+        return whole or check.id.rpartition("/")[0] in backend.claims
+    return check.op in backend.claims
+
+
 def describe(error: BaseException) -> str:
     """An exception as one line: type, text, and the innermost frame outside the suite."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(HERE)]

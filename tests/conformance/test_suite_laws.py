@@ -1,6 +1,7 @@
 """The laws hold for the reference, and faults that one call of one op cannot show break them."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from dsv4_conformance.laws import strategies
 from dsv4_conformance.museum import hunt
 from dsv4_conformance.museum.fault import MUTANTS
 from dsv4_conformance.run import catalogue, runner
+from hypothesis import strategies as st
 
 from dsv4_core.graph.step import Step
 
@@ -102,6 +104,30 @@ def test_the_hunt_is_the_same_each_time():
         found.append(laws.hunt(law, at, 6, seed=1))
     assert found[0] == found[1]
     assert found[0] is not None
+
+
+@pytest.mark.parametrize("claims", [True, False])
+def test_what_nobody_claims_is_not_made_smaller(claims, monkeypatch):
+    """One example says that a law does not hold, whoever finds it; minutes of shrinking tell a
+    backend that claims it where to look.
+    """
+    tried = []
+
+    def breaks(stage, *, tokens, seed):
+        tried.append(tokens)
+        return "broken" if tokens > 3 else None
+
+    law = replace(
+        CHECKS["packing_rounds"].law, holds=breaks, strategy={"tokens": st.integers(0, 40), "seed": st.just(0)}
+    )
+    own = session(tier="standard")
+    own.backend.claims_level = 3 if claims else None
+    for always in ({"tokens": 9, "seed": 0}, {"tokens": 1, "seed": 0}):
+        tried.clear()
+        finding = laws.LawCheck(replace(law, always=(always,))).run(own)
+        assert finding.status == "failed"
+        at = int(re.search("tokens=([0-9]+)", finding.message)[1])
+        assert (at == 4) if claims else (at == 9 or tried.index(at) == len(tried) - 1)
 
 
 def test_examples_are_written_and_read():

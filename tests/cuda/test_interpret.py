@@ -17,6 +17,26 @@ def test_proof(proof):
     proof()
 
 
+def test_a_product_with_a_scale_and_a_sum_are_rounded_once():
+    """As Triton has it element by element; where a product is not exact, that is what does it."""
+    from triton._C.libtriton import interpreter as one_by_one
+
+    rng, quick = np.random.default_rng(0), 0
+    with np.errstate(all="ignore"):
+        for i in range(400):
+            exponents = rng.integers(-149, 128, (4, 1, 8)) if i % 2 else rng.integers(-10, 10, (4, 1, 8))
+            y = np.broadcast_to(np.ldexp(np.float32(1), exponents), (4, 16, 8))
+            x, z = (np.float32(rng.standard_normal((4, 16, 8)) * 2.0 ** rng.integers(-60, 60)) for _ in range(2))
+            x[0, 0, 0] = (x[0, 0, 0], 0, np.inf, np.nan)[i % 4]
+            got = interpret._single_fma(x, y, z)
+            quick += got is not None
+            if got is not None:
+                want = one_by_one.fma_fp32(x, np.ascontiguousarray(y), z)
+                assert np.array_equal(got.view(np.uint32), want.view(np.uint32))
+        assert 50 < quick < 250
+        assert interpret._single_fma(x, np.float32(3) * y, z) is None
+
+
 def test_self_check_catches_a_wrong_rounding(monkeypatch):
     right = interpret.narrow
     monkeypatch.setattr(interpret, "narrow", lambda data, dtype: right(np.trunc(np.asarray(data) * 64) / 64, dtype))

@@ -72,12 +72,12 @@ def _small_types() -> dict[Any, Any]:
     }
 
 
-def widen(data: np.ndarray, dtype: Any) -> np.ndarray:
-    """Bits of a small float -> float32; anything else as it is."""
+def widen(data: np.ndarray, dtype: Any, to: Any = np.float32) -> np.ndarray:
+    """Bits of a small float -> ``to``, a wider one; anything else as it is."""
     small = _small_types().get(dtype.scalar)
     if small is None or data.dtype.kind == "f":
         return data
-    return np.ascontiguousarray(data).view(small).reshape(data.shape).astype(np.float32)
+    return np.ascontiguousarray(data).view(small).reshape(data.shape).astype(to)
 
 
 def narrow(data: np.ndarray, dtype: Any) -> np.ndarray:
@@ -106,6 +106,20 @@ def _tf32(data: np.ndarray) -> np.ndarray:
     dropped.
     """
     return (np.ascontiguousarray(data).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def _single_fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray | None:
+    """X * y + z of float32, rounded once, where y are powers of two, as scales are, and no product
+    leaves float32's normal numbers. None elsewhere; then one element at a time has to do it.
+    """
+    own = y[tuple(slice(None) if step else slice(1) for step in y.strides)]  # what was broadcast, once
+    if (own.view(np.uint32) & np.uint32(0x007FFFFF)).any():
+        return None
+    product = x * y
+    size = np.abs(product)
+    limits = np.finfo(np.float32)
+    held = (size >= limits.tiny) & (size <= limits.max) | (x == 0) | (y == 0)
+    return product + z if held.all() else None
 
 
 def _exact_fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -137,13 +151,6 @@ def _repair() -> None:
         n: getattr(builder, n) for n in ("cast_impl", "binary_op", "unary_op", "ternary_op", "create_fma", "create_dot")
     }
 
-    def quiet(function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with np.errstate(all="ignore"):  # a GPU does not warn about infinities either
-                return function(*args, **kwargs)
-
-        return wrapped
-
     def rewrap(result: np.ndarray, dtype: Any) -> Any:
         """A result computed in float32, back in ``dtype``; comparisons give booleans, which
         stay.
@@ -157,6 +164,18 @@ def _repair() -> None:
         data = widen(src.data, source)
         return handle(narrow(data, target) if target in small else data.astype(it._get_np_dtype(target)), target)
 
+    def casting(_: Any, src: Any, dst_type: Any, *__: Any) -> Callable[..., np.ndarray] | None:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if target in small:
+            return lambda a: narrow(widen(a, source), target)
+        kind = it._get_np_dtype(target)
+        return (lambda a: widen(a, source).astype(kind, copy=False)) if source in small else None
+
+    @playback.on_arrays(casting)
+    def cast(self: Any, src: Any, dst_type: Any) -> Any:
+        return self.cast_impl(src, dst_type)
+
+    @playback.on_arrays(casting)
     def fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
         if rounding_mode not in (None, it._ir.ROUNDING_MODE.RTNE):
             raise InterpreterError(f"rounding mode {rounding_mode} is not repaired; use the default, to nearest even")
@@ -184,7 +203,8 @@ def _repair() -> None:
     def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         dtype = z.dtype.scalar
         if dtype not in small:
-            return plain["create_fma"](self, x, y, z)
+            single = _single_fma(x.data, y.data, z.data) if dtype == tl.float32 else None
+            return plain["create_fma"](self, x, y, z) if single is None else handle(single, dtype)
         return handle(narrow(_exact_fma(*(widen(h.data, h.dtype) for h in (x, y, z))), dtype), dtype)
 
     def rsqrt(self: Any, arg: Any) -> Any:
@@ -195,22 +215,22 @@ def _repair() -> None:
     def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
         if not a.dtype.is_floating():
             return plain["create_dot"](self, a, b, d, input_precision, max_num_imprecise_acc)
-        left, right = (widen(h.data, h.dtype) for h in (a, b))
+        # of small floats the sum of products is exact in float64: its order, which BLAS picks by
+        # shape, does not matter
+        kind = np.float64 if a.dtype.scalar in small else np.float32
+        left, right = (widen(h.data, h.dtype, kind) for h in (a, b))
         if a.dtype.scalar == tl.float32 and input_precision == it._ir.INPUT_PRECISION.TF32:
             left, right = _tf32(left), _tf32(right)
-        if (
-            a.dtype.scalar in small
-        ):  # a sum of their products is exact in float64, so its order, which BLAS picks by shape, does not matter
-            left, right = left.astype(np.float64), right.astype(np.float64)
         total = np.matmul(left, right, dtype=np.promote_types(left.dtype, np.float32)) + widen(d.data, d.dtype)
-        kind = d.dtype.scalar
-        return handle(narrow(total, kind) if kind in small else total.astype(d.data.dtype), kind)
+        out = d.dtype.scalar
+        return handle(narrow(total, out) if out in small else total.astype(d.data.dtype), out)
 
     def widened(function: Callable[..., Any]) -> Callable[..., Any]:
         """A reduction or scan over small floats: combined and rounded in float32, as Triton
         promotes before summing.
         """
 
+        @functools.wraps(function)
         def run(self: Any, arg: Any, *how: Any) -> Any:
             dtype = arg.dtype.scalar
             if dtype not in small:
@@ -227,13 +247,13 @@ def _repair() -> None:
     for name, function in {
         "cast_impl": cast_impl, "create_fp_to_fp": fp_to_fp, "binary_op": binary_op, "unary_op": unary_op,
         "ternary_op": ternary_op, "create_fma": fma, "create_rsqrt": rsqrt, "create_dot": dot,
-        "create_dot_scaled": builder.create_dot_scaled, "create_idiv": builder.create_idiv,
+        "create_fp_ext": cast, "create_fp_trunc": cast,
     }.items():  # fmt: skip
-        setattr(builder, name, quiet(function))
+        setattr(builder, name, function)
     _patch_once(it)
     lockstep.install(it)
     for name in ("create_reduce", "create_scan"):
-        setattr(builder, name, quiet(widened(getattr(builder, name))))
+        setattr(builder, name, widened(getattr(builder, name)))
     playback.watch(it)
     it._mxfp_value_handle_to_float32 = scaled_values
 
@@ -274,6 +294,7 @@ def decode_table(name: str) -> np.ndarray:
     return np.where(exponent == 0, np.ldexp(fraction, 1 - bias), np.ldexp(1 + fraction, exponent - bias))
 
 
+@np.errstate(all="ignore")
 def self_check() -> None:
     """Compare the repaired conversions with tables made from the formats' definitions;
     milliseconds, every code.

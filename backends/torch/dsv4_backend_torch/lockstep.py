@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dsv4_backend_torch import memory
-from dsv4_backend_torch.playback import Recording, Tape, tape_of
+from dsv4_backend_torch.playback import Recording, Tape, on_arrays, small, spread, tape_of
 
 ELEMENTS = 1 << 18
 """Values that an operation works on at once, about: as many programs run together as their largest
@@ -53,6 +53,12 @@ def _trips(start: np.ndarray, stop: np.ndarray, step: np.ndarray) -> int:
     return int(_one(np.maximum(-((starts - stops) // steps), 0)))
 
 
+def same_programs(*arrays: Any) -> list[Any]:
+    """Arrays, or None, with an entry for each program where one has."""
+    many = max(len(a) for a in arrays if a is not None)
+    return [a if a is None or len(a) == many else spread(a, (many, *a.shape[1:])) for a in arrays]
+
+
 @functools.cache
 def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
     """Names of a kernel's parameters, which have no defaults."""
@@ -66,47 +72,59 @@ def install(it: Any) -> None:
     undo: list[tuple[Any, Any, Any]] = []
     widest: list[int] = [1]  # elements per program of the largest block seen in this launch
 
+    def joined(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        a, b = same_programs(a, b)
+        both = np.empty((*a.shape, 2), a.dtype)  # a third of np.stack's time
+        both[..., 0], both[..., 1] = a, b
+        return both
+
     def shaped(data: np.ndarray, shape: Sequence[int]) -> np.ndarray:
         return data.reshape((data.shape[0], *shape))
 
-    def broadcast(data: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-        return np.broadcast_to(data, (data.shape[0], *shape))
-
-    def same_programs(*handles: Any) -> list[Any]:
-        """Handles of equally many entries."""
-        many = max(h.data.shape[0] for h in handles)
-        return [
-            h if h.data.shape[0] == many else handle(np.broadcast_to(h.data, (many, *h.data.shape[1:])), h.dtype)
-            for h in handles
-        ]
-
+    @on_arrays(lambda self, axis: lambda: self.grid_idx[axis])
     def program_id(self: Any, axis: int) -> Any:
-        ids = self.grid_idx[axis]
-        return handle(ids[:1] if (ids == ids[0]).all() else ids, tl.int32)
+        return handle(self.grid_idx[axis], tl.int32)
 
-    def fetch(ptrs: Any, mask: Any, other: Any) -> Any:
-        element = ptrs.get_element_ty()
-        kind = it._get_np_dtype(element)
-        return handle(memory.load(ptrs.data, mask.data, other.data, kind, one_by_one.load), element)
+    def loading(_: Any, ptrs: Any, *rest: Any) -> Callable[..., np.ndarray]:
+        del rest
+        kind = it._get_np_dtype(ptrs.get_element_ty())
 
+        def load(at: np.ndarray, mask: np.ndarray | None = None, other: np.ndarray | None = None) -> np.ndarray:
+            widest[0] = max(widest[0], at[0].size)
+            return memory.load(*same_programs(at, mask, other), kind, one_by_one.load)  # type: ignore[no-any-return]
+
+        return load
+
+    @on_arrays(loading)
     def masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *policy: Any) -> Any:
-        del self, policy
-        if other is None:
-            element = ptrs.get_element_ty()
-            other = handle(np.zeros_like(ptrs.data, dtype=it._get_np_dtype(element)), element)
-        widest[0] = max(widest[0], ptrs.data[0].size)
-        return fetch(*same_programs(ptrs, mask, other))
-
-    def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, policy: Any) -> Any:
         del policy
-        ptrs, value, mask = same_programs(ptrs, value, mask)
-        widest[0] = max(widest[0], ptrs.data[0].size)
-        if self.taking_back:
-            undo.append((ptrs, fetch(ptrs, mask, value), mask))
-        put(ptrs, value, mask)
+        given = (h.data for h in (ptrs, mask, other) if h is not None)
+        return handle(loading(self, ptrs)(*given), ptrs.get_element_ty())
 
-    def put(ptrs: Any, value: Any, mask: Any) -> None:
-        memory.store(ptrs.data, value.data, mask.data, one_by_one.store)
+    @on_arrays(loading)
+    def load(self: Any, ptrs: Any, *policy: Any) -> Any:
+        del policy
+        return handle(loading(self, ptrs)(ptrs.data), ptrs.get_element_ty())
+
+    def storing(self: Any, *_: Any) -> Callable[..., None]:
+        def store(at: np.ndarray, value: np.ndarray, mask: np.ndarray | None = None) -> None:
+            at, value, mask = same_programs(at, value, mask)
+            widest[0] = max(widest[0], at[0].size)
+            if self.taking_back:
+                undo.append((at, memory.load(at, mask, value, value.dtype, one_by_one.load), mask))
+            memory.store(at, value, mask, one_by_one.store)
+
+        return store
+
+    @on_arrays(storing)
+    def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *policy: Any) -> None:
+        del policy
+        storing(self)(ptrs.data, value.data, mask.data)
+
+    @on_arrays(storing)
+    def store(self: Any, ptrs: Any, value: Any, *policy: Any) -> None:
+        del policy
+        storing(self)(ptrs.data, value.data)
 
     def histogram(self: Any, data: Any, bins: int, mask: Any) -> Any:
         values = data.data.astype(np.int64)
@@ -121,49 +139,85 @@ def install(it: Any) -> None:
         )
 
     def gather(self: Any, src: Any, indices: Any, axis: int) -> Any:
-        src, indices = same_programs(src, indices)
-        return handle(np.take_along_axis(src.data, indices.data, axis + 1), src.dtype.scalar)
+        data, at = same_programs(src.data, indices.data)
+        return handle(np.take_along_axis(data, at, axis + 1), src.dtype.scalar)
 
     def no_atomics(*_: Any, **__: Any) -> Any:
         raise NotImplementedError("atomics: programs in lockstep take back what they stored, which others have seen")
 
-    def joined(lhs: Any, rhs: Any, join: Callable[..., np.ndarray], axis: int) -> Any:
-        return handle(join([h.data for h in same_programs(lhs, rhs)], axis=axis), lhs.dtype.scalar)
+    def cat(_: Any, lhs: Any, rhs: Any) -> Any:
+        return handle(np.concatenate(same_programs(lhs.data, rhs.data), axis=1), lhs.dtype.scalar)
+
+    def reshaping(_: Any, __: Any, shape: Sequence[int], *___: Any) -> Callable[..., np.ndarray]:
+        return lambda a: a.reshape((len(a), *shape))
+
+    def turning(_: Any, __: Any, order: Sequence[int]) -> Callable[..., np.ndarray]:
+        axes = 0, *(axis + 1 for axis in order)
+        return lambda a: a.transpose(axes)
+
+    def deepening(_: Any, __: Any, axis: int) -> Callable[..., np.ndarray]:
+        index = (slice(None),) * (axis + 1) + (None,)
+        return lambda a: a[index]
+
+    def viewing(_: Any, __: Any, kind: Any) -> Callable[..., np.ndarray]:
+        dtype = it._get_np_dtype(kind)
+        return lambda a: a.view(dtype)
+
+    def of_one_kind(maker: Callable[..., Any]) -> Callable[..., Any]:
+        """An operation by its form on arrays, whose result has its operand's type."""
+
+        @on_arrays(maker)
+        def run(self: Any, first: Any, *rest: Any) -> Any:
+            data = [h.data for h in (first, *rest) if isinstance(h, handle)]
+            return handle(maker(self, first, *rest)(*data), first.dtype.scalar)
+
+        return run
+
+    @on_arrays(viewing)
+    def bitcast(self: Any, src: Any, kind: Any) -> Any:
+        return handle(viewing(self, src, kind)(src.data), kind.scalar)
 
     for name, function in {
         "create_get_program_id": program_id,
+        "create_load": load,
         "create_masked_load": masked_load,
+        "create_store": store,
         "create_masked_store": masked_store,
         "create_histogram": histogram,
         "create_gather": gather,
         "create_atomic_rmw": no_atomics,
         "create_atomic_cas": no_atomics,
         "create_make_range": lambda _, __, start, stop: handle(np.arange(start, stop, dtype=np.int32)[None], tl.int32),
-        "create_reshape": lambda _, arg, shape, __: handle(shaped(arg.data, shape), arg.dtype.scalar),
-        "create_trans": lambda _, arg, perm: handle(
-            np.transpose(arg.data, (0, *(p + 1 for p in perm))), arg.dtype.scalar
-        ),
-        "create_expand_dims": lambda _, arg, axis: handle(np.expand_dims(arg.data, axis + 1), arg.dtype.scalar),
-        "create_broadcast": lambda _, arg, shape: handle(broadcast(arg.data, shape), arg.dtype.scalar),
+        "create_reshape": of_one_kind(reshaping),
+        "create_trans": of_one_kind(turning),
+        "create_expand_dims": of_one_kind(deepening),
+        "create_bitcast": bitcast,
+        "create_broadcast": lambda _, arg, shape: handle(spread(arg.data, (len(arg.data), *shape)), arg.dtype.scalar),
         "create_splat": lambda _, kind, arg: handle(
-            broadcast(shaped(arg.data, [1] * len(kind.shape)), kind.shape), arg.dtype.scalar
+            spread(shaped(arg.data, [1] * len(kind.shape)), (len(arg.data), *kind.shape)), arg.dtype.scalar
         ),
         "create_unsplat": lambda _, arg: handle(shaped(arg.data, ()), arg.dtype.scalar),
-        "create_cat": lambda _, lhs, rhs: joined(lhs, rhs, np.concatenate, 1),
-        "create_join": lambda _, lhs, rhs: joined(lhs, rhs, np.stack, -1),
+        "create_cat": cat,
+        "create_join": of_one_kind(lambda *_: joined),
     }.items():
         setattr(builder, name, function)
 
     reductions = {
-        tl.standard._sum_combine: np.sum,
+        tl.standard._sum_combine: np.add.reduce,
         tl.standard._elementwise_max: np.fmax.reduce,  # as nanmax, without its warning where all are NaN
         tl.standard._elementwise_min: np.fmin.reduce,
     }
 
-    def create_reduce(_: Any, arg: Any, function: Callable[..., Any], axis: int | None, keep: bool) -> Any:
+    def reducing(
+        _: Any, arg: Any, function: Callable[..., Any], axis: int | None, keep: bool
+    ) -> Callable[..., np.ndarray] | None:
+        if small(it, arg.dtype.scalar):
+            return None  # bits, which are widened first
         over: Any = tuple(builtins.range(1, arg.data.ndim)) if axis is None else axis + 1
-        out = function(arg.data, axis=over, keepdims=keep)
-        return handle(out.astype(arg.data.dtype, copy=False), arg.dtype.scalar)
+        kind = arg.data.dtype
+        return lambda a: function(a, axis=over, keepdims=keep).astype(kind, copy=False)
+
+    create_reduce = of_one_kind(reducing)
 
     def create_scan(_: Any, arg: Any, axis: int, reverse: bool) -> Any:
         data = np.flip(arg.data, axis + 1) if reverse else arg.data
@@ -234,15 +288,15 @@ def install(it: Any) -> None:
     tensor.T = property(transposed)
 
     def take_back() -> None:
-        for ptrs, old, mask in reversed(undo):
-            put(ptrs, old, mask)
+        for at, old, mask in reversed(undo):
+            memory.store(at, old, mask, one_by_one.store)
         undo.clear()
 
     def run(function: Callable[..., Any], tape: Tape, args: dict[str, Any], ids: np.ndarray) -> None:
         """Run the programs ``ids`` [3, programs] together, or kind by kind."""
         b = it.interpreter_builder
         handles = [arg.handle for arg in args.values() if isinstance(arg, tl.tensor)]
-        b.grid_idx = ids
+        b.grid_idx = [axis[:1] if (axis == axis[0]).all() else axis for axis in ids]
         undo.clear()
         try:
             if tape.start is not None:
@@ -262,11 +316,35 @@ def install(it: Any) -> None:
         finally:
             b.recording = None
 
+    pointers: dict[Any, Any] = {}
+
+    def operand(value: Any) -> Any:
+        """What a kernel is given, as its value: the interpreter's own finds a type's name and the
+        type of that name each time.
+        """
+        if type(value) is int and -(1 << 31) <= value < 1 << 31:
+            return tl.core.tensor(handle(np.array([value], np.int32), tl.int32), tl.int32)
+        dtype = getattr(value, "dtype", None)
+        if dtype is None or not hasattr(value, "data_ptr"):
+            return it._implicit_cvt(value)
+        if dtype not in pointers:
+            pointers[dtype] = it._implicit_cvt(value).dtype
+        return tl.core.tensor(handle(np.array([value.data_ptr()], np.uint64), pointers[dtype]), pointers[dtype])
+
+    begin, known = it.GridExecutor.__init__, dict[Any, dict[str, Any]]()
+
+    def executor(self: Any, function: Any, names: Sequence[str], grid: Any, *rest: Any) -> None:
+        """A kernel and its grid. Which parameters are constants is asked once."""
+        if function not in known:
+            begin(self, function, names, grid, *rest)
+            known[function] = dict(vars(self))
+        vars(self).update(known[function], grid=grid)
+
     def launch(self: Any, *given: Any, **named: Any) -> None:
         b = it.interpreter_builder
         names = parameters(self.fn)
         found = dict(zip(names, given, strict=False)) | named
-        args = {n: found[n] if n in self.constexprs else it._implicit_cvt(found[n]) for n in names}
+        args = {n: found[n] if n in self.constexprs else operand(found[n]) for n in names}
         grid = self.grid(args) if callable(self.grid) else self.grid
         b.set_grid_dim(*grid, *(1,) * (3 - len(grid)))
         ids = np.stack(np.unravel_index(np.arange(np.prod(b.grid_dim)), b.grid_dim)).astype(np.int32)
@@ -282,4 +360,4 @@ def install(it: Any) -> None:
         except Exception as error:
             raise it.InterpreterError(repr(error)) from error
 
-    it.GridExecutor.__call__ = launch
+    it.GridExecutor.__init__, it.GridExecutor.__call__ = executor, launch

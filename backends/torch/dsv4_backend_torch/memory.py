@@ -21,47 +21,57 @@ ADDRESSES = 1 << 48
 
 
 def load(
-    pointers: np.ndarray, mask: np.ndarray, other: np.ndarray, dtype: np.dtype[Any], plain: Callable[..., Any]
+    pointers: np.ndarray,
+    mask: np.ndarray | None,
+    other: np.ndarray | None,
+    dtype: np.dtype[Any],
+    plain: Callable[..., Any],
 ) -> Any:
-    """Elements at ``pointers`` [...] (addresses) where ``mask`` is set, else ``other``'s; ``plain``
-    does the same one by one.
+    """Elements at ``pointers`` [...] (addresses) where ``mask`` is set (None: everywhere), else
+    ``other``'s (None: zeros); ``plain`` does the same one by one, and has no None.
     """
     if pointers.size <= FEW:
-        return plain(pointers, mask, other, dtype)
+        return _one_by_one(pointers, mask, other, dtype, plain)
     found = _rows(pointers, mask, dtype.itemsize)
     if found is None:
-        live = None if mask.all() else mask
+        live = None if mask is None or mask.all() else mask
         at = _places(pointers if live is None else pointers[live], dtype.itemsize)
         if at is None:
-            return plain(pointers, mask, other, dtype)
+            return _one_by_one(pointers, mask, other, dtype, plain)
         if live is None:
             return _memory(dtype)[at]
-        out = np.array(other, dtype)
+        out = np.zeros(pointers.shape, dtype) if other is None else np.array(other, dtype)
         out[live] = _memory(dtype)[at]
         return out
     turned, live, count, starts = found
     if live is None:
         windows, at = _windows(starts, count, dtype)
         return turned(windows[at])
-    out = np.array(other, dtype)
+    out = np.zeros(pointers.shape, dtype) if other is None else np.array(other, dtype)
     if live.any():
         windows, at = _windows(starts[live], count, dtype)
         turned(out)[live, :count] = windows[at]
     return out
 
 
-def store(pointers: np.ndarray, value: np.ndarray, mask: np.ndarray, plain: Callable[..., Any]) -> None:
-    """Put ``value`` at ``pointers`` where ``mask`` is set, in order."""
-    if pointers.size <= FEW:
-        plain(pointers, value, mask)
-        return
-    found = _rows(pointers, mask, value.itemsize)
+def _one_by_one(
+    pointers: np.ndarray, mask: np.ndarray | None, other: np.ndarray | None, dtype: Any, plain: Callable[..., Any]
+) -> Any:
+    mask = np.ones(pointers.shape, bool) if mask is None else mask
+    return plain(pointers, mask, np.zeros(pointers.shape, dtype) if other is None else other, dtype)
+
+
+def store(pointers: np.ndarray, value: np.ndarray, mask: np.ndarray | None, plain: Callable[..., Any]) -> None:
+    """Put ``value`` at ``pointers`` where ``mask`` is set (None: everywhere), in order."""
+    found = _rows(pointers, mask, value.itemsize) if pointers.size > FEW else None
     if found is None:
-        at = _places(pointers[mask], value.itemsize)
+        at = None
+        if pointers.size > FEW:
+            at = _places(pointers if mask is None else pointers[mask], value.itemsize)
         if at is None:
-            plain(pointers, value, mask)
+            plain(pointers, value, np.ones(pointers.shape, bool) if mask is None else mask)
         else:
-            _memory(value.dtype)[at] = value[mask]
+            _memory(value.dtype)[at] = value if mask is None else value[mask]
         return
     turned, live, count, starts = found
     if live is None:
@@ -95,7 +105,7 @@ def _swapped(array: np.ndarray) -> np.ndarray:
 
 
 def _rows(
-    pointers: np.ndarray, mask: np.ndarray, size: int
+    pointers: np.ndarray, mask: np.ndarray | None, size: int
 ) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray | None, int, np.ndarray] | None:
     """How a block lies in memory: which axis is last, which rows have elements (None: all have
     all), how many, the same in all of them and from the first on, and where they begin. None where
@@ -106,9 +116,9 @@ def _rows(
     for turned in (_same, _swapped)[: pointers.ndim]:
         across = turned(pointers)
         if across.shape[-1] >= 8 and across.ndim > 1 and _follow(across, size):
-            inside = turned(mask)
-            if inside.all():
+            if mask is None or mask.all():
                 return turned, None, across.shape[-1], across[..., 0]
+            inside = turned(mask)
             live = inside[..., 0]
             counts = inside.sum(-1)
             count = int(counts.max(initial=0))

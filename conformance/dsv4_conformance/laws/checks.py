@@ -1,5 +1,5 @@
-"""Laws as checks: examples that are known to bite, then Hypothesis hunts for others; what fails is
-shrunk to a case that can be re-run.
+"""Laws as checks: examples that are known to bite, then Hypothesis hunts for others; what fails and
+is claimed is shrunk to a case that can be re-run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 
-from dsv4_conformance.check import Check, Finding, Group, Session, describe
+from dsv4_conformance.check import Check, Finding, Group, Session, claimed, describe
 from dsv4_conformance.laws import of_drafts, of_engine, of_models, of_moved_arrays, of_ops
 from dsv4_conformance.laws import strategies as some
 from dsv4_conformance.laws.small_model import Stage
@@ -317,8 +317,8 @@ def trial(law: Law, stage: Stage, example: Example) -> str | None:
         return describe(error)
 
 
-def hunt(law: Law, stage: Stage, examples: int, seed: int) -> tuple[Example, str] | None:
-    """Let Hypothesis look for an example that breaks a law, and shrink it; None if it finds
+def hunt(law: Law, stage: Stage, examples: int, seed: int, *, shrink: bool = True) -> tuple[Example, str] | None:
+    """Let Hypothesis look for an example that breaks a law, and ``shrink`` it; None if it finds
     none.
     """
     broken: dict[str, tuple[Example, str]] = {}
@@ -331,7 +331,7 @@ def hunt(law: Law, stage: Stage, examples: int, seed: int) -> tuple[Example, str
         max_examples=examples,
         database=None,
         deadline=None,
-        phases=(Phase.generate, Phase.shrink),
+        phases=(Phase.generate, *[Phase.shrink] * shrink),
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
         verbosity=Verbosity.quiet,
@@ -396,7 +396,7 @@ class LawCheck:
 
     def run(self, session: Session) -> Finding:
         """Try the examples; at ``standard`` and ``full`` hunt for others, and for a smaller one
-        than what failed.
+        than what failed, unless nobody claims the law: one example says that it does not hold.
         """
         if "stage" not in session.shared:
             session.shared["stage"] = Stage.of(session.backend)
@@ -411,8 +411,9 @@ class LawCheck:
         seed = seed_of(self.id, session.repeat)
         examples = [dict(self.example)] if self.example is not None else self.law.always
         found = next(((e, p) for e in examples if (p := trial(self.law, stage, e))), None)
-        if self.example is None and EXAMPLES[session.tier]:
-            found = hunt(self.law, stage, EXAMPLES[session.tier], seed) or found
+        wanted = claimed(self, session.backend)
+        if self.example is None and EXAMPLES[session.tier] and (wanted or not found):
+            found = hunt(self.law, stage, EXAMPLES[session.tier], seed, shrink=wanted) or found
         finding = Finding(
             self.id,
             self.op,

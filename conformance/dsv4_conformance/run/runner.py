@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dsv4_conformance.check import BAD, TIERS, Check, Finding, Session, Status, describe, environment
+from dsv4_conformance.check import BAD, TIERS, Check, Finding, Session, Status, claimed, describe, environment
 from dsv4_conformance.run import catalogue
 from dsv4_conformance.run import xfails as expected
 from dsv4_core.contract.backend import Backend
@@ -71,21 +71,6 @@ def refuses(check: Check, backend: Backend) -> bool:
         return not all(backend.supports(name) for name in required)
     except Exception:  # noqa: BLE001  an answer that takes operands is no refusal of the op as such
         return False
-
-
-def claimed(check: Check, backend: Backend) -> bool:
-    """Say whether the backend's own file claims what a check tests: by level, or by name; a bitwise
-    law for all ops, or for one as ``LAW/OP``.
-    """
-    if check.op in backend.departures:
-        return False
-    level = backend.claims_level
-    if level is not None and check.level <= level:
-        return True
-    if check.group == "invariance":
-        whole = backend.batch_invariant if check.op == "batch_invariance" else backend.deterministic
-        return whole or check.id.rpartition("/")[0] in backend.claims
-    return check.op in backend.claims
 
 
 def brought(check: Check, backend: Backend) -> bool:
