@@ -185,7 +185,6 @@ def test_the_suite_notices(name, tmp_path, monkeypatch):
         if "no C compiler" not in str(error):
             raise
         pytest.skip(str(error))
-    monkeypatch.setattr(compiled, "MULTIPLIED", compiled.MANY)  # beside AMX too
     backend = TorchBackend()
     backend.compiled = compiled.Kernels(made, "faulty")
     with pytest.raises(NoticedError):

@@ -51,12 +51,6 @@ def test_names_of_the_library_are_its_own_alone(kernels):
         assert not hasattr(kernels.library, name), name
 
 
-@pytest.fixture(autouse=True)
-def beside_amx_too(monkeypatch):
-    """Products of many tokens are C's on every CPU here."""
-    monkeypatch.setattr(compiled, "MULTIPLIED", compiled.MANY)
-
-
 def random(*shape, seed=0, dtype=torch.float32):
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).to(dtype)
 
@@ -246,7 +240,7 @@ def test_what_is_not_for_them_is_left_to_pytorch(kernels):
     assert kernels.products([(x.double(), [w])], torch.float32) is None
     assert kernels.products([(random(64, 2).T, [w])], torch.float32) is None  # not contiguous
     assert kernels.products([(random(2, 63), [w])], torch.float32) is None  # another width
-    assert kernels.products([(random(compiled.MULTIPLIED + 1, 64), [w])], torch.float32) is None
+    assert kernels.products([(random(compiled.MANY + 1, 64), [w])], torch.float32) is None
     assert kernels.rms_norm(x, random(63), 1e-6) is None
     uneven, one = (Experts([w]),) * 3, torch.zeros((1, 1), dtype=torch.int32)
     assert kernels.moe(x[:1], one, None, None, uneven, 0, 1.0, torch.float32, quantise=False) is None

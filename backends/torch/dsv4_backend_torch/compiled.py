@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dsv4_backend_torch.kept import cpu_flags, library
+from dsv4_backend_torch.kept import library
 from dsv4_backend_torch.tape import Tape
 from dsv4_core.contract.dtypes import FP4_GROUP, KV_BLOCK, Experts, ScaledArray
 
@@ -35,7 +35,6 @@ _DONE, _NO_MEMORY = 0, 2  # what kernels give; 1: not for them
 ALIKE = 8  # tokens up to which a product's bits are those of one alone: as in weights.h
 # tokens of a call at most: what a kernel makes beside its result takes memory
 MANY = 4096
-MULTIPLIED = 16 if "amx_bf16" in cpu_flags() else MANY  # of a product: oneDNN has AMX's tiles
 MOVED = 1 << 22  # bytes that are copied at a time: the second cache level of a core
 STREAMS = 4  # of hyper-connections: the published models'
 TILE = 16  # channels that attention takes at a time
@@ -139,7 +138,7 @@ class Kernels:
         rows, width = 0, sum(weight.shape[0] for weight in products[0][1])
         for x, weights in products:
             rows += x.shape[0]
-            if x.shape[0] > MULTIPLIED or not (_taken(x) and _weights(weights)):
+            if x.shape[0] > MANY or not (_taken(x) and _weights(weights)):
                 return None
         y = torch.empty((rows, width), dtype=dtype)
         fields = array("q")
@@ -161,7 +160,7 @@ class Kernels:
         times their own rows of ``weight``.
         """
         tokens, groups, cols = x.shape
-        if tokens > MULTIPLIED or not (_taken(x) and _weights((weight,))):
+        if tokens > MANY or not (_taken(x) and _weights((weight,))):
             return None
         out = weight.shape[0] // groups
         y = torch.empty((tokens, groups * out), dtype=dtype)
@@ -184,7 +183,7 @@ class Kernels:
         ``act_qdq`` in blocks of 128.
         """
         rows, dim = x.shape
-        if rows > MULTIPLIED or not rows or not (_taken(x) and _wide(share) and _indices(chosen)):
+        if rows > MANY or not rows or not (_taken(x) and _wide(share) and _indices(chosen)):
             return None
         if shared is not None and not (shared.dtype == x.dtype and shared.is_contiguous() and shared.shape == x.shape):
             return None

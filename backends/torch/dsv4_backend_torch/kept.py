@@ -36,6 +36,10 @@ CARRIED = Path(__file__).parent / "built"
 _AVX2 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 LEVELS: dict[str, tuple[tuple[str, ...], set[str]]] = {  # best first: a compiler's flags, and what /proc/cpuinfo must name
+    "amx": (
+        ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"),
+        _AVX512 | {"avx512_bf16", "avx512vbmi", "amx_tile", "amx_bf16"},
+    ),
     "avx512bf16": (("-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi"), _AVX512 | {"avx512_bf16", "avx512vbmi"}),
     "avx512": (("-march=x86-64-v4",), _AVX512),
     "avx2": (("-march=x86-64-v3",), _AVX2),

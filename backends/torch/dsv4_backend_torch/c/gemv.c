@@ -6,9 +6,8 @@
  */
 #include "products.h"
 
-static int64_t most(const product *p, int64_t count, int64_t threads) { /* bytes of what one thread makes of one product */
+static int64_t most(const product *p, int64_t count) { /* bytes of what one thread makes of one product */
     int64_t bytes = 0;
-    (void)threads;
     for (int64_t n = 0; n < count; n++) {
         int64_t own = p[n].tokens > ALIKE ? panel_bytes(p[n].cols, 1) : p[n].tokens * room(p[n].cols) * (int64_t)sizeof(float);
         bytes = own > bytes ? own : bytes;
@@ -16,7 +15,21 @@ static int64_t most(const product *p, int64_t count, int64_t threads) { /* bytes
     return (bytes + 63) / 64 * 64;
 }
 
-int64_t products_bytes(const product *p, int64_t count, int64_t threads) { return most(p, count, threads) * threads + 64; }
+/* Tiles of vectors that are laid out for product n; 0: none, or they are those of the product before. */
+static int is_laid(const product *p) { return p->tokens > ALIKE && for_tiles(p->x_type, p->w.type, p->cols); }
+
+static int64_t tiles_of(const product *p, int64_t n) {
+    const product *own = p + n, *last = own - 1;
+    if (!is_laid(own)) return 0;
+    if (n && is_laid(last) && own->x == last->x && own->cols == last->cols && own->tokens == last->tokens && own->x_stride == last->x_stride) return 0;
+    return (own->tokens + TALL - 1) / TALL;
+}
+
+int64_t products_bytes(const product *p, int64_t count, int64_t threads) {
+    int64_t laid = 0;
+    for (int64_t n = 0; n < count; n++) laid += tiles_of(p, n) * laid_bytes(p[n].cols);
+    return most(p, count) * threads + laid + 64;
+}
 
 /* Each thread has its share of the rows. */
 static void few(const product *p, float *x, const team *t) {
@@ -41,32 +54,58 @@ static int64_t parts_of(const product *p, const team *t) {
     return t->threads == 1 ? 1 : wanted < most ? wanted : most;
 }
 
-static void many(const product *p, int64_t item, int64_t parts, char *scratch) {
+static const char *vector(const product *p, int64_t k) { return p->x + k * p->x_stride * size_of(p->x_type); }
+
+static void many(const product *p, int64_t item, int64_t parts, char *scratch, const char *laid) {
     int64_t row = item / parts * PANEL, rows = p->out - row < PANEL ? p->out - row : PANEL, part = item % parts;
-    int64_t begin = p->tokens * part / parts, end = p->tokens * (part + 1) / parts, step = p->x_stride * size_of(p->x_type);
+    int64_t sets = (p->tokens + ABREAST - 1) / ABREAST, end = sets * (part + 1) / parts * ABREAST;
     panel w = panel_in(scratch, p->cols, 0);
-    fill_panel(&w, &p->w, p->first + row, rows, p->x_type);
-    for (int64_t k = begin; k < end; k += ABREAST) {
-        int64_t count = end - k < ABREAST ? end - k : ABREAST;
+    fill_panel(&w, &p->w, p->first + row, rows, p->x_type, laid != NULL);
+    for (int64_t k = sets * part / parts * ABREAST; k < end && k < p->tokens; k += ABREAST) {
+        int64_t count = p->tokens - k < ABREAST ? p->tokens - k : ABREAST;
         const void *x[ABREAST];
         float sums[ABREAST][PANEL] __attribute__((aligned(64)));
-        for (int64_t v = 0; v < count; v++) x[v] = p->x + (k + v) * step;
-        panel_products(&w, x, p->x_type, count, sums);
+        for (int64_t v = 0; v < count; v++) x[v] = vector(p, k + v);
+        panel_products(&w, x, laid ? laid + k / TALL * laid_bytes(p->cols) : NULL, p->x_type, count, sums);
         for (int64_t v = 0; v < count; v++) put_many(p->y, p->y_type, (k + v) * p->y_stride + row, sums[v], rows);
     }
 }
 
-void multiply(const product *p, int64_t count, char *scratch, const team *t) {
-    scratch = (char *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63) + most(p, count, t->threads) * t->own;
+static void lay_tile(const product *p, int64_t tile, char *laid) {
+    int64_t first = tile * TALL, count = p->tokens - first < TALL ? p->tokens - first : TALL;
+    const void *x[TALL];
+    for (int64_t v = 0; v < count; v++) x[v] = vector(p, first + v);
+    lay_vectors(x, count, p->cols, laid + tile * laid_bytes(p->cols));
+}
+
+/* Vectors of all products, by all threads. */
+static void lay_all(const product *p, int64_t count, char *laid, const team *t) {
     int64_t next = -1, begin = 0;
-    for (const product *end = p + count; p < end; p++) {
-        if (p->tokens <= ALIKE) {
-            few(p, (float *)scratch, t);
+    for (int64_t n = 0; n < count; n++) {
+        int64_t tiles = tiles_of(p, n);
+        if (tiles && next < 0) next = take(t);
+        for (; tiles && next < begin + tiles; next = take(t)) lay_tile(p + n, next - begin, laid);
+        begin += tiles, laid += tiles * laid_bytes(p[n].cols);
+    }
+    if (next >= 0) meet(t);
+}
+
+void multiply(const product *p, int64_t count, char *scratch, const team *t) {
+    scratch = (char *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
+    char *laid = scratch + most(p, count) * t->threads, *behind = laid;
+    scratch += most(p, count) * t->own;
+    lay_all(p, count, laid, t);
+    int64_t next = -1, begin = 0;
+    for (int64_t n = 0; n < count; n++) {
+        int64_t tiles = tiles_of(p, n);
+        if (tiles) laid = behind, behind += tiles * laid_bytes(p[n].cols);
+        if (p[n].tokens <= ALIKE) {
+            few(p + n, (float *)scratch, t);
             continue;
         }
-        int64_t parts = parts_of(p, t), items = panels_of(p) * parts;
+        int64_t parts = parts_of(p + n, t), items = panels_of(p + n) * parts;
         if (next < 0) next = take(t);
-        for (; next < begin + items; next = take(t)) many(p, next - begin, parts, scratch);
+        for (; next < begin + items; next = take(t)) many(p + n, next - begin, parts, scratch, is_laid(p + n) ? laid : NULL);
         begin += items;
     }
 }

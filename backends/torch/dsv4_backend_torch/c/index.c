@@ -88,7 +88,7 @@ static void score(const indexer *x, int64_t b, int64_t first, int64_t begin, int
         }
     const weight w = {keys, NULL, type};
     panel p = panel_in(scratch, x->dim, 0);
-    fill_panel(&p, &w, 0, rows, x->type);
+    fill_panel(&p, &w, 0, rows, x->type, 0);
     for (int64_t s = begin; s < end; s++) {
         int64_t token = b * x->seq + s;
         if (first >= x->visible[token]) continue;
@@ -98,7 +98,7 @@ static void score(const indexer *x, int64_t b, int64_t first, int64_t begin, int
             const void *q[ABREAST];
             float hits[ABREAST][PANEL] __attribute__((aligned(64)));
             for (int64_t g = 0; g < count; g++) q[g] = x->q + token * width + (head + g) * x->dim * size_of(x->type);
-            panel_products(&p, q, x->type, count, hits);
+            panel_products(&p, q, NULL, x->type, count, hits);
             for (int64_t g = 0; g < count; g++)
                 for (int64_t i = 0; i < PANEL / LANES; i++) {
                     floats hit = load(hits[g] + i * LANES);

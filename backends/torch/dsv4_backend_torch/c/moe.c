@@ -7,6 +7,8 @@
  */
 #include "panel.h"
 
+enum { FEW_FOR_TILES = 2 }; /* rows of an expert up to which reading its weights as they lie takes as long */
+
 typedef struct {
     const weight *weights; /* w1, w3 [inter, dim], w2 [dim, inter], expert by expert */
     const char *x;         /* [rows, dim] in act_type */
@@ -25,15 +27,17 @@ static layer read_layer(const arg *a) {
 
 static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-/* A pair is a row and one of its experts. Pairs in the order of experts, and where each expert's begin. */
+/* A pair is a row and one of its experts. Pairs in the order of experts; where each expert's begin, and the sets of at most TALL into which
+ * they are divided. */
 typedef struct {
-    int64_t *order, *begins;
+    int64_t *order, *begins, *sets;
 } sorting;
 
-static int64_t sorting_bytes(const layer *l) { return aligned((l->rows * l->topk + l->experts + 1) * (int64_t)sizeof(int64_t)); }
+static int64_t sorting_bytes(const layer *l) { return aligned((l->rows * l->topk + 2 * (l->experts + 1)) * (int64_t)sizeof(int64_t)); }
 
 static sorting sorting_in(const layer *l, char *scratch) {
-    return (sorting){(int64_t *)scratch, (int64_t *)scratch + l->rows * l->topk};
+    int64_t *order = (int64_t *)scratch, *begins = order + l->rows * l->topk;
+    return (sorting){order, begins, begins + l->experts + 1};
 }
 
 /* Pairs in the order of their experts, and of rows within those; of experts that are here. */
@@ -54,26 +58,31 @@ static void sort_pairs(const layer *l, const sorting *s) {
         if (e >= 0 && e < l->experts) s->order[s->begins[e]++] = p;
     }
     for (int64_t e = l->experts; e > 0; e--) s->begins[e] = s->begins[e - 1];
-    s->begins[0] = 0;
+    s->begins[0] = s->sets[0] = 0;
+    for (int64_t e = 0; e < l->experts; e++) s->sets[e + 1] = s->sets[e] + (s->begins[e + 1] - s->begins[e] + TALL - 1) / TALL;
 }
 
-/* Where things of many rows are in the scratch: pairs sorted, activations in act_type, and for each thread its panels and sums of a panel's
- * channels. */
+/* Whether vectors are laid out for tiles, of which an expert's have sets of their own. */
+static int by_tiles(const layer *l) { return for_tiles(l->act_type, l->weights->type, l->dim) && l->inter % 2 == 0; }
+
+/* Where things of many rows are in the scratch: pairs sorted, activations in act_type, sets of vectors laid out for tiles, and for each
+ * thread its panels and sums of a panel's channels. */
 typedef struct {
     sorting of;
-    char *hidden, *own;
+    char *hidden, *laid, *own;
     int64_t bytes; /* of all */
 } space;
 
 static space space_of(const layer *l, char *scratch, int64_t threads, int64_t own) {
-    int64_t pairs = l->rows * l->topk, widest = l->dim > l->inter ? l->dim : l->inter;
-    int64_t sorted = sorting_bytes(l), hidden = aligned(pairs * l->inter * size_of(l->act_type));
+    int64_t pairs = l->rows * l->topk, widest = l->dim > l->inter ? l->dim : l->inter, sets = pairs / TALL + (pairs < l->experts ? pairs : l->experts);
+    int64_t sorted = sorting_bytes(l), hidden = aligned(pairs * l->inter * size_of(l->act_type)), laid = by_tiles(l) ? sets * laid_bytes(widest) : 0;
     int64_t thread = aligned(panel_bytes(widest, 2) + l->rows * PANEL * (int64_t)sizeof(float));
-    return (space){sorting_in(l, scratch), scratch + sorted, scratch + sorted + hidden + own * thread, sorted + hidden + threads * thread};
+    char *behind = scratch + sorted + hidden;
+    return (space){sorting_in(l, scratch), scratch + sorted, behind, behind + laid + own * thread, sorted + hidden + laid + threads * thread};
 }
 
-/* Whether an expert's panels serve so many rows, more than ALIKE on average, that decoding them pays. */
-static int by_panels(const layer *l) { return l->rows > ALIKE && l->rows * l->topk > ALIKE * l->experts; }
+/* Whether an expert's panels serve so many rows on average that decoding them pays. */
+static int by_panels(const layer *l) { return l->rows > ALIKE && l->rows * l->topk > (by_tiles(l) ? FEW_FOR_TILES : ALIKE) * l->experts; }
 
 static int64_t bytes(const arg *a, int64_t threads) {
     layer l = read_layer(a);
@@ -164,20 +173,42 @@ static floats activations(floats gate, floats up, float limit) {
     return gate / (1 + e) * up;
 }
 
+/* Where the vectors of an expert's pairs from n on, a whole number of sets behind its first, are laid out. */
+static const char *laid_from(const layer *l, const space *s, int64_t e, int64_t n, int64_t cols) {
+    return by_tiles(l) ? s->laid + (s->of.sets[e] + (n - s->of.begins[e]) / TALL) * laid_bytes(cols) : NULL;
+}
+
+static int64_t expert_of(const sorting *s, int64_t set) {
+    int64_t e = 0;
+    while (s->sets[e + 1] <= set) e++;
+    return e;
+}
+
+/* A set of rows, laid out for w1 and w3. */
+static void open_set(const layer *l, const space *s, int64_t set) {
+    int64_t e = expert_of(&s->of, set), first = s->of.begins[e] + (set - s->of.sets[e]) * TALL, end = s->of.begins[e + 1];
+    int64_t count = end - first < TALL ? end - first : TALL;
+    const void *x[TALL];
+    for (int64_t v = 0; v < count; v++) x[v] = l->x + s->of.order[first + v] / l->topk * l->dim * size_of(l->act_type);
+    lay_vectors(x, count, l->dim, s->laid + set * laid_bytes(l->dim));
+}
+
 /* A panel of an expert's gate and up for all its rows, activated. */
 static void open_panel(const layer *l, const space *s, int64_t e, int64_t row) {
     int64_t rows = l->inter - row < PANEL ? l->inter - row : PANEL, end = s->of.begins[e + 1], widest = l->dim > l->inter ? l->dim : l->inter;
     panel w1 = panel_in(s->own, widest, 0), w3 = panel_in(s->own, widest, 1);
     w1.cols = w3.cols = l->dim;
-    fill_panel(&w1, l->weights + 3 * e, row, rows, l->act_type);
-    fill_panel(&w3, l->weights + 3 * e + 1, row, rows, l->act_type);
+    int tiles = by_tiles(l);
+    fill_panel(&w1, l->weights + 3 * e, row, rows, l->act_type, tiles);
+    fill_panel(&w3, l->weights + 3 * e + 1, row, rows, l->act_type, tiles);
     for (int64_t n = s->of.begins[e]; n < end; n += ABREAST) {
         int64_t count = end - n < ABREAST ? end - n : ABREAST;
         const void *x[ABREAST];
         float gate[ABREAST][PANEL] __attribute__((aligned(64))), up[ABREAST][PANEL] __attribute__((aligned(64)));
         for (int64_t v = 0; v < count; v++) x[v] = l->x + s->of.order[n + v] / l->topk * l->dim * size_of(l->act_type);
-        panel_products(&w1, x, l->act_type, count, gate);
-        panel_products(&w3, x, l->act_type, count, up);
+        const char *laid = laid_from(l, s, e, n, l->dim);
+        panel_products(&w1, x, laid, l->act_type, count, gate);
+        panel_products(&w3, x, laid, l->act_type, count, up);
         for (int64_t v = 0; v < count; v++) {
             float share = l->share ? l->share[s->of.order[n + v]] : 1;
             for (int64_t i = 0; i < PANEL; i += LANES)
@@ -187,7 +218,7 @@ static void open_panel(const layer *l, const space *s, int64_t e, int64_t row) {
     }
 }
 
-/* Activations in E4M3 and back, a row. */
+/* Activations of a pair in E4M3 and back. */
 static void quantise_row(const layer *l, const space *s, int64_t n) {
     for (int64_t begin = 0; begin < l->inter; begin += E4M3_BLOCK) {
         int64_t count = l->inter - begin < E4M3_BLOCK ? l->inter - begin : E4M3_BLOCK, at = n * l->inter + begin;
@@ -196,6 +227,18 @@ static void quantise_row(const layer *l, const space *s, int64_t n) {
         if (!quantise(values, E4M3_BLOCK, E4M3)) fail(NOT_MINE);
         put_many(s->hidden, l->act_type, at, values, count);
     }
+}
+
+/* A set of activations, ready for w2. */
+static void close_set(const layer *l, const space *s, int64_t set) {
+    int64_t e = expert_of(&s->of, set), first = s->of.begins[e] + (set - s->of.sets[e]) * TALL, end = s->of.begins[e + 1];
+    int64_t count = end - first < TALL ? end - first : TALL;
+    const void *x[TALL];
+    for (int64_t v = 0; v < count; v++) {
+        if (l->quantise) quantise_row(l, s, first + v);
+        x[v] = s->hidden + (first + v) * l->inter * size_of(l->act_type);
+    }
+    if (by_tiles(l)) lay_vectors(x, count, l->inter, s->laid + set * laid_bytes(l->inter));
 }
 
 /* A panel of all experts' results, summed. */
@@ -209,13 +252,13 @@ static void close_panel(const layer *l, const space *s, int64_t row) {
     for (int64_t e = 0; e < l->experts; e++) {
         int64_t end = s->of.begins[e + 1];
         if (end == s->of.begins[e]) continue;
-        fill_panel(&w2, l->weights + 3 * e + 2, row, rows, l->act_type);
+        fill_panel(&w2, l->weights + 3 * e + 2, row, rows, l->act_type, by_tiles(l));
         for (int64_t n = s->of.begins[e]; n < end; n += ABREAST) {
             int64_t count = end - n < ABREAST ? end - n : ABREAST;
             const void *x[ABREAST];
             float part[ABREAST][PANEL] __attribute__((aligned(64)));
             for (int64_t v = 0; v < count; v++) x[v] = s->hidden + (n + v) * l->inter * size_of(l->act_type);
-            panel_products(&w2, x, l->act_type, count, part);
+            panel_products(&w2, x, laid_from(l, s, e, n, l->inter), l->act_type, count, part);
             for (int64_t v = 0; v < count; v++) {
                 float *sum = sums[s->of.order[n + v] / l->topk];
                 for (int64_t i = 0; i < PANEL; i += LANES) store(sum + i, load(sum + i) + rounded_lanes(load(part[v] + i), l->act_type));
@@ -229,13 +272,15 @@ static void many(layer l, const team *t) {
     space s = space_of(&l, t->scratch, t->threads, t->own);
     if (t->own == 0) sort_pairs(&l, &s.of);
     meet(t);
-    int64_t panels = (l.inter + PANEL - 1) / PANEL;
+    int64_t panels = (l.inter + PANEL - 1) / PANEL, sets = s.of.sets[l.experts];
+    if (by_tiles(&l)) {
+        for (int64_t n = take(t); n < sets; n = take(t)) open_set(&l, &s, n);
+        meet(t);
+    }
     for (int64_t n = take(t); n < l.experts * panels; n = take(t))
         if (s.of.begins[n / panels] < s.of.begins[n / panels + 1]) open_panel(&l, &s, n / panels, n % panels * PANEL);
     meet(t);
-    if (l.quantise)
-        for (int64_t n = take(t) * ALIKE; n < s.of.begins[l.experts]; n = take(t) * ALIKE)
-            for (int64_t i = n; i < n + ALIKE && i < s.of.begins[l.experts]; i++) quantise_row(&l, &s, i);
+    for (int64_t n = take(t); n < sets; n = take(t)) close_set(&l, &s, n);
     meet(t);
     for (int64_t n = take(t); n * PANEL < l.dim; n = take(t)) close_panel(&l, &s, n * PANEL);
 }

@@ -17,11 +17,11 @@ static int64_t whole(int64_t cols) { return (cols + PART - 1) / PART * PART; }
 
 static int64_t one_panel(int64_t cols) { return whole(cols) * PANEL * (int64_t)sizeof(float); }
 
-int64_t panel_bytes(int64_t cols, int64_t panels) { return panels * one_panel(cols) + whole(cols) * ABREAST * (int64_t)sizeof(float); }
+int64_t panel_bytes(int64_t cols, int64_t panels) { return panels * one_panel(cols) + whole(cols) * IN_REGISTERS * (int64_t)sizeof(float); }
 
 panel panel_in(char *scratch, int64_t cols, int64_t n) {
     float *vectors = (float *)scratch;
-    return (panel){cols, 0, vectors + whole(cols) * ABREAST + n * whole(cols) * PANEL, vectors};
+    return (panel){cols, 0, vectors + whole(cols) * IN_REGISTERS + n * whole(cols) * PANEL, vectors, NULL, 0};
 }
 
 /* A word of a row holds so many values. */
@@ -116,21 +116,21 @@ INLINE void e4m3_by(const e4m3_table *t, __m512i code, uint16_t *to) {
     _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi8(low, high));
 }
 
-/* n columns of rows, PART of BF16 for each; n is even, and whole groups of FP4. */
-static void decode_pairs(const weight *w, int64_t first, int64_t rows, int64_t cols, int64_t begin, int64_t n, uint16_t (*to)[PART]) {
+/* n <= PART columns of rows to BF16, rows a stride apart, of which a register more may be written; n is even, and whole groups of FP4. */
+static void decode_pairs(const weight *w, int64_t first, int64_t rows, int64_t cols, int64_t begin, int64_t n, uint16_t *to, int64_t stride) {
     e4m3_table table;
     int made = -1;
-    for (int64_t r = 0; r < rows; r++) {
+    for (int64_t r = 0; r < rows; r++, to += stride) {
         int64_t row = first + r;
         if (w->type == BFLOAT16) {
-            memcpy(to[r], (const uint16_t *)w->data + row * cols + begin, n * 2);
+            memcpy(to, (const uint16_t *)w->data + row * cols + begin, n * 2);
         } else if (w->type == CODES_E4M3) {
             const uint8_t *from = (const uint8_t *)w->data + row * cols + begin;
             int scale = w->scale[row / E4M3_BLOCK * ((cols + E4M3_BLOCK - 1) / E4M3_BLOCK) + begin / E4M3_BLOCK];
             if (scale != made) table = e4m3_times(made = scale);
             for (int64_t j = 0; j < n; j += 64) {
                 __mmask64 there = n - j >= 64 ? ~0ull : (1ull << (n - j)) - 1;
-                e4m3_by(&table, _mm512_maskz_loadu_epi8(there, from + j), to[r] + j);
+                e4m3_by(&table, _mm512_maskz_loadu_epi8(there, from + j), to + j);
             }
         } else {
             const uint8_t *from = (const uint8_t *)w->data + (row * cols + begin) / 2, *scales = w->scale + (row * cols + begin) / E2M1_GROUP;
@@ -140,7 +140,7 @@ static void decode_pairs(const weight *w, int64_t first, int64_t rows, int64_t c
                 __m512i scaled = _mm512_mask_add_epi16(values, 0xfefefefe, values, exponent);
                 __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(from + j / 2)));
                 __m512i code = _mm512_or_si512(byte, _mm512_slli_epi32(byte, 12)); /* of a word, the last five bits count */
-                _mm512_storeu_si512(to[r] + j, _mm512_permutexvar_epi16(code, scaled));
+                _mm512_storeu_si512(to + j, _mm512_permutexvar_epi16(code, scaled));
             }
         }
     }
@@ -165,7 +165,7 @@ static int fits_pairs(const weight *w, int64_t first, int64_t rows, int64_t cols
 }
 
 INLINE void products_of_pairs(const panel *p, const uint16_t *const *x, int count, float (*to)[PANEL]) {
-    __m512 sums[ABREAST][2];
+    __m512 sums[IN_REGISTERS][2];
     const __m512i *values = (const __m512i *)p->values;
     for (int v = 0; v < count; v++) sums[v][0] = sums[v][1] = _mm512_setzero_ps();
     for (int64_t k = 0; k < p->cols / 2; k++, values += 2) {
@@ -183,7 +183,7 @@ INLINE void products_of_pairs(const panel *p, const uint16_t *const *x, int coun
 #endif
 
 INLINE void products_of_floats(const panel *p, const float *const *x, int count, float (*to)[PANEL]) {
-    floats sums[ABREAST][2] = {{{0}}};
+    floats sums[IN_REGISTERS][2] = {{{0}}};
     const float *values = p->values;
     for (int64_t k = 0; k < p->cols; k++, values += PANEL) {
         floats one = load(values), other = load(values + LANES);
@@ -196,11 +196,33 @@ INLINE void products_of_floats(const panel *p, const float *const *x, int count,
     for (int v = 0; v < count; v++) store(to[v], sums[v][0]), store(to[v] + LANES, sums[v][1]);
 }
 
-void fill_panel(panel *p, const weight *w, int64_t first, int64_t rows, int64_t x_type) {
-    (void)x_type;
-    p->pairs = 0;
+/* Rows of BF16 one below the other; those of a weight in BF16 are as they lie. */
+#if BY_TILES
+static void fill_rows(panel *p, const weight *w, int64_t first, int64_t rows) {
+    p->stride = 2 * whole(p->cols), p->rows = (const char *)p->values;
+    if (w->type == BFLOAT16 && rows == PANEL && p->cols % DEEP == 0) {
+        p->stride = 2 * p->cols, p->rows = w->data + first * p->stride;
+        return;
+    }
+    if (p->cols % DEEP) memset(p->values, 0, PANEL * p->stride);
+    for (int64_t begin = 0; begin < p->cols; begin += PART) {
+        int64_t n = p->cols - begin < PART ? p->cols - begin : PART;
+        decode_pairs(w, first, rows, p->cols, begin, n, (uint16_t *)p->values + begin, p->stride / 2);
+    }
+}
+#endif
+
+void fill_panel(panel *p, const weight *w, int64_t first, int64_t rows, int64_t x_type, int laid) {
+    (void)x_type, (void)laid;
+    p->pairs = 0, p->rows = NULL;
 #if BY_PAIRS
     p->pairs = fits_pairs(w, first, rows, p->cols, x_type);
+#endif
+#if BY_TILES
+    if (p->pairs && laid) {
+        fill_rows(p, w, first, rows);
+        return;
+    }
 #endif
     uint32_t part[PANEL][PART] __attribute__((aligned(64))), scales[PANEL] = {0}; /* rows as they lie, or as BF16 */
     int64_t each = p->pairs ? 2 : values_of(w->type), width = PART / each;
@@ -210,7 +232,7 @@ void fill_panel(panel *p, const weight *w, int64_t first, int64_t rows, int64_t 
         float *to = p->values + (p->pairs ? begin / 2 : begin) * PANEL;
 #if BY_PAIRS
         if (p->pairs) {
-            decode_pairs(w, first, rows, p->cols, begin, n, (uint16_t(*)[PART])part);
+            decode_pairs(w, first, rows, p->cols, begin, n, (uint16_t *)part, PART);
             for (int64_t k = 0; k < count; k += LANES)
                 for (int64_t r = 0; r < PANEL; r += LANES) turn(&part[0][0] + r * width + k, width, (uint32_t *)to + k * PANEL + r, PANEL);
             continue;
@@ -236,11 +258,11 @@ void fill_panel(panel *p, const weight *w, int64_t first, int64_t rows, int64_t 
     case 4: call(4); break;                                                                                                \
     case 5: call(5); break;                                                                                                \
     case 6: call(6); break;                                                                                                \
-    case 7: call(ABREAST < 7 ? ABREAST : 7); break;                                                                        \
-    default: call(ABREAST);                                                                                                \
+    case 7: call(IN_REGISTERS < 7 ? IN_REGISTERS : 7); break;                                                              \
+    default: call(IN_REGISTERS);                                                                                           \
     }
 
-void panel_products(const panel *p, const void *const *x, int64_t x_type, int64_t count, float (*to)[PANEL]) {
+static void in_registers(const panel *p, const void *const *x, int64_t x_type, int64_t count, float (*to)[PANEL]) {
 #if BY_PAIRS
     if (p->pairs) {
 #define CALL(n) products_of_pairs(p, (const uint16_t *const *)x, n, to)
@@ -249,7 +271,7 @@ void panel_products(const panel *p, const void *const *x, int64_t x_type, int64_
         return;
     }
 #endif
-    const float *wide[ABREAST];
+    const float *wide[IN_REGISTERS];
     for (int64_t v = 0; v < count; v++) {
         wide[v] = x[v];
         if (x_type == FLOAT32) continue;
@@ -260,4 +282,12 @@ void panel_products(const panel *p, const void *const *x, int64_t x_type, int64_
 #define CALL(n) products_of_floats(p, wide, n, to)
     FOR_COUNT(CALL)
 #undef CALL
+}
+
+void panel_products(const panel *p, const void *const *x, const char *laid, int64_t x_type, int64_t count, float (*to)[PANEL]) {
+    if (p->rows) {
+        multiply_tiles(p->rows, p->stride, laid, count, p->cols, (float(*)[2 * TALL])to);
+        return;
+    }
+    for (int64_t v = 0; v < count; v += IN_REGISTERS) in_registers(p, x + v, x_type, count - v < IN_REGISTERS ? count - v : IN_REGISTERS, to + v);
 }

@@ -1,6 +1,9 @@
 /* Rows of the cache: packed as they are written, unpacked as they are read. */
 #pragma once
 #include "formats.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 enum { PLAIN, KV, KEY };
 enum { KV_BLOCK = 64, KEY_BLOCK = 32 };
@@ -10,20 +13,33 @@ typedef struct {
     int64_t kind, dim, rope, width;
 } layout;
 
-/* LANES codes, each in a word of its own; what stands above a code there does not count. */
+/* LANES codes, each in a word of its own; what stands above a code there does not count. Of the general form a compiler makes a move for each
+ * byte. */
 static inline words codes_e4m3(const uint8_t *from) {
+#if defined(__AVX512F__) && BYTES == 64
+    return (words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+#elif defined(__AVX2__) && BYTES == 32
+    return (words)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+#else
     typedef uint8_t bytes __attribute__((vector_size(LANES)));
     bytes code;
     memcpy(&code, from, sizeof code);
     return __builtin_convertvector(code, words);
+#endif
 }
 
 static inline words codes_e2m1(const uint8_t *from) {
-    typedef uint8_t bytes __attribute__((vector_size(LANES / 2)));
     typedef uint64_t pairs __attribute__((vector_size(BYTES)));
+#if defined(__AVX512F__) && BYTES == 64
+    pairs pair = (pairs)_mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)from));
+#elif defined(__AVX2__) && BYTES == 32
+    pairs pair = (pairs)_mm256_cvtepu8_epi64(_mm_loadu_si32(from));
+#else
+    typedef uint8_t bytes __attribute__((vector_size(LANES / 2)));
     bytes code;
     memcpy(&code, from, sizeof code);
     pairs pair = __builtin_convertvector(code, pairs);
+#endif
     return (words)(pair | pair << 28);
 }
 
@@ -37,9 +53,12 @@ static inline void unpack(const uint8_t *stored, void *to, int64_t type, int64_t
             FOR_TYPE(type, put_lanes(to, T, at + j, value * scale);)
         }
     }
-    for (int64_t j = 0; j < l->rope; j++) {
+    const uint8_t *plain = stored + l->width - 2 * l->rope;
+    int64_t j = 0;
+    FOR_TYPE(type, for (; j + LANES <= l->rope; j += LANES) put_lanes(to, T, at + j, get_lanes(plain + 2 * j, BFLOAT16, 0));)
+    for (; j < l->rope; j++) {
         uint16_t bits;
-        memcpy(&bits, stored + l->width - 2 * (l->rope - j), 2);
+        memcpy(&bits, plain + 2 * j, 2);
         put(to, type, at + j, widen(bits));
     }
 }
