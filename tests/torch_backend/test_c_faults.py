@@ -57,6 +57,17 @@ FAULTS = {
     "all vectors of a pass are the first": Fault(
         "pairs.h", "part[v][k], pairs, of(x[v])", "part[v][k], pairs, of(x[0])", "linear", level="avx512bf16",
     ),
+    "a tile's second rows are its first": Fault("amx.c", "rows + 2 * k + TALL * stride", "rows + 2 * k", "linear", "standard", "amx"),
+    "more vectors than a tile has are the first ones": Fault(
+        "amx.c", "vectors > TALL ? laid + laid_bytes(cols) : NULL", "vectors > TALL ? laid : NULL", "linear", "standard", "amx",
+    ),
+    "a vector's channels meet those of its neighbour": Fault(
+        "amx.c", "turn(square, TALL, to, TALL);", "memcpy(to, square, sizeof square);", "linear", "standard", "amx",
+    ),
+    "a panel of BF16 rows begins with the weight": Fault("panel.c", "w->data + first * p->stride;", "w->data;", "linear", "standard", "amx"),
+    "products of a shape share the first one's vectors": Fault("gemv.c", "own->x == last->x && ", "", "grouped_linear", "standard", "amx"),
+    "an expert's sets of vectors are those of the first": Fault("moe.c", "(s->of.sets[e] + (n - ", "((n - ", "moe", "standard", "amx"),
+    "a set begins where its expert does": Fault("moe.c", "s->begins[e] + (set - s->sets[e]) * TALL", "s->begins[e]", "moe", "standard", "amx"),
     "pairs of FP8 use their first block's scale": Fault(
         "pairs.h", "scale_value(scale[j / E4M3_BLOCK])", "scale_value(scale[0])", "linear", "standard", "avx512bf16",
     ),
@@ -86,7 +97,9 @@ FAULTS = {
     "a panel of FP4 has one scale a row": Fault(
         "panel.c", "(scales[j / E2M1_GROUP] - 127)", "(scales[0 * j] - 127)", "moe", "standard", "avx512bf16",
     ),
-    "the last of a panel's vectors is left out": Fault("panel.c", "default: call(ABREAST)", "default: call(ABREAST - 1)", "linear", "standard"),
+    "the last of a panel's vectors is left out": Fault(
+        "panel.c", "default: call(IN_REGISTERS)", "default: call(IN_REGISTERS - 1)", "linear", "standard", "avx512bf16",
+    ),
     "of many rows the shared expert is left out": Fault(
         "moe.c", "l->shared ? get(l->shared, l->act_type, r * l->dim + row + i) : 0", "0 * (l->shared != 0)", "moe", "standard",
     ),

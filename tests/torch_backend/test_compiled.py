@@ -81,7 +81,7 @@ def test_products(kernels, kind, x_dtype, tokens, out, cols):
 
 @pytest.mark.parametrize("kind", [*DTYPES, "e4m3"], ids=str)
 @pytest.mark.parametrize("tokens", [2, 19])
-@pytest.mark.parametrize("cols", [1, 7, 33, 333])
+@pytest.mark.parametrize("cols", [1, 7, 33, 38, 333, 334])
 def test_products_of_odd_widths(kernels, kind, cols, tokens):
     dtype = kind if isinstance(kind, torch.dtype) else torch.bfloat16
     x, (w, values) = random(tokens, cols, dtype=dtype), weight(kind, 7, cols)

@@ -3,7 +3,7 @@
  *
  * What a product gives and the activation are rounded to act_type, as between linear layers; the sum over experts is float32: for few
  * rows in the order in which a row names them, for many in the order of experts. Rows of one expert share the reading of its weights.
- * Threads meet when rows are sorted by experts (and, few, laid out), when all of an activation is there, and when that is laid out for w2.
+ * Threads meet when rows are sorted by experts, when they are laid out, when all of an activation is there, and when that is laid out for w2.
  */
 #include "panel.h"
 
@@ -178,16 +178,17 @@ static const char *laid_from(const layer *l, const space *s, int64_t e, int64_t 
     return by_tiles(l) ? s->laid + (s->of.sets[e] + (n - s->of.begins[e]) / TALL) * laid_bytes(cols) : NULL;
 }
 
-static int64_t expert_of(const sorting *s, int64_t set) {
+/* The first pair of a set, and how many it has. */
+static int64_t pairs_of(const sorting *s, int64_t set, int64_t *first) {
     int64_t e = 0;
     while (s->sets[e + 1] <= set) e++;
-    return e;
+    *first = s->begins[e] + (set - s->sets[e]) * TALL;
+    return s->begins[e + 1] - *first < TALL ? s->begins[e + 1] - *first : TALL;
 }
 
-/* A set of rows, laid out for w1 and w3. */
+/* A set's rows, laid out for w1 and w3. */
 static void open_set(const layer *l, const space *s, int64_t set) {
-    int64_t e = expert_of(&s->of, set), first = s->of.begins[e] + (set - s->of.sets[e]) * TALL, end = s->of.begins[e + 1];
-    int64_t count = end - first < TALL ? end - first : TALL;
+    int64_t first, count = pairs_of(&s->of, set, &first);
     const void *x[TALL];
     for (int64_t v = 0; v < count; v++) x[v] = l->x + s->of.order[first + v] / l->topk * l->dim * size_of(l->act_type);
     lay_vectors(x, count, l->dim, s->laid + set * laid_bytes(l->dim));
@@ -229,10 +230,9 @@ static void quantise_row(const layer *l, const space *s, int64_t n) {
     }
 }
 
-/* A set of activations, ready for w2. */
+/* A set's activations, quantised and laid out for w2. */
 static void close_set(const layer *l, const space *s, int64_t set) {
-    int64_t e = expert_of(&s->of, set), first = s->of.begins[e] + (set - s->of.sets[e]) * TALL, end = s->of.begins[e + 1];
-    int64_t count = end - first < TALL ? end - first : TALL;
+    int64_t first, count = pairs_of(&s->of, set, &first);
     const void *x[TALL];
     for (int64_t v = 0; v < count; v++) {
         if (l->quantise) quantise_row(l, s, first + v);
