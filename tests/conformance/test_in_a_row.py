@@ -49,6 +49,25 @@ def test_zeros_that_are_none_are_found():
     assert failing("zeros_are_what_was_there", arrays.checks("native"), "arrays/") == ["arrays/uint8"]
 
 
+@pytest.mark.parametrize(
+    ("mutant", "killer"),
+    [
+        ("one_token_of_4096_channels", "linear/fp8_at_in=7168_tokens=1"),
+        ("one_token_through_experts_of_4096", "moe/at_dim=7168_tokens=1"),
+        ("chunk_of_4096_channels", "linear/fp4_at_in=8192_tokens=65"),
+        ("one_token_of_512_picks", "sparse_attn/at_picks=1152_tokens=1"),
+        ("one_token_among_256_experts", "gate/at_experts=384_tokens=1"),
+        ("of_many_equal_the_last", "gate/all_equal"),
+    ],
+)
+def test_published_widths_meet_one_token_and_a_chunk(mutant, killer):
+    assert failing(mutant, opcases.checks("native"), killer) == [killer]
+
+
+def test_a_result_stays_whatever_is_called_after_it():
+    assert failing("sixty_four_buffers", in_a_row.checks("native"), "many_calls/rms_norm/small")
+
+
 def test_a_view_is_cut_in_every_axis():
     assert failing("heads_follow_each_other", opcases.checks("native"), "apply_rope/views")
 
@@ -113,6 +132,8 @@ def test_seeds_of_honest_variants_are_taken_up_where_they_ended(tmp_path, monkey
     assert asked == [[0], [1], [2], [3]]
     held = load(tmp_path / "museum.json")["honest"]["butterflies"]
     assert (held["seeds"], held["cases"]) == (4, 40)
+    assert CliRunner().invoke(mutants.command, [*words[:2], "--seeds", "0", *words[4:]]).exit_code == 0
+    assert load(tmp_path / "museum.json")["honest"]["butterflies"] == held  # 0 leaves them as they were
 
 
 def test_what_an_earlier_suite_would_have_said_is_told(tmp_path, monkeypatch):
@@ -131,4 +152,7 @@ def test_what_an_earlier_suite_would_have_said_is_told(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     told = load(tmp_path / "out/museum.json")["mutants"]
     assert [told[n]["earlier"]["id"] for n in names] == ["hc_post/small", ""]
-    assert "these 1 would have passed them: `streams_past_4096_tokens`" in (tmp_path / "out/mutants.md").read_text()
+    page = (tmp_path / "out/mutants.md").read_text()
+    assert "Of 2 mutants they catch 1 at smoke" in page
+    assert "**1 pass them**" in page
+    assert "| `a/b` | smoke | passes |" in page

@@ -240,6 +240,15 @@ def test_truncation_is_called_bias():
     assert judge_rounded(value.astype(BFLOAT16), wide_open).ok
 
 
+@pytest.mark.parametrize("size", [4, 400])
+def test_a_wrong_scale_is_not_called_a_bias_of_rounding(size):
+    value = np.random.default_rng(0).standard_normal(size)
+    want = Expected(value, "float32", np.full(value.shape, 1e-6), np.zeros(value.shape))
+    said = "; ".join(judge_rounded((16 * value).astype(np.float32), want).problems)
+    assert "all of it is 16 times what is wanted: a scale, not a rounding" in said
+    assert "biased" not in said
+
+
 def test_exact_takes_signed_zeros_as_equal_and_nothing_else():
     want = Expected(np.array([0.0, 1.0, np.nan], np.float32), "float32")
     assert judge_exact(np.array([-0.0, 1.0, np.nan], np.float32), want).ok

@@ -3,14 +3,16 @@ axes tiny.
 
 What the published models reach is computed from their configurations; ``CHUNK`` tokens are fed at a
 time. An axis whose extent is no multiple of a block is also tried one past it, so that full tiles
-and a rest both occur. Widths that no published model has come last: a vocabulary with tokens added,
-a model of one's own.
+and a rest both occur. The largest extents of each axis also meet one row and more than a tile of
+them: a kernel is chosen by the number of rows and fails at a width. Widths that no published model
+has come last: a vocabulary with tokens added, a model of one's own.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dsv4_conformance.cases.pairs import MOST, rows_of
 from dsv4_core.checkpoint.config import PRESETS
 
 if TYPE_CHECKING:
@@ -48,6 +50,9 @@ INTER = PRO.moe_intermediate_size
 PICKS = PRO.index_topk + PRO.sliding_window  # 1152
 INDEX_HEADS, INDEX_DIM = PRO.index_n_heads, PRO.index_head_dim
 LONG_SUMS = ("normal", "positive", "outliers")  # what many products in one sum are tried with
+ROW_CLASSES = (1, 65)  # a decode step of one token, and a chunk that is a tile and a rest: each has kernels of its own
+AFFORDABLE = 65 * 8192  # rows times extent
+DEAR = frozenset({"old"})  # an axis whose cases take seconds each: its own has two rows
 
 Change = dict[str, Any]
 
@@ -218,7 +223,7 @@ EXTENTS: Mapping[str, Sequence[Change]] = {
         *at("tokens", CHUNK, heads=1, picks=4),
     ],
     "hc_expand": _hyper(STREAM_ROWS),
-    "hc_add": at("tokens", STREAM_ROWS, dim=8),
+    "hc_add": _hyper(STREAM_ROWS),
     "hc_split_sinkhorn": at("tokens", CHUNK, ("normal", "slow")),
     "hc_pre": _hyper(CHUNK),
     "hc_pre_norm": _hyper(CHUNK),
@@ -226,6 +231,8 @@ EXTENTS: Mapping[str, Sequence[Change]] = {
     "hc_head": _hyper(STREAM_ROWS),
     "ffn": [*at("dim", HIDDEN, tokens=2), *at("inter", INTER, tokens=2), *at("tokens", CHUNK, dim=128)],
     "moe": [
+        *at("dim", HIDDEN, tokens=2, topk=1, experts=2),
+        *at("inter", INTER, tokens=2, topk=1, experts=2),
         *at("experts", EXPERTS[1], tokens=33, topk=6),
         *at("experts", 1, topk=1),
         *(c for k in (1, 4, 6) for c in at("topk", k)),
@@ -271,25 +278,43 @@ WIDTHS: Mapping[str, Sequence[str]] = {
 
 
 def extended(op: str, cases: Sequence[Case]) -> list[Case]:
-    """The op's cases at published extents and at uneven widths, from those that are declared."""
+    """The op's cases at published extents, at those with one row and with more than a tile, and at
+    uneven widths, from those that are declared.
+    """
     by_name = {c.name: c for c in cases}
     bases = [by_name[n] for n in FORMATS[op]] if op in FORMATS else [cases[0]]
     found = []
     for base in bases:
-        for change in EXTENTS[op]:
-            sizes = {k: v for k, v in change.items() if k != "data" and (k in base.sizes or k in base.scalars)}
-            axis, data = next(iter(change)), change["data"]
-            name = "_".join(
-                [
-                    *([base.name] if len(bases) > 1 else []),
-                    f"at_{axis}={change[axis]}",
-                    *([data] if data != "normal" else []),
-                ]
-            )
-            if op == "act_qdq" or (op in {"cache_write", "cache_read"}):
-                sizes.pop("dim", None)
-            found.append(base.but(name, "standard", data=data, **sizes))
+        prefix = [base.name] if len(bases) > 1 else []
+        found += [_changed(op, base, change, prefix) for change in EXTENTS[op]]
+        found += [
+            _changed(op, base, {**wide, rows_of(base): n}, prefix, f"{rows_of(base)}={n}")
+            for n in ROW_CLASSES
+            if n <= MOST.get(op, n)
+            for axis in dict.fromkeys(next(iter(c)) for c in EXTENTS[op])
+            if axis not in {rows_of(base), *DEAR}
+            for wide in _widest(op, axis, n)
+        ]
     for axis in WIDTHS.get(op, ()):
         uneven: Change = {axis: UNEVEN}
         found.append(cases[0].but(f"at_{axis}={UNEVEN}", **uneven))
     return list({c.name: c for c in found}.values())
+
+
+def _widest(op: str, axis: str, rows: int) -> list[Change]:
+    """The changes to the largest extent of an axis that so many rows leave affordable, and to the
+    largest of those that are no power of two.
+    """
+    fitting = [c for c in EXTENTS[op] if next(iter(c)) == axis and rows * c[axis] <= AFFORDABLE]
+    uneven = [c for c in fitting if c[axis] & (c[axis] - 1)]
+    found = [max(some, key=lambda c: c[axis]) for some in (fitting, uneven) if some]
+    return list({c[axis]: c for c in found}.values())
+
+
+def _changed(op: str, base: Case, change: Change, prefix: Sequence[str], suffix: str = "") -> Case:
+    sizes = {k: v for k, v in change.items() if k != "data" and (k in base.sizes or k in base.scalars)}
+    axis, data = next(iter(change)), change["data"]
+    if op in {"act_qdq", "cache_write", "cache_read"}:
+        sizes.pop("dim", None)
+    words = [*prefix, f"at_{axis}={change[axis]}", *([data] if data != "normal" else []), *([suffix] if suffix else [])]
+    return base.but("_".join(words), "standard", data=data, **sizes)

@@ -14,6 +14,7 @@ def gate() -> tuple[Case, ...]:
         base.but(
             "ties_tokens=1", "smoke", data="ties", experts=64, topk=5, tokens=1
         ),  # a decode step has code of its own
+        base.but("all_equal", data="equal", experts=64, topk=6),
         base.but("near_ties", "smoke", data="near_ties", experts=64, topk=6),
         base.but("strong_bias", "smoke", data="strong_bias"),
         base.but("all_experts", topk=16),

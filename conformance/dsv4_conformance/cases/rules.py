@@ -151,6 +151,8 @@ def _gate_input(m: Maker) -> tuple[Host, Host]:
     if m.data == "ties":  # experts in equal pairs, logits exact: the lower id of a pair comes first
         half = m.floats(m["experts"] // 2, m["dim"], dtype="bfloat16", data="integers", scale=1 / 8)
         return x, np.repeat(half, 2, axis=0)
+    if m.data == "equal":  # padding: every expert is as good as any other
+        x = 0 * x
     return x, m.plain(m["experts"], m["dim"], dtype="bfloat16", scale=m["dim"] ** -0.5)
 
 
@@ -159,6 +161,8 @@ def _gate(m: Maker) -> list[Any]:
     x, weight = _gate_input(m)
     if m.data == "ties":
         bias = np.repeat(m.plain(m["experts"] // 2, scale=0.25), 2)
+    elif m.data == "equal":
+        bias = np.zeros(m["experts"], np.float32)
     elif m.data == "near_ties" and m["tokens"]:  # the first token's biased scores all within a few units of each other
         logits = x[0].astype(np.float64) @ weight.astype(np.float64).T
         bias = (4.0 - np.sqrt(np.logaddexp(0, logits)) + m.rng.integers(-3, 4, logits.shape) * 2.0**-22).astype(

@@ -30,7 +30,7 @@ RECORD = "museum.json"
     "--seeds",
     default=20,
     show_default=True,
-    help="Seeds of the numeric op cases for the honest variants; 0 leaves them out.",
+    help="Seeds of the numeric op cases for the honest variants; 0 leaves them as they were recorded.",
 )
 @click.option("--whole", is_flag=True, help="Also the whole standard tier once on each honest variant.")
 @click.option(
@@ -76,8 +76,8 @@ def command(
     record: dict[str, Any] = {
         "date": str(datetime.datetime.now(datetime.timezone.utc).date()),
         "suite": suite(),
-        "seeds": seeds,
-        "whole": whole,
+        "seeds": seeds or last.get("seeds", 0),
+        "whole": whole if seeds else last.get("whole", False),
         "mutants": {n: k for n, k in last["mutants"].items() if n in MUTANTS},
         "honest": {n: h for n, h in last["honest"].items() if n in VARIANTS},
     }
@@ -89,7 +89,8 @@ def command(
 
     chosen = [n for n in MUTANTS if not names or n in names]
     hunted = [n for n in chosen if record["mutants"].get(n, {}).get("suite") != record["suite"]]
-    honest = [n for n in VARIANTS if not names or n in names]
+    honest = [n for n in VARIANTS if seeds and (not names or n in names)]
+    stamp = {"suite": record["suite"], "date": record["date"]}
     if not names:
         kept = {n: h for n, h in record["honest"].items() if same and h.get("seeds") == seeds}
         tried_already = {n for n, h in kept.items() if h.get("whole", False) >= whole}
@@ -121,21 +122,21 @@ def command(
                     f"{name:46} {kill['tier'] or click.style('passes', fg='yellow'):8} {kill['id']}  (suite of {date})"
                 )
                 noted()
-        if seeds and honest:
+        if honest:
             parts = [range(i, i + 1) for i in range(first, seeds)]
             for seed, part in enumerate(pool.map(tried, parts, [honest] * len(parts)), first):
                 for result in part:
                     merge(found, result)
-                record["honest"] |= {n: {**h, "seeds": seed + 1, "whole": False} for n, h in found.items()}
+                record["honest"] |= {n: {**h, **stamp, "seeds": seed + 1, "whole": False} for n, h in found.items()}
                 alarms = sum(len(h["alarms"]) for h in found.values())
                 click.echo(f"honest variants, seed {seed}: {alarms} false alarms so far")
                 noted()
         if whole and honest:
             for result in pool.map(whole_one, honest):
                 merge(found, result)
-                record["honest"][result["name"]] = {**found[result["name"]], "seeds": seeds, "whole": True}
+                record["honest"][result["name"]] = {**found[result["name"]], **stamp, "seeds": seeds, "whole": True}
                 noted()
-        record["honest"] |= {n: {**h, "seeds": seeds, "whole": whole} for n, h in found.items()}
+        record["honest"] |= {n: {**h, **stamp, "seeds": seeds, "whole": whole} for n, h in found.items()}
     record["mutants"] = {n: record["mutants"][n] for n in MUTANTS if n in record["mutants"]}
     record["honest"] = {n: record["honest"][n] for n in VARIANTS if n in record["honest"]}
     for name, h in record["honest"].items():

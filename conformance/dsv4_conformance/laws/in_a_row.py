@@ -18,7 +18,7 @@ from dsv4_conformance.cases.checks import LawOnCase, OpCase, judge_call, optiona
 from dsv4_conformance.cases.every_size import FIRST
 from dsv4_conformance.cases.pairs import rows_of, variants
 from dsv4_conformance.check import Check, Session
-from dsv4_conformance.laws.invariance import plain_run
+from dsv4_conformance.laws.invariance import bits_differ, plain_run
 from dsv4_conformance.verdict.budget import expect
 from dsv4_conformance.verdict.calls import Outcome, as_tuple, copied, place
 from dsv4_conformance.verdict.judge import Verdict
@@ -112,7 +112,10 @@ class InARow(LawOnCase):
         return worst
 
     def many_calls(self, call: Call, session: Session) -> Verdict:
-        """The same call gives the same, give or take rounding, however often it is made."""
+        """The same call gives the same, give or take rounding, however often it is made; and leaves
+        the results of the call before, with other operands, alone.
+        """
+        before = plain_run(next((other for _, other in nearly(call)), call), session.backend)
         _, first = plain_run(call, session.backend)
         want = [np.nan_to_num(x.astype(np.float64)) for x in first]
         begin, verdict = time.perf_counter(), Verdict()
@@ -126,6 +129,10 @@ class InARow(LawOnCase):
                     )
                     verdict.used = float("inf")
                     return verdict
+        for number, (held, was) in enumerate(zip(*before, strict=True)):
+            if bits_differ(np.asarray(session.backend.to_numpy(held)), was).any():
+                verdict.problems.append(f"result {number}: one of the next {i + 1} calls overwrote it")
+                verdict.used = float("inf")
         return verdict
 
 

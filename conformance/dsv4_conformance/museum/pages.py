@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -52,17 +53,12 @@ def mutants(record: dict[str, Any]) -> str:
         f"smoke tier ({record['date']}). The suite stops at the first check that fails.",
         "",
         *before(record),
-        "| fault | where it was seen, or why it is likely | caught by | tier |",
-        "|---|---|---|---|",
-        *(
-            f"| `{name}` | {MUTANTS[name].seen} | {'`' + k['id'] + '`' if k['id'] else '**nothing**'} | {k['tier']} |"
-            for name, k in kills.items()
-        ),
+        *table(record),
         *waiting(kills),
         "",
         "## Honest variants",
         "",
-        f"These compute the same in another way, and must pass: numeric op cases over {record['seeds']} seeds{whole(record)}.",
+        f"These compute the same in another way, and must pass: numeric op cases over {record['seeds']} seeds{whole(record)}{when(record)}.",
         "",
         "| variant | what it does otherwise | cases | false alarms | safety factor that it needed | where |",
         "|---|---|---|---|---|---|",
@@ -74,18 +70,38 @@ def mutants(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table(record: dict[str, Any]) -> list[str]:
+    """The mutants, with what an earlier suite says of each where that was tried."""
+    kills = record["mutants"]
+    tried = any(k.get("earlier") for k in kills.values())
+    head = ["fault", "where it was seen, or why it is likely", "caught by", "tier"]
+    rows = [
+        [f"`{n}`", MUTANTS[n].seen, f"`{k['id']}`" if k["id"] else "**nothing**", k["tier"]] for n, k in kills.items()
+    ]
+    if tried:
+        head.append(record["earlier"])
+        for row, k in zip(rows, kills.values(), strict=True):
+            row.append(k["earlier"]["tier"] or "passes" if k.get("earlier") else "")
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
 def before(record: dict[str, Any]) -> list[str]:
     """What an earlier suite's op cases would have said, where that was tried."""
-    tried = {n: k for n, k in record["mutants"].items() if k.get("earlier")}
-    if not tried:
+    tiers = Counter(k["earlier"]["tier"] for k in record["mutants"].values() if k.get("earlier"))
+    if not tiers:
         return []
-    past = [n for n, k in tried.items() if not k["earlier"]["id"]]
     return [
-        f"Of {len(tried)} of them, the op cases and recorded calls of the suite of {record['earlier']} (laws and models left out) would",
-        f"have caught {len(tried) - len(past)}"
-        + (f"; these {len(past)} would have passed them: {', '.join(f'`{n}`' for n in past)}." if past else "."),
+        f"The last column: what the op cases and recorded calls of the suite of {record['earlier']} find (laws and models",
+        f"left out, each case at its tier of today). Of {tiers.total()} mutants they catch {tiers['smoke']} at smoke and",
+        f"{tiers['standard']} at standard; **{tiers['']} pass them**.",
         "",
     ]
+
+
+def when(record: dict[str, Any]) -> str:
+    """Of which day the honest variants' run is, where the suite has changed since."""
+    dates = {str(h.get("date", "")) for h in record["honest"].values() if h.get("suite") != record["suite"]}
+    return f" (with the suite of {max(dates)})" if any(dates) else ""
 
 
 def waiting(kills: dict[str, Any]) -> list[str]:

@@ -29,6 +29,11 @@ def four_buffers(be: Any, right: Op, x: Host, weight: Any, *, eps: float) -> Any
     return ring_of(4, be, "norm", right(x, weight, eps=eps))
 
 
+@mutant("rms_norm", seen="a pool of sixty-four buffers, more than a layer has calls of one shape")
+def sixty_four_buffers(be: Any, right: Op, x: Host, weight: Any, *, eps: float) -> Any:
+    return ring_of(64, be, "pool", right(x, weight, eps=eps))
+
+
 @mutant("rms_norm", seen="one buffer in the variant without weight alone")
 def buffer_of_the_unweighted_norm(be: Any, right: Op, x: Host, weight: Any, *, eps: float) -> Any:
     y = right(x, weight, eps=eps)

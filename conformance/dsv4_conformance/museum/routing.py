@@ -164,3 +164,11 @@ def combined_in_bf16(
     for j in range(topk):
         total = (total + parts[:, j]).astype(BFLOAT16).astype(np.float32)
     return (total if shared is None else total + shared.astype(np.float32)).astype(y.dtype)
+
+
+@mutant("gate", seen="a sorting network that keeps the order of two equal scores, not of three", numeric=False)
+def of_many_equal_the_last(be: Any, right: Op, x: Host, weight: Host, bias: Host, **kw: Any) -> Any:
+    weights, indices = right(x, weight, bias, **kw)
+    equal = ~x.any(1) & (bias == bias[0]).all()
+    indices = np.where(equal[:, None] & (indices == indices.max(1, keepdims=True)), len(bias) - 1, indices)
+    return weights, indices.astype(np.int32)

@@ -4,6 +4,7 @@ exactly full.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -286,3 +287,90 @@ only_first(
     "stream_rows_on_a_short_grid", "hc_post", BITS_16 // 4 - 1, "one program a stream and token, on a short axis"
 )
 only_first("swiglu_rows_of_16_bits", "swiglu", BITS_16, "a row's number in 16 bits: rows are tokens times experts")
+
+
+def few(rows: int) -> bool:
+    """A decode step of one."""
+    return rows == 1
+
+
+def many(rows: int) -> bool:
+    """A chunk that fills a tile."""
+    return rows >= 64
+
+
+def met(name: str, op: str, of: Callable[[int], bool], seen: str, change: Callable[[list[Any]], None]) -> None:
+    """Register: operands are changed where their number of rows is such a one."""
+
+    def fault(be: Any, right: Op, *operands: Any, **kw: Any) -> Any:
+        given = [o.copy() if isinstance(o, np.ndarray) else o for o in operands]
+        if of(len(given[0])):
+            change(given)
+        return right(*given, **kw)
+
+    mutant(op, seen=seen, name=name)(fault)
+
+
+def cut(operand: int, limit: int, value: float = 0) -> Callable[[list[Any]], None]:
+    """What lies past ``limit`` on an operand's last axis is lost."""
+
+    def change(given: list[Any]) -> None:
+        given[operand][..., limit:] = value
+
+    return change
+
+
+ALONE = "a decode step of one token has a kernel of its own, whose threads hold 4096 columns between them"
+met("one_token_of_4096_channels", "linear", few, ALONE, cut(0, 4096))
+met("one_norm_of_4096_channels", "rms_norm", few, ALONE, cut(0, 4096))
+met("one_token_through_experts_of_4096", "moe", few, ALONE, cut(0, 4096))
+met("streams_of_one_token_of_4096", "hc_post", few, ALONE, cut(0, 4096))
+met(
+    "chunk_of_4096_channels",
+    "linear",
+    many,
+    "a prefill kernel that loads a row of the tile whole: 4096 columns fit in shared memory",
+    cut(0, 4096),
+)
+met("router_of_a_chunk_of_4096", "gate", many, "the same in the router", cut(0, 4096))
+met(
+    "one_token_of_512_picks",
+    "sparse_attn",
+    few,
+    "decode splits the picks among four blocks of 128; the larger model lists 1152",
+    cut(3, 512, -1),
+)
+met(
+    "one_token_among_256_experts",
+    "gate",
+    few,
+    "a sort of 256 scores in one warp's registers, used for a single token alone",
+    cut(2, 256, -1e4),
+)
+met(
+    "one_row_of_65536_tokens",
+    "sample",
+    few,
+    "one row is sampled by many blocks, each with a tile of 1024: 64 blocks are launched",
+    cut(0, BITS_16, -1e4),
+)
+met(
+    "heads_of_a_chunk_past_64",
+    "apply_rope",
+    many,
+    "a tile of 64 rows times 64 heads in a chunk; a decode step has another kernel",
+    lambda given: given[0][:, 64:].fill(0),
+)
+
+
+@mutant("cached_index_topk", seen="one query's rows are scored and packed with their number in 16 bits", numeric=False)
+def one_query_in_16_bits(be: Any, right: Op, *operands: Any, **kw: Any) -> Any:
+    *others, visible, offset = operands
+    return right(*others, np.minimum(visible, BITS_16 - 1) if visible.size == 1 else visible, offset, **kw)
+
+
+@mutant("expert_linear", seen="an expert with one row takes the decode kernel, whose threads hold 4096 columns")
+def one_row_of_an_expert_of_4096(be: Any, right: Op, x: Host, weight: Experts, offsets: Host) -> Any:
+    x = x.copy()
+    x[offsets[:-1][np.diff(offsets) == 1], 4096:] = 0
+    return right(x, weight, offsets)

@@ -13,8 +13,9 @@ from dsv4_conformance.verdict.budget import SAFETY, Expected, smallest, unit
 from dsv4_core.contract.dtypes import Host
 
 NEIGHBOURS = 2  # on either side of a failing element, in reports
-FEW = 8  # elements from which no common factor is read
+FEW = 4  # elements from which no common factor is read
 NEAR = 0.01  # of a result's length: how well a common factor explains it, before it is spoken of
+ROUNDING = 2.0  # units on average: more than any way of rounding, or two in a row, leans to a side
 STANDARD_ERRORS = 8  # of the bias beyond which chance is no explanation, in a run of a thousand cases
 
 
@@ -129,7 +130,8 @@ def judge_rounded(got: Host, want: Expected) -> Verdict:
         )
     noise = want.spread if want.noise is None else want.noise  # of elements that share an intermediate: not independent
     explained = float(SAFETY * np.mean(noise[finite] / unit(np.abs(b), want.dtype))) if b.size else 0.0
-    if abs(mean) > STANDARD_ERRORS * error + explained:
+    of_rounding = abs(mean) <= ROUNDING or verdict.used <= 1  # what is further off is another fault, which says more
+    if of_rounding and abs(mean) > STANDARD_ERRORS * error + explained:
         truncated = (
             abs(mean) <= 1 and verdict.metrics["largest_units"] <= 2
         )  # truncation costs half a unit, never more than one
