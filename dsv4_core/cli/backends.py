@@ -49,7 +49,7 @@ def table() -> None:
     rows = [("backend", "from", "needs", "here")]
     for b in _sorted():
         found = look(b.name)
-        needs = ", ".join(b.requires) if b.extra else "nothing beyond the package"
+        needs = ", ".join(b.beyond) or "nothing beyond the package"
         note = f": {found.note}" if found.note else ""
         rows.append((b.name, f"{b.distribution} {b.version}", "?" if b.problem else needs, f"{found.status}{note}"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]

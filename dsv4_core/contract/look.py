@@ -23,7 +23,7 @@ def look(name: str) -> Look:
         Diagnosis(
             need, "missing" if need in backend.missing else "installed", advice if need in backend.missing else ""
         )
-        for need in (backend.requires if backend.extra else ())
+        for need in backend.beyond
     )
     if backend.missing:
         return Look("cannot run", f"needs {', '.join(backend.missing)}: {backend.install_command}", lines)

@@ -62,6 +62,11 @@ class Installed:
     problem: str = ""
 
     @property
+    def beyond(self) -> tuple[str, ...]:
+        """What it needs beside dsv4 itself."""
+        return self.requires if self.extra or self.distribution != OWN else ()
+
+    @property
     def install_command(self) -> str:
         """The command that installs what is missing."""
         return (
@@ -194,7 +199,9 @@ def _described(name: str, same: Sequence[Entry]) -> Installed:
     try:
         declared = [Requirement(r) for r in (point.dist.requires or [])] if point.dist else []
         needed = [
-            r for r in declared if (r.marker is None and not extra) or (r.marker and extra and _only_with(r, extra))
+            r
+            for r in declared
+            if ((r.marker is None and not extra) or (r.marker and extra and _only_with(r, extra))) and r.name != OWN
         ]
         missing = tuple(f"{r.name}{r.specifier}" for r in needed if not _found(r))
     except Exception as error:  # noqa: BLE001  the same: broken metadata is said, and stops nobody else
