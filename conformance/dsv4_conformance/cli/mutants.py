@@ -116,7 +116,8 @@ def command(
                 for n in chosen
                 if n in record["mutants"] and record["mutants"][n].get("earlier", {}).get("of") != date
             ]
-            for name, kill in zip(had, pool.map(hunted_before, had, [ids] * len(had)), strict=True):
+            kills = [found_already(record, n, ids) for n in had]
+            for name, kill in zip(had, pool.map(hunted_before, had, [ids] * len(had), kills), strict=True):
                 record["mutants"][name]["earlier"] = {"of": date, **kill}
                 click.echo(
                     f"{name:46} {kill['tier'] or click.style('passes', fg='yellow'):8} {kill['id']}  (suite of {date})"
@@ -196,8 +197,21 @@ def of_ops_in(report: Path) -> tuple[frozenset[str], str]:
     return frozenset(i for i in ids if not i.startswith(("law/", "model/"))), str(held["date"])[:10]
 
 
-def hunted_before(name: str, ids: frozenset[str]) -> dict[str, str]:
-    """What the checks of these ids find of one mutant, in a process of its own."""
+def found_already(record: dict[str, Any], name: str, ids: frozenset[str]) -> dict[str, str] | None:
+    """The check that killed a mutant first, where it is among these: then it is the first of them,
+    too.
+    """
+    kill = record["mutants"][name]
+    same = kill["id"] in ids and kill["suite"] == record["suite"]
+    return {"id": kill["id"], "tier": kill["tier"]} if same else None
+
+
+def hunted_before(name: str, ids: frozenset[str], found: dict[str, str] | None) -> dict[str, str]:
+    """What the checks of these ids find of one mutant, in a process of its own; ``found``: what is
+    known of it.
+    """
+    if found:
+        return found
     from dsv4_conformance.museum.catalogue import MUTANTS
     from dsv4_conformance.museum.hunt import hunt
 
