@@ -103,7 +103,8 @@ class TransformersJudged(Backend):
         config = SimpleNamespace(
             hc_mult=h.shape[1], hc_sinkhorn_iters=iters, hc_eps=eps, rms_norm_eps=norm_eps, hidden_size=h.shape[2]
         )
-        post, comb, collapsed = given(theirs.DeepseekV4HyperConnection(config), fn=fn, scale=scale, base=base)(h[None])
+        module = given(theirs.DeepseekV4HyperConnection(config), fn=fn, scale=scale, base=base)
+        post, comb, collapsed = module(h.contiguous()[None])  # their streams always are
         return collapsed[0], post[0], comb[0]
 
     def hc_head(self, h, fn, scale, base, *, norm_eps, eps):

@@ -82,7 +82,8 @@ def table(record: dict[str, Any]) -> list[str]:
         head.append(record["earlier"])
         for row, k in zip(rows, kills.values(), strict=True):
             row.append(k["earlier"]["tier"] or "passes" if k.get("earlier") else "")
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return [lines[0], f"|{'---|' * len(head)}", *lines[1:]]
 
 
 def before(record: dict[str, Any]) -> list[str]:
