@@ -354,8 +354,12 @@ def timed(side: Transformers | Dsv4, ids: Host, prefill: int) -> tuple[float, fl
 
 
 def clocked(seconds: list[float], call: Callable[[Host], Host], ids: Host) -> Host:
-    """Call after a pause, and note how long it took."""
-    time.sleep(PAUSE)
+    """Call after a pause, and note how long it took. The pause is awake: after a sleep the memory
+    of some machines is slow for longer than a step takes.
+    """
+    until = time.perf_counter() + PAUSE
+    while time.perf_counter() < until:
+        pass
     start = clock()
     result = call(ids)
     seconds.append(clock() - start)

@@ -124,6 +124,14 @@ def test_loading_what_is_no_conversation(talking, tmp_path):
         assert f"{tmp_path / 'x.json'}" in spoken(talking, f"/load {tmp_path / 'x.json'}")[1]
 
 
+def test_saving_under_a_link_writes_what_it_leads_to(talking, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "talk.json")
+    for _ in range(2):
+        spoken(talking, f"/save {tmp_path / 'link'}")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "talk.json").read_text() == "[]\n"
+
+
 def test_what_was_saved_before_a_turn_is_loaded_and_a_home_is_found(talking, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert "0 turns from ~/none" in spoken(talking, "/save ~/none", "/load ~/none")[1]
@@ -196,7 +204,8 @@ def test_a_dumb_terminal_is_told_no_escapes(capsys, monkeypatch):
         assert capsys.readouterr().out == wanted
 
 
-def test_a_terminal_is_as_it_was_after_a_sigterm(tmp_path):
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP", "SIGQUIT"])
+def test_a_terminal_is_as_it_was_after_a_signal_that_ends(number, tmp_path):
     """At the prompt, where keys are read one by one."""
     fdpexpect = pytest.importorskip("pexpect.fdpexpect")
     pytest.importorskip("prompt_toolkit")
@@ -209,8 +218,8 @@ def test_a_terminal_is_as_it_was_after_a_sigterm(tmp_path):
         terminal.expect("Ctrl-D ends")
         terminal.expect(rb">[^\n]*\x1b\[\?25h")
         assert not termios.tcgetattr(theirs)[3] & termios.ICANON
-        process.terminate()
-        assert process.wait(60) == 128 + signal.SIGTERM
+        process.send_signal(signal.Signals[number])
+        assert process.wait(60) == 128 + signal.Signals[number]
     assert termios.tcgetattr(theirs)[3] & termios.ICANON
     os.close(theirs)
     os.close(ours)

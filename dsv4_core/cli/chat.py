@@ -299,13 +299,20 @@ def command(
         report(
             f"{session.directory.name}, {engine.capacity} tokens of context; /help says what may be typed, Ctrl-D ends"
         )
-        before = signal.signal(signal.SIGTERM, _leave)
+        before = {number: signal.getsignal(number) for number in ENDING}
+        for number in ENDING:
+            if before[number] is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, _leave)
         try:
             talk(talking, read, _write)
-        except SystemExit:
-            raise click.exceptions.Exit(128 + signal.SIGTERM) from None
+        except SystemExit as end:
+            raise click.exceptions.Exit(end.code) from None
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def _leave(number: int, _: Any) -> None:

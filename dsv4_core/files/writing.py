@@ -60,8 +60,10 @@ def write(path: Path, content: str | bytes, mode: int = 0o666) -> None:
 
 def write_over(path: Path, content: str | bytes, alike: int = 8) -> None:
     """Write a whole file under a name that a user gave, where nothing lies but an earlier one of
-    its kind, which begins with the same ``alike`` bytes.
+    its kind, which begins with the same ``alike`` bytes. A link stays, and what it leads to is
+    written.
     """
+    path = Path(os.path.realpath(path))
     data = content.encode() if isinstance(content, str) else content
     replaceable(path, data[:alike])
     write(path, data)
