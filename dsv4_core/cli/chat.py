@@ -306,7 +306,7 @@ def command(
         try:
             talk(talking, read, _write)
         except SystemExit as end:
-            raise click.exceptions.Exit(end.code) from None
+            raise click.exceptions.Exit(end.code if isinstance(end.code, int) else 1) from None
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
