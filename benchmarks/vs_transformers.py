@@ -8,9 +8,9 @@ Both sides hold plain weights of ``--dtype``. transformers runs with eager atten
 other for this model) and the fastest of its experts implementations, which are tried first. dsv4
 runs ``native`` numerics in bfloat16 (BF16 between operations, FP8 key/value rows, FP4 indexer keys)
 and in float32 its exact mode, whose logits must agree. With ``--weights published`` dsv4 holds FP8
-and FP4 weights as the published checkpoints do, and transformers their exact values in BF16.
-dsv4's decode steps are recorded and replayed, as in ``dsv4 generate``. ``--device cuda`` runs both
-sides on a GPU. Prefills and decode steps of the two sides alternate one by one, so that whatever
+and FP4 weights as the published checkpoints do, and transformers their exact values in BF16. dsv4's
+decode steps are recorded and replayed, as in ``dsv4 generate``. ``--device cuda`` runs both sides
+on a GPU. Prefills of the two sides alternate, and blocks of eight decode steps, so that whatever
 else the machine does meets both. Each begins after a pause: OpenMP's threads look for work for some
 milliseconds after a side's step, and would take a core from the other side's. Printed: medians and
 their ratio, the same of the fastest, the range of the middle 80 % (on an idle machine both sides'
@@ -79,6 +79,7 @@ CONFIG = ModelConfig(
 
 
 PAUSE = 0.02  # s: libgomp's 300000 turns take 4 ms with pauses of 40 cycles, 15 with 130, as some CPUs have them
+BLOCK = 8  # decode steps of a side one after another, as in use: after a pause a core, and its memory, take a step or two to wake
 
 
 class RandomWeights:
@@ -354,12 +355,7 @@ def timed(side: Transformers | Dsv4, ids: Host, prefill: int) -> tuple[float, fl
 
 
 def clocked(seconds: list[float], call: Callable[[Host], Host], ids: Host) -> Host:
-    """Call after a pause, and note how long it took. The pause is awake: after a sleep the memory
-    of some machines is slow for longer than a step takes.
-    """
-    until = time.perf_counter() + PAUSE
-    while time.perf_counter() < until:
-        pass
+    """Call, and note how long it took."""
     start = clock()
     result = call(ids)
     seconds.append(clock() - start)
@@ -568,10 +564,13 @@ def main() -> None:
     logits: dict[str, list[Host]] = {name: [] for name in sides}
     for _ in range(args.runs):
         for name, side in sides.items():
+            time.sleep(PAUSE)
             logits[name] = [clocked(prefill[name], side.prefill, ids[: args.prefill])]
-        for i in range(args.prefill, total):
+        for first in range(args.prefill, total, BLOCK):
             for name, side in sides.items():
-                logits[name].append(clocked(decode[name], side.decode, ids[i : i + 1]))
+                time.sleep(PAUSE)
+                for i in range(first, min(first + BLOCK, total)):
+                    logits[name].append(clocked(decode[name], side.decode, ids[i : i + 1]))
     median = {name: (statistics.median(prefill[name]), statistics.median(decode[name])) for name in sides}
     for name, (p, d) in median.items():
         tenths = statistics.quantiles(decode[name], n=10)

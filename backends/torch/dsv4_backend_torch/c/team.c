@@ -34,32 +34,34 @@ static inline void relax(void) {
 #endif
 }
 
-/* Until a counter is no longer what it was; says whether that took so long that the thread slept. */
-static int wait_for(atomic_uint *counter, unsigned was) {
+static int64_t now(void) { /* us */
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
+}
+
+/* Until a counter is no longer what it was; says for how many us the thread slept. */
+static int64_t wait_for(atomic_uint *counter, unsigned was) {
     for (int i = 0; i < SPINS; i++) {
         if (atomic_load_explicit(counter, memory_order_acquire) != was) return 0;
         relax();
     }
+    int64_t since = now();
     pthread_mutex_lock(&lock);
     atomic_fetch_add(&sleeping, 1);
     while (atomic_load(counter) == was) pthread_cond_wait(&changed, &lock);
     atomic_fetch_sub(&sleeping, 1);
     pthread_mutex_unlock(&lock);
-    return 1;
+    return now() - since;
 }
 
 /* Where others want the cores too, a thread that lost its own holds up the rest for thousands of microseconds. Who waits long for one that
  * has little to do has met that: for a while one thread then does alone what is brief, and each time that it is met again, twice as long. */
-enum { LEAST_WHILE = 20, MOST_WHILE = 640 }; /* ms */
-static atomic_int held_up;                   /* whether a thread slept for that reason, on this tape */
-static _Thread_local int brief;              /* whether what this thread waits for is */
-static int64_t crowded_until, last_while;    /* ms */
-
-static int64_t now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
-}
+enum { LONG = 1000 };                              /* us: slow memory keeps a thread for half of that, who has no core waits longer */
+enum { LEAST_WHILE = 20000, MOST_WHILE = 640000 }; /* us */
+static atomic_int held_up;                         /* whether a thread slept for that reason, on this tape */
+static _Thread_local int brief;                    /* whether what this thread waits for is */
+static int64_t crowded_until, last_while;          /* us */
 
 static void set(atomic_uint *counter, unsigned value) {
     atomic_store(counter, value);
@@ -92,7 +94,7 @@ void meet(const team *t) {
         atomic_store(&stop, atomic_load(&status));
         set(&rounds, round + 1);
     } else {
-        if (wait_for(&rounds, round) && brief) atomic_store(&held_up, 1);
+        if (wait_for(&rounds, round) > LONG && brief) atomic_store(&held_up, 1);
     }
 }
 
