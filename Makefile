@@ -85,6 +85,7 @@ serve: $(VENV)
 	$(RUN) DSV4_AIPERF=$(CURDIR)/$(VENV)/aiperf/bin/aiperf DSV4_EXAMPLES=300 pytest -m "proof or not proof" tests/serve
 	$(RUN) python tests/serve/soak.py --seconds 3600 --report reports/serve/soak.json
 	$(RUN) python benchmarks/serving.py --report reports/serve/load.json
+	$(RUN) python benchmarks/serving.py --tokens 128 --clients 1 16 --requests 48 --report reports/serve/load-128.json
 
 vllm:
 	integrations/vllm/environment.sh $(VENV)/vllm
