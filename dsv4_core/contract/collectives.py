@@ -67,5 +67,8 @@ class ProcessGroup(Protocol):
     def dequantise(self, codes: Array, scale: Array, *, block: int) -> Array:
         """Undo ``act_quant``, exactly, in the activation dtype."""
 
+    def local_ids(self, ids: Array, first: int) -> Array:
+        """Ids [n] counted from ``first``, int32; read where they lie."""
+
     def close(self) -> None:
         """Leave."""

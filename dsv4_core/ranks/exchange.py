@@ -179,8 +179,8 @@ class Ranks:
         """Count token ids from the first row of the vocabulary that is held here; the others fall
         outside.
         """
-        be, first = self.backend, self.place.vocabulary(config.vocab_size).start
-        return lambda ids: be.from_numpy(be.to_numpy(ids) - np.int32(first))
+        first = self.place.vocabulary(config.vocab_size).start
+        return lambda ids: self.world.local_ids(ids, first)
 
     def gather_channels(self, x: Array) -> Array:
         """Join the tp ranks' channels [T, n] to [T, tp * n]."""

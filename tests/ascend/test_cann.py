@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from dsv4_backend_ascend import simulate, vendor
+from dsv4_backend_ascend.backend import AscendBackend
 from dsv4_backend_ascend.cann import attention, matmul, mhc, moe, norm
+from dsv4_backend_ascend.capability import GENERATIONS
 from dsv4_backend_ascend.kept import Kept
 from dsv4_backend_ascend.weights import from_mx, to_mx
 
@@ -129,12 +131,14 @@ def test_expert_linear_mx(reference, fmt):
     close(matmul.expert_linear_mx(keeper(), x, matmul.tiled(mx) if fmt == "e2m1" else mx, OFFSETS), want)
 
 
+@pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("experts", [256, 384])
-def test_gate(reference, experts):
-    simulate.install("950")
+def test_gate(reference, experts, generation):
+    simulate.install(generation)
+    op = moe.GATES[generation]
     logits, bias = torch.randn(7, experts), torch.randn(experts) * 0.1
     one = torch.eye(experts)  # the product's part is not asked here
-    weights, picks = moe.gate(logits, bias, topk=6, route_scale=1.5)
+    weights, picks = moe.gate(op, logits, bias, topk=6, route_scale=1.5)
     theirs = reference.gate(host(logits), host(one), host(bias), topk=6, route_scale=1.5)
     assert np.array_equal(picks.numpy(), theirs[1])
     np.testing.assert_allclose(weights.numpy(), theirs[0], rtol=1e-5)
@@ -142,16 +146,33 @@ def test_gate(reference, experts):
         torch.stack([torch.randperm(experts)[:6] for _ in range(20)]),
         torch.tensor([0, 19, 3, 3, 7, 1, 2], dtype=torch.int32),
     )
-    weights, picks = moe.gate_hash(logits, table, ids, route_scale=1.5)
+    weights, picks = moe.gate_hash(op, logits, table, ids, route_scale=1.5)
     theirs = reference.gate_hash(host(logits), host(one), table.numpy(), ids.numpy(), route_scale=1.5)
     assert np.array_equal(picks.numpy(), theirs[1])
-    np.testing.assert_allclose(weights.numpy(), theirs[0], rtol=1e-5)
+    np.testing.assert_allclose(weights.numpy(), theirs[0], rtol=1e-4)
 
 
-def test_of_equal_scores_the_lower_expert_is_picked():
-    simulate.install("950")
-    _, picks = moe.gate(torch.zeros(2, 8), torch.zeros(8), topk=3, route_scale=1.0)
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_of_equal_scores_the_lower_expert_is_picked(generation):
+    simulate.install(generation)
+    _, picks = moe.gate(moe.GATES[generation], torch.zeros(2, 8), torch.zeros(8), topk=3, route_scale=1.0)
     assert picks.tolist() == [[0, 1, 2]] * 2
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_a_fused_gate_loses_low_scores_as_its_kernel_does_and_has_to_be_asked_for(generation):
+    """1 + e^x is 1 below -17: scores of 0, which by themselves would be 0 / 0."""
+    simulate.install(generation)
+    weights, _ = moe.gate(moe.GATES[generation], torch.full((1, 8), -20.0), torch.zeros(8), topk=2, route_scale=1.5)
+    assert weights.tolist() == [[0.0, 0.0]]
+    for gating in ("exact", "fused"):
+        backend = AscendBackend(simulate=generation, tier="vendor", gating=gating)
+        x, router = torch.full((1, 8), -1.0).bfloat16(), torch.full((4, 8), 2.5).bfloat16()
+        weights, _ = backend.gate(x, router, torch.zeros(4), topk=2, route_scale=1.5)
+        assert weights.tolist() == [[0.75, 0.75] if gating == "exact" else [0.0, 0.0]]
+        assert (
+            (backend.claims_level is None) == (set(backend.departures) == {"gate", "gate_hash"}) == (gating == "fused")
+        )
 
 
 def test_int8_is_as_lossy_as_its_scales_say():

@@ -16,14 +16,15 @@ from dsv4_backend_ascend.capture import compare, dry_capture
 from dsv4_backend_ascend.launches import ShapesBackend
 from dsv4_backend_torch.graphs import Recorded
 from dsv4_backend_torch.numeric import torch_dtype
+from dsv4_backend_torch.process_group import TorchProcessGroup
 
 from dsv4_core.checkpoint.config import PRESETS
-from dsv4_core.checkpoint.rank_part import Place
+from dsv4_core.checkpoint.rank_part import Place, ShardedSource
 from dsv4_core.graph.cache import Cache
 from dsv4_core.graph.model import Model, Parallel
 from dsv4_core.graph.step import Addresses, Step
 from dsv4_core.planning.shapes import ShapeSource
-from dsv4_core.ranks.exchange import ExpertExchange, Link, Traffic
+from dsv4_core.ranks.exchange import ExpertExchange, Link, Ranks, Traffic
 
 SMALL = dataclasses.replace(
     PRESETS["flash"], vocab_size=256, num_hidden_layers=3, n_routed_experts=8, num_experts_per_tok=2, num_hash_layers=1,
@@ -48,6 +49,46 @@ class TwoRanks:
 
     def all_reduce(self, x, *, out_dtype):
         return x.to(torch_dtype(out_dtype))
+
+
+class World(TorchProcessGroup):
+    """Ranks that are not there."""
+
+    def __init__(self, backend):
+        self.backend, self.host_reads_stall = backend, True
+
+    def connect(self):
+        pass
+
+    def groups(self, members):
+        return TwoRanks()
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize(("tp", "ep"), [(2, 1), (1, 2), (2, 2)])
+def test_a_rank_reads_nothing_on_the_host_in_a_decode_step(generation, tp, ep):
+    """Three sequences of a token each, of which the first group has two: vocabulary, heads,
+    experts and their exchange, as the graph of several ranks has them.
+    """
+    backend = ShapesBackend(soc=generation)
+    for rank in range(tp * ep):
+        place = Place(tp, ep, rank)
+        ranks = Ranks(backend, place, World(backend), None)
+        parallel = ranks.parallel(SMALL, quantised=True)
+        with torch.no_grad(), dry_run(generation):
+            model = Model(ShardedSource(ShapeSource(SMALL), place), backend, parallel=parallel)
+            mine = parallel.mine(np.zeros((3, 1), np.int32))
+            cache = Cache(backend, SMALL, len(mine), 101)
+            cache.lengths[:] = cache.furthest[:] = 100
+            step = Step(cache, mine, padded=parallel.padded(range(3), 3, 1))
+            assert step.shape.padded == (2 if ep > 1 else 0)
+            buffer = backend.from_numpy(step.host)
+            found = compare(
+                backend.alone(lambda m=model, c=cache, s=step, b=buffer: m.logits(m.forward(Addresses(c, s.shape, b))))
+            )
+        assert found.sound, (rank, found)
+        assert ("expert gather" in ranks.traffic.sent) == (ep > 1)
+        assert "expert counts" not in ranks.traffic.sent
 
 
 @pytest.mark.parametrize("padded", [0, 2])

@@ -7,13 +7,14 @@ import pytest
 from click.testing import CliRunner
 from dsv4_backend_ascend import proof, selftest
 from dsv4_backend_ascend.backend import AscendBackend
+from dsv4_backend_ascend.cann import moe
 from dsv4_backend_ascend.capability import GENERATIONS, table
 from dsv4_backend_ascend.cli import command
 from dsv4_backend_ascend.plan import IMPLEMENTATIONS
 from dsv4_backend_ascend.selftest_cases import CASES
 from dsv4_backend_torch.backend import TorchBackend
 from dsv4_conformance.cli.run import run_command
-from vendor_bugs import BUGS, tier_of
+from vendor_bugs import BUGS, faulty
 
 from dsv4_core.contract import registry
 from dsv4_core.contract.ops import OPS
@@ -25,9 +26,9 @@ def test_a_sane_chip_shows_no_difference(generation):
     assert [o for o in outcomes if o.found] == []
     asked = {o.contract for o in outcomes if not o.skipped}
     composed = ({o.contract for o in outcomes} - asked) & set(IMPLEMENTATIONS["cann"])  # others have kernels of our own
-    assert composed == ({"apply_rope", "index_topk"} if generation == "950" else {"gate", "gate_hash"})
+    assert composed == {"gate", "gate_hash"} | ({"apply_rope", "index_topk"} if generation == "950" else set())
     reached = {op for outcome in outcomes for op in outcome.ops}
-    assert reached == {call.op for call in table().claimed(generation) if call.tier == "cann"}
+    assert reached == {call.op for call in table().claimed(generation) if call.tier == "cann" and not call.departs}
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -39,10 +40,18 @@ def test_with_the_extension_a_sane_chip_shows_no_difference_either(generation):
     assert reached >= {"mhc_pre_sinkhorn", "inplace_partial_rotary_mul"}
 
 
+@pytest.mark.parametrize(("generation", "tier"), [("910B", "vendor"), ("910C", "vendor"), ("950", "cann")])
+def test_a_fused_gate_shows_no_difference_where_scores_are_not_low(generation, tier):
+    cases = [case for case in CASES if case.contract in {"gate", "gate_hash"}]
+    outcomes = list(selftest.run(AscendBackend(simulate=generation, tier=tier, gating="fused"), cases))
+    assert [o.found for o in outcomes] == [""] * 3
+    assert {op for o in outcomes for op in o.ops} == {moe.GATES[generation]}
+
+
 @pytest.mark.parametrize("bug", BUGS)
 def test_every_planted_bug_is_found_and_its_op_and_tier_named(bug):
     generation, op, contract, fault = BUGS[bug]
-    backend = AscendBackend(simulate=generation, tier=tier_of(op))
+    backend = faulty(generation, op)
     cases = [case for case in CASES if case.contract == contract]
     with backend.chip.planted(op, fault):
         found = [o for o in selftest.run(backend, cases, small=True) if o.found]

@@ -150,6 +150,7 @@ def test_the_table_names_every_argument_that_is_passed(monkeypatch):
     monkeypatch.setattr(call_module, "bind", noting)
     for generation in GENERATIONS:
         backends = [AscendBackend(soc=generation, tier=tier) for tier in ("cann", "vendor")]
+        backends.append(AscendBackend(soc=generation, tier="vendor", gating="fused"))
         for case in (case for case in CASES if not case.gigabytes):
             call = case.call()
             operands = dict(zip(OPS[case.contract].arrays, call.arrays, strict=True)) | call.scalars

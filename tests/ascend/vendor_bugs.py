@@ -5,6 +5,7 @@ that shows it, fault).
 from types import SimpleNamespace
 
 import torch
+from dsv4_backend_ascend.backend import AscendBackend
 from dsv4_backend_ascend.capability import table
 from dsv4_backend_ascend.formats import mark
 
@@ -217,9 +218,10 @@ def _whole_blocks(a):
     return (a.actual_seq_lengths_key + 127) // 128 * 128
 
 
-def tier_of(op):
-    """Tier in which a bug in an op shows."""
-    return next(call.tier for call in table().calls if call.op == op)
+def faulty(generation, op):
+    """A backend that calls the op."""
+    call = next(call for call in table().calls if call.op == op)
+    return AscendBackend(simulate=generation, tier=call.tier, gating="fused" if call.departs else "exact")
 
 
 BUGS = {
@@ -269,5 +271,9 @@ BUGS = {
     "extension_post_not_doubled": ("910B", "mhc_pre_sinkhorn", "hc_pre", _post_not_doubled),
     "extension_turns_the_whole_row": ("950", "inplace_partial_rotary_mul", "apply_rope", _whole_row_turned),
     "extension_turns_the_other_way": ("910B", "inplace_partial_rotary_mul", "apply_rope", _with(r2=lambda a: -a.r2)),
+    "vllm_gate_normalised_by_all_experts": ("910B", "moe_gating_top_k_hash", "gate", _weights_of_all),
+    "vllm_gate_weights_biased": ("910C", "moe_gating_top_k_hash", "gate", _biased_weights),
+    "vllm_gate_factor_left_out": ("910B", "moe_gating_top_k_hash", "gate", _with(routed_scaling_factor=1.0)),
+    "vllm_hash_of_the_next_token": ("910C", "moe_gating_top_k_hash", "gate_hash", _with(input_ids=lambda a: a.input_ids.roll(1, 0))),
     "sign_of_head_weights_lost": ("910B", "npu_lightning_indexer", "index_topk", _with(weights=lambda a: a.weights.abs())),
 }  # fmt: skip

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from dsv4_core.contract.dtypes import RowLayout
 
 
+GATES = ("gate", "gate_hash")
 UNQUANTISED = "activations of linear layers with FP8 or FP4 weights are not quantised"
+BELOW_ONE = "the gate's scores are sqrt(ln(1 + e^x)) as it stands there: nothing is left of logits below -17"
 
 
 def _tiered(op: str) -> Callable[..., Any]:
@@ -64,7 +66,9 @@ class AscendBackend(ComposedBackend):
     chip that is there. ``cann``: plan for this version. ``expand_bytes``: BF16 weights of experts
     that exist at a time on chips without FP8. ``activations``: ``bf16`` leaves out that linear
     layers quantise and dequantise what they multiply, on chips without FP8; not the published
-    arithmetic, and nothing is claimed of it.
+    arithmetic, and nothing is claimed of it. ``gating``: ``fused`` takes an operator that loses
+    scores of very low logits, for fewer launches: torch-npu's on 950, vLLM's on 910B and 910C in
+    the vendor tier; nothing is claimed of it either.
     """
 
     name = "ascend"
@@ -80,6 +84,9 @@ class AscendBackend(ComposedBackend):
         Option("soc", "plan for this generation without an NPU, or name the one that is there: 910B, 910C or 950"),
         Option("cann", "plan for this CANN version"),
         Option("activations", "fp8: quantised as published; bf16: left out, on 910B and 910C", "fp8"),
+        Option(
+            "gating", "exact, or fused: CANN's operator, or vLLM's where it is installed; loses low scores", "exact"
+        ),
         Option(
             "rows",
             "cache rows: bf16, or packed in FP8 and FP4: the same values in half the memory, more launches",
@@ -99,6 +106,8 @@ class AscendBackend(ComposedBackend):
             raise BackendError(f"backend 'ascend': tier {chosen['tier']!r} is not one of vendor, cann, composed")
         if chosen["activations"] not in {"fp8", "bf16"}:
             raise BackendError(f"backend 'ascend': activations {chosen['activations']!r} is not one of fp8, bf16")
+        if chosen["gating"] not in {"exact", "fused"}:
+            raise BackendError(f"backend 'ascend': gating {chosen['gating']!r} is not one of exact, fused")
         if chosen["prefer"] not in {"", "triton"}:
             raise BackendError(
                 f"backend 'ascend': prefer {chosen['prefer']!r} is not triton; leave it out for CANN's ops alone"
@@ -121,8 +130,13 @@ class AscendBackend(ComposedBackend):
                 raise BackendError(
                     "backend 'ascend': activations 'bf16' is for 910B and 910C; 950 multiplies FP8 activations as published"
                 )
-            self.claims_level = None  # type: ignore[misc]  # of this instance
             self.departures = dict.fromkeys(("linear", "expert_linear", "ffn", "moe"), UNQUANTISED)
+        if self.gating == "fused":
+            self.departures = {**self.departures, **dict.fromkeys(GATES, BELOW_ONE)}
+            if self.standing == "found" and self.generation != "950":
+                probe.extension(probe.VLLM)
+        if self.departures:
+            self.claims_level = None  # type: ignore[misc]  # of this instance
         self.cann_version = chosen["cann"] or (probe.cann_version() if self.standing == "found" else None)
         if self.cann_version is not None:
             try:
@@ -173,6 +187,10 @@ class AscendBackend(ComposedBackend):
         self.generation = soc or probe.generation_of(found[0])  # type: ignore[assignment]
         return "found"
 
+    def departing(self, op: str) -> bool:
+        """Whether an op that departs from this contract was asked for."""
+        return self.gating == "fused" and op in GATES
+
     def note(self, answer: Answer, op: str = "") -> None:
         """Remember what ran."""
         self.ran.update(
@@ -212,7 +230,7 @@ class AscendBackend(ComposedBackend):
             if self.standing != "found"
             else "CANN of unknown version"
         )
-        departs = f"\nactivations bf16: {UNQUANTISED}; not the published arithmetic" if self.departures else ""
+        departs = "".join(f"\n{said}; not the published arithmetic" for said in dict.fromkeys(self.departures.values()))
         kept = "".join(f"\ncomposed: {op}: {reason}" for op, reason in self.kept_composed.items())
         return f"backend {self.name}, {standing} {self.generation}, {cann}, tier {self.tier}\n{proof.LEGEND}{departs}{kept}"
 

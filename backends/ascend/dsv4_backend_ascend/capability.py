@@ -59,7 +59,7 @@ class Cell(NamedTuple):
 @dataclass(frozen=True)
 class Call:
     """One npu op in one way of calling it, the arguments that are passed by name, and the contracts
-    that it serves.
+    that it serves. ``departs``: how it differs from them; such a call has to be asked for.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Call:
     rounding: str
     cells: tuple[Cell, ...]
     tier: Tier = "cann"
+    departs: str = ""
 
 
 class Absence(NamedTuple):
@@ -109,24 +110,36 @@ class Table:
         """The npu ops that are called, each once."""
         return tuple(dict.fromkeys(call.op for call in self.calls))
 
-    def extension(self, contract: str, generation: Generation, dtypes: Dtypes, *, cann: str | None = None) -> Answer:
-        """Say which op of an extension serves a contract, if one does; else as ``answer``, without
-        its absences.
+    def _serving(self, tier: Tier, contract: str, generation: Generation, *, asked: bool) -> list[Call]:
+        """Calls of a tier for a contract; those that depart from it alone where they are asked for
+        and there.
         """
-        serving = [call for call in self.calls if call.tier == "vendor" and contract in call.serves]
+        calls = [call for call in self.calls if call.tier == tier and contract in call.serves]
+        departing = [call for call in calls if call.departs and asked and call in self.claimed(generation)]
+        return departing or [call for call in calls if not call.departs]
+
+    def extension(
+        self, contract: str, generation: Generation, dtypes: Dtypes, *, cann: str | None = None, asked: bool = False
+    ) -> Answer:
+        """Say which op of an extension serves a contract, if one does; else as ``answer``, without
+        its absences. ``asked``: whether an op that departs from the contract may.
+        """
+        serving = self._serving("vendor", contract, generation, asked=asked)
         return _serve(serving, contract, generation, dtypes, cann)
 
-    def answer(self, contract: str, generation: Generation, dtypes: Dtypes, *, cann: str | None = None) -> Answer:
+    def answer(
+        self, contract: str, generation: Generation, dtypes: Dtypes, *, cann: str | None = None, asked: bool = False
+    ) -> Answer:
         """Say how a contract runs for operands of these dtypes: the table's part of it, before
         shapes are looked at.
 
         A contract of several calls (quantise, multiply) is served when all of them are; calls that
-        differ in dtypes only are alternatives. ``cann`` None: any.
+        differ in dtypes only are alternatives. ``cann`` None: any. ``asked``: as in ``extension``.
         """
-        for absence in self.absent:
+        serving = self._serving("cann", contract, generation, asked=asked)
+        for absence in () if any(call.departs for call in serving) else self.absent:
             if contract in absence.contracts and generation in absence.generations and _fits(absence.operands, dtypes):
                 return Answer("composed", reason=absence.reason)
-        serving = [call for call in self.calls if call.tier == "cann" and contract in call.serves]
         return _serve(serving, contract, generation, dtypes, cann)
 
 
@@ -177,6 +190,7 @@ def table() -> Table:
                 call["rounding"],
                 tuple(map(_cell, call["cell"])),
                 call.get("tier", "cann"),
+                call.get("departs", ""),
             )
             for call in raw["call"]
         ),

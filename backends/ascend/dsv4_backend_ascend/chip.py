@@ -26,6 +26,7 @@ class ChipBackend(TorchBackend):
 
     tier: str
     activations: str
+    gating: str
     expand_bytes: int
     generation: Generation
     cann_version: str | None
@@ -41,6 +42,10 @@ class ChipBackend(TorchBackend):
         """``swiglu`` of gate and up side by side, [rows, 2, channels]."""
         gate, up = pairs.unbind(1)
         return self.swiglu(gate, up, weights, limit=limit)
+
+    def departing(self, op: str) -> bool:
+        """Whether an op that departs from this contract was asked for."""
+        raise NotImplementedError
 
     def planned(self, op: str, arrays: tuple[Any, ...], scalars: dict[str, Any]) -> Answer:
         """Which tier runs a call, with which ops."""

@@ -301,9 +301,25 @@ def format_cast(generation: Generation, a: SimpleNamespace) -> Iterator[str]:
 
 
 def moe_gating_top_k(generation: Generation, a: SimpleNamespace) -> Iterator[str]:
-    """sqrt(softplus), 950 only, one group."""
-    if generation != "950" or a.norm_type != 2:
+    """sqrt(softplus), 950 only."""
+    if generation != "950":
         yield f"norm_type={a.norm_type} on {generation}; this backend calls 2, sqrt(softplus), which is for 950 only"
+    yield from _gating(a)
+
+
+def moe_gating_top_k_hash(generation: Generation, a: SimpleNamespace) -> Iterator[str]:
+    """vLLM's, which this backend calls on A2 and A3."""
+    if generation == "950":
+        yield "this backend calls torch-npu's own on Ascend 950"
+    if a.renorm or a.group_select_mode not in {0, 1}:
+        yield f"renorm={a.renorm}, group_select_mode={a.group_select_mode}; 0, and 0 or 1"
+    yield from _gating(a)
+
+
+def _gating(a: SimpleNamespace) -> Iterator[str]:
+    """sqrt(softplus) of one group."""
+    if a.norm_type != 2 or a.eps <= 0:
+        yield f"norm_type={a.norm_type}, eps={a.eps}; this backend calls 2, sqrt(softplus), and eps is more than 0"
     if dtype_of(a.x) not in {"float32", "bfloat16", "float16"} or len(a.x.shape) != 2:
         yield f"x is {dtype_of(a.x)} with {len(a.x.shape)} axes; a floating dtype, [tokens, experts]"
         return
@@ -559,7 +575,7 @@ def _streams(streams: int) -> Iterator[str]:
         yield f"{streams} streams; 4, 6 or 8"
 
 
-RULES: dict[str, Rule] = {rule.__name__: rule for rule in (mhc_pre_sinkhorn, inplace_partial_rotary_mul)} | {
+RULES: dict[str, Rule] = {rule.__name__: rule for rule in (mhc_pre_sinkhorn, inplace_partial_rotary_mul, moe_gating_top_k_hash)} | {
     f"npu_{rule.__name__}": rule
     for rule in (
         rms_norm, rotary_mul, transpose_batchmatmul, dynamic_quant, dynamic_mx_quant, quant_matmul, grouped_matmul, clipped_swiglu,

@@ -66,16 +66,16 @@ def _expert_linear(backend: ChipBackend, x: torch.Tensor, weight: Any, offsets: 
 def _gate(
     backend: ChipBackend, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, topk: int, route_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    logits = moe.router_logits(backend, x, weight)
-    return moe.routed(backend, moe.gate(logits, bias.float(), topk=topk, route_scale=route_scale), weight)
+    op, logits = moe.GATES[backend.generation], moe.router_logits(backend, x, weight)
+    return moe.routed(backend, moe.gate(op, logits, bias.float(), topk=topk, route_scale=route_scale), weight)
 
 
 def _gate_hash(
     backend: ChipBackend, x: torch.Tensor, weight: torch.Tensor, tid2eid: torch.Tensor, ids: torch.Tensor,
     *, route_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    logits = moe.router_logits(backend, x, weight)
-    return moe.routed(backend, moe.gate_hash(logits, tid2eid, ids, route_scale=route_scale), weight)
+    op, logits = moe.GATES[backend.generation], moe.router_logits(backend, x, weight)
+    return moe.routed(backend, moe.gate_hash(op, logits, tid2eid, ids, route_scale=route_scale), weight)
 
 
 def _combine(_backend: ChipBackend, *arrays: Any, topk: int, out_dtype: str) -> torch.Tensor:
@@ -109,7 +109,12 @@ _CANN: Mapping[str, Implementation] = {
 }
 IMPLEMENTATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "cann": _CANN,
-    "vendor": {"hc_pre": _as_is(vendor.hc_pre), "apply_rope": vendor.apply_rope},
+    "vendor": {
+        "hc_pre": _as_is(vendor.hc_pre),
+        "apply_rope": vendor.apply_rope,
+        "gate": _gate,
+        "gate_hash": _gate_hash,
+    },
     "triton": triton.KERNELS,
 }
 """The contracts that each tier of ops implements, and those with kernels of our own."""
@@ -164,11 +169,13 @@ def plan(backend: ChipBackend, op: str, operands: Mapping[str, Any]) -> Answer:
             return tried
         refused = f"{tried.reason}; "
     if backend.tier == "vendor":
-        found = table().extension(op, backend.generation, dtypes, cann=backend.cann_version)
+        found = table().extension(
+            op, backend.generation, dtypes, cann=backend.cann_version, asked=backend.departing(op)
+        )
         tried = _tried(backend, op, operands, found) if found.tier == "vendor" else found
         if tried.tier == "vendor":
             return tried
-    answer = table().answer(op, backend.generation, dtypes, cann=backend.cann_version)
+    answer = table().answer(op, backend.generation, dtypes, cann=backend.cann_version, asked=backend.departing(op))
     answer = _tried(backend, op, operands, answer) if answer.tier == "cann" else answer
     return answer if answer.tier == "cann" else answer._replace(reason=f"{refused}{answer.reason}")
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 EXTENSION = "cann_ops_transformer"
+VLLM = "vllm_ascend.vllm_ascend_C"
+"""Where the ``_C_ascend`` ops come from: vLLM's own extension, loaded for a departure alone."""
 SET_ENV = "source CANN's set_env.sh (cann/set_env.sh from 8.5 on, ascend-toolkit/set_env.sh before)"
 PLAN = "plan without an NPU: --soc 910B, 910C or 950; compute on a CPU: --simulate CHIP"
 
@@ -83,12 +85,14 @@ def prepare(device: str) -> None:
     extension()
 
 
-def extension() -> str:
-    """Load ``cann_ops_transformer``; say why not where it is missing or does not load."""
-    if importlib.util.find_spec(EXTENSION) is None:
+def extension(module: str = EXTENSION) -> str:
+    """Load ``cann_ops_transformer``, or another extension; say why not where it is missing or does
+    not load.
+    """
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
         return "not installed"
     try:
-        importlib.import_module(EXTENSION)
+        importlib.import_module(module)
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         return f"does not import: {str(error).strip().splitlines()[0]}"
     return ""
@@ -142,7 +146,7 @@ def drift() -> dict[str, str]:
     for call in table().calls:
         op = overload(call.op)
         if op is None:
-            owner = "torch-npu" if call.tier == "cann" else EXTENSION
+            owner = "torch-npu" if call.tier == "cann" else VLLM if call.departs else EXTENSION
             found[call.name] = f"{namespace(call.op)}::{call.op} is missing in the installed {owner}"
         elif problem := incompatible(str(op._schema), schemas()[call.op], call.passes):  # noqa: SLF001
             found[call.name] = f"{namespace(call.op)}::{call.op} {problem}"
@@ -196,7 +200,7 @@ def _installation() -> Iterator[Diagnosis]:
     )
     why = extension()
     missing = drift()
-    vendors = {call.name for call in table().calls if call.tier == "vendor"}
+    vendors = {call.name for call in table().calls if call.tier == "vendor" and not call.departs}
     short = [name for name in vendors if name in missing]
     yield Diagnosis(
         "extension",
@@ -206,7 +210,8 @@ def _installation() -> Iterator[Diagnosis]:
         else "",
     )
     served = {call.name: ", ".join(call.serves) for call in table().calls}
-    missing = {name: problem for name, problem in missing.items() if name not in vendors}
+    used = {call.name for call in table().calls if call.tier == "cann" and not call.departs}
+    missing = {name: problem for name, problem in missing.items() if name in used}
     for name, problem in missing.items():
         yield Diagnosis("op", problem, f"{served[name]}: composed where it would be called ({name})")
     if not missing:

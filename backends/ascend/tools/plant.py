@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_backend_ascend import selftest
-from dsv4_backend_ascend.backend import AscendBackend
 from dsv4_backend_ascend.selftest_cases import CASES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tests" / "ascend"))
 
-from vendor_bugs import BUGS, tier_of
+from vendor_bugs import BUGS, faulty
 
 
 def main() -> int:
@@ -29,7 +28,7 @@ def main() -> int:
     args = parser.parse_args()
     bugs: dict[str, Any] = {}
     for name, (generation, op, contract, fault) in BUGS.items():
-        backend = AscendBackend(simulate=generation, tier=tier_of(op))
+        backend = faulty(generation, op)
         with backend.chip.planted(op, fault):
             outcomes = list(selftest.run(backend, [case for case in CASES if case.contract == contract], small=True))
         differ = [o for o in outcomes if o.found]

@@ -39,6 +39,10 @@ class ReferenceProcessGroup(StoredRanks):
         values = decode(codes, "e4m3").reshape(*scale.shape, block) * E8M0_VALUES[scale][..., None]
         return self.backend.rounded(values.reshape(codes.shape))
 
+    def local_ids(self, ids: Host, first: int) -> Host:
+        """Ids counted from ``first``."""
+        return ids - np.int32(first)
+
 
 class ReferenceGroup:
     """Collectives among some of the ranks. What is only moved travels as bytes: torch has no

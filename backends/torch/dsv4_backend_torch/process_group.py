@@ -47,6 +47,10 @@ class TorchProcessGroup(StoredRanks):
         scales = (scale.to(torch.int32) * (1 << 23)).view(torch.float32)
         return (values * scales.to(be.act_type)[..., None]).reshape(codes.shape)
 
+    def local_ids(self, ids: Tensor, first: int) -> Tensor:
+        """Ids counted from ``first``, on the device."""
+        return ids - first
+
 
 class TorchGroup:
     """Collectives among some of the ranks. What is only moved travels as bytes, whatever dtypes the

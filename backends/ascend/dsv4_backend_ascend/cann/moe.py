@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from dsv4_backend_ascend.chip import ChipBackend
 
 ROUTED = "routed among"
-SQRT_SOFTPLUS = 2  # norm_type of npu_moe_gating_top_k
-EPS = 0.0  # its own 1e-20 added to the sum would outweigh experts that all score very low
+GATES = {"950": "npu_moe_gating_top_k"} | dict.fromkeys(("910B", "910C"), "moe_gating_top_k_hash")
+SQRT_SOFTPLUS = 2  # norm_type of both
+EPS = 1e-20  # added to the sum: a token whose scores are all lost gets zeros, and no NaN
 
 
 def router_logits(backend: ChipBackend, x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
@@ -34,11 +35,13 @@ def routed(
 
 
 def gate(
-    logits: torch.Tensor, bias: torch.Tensor, *, topk: int, route_scale: float
+    op: str, logits: torch.Tensor, bias: torch.Tensor, *, topk: int, route_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Contract ``gate`` after the router's product, float32 [tokens, experts]."""
+    """Contract ``gate`` after the router's product, float32 [tokens, experts], but for scores so
+    low that 1 + e^x is 1.
+    """
     weights, picks, _ = call(
-        "npu_moe_gating_top_k",
+        op,
         x=logits,
         k=topk,
         bias=bias,
@@ -50,11 +53,11 @@ def gate(
 
 
 def gate_hash(
-    logits: torch.Tensor, tid2eid: torch.Tensor, ids: torch.Tensor, *, route_scale: float
+    op: str, logits: torch.Tensor, tid2eid: torch.Tensor, ids: torch.Tensor, *, route_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Contract ``gate_hash`` after the router's product."""
+    """Contract ``gate_hash`` after the router's product, as ``gate``."""
     weights, picks, _ = call(
-        "npu_moe_gating_top_k",
+        op,
         x=logits,
         k=tid2eid.shape[1],
         input_ids=ids,

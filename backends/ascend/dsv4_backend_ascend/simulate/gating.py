@@ -1,4 +1,4 @@
-"""npu_moe_gating_top_k, norm_type 2."""
+"""npu_moe_gating_top_k and vLLM's moe_gating_top_k_hash, norm_type 2."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def _shapes(a: SimpleNamespace) -> tuple[torch.Tensor, ...]:
     )
 
 
+@simulated("moe_gating_top_k_hash", shapes=_shapes)
 @simulated("npu_moe_gating_top_k", shapes=_shapes)
 def moe_gating_top_k(a: SimpleNamespace) -> tuple[torch.Tensor, ...]:
-    """Scores ``sqrt(ln(1 + e^x))`` of the picks over (their sum + eps), times the factor; picks by
-    score plus bias, or from the table. The third result is undefined unless asked for.
+    """Scores ``sqrt(ln(1 + e^x))``, in float32 as it stands there, of the picks over (their sum +
+    eps), times the factor; picks by score plus bias, or from the table. The third result is
+    undefined unless asked for.
     """
-    scores = torch.logaddexp(a.x.float(), torch.zeros(())).sqrt()
+    scores = (1 + a.x.float().exp()).log().sqrt()
     if a.tid2eid is None:
         biased = scores if a.bias is None else scores + a.bias.float()
         picks = torch.argsort(biased, dim=-1, descending=True, stable=True)[:, : a.k]
     else:
         if int(a.input_ids.min()) < 0 or int(a.input_ids.max()) >= a.tid2eid.shape[0]:
-            raise CannError(
-                f"npu_moe_gating_top_k: input_ids reach {int(a.input_ids.max())}; tid2eid has {a.tid2eid.shape[0]} rows"
-            )
+            raise CannError(f"gating: input_ids reach {int(a.input_ids.max())}; tid2eid has {a.tid2eid.shape[0]} rows")
         picks = a.tid2eid[a.input_ids.long()].long()
     chosen = scores.gather(1, picks)
     weights = chosen / (chosen.sum(-1, keepdim=True) + a.eps) * a.routed_scaling_factor

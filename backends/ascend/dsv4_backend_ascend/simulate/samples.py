@@ -186,9 +186,17 @@ def _mhc(dim: int) -> Sample:
     return Sample("mhc_pre_sinkhorn", "mhc_pre_sinkhorn", arguments)
 
 
+def _gates(op: str, suffix: str) -> Iterator[Sample]:
+    scores = {"x": torch.randn(5, 16), "k": 3, "norm_type": 2, "routed_scaling_factor": 1.5, "eps": 1e-20}
+    yield Sample(f"gating{suffix}", op, {**scores, "bias": torch.randn(16)})
+    ids, table = torch.randint(0, 7, (5,), dtype=torch.int32), torch.stack([torch.randperm(16)[:3] for _ in range(7)])
+    yield Sample(f"gating_hash{suffix}", op, {**scores, "input_ids": ids, "tid2eid": table})
+
+
 def _a2_a3() -> Iterator[Sample]:
     """910B and 910C: rotary, indexer, int8."""
     yield _mhc(128)
+    yield from _gates("moe_gating_top_k_hash", "_vllm")
     columns = torch.rand(5, 4, 4).transpose(1, 2)
     yield Sample("mhc_by_norms", "npu_rms_norm", {"input": columns, "gamma": torch.full((4,), 0.5), "epsilon": 2.5e-7})
     angle = torch.randn(5, 1, 16).repeat_interleave(2, -1)
@@ -302,17 +310,7 @@ def _a5() -> Iterator[Sample]:
             "weight_dtype": E2M1,
         },
     )
-    scores = {"x": torch.randn(5, 16), "k": 3, "norm_type": 2, "routed_scaling_factor": 1.5}
-    yield Sample("gating", "npu_moe_gating_top_k", {**scores, "bias": torch.randn(16)})
-    yield Sample(
-        "gating_hash",
-        "npu_moe_gating_top_k",
-        {
-            **scores,
-            "input_ids": torch.randint(0, 7, (5,), dtype=torch.int32),
-            "tid2eid": torch.stack([torch.randperm(16)[:3] for _ in range(7)]),
-        },
-    )
+    yield from _gates("npu_moe_gating_top_k", "")
     yield Sample(
         "mhc_pre",
         "npu_mhc_pre",
@@ -384,6 +382,9 @@ VIOLATIONS: tuple[Violation, ...] = (
     Violation("gating", _with(norm_type=1), "sqrt"),
     Violation("gating", _cast("bias", torch.bfloat16), "bias is bfloat16"),
     Violation("gating_hash", _with(tid2eid=None), "come together"),
+    Violation("gating_vllm", _with(renorm=1), "renorm"),
+    Violation("gating_vllm", _with(eps=0.0), "more than 0"),
+    Violation("gating_hash_vllm", _with(input_ids=None), "come together"),
     Violation("swiglu", _with(interleaved=True), "interleaved"),
     Violation("init_routing", _with(active_expert_range=[1, 4]), "undefined"),
     Violation("init_routing", lambda a: {**a, "expert_idx": a["expert_idx"].long()}, "int32"),
