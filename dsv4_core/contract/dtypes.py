@@ -276,12 +276,16 @@ class RowLayout:
     ``kv``: key/value row of ``dim`` channels, the last ``rope_dim`` as BF16, the others as E4M3 in
     blocks of 64: codes, then E8M0 scales padded to 8 bytes, then the BF16 channels. ``key``:
     indexer key of ``dim`` channels: E2M1 pairs, then one E8M0 scale per 32. ``plain``: the array's
-    own dtype, nothing packed (exact modes, and the compressor's float32 state).
+    own dtype, nothing packed (exact modes, and the compressor's float32 state). ``run``: an index
+    of ``cached_index_topk`` names a sequence's rows in runs of so many neighbours, each from a
+    multiple of it and the last one perhaps cut short, so that keys may be read where they lie; 1
+    says nothing.
     """
 
     kind: Literal["kv", "key", "plain"]
     dim: int
     rope_dim: int = 0
+    run: int = 1
 
     @property
     def width(self) -> int:

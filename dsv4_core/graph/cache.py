@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import gcd
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,6 +67,7 @@ class Snapshot:
     key_states: tuple[Array | None, ...]
 
 
+RUN = 128  # keys that are said to be neighbours, at most
 _COPIED = 1 << 16  # compressed rows that are copied at a time
 
 
@@ -108,8 +110,11 @@ class Cache:
 
     @cached_property
     def key_layout(self) -> RowLayout:
-        """Indexer keys: packed as key/value rows are."""
-        return RowLayout("key" if self._packed else "plain", self.config.index_head_dim)
+        """Indexer keys: packed as key/value rows are. A part's stand together, and are read in
+        order.
+        """
+        run = gcd(self.compressed_rows(4), RUN)
+        return RowLayout("key" if self._packed else "plain", self.config.index_head_dim, run=run)
 
     @property
     def _packed(self) -> bool:

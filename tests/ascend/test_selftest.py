@@ -26,7 +26,9 @@ def test_a_sane_chip_shows_no_difference(generation):
     assert [o for o in outcomes if o.found] == []
     asked = {o.contract for o in outcomes if not o.skipped}
     composed = ({o.contract for o in outcomes} - asked) & set(IMPLEMENTATIONS["cann"])  # others have kernels of our own
-    assert composed == {"gate", "gate_hash"} | ({"apply_rope", "index_topk"} if generation == "950" else set())
+    assert composed == {"gate", "gate_hash"} | (
+        {"apply_rope", "index_topk", "cached_index_topk"} if generation == "950" else set()
+    )
     reached = {op for outcome in outcomes for op in outcome.ops}
     assert reached == {call.op for call in table().claimed(generation) if call.tier == "cann" and not call.departs}
 

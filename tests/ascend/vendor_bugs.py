@@ -218,6 +218,14 @@ def _whole_blocks(a):
     return (a.actual_seq_lengths_key + 127) // 128 * 128
 
 
+def _in_order(a):
+    return torch.arange(a.block_table.shape[1], dtype=torch.int32).expand_as(a.block_table)
+
+
+def _of_the_first(a):
+    return a.block_table[:1].expand_as(a.block_table)
+
+
 def faulty(generation, op):
     """A backend that calls the op."""
     call = next(call for call in table().calls if call.op == op)
@@ -275,5 +283,7 @@ BUGS = {
     "vllm_gate_weights_biased": ("910C", "moe_gating_top_k_hash", "gate", _biased_weights),
     "vllm_gate_factor_left_out": ("910B", "moe_gating_top_k_hash", "gate", _with(routed_scaling_factor=1.0)),
     "vllm_hash_of_the_next_token": ("910C", "moe_gating_top_k_hash", "gate_hash", _with(input_ids=lambda a: a.input_ids.roll(1, 0))),
+    "key_blocks_in_order_whatever_the_table_says": ("910B", "npu_lightning_indexer", "cached_index_topk", _with(block_table=_in_order)),
+    "key_blocks_of_the_first_sequence": ("910C", "npu_lightning_indexer", "cached_index_topk", _with(block_table=_of_the_first)),
     "sign_of_head_weights_lost": ("910B", "npu_lightning_indexer", "index_topk", _with(weights=lambda a: a.weights.abs())),
 }  # fmt: skip

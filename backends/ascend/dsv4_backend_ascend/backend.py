@@ -125,6 +125,8 @@ class AscendBackend(ComposedBackend):
         super().__init__(**{**options, "device": device})
         self.tier = chosen["tier"] or ("vendor" if self.standing == "found" else "cann")
         self.kept_composed = trust.named(chosen["composed"]) | trust.failed(chosen["trust"], self.generation)
+        if "index_topk" in self.kept_composed:  # one operator reads keys that are given and keys of a cache
+            self.kept_composed.setdefault("cached_index_topk", self.kept_composed["index_topk"])
         if self.activations == "bf16":
             if self.generation == "950":
                 raise BackendError(
@@ -160,7 +162,7 @@ class AscendBackend(ComposedBackend):
             self.vector_cores = triton.vector_cores(self.standing, self.generation)
         self.packs_rows = chosen["rows"] == "packed"
         self.kept = Kept()
-        self.plans: dict[tuple[Any, ...], Answer] = {}
+        self.plans = {}
         self.ran: dict[str, None] = {}
 
     def _find_chip(self, chosen: dict[str, Any]) -> str:
@@ -433,6 +435,7 @@ class AscendBackend(ComposedBackend):
     dispatch = _tiered("dispatch")
     combine = _tiered("combine")
     index_topk = _tiered("index_topk")
+    cached_index_topk = _tiered("cached_index_topk")
     sparse_attn = _tiered("sparse_attn")
     hc_pre = _tiered("hc_pre")
     hc_post = _tiered("hc_post")

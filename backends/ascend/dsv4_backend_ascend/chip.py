@@ -32,6 +32,7 @@ class ChipBackend(TorchBackend):
     cann_version: str | None
     drift: dict[str, str]
     kept_composed: dict[str, str]
+    plans: dict[tuple[Any, ...], Answer]
     prefer: str
     vector_cores: int
 

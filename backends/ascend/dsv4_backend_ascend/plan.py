@@ -25,6 +25,7 @@ from dsv4_core.contract.ops import OPS
 
 if TYPE_CHECKING:
     from dsv4_backend_ascend.chip import ChipBackend
+    from dsv4_core.contract.dtypes import RowLayout
 
 Implementation = Callable[..., Any]
 """A contract in npu ops; the backend comes first."""
@@ -87,6 +88,13 @@ def _index_topk(backend: ChipBackend, *arrays: Any, scale: float, topk: int) -> 
     return attention.index_topk(backend, *arrays, topk=topk)
 
 
+def _cached_index_topk(
+    backend: ChipBackend, *arrays: torch.Tensor, layout: RowLayout, scale: float, topk: int
+) -> torch.Tensor:
+    del scale
+    return attention.cached_index_topk(backend, *arrays, layout=layout, topk=topk)
+
+
 def _as_is(function: Implementation) -> Implementation:
     return lambda _backend, *arrays, **scalars: function(*arrays, **scalars)
 
@@ -103,6 +111,7 @@ _CANN: Mapping[str, Implementation] = {
     "dispatch": moe.dispatch,
     "combine": _combine,
     "index_topk": _index_topk,
+    "cached_index_topk": _cached_index_topk,
     "sparse_attn": attention.sparse_attn,
     "hc_pre": _hc_pre,
     "hc_post": _as_is(mhc.hc_post),

@@ -222,6 +222,20 @@ def _high_keys(d: Draws, sequences: int, rows: int) -> Call:
     return Call((q, weights, keys, visible, offset), {"scale": 0.01, "topk": 512}, low=low, part=slice(-1, None))
 
 
+def _keys_apart(d: Draws, run: int) -> Call:
+    """Two sequences' keys in runs of neighbours that lie in a random order, the last one cut
+    short; what lies between them is of no one.
+    """
+    rows, held = 3 * run - 5, 8
+    blocks = d.order(1, held)[0, :6].reshape(2, 3, 1)
+    index = (blocks * run + np.arange(run, dtype=np.int32)).reshape(2, -1)[:, :rows].astype(np.int32)
+    q, weights = d.act(2, 3, INDEX_HEADS, INDEX_DIM), d.normal(2, 3, INDEX_HEADS)
+    visible = np.array([[rows, run + 1, 0], [2 * run, rows - 1, 7]], np.int32)
+    offset = np.array([[0, 0, 0], [rows, rows, rows]], np.int32)
+    arrays = (q, weights, d.act(held * run, INDEX_DIM), np.ascontiguousarray(index.reshape(-1)), visible, offset)
+    return Call(arrays, {"layout": RowLayout("plain", INDEX_DIM, run=run), "scale": 0.01, "topk": 32})
+
+
 def _hc_pre(d: Draws, dim: int) -> Call:
     """Mixes of one size, whatever the number of channels that they are summed over."""
     scale = np.array([0.9, 1.1, 0.7], np.float32)
@@ -299,6 +313,8 @@ CASES: tuple[Case, ...] = (
     Case("index_topk", "context=2^20", lambda d: _index(d, 1, CONTEXT, 512, CONTEXT)),
     Case("index_topk", "key_block=384", lambda d: _high_keys(d, 3, 1 << 14)),
     Case("index_topk", "key_block=81920,bytes_past_2^31", lambda d: _high_keys(d, 40, CONTEXT), gigabytes=6),
+    Case("cached_index_topk", "blocks_of_16_apart", lambda d: _keys_apart(d, 16)),
+    Case("cached_index_topk", "blocks_of_128_apart", lambda d: _keys_apart(d, 128)),
     Case("hc_pre", "streams=4", lambda d: _hc_pre(d, 256)),
     Case("hc_pre", "streams=4,channels=4096", lambda d: _hc_pre(d, 4096)),
     Case(

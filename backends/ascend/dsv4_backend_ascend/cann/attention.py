@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dsv4_backend_ascend.cann.call import call
+from dsv4_backend_ascend.cann.call import RefusedError, call
 
 if TYPE_CHECKING:
     from dsv4_backend_ascend.chip import ChipBackend
+    from dsv4_core.contract.dtypes import RowLayout
 
 ROPE_CHANNELS = 64  # npu_sparse_flash_attention takes this many beside the 512; they carry the sink
 KEYS_A_BLOCK = 128  # npu_lightning_indexer: a multiple of 16 up to 1024
+KEYS_AT_LEAST = 16
 EXACT_IN_FLOAT32 = (1 << 24) - 1  # rows that float32 numbers; one more stands for none
 SINK_LIMIT = 1e30  # beyond it a BF16 part would be infinite, and infinity minus itself is not a number
 
@@ -117,7 +119,7 @@ def index_topk(
     Each token is a row of the batch whose key length is what it may see; the rows of a sequence
     share its keys through the block table.
     """
-    batch, seq, heads, dim = q.shape
+    batch, seq, _, dim = q.shape
     blocks = -(-keys.shape[1] // KEYS_A_BLOCK)
     missing = blocks * KEYS_A_BLOCK - keys.shape[1]
     paged = torch.nn.functional.pad(keys, (0, 0, 0, missing)) if missing else keys
@@ -126,15 +128,62 @@ def index_topk(
         block = torch.arange(batch * blocks, dtype=torch.int32, device=q.device).unflatten(0, (batch, 1, blocks))
         return block.expand(batch, seq, blocks).reshape(batch * seq, blocks)
 
+    made = backend.kept.always(("blocks", batch, seq, blocks), None, table)
+    return _picks(backend, q, weights, paged.reshape(-1, KEYS_A_BLOCK, 1, dim), made, visible, offset, topk=topk)
+
+
+def cached_index_topk(
+    backend: ChipBackend,
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    cache: torch.Tensor,
+    index: torch.Tensor,
+    visible: torch.Tensor,
+    offset: torch.Tensor,
+    *,
+    layout: RowLayout,
+    topk: int,
+) -> torch.Tensor:
+    """Contract ``cached_index_topk`` of plain keys that lie in blocks: read where they are. All
+    layers of a step share the table of blocks.
+    """
+    (batch, seq, _, dim), run = q.shape, layout.run
+    if layout.kind != "plain" or run % KEYS_AT_LEAST or cache.shape[0] % run:
+        raise RefusedError(
+            f"npu_lightning_indexer: {layout.kind} keys in runs of {run} of {cache.shape[0]} rows; it reads plain keys "
+            f"where they lie in whole blocks of a multiple of {KEYS_AT_LEAST} (a context of a multiple of 64 tokens)"
+        )
+
+    def table() -> torch.Tensor:
+        block = index.reshape(batch, 1, -1)[:, :, ::run] // run
+        return block.expand(batch, seq, block.shape[2]).reshape(batch * seq, block.shape[2]).contiguous()
+
+    made = backend.kept.of((index, "blocks", seq, run), table)
+    return _picks(backend, q, weights, cache.reshape(-1, run, 1, dim), made, visible, offset, topk=topk)
+
+
+def _picks(
+    backend: ChipBackend,
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    paged: torch.Tensor,
+    table: torch.Tensor,
+    visible: torch.Tensor,
+    offset: torch.Tensor,
+    *,
+    topk: int,
+) -> torch.Tensor:
+    """Rows picked among keys in blocks [blocks, rows, 1, dim] by a table of each token's blocks."""
+    batch, seq, heads, dim = q.shape
     one_each = backend.kept.always(("one each", batch * seq), None, lambda: visible.new_ones(batch * seq))
     picks, _ = call(
         "npu_lightning_indexer",
         query=q.reshape(batch * seq, 1, heads, dim).contiguous(),
-        key=paged.reshape(batch * blocks, KEYS_A_BLOCK, 1, dim),
+        key=paged,
         weights=weights.reshape(batch * seq, 1, heads).contiguous(),
         actual_seq_lengths_query=one_each,
         actual_seq_lengths_key=visible.flatten().to(torch.int32),
-        block_table=backend.kept.always(("blocks", batch, seq, blocks), None, table),
+        block_table=table,
         layout_query="BSND",
         layout_key="PA_BSND",
         sparse_count=topk,
