@@ -25,6 +25,7 @@ def page(
     errors: dict[str, dict[str, float]],
     counted: dict[str, Any],
     kernels: dict[str, Any],
+    replayed: dict[str, Any],
     planted_kernels: dict[str, Any],
 ) -> str:
     """The page with its generated part made new. ``runs``: of the conformance suite, ``selftests``:
@@ -39,7 +40,9 @@ def page(
         *_selftests(selftests),
         *_planted(planted),
         *_launches(counted),
+        *_saved(counted),
         *_kernels(kernels),
+        *_replayed(replayed),
         *_planted_kernels(planted_kernels),
         *_w8a8(runs, errors),
         *_memory(),
@@ -69,6 +72,58 @@ def _launches(counted: dict[str, Any]) -> list[str]:
         *rows,
         "",
     ]
+
+
+def _saved(counted: dict[str, Any]) -> list[str]:
+    """What kernels of our own save, contract by contract."""
+    plain, kernels = (counted.get("steps", {}).get(f"910B cann{more}", {}).get("contracts") for more in ("", " triton"))
+    if not plain or not kernels:
+        return []
+    rows = [f"| {name} | {plain[name]} | {kernels.get(name, 0)} | {text} |" for name, text in OF_WHICH.items()]
+    rest = [sum(n for name, n in found.items() if name not in OF_WHICH) for found in (plain, kernels)]
+    return [
+        "### The step on 910B, cann tier, by contract",
+        "",
+        "| contract | launches | with kernels of our own | of which |",
+        "|---|---|---|---|",
+        *rows,
+        f"| the others | {rest[0]} | {rest[1]} | compressors' products, the indexer, streams back, joins and projections |",
+        "",
+    ]
+
+
+OF_WHICH = {
+    "hc_pre_norm": "widening, product, and a kernel for Sinkhorn, mixing and norm",
+    "moe": "rows twice and the products; expansion, SwiGLU and the sum are kernels",
+    "linear": "the product: who made its rows rounded them, too",
+    "ffn": "two products, and SwiGLU with its rounding",
+    "act_qdq": "a kernel, or nothing where a rotation rounded",
+    "cached_compress": "a kernel",
+    "rms_norm_rope": "a kernel; cosines and sines once a step",
+    "cache_write": "a kernel",
+    "gate": "widening, product, kernel",
+    "cached_sparse_attn": "rows joined by a kernel; the operator; what it wants beside",
+    "apply_rope": "a kernel",
+    "hadamard": "a kernel",
+}
+"""What is launched of a contract where kernels of our own are preferred."""
+
+
+def _replayed(report: dict[str, Any]) -> list[str]:
+    """What the kernels' linalg gave on a CPU."""
+    if not report:
+        return []
+    off = [kernel["units off"] for kernel in report["kernels"]]
+    same = sum(not any(units.values()) for units in off)
+    furthest = {
+        dtype: max(units.get(dtype, 0) for units in off) for dtype in sorted({d for units in off for d in units})
+    }
+    said = ", ".join(f"{dtype} {units:.3g}" for dtype, units in furthest.items() if units)
+    text = (
+        f"Replayed on a CPU ({report['date']}): {same} of {len(off)} launches gave the interpreter's results bit for bit; "
+        f"furthest of the others, in units of the last place of a row's largest: {said or 'none'}."
+    )
+    return [text, ""]
 
 
 def _kernels(report: dict[str, Any]) -> list[str]:

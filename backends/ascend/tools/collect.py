@@ -116,6 +116,7 @@ def page() -> str:
         w8a8_errors(),
         read(REPORTS / "launches.json"),
         read(REPORTS / "kernels.json"),
+        read(REPORTS / "replayed.json"),
         read(REPORTS / "planted_kernels.json"),
     )
 
