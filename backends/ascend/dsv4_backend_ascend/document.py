@@ -22,6 +22,7 @@ def page(
     selftests: dict[str, dict[str, Any]],
     planted: dict[str, Any],
     l1: dict[str, Any],
+    l2: dict[str, Any],
     errors: dict[str, dict[str, float]],
     counted: dict[str, Any],
     kernels: dict[str, Any],
@@ -33,7 +34,7 @@ def page(
     """
     before, _, rest = text.partition(BEGIN)
     lines = [
-        *_rungs(proofs, l1),
+        *_rungs(proofs, l1, l2),
         *_calls(proofs),
         *_composed(proofs),
         *_runs(runs),
@@ -174,7 +175,7 @@ def _planted_kernels(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _rungs(proofs: dict[str, Any], l1: dict[str, Any]) -> list[str]:
+def _rungs(proofs: dict[str, Any], l1: dict[str, Any], l2: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {value}" for name, value in proofs["versions"].items())
     return [
         f"Rungs of proof, of runs with {versions}:",
@@ -182,7 +183,7 @@ def _rungs(proofs: dict[str, Any], l1: dict[str, Any]) -> list[str]:
         *(f"- **{rung}** {says}" for rung, says in RUNGS.items()),
         "- **L6** on hardware: **not run**. Nothing below it proves that a vendor's kernel is right.",
         "",
-        *(line for cann, report in l1.items() for line in _drift(cann, report)),
+        *(line for cann, report in l1.items() for line in (*_drift(cann, report), *_on_fake_tensors(l2[cann]))),
     ]
 
 
@@ -207,6 +208,20 @@ def _drift(cann: str, l1: dict[str, Any]) -> list[str]:
         f"Compared with {wheel} on {l1['date']}: {compared}. {laxer}: constraints are checked before the call.",
         "",
     ]
+
+
+def _on_fake_tensors(l2: dict[str, Any]) -> list[str]:
+    """What whole models on a wheel's fake tensors showed."""
+    if not l2:
+        return ["Whole models were not run on its fake tensors.", ""]
+    runs = [run for pair in l2["runs"].values() for run in pair]
+    missing = sorted({name for run in runs for name in run["without an NPU kernel"]})
+    on_host = sum(bool(run["with an operand in host memory"]) for run in runs)
+    text = (
+        f"On its fake tensors ({l2['date']}): {len(runs)} runs of whole models, {on_host} with an operand in host memory; "
+        f"operators without an NPU kernel: {', '.join(f'`{name}`' for name in missing) or 'none'}."
+    )
+    return [text, ""]
 
 
 def _calls(proofs: dict[str, Any]) -> list[str]:

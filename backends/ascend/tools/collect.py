@@ -60,7 +60,7 @@ def reached(report: dict[str, Any]) -> bool:
 
 def proofs() -> dict[str, Any]:
     """Rungs of every call of the table on every generation that it names, and of composed ops."""
-    l1, l2 = read(REPORTS / "l1" / f"{NEWEST}.json"), read(REPORTS / "l2.json")
+    l1, l2 = (read(REPORTS / rung / f"{NEWEST}.json") for rung in ("l1", "l2"))
     cann: dict[str, Any] = {}
     composed: dict[str, Any] = {}
     for generation in GENERATIONS:
@@ -105,7 +105,10 @@ def page() -> str:
     runs = {chip: report for chip in GENERATIONS if (report := conformance(chip))}
     selftests = {chip: report for chip in GENERATIONS if (report := read(REPORTS / f"selftest-{chip}.json"))}
     planted = read(REPORTS / "planted.json")
-    l1 = {s.cann: read(REPORTS / "l1" / f"{s.wheel.rpartition(' ')[2]}.json") for s in snapshots()}
+    l1, l2 = (
+        {s.cann: read(REPORTS / rung / f"{s.wheel.rpartition(' ')[2]}.json") for s in snapshots()}
+        for rung in ("l1", "l2")
+    )
     return document.page(
         PAGE.read_text(encoding="utf-8"),
         proofs(),
@@ -113,6 +116,7 @@ def page() -> str:
         selftests,
         planted,
         l1,
+        l2,
         w8a8_errors(),
         read(REPORTS / "launches.json"),
         read(REPORTS / "kernels.json"),
