@@ -152,7 +152,8 @@ class AscendBackend(ComposedBackend):
                 )
                 self.cann_version = None
         self.drift = {} if self.standing == "planned" else probe.drift()
-        claimed = {c.name for c in table().claimed(self.generation) if c.tier == "cann"}
+        made = [c for c in table().claimed(self.generation) if not c.departs or self.gating == "fused"]
+        claimed = {c.name for c in made if c.tier == "cann"}
         for problem in dict.fromkeys(said for name, said in self.drift.items() if name in claimed):
             warnings.warn(f"backend 'ascend': {problem}; what it serves is composed", stacklevel=2)
         if chosen["rows"] not in {"bf16", "packed"}:

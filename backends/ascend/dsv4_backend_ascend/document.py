@@ -241,7 +241,9 @@ def _calls(proofs: dict[str, Any]) -> list[str]:
             reached = " ".join(proofs["cann"][generation].get(call.name, [])) or "no rung"
             standings = ", ".join(dict.fromkeys(f"{cell.standing}, CANN {cell.min_cann}" for cell in mine))
             cells.append(f"{reached} ({standings})" if mine else "-")
-        lines.append(f"| {call.name} | `{call.op}` | {', '.join(call.serves)} | {' | '.join(cells)} |")
+        lines.append(
+            f"| {call.name}{' (asked for)' if call.departs else ''} | `{call.op}` | {', '.join(call.serves)} | {' | '.join(cells)} |"
+        )
     return [*lines, ""]
 
 
