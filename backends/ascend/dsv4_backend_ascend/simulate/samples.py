@@ -253,12 +253,12 @@ def _a2_a3() -> Iterator[Sample]:
 def _a5() -> Iterator[Sample]:
     """950: MX operands and hyper-connections."""
     yield _mhc(4096)
-    for block, algorithm in ((32, 0), (128, 1)):
+    for shape, block, algorithm in (((5, 256), 32, 0), ((5, 256), 128, 1), ((5, 2, 160), 160, 1)):
         yield Sample(
             "quantise_mx",
             "npu_dynamic_mx_quant",
             {
-                "input": _bf16(5, 256),
+                "input": _bf16(*shape),
                 "axis": -1,
                 "round_mode": "rint",
                 "dst_type": E4M3_NPU,
