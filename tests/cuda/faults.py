@@ -238,6 +238,20 @@ FAULTS = {
         "a library is called with a number of heads that it does not have", "dsv4_backend_cuda/providers", "if q.shape[1] not in {64, 128}:", "if not q.shape[1]:",
         "test_providers.py",
     ),
+    "the_first_rows_twice": Fault(
+        "of two kinds of rows in one launch the second's programs count on from the first's", "norm_rope", "norm_and_turn(program - first, x2",
+        "norm_and_turn(program, x2", "test_carried.py",
+    ),
+    "packed_without_its_gain": Fault(
+        "rows that are normed as they are packed leave out the norm's weight", "cache", "wide = (wide * inverse * gain)", "wide = (wide * inverse)",
+        "test_carried.py",
+    ),
+    "a_partner_with_its_own_gain": Fault(
+        "a key's channel is turned with its partner under its own weight", "cache", "tl.load(weight + (i ^ 1))", "tl.load(weight + i)", "test_carried.py",
+    ),
+    "rows_of_other_positions": Fault(
+        "rows of other positions are turned with the queries'", "norm_rope", "return same and addresses and", "return same and", "test_carried.py",
+    ),
     "a_launch_like_the_last": Fault(
         "the interpreter's tape takes the last launch's program numbers for constants", "dsv4_backend_torch/playback",
         'VOLATILE = ("create_get_program_id", "create_get_num_programs")', "VOLATILE = ()", "rms_norm", "standard",

@@ -28,6 +28,11 @@ def rows_of(be, n=5):
 
 def launches(be, op, *arrays, **scalars):
     """The result, and which kernels ran for it."""
+    return launches_of(lambda: getattr(be, op)(*arrays, **scalars))
+
+
+def launches_of(function):
+    """What it gives, and which kernels ran for it."""
     import triton.runtime.interpreter as it
 
     ran, plain = [], it.GridExecutor.__call__
@@ -38,7 +43,7 @@ def launches(be, op, *arrays, **scalars):
 
     it.GridExecutor.__call__ = call
     try:
-        return getattr(be, op)(*arrays, **scalars), ran
+        return function(), ran
     finally:
         it.GridExecutor.__call__ = plain
 
@@ -320,6 +325,115 @@ def test_a_recorded_step_gives_nothing_that_waits(be, monkeypatch):
     monkeypatch.setattr(be, "index", 0)
     be.record(lambda x: [(x,)])(product)
     assert not product.later.waits
+
+
+def normed(be, tokens=3, heads=1, dim=192, weighted=True, seed=71, half=32, start=0):
+    """Rows after norm and RoPE, as the graph has them, and the same made."""
+    x, gain = oracle.normal(tokens, heads, dim, seed=seed, scale=3.0), oracle.normal(dim, seed=seed + 1)
+    positions = oracle.uniform_int(start, start + 4000, tokens, seed=73, dtype=torch.int32)
+    freqs = oracle.guarded((10000.0 ** -(torch.arange(0, 2 * half, 2).double() / (2 * half))).float())
+    given = x, gain if weighted else None, positions, freqs
+    made = be.rms_norm_rope(*given, eps=1e-6)
+    settle(made)
+    return given, made.reshape((tokens, heads * dim)) if heads == 1 else made
+
+
+GRID = {"format": "e4m3", "block": 64, "channels": 128}
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+@pytest.mark.parametrize("heads", [3, 64])
+def test_attention_norms_its_queries_and_its_row_in_one_launch(be, heads, tokens):
+    """One program each of the last head's rows and of the first rows of key/values."""
+    from dsv4_core.contract.dtypes import RowLayout
+
+    (x, _, positions, freqs), q_made = normed(be, tokens, heads, weighted=False)
+    (kv_x, gain, *_), kv_made = normed(be, tokens, seed=81)
+    layout = RowLayout("kv", 192, 64)
+    ring = torch.zeros(8 * tokens, layout.width, dtype=torch.uint8)
+    index = oracle.guarded(torch.arange(8 * tokens, dtype=torch.int32))
+    picks = oracle.guarded((torch.arange(5 * tokens).reshape(tokens, 5) * 7 % (9 * tokens)).int())
+    rest = ring, index, None, None, oracle.normal(heads, seed=84).float(), picks
+    scalars = {"layout": layout, "softmax_scale": 0.07}
+
+    def waiting():
+        q = be.rms_norm_rope(x, None, positions, freqs, eps=1e-6)
+        kv = be.rms_norm_rope(kv_x, gain, positions, freqs, eps=1e-6).reshape((tokens, 192))
+        return q, kv, be.act_qdq(kv, **GRID)
+
+    (q, kv, grid), ran = launches_of(waiting)
+    assert ran == []
+    got, ran = launches(be, "cached_sparse_attn", q, grid, *rest, **scalars)
+    assert ran[:3] == ["norm_rope_kernel", "unpack_rows_kernel", "sparse_attn_kernel"]
+    assert torch.equal(q.clone(), q_made)
+    assert torch.equal(kv.clone(), kv_made)
+    want_grid = be.act_qdq(kv_made.clone(), **GRID)
+    assert torch.equal(grid.clone(), want_grid)
+    assert torch.equal(be.act_qdq(kv, **GRID), want_grid)  # also where they are made by now
+    assert torch.equal(got.clone(), be.cached_sparse_attn(q_made, want_grid, *rest, **scalars).clone())
+
+
+def test_rows_of_many_tokens_come_with_their_grid(be):
+    given, made = normed(be, 17)
+    rows, ran = launches(be, "rms_norm_rope", *given, eps=1e-6)
+    assert ran == ["norm_rope_kernel"]
+    got, ran = launches(be, "act_qdq", rows.reshape((17, 192)), **GRID)
+    assert ran == []
+    assert torch.equal(got, be.act_qdq(made.clone(), **GRID))
+
+
+@pytest.mark.parametrize("other", ["positions", "epsilon", "made"])
+def test_rows_of_other_tokens_are_normed_alone(be, other):
+    from dsv4_backend_cuda import bindings
+
+    (x, _, positions, freqs), q_made = normed(be, 3, 2, weighted=False)
+    (kv_x, gain, *_), kv_made = normed(be, 3, seed=81)
+    q = be.rms_norm_rope(x, None, positions, freqs, eps=1e-6)
+    its = positions.clone() if other == "positions" else positions
+    kv = be.rms_norm_rope(kv_x, gain, its, freqs, eps=1e-3 if other == "epsilon" else 1e-6).reshape((3, 192))
+    if other == "made":
+        settle(kv)
+    bindings._norms(q, be.act_qdq(kv, **GRID))
+    assert q.later.waits
+    assert torch.equal(q.clone(), q_made)
+    assert torch.equal(kv.clone(), kv_made) == (other != "epsilon")
+
+
+@pytest.mark.parametrize("dim", [192, 512])
+def test_packing_norms_and_turns_its_rows(be, dim):
+    from dsv4_core.contract.dtypes import RowLayout
+
+    given, made = normed(be, 5, dim=dim)
+    layout = RowLayout("kv", dim, 64)
+    index = oracle.guarded(torch.tensor([3, -1, 0, 7, 2], dtype=torch.int32))
+    caches = [torch.full((9, layout.width), 7, dtype=torch.uint8) for _ in range(2)]
+    rows = be.rms_norm_rope(*given, eps=1e-6).reshape((5, dim))
+    _, ran = launches(be, "cache_write", caches[0], rows, index, layout=layout)
+    assert ran == ["write_kv_kernel"]
+    be.cache_write(caches[1], made.clone(), index, layout=layout)
+    assert torch.equal(*caches)
+    assert torch.equal(rows.clone(), made)  # and whoever wants the rows has them
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16])
+@pytest.mark.parametrize("kept", [True, False])
+def test_packing_norms_turns_and_rotates_its_keys(be, rows, kept):
+    from dsv4_core.contract.dtypes import RowLayout
+
+    given, made = normed(be, rows, dim=128)
+    layout = RowLayout("key", 128)
+    index = oracle.guarded((torch.arange(rows) * 3 % 19 - (torch.arange(rows) == 2).int() * 20).int().clamp(min=-1))
+    caches = [torch.full((20, layout.width), 7, dtype=torch.uint8) for _ in range(2)]
+    keys, ran = launches(be, "hadamard", be.rms_norm_rope(*given, eps=1e-6).reshape((rows, 128)))
+    assert ran == []
+    if not kept:
+        settle(keys)
+    _, ran = launches(be, "cache_write", caches[0], keys, index, layout=layout)
+    assert ran == (["write_turned_key_kernel"] if kept else ["write_key_kernel"])
+    rotated = be.hadamard(made.clone())
+    be.cache_write(caches[1], rotated.clone(), index, layout=layout)
+    assert torch.equal(*caches)
+    assert torch.equal(keys.clone(), rotated.clone())
 
 
 def norm_of(be, tokens, seed=61, dim=512):

@@ -42,7 +42,9 @@ def test_norm_and_rope_in_one_launch_are_the_two(heads, dim, rope_dim, weighted)
     freqs = oracle.guarded((10000.0 ** -(torch.arange(0, rope_dim, 2).double() / rope_dim)).float())
     normed = norm.rms_norm(x.reshape(3 * heads, dim), weight, eps=EPS).reshape(x.shape)
     want = rope.apply_rope(normed, positions, freqs, inverse=False)
-    got, grid = norm_rope.norm_rope(x, weight, positions, freqs, eps=EPS)
+    of = norm_rope.norm_rope(x, weight, positions, freqs, eps=EPS)
+    of.made()
+    got, grid = of.room, of.grid
     assert torch.equal(got, want)
     assert grid is None
 
@@ -52,7 +54,9 @@ def test_key_value_rows_are_rounded_beside(dim, rope_dim):
     x, weight = oracle.normal(5, 1, dim, seed=8, scale=3.0), oracle.normal(dim, seed=9)
     positions = oracle.uniform_int(0, 1 << 20, 5, seed=10, dtype=torch.int32)
     freqs = oracle.guarded((10000.0 ** -(torch.arange(0, rope_dim, 2).double() / rope_dim)).float())
-    got, grid = norm_rope.norm_rope(x, weight, positions, freqs, eps=EPS)
+    of = norm_rope.norm_rope(x, weight, positions, freqs, eps=EPS)
+    of.made()
+    got, grid = of.room, of.grid
     want = quant.act_qdq(got[:, 0], format="e4m3", block=64, channels=dim - rope_dim)
     assert torch.equal(grid[:, 0], want)
 

@@ -14,7 +14,21 @@ import torch
 from torch import Tensor
 
 from dsv4_backend_cuda import launch
-from dsv4_backend_cuda.carried import Attended, Carrying, Grid, Product, Shared, Sum, awaited, carrying, settle, waiting
+from dsv4_backend_cuda.carried import (
+    Attended,
+    Carrying,
+    Grid,
+    Gridded,
+    Normed,
+    Product,
+    Shared,
+    Sum,
+    Waiting,
+    awaited,
+    carrying,
+    settle,
+    waiting,
+)
 from dsv4_backend_cuda.kernels import (
     add_pieces,
     cache,
@@ -129,11 +143,9 @@ def apply_rope(be: Settings, x: Tensor, positions: Tensor, freqs: Tensor, *, inv
 def rms_norm_rope(
     be: Settings, x: Tensor, weight: Tensor | None, positions: Tensor, freqs: Tensor, *, eps: float
 ) -> Tensor:
-    del be
     gain = None if weight is None else weight.contiguous()
-    y, grid = norm_rope.norm_rope(x, gain, positions.contiguous(), freqs.contiguous(), eps=eps)
-    plain = x.shape[2] - 2 * freqs.shape[0]
-    return y if grid is None else carrying(y, grids={("e4m3", KV_BLOCK, plain): grid})
+    of = norm_rope.norm_rope(x, gain, positions.contiguous(), freqs.contiguous(), eps=eps)
+    return _few(be, waiting(of.room, of))
 
 
 def act_quant(be: Settings, x: Tensor, *, block: int) -> Quantised:
@@ -146,6 +158,11 @@ def act_qdq(be: Settings, x: Tensor, *, format: str, block: int, channels: int) 
     known: dict[Grid, Tensor] = getattr(x, "grids", {})
     if (format, block, channels) in known:
         return known[format, block, channels]
+    of = x.later if isinstance(x, Waiting) else None
+    same = isinstance(of, Normed) and of.room.shape[-1] == x.shape[1]
+    if same and of.grid is not None and (format, block, channels) == ("e4m3", KV_BLOCK, of.plain):
+        grid = of.grid.reshape(x.shape)
+        return waiting(grid, Gridded(grid, lambda _: of.made(), of)) if of.waits else grid
     return quant.act_qdq(x.contiguous(), format=format, block=block, channels=channels)
 
 
@@ -458,10 +475,20 @@ def selected(
     return _in_blocks(be, q, topk_idxs, "sparse_attn", attend)
 
 
+def _norms(q: Tensor, kv: Tensor) -> None:
+    """Make queries and key/value rows that wait for their norms in one launch."""
+    of, grid = awaited(q, Normed), awaited(kv, Gridded)
+    if of and grid and grid.of.waits and norm_rope.together(of, grid.of):
+        norm_rope.make(of, grid.of)
+        for each in (of, grid.of, grid):
+            each.done()
+
+
 def cached_sparse_attn(
     be: Settings, q: Tensor, kv: Tensor, ring: Tensor, ring_index: Tensor, rows: Tensor | None, row_index: Tensor | None,
     attn_sink: Tensor, topk_idxs: Tensor, *, layout: RowLayout, softmax_scale: float,
 ) -> Tensor:  # fmt: skip
+    _norms(q, kv)
     kv, ring, ring_index, sink = (t.contiguous() for t in (kv, ring, ring_index, attn_sink))
     rows, row_index = (None if t is None else t.contiguous() for t in (rows, row_index))
 

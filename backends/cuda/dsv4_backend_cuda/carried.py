@@ -150,6 +150,41 @@ class Turned(Later):
 
 
 @dataclass(eq=False)
+class Normed(Later):
+    """Rows [tokens, heads, dim] after a norm and RoPE. ``grid``: room for them beside, ``plain`` of
+    their channels on the FP8 grid; kept when they are made.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    positions: Tensor
+    freqs: Tensor
+    eps: float
+    grid: Tensor | None
+    plain: int
+
+    def done(self) -> None:
+        """The grid is there too."""
+        grid, plain = self.grid, self.plain
+        super().done()
+        self.grid, self.plain = grid, plain
+
+
+@dataclass(eq=False)
+class Gridded(Later):
+    """The grid of rows that wait."""
+
+    of: Normed
+
+
+@dataclass(eq=False)
+class Rotated(Later):
+    """The Hadamard rotation of rows that wait."""
+
+    of: Normed
+
+
+@dataclass(eq=False)
 class Product:
     """A sum that waits, and its weights: one, or two side by side."""
 
@@ -178,10 +213,10 @@ class Waiting(Tensor):
             return func(*args, **kwargs)
 
     def reshape(self, *shape: Any) -> Tensor:
-        """The same numbers, which may still wait."""
+        """The same numbers, which may still wait, or have a grid beside them."""
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
             new = Tensor.reshape(self, *shape)
-        return waiting(new, self.later) if self.later.waits else new
+        return waiting(new, self.later) if self.later.waits or isinstance(self.later, Normed) else new
 
 
 _FORM = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "is_meta")} | {

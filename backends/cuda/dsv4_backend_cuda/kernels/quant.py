@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from dsv4_backend_cuda import launch
-from dsv4_backend_cuda.carried import Turned, awaited
+from dsv4_backend_cuda.carried import Normed, Rotated, Turned, awaited, waiting
 from dsv4_backend_cuda.kernels.formats import (
     e2m1_encode,
     e2m1_value,
@@ -62,6 +62,31 @@ def act_qdq_kernel(
     tl.store(y + at, tl.where(column < CHANNELS, rounded, raw), mask=inside)
 
 
+@triton.jit
+def hadamard_signs(DIM: tl.constexpr):
+    """The +-1 matrix [DIM, DIM], BF16, made in registers: where bits of row and column share an odd number of ones, -1."""
+    i = tl.arange(0, DIM)
+    odd = i[:, None] & i[None, :]
+    odd ^= odd >> 8
+    odd ^= odd >> 4
+    odd ^= odd >> 2
+    odd ^= odd >> 1
+    return (1 - 2 * (odd & 1)).to(tl.bfloat16)
+
+
+@triton.jit
+def turn_within(value, other, positions, freqs, token, inside, turned, DIM: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr):
+    """Rows [rows, DIM] with the ``turned`` of their channels, the last 2 HALF, rotated as ``rope.turn`` does; ``other``: each channel's partner."""
+    i = tl.arange(0, DIM)
+    position = tl.load(positions + token, mask=tl.reshape(inside, token.shape), other=0).to(tl.float32)
+    angle = position[:, None] * tl.load(freqs + (i - (DIM - 2 * HALF)) // 2, mask=i >= DIM - 2 * HALF, other=0.0)[None, :]
+    if INVERSE:
+        angle = -angle
+    across = other.to(tl.float32) * tl.sin(angle)
+    both = value.to(tl.float32) * tl.cos(angle) + tl.where(((i & 1) == 0)[None, :], -across, across)
+    return tl.where(turned, both.to(value.dtype), value)
+
+
 @triton.jit(do_not_specialize=["rows", "heads"])
 def hadamard_kernel(
     x, positions, freqs, y, grid, rows, heads,
@@ -75,24 +100,12 @@ def hadamard_kernel(
     i = tl.arange(0, DIM)
     at = row[:, None] * DIM + i[None, :]
     inside = (row < rows)[:, None]
-    odd = i[:, None] & i[None, :]
-    odd ^= odd >> 8
-    odd ^= odd >> 4
-    odd ^= odd >> 2
-    odd ^= odd >> 1
-    sign = (1 - 2 * (odd & 1)).to(tl.bfloat16)
     value = tl.load(x + at, mask=inside, other=0.0)
     if HALF:
-        turned = i >= DIM - 2 * HALF
-        other = tl.load(x + row[:, None] * DIM + (i ^ 1)[None, :], mask=inside & turned[None, :], other=0.0).to(tl.float32)
-        position = tl.load(positions + row // heads, mask=row < rows, other=0).to(tl.float32)
-        angle = position[:, None] * tl.load(freqs + (i - (DIM - 2 * HALF)) // 2, mask=turned, other=0.0)[None, :]
-        if INVERSE:
-            angle = -angle
-        across = other * tl.sin(angle)
-        both = value.to(tl.float32) * tl.cos(angle) + tl.where(((i & 1) == 0)[None, :], -across, across)
-        value = tl.where(turned[None, :], both.to(x.dtype.element_ty), value)
-    rotated = (tl.dot(value, sign) * NORM).to(y.dtype.element_ty)
+        turned = (i >= DIM - 2 * HALF)[None, :]
+        other = tl.load(x + row[:, None] * DIM + (i ^ 1)[None, :], mask=inside & turned, other=0.0)
+        value = turn_within(value, other, positions, freqs, row // heads, inside, turned, DIM, HALF, INVERSE)
+    rotated = (tl.dot(value, hadamard_signs(DIM)) * NORM).to(y.dtype.element_ty)
     tl.store(y + at, rotated, mask=inside)
     if QUANTISE:
         rounded = qdq(tl.reshape(rotated.to(tl.float32), (ROWS * DIM // 32, 32)), True, True)
@@ -122,21 +135,30 @@ def act_qdq(x: torch.Tensor, *, format: str, block: int, channels: int) -> torch
 
 def hadamard(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``ops/quant.py: hadamard`` for BF16 ``x`` [tokens, dim], dim a power of two from 16 to 256; and the same rounded by ``act_qdq`` to E2M1 in groups of
-    32, where rows are whole groups. Heads that wait for RoPE are turned on the way.
+    32, where rows are whole groups. Heads that wait for RoPE are turned on the way; rows that wait for norm and RoPE go on waiting, for who packs them.
     """
-    rows, dim = x.shape
-    quantise = dim % 32 == 0
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if (rows := awaited(x, Normed, rows=True)) and rows.weight is not None and rows.x.shape[1] == 1 and x.shape[1] % 32 == 0:
+        return waiting(y, Rotated(y, _rotate, rows)), None
+    grid = torch.empty_like(y) if x.shape[1] % 32 == 0 else None
+    _hadamard(x, y, grid)
+    return y, grid
+
+
+def _rotate(of: Rotated) -> None:
+    of.of.made()
+    _hadamard(of.of.room.reshape(of.room.shape), of.room, None)
+
+
+def _hadamard(x: torch.Tensor, y: torch.Tensor, grid: torch.Tensor | None) -> None:
     of = awaited(x, Turned, rows=True)
-    x = x.contiguous() if of is None else of.x
+    (rows, dim), x = x.shape, x.contiguous() if of is None else of.x
     positions, freqs, heads, half = (x, x, 1, 0) if of is None else (of.positions, of.freqs, of.x.shape[1], of.freqs.shape[0])
-    y = torch.empty((rows, dim), dtype=x.dtype, device=x.device)
-    grid = torch.empty_like(y) if quantise else None
     options = launch.options("hadamard", x)
     hadamard_kernel[(cdiv(rows, options["ROWS"]),)](
-        x, positions, freqs, y, y if grid is None else grid, rows, heads, DIM=dim, HALF=half, INVERSE=of is not None and of.inverse, QUANTISE=quantise,
-        NORM=dim**-0.5, **options,
+        x, positions, freqs, y, y if grid is None else grid, rows, heads, DIM=dim, HALF=half, INVERSE=of is not None and of.inverse,
+        QUANTISE=grid is not None, NORM=dim**-0.5, **options,
     )  # fmt: skip
-    return y, grid
 
 
 SPECS = (
