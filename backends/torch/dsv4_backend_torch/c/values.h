@@ -131,11 +131,12 @@ static inline floats all(float value) { return value - (floats){0}; }
 
 static inline floats choose(words mask, floats yes, floats no) { return (floats)((mask & (words)yes) | (~mask & (words)no)); }
 
-/* e^x within two units; 0 where that would be below the least normal number; NaN stays. */
+/* e^x within two units, and where it is below the normal numbers within the least of all; NaN stays. */
 static inline floats exponential(floats x) {
-    floats low = choose((words)(x < -87.f), all(-87.f), x), y = choose((words)(low > 88.f), all(88.f), low);
+    typedef int32_t whole_numbers __attribute__((vector_size(BYTES)));
+    floats low = choose((words)(x < -104.f), all(-104.f), x), y = choose((words)(low > 88.f), all(88.f), low);
     floats n = y * 1.44269504f + 12582912.f; /* 1.5 * 2^23: what is left is a whole number */
-    words power = (words)n << 23;
+    whole_numbers power = (whole_numbers)n - 0x4b400000, half = power >> 1; /* 2^power in two steps, each of which is a normal number */
     n -= 12582912.f;
     floats r = y - n * 0.693359375f + n * 2.12194440e-4f, p = all(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
@@ -144,7 +145,7 @@ static inline floats exponential(floats x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1;
-    return choose((words)(x != x), x, choose((words)(x < -87.f), all(0), (floats)((words)p + power)));
+    return choose((words)(x != x), x, p * (floats)((half + 127) << 23) * (floats)((power - half + 127) << 23));
 }
 
 #if BYTES == 64
