@@ -35,7 +35,10 @@ def test_a_product_with_a_scale_and_a_sum_are_rounded_once():
                 assert np.array_equal(got.view(np.uint32), want.view(np.uint32))
         assert 50 < quick < 250
         assert interpret._single_fma(x, np.float32(3) * y, z) is None
-        for x, power, z in ((1.25, -149, 2.0**-125), (2.0**100, 28, -1.5 * 2.0**127)):  # subnormal, overflown: sums differ
+        for x, power, z in (
+            (1.25, -149, 2.0**-125),
+            (2.0**100, 28, -1.5 * 2.0**127),
+        ):  # subnormal, overflown: sums differ
             given = [np.full((1, 1), each, np.float32) for each in (x, 2.0**power, z)]
             assert given[0] * given[1] + given[2] != one_by_one.fma_fp32(*given)
             assert interpret._single_fma(*given) is None
