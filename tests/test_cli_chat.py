@@ -212,14 +212,19 @@ def test_a_terminal_is_as_it_was_after_a_signal_that_ends(number, tmp_path):
     termios = pytest.importorskip("termios")
     known = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "HOME": str(tmp_path)}
     words = [sys.executable, "-m", "dsv4_core", "chat", "-b", "reference"]
+    before = signal.signal(signal.Signals[number], signal.SIG_DFL)  # which nohup ignores, and a child inherits
     ours, theirs = os.openpty()
     with subprocess.Popen(words, env=known, stdin=theirs, stdout=theirs, stderr=theirs) as process:
-        terminal = fdpexpect.fdspawn(ours, timeout=60)
-        terminal.expect("Ctrl-D ends")
-        terminal.expect(rb">[^\n]*\x1b\[\?25h")
-        assert not termios.tcgetattr(theirs)[3] & termios.ICANON
-        process.send_signal(signal.Signals[number])
-        assert process.wait(60) == 128 + signal.Signals[number]
+        signal.signal(signal.Signals[number], before)
+        try:
+            terminal = fdpexpect.fdspawn(ours, timeout=60)
+            terminal.expect("Ctrl-D ends")
+            terminal.expect(rb">[^\n]*\x1b\[\?25h")
+            assert not termios.tcgetattr(theirs)[3] & termios.ICANON
+            process.send_signal(signal.Signals[number])
+            assert process.wait(60) == 128 + signal.Signals[number]
+        finally:
+            process.kill()  # one that did not end
     assert termios.tcgetattr(theirs)[3] & termios.ICANON
     os.close(theirs)
     os.close(ours)
