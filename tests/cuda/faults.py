@@ -127,7 +127,7 @@ FAULTS = {
         "the bytes between a packed row's scales and its BF16 channels are not zero", "cache",
         "tl.where(group < PLAIN // GROUP, tl.reshape(exponent, (GROUPS,)), 0)", "tl.reshape(exponent, (GROUPS,))", "cache_write",
     ),
-    "swapped_halves": Fault("an even channel's FP4 code is stored in the high half of its byte", "cache", "(even | (odd << 4))", "(odd | (even << 4))", "cache_write"),
+    "swapped_halves": Fault("an even channel's FP4 code is stored in the high half of its byte", "cache", "out + byte, (even | (odd << 4))", "out + byte, (odd | (even << 4))", "cache_write"),
     "a_row_too_far": Fault(
         "rows are scattered to the slot behind theirs", "cache",
         "tl.store(target + slot * DIM + column,", "tl.store(target + (slot + 1) * DIM + column,", "cache_write",
@@ -192,7 +192,7 @@ FAULTS = {
         "pieces of the turned channels are added without their share", "sparse_attn", "tail += fade[:, None] *", "tail +=", "test_carried.py",
     ),
     "rotation_of_heads_as_tokens": Fault(
-        "the Hadamard rotation turns a head by its row's number", "quant", "tl.load(positions + row // heads,", "tl.load(positions + row // 1,", "test_carried.py",
+        "the Hadamard rotation turns a head by its row's number", "quant", "freqs, row // heads,", "freqs, row // 1,", "test_carried.py",
     ),
     "both_of_a_pair_minus": Fault(
         "the Hadamard rotation turns both channels of a pair by the first one's formula", "quant", "tl.where(((i & 1) == 0)[None, :], -across, across)", "-across",
