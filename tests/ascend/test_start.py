@@ -9,7 +9,9 @@ import torch
 from dsv4_backend_ascend import probe
 from dsv4_backend_ascend.backend import AscendBackend
 
+from dsv4_core.checkpoint.weights import Checkpoint, embedded
 from dsv4_core.contract.backend import BackendError
+from dsv4_core.planning.support import planned_calls
 
 
 @pytest.fixture
@@ -116,6 +118,11 @@ def test_doctor_reads_what_hccl_reads(monkeypatch, name, value, wrong):
 @pytest.mark.parametrize(("rows", "packs"), [("bf16", False), ("packed", True)])
 def test_cache_rows_are_stored_as_asked(rows, packs):
     assert AscendBackend(soc="910B", rows=rows).packs_rows == packs
+
+
+def test_a_plan_without_an_npu_is_of_the_rows_that_are_stored():
+    calls = planned_calls(Checkpoint(embedded()).config, AscendBackend(soc="910B"), "e2m1")
+    assert {call.operands["cache"].dtype for call in calls if call.op == "cache_write"} == {"bfloat16", "float32"}
 
 
 def test_cache_rows_of_another_kind_are_refused():

@@ -95,6 +95,7 @@ class AscendBackend(ComposedBackend):
         Option("expand_bytes", "bytes of expert weights expanded to BF16 at a time on 910B and 910C", 1 << 30),
     )
     weight_formats = ("e4m3", "e2m1", "int8")
+    packs_rows = False  # what plans are made for: they ask the class
     on_cpu = False  # on simulated CANN too: the paths are those of a device
 
     def __init__(self, **options: Any) -> None:
@@ -216,7 +217,8 @@ class AscendBackend(ComposedBackend):
         answer = plan(self, op, operands) if operands else Answer("composed", reason="no operands were named")
         reached = " ".join(proof.rungs(self.generation, answer.calls)) or "none"
         if answer.tier == "composed":
-            return Support(by=f"composed: {answer.reason}", proof=reached)
+            parts = "; its parts are planned by themselves" if OPS[op].fused else ""
+            return Support(by=f"composed: {answer.reason}{parts}", proof=reached)
         if answer.tier == "triton":
             return Support(by=f"triton: {op}", proof=proof.KERNELS)
         sources = "; ".join(f"{cell.standing}: {cell.source}" for cell in answer.cells)
