@@ -193,7 +193,7 @@ def _drift(cann: str, l1: dict[str, Any]) -> list[str]:
         return [f"The comparison with the wheel of CANN {cann} was not run.", ""]
     drift = [
         *l1["drift"]["schemas"].values(),
-        *dict.fromkeys(f"{e['call']}: {e['wheel']}" for e in l1["drift"]["shapes"]),
+        *dict.fromkeys(f"{e['call']}: {e['wheel'].partition('. You may')[0]}" for e in l1["drift"]["shapes"]),
     ]
     calls = sum(map(len, l1["calls"].values()))
     refused = l1["calls that we refuse"]
@@ -219,7 +219,8 @@ def _on_fake_tensors(l2: dict[str, Any]) -> list[str]:
     on_host = sum(bool(run["with an operand in host memory"]) for run in runs)
     text = (
         f"On its fake tensors ({l2['date']}): {len(runs)} runs of whole models, {on_host} with an operand in host memory; "
-        f"operators without an NPU kernel: {', '.join(f'`{name}`' for name in missing) or 'none'}."
+        f"operators without an NPU kernel: {', '.join(f'`{name}`' for name in missing) or 'none'}; shape functions of ours in "
+        f"place of the wheel's: {', '.join(f'`{name}`' for name in l2['our shape functions'])}."
     )
     return [text, ""]
 

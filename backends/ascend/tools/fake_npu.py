@@ -4,7 +4,9 @@ Run in the environment of ``npu_venv.py``. Prefill and decode of small models pa
 backend as on an NPU, without data: the wheel's own schemas and shape functions see every call.
 Noted are operations with an operand in host memory (device-clean: there must be none beside
 transfers) and operators for which the wheel has no NPU kernel, so that they would fall back to the
-CPU. ``npu_format_cast`` has no shape function in the wheel; ours stands in.
+CPU. ``npu_format_cast`` has no shape function in the wheels, and 2.9.0.post2's of
+``npu_mhc_sinkhorn`` wants arguments that the dispatcher leaves out where they are the schema's own
+defaults; ours stand in, and the report names them.
 
     python backends/ascend/tools/npu_venv.py --venv DIR run backends/ascend/tools/fake_npu.py
     --report reports/ascend/l2/2.13.0.json
@@ -56,7 +58,21 @@ def _tiled(weight: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return torch.empty_like(weight)
 
 
-torch.library.register_fake("npu::npu_format_cast", _tiled)
+def _sinkhorn(x: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Stand in for a shape function without the schema's defaults."""
+    return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
+
+
+def stand_in(library: torch.library.Library) -> list[str]:
+    """Register shape functions that the wheel lacks, and name them."""
+    library.impl("npu_format_cast", _tiled, "Meta")
+    try:
+        torch.ops.npu.npu_mhc_sinkhorn(torch.empty(1, 4, 4, device="meta"))
+    except TypeError:
+        library.impl("npu_mhc_sinkhorn", _sinkhorn, "Meta", allow_override=True)
+        return ["npu_format_cast", "npu_mhc_sinkhorn"]
+    return ["npu_format_cast"]
+
 
 TRANSFERS = {
     "aten::_to_copy",
@@ -174,6 +190,8 @@ def main() -> int:
     args = parser.parse_args()
     runs: dict[str, Any] = {}
     numeric.table = table_without_data
+    library = torch.library.Library("npu", "IMPL")
+    ours = stand_in(library)
     with tempfile.TemporaryDirectory() as folder, FakeTensorMode(allow_non_fake_inputs=False):
         create(Path(folder) / "wide", wide_heads(), seed=1)
         convert(embedded(), Path(folder) / "w8a8", Options(int8=True))
@@ -197,6 +215,7 @@ def main() -> int:
             "torch-npu": version.__version__,
             "torch-npu commit": version.git_version,
         },
+        "our shape functions": ours,
         "runs": runs,
     }
     args.report.parent.mkdir(parents=True, exist_ok=True)

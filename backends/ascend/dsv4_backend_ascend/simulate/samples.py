@@ -166,7 +166,6 @@ def _common() -> Iterator[Sample]:
             "layout_kv": "TND",
             "sparse_mode": 0,
             "attention_mode": 2,
-            "return_softmax_lse": True,
         },
     )
 
