@@ -290,6 +290,11 @@ def _runs(runs: dict[str, dict[str, Any]]) -> list[str]:
             f"| {chip} | {report['tier']} | {report['level']} | {', '.join(f'{n} {s}' for s, n in counts.items())} | {own} "
             f"| {len(ran)} of {len(claimed)} | {report['duration']:.0f} | {report['date']} |"
         )
+    failed = {
+        finding["group"] for report in runs.values() for finding in report["findings"] if finding["status"] == "failed"
+    }
+    if failed == {"invariance"}:
+        lines += ["", "What failed is of level 4 alone: the same row by itself and among others, to the bit."]
     return [*lines, ""]
 
 
