@@ -23,6 +23,8 @@ from dsv4_core.checkpoint.config import PRESETS
 dist = pytest.importorskip("torch.distributed")
 HERE = Path(__file__).parent
 FACTORINGS = {2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2), (1, 4)]}
+SIMULATED = {(4, 1): "910C", (2, 2): "910B", (1, 4): "950"}
+"""Chips of Ascend whose ops four ranks run, simulated."""
 
 
 def free_port() -> int:
@@ -61,15 +63,15 @@ def jobs_of(ranks: int, wide: Path) -> list[dict]:
     for tp, ep in FACTORINGS[ranks]:
 
         def add(
-            model, backend="reference", numerics="float64", *, variant="", batch=3, text=0, tp=tp, ep=ep, stalls=False
-        ):
+            model, backend="reference", numerics="float64", *, variant="", batch=3, text=0, tp=tp, ep=ep, stalls=False, **options
+        ):  # fmt: skip
             path = wide if model == "wide" else golden.checkpoint_path(model)
             rng = np.random.default_rng(batch)  # the same for every split, so that one rank computes it once
             size = 251 if model == "tiny-flash" or variant == "odd" else 512
             jobs.append(
                 {
                     "name": f"{model}-{backend}-{numerics}-{variant or 'whole'}-{batch}-tp{tp}-ep{ep}{'-stalls' * stalls}", "stalls": stalls,
-                    "model": model, "checkpoint": str(path), "backend": backend, "numerics": numerics, "variant": variant,
+                    "options": options, "model": model, "checkpoint": str(path), "backend": backend, "numerics": numerics, "variant": variant,
                     "tp": tp, "ep": ep, "prefill": 133, "chunk": 80, "generate": text,
                     "tokens": rng.integers(2, size, (batch, 135)).tolist(),
                 }
@@ -88,6 +90,10 @@ def jobs_of(ranks: int, wide: Path) -> list[dict]:
             add("tiny-flash", variant="odd", batch=2)
             add("tiny-jargon", numerics="float32", text=5)
             add("tiny-jargon", numerics="native", variant="distance")
+        if chip := SIMULATED.get((tp, ep)):
+            add("wide", "ascend", "native", stalls=ep > 1, simulate=chip)
+            if tp < 4:
+                add("tiny-jargon", "ascend", "native", variant="distance", simulate=chip)
         add("wide", variant="odd", batch=2)
         add("tiny-pro", variant="one_rank", batch=2)
     return jobs

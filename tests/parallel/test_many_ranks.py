@@ -40,7 +40,7 @@ def alone():
 
     def compute(job, **changes):
         job = job | changes
-        key = repr([job[k] for k in ("model", "backend", "numerics", "variant", "tokens")])
+        key = repr([job[k] for k in ("model", "backend", "options", "numerics", "variant", "tokens")])
         if key not in known:
             known[key] = run(job)
         return known[key]

@@ -83,7 +83,7 @@ def run(job, ranks=None, backend=None):
     """Give what one job computes: on several ranks, or with ``ranks`` None on this process
     alone.
     """
-    backend = backend or registry.create(job["backend"], numerics=job["numerics"])
+    backend = backend or registry.create(job["backend"], numerics=job["numerics"], **job["options"])
     checkpoint = Checkpoint(job["checkpoint"])
     source, parallel = VARIANTS[job["variant"]](checkpoint), ALONE
     if ranks:
@@ -128,7 +128,7 @@ def main(folder):
     watch = None
     for job in jobs:
         began = time.perf_counter()
-        backend = registry.create(job["backend"], numerics=job["numerics"])
+        backend = registry.create(job["backend"], numerics=job["numerics"], **job["options"])
         world = backend.process_group(where)
         world.host_reads_stall = job["stalls"]
         watch = watch or Watch(world.store, rank=where.rank, ranks=where.ranks, holder=None, place=where.place)
