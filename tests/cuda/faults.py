@@ -69,7 +69,7 @@ FAULTS = {
         "(tile * BLOCK_N // 128) * blocks + block", "(tile * BLOCK_N // 128) * blocks", "linear",
     ),
     "the_first_piece_twice": Fault(
-        "of a sum in pieces every program takes the first", "scaled_matmul", "begin = tl.program_id(2) * span", "begin = 0 * span",
+        "of a sum in pieces every program takes the first", "scaled_matmul", "begin = piece * span", "begin = 0 * span",
         "linear", "standard", "fp8_at_in=7168",
     ),
     "a_piece_forgotten": Fault(

@@ -288,34 +288,54 @@ def scaled(*shape, seed):
     return ScaledArray(codes, oracle.uniform_int(120, 126, *blocks, seed=seed + 1, dtype=torch.uint8), "e4m3")
 
 
+def scaled_fp4(*shape, seed):
+    """An FP4 weight, with scales near 1."""
+    codes = oracle.uniform_int(0, 256, *shape[:-1], shape[-1] // 2, seed=seed, dtype=torch.uint8)
+    groups = (*shape[:-1], shape[-1] // 32)
+    return ScaledArray(codes, oracle.uniform_int(120, 126, *groups, seed=seed + 1, dtype=torch.uint8), "e2m1")
+
+
+def mixture(be, tokens, dim, wide, width, expert, limit=10.0):
+    """Two ways to the experts' rows of one input: the shared expert of ``wide`` channels waits for those of ``width``, and it was made before."""
+    x = be.rms_norm(oracle.normal(tokens, dim, seed=41), oracle.normal(dim, seed=42), eps=1e-6)
+    own = [scaled(*shape, seed=43 + i) for i, shape in enumerate(((wide, dim), (wide, dim), (dim, wide)))]
+    shapes = (width, dim), (width, dim), (dim, width)
+    stacks = [StackedExperts(expert(3, *shape, seed=46 + i)) for i, shape in enumerate(shapes)]
+    weights = oracle.normal(tokens, 2, seed=49).float()
+    indices = oracle.uniform_int(0, 3, tokens, 2, seed=50, dtype=torch.int32)
+    shared, made = (be.ffn(x, *own, limit=10.0) for _ in range(2))
+    settle(made)
+    scalars = {"first_expert": 0, "limit": limit, "out_dtype": "float32"}
+    return (launches(be, "moe", x, weights, indices, each, *stacks, **scalars) for each in (shared, made.clone()))
+
+
 @pytest.mark.parametrize("tokens", [2, 17])
 @pytest.mark.parametrize("other", ["", "limit", "width"])
-def test_swiglu_of_the_shared_expert_waits_for_the_others(be, tokens, other):
+def test_the_shared_expert_waits_for_the_others(be, tokens, other):
     """One launch for both where they are alike; the shared expert's own otherwise."""
-    dim, wide, narrow = 256, 256, 128
-    x = be.rms_norm(oracle.normal(tokens, dim, seed=41), oracle.normal(dim, seed=42), eps=1e-6)
-    own = [scaled(*shape, seed=43) for shape in ((wide, dim), (wide, dim), (dim, wide))]
-    width = narrow if other == "width" else wide
-    stacks = [StackedExperts(scaled(3, *shape, seed=46)) for shape in ((width, dim), (width, dim), (dim, width))]
-    weights, indices = (
-        oracle.normal(tokens, 2, seed=49).float(),
-        oracle.uniform_int(0, 3, tokens, 2, seed=50, dtype=torch.int32),
-    )
-
-    def call(shared):
-        limit = 7.0 if other == "limit" else 10.0
-        return launches(
-            be, "moe", x, weights, indices, shared, *stacks, first_expert=0, limit=limit, out_dtype="float32"
-        )
-
-    shared = be.ffn(x, *own, limit=10.0)
-    made = be.ffn(x, *own, limit=10.0).clone()
-    got, ran = call(shared)
-    want, needed = call(made)
+    width, limit = 128 if other == "width" else 256, 7.0 if other == "limit" else 10.0
+    (got, ran), (want, needed) = mixture(be, tokens, 256, 256, width, scaled, limit)
     assert torch.equal(got.clone(), want.clone())
-    waits = tokens <= be.few_tokens
-    assert ran.count("swiglu_kernel") == (1 + bool(other) if waits else 1)
-    assert needed.count("swiglu_kernel") == 1
+    alone, both = ["scaled_matmul_kernel", "swiglu_kernel"], ["moe_matmul_kernel", "swiglu_kernel", "moe_matmul_kernel"]
+    assert [k for k in needed if k in {*alone, *both}] == [*alone, "scaled_matmul_kernel"]
+    if tokens > be.few_tokens:
+        assert ran == needed
+    elif other:
+        assert ran.count("swiglu_kernel") == 2
+    else:
+        assert [k for k in ran if k in {*alone, *both}] == both
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize("expert", [scaled, scaled_fp4])
+@pytest.mark.parametrize(("dim", "wide"), [(256, 384), (1024, 128), (128, 2048)])
+def test_products_beside_the_experts_have_the_bits_that_they_have_alone(be, tokens, expert, dim, wide):
+    """Whole; the first in pieces for SwiGLU; the last in pieces that a launch adds up."""
+    (got, ran), (want, _) = mixture(be, tokens, dim, wide, wide, expert)
+    assert ran.count("moe_matmul_kernel") == 2
+    assert ran.count("add_pieces_kernel") == (wide == 2048)
+    assert torch.equal(got.clone(), want.clone())
+    assert got.isfinite().all()
 
 
 def test_a_recorded_step_gives_nothing_that_waits(be, monkeypatch):

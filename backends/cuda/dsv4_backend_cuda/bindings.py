@@ -37,6 +37,7 @@ from dsv4_backend_cuda.kernels import (
     index,
     mhc,
     moe,
+    moe_matmul,
     norm,
     norm_rope,
     quant,
@@ -58,6 +59,7 @@ MODULES = (
     quant,
     scaled_matmul,
     dense_matmul,
+    moe_matmul,
     moe,
     compress,
     index,
@@ -282,23 +284,23 @@ def combine(
 
 def ffn(be: Settings, x: Tensor, w1: ScaledArray, w3: ScaledArray, w2: ScaledArray, *, limit: float) -> Tensor:
     """The input is quantised once, w1 and w3 are one launch, whose pieces SwiGLU adds up; it hands
-    w2 its codes. SwiGLU may wait for that of the routed experts.
+    w2 its codes. With FP8 weights all of it may wait for the routed experts.
     """
-    both = scaled_matmul.products(
-        *_quantise(x, fp4=_fp4(w1)), [_parts(w1), _parts(w3)],
-        out_dtype=x.dtype, fp4=_fp4(w1), split=not be.batch_invariant, reader=True,
-    )  # fmt: skip
-    if paired := scaled_matmul.paired(x, fp4=_fp4(w2)):
-        return _product(be, moe.swiglu_quant(both, limit=limit, paired=paired), w2, x.dtype)
+    codes, both = _quantise(x, fp4=_fp4(w1)), [_parts(w1), _parts(w3)]
     room = torch.empty((x.shape[0], w2.shape[0]), dtype=x.dtype, device=x.device)
 
-    def finish(hidden: Quantised) -> Tensor:
-        return _product(be, hidden, w2, x.dtype, room)
-
     def make(of: Shared) -> None:
-        settle(finish(moe.swiglu_quant(of.both, limit=of.limit)))
+        del of
+        how = {"out_dtype": x.dtype, "fp4": _fp4(w1), "split": not be.batch_invariant, "reader": True}
+        hidden = moe.swiglu_quant(
+            scaled_matmul.products(*codes, both, **how), limit=limit, paired=scaled_matmul.paired(x, fp4=_fp4(w2))
+        )
+        settle(_product(be, hidden, w2, x.dtype, room))
 
-    return _few(be, waiting(room, Shared(room, make, both, limit, finish)))
+    shared = waiting(room, Shared(room, make, codes, both, _parts(w2), limit))
+    if _fp4(w1) or _fp4(w2):
+        settle(shared)
+    return _few(be, shared)
 
 
 def _sorted(indices: Tensor, *, first_expert: int, n_experts: int) -> moe.Sorted:
@@ -314,26 +316,32 @@ def routed(
     *, first_expert: int, limit: float, out_dtype: str,
 ) -> Tensor:  # fmt: skip
     """``moe``: tokens are quantised once and never copied to their experts: w1 and w3, one launch,
-    read them where they are.
+    read them where they are. The shared expert's part is in the same launches, if it waits and is
+    as wide.
     """
     gate, up, down = (_stack(w) for w in (w1, w3, w2))
     topk = indices.shape[1]
     order, place, offsets = _sorted(indices, first_expert=first_expert, n_experts=w1.shape[0])
-    both = scaled_matmul.expert_products(
-        *_quantise(x, fp4=_fp4(gate)), [(w.data, w.scale) for w in (gate, up)], offsets,
-        fp4=_fp4(gate), order=order, topk=topk,
-    )  # fmt: skip
     of = None if shared is None else awaited(shared, Shared)
-    if of and (of.limit != limit or of.both.shape[2] != both.shape[1]):
+    if of and (of.limit != limit or of.both[0][0].shape != gate.shape[1:]):
         of = None
-    hidden, early = moe.swiglu_experts(
-        both, weights.contiguous(), order, of.both if of else None,
-        limit=limit, paired=scaled_matmul.paired(x, fp4=_fp4(down)),
-    )  # fmt: skip
+    codes, both = _quantise(x, fp4=_fp4(gate)), [_parts(gate), _parts(up)]
+    how = {"fp4": _fp4(gate), "order": order, "topk": topk}
+    early = None
     if of:
-        shared = of.finish(early)
+        rows, early = moe_matmul.products(codes, both, offsets, of.codes, of.both, **how)
+    else:
+        rows = scaled_matmul.expert_products(*codes, both, offsets, **how)
+    paired = scaled_matmul.paired(x, fp4=_fp4(down))
+    hidden, own = moe.swiglu_experts(rows, weights.contiguous(), order, early, limit=limit, paired=paired)
+    if of:
+        rows, parts = moe_matmul.products(
+            hidden, [_parts(down)], offsets, own, [of.down], fp4=_fp4(down), room=of.room
+        )
+        shared = add_pieces.total(parts, of.room.dtype, of.room)
         of.done()
-    rows = scaled_matmul.expert_products(*hidden, [(down.data, down.scale)], offsets, fp4=_fp4(down))
+    else:
+        rows = scaled_matmul.expert_products(*hidden, [_parts(down)], offsets, fp4=_fp4(down))
     shared = None if shared is None else shared.contiguous()
     return _few(be, moe.combine(rows, place, offsets, shared, topk=topk, out_dtype=getattr(torch, out_dtype)))
 

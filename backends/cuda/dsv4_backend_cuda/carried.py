@@ -119,13 +119,14 @@ class Mixture(Later):
 
 @dataclass(eq=False)
 class Shared(Later):
-    """A dense layer's rows [tokens, dim], of which gate and up are there, [pieces, tokens, gate |
-    up]; ``finish`` gives the rows for SwiGLU's codes, in channels' order.
+    """A dense layer's rows [tokens, dim]: codes of its input, its FP8 weights (gate and up, down) and
+    SwiGLU's limit.
     """
 
-    both: Tensor
+    codes: Codes
+    both: list[Codes]
+    down: Codes
     limit: float
-    finish: Callable[[Codes], Tensor]
 
 
 @dataclass(eq=False)

@@ -34,6 +34,7 @@ class _Product:
     """``copies``: experts or groups. ``split``: may be cut over its inputs (``pieces``);
     ``reader``: in two pieces too, since the kernel that reads them adds them up; ``awaited``: it
     does so as well, but is not known when the sum is cut. Else a launch of their own does.
+    ``beside``: in the launch of the experts' products.
     """
 
     layer: str
@@ -45,6 +46,7 @@ class _Product:
     split: bool = True
     reader: bool = False
     awaited: bool = False
+    beside: bool = False
 
 
 def _products(c: ModelConfig) -> list[_Product]:
@@ -60,10 +62,10 @@ def _products(c: ModelConfig) -> list[_Product]:
             "compressor wkv, wgate (ratio 4)", "bf16_linear_decode", 4 * c.head_dim, d, variant="pair", awaited=True
         ),
         _Product("gate", "bf16_linear_decode", c.n_routed_experts, d, reader=True),
-        _Product("experts w1, w3", "fp4_experts_decode", 2 * inter, d, experts, "pair", split=False),
-        _Product("experts w2", "fp4_experts_decode", d, inter, experts, split=False),
-        _Product("shared w1, w3", "linear_decode", 2 * inter, d, variant="pair", reader=True),
-        _Product("shared w2", "linear_decode", d, inter),
+        _Product("experts w1, w3", "fp4_experts_decode", 2 * inter, d, experts, "shared_up", split=False),
+        _Product("experts w2", "fp4_experts_decode", d, inter, experts, "shared_down", split=False),
+        _Product("shared w1, w3", "linear_decode", 2 * inter, d, variant="pair", reader=True, beside=True),
+        _Product("shared w2", "linear_decode", d, inter, beside=True),
         _Product("head", "bf16_linear_decode", c.vocab_size, d),
     ]
 
@@ -82,7 +84,7 @@ def steps(results: Iterable[Any]) -> Iterator[Step]:
 
     A program passes its hot loop once per 128 inputs (of its piece, where the sum is split); the
     multiprocessor with most programs sets the pace, and those that it holds at a time fill each
-    other's waiting; memory is read at its full rate; each launch comes on top. The sparse
+    other's waiting; memory is read at its full rate; each launch comes on top; the shared expert's products have none. The sparse
     attention's list is the window and ``index_topk`` rows.
     """
     built = {(r.kernel, r.variant, r.arch): r for r in results if not r.unsupported and r.loop_instructions}
@@ -96,7 +98,7 @@ def steps(results: Iterable[Any]) -> Iterator[Step]:
                     count = cdiv(passes, span)
                     split = built.get((p.kernel, "split", arch), r) if count > 1 else r
                     size = p.outputs * p.inputs * p.copies * BYTES[p.kernel]
-                    launches = 1 + (count > 1 and not p.reader and not p.awaited)
+                    launches = 1 - p.beside + (count > 1 and not p.reader and not p.awaited)
                     yield _step(name, p.layer, split, device, programs * count, span, size, launches)
             if r := built.get(("sparse_attn", "decode", arch)):
                 rows = config.sliding_window + config.index_topk

@@ -154,7 +154,8 @@ def inspect(cubin: bytes, *, looped: bool) -> Code:
 
 def _loops(instructions: list[Instruction], labels: dict[str, int]) -> list[tuple[int, int, int, int]]:
     """Backward branches: (first, last, tensor-core instructions, global loads). The endless loop
-    that pads the end is left out.
+    that pads the end is left out, and so is a way back into the middle of another loop, from a wait
+    that stands at the end.
     """
     found = []
     for last, instruction in enumerate(instructions):
@@ -166,7 +167,8 @@ def _loops(instructions: list[Instruction], labels: dict[str, int]) -> list[tupl
             body = instructions[first : last + 1]
             mma = sum(bool(MMA.match(i.opcode)) for i in body)
             loads = sum(i.opcode.startswith(("LDG", "UTMALDG", "UBLKCP")) for i in body)
-            found.append((first, last, mma, loads))
+            if not any(begin < first <= end for begin, end, *_ in found if end < last):
+                found.append((first, last, mma, loads))
     return found
 
 

@@ -25,20 +25,19 @@ def half_group_order(x):
     return tl.reshape(words, (x.shape[0], 32))
 
 
-@triton.jit(do_not_specialize=["rows", "span"])
-def fp4_matmul_kernel(
-    x, xs, w, ws, w2, ws2, y, y2, order, offsets, rows, N, N2, stride, stride2, K, span,
+@triton.jit
+def fp4_tile(
+    tile, part, piece, x, xs, w, ws, w2, ws2, y, y2, order, offsets, rows, N, N2, stride, stride2, K, span,
     EXPERTS: tl.constexpr, SLOTS: tl.constexpr, FP8: tl.constexpr, TWO: tl.constexpr, TOPK: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """A program computes BLOCK_N outputs of BLOCK_T rows. EXPERTS, TWO, TOPK, SPLIT: as in ``scaled_matmul``. FP8: products in E4M3, else in FP16."""
-    tile = tl.program_id(0)
+    """Outputs of rows, EXPERTS, TWO, TOPK, SPLIT: as in ``scaled_tile``. FP8: products in E4M3, else in FP16."""
     if TWO:
         tile, w, ws, y, N, stride = following(tile, tl.cdiv(N, BLOCK_N), w, ws, y, N, stride, w2, ws2, y2, N2, stride2)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    expert, first, end = 0, tl.program_id(1) * BLOCK_T, rows
+    expert, first, end = 0, part * BLOCK_T, rows
     if EXPERTS > 0:
-        expert, first, end = locate(tl.program_id(1), offsets, rows, EXPERTS, SLOTS, BLOCK_T)
+        expert, first, end = locate(part, offsets, rows, EXPERTS, SLOTS, BLOCK_T)
     t = first + tl.arange(0, BLOCK_T)
     live_t, live_n = t < end, n < N
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
@@ -49,9 +48,9 @@ def fp4_matmul_kernel(
     blocks = K // 128
     begin, stop = 0, blocks
     if SPLIT:
-        begin = tl.program_id(2) * span
+        begin = piece * span
         stop = tl.minimum(begin + span, blocks)
-        y += tl.program_id(2).to(tl.int64) * rows * stride
+        y += tl.cast(piece, tl.int64) * rows * stride
     if expert < EXPERTS or EXPERTS == 0:
         codes = w.to(tl.pointer_type(tl.uint32), bitcast=True) + tl.cast(expert, tl.int64) * N * (K // 8)  # eight codes
         scales = ws.to(tl.pointer_type(tl.uint32), bitcast=True) + tl.cast(expert, tl.int64) * N * blocks  # a block's four scales
@@ -62,7 +61,7 @@ def fp4_matmul_kernel(
         for block in range(begin, stop):
             scale_x = power_of_two(tl.load(xs + source * blocks + block, mask=live_t, other=127).to(tl.int32))
             scale_w = tl.load(scales + column * blocks + block, mask=live_n, other=0)
-            part = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+            sums = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
             for group in tl.static_range(4):
                 wide = tl.load(codes + column[:, None] * (K // 8) + block * 16 + group * 4 + word[None, :], mask=live_n[:, None], other=0)
                 if FP8:
@@ -72,7 +71,20 @@ def fp4_matmul_kernel(
                     narrow = tl.load(fours + source[:, None] * (K // 4) + block * 32 + group * 8 + tl.arange(0, 8)[None, :], mask=live_t[:, None], other=0)
                     product = tl.dot(group_half(wide), tl.trans(half_group_order(half_of_e4m3(narrow))))
                 scale = power_of_two(((scale_w >> (8 * group)) & 255).to(tl.int32))
-                part = tl.fma(product, tl.broadcast_to(scale[:, None], BLOCK_N, BLOCK_T), part)  # a power of two: no rounding but the sum's
-            acc = tl.fma(part, tl.broadcast_to(scale_x[None, :], BLOCK_N, BLOCK_T), acc)
+                sums = tl.fma(product, tl.broadcast_to(scale[:, None], BLOCK_N, BLOCK_T), sums)  # a power of two: no rounding but the sum's
+            acc = tl.fma(sums, tl.broadcast_to(scale_x[None, :], BLOCK_N, BLOCK_T), acc)
     out = tl.trans(acc * (64.0 if FP8 else 4194304.0)).to(y.dtype.element_ty)
     tl.store(y + row[:, None] * stride + column[None, :], out, mask=live_t[:, None] & live_n[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "span"])
+def fp4_matmul_kernel(
+    x, xs, w, ws, w2, ws2, y, y2, order, offsets, rows, N, N2, stride, stride2, K, span,
+    EXPERTS: tl.constexpr, SLOTS: tl.constexpr, FP8: tl.constexpr, TWO: tl.constexpr, TOPK: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """A program computes an ``fp4_tile``."""
+    fp4_tile(
+        tl.program_id(0), tl.program_id(1), tl.program_id(2), x, xs, w, ws, w2, ws2, y, y2, order, offsets, rows, N, N2, stride, stride2, K, span,
+        EXPERTS, SLOTS, FP8, TWO, TOPK, SPLIT, BLOCK_N, BLOCK_T,
+    )  # fmt: skip

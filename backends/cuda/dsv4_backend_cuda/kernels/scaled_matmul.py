@@ -25,26 +25,25 @@ DECODE_TOKENS = 16  # up to here one narrow tile holds all tokens (of an expert)
 MIDDLE_TOKENS = 128  # up to here a tile of few tokens keeps more multiprocessors busy than a wide one whose sum cannot be cut
 
 
-@triton.jit(do_not_specialize=["rows", "span"])
-def scaled_matmul_kernel(
-    x, xs, w, ws, w2, ws2, y, y2, order, offsets, rows, N, N2, stride, stride2, K, span,
+@triton.jit
+def scaled_tile(
+    tile, part, piece, x, xs, w, ws, w2, ws2, y, y2, order, offsets, rows, N, N2, stride, stride2, K, span,
     EXPERTS: tl.constexpr, SLOTS: tl.constexpr, FP4: tl.constexpr, MMA: tl.constexpr, TWO: tl.constexpr, TOPK: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """A program computes BLOCK_N outputs of BLOCK_T rows. EXPERTS 0: one dense weight. MMA: "half", "fp8" or "scaled" (block-scaled).
+    """BLOCK_N outputs, the ``tile``-th, of BLOCK_T rows, the ``part``-th. EXPERTS 0: one dense weight. MMA: "half", "fp8" or "scaled" (block-scaled).
 
-    ``stride``: from a row of ``y`` to the next. TWO: a second weight of N2 outputs, into ``y2``. TOPK > 0: row t is of token order[t] // TOPK. SPLIT: piece
-    program_id(2) of the sum, ``span`` blocks of 128, into ``y`` [pieces, rows, stride].
+    ``stride``: from a row of ``y`` to the next. TWO: a second weight of N2 outputs, into ``y2``. TOPK > 0: row t is of token order[t] // TOPK. SPLIT: that
+    ``piece`` of the sum, ``span`` blocks of 128, into ``y`` [pieces, rows, stride].
     """
     # One weight scale a program: a block of 128 outputs must hold all of the program's, or all but the first 128 are scaled by a neighbour's scale.
     tl.static_assert(FP4 or MMA == "scaled" or BLOCK_N <= 128, "BLOCK_N: a program reads one scale of 128 outputs")
-    tile = tl.program_id(0)
     if TWO:
         tile, w, ws, y, N, stride = following(tile, tl.cdiv(N, BLOCK_N), w, ws, y, N, stride, w2, ws2, y2, N2, stride2)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    expert, first, end = 0, tl.program_id(1) * BLOCK_T, rows
+    expert, first, end = 0, part * BLOCK_T, rows
     if EXPERTS > 0:
-        expert, first, end = locate(tl.program_id(1), offsets, rows, EXPERTS, SLOTS, BLOCK_T)
+        expert, first, end = locate(part, offsets, rows, EXPERTS, SLOTS, BLOCK_T)
     t = first + tl.arange(0, BLOCK_T)
     live_t, live_n = t < end, n < N
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
@@ -55,9 +54,9 @@ def scaled_matmul_kernel(
     blocks = K // 128
     begin, stop = 0, blocks
     if SPLIT:
-        begin = tl.program_id(2) * span
+        begin = piece * span
         stop = tl.minimum(begin + span, blocks)
-        y += tl.program_id(2).to(tl.int64) * rows * stride
+        y += tl.cast(piece, tl.int64) * rows * stride
     if expert < EXPERTS or EXPERTS == 0:
         PACK: tl.constexpr = 2 if FP4 else 1
         WORD: tl.constexpr = 4 if MMA == "half" else 1  # codes that a load takes at once
@@ -82,12 +81,25 @@ def scaled_matmul_kernel(
                 scale = e8m0_value(tl.load(xs + source * blocks + block, mask=live_t, other=127))
                 scale_w = e8m0_value(tl.load(scales + (tile * BLOCK_N // 128) * blocks + block))
                 if MMA == "fp8":
-                    part = tl.dot(wide.to(tl.float8e4nv, bitcast=True), narrow.to(tl.float8e4nv, bitcast=True))
+                    product = tl.dot(wide.to(tl.float8e4nv, bitcast=True), narrow.to(tl.float8e4nv, bitcast=True))
                 else:
-                    part = tl.dot(half_of_e4m3(wide), tl.trans(half_of_e4m3(tl.trans(narrow)))) * 65536.0
-                acc += part * (scale * scale_w)[None, :]
+                    product = tl.dot(half_of_e4m3(wide), tl.trans(half_of_e4m3(tl.trans(narrow)))) * 65536.0
+                acc += product * (scale * scale_w)[None, :]
     out = tl.trans(acc).to(y.dtype.element_ty)
     tl.store(y + row[:, None] * stride + column[None, :], out, mask=live_t[:, None] & live_n[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "span"])
+def scaled_matmul_kernel(
+    x, xs, w, ws, w2, ws2, y, y2, order, offsets, rows, N, N2, stride, stride2, K, span,
+    EXPERTS: tl.constexpr, SLOTS: tl.constexpr, FP4: tl.constexpr, MMA: tl.constexpr, TWO: tl.constexpr, TOPK: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """A program computes a ``scaled_tile``."""
+    scaled_tile(
+        tl.program_id(0), tl.program_id(1), tl.program_id(2), x, xs, w, ws, w2, ws2, y, y2, order, offsets, rows, N, N2, stride, stride2, K, span,
+        EXPERTS, SLOTS, FP4, MMA, TWO, TOPK, SPLIT, BLOCK_N, BLOCK_T,
+    )  # fmt: skip
 
 
 def mma_of(arch: int, *, fp4: bool) -> str:
@@ -130,7 +142,7 @@ def side_by_side(y: torch.Tensor, count: int) -> list[torch.Tensor]:
     return list(y.split(y.shape[2] // count, 2))
 
 
-def _shared_out(
+def shared_out(
     codes: torch.Tensor, outputs: Sequence[int], *, fp4: bool, split: bool, reader: bool = False
 ) -> tuple[dict[str, Any], int, int, int]:
     """The tile for products with so many outputs each, its tiles of tokens, the span that a program sums, and how many pieces those are."""
@@ -158,7 +170,7 @@ def products(
     ``split``: allowed to cut the sum in pieces, where there are too few programs for the multiprocessors; ``reader``: whoever reads it adds them up.
     """
     rows, outputs = codes.shape[0], [w[0].shape[0] for w in weights]
-    options, tiles, span, count = _shared_out(codes, outputs, fp4=fp4, split=split, reader=reader)
+    options, tiles, span, count = shared_out(codes, outputs, fp4=fp4, split=split, reader=reader)
     dtype = out_dtype if count == 1 else torch.float32
     y = torch.empty((count, rows, sum(outputs)), dtype=dtype, device=codes.device) if room is None or count > 1 else room[None]
     _launch((codes, scales), weights, side_by_side(y, len(weights)), scales, None, experts=0, tiles=tiles, topk=0, fp4=fp4, span=span, options=options)
@@ -171,7 +183,7 @@ TOGETHER = 2
 
 def together(codes: torch.Tensor, scales: torch.Tensor, weights: Sequence[Weight], rooms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """FP8 products of one input with two weights of any number of outputs: each in its room [tokens, outputs], or several pieces for the readers."""
-    options, tiles, span, count = _shared_out(codes, [w[0].shape[0] for w in weights], fp4=False, split=True)
+    options, tiles, span, count = shared_out(codes, [w[0].shape[0] for w in weights], fp4=False, split=True)
     ys = [room[None] if count == 1 else torch.empty((count, *room.shape), dtype=torch.float32, device=codes.device) for room in rooms]
     _launch((codes, scales), weights, ys, scales, None, experts=0, tiles=tiles, topk=0, fp4=False, span=span, options=options)
     return ys
