@@ -206,6 +206,14 @@ FAULTS = {
         "the shared expert's codes are stored in FP4 weights' order", "moe", "tl.where(is_early, column, paired_place(column))", "paired_place(column)",
         "test_kernel_moe.py",
     ),
+    "cut_elsewhere_beside_the_experts": Fault(
+        "the shared expert's sums are cut in other pieces beside the experts than alone", "moe_matmul", "K, span, 0, 1, False,", "K, span + 1, 0, 1, False,",
+        "test_kernel_matmul.py",
+    ),
+    "first_of_the_shared_expert_twice": Fault(
+        "the second of the shared expert's weights beside the experts is the first again", "moe_matmul", "shared_w2, shared_ws2, shared_y, shared_y2,\n            order",
+        "shared_w, shared_ws, shared_y, shared_y2,\n            order", "test_carried.py",
+    ),
     "limit_of_the_others": Fault(
         "the shared expert is clamped by the routed experts' limit", "dsv4_backend_cuda/bindings", "of.limit != limit or ", "", "test_carried.py",
     ),

@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 from dsv4_backend_cuda import pieces
-from dsv4_backend_cuda.kernels import add_pieces, moe, scaled_matmul
+from dsv4_backend_cuda.kernels import add_pieces, moe, moe_matmul, scaled_matmul
 
 
 def activation(tokens: int, k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -135,6 +135,31 @@ def test_experts_read_tokens_where_they_are(make, tokens):
     exact = torch.cat([torch.einsum("tk,tok->to", x, w[2][expert]) for w in (first, second)], 1)
     assert not y[mine:].any()
     oracle.close(y[:mine], exact)
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(1, 19), (16, 2)])
+@pytest.mark.parametrize("make", [fp8_weight, fp4_weight])
+@pytest.mark.usefixtures("mma")
+def test_bits_of_the_shared_expert_and_of_the_others_are_those_that_they_have_alone(make, tokens, steps):
+    """Of two weights and of one, in four pieces and whole, some rows another rank's."""
+    fp4, k = make is fp4_weight, 128 * steps
+    plain, scales, _ = activation(tokens, k, seed=31)
+    codes = ordered(plain, fp4=fp4)
+    routed, shared = (
+        [make(136, k, seed, *experts)[:2] for seed in (32, 42)] for make, experts in ((make, (4,)), (fp8_weight, ()))
+    )
+    indices = oracle.uniform_int(0, 6, tokens, 3, seed=52, dtype=torch.int32)
+    order, _, offsets = (oracle.guarded(t) for t in moe.sort(indices, first_expert=1, n_experts=4))
+    for count in (2, 1):
+        how = {"fp4": fp4, "order": order, "topk": 3}
+        room = torch.empty(tokens, 136, dtype=torch.bfloat16) if count == 1 else None
+        rows, parts = moe_matmul.products(
+            (codes, scales), routed[:count], offsets, (plain, scales), shared[:count], room=room, **how
+        )
+        assert len(parts) == (4 if steps == 19 else 1)
+        assert torch.equal(rows, scaled_matmul.expert_products(codes, scales, routed[:count], offsets, **how))
+        how = {"out_dtype": torch.bfloat16, "fp4": False, "split": True, "reader": room is None}
+        assert torch.equal(parts, scaled_matmul.products(plain, scales, shared[:count], **how))
 
 
 def test_bits_do_not_depend_on_the_batch():

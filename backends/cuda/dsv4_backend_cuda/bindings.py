@@ -335,9 +335,7 @@ def routed(
     paired = scaled_matmul.paired(x, fp4=_fp4(down))
     hidden, own = moe.swiglu_experts(rows, weights.contiguous(), order, early, limit=limit, paired=paired)
     if of:
-        rows, parts = moe_matmul.products(
-            hidden, [_parts(down)], offsets, own, [of.down], fp4=_fp4(down), room=of.room
-        )
+        rows, parts = moe_matmul.products(hidden, [_parts(down)], offsets, own, [of.down], fp4=_fp4(down), room=of.room)
         shared = add_pieces.total(parts, of.room.dtype, of.room)
         of.done()
     else:

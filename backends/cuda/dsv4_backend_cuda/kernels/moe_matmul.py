@@ -13,7 +13,7 @@ import triton.language as tl
 from dsv4_backend_cuda import launch
 from dsv4_backend_cuda.kernels import scaled_matmul
 from dsv4_backend_cuda.kernels.fp4_matmul import fp4_tile
-from dsv4_backend_cuda.kernels.scaled_matmul import Weight, mma_of, scaled_tile, side_by_side
+from dsv4_backend_cuda.kernels.scaled_matmul import Weight, scaled_tile, side_by_side
 from dsv4_backend_cuda.launch import KernelSpec, cdiv, next_power_of_2
 
 
@@ -72,8 +72,8 @@ def products(
     moe_matmul_kernel[(programs,)](
         codes, scales, *first, *last, ys[0], ys[-1], offsets if order is None else order, offsets, rows, tiles,
         *shared_x, *shared_weights[0], *shared_weights[-1], shared_ys[0], shared_ys[-1], tokens, span, n, outputs, k,
-        EXPERTS=experts, SLOTS=next_power_of_2(experts + 2), FP4=fp4, MMA=mma_of(arch, fp4=fp4), SHARED_MMA=mma_of(arch, fp4=False), TWO=len(weights) == 2,
-        TOPK=topk, SPLIT=pieces > 1, BLOCK_SHARED=shared["BLOCK_N"], **options,
+        EXPERTS=experts, SLOTS=next_power_of_2(experts + 2), FP4=fp4, MMA=scaled_matmul.mma_of(arch, fp4=fp4), SHARED_MMA=scaled_matmul.mma_of(arch, fp4=False),
+        TWO=len(weights) == 2, TOPK=topk, SPLIT=pieces > 1, BLOCK_SHARED=shared["BLOCK_N"], **options,
     )  # fmt: skip
     return y[0], shared_y
 
@@ -93,7 +93,8 @@ def _specs() -> Iterator[KernelSpec]:
             | dict.fromkeys(("shared_y", "shared_y2"), "*fp32") | dict.fromkeys(("N", "stride", "K"), "i32:16"),
             variants={"shared_up": shape, "shared_down": shape | {"TWO": False, "TOPK": 0}},
             per_arch=lambda arch, fp4=fp4: {
-                "MMA": mma_of(arch, fp4=fp4), "SHARED_MMA": mma_of(arch, fp4=False), "BLOCK_SHARED": launch.config("linear_decode", arch)["BLOCK_N"],
+                "MMA": scaled_matmul.mma_of(arch, fp4=fp4), "SHARED_MMA": scaled_matmul.mma_of(arch, fp4=False),
+                "BLOCK_SHARED": launch.config("linear_decode", arch)["BLOCK_N"],
             },
         )  # fmt: skip
 
