@@ -296,7 +296,9 @@ def scaled_fp4(*shape, seed):
 
 
 def mixture(be, tokens, dim, wide, width, expert, limit=10.0):
-    """Two ways to the experts' rows of one input: the shared expert of ``wide`` channels waits for those of ``width``, and it was made before."""
+    """Two ways to all experts' rows of one input: the shared expert of ``wide`` channels waits for
+    those of ``width``, and it was made before.
+    """
     x = be.rms_norm(oracle.normal(tokens, dim, seed=41), oracle.normal(dim, seed=42), eps=1e-6)
     own = [scaled(*shape, seed=43 + i) for i, shape in enumerate(((wide, dim), (wide, dim), (dim, wide)))]
     shapes = (width, dim), (width, dim), (dim, width)

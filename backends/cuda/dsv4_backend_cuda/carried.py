@@ -119,7 +119,7 @@ class Mixture(Later):
 
 @dataclass(eq=False)
 class Shared(Later):
-    """A dense layer's rows [tokens, dim]: codes of its input, its FP8 weights (gate and up, down) and
+    """A dense layer's rows [tokens, dim]: codes of its input, FP8 weights (gate and up, down) and
     SwiGLU's limit.
     """
 

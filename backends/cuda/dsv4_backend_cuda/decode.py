@@ -84,8 +84,8 @@ def steps(results: Iterable[Any]) -> Iterator[Step]:
 
     A program passes its hot loop once per 128 inputs (of its piece, where the sum is split); the
     multiprocessor with most programs sets the pace, and those that it holds at a time fill each
-    other's waiting; memory is read at its full rate; each launch comes on top; the shared expert's products have none. The sparse
-    attention's list is the window and ``index_topk`` rows.
+    other's waiting; memory is read at its full rate; each launch comes on top, and the shared
+    expert's products have none. The sparse attention's list is the window and ``index_topk`` rows.
     """
     built = {(r.kernel, r.variant, r.arch): r for r in results if not r.unsupported and r.loop_instructions}
     for name in ("flash", "pro"):
