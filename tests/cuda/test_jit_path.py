@@ -83,7 +83,7 @@ def test_a_replayed_step_launches_nothing_and_copies_one_buffer():
     """
     found = run("capture", "--depth", "count")["ran"]
     eager, captured = found["eager"], found["captured"]
-    assert eager["triton"] > 80
+    assert eager["triton"] > 60
     assert captured["triton"] == 3 * eager["triton"]  # two to warm up, and the capture
     assert captured["torch"].pop("copy_") == 1  # the step's addresses, to where the graph reads them
     assert set(captured["torch"]) == set(eager["torch"])
