@@ -78,7 +78,7 @@ FAULTS = {
     ),
     "pieces_over_each_other": Fault(
         "pieces of a split product are stored one over the other", "dense_matmul",
-        "y += tl.program_id(2).to(tl.int64) * rows * stride", "y += 0 * tl.program_id(2).to(tl.int64) * rows * stride", "linear", "standard", "bf16_at_in=7168",
+        "y += tl.cast(piece, tl.int64) * rows * stride", "y += 0 * tl.cast(piece, tl.int64) * rows * stride", "linear", "standard", "bf16_at_in=7168",
     ),
     "second_weight_is_the_first": Fault(
         "the second of two weights in one launch is the first again", "tiles", "w, ws, y, N, stride = w2, ws2, y2, N2, stride2", "y, N, stride = y2, N2, stride2", "ffn", "smoke", "fp8",
@@ -157,7 +157,7 @@ FAULTS = {
         "who reads a product that was not launched takes its room as it is", "dsv4_backend_cuda/carried", "        later.begun()\n", "", "test_carried.py",
     ),
     "rooms_changed": Fault(
-        "products that are launched together stand in each other's rooms", "dsv4_backend_cuda/bindings", "zip(some, parts, strict=True)", "zip(some, parts[::-1], strict=True)",
+        "products that are launched together stand in each other's rooms", "dsv4_backend_cuda/bindings", "zip([*scaled, *plain], parts, strict=True)", "zip([*scaled, *plain], parts[::-1], strict=True)",
         "test_carried.py",
     ),
     "over_the_first": Fault(
@@ -213,6 +213,10 @@ FAULTS = {
     "first_of_the_shared_expert_twice": Fault(
         "the second of the shared expert's weights beside the experts is the first again", "moe_matmul", "shared_w2, shared_ws2, shared_y, shared_y2,\n            order",
         "shared_w, shared_ws, shared_y, shared_y2,\n            order", "test_carried.py",
+    ),
+    "cut_elsewhere_beside_fp8": Fault(
+        "BF16 products are cut in other pieces beside FP8 ones than apart", "input_matmul", "K, span, 1, False,", "K, span + 1, 1, False,",
+        "test_kernel_matmul.py",
     ),
     "limit_of_the_others": Fault(
         "the shared expert is clamped by the routed experts' limit", "dsv4_backend_cuda/bindings", "of.limit != limit or ", "", "test_carried.py",

@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 from dsv4_backend_cuda import pieces
-from dsv4_backend_cuda.kernels import add_pieces, moe, moe_matmul, scaled_matmul
+from dsv4_backend_cuda.kernels import add_pieces, dense_matmul, input_matmul, moe, moe_matmul, scaled_matmul
 
 
 def activation(tokens: int, k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -160,6 +160,25 @@ def test_bits_of_the_shared_expert_and_of_the_others_are_those_that_they_have_al
         assert torch.equal(rows, scaled_matmul.expert_products(codes, scales, routed[:count], offsets, **how))
         how = {"out_dtype": torch.bfloat16, "fp4": False, "split": True, "reader": room is None}
         assert torch.equal(parts, scaled_matmul.products(plain, scales, shared[:count], **how))
+
+
+@pytest.mark.parametrize("steps", [19, 2])
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.usefixtures("mma")
+def test_bits_of_fp8_and_bf16_products_of_an_input_are_those_that_they_have_apart(tokens, steps):
+    """A pair and two weights of other sizes beside two FP8 weights; a weight beside a weight."""
+    k = 128 * steps
+    x, (codes, scales, _) = oracle.normal(tokens, k, seed=61), activation(tokens, k, seed=62)
+    scaled = [fp8_weight(out, k, 63 + out)[:2] for out in (136, 64)]
+    plain = [[oracle.normal(out, k, seed=64 + i) for i in range(count)] for out, count in ((72, 2), (24, 1), (200, 1))]
+    for some, others in ((scaled, plain), (scaled[1:], plain[1:2])):
+        rooms = [torch.empty(tokens, w[0].shape[0], dtype=torch.bfloat16) for w in some]
+        other_rooms = [torch.empty(tokens, sum(len(w) for w in pair)) for pair in others]
+        parts = [part.clone() for part in input_matmul.together((codes, scales), some, rooms, x, others, other_rooms)]
+        apart = scaled_matmul.together((codes, scales), some, rooms) + dense_matmul.together(x, others, other_rooms)
+        for got, want in zip(parts, apart, strict=True):
+            assert len(got) == (4 if steps == 19 else 1)
+            assert torch.equal(got, want)
 
 
 def test_bits_do_not_depend_on_the_batch():

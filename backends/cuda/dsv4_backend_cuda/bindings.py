@@ -35,6 +35,7 @@ from dsv4_backend_cuda.kernels import (
     compress,
     dense_matmul,
     index,
+    input_matmul,
     mhc,
     moe,
     moe_matmul,
@@ -59,6 +60,7 @@ MODULES = (
     quant,
     scaled_matmul,
     dense_matmul,
+    input_matmul,
     moe_matmul,
     moe,
     compress,
@@ -174,32 +176,44 @@ def hadamard(be: Settings, x: Tensor) -> Tensor:
     return y if grid is None else carrying(y, grids={("e2m1", FP4_GROUP, x.shape[1]): grid})
 
 
+def _launch_together(x: Carrying) -> None:
+    """Launch as many of the products that wait for one input as a launch takes of each kind."""
+
+    def taken(scaled: bool, most: int) -> list[Product]:
+        waits = next((ps for (kind, _), ps in x.products.items() if kind == scaled and ps), [])
+        some: list[Product] = []
+        while waits and sum(len(p.weights) for p in (*some, waits[0])) <= most:
+            some.append(waits.pop(0))
+        return some
+
+    scaled, plain = taken(True, scaled_matmul.TOGETHER), taken(False, dense_matmul.TOGETHER)
+    weights, rooms = [_parts(p.weights[0]) for p in scaled], [p.of.room for p in scaled]
+    pairs, others = [p.weights for p in plain], [p.of.room for p in plain]
+    if not scaled:
+        parts = dense_matmul.together(x.contiguous(), pairs, others)
+    elif not plain:
+        parts = scaled_matmul.together(_quantise(x, fp4=False), weights, rooms)
+    else:
+        parts = input_matmul.together(_quantise(x, fp4=False), weights, rooms, x.contiguous(), pairs, others)
+    for product, part in zip([*scaled, *plain], parts, strict=True):
+        if part.shape[0] == 1:
+            product.of.done()
+        else:
+            product.of.pieces = part
+
+
 def _together(be: Settings, x: Tensor, weights: list[Any], dtype: torch.dtype) -> Tensor | None:
     """A product of few tokens that another of the same input may follow: the first that is read is
     launched with all that are there by then. None where the input is not one of the graph's norms.
     """
     if not isinstance(x, Carrying) or be.batch_invariant or not 0 < x.shape[0] <= be.few_tokens:
         return None
-    scaled = isinstance(weights[0], ScaledArray)
-    waits = x.products.setdefault((scaled, dtype), [])
+    waits = x.products.setdefault((isinstance(weights[0], ScaledArray), dtype), [])
     room = torch.empty((x.shape[0], sum(w.shape[0] for w in weights)), dtype=dtype, device=x.device)
 
     def begin() -> None:
         while waits:
-            some: list[Product] = []
-            most = scaled_matmul.TOGETHER if scaled else dense_matmul.TOGETHER
-            while waits and sum(len(p.weights) for p in (*some, waits[0])) <= most:
-                some.append(waits.pop(0))
-            rooms = [p.of.room for p in some]
-            if scaled:
-                parts = scaled_matmul.together(*_quantise(x, fp4=False), [_parts(p.weights[0]) for p in some], rooms)
-            else:
-                parts = dense_matmul.together(x.contiguous(), [p.weights for p in some], rooms)
-            for product, part in zip(some, parts, strict=True):
-                if part.shape[0] == 1:
-                    product.of.done()
-                else:
-                    product.of.pieces = part
+            _launch_together(x)
 
     later = Sum(room, add_pieces.add_up, None, begin)
     waits.append(Product(later, weights))

@@ -34,7 +34,7 @@ class _Product:
     """``copies``: experts or groups. ``split``: may be cut over its inputs (``pieces``);
     ``reader``: in two pieces too, since the kernel that reads them adds them up; ``awaited``: it
     does so as well, but is not known when the sum is cut. Else a launch of their own does.
-    ``beside``: in the launch of the experts' products.
+    ``beside``: in a launch that was counted already.
     """
 
     layer: str
@@ -59,7 +59,13 @@ def _products(c: ModelConfig) -> list[_Product]:
         _Product("wo_a", "grouped_linear_decode", c.o_lora_rank, heads // c.o_groups, c.o_groups, split=False),
         _Product("wo_b", "linear_decode", d, c.o_groups * c.o_lora_rank),
         _Product(
-            "compressor wkv, wgate (ratio 4)", "bf16_linear_decode", 4 * c.head_dim, d, variant="pair", awaited=True
+            "compressor wkv, wgate (ratio 4)",
+            "bf16_linear_decode",
+            4 * c.head_dim,
+            d,
+            variant="scaled_five",
+            awaited=True,
+            beside=True,
         ),
         _Product("gate", "bf16_linear_decode", c.n_routed_experts, d, reader=True),
         _Product("experts w1, w3", "fp4_experts_decode", 2 * inter, d, experts, "shared_up", split=False),
@@ -84,8 +90,8 @@ def steps(results: Iterable[Any]) -> Iterator[Step]:
 
     A program passes its hot loop once per 128 inputs (of its piece, where the sum is split); the
     multiprocessor with most programs sets the pace, and those that it holds at a time fill each
-    other's waiting; memory is read at its full rate; each launch comes on top, and the shared
-    expert's products have none. The sparse attention's list is the window and ``index_topk`` rows.
+    other's waiting; memory is read at its full rate; each launch comes on top, of products that
+    share one once. The sparse attention's list is the window and ``index_topk`` rows.
     """
     built = {(r.kernel, r.variant, r.arch): r for r in results if not r.unsupported and r.loop_instructions}
     for name in ("flash", "pro"):
@@ -96,7 +102,7 @@ def steps(results: Iterable[Any]) -> Iterator[Step]:
                     programs, passes = cdiv(p.outputs, r.config["BLOCK_N"]) * p.copies, p.inputs // 128
                     span = pieces.span(programs, passes, arch, reader=p.reader) if p.split else passes
                     count = cdiv(passes, span)
-                    split = built.get((p.kernel, "split", arch), r) if count > 1 else r
+                    split = built.get((p.kernel, "split", arch), r) if count > 1 and p.variant == "flash" else r
                     size = p.outputs * p.inputs * p.copies * BYTES[p.kernel]
                     launches = 1 - p.beside + (count > 1 and not p.reader and not p.awaited)
                     yield _step(name, p.layer, split, device, programs * count, span, size, launches)

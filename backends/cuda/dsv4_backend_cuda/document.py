@@ -27,7 +27,7 @@ def tables(report: dict[str, Any]) -> str:
         "",
         "### Decode of one token: floor over predicted time",
         "",
-        "The floor is the time of reading the weights once at the full rate; the prediction adds waiting, conversions and a launch.",
+        "The floor is the time of reading the weights once at the full rate; the prediction adds waiting, conversions and a launch, once for what shares one.",
         "",
     ]
     lines += _row("model", "product", "MB", *(f"sm_{a}" for a in columns)) + _row(*["---"] * (3 + len(columns)))

@@ -1,5 +1,7 @@
 """Second stage of a product that was split over its inputs: the pieces, in order."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,11 @@ def add_up(of: Sum) -> None:
         return  # of one piece
     y, options = of.room, launch.options("add_pieces", of.pieces)
     add_pieces_kernel[(cdiv(y.numel(), options["BLOCK"]),)](of.pieces, y, y.numel(), of.pieces.shape[0], **options)
+
+
+def in_pieces(rooms: Sequence[torch.Tensor], pieces: int) -> list[torch.Tensor]:
+    """Where products of these rooms go as [pieces, tokens, outputs]: one piece into its room, several in float32 to be added up."""
+    return [room[None] if pieces == 1 else torch.empty((pieces, *room.shape), dtype=torch.float32, device=room.device) for room in rooms]
 
 
 def total(partial: torch.Tensor, out_dtype: torch.dtype, room: torch.Tensor | None = None) -> torch.Tensor:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from dsv4_backend_cuda import launch, pieces
-from dsv4_backend_cuda.kernels.add_pieces import total
+from dsv4_backend_cuda.kernels.add_pieces import in_pieces, total
 from dsv4_backend_cuda.kernels.formats import e8m0_value
 from dsv4_backend_cuda.kernels.scaled_matmul import side_by_side
 from dsv4_backend_cuda.kernels.tiles import following
@@ -18,18 +18,19 @@ from dsv4_backend_cuda.launch import KernelSpec, Work, cdiv
 DECODE_TOKENS = 16
 
 
-@triton.jit(do_not_specialize=["rows", "span"])
-def dense_matmul_kernel(
+@triton.jit
+def dense_tile(
+    tile, part, group, piece,
     x, w, w2, w3, w4, w5, ws, y, y2, y3, y4, y5, rows, N, N2, N3, N4, N5, stride, stride2, stride3, stride4, stride5, K, span,
-    GROUPS: tl.constexpr, FP8: tl.constexpr, WEIGHTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, WORDS: tl.constexpr = 0,
+    GROUPS: tl.constexpr, FP8: tl.constexpr, WEIGHTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """A program computes BLOCK_N of group program_id(2)'s N outputs for BLOCK_T rows. Weights are the tall operand, as in ``scaled_matmul``. FP8: K is a multiple of 4.
+    """BLOCK_N of a ``group``'s N outputs, the ``tile``-th, for BLOCK_T rows, the ``part``-th. Weights are the tall operand, as in ``scaled_tile``. FP8: K is a multiple of 4.
 
     WORDS: codes are widened in words of four, where a conversion for each takes as long as the products (16 lanes a cycle on sm_90) or does not exist. ``stride``: from a row of
-    ``y`` to the next. WEIGHTS: one group, so many BF16 weights, each with its outputs and its ``y``. SPLIT: one group, and program_id(2) is the piece of the
-    sum, ``span`` steps of 128, into ``y`` [pieces, rows, stride].
+    ``y`` to the next. WEIGHTS: one group, so many BF16 weights, each with its outputs and its ``y``. SPLIT: one group, and that ``piece`` of the sum, ``span``
+    steps of 128, into ``y`` [pieces, rows, stride].
     """
-    tile, group, begin, stop = tl.program_id(0), tl.program_id(2), 0, K
+    begin, stop = 0, K
     if WEIGHTS > 1:
         tile, w, ws, y, N, stride = following(tile, tl.cdiv(N, BLOCK_N), w, ws, y, N, stride, w2, ws, y2, N2, stride2)
     if WEIGHTS > 2:
@@ -39,11 +40,11 @@ def dense_matmul_kernel(
     if WEIGHTS > 4:
         tile, w, ws, y, N, stride = following(tile, tl.cdiv(N, BLOCK_N), w, ws, y, N, stride, w5, ws, y5, N5, stride5)
     if SPLIT:
-        group, begin = 0, tl.program_id(2) * span * 128
+        begin = piece * span * 128
         stop = tl.minimum(begin + span * 128, K)
-        y += tl.program_id(2).to(tl.int64) * rows * stride
+        y += tl.cast(piece, tl.int64) * rows * stride
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    row = (part * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     live_n, live_t = n < N, row < rows
     out = group * N + n  # row of the weight, column of the result
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
@@ -68,11 +69,24 @@ def dense_matmul_kernel(
     tl.store(y + at, tl.trans(acc).to(y.dtype.element_ty), mask=live_t[:, None] & live_n[None, :])
 
 
+@triton.jit(do_not_specialize=["rows", "span"])
+def dense_matmul_kernel(
+    x, w, w2, w3, w4, w5, ws, y, y2, y3, y4, y5, rows, N, N2, N3, N4, N5, stride, stride2, stride3, stride4, stride5, K, span,
+    GROUPS: tl.constexpr, FP8: tl.constexpr, WEIGHTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, WORDS: tl.constexpr = 0,
+):  # fmt: skip
+    """A program computes a ``dense_tile``."""
+    piece = tl.program_id(2)
+    dense_tile(
+        tl.program_id(0), tl.program_id(1), 0 if SPLIT else piece, piece, x, w, w2, w3, w4, w5, ws, y, y2, y3, y4, y5, rows, N, N2, N3, N4, N5,
+        stride, stride2, stride3, stride4, stride5, K, span, GROUPS, FP8, WEIGHTS, SPLIT, BLOCK_N, BLOCK_T, WORDS,
+    )  # fmt: skip
+
+
 TOGETHER = 5
 """Weights that one launch can take."""
 
 
-def _shared_out(
+def shared_out(
     kernel: str, x: torch.Tensor, outputs: Sequence[int], *, split: bool, reader: bool = False
 ) -> tuple[dict[str, Any], int, int]:
     """The tile for products with so many outputs each, the span that a program sums, and how many pieces those are."""
@@ -83,16 +97,17 @@ def _shared_out(
     return options, span, max(cdiv(steps, span), 1)
 
 
+def filled(values: Sequence[Any]) -> Sequence[Any]:
+    """As many as the kernel has arguments."""
+    return [*values, *[values[-1]] * (TOGETHER - len(values))]
+
+
 def _launch(
     x: torch.Tensor, weights: Sequence[torch.Tensor], ys: Sequence[torch.Tensor], scale: torch.Tensor | None, *, groups: int, span: int, options: dict[str, Any]
 ) -> None:
     """Products with up to TOGETHER weights, each into its columns [pieces, rows, outputs]; with ``groups`` one, whose rows of groups these are."""
     rows, k, count, outputs = x.shape[0], x.shape[-1], ys[0].shape[0], [w.shape[0] // groups for w in weights]
     grid = (sum(cdiv(n, options["BLOCK_N"]) for n in outputs), cdiv(rows, options["BLOCK_T"]), max(groups, count))
-
-    def filled(values: Sequence[Any]) -> Sequence[Any]:
-        return [*values, *[values[-1]] * (TOGETHER - len(values))]
-
     dense_matmul_kernel[grid](
         x, *filled(weights), weights[0] if scale is None else scale, *filled(ys), rows, *filled(outputs), *filled([y.stride(1) for y in ys]), k, span,
         GROUPS=groups, FP8=scale is not None, WEIGHTS=len(weights), SPLIT=count > 1, **options,
@@ -102,18 +117,22 @@ def _launch(
 def products(x: torch.Tensor, weights: Sequence[torch.Tensor], *, out_dtype: torch.dtype, split: bool, reader: bool = False) -> torch.Tensor:
     """``linear`` with one weight, or two of a shape, as [pieces, tokens, outputs]: one piece, or several in float32 to be added up (``scaled_matmul.products``)."""
     outputs = [w.shape[0] for w in weights]
-    options, span, count = _shared_out("bf16_linear", x, outputs, split=split, reader=reader)
+    options, span, count = shared_out("bf16_linear", x, outputs, split=split, reader=reader)
     y = torch.empty((count, x.shape[0], sum(outputs)), dtype=out_dtype if count == 1 else torch.float32, device=x.device)
     _launch(x, weights, side_by_side(y, len(weights)), None, groups=1, span=span, options=options)
     return y
 
 
+def columns(weights: Sequence[Sequence[torch.Tensor]], ys: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Each weight's outputs in the results of weights and pairs of them."""
+    return [part for pair, y in zip(weights, ys, strict=True) for part in side_by_side(y, len(pair))]
+
+
 def together(x: torch.Tensor, weights: Sequence[Sequence[torch.Tensor]], rooms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Products of one input with weights, or pairs of them side by side: each in its room [tokens, outputs], or several pieces for the readers."""
-    options, span, count = _shared_out("bf16_linear", x, [w.shape[0] for pair in weights for w in pair], split=True)
-    ys = [room[None] if count == 1 else torch.empty((count, *room.shape), dtype=torch.float32, device=x.device) for room in rooms]
-    columns = [part for pair, y in zip(weights, ys, strict=True) for part in side_by_side(y, len(pair))]
-    _launch(x, [w for pair in weights for w in pair], columns, None, groups=1, span=span, options=options)
+    options, span, count = shared_out("bf16_linear", x, [w.shape[0] for pair in weights for w in pair], split=True)
+    ys = in_pieces(rooms, count)
+    _launch(x, [w for pair in weights for w in pair], columns(weights, ys), None, groups=1, span=span, options=options)
     return ys
 
 
@@ -125,7 +144,7 @@ def linear(x: torch.Tensor, *weights: torch.Tensor, out_dtype: torch.dtype, spli
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """``ops/matmul.py: grouped_linear`` for ``x`` [tokens, groups, in] and a weight [out, in], BF16 or E4M3 codes with ``scale``."""
     kernel = "bf16_linear" if scale is None else "grouped_linear"
-    options, span, _ = _shared_out(kernel, x, [weight.shape[0] // x.shape[1]], split=False)
+    options, span, _ = shared_out(kernel, x, [weight.shape[0] // x.shape[1]], split=False)
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     _launch(x, [weight], [y[None]], scale, groups=x.shape[1], span=span, options=options)
     return y

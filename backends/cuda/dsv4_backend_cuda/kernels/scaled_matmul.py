@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from dsv4_backend_cuda import launch, pieces
-from dsv4_backend_cuda.kernels.add_pieces import total
+from dsv4_backend_cuda.kernels.add_pieces import in_pieces, total
 from dsv4_backend_cuda.kernels.formats import e8m0_value
 from dsv4_backend_cuda.kernels.fp4_matmul import fp4_matmul_kernel
 from dsv4_backend_cuda.kernels.tiles import following, locate
@@ -181,11 +181,11 @@ TOGETHER = 2
 """Products of one input that a launch can compute."""
 
 
-def together(codes: torch.Tensor, scales: torch.Tensor, weights: Sequence[Weight], rooms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def together(x: Weight, weights: Sequence[Weight], rooms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """FP8 products of one input with two weights of any number of outputs: each in its room [tokens, outputs], or several pieces for the readers."""
-    options, tiles, span, count = shared_out(codes, [w[0].shape[0] for w in weights], fp4=False, split=True)
-    ys = [room[None] if count == 1 else torch.empty((count, *room.shape), dtype=torch.float32, device=codes.device) for room in rooms]
-    _launch((codes, scales), weights, ys, scales, None, experts=0, tiles=tiles, topk=0, fp4=False, span=span, options=options)
+    options, tiles, span, count = shared_out(x[0], [w[0].shape[0] for w in weights], fp4=False, split=True)
+    ys = in_pieces(rooms, count)
+    _launch(x, weights, ys, x[1], None, experts=0, tiles=tiles, topk=0, fp4=False, span=span, options=options)
     return ys
 
 
