@@ -66,7 +66,7 @@ def test_a_failed_gate_exits_with_1_and_names_itself(monkeypatch, tmp_path):
 
 def test_a_decode_step_by_hand():
     config = {"BLOCK_N": 64, "BLOCK_T": 16, "num_warps": 4, "num_stages": 4}
-    result = build.Result("fp4_experts_decode", "flash", 90, config=config, loop_instructions=1000)
+    result = build.Result("fp4_experts_decode", "shared_down", 90, config=config, loop_instructions=1000)
     step = next(s for s in decode.steps([result]) if (s.model, s.layer) == ("flash", "experts w2"))
     assert step.programs == 4096 // 64 * 6
     size = 6 * 2048 * 4096 * (1 / 2 + 1 / 32)
@@ -75,6 +75,10 @@ def test_a_decode_step_by_hand():
     seconds = cycles / (roofline.DEVICES[90].gigahertz * 1e9) + roofline.LAUNCH
     assert step.share == pytest.approx(size / 3350e9 / seconds, abs=1e-3)
     assert step.microseconds == pytest.approx(seconds * 1e6, abs=1e-2)
+    result = build.Result("linear_decode", "flash", 90, config=config, loop_instructions=1000)
+    step = next(s for s in decode.steps([result]) if (s.model, s.layer) == ("flash", "shared w2"))
+    seconds = 16 * 1000 / (roofline.DEVICES[90].gigahertz * 1e9)  # in the experts' launch
+    assert (step.programs, step.microseconds) == (64, pytest.approx(seconds * 1e6, abs=1e-2))
 
 
 def test_candidates_change_one_option_and_keep_what_bits_depend_on():
