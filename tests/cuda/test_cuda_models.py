@@ -26,9 +26,10 @@ KERNELS = {
     "norm_rope_kernel",
     "rms_norm_kernel",
     "act_quant_kernel",
-    "fp4_matmul_kernel",
     "scaled_matmul_kernel",
     "dense_matmul_kernel",
+    "input_matmul_kernel",
+    "moe_matmul_kernel",
     "sparse_attn_kernel",
     "sparse_attn_combine_kernel",
     "route_kernel",
@@ -39,7 +40,7 @@ KERNELS = {
     "index_select_kernel",
     "mix_kernel",
     "reduce_kernel",
-}  # fmt: skip; act_qdq, rope, combine and hc_post have no launch of their own here: what reads them does their work
+}  # fmt: skip; act_qdq, rope, combine, hc_post and FP4 products have no launch of their own here
 
 
 @functools.cache
