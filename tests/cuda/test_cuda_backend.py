@@ -260,6 +260,6 @@ def test_a_decode_step_reads_nothing_back(backend, monkeypatch):
         traces.append(list(launches))
     assert logits.device.type == "meta"
     assert traces[0] == traces[1]
-    assert {"fp4_matmul_kernel", "sparse_attn_kernel", "index_select_kernel", "reduce_kernel"} <= {
+    assert {"moe_matmul_kernel", "sparse_attn_kernel", "index_select_kernel", "reduce_kernel"} <= {
         name for name, _ in traces[0]
     }
