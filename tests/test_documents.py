@@ -48,6 +48,7 @@ OTHERS = {  # options of commands that are not dsv4's
     "--help", "--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--rdzv-backend",  # torchrun's
     "--tensor-parallel-size", "--speculative-config", "--additional-config",  # vLLM's
     "--bundle",  # cosign's
+    "--no-deps",  # pip's
     "--ops", "--weights", "--llama",  # of scripts in benchmarks/
     "--inputs", "--ledger",  # of scripts in tests/
 }  # fmt: skip

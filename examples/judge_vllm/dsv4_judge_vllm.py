@@ -24,6 +24,7 @@ torch.set_grad_enabled(False)
 current_platform.import_kernels()
 theirs = torch.ops._C  # noqa: SLF001  the namespace of their operators
 PICKS = 512  # all that their selection of indexer rows knows
+VECTOR, HALF = 32, 16  # elements that their norm and their rotation go by
 EXPERTS, CHOSEN = (64, 128, 256, 384), (6, 8)  # all that their routers know
 
 
@@ -65,6 +66,12 @@ class VllmJudged(Backend):
         first = next((o for o in operands.values() if hasattr(o, "shape")), None)
         if first is not None and 0 in first.shape:
             return Support(reason="their kernels take no empty step")
+        if op == "rms_norm" and first is not None and first.shape[-1] % VECTOR:
+            return Support(reason=f"their norm takes channels {VECTOR} at a time")
+        if op == "apply_rope" and first is not None:
+            pairs = operands["freqs"].shape[0]
+            if pairs % HALF or (first.shape[-1] - 2 * pairs) % HALF:
+                return Support(reason=f"their rotation takes {HALF} pairs and {HALF} plain channels at a time")
         if op == "index_select" and operands.get("topk", PICKS) != PICKS:
             return Support(reason=f"their kernel selects {PICKS} rows")
         if op in {"gate", "gate_hash"} and "weight" in operands:

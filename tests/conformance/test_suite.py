@@ -147,6 +147,15 @@ def test_an_op_that_is_claimed_and_always_refused_fails():
     assert ran.ok
 
 
+def test_checks_of_every_kind_ask_for_support_first():
+    backend = right_backend()()
+    backend.supports = lambda op, **operands: Support(reason="no such width") if operands else Support("numpy")
+    one_of_a_kind = {c.id.split("/")[0]: c.id for c in collect("standard", "native") if c.op == "gate"}
+    assert {"gate", "trace", "every_size", "many_calls", "almost_the_same"} <= one_of_a_kind.keys()
+    found = runner.run(checks.Session(backend, "standard"), cases=list(one_of_a_kind.values())).findings
+    assert {f.id: f.status for f in found} == dict.fromkeys(one_of_a_kind.values(), "unsupported")
+
+
 def test_what_supports_promises_is_held_against_the_backend():
     def refusing(*_, **__):
         raise UnsupportedOpError("no kernel for this")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -104,6 +104,16 @@ def describe(call: Call) -> dict[str, Any]:
     return {**arrays, **call.scalars}
 
 
+def refused(check: Check, call: Call, session: Session, dtypes: str = "", where: str = "") -> Finding | None:
+    """What there is to say of a check whose call the backend's ``supports`` refuses; None where it
+    takes the call.
+    """
+    if support := session.backend.supports(call.op, **describe(call)):
+        return None
+    finding = Finding(check.id, check.op, check.group, check.level, "unsupported", where + support.reason, dtypes)
+    return replace(finding, seed=call.seed)
+
+
 @dataclass(frozen=True)
 class OpCase:
     """One declared case of one op."""
@@ -150,18 +160,8 @@ class OpCase:
     def run(self, session: Session) -> Finding:
         """Ask for support, run, judge."""
         call = self.call(session.numerics, session.repeat)
-        support = session.backend.supports(self.op, **describe(call))
-        if not support:
-            return Finding(
-                self.id,
-                self.op,
-                self.group,
-                self.level,
-                "unsupported",
-                support.reason,
-                self.dtypes(session.numerics),
-                seed=call.seed,
-            )
+        if finding := refused(self, call, session, self.dtypes(session.numerics)):
+            return finding
         verdict = judge_call(call, session)
         if session.dump and not verdict.ok:
             dump.write(session.dump, self.id, call, verdict)
@@ -199,8 +199,8 @@ class LawOnCase:
     def run(self, session: Session) -> Finding:
         """Ask for support, judge."""
         call = self.case.call(session.numerics, session.repeat)
-        if not (support := session.backend.supports(self.case.op, **describe(call))):
-            return Finding(self.id, self.op, self.group, self.level, "unsupported", support.reason)
+        if finding := refused(self, call, session):
+            return finding
         verdict: Verdict = getattr(self, self.law)(call, session)
         return Finding.of(self, verdict, seed=call.seed, dtypes=self.case.dtypes(session.numerics))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dsv4_conformance.cases.case import Case, cases_of
-from dsv4_conformance.cases.checks import LawOnCase, OpCase, describe, judge_call, optional
+from dsv4_conformance.cases.checks import LawOnCase, OpCase, judge_call, optional, refused
 from dsv4_conformance.cases.pairs import BUCKETS, MOST, rows_of, variants
 from dsv4_conformance.check import Check, Finding, Session
 from dsv4_conformance.verdict.budget import expect
@@ -49,8 +49,8 @@ class EverySize(LawOnCase):
         for where, case in sized(self.op, self.case.case):
             one = OpCase(self.case.spec, case)
             call, dtypes = one.call(session.numerics, session.repeat), one.dtypes(session.numerics)
-            if not (support := session.backend.supports(self.op, **describe(call))):
-                return Finding(self.id, self.op, self.group, self.level, "unsupported", f"{where}: {support.reason}")
+            if finding := refused(self, call, session, dtypes, f"{where}: "):
+                return finding
             verdict = judge_call(call, session, expect(call, session.oracle, session.backend, FIRST))
             if not verdict.ok:
                 verdict.problems[0] = f"{where}: {verdict.problems[0]}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from dsv4_conformance.cases.checks import level_of
+from dsv4_conformance.cases.checks import level_of, refused
 from dsv4_conformance.check import Check, Finding, Group, Session
 from dsv4_conformance.model import golden
 from dsv4_conformance.model.checks import ALLOWED, ratio_of_means, share_of_excess
@@ -215,14 +215,16 @@ class OpTrace:
         return level_of(OPS[self.op])
 
     def run(self, session: Session) -> Finding:
-        """Run the op; compare with the recorded result, and with the oracle for what both may be
-        off.
+        """Ask for support; run the op; compare with the recorded result, and with the oracle for
+        what both may be off.
         """
         taken = Recorded(
             source(session, self.model), self.layer, recorded(self.model, self.time, self.layer, self.what)
         )
         op, operands, scalars, names = SINGLE[self.what](taken)
         call = Call(op, operands, scalars, seed=seed_of(self.id))
+        if finding := refused(self, call, session):
+            return finding
         expected = expect(call, session.oracle, session.backend)
         outcome = execute(call, session.backend, [e.value.shape for e in expected])
         verdict = Verdict(list(outcome.problems), used=float("inf") if outcome.problems else 0.0)
