@@ -5,7 +5,7 @@
 #pragma once
 #include "values.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512VBMI__) && defined(__linux__) && BYTES == 64
+#if defined(__AMX_BF16__) && BY_PAIRS && defined(__linux__)
 #define BY_TILES 1
 #else
 #define BY_TILES 0

@@ -15,9 +15,10 @@ static int64_t most(const product *p, int64_t count) { /* bytes of what one thre
     return (bytes + 63) / 64 * 64;
 }
 
-/* Tiles of vectors that are laid out for product n; 0: none, or they are those of the product before. */
+/* Whether a product's vectors are laid out for tiles. */
 static int is_laid(const product *p) { return p->tokens > ALIKE && for_tiles(p->x_type, p->w.type, p->cols); }
 
+/* Tiles of vectors that are laid out for product n; 0: none, or they are those of the product before. */
 static int64_t tiles_of(const product *p, int64_t n) {
     const product *own = p + n, *last = own - 1;
     if (!is_laid(own)) return 0;

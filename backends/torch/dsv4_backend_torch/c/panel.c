@@ -1,11 +1,8 @@
 /* Panels: a few columns of all their rows are decoded as they lie, then turned so that a register holds one channel of many rows. */
 #include "panel.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI__) && BYTES == 64
+#if BY_PAIRS
 #include <immintrin.h>
-#define BY_PAIRS 1
-#else
-#define BY_PAIRS 0
 #endif
 
 #define INLINE static inline __attribute__((always_inline))

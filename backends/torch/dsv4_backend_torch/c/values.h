@@ -17,6 +17,13 @@
 #endif
 #define LANES (BYTES / 4)
 
+/* Whether BF16 values are multiplied in pairs, by the instructions for them. */
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__) && BYTES == 64
+#define BY_PAIRS 1
+#else
+#define BY_PAIRS 0
+#endif
+
 enum { FLOAT32, BFLOAT16 };
 
 /* Does something with T for the type, a constant: its loops are compiled once for each. */

@@ -15,7 +15,7 @@ static inline void fetch(const void *from, int64_t bytes) { /* into the second c
 #endif
 #include "codes.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI__) && BYTES == 64
+#if BY_PAIRS
 #include "pairs.h"
 #else
 INLINE int in_pairs(int64_t x_type, int64_t weight_type, int64_t cols) { return (void)x_type, (void)weight_type, (void)cols, 0; }
