@@ -158,6 +158,8 @@ def cached_index_topk() -> tuple[Case, ...]:
         base,
         base.but("ties", "smoke", data="ties"),
         base.but("few_visible", data="few_visible"),
+        base.but("runs", slots=112, data="runs"),  # keys that may be read where they lie
+        base.but("plain_runs", slots=112, data="runs", layout="plain"),
         *base.odd("seq", sizes=(0, 1, 17)),
         base.but("views", views=True),
         base.but("flash", batch=1, heads=64, dim=128, rows=600, slots=700, topk=512, scale=0.011048543456039806),

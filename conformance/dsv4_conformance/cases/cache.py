@@ -25,6 +25,13 @@ def cache_write() -> tuple[Case, ...]:
                 base.but(f"{base.name}_views", views=True),
             )
         ),
+        *(
+            base.but(f"{base.name}_{data}", data=data, slots=300, n=200)
+            for base in (kv, key, plain)
+            for data in ("run", "run_with_holes")  # a copy of whole pages
+        ),
+        plain.but("state", dim=2048, dtypes={"cache": "wide"}),  # of the compressor: kv and score, each of two halves
+        plain.but("state_run", dim=2048, dtypes={"cache": "wide"}, data="run", slots=300, n=130),
         kv.but("flash_kv", slots=300, n=129, dim=512),
         key.but("flash_key", slots=300, n=129),
         kv.but("past_2^31_bytes", "full", slots=3700000, dim=512, data="sparse"),
@@ -49,6 +56,13 @@ def cache_read() -> tuple[Case, ...]:
         ),
         kv.but("kv_every_code", "smoke", data="every_code", slots=256, n=256),
         key.but("key_every_code", "smoke", data="every_code", slots=256, n=256),
+        *(
+            base.but(f"{base.name}_{data}", data=data, slots=300, n=200)
+            for base in (kv, key, plain)
+            for data in ("run", "run_with_holes")  # a copy of whole pages
+        ),
+        plain.but("state", dim=2048, dtypes={"cache": "wide"}),  # of the compressor: kv and score, each of two halves
+        plain.but("state_run", dim=2048, dtypes={"cache": "wide"}, data="run", slots=300, n=130),
         kv.but("flash_kv", slots=300, n=129, dim=512),
         key.but("flash_key", slots=300, n=129),
         kv.but("past_2^31_bytes", "full", slots=3700000, dim=512, data="sparse"),

@@ -13,8 +13,9 @@ import dsv4_core.contract.ops  # noqa: F401  declares the ops
 from dsv4_conformance.cases import operands
 from dsv4_conformance.cases.case import Case, cases_of
 from dsv4_conformance.cases.extents import extended
+from dsv4_conformance.cases.joined import joined
 from dsv4_conformance.cases.pairs import paired
-from dsv4_conformance.cases.scalars import rescaled
+from dsv4_conformance.cases.scalars import beside_rows, rescaled
 from dsv4_conformance.check import Check, Finding, Group, Session
 from dsv4_conformance.verdict import calls, dump, subnormals
 from dsv4_conformance.verdict.budget import BEFORE_FAILING, SAMPLES, Expected, expect
@@ -225,7 +226,9 @@ def every_case(spec: OpSpec) -> list[Case]:
 @functools.cache
 def _every_case(op: str) -> tuple[Case, ...]:
     declared = cases_of(OPS[op])
-    return (*declared, *rescaled(op, declared), *extended(op, declared), *paired(op, declared))
+    of_scalars = (*declared, *rescaled(op, declared))
+    rows = () if op in {"concat", "sample"} else beside_rows(op, of_scalars)
+    return (*of_scalars, *extended(op, declared), *paired(op, declared), *rows, *joined(op, declared))
 
 
 def optional(case: Case) -> set[str]:

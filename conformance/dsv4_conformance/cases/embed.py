@@ -13,6 +13,7 @@ def embedding() -> tuple[Case, ...]:
         base.but("ids_outside", "smoke", data="ids_outside"),
         base.but("views", views=True),
         base.but("float32", dtypes={"weight": "float32"}),
+        base.but("ends", tokens=9, vocab=129280, dim=16, data="ends"),
         base.but("flash", tokens=7, vocab=2048, dim=4096),
         base.but("pro", "full", tokens=7, vocab=2048, dim=7168),
     )
@@ -48,6 +49,7 @@ def sample_each() -> tuple[Case, ...]:
         base.but("twenty_told", likely=20),
         base.but("only_one_allowed", "smoke", data="only_one"),
         base.but("whole_words", vocab=512),
+        base.but("holes", tokens=12, data="holes"),
         base.but("masked", data="masked"),
         base.but("edges", data="edges"),
         base.but("views", views=True),

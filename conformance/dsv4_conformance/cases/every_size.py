@@ -2,7 +2,8 @@
 
 A kernel is often chosen by the number of rows, captured for multiples of eight, and prompts are cut
 into chunks of some hundreds or thousands. Declared cases have powers of two up to 128 and one past
-a tile; here are the numbers up to 16, the multiples of eight up to 128, and chunks up to 4096.
+a tile; here are the numbers up to 16, the multiples of eight up to 128, one short of a tile, and
+chunks up to 4096.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
     from dsv4_core.contract.spec import Numerics
 
-SIZES = tuple(n for n in (*range(5, 17), *range(24, 129, 8)) if n not in BUCKETS)
+SHORT = (31, 63, 127)  # one short of a tile
+SIZES = tuple(n for n in (*range(5, 17), *range(24, 129, 8), *SHORT) if n not in BUCKETS)
 CHUNKS = (160, 192, 200, 256, 320, 384, 512, 768, 1024, 2048, 4096)
 SMALLER = {"heads": 1, "seq": 1}  # axes that stay small beside a chunk
 FIRST = 4  # samples of a budget before all are asked for: most calls need no more

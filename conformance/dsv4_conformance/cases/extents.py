@@ -143,6 +143,7 @@ EXTENTS: Mapping[str, Sequence[Change]] = {
         *at("tokens", CHUNK, ("one_expert",), topk=FLASH.num_experts_per_tok, dim=8),
         *(c for e in (*SHARE_OF_EXPERTS[1:], *EXPERTS) for c in at("n_experts", e, tokens=65, topk=6)),
         *at("n_experts", 1, first_expert=2),
+        *at("first_expert", PRO.n_routed_experts - 32, n_experts=32, tokens=65, topk=6),  # the last of twelve ranks
         *(c for k in (2, 4, 8) for c in at("topk", k)),
         *at("n_experts", 14, ("buckets",), tokens=303, topk=2),
         *at("dim", HIDDEN),
@@ -235,6 +236,7 @@ EXTENTS: Mapping[str, Sequence[Change]] = {
         *at("inter", INTER, tokens=2, topk=1, experts=2),
         *at("experts", EXPERTS[1], tokens=33, topk=6),
         *at("experts", 1, topk=1),
+        *at("first_expert", PRO.n_routed_experts - 32, experts=32, tokens=65, topk=6),
         *(c for k in (1, 4, 6) for c in at("topk", k)),
         *at("tokens", 303, ("buckets",), topk=2, experts=14),
     ],

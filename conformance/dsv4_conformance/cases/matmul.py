@@ -53,6 +53,11 @@ def linear() -> tuple[Case, ...]:
         base.but("int8_outliers", dtypes={"weight": "int8"}, data="outliers"),
         base.but("int8_zero_rows", dtypes={"weight": "int8"}, data="zero_rows"),
         base.but("int8_long_sums", dtypes={"weight": "int8"}, data="positive", **_in(4096, tokens=3, out=128)),
+        *(
+            base.but(f"{name}_deep_and_tall", dtypes=dtypes, **_in(4096, tokens=2, out=1024))  # Flash's wq_a
+            for name, dtypes in (("bf16", {}), ("fp8", fp8), ("fp4", fp4))
+        ),
+        base.but("float32_rounded", dtypes={"weight": "float32"}),  # what a checkpoint's odd scales are read as
         base.but("flash_wkv", dtypes=fp8, **_in(4096, tokens=7, out=512)),
         base.but("flash_long_sums", dtypes=fp4, data="positive", **_in(4096, tokens=3, out=128)),
         base.but("flash_compressor", out_dtype="wide", **_in(4096, tokens=7, out=512)),
@@ -70,6 +75,7 @@ def grouped_linear() -> tuple[Case, ...]:
         base,
         base.but("fp8", "smoke", dtypes=fp8),
         *(odd.but(f"fp8_{odd.name}", odd.tier, dtypes=fp8) for odd in base.odd()),
+        base.but("float32", dtypes={"weight": "float32"}),
         base.but("fp8_out=320", dtypes=fp8, out=320),  # a group's rows begin inside a scale block
         base.but("fp8_outliers", "smoke", dtypes=fp8, data="outliers"),
         base.but("fp8_cancel", dtypes=fp8, data="cancel"),
@@ -87,6 +93,7 @@ def expert_linear() -> tuple[Case, ...]:
         base,
         base.but("fp8", "smoke", dtypes={"weight": "e4m3"}, out=160),
         base.but("bf16", dtypes={"weight": "bfloat16"}),
+        base.but("float32", dtypes={"weight": "float32"}),
         base.but("int8", "smoke", dtypes={"weight": "int8"}, out=160),
         base.but("int8_one_expert", dtypes={"weight": "int8"}, data="one_expert"),
         base.but("int8_other_ranks", dtypes={"weight": "int8"}, data="other_ranks"),

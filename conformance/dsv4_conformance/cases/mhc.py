@@ -34,6 +34,7 @@ def hc_split_sinkhorn() -> tuple[Case, ...]:
         base,
         *base.odd(),
         base.but("slow", "smoke", data="slow"),  # mixes that converge slowly: every iteration shows
+        base.but("turned", data="turned"),  # scales below zero
         base.but("peaked", data="peaked"),
         base.but("iters=1", data="slow", iters=1),
         base.but("outliers", data="outliers"),
@@ -52,6 +53,7 @@ def hc_pre() -> tuple[Case, ...]:
         base.but("near_eps", data="tiny"),
         base.but("outliers", data="outliers"),
         base.but("zero_rows", data="zero_rows"),
+        base.but("turned", data="turned"),  # scales below zero
         base.but("views", views=True),
         base.but("flash", dim=4096),
         base.but("pro", "full", dim=7168, tokens=17),
@@ -81,6 +83,7 @@ def hc_head() -> tuple[Case, ...]:
         base.but("near_eps", data="tiny"),
         base.but("outliers", data="outliers"),
         base.but("zero_rows", data="zero_rows"),
+        base.but("turned", data="turned"),  # scales below zero
         base.but("views", views=True),
         base.but("flash", dim=4096),
         base.but("pro", "full", dim=7168, tokens=17),

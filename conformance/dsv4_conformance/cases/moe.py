@@ -35,6 +35,7 @@ def gate_hash() -> tuple[Case, ...]:
         base,
         *base.odd(),
         base.but("zero_rows", data="zero_rows"),
+        base.but("ends", tokens=9, vocab=129280, data="ends"),
         base.but("views", views=True),
         base.but("flash", dim=4096, experts=256, topk=6),
         base.but("pro", "full", dim=7168, experts=384, topk=6, route_scale=2.5),

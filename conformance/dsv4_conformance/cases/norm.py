@@ -40,6 +40,7 @@ def apply_rope() -> tuple[Case, ...]:
         base.but("far", "smoke", data="far"),  # positions up to 2^20: float32 angles
         base.but("far_inverse", data="far", inverse=True),
         base.but("yarn", data="yarn"),
+        base.but("everywhere", data="everywhere", tokens=84),
         base.but("outliers", data="outliers"),
         base.but("views", views=True),
         base.but("flash", heads=64, dim=512, data="yarn"),
@@ -59,6 +60,7 @@ def rms_norm_rope() -> tuple[Case, ...]:
         base.but("near_eps", "smoke", data="tiny"),  # mean(x^2) is of the size of eps
         base.but("far", "smoke", data="far"),  # positions up to 2^20: float32 angles
         base.but("yarn", data="yarn"),
+        base.but("everywhere", data="everywhere", tokens=84),
         base.but("outliers", data="outliers"),
         base.but("zero_rows", data="zero_rows"),
         base.but("nan", data="nan"),

@@ -34,6 +34,7 @@ FAR = 1 << 20  # the published models' max_position_embeddings
 SMALL = 1 << 16  # rows of a cache beyond which the last ones are addressed, not any
 FEW = 5  # picks of a token of which the rest are none
 BUCKETS = (0, 1, 2, 3, 4, 8, 12, 0, 16, 32, 33, 64, 128, 0)  # rows of an expert, none of the first and the last
+RUN = 16  # neighbouring keys of a cache that says so
 SCALES = (1, 232)  # bytes of a weight's scales: 2^-126 and 2^105, so that products stay inside bfloat16
 
 
@@ -69,10 +70,11 @@ class Maker:
         scalars = {k: named.get(v, v) if isinstance(v, str) else v for k, v in self.case.scalars.items()}
         if "layout" in scalars:
             kind: Any = scalars["layout"]
+            run = RUN if self.data == "runs" else 1
             if kind == "plain" or self.numerics != "native":
-                scalars["layout"] = RowLayout("plain", self["dim"])
+                scalars["layout"] = RowLayout("plain", self["dim"], run=run)
             else:
-                scalars["layout"] = RowLayout(kind, self["dim"], self["rope_dim"])
+                scalars["layout"] = RowLayout(kind, self["dim"], self["rope_dim"], run)
         return scalars
 
     def floats(self, *shape: int, dtype: str = "", data: str = "", scale: float = 1.0) -> Host:
@@ -192,7 +194,7 @@ class Maker:
     def packed(self, slots: int, layout: RowLayout) -> Host:
         """Cache rows as ``layout`` stores them, the ``slots`` of them filled."""
         if layout.kind == "plain":
-            return self.floats(slots, layout.dim)
+            return self.floats(slots, layout.dim, dtype=self.wide if self.case.dtypes.get("cache") == "wide" else "")
         quantised = layout.dim - layout.rope_dim
         if self.data == "every_code":
             codes = np.resize(np.arange(256, dtype=np.uint8), (slots, quantised)).copy()

@@ -18,7 +18,15 @@ def _embedding(m: Maker) -> list[Any]:
     if m.data == "ids_outside":
         outside = (-1, m["vocab"], -m["vocab"] - 1, 2**31 - 1)[: len(ids)]
         ids[: len(outside)] = outside
+    if m.data == "ends":
+        ids = _ends(m)
     return [ids, m.weight("weight", m["vocab"], m["dim"])]
+
+
+def _ends(m: Maker) -> Host:
+    """Ids at both ends of the vocabulary, and where another bit begins."""
+    ends = [m["vocab"] - 1, 0, m["vocab"] - 2, 1, *(n + d for n in (1 << 15, 1 << 16) for d in (-1, 0))]
+    return np.resize(np.array([i for i in ends if i < m["vocab"]], np.int32), m["tokens"])
 
 
 @builds("sample")
@@ -65,6 +73,12 @@ def _sample_each(m: Maker) -> list[Any]:
         if m.data == "only_one":
             bits[:] = np.arange(bits.shape[1]) == m.rng.integers(vocab, size=(t, 1))
         allowed = np.packbits(bits, axis=1, bitorder="little").view("<i4").astype(np.int32)
+    if m.data == "holes":  # of a list any place may be nothing; more are kept than a sampler's registers hold
+        ids = np.where(m.rng.random(ids.shape) < 0.4, -1, ids)
+        ids[:, :1] = -1
+        temperature = np.where(np.arange(t) % 2, np.float32(30), np.float32(0))
+        added += 40
+        wishes = [np.ones(t, np.float32), np.resize(np.array((65, 129, vocab - 1), np.int32), t), wishes[2] * 0]
     return [logits, uniform, temperature.astype(np.float32), *wishes, ids.astype(np.int32), added, allowed]
 
 
@@ -77,6 +91,11 @@ def _rms_norm(m: Maker) -> list[Any]:
 @builds("apply_rope")
 def _apply_rope(m: Maker) -> list[Any]:
     positions = m.ints(FAR - 4096, FAR, m["tokens"]) if m.data == "far" else m.ints(0, 4096, m["tokens"])
+    if m.data == "everywhere":  # both ends of every power of two, and positions between them
+        octave = 1 << (np.arange(m["tokens"]) // 4 % FAR.bit_length())
+        place = np.stack([octave - 1, octave, octave + m.rng.integers(0, octave), 2 * octave - 2])
+        positions = np.minimum(np.maximum(place[np.arange(m["tokens"]) % 4, np.arange(m["tokens"])], 0), FAR - 1)
+        positions = positions.astype(np.int32)
     return [m.floats(m["tokens"], m["heads"], m["dim"]), positions, m.freqs(m["half"])]
 
 
@@ -177,7 +196,7 @@ def _gate(m: Maker) -> list[Any]:
 def _gate_hash(m: Maker) -> list[Any]:
     x, weight = _gate_input(m)
     table = np.argsort(m.rng.random((m["vocab"], m["experts"])), axis=1)[:, : m["topk"]].astype(np.int64)
-    return [x, weight, table, m.ints(0, m["vocab"], m["tokens"])]
+    return [x, weight, table, _ends(m) if m.data == "ends" else m.ints(0, m["vocab"], m["tokens"])]
 
 
 @builds("dispatch")
@@ -335,6 +354,10 @@ def _cached_index_topk(m: Maker) -> list[Any]:
             rows = np.resize(keys.reshape(-1, m["dim"]), rows.shape)
         cache = _cache_of(rows, layout)
     picks = [m.slots(filled, m["rows"]) for _ in range(m["batch"])]
+    if m.data == "runs":  # blocks of neighbours in any order, the last one cut short
+        run = layout.run
+        blocks = [m.rng.permutation(filled // run)[: -(-m["rows"] // run)] for _ in picks]
+        picks = [(b[:, None] * run + np.arange(run)).reshape(-1)[: m["rows"]] for b in blocks]
     index = (len(cache) - filled + np.concatenate(picks)).astype(np.int32)
     return [q, weights, cache, index, *_visible(m)]
 
@@ -443,6 +466,8 @@ def _mix_scale(m: Maker) -> tuple[Host, Host]:
         near_permutation = 8.0 * np.eye(hc)  # a dominant entry a row, two rows sharing a column
         near_permutation[1] = near_permutation[0]
         base[2 * hc :] = near_permutation.reshape(-1)
+    if m.data == "turned":  # learned, and of either sign
+        scale = -scale
     return scale, base
 
 
@@ -507,17 +532,35 @@ def _moe(m: Maker) -> list[Any]:
     return [m.floats(t, d), m.rng.random((t, k)).astype(m.wide), indices, shared, *weights]
 
 
+RUNS = ("run", "run_with_holes")
+
+
+def _run(m: Maker) -> Host:
+    """Neighbouring slots in their order, across the ends of pages; or with some missing among
+    them.
+    """
+    index = np.arange(3, 3 + m["n"], dtype=np.int32)
+    if m.data == "run_with_holes":
+        index[m["n"] // 3 :: 5] = -1
+    return index
+
+
 @builds("cache_write")
 def _cache_write(m: Maker) -> list[Any]:
     layout: RowLayout = m.scalars()["layout"]
-    rows = m.floats(m["n"], layout.dim, data="outliers" if m.data == "off_grid" else "")
+    rows = m.floats(
+        m["n"],
+        layout.dim,
+        dtype=m.wide if m.case.dtypes.get("cache") == "wide" else "",
+        data="outliers" if m.data == "off_grid" else "",
+    )
     if layout.kind != "plain" and m.data != "off_grid":
         fmt, block = ("e4m3", KV_BLOCK) if layout.kind == "kv" else ("e2m1", FP4_GROUP)
         rows = m.on_grid(rows, fmt, block, layout.dim - layout.rope_dim)  # type: ignore[arg-type]
     if m.data == "sparse":  # a cache of more than 2^31 bytes, its last rows written
         cache = m.far_cache(m["slots"], m["n"], layout)
         return [cache, rows, np.arange(len(cache) - m["n"], len(cache), dtype=np.int32)]
-    index = m.slots(m["slots"], m["n"])
+    index = _run(m) if m.data in RUNS else m.slots(m["slots"], m["n"])
     return [m.packed(m["slots"], layout), rows, m.some_missing(index)]
 
 
@@ -531,6 +574,8 @@ def _cache_read(m: Maker) -> list[Any]:
     index = m.slots(m["slots"], m["n"]) if many else m.ints(0, m["slots"], m["n"])
     if m.data == "every_code":
         index = np.arange(m["n"], dtype=np.int32)
+    if m.data in RUNS:
+        index = _run(m)
     return [m.packed(m["slots"], layout), m.some_missing(index)]
 
 

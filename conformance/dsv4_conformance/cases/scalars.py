@@ -6,8 +6,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dsv4_conformance.cases.pairs import MOST, rows_of
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from dsv4_conformance.cases.case import Case
 
@@ -70,3 +72,28 @@ def rescaled(op: str, cases: Sequence[Case]) -> list[Case]:
             )
             found.append(base.but(name, "standard", data=DATA.get(op, ""), **change))
     return found
+
+
+ROWS = (1, 65)  # a decode step's kernel and a tile's, each of which may have a constant built in
+
+
+def beside_rows(op: str, cases: Sequence[Case]) -> Iterator[Case]:
+    """Of ``cases`` one of each combination of scalars and formats that no smoke case has, with one
+    row and with more than a tile.
+    """
+    seen, names = {_kind(c) for c in cases if c.tier == "smoke"}, {c.name for c in cases}
+    for case in cases:
+        if case.tier != "standard" or case.views or _kind(case) in seen or case.name.startswith(("flash", "pro")):
+            continue
+        seen.add(_kind(case))
+        axis = rows_of(case)
+        for n in ROWS:
+            sizes: Change = {axis: n}
+            if {"slots", "n"} <= case.sizes.keys():
+                sizes["slots"] = max(case.sizes["slots"], n + 1)
+            if n <= MOST.get(op, n) and f"{case.name}_{axis}={n}" not in names:
+                yield case.but(f"{case.name}_{axis}={n}", **sizes)
+
+
+def _kind(case: Case) -> tuple[object, ...]:
+    return tuple(sorted(case.scalars.items())), tuple(sorted(case.dtypes.items()))
