@@ -16,7 +16,9 @@ import numpy as np
 from dsv4_conformance.cases.case import cases_of
 from dsv4_conformance.cases.checks import LawOnCase, OpCase, judge_call, optional
 from dsv4_conformance.cases.every_size import FIRST
+from dsv4_conformance.cases.operands import Maker
 from dsv4_conformance.cases.pairs import rows_of, variants
+from dsv4_conformance.cases.scalars import rescaled
 from dsv4_conformance.check import Check, Session
 from dsv4_conformance.laws.invariance import bits_differ, plain_run
 from dsv4_conformance.verdict.budget import expect
@@ -74,7 +76,7 @@ def nearly(call: Call) -> Iterator[tuple[str, Call]]:
 
 def after(call: Call, name: str, other: Call, backend: Backend) -> Outcome:
     """What the other call gives after the first; they share what the backend has loaded and taken
-    over, but for the operand ``name`` and what is written.
+    over, but for the operand ``name`` (of some) and what is written.
     """
 
     def given(where: str, operand: Any) -> Any:
@@ -82,16 +84,53 @@ def after(call: Call, name: str, other: Call, backend: Backend) -> Outcome:
 
     operands = {where: given(where, o) for where, o in call.named().items()}
     getattr(backend, call.op)(*operands.values(), **call.scalars)
-    for where in (name, *call.spec.mutates):
+    for where in (*([name] if name else []), *call.spec.mutates):
         operands[where] = given(where, other.named()[where])
-    returned = getattr(backend, call.op)(*operands.values(), **call.scalars)
+    returned = getattr(backend, call.op)(*operands.values(), **other.scalars)
     outcome = Outcome()
     outcome.results = [np.array(backend.to_numpy(r)) for r in as_tuple(other, returned, outcome)]
     return outcome
 
 
+SHAPING = frozenset({"hc", "layout", "dim", "topk"})
+"""Scalars that operands are made for."""
+
+
+def other_scalars_of(case: OpCase) -> list[OpCase]:
+    """The op's cases that differ from one in scalars alone, and take its operands."""
+    declared = cases_of(case.spec)
+    axis = rows_of(case.case)
+    found: dict[tuple[object, ...], OpCase] = {}
+    for c in (*variants(declared), *rescaled(case.op, declared)):
+        turned = {k for k, v in c.scalars.items() if case.case.scalars[k] != v}
+        same = {**c.sizes, axis: TOKENS} == {**case.case.sizes, axis: TOKENS} and c.dtypes == case.case.dtypes
+        if same and turned and not turned & SHAPING:
+            found.setdefault(tuple(sorted(c.scalars.items())), OpCase(case.spec, c))
+    return list(found.values())
+
+
 class InARow(LawOnCase):
-    """``almost_the_same`` or ``many_calls``."""
+    """``almost_the_same``, ``other_scalars`` or ``many_calls``."""
+
+    def other_scalars(self, call: Call, session: Session) -> Verdict:
+        """A call with the very operands of the last one and another scalar gives what is its
+        own.
+        """
+        worst = Verdict()
+        for case in other_scalars_of(self.case):
+            other = replace(call, scalars=Maker(case.case, session.numerics, np.random.default_rng(0)).scalars())
+
+            def ran(other: Call = other) -> Outcome:
+                return after(call, "", other, session.backend)
+
+            verdict = judge_call(other, session, expect(other, session.oracle, session.backend, FIRST), ran)
+            if not verdict.ok:
+                turned = ", ".join(f"{k}={v}" for k, v in other.scalars.items() if call.scalars[k] != v)
+                verdict.problems[0] = f"{turned}, after a call that differs in that alone: {verdict.problems[0]}"
+                return verdict
+            if verdict.used >= worst.used:
+                worst = verdict
+        return worst
 
     def almost_the_same(self, call: Call, session: Session) -> Verdict:
         """A call whose operands differ from the last one's in one place, inside one of them, gives
@@ -146,4 +185,6 @@ def checks(numerics: Numerics) -> list[Check]:
                 fixed = spec.name in {"concat", "compress"}
                 several = case if fixed else replace(case, sizes={**case.sizes, rows_of(case): TOKENS})
                 found += [InARow(OpCase(spec, several), law) for law in ("almost_the_same", "many_calls")]
+                if not fixed and other_scalars_of(OpCase(spec, several)):
+                    found.append(InARow(OpCase(spec, several), "other_scalars"))
     return found

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_conformance.cases.case import cases_of
+from dsv4_conformance.cases.case import Case, cases_of
 from dsv4_conformance.cases.checks import LawOnCase, OpCase, optional
+from dsv4_conformance.cases.every_size import sized
 from dsv4_conformance.cases.pairs import variants
 from dsv4_conformance.check import Check, Session
 from dsv4_conformance.verdict.calls import Call, Outcome, as_tuple, copied, place
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 AGAIN = 6  # calls whose bits are compared with the first one's: an atomic sum differs now and then
 LONG = 1.0  # seconds after which a large case is not called again
 FURTHER = 6  # calls after which a result must still be there: buffers that take turns are few
+CHUNK = 512  # rows
 WHOLE = frozenset({"dispatch", "combine", "expert_linear", "cached_sparse_attn", "cached_index_topk", "compress"})
 """Ops whose operands refer to each other's rows, so that no part of them stands alone; the model's
 laws cover them.
@@ -156,6 +158,11 @@ def _compare(want: list[Host], got: list[Host], what: str) -> Verdict:
     return verdict
 
 
+def chunks(op: str, case: Case, rows: int) -> list[Case]:
+    """The case with a chunk's rows, where the op takes so many."""
+    return [c for name, c in sized(op, case) if name.endswith(f"={rows}")] if op != "concat" else []
+
+
 def checks(numerics: Numerics) -> list[Check]:
     """Determinism, buffers and threads of every variant of scalars and formats that an op has;
     invariance of cases with rows enough.
@@ -169,13 +176,17 @@ def checks(numerics: Numerics) -> list[Check]:
         for i, case in enumerate(every.values()):
             found.append(Bitwise(OpCase(spec, case), "buffer_reuse", "standard" if i else "smoke"))
             found.append(Bitwise(OpCase(spec, case), "another_thread"))
+            for chunk in chunks(spec.name, case, CHUNK):  # large results have memory, and sums an order, of their own
+                found.append(Bitwise(OpCase(spec, chunk), "buffer_reuse"))
+                found.append(Bitwise(OpCase(spec, chunk), "determinism", group="invariance"))
         found += [
             Bitwise(OpCase(spec, c), "determinism", group="invariance")
             for c in {**every, cases[-1].name: cases[-1]}.values()
         ]
         if spec.name not in WHOLE and axis in {"tokens", "rows", "batch"}:
             many = [c for c in cases if c.sizes.get(axis, 0) >= (2 if axis == "batch" else 17) or c is cases[0]]
-            found += [Bitwise(OpCase(spec, c), "batch_invariance", group="invariance") for c in many]
+            several = [c for case in every.values() for c in chunks(spec.name, case, CHUNK)]
+            found += [Bitwise(OpCase(spec, c), "batch_invariance", group="invariance") for c in (*many, *several)]
     return found
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from dsv4_conformance.cases.case import Case, cases_of
 from dsv4_conformance.cases.checks import LawOnCase, OpCase, optional
+from dsv4_conformance.cases.pairs import rows_of
 from dsv4_conformance.check import Check, Session
 from dsv4_conformance.verdict.budget import Expected, expect
 from dsv4_conformance.verdict.calls import LOADED, Call, execute, seed_of
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 FINITE = (0.0, 1.0, -3.0, 300.0, -1000.0)  # far enough apart that a difference shows behind any quantisation
 FINITE_CODES = (0x00, 0x38, 0xB8, 0x7E)  # the same of E4M3: 0, 1, -1, 448
 NAN_CODE = 0x7F
+ROWS = 33  # full tiles, whose clamps and maxima are not those of single rows, and a rest
 HUGE = 1e30  # what stands for infinity where a clamp or an exponential makes a number of it again
 BY_CHOICE = frozenset({"index_select", "index_topk", "cached_index_topk", "sample", "sample_each"})
 """Ops that return choices alone: of what is no number none is the best."""
@@ -60,8 +62,8 @@ class Spot:
 
 
 def spots(call: Call) -> Iterator[Spot]:
-    """Of every operand of activations: an element of the first row (which a clamped -1 reads) and
-    one further down.
+    """Of every operand of activations: an element of the first row (which a clamped -1 reads), one
+    further down, and one of the last of many rows.
     """
     rng = np.random.default_rng(call.seed)
     layout = call.scalars.get("layout")
@@ -74,10 +76,12 @@ def spots(call: Call) -> Iterator[Spot]:
         if not packed and operand.dtype.kind not in "fV":
             continue
         width = layout.dim - layout.rope_dim if packed and isinstance(layout, RowLayout) else operand.shape[-1]
-        for row in {0, int(rng.integers(operand.shape[0]))}:
+        rows = {0, int(rng.integers(operand.shape[0]))}
+        last = {len(operand) - 1} - rows if len(operand) > 2 * ROWS else set()  # beyond the first tiles
+        for row in (*rows, *last):
             middle = tuple(int(rng.integers(n)) for n in operand.shape[1:-1])
-            last = (int(rng.integers(width)),) if operand.ndim > 1 else ()
-            yield Spot(name, (row, *middle, *last))
+            column = (int(rng.integers(width)),) if operand.ndim > 1 else ()
+            yield Spot(name, (row, *middle, *column))
 
 
 def values_of(call: Call, spot: Spot) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -283,7 +287,11 @@ def cases(spec: OpSpec) -> list[Case]:
             absent = tuple(axis for axis, size in case.sizes.items() if not size)
             kind = tuple(sorted(case.scalars.items())), tuple(sorted(case.dtypes.items())), case.data, absent
             found.setdefault(kind, case)
-    return list(found.values())
+    first = next(iter(found.values()))
+    if {"ratio", "slots"} & first.sizes.keys():
+        return list(found.values())
+    tiles: dict[str, Any] = {a: n for a, n in (("rows", 3 * ROWS), ("picks", 2 * ROWS)) if a in first.sizes}
+    return [*found.values(), first.but(f"{first.name}_in_tiles", **{**tiles, rows_of(first): ROWS})]
 
 
 def checks(numerics: Numerics) -> list[Check]:
