@@ -26,7 +26,7 @@ def cache_write() -> tuple[Case, ...]:
             )
         ),
         *(
-            base.but(f"{base.name}_{data}", data=data, slots=300, n=200)
+            base.but(f"{base.name}_{data}", data=data, slots=300, n=280)
             for base in (kv, key, plain)
             for data in ("run", "run_with_holes")  # a copy of whole pages
         ),
@@ -57,7 +57,7 @@ def cache_read() -> tuple[Case, ...]:
         kv.but("kv_every_code", "smoke", data="every_code", slots=256, n=256),
         key.but("key_every_code", "smoke", data="every_code", slots=256, n=256),
         *(
-            base.but(f"{base.name}_{data}", data=data, slots=300, n=200)
+            base.but(f"{base.name}_{data}", data=data, slots=300, n=280)
             for base in (kv, key, plain)
             for data in ("run", "run_with_holes")  # a copy of whole pages
         ),

@@ -123,7 +123,7 @@ def nan_dropped_in_tiles(be: Any, right: Op, x: Host, **scalars: Any) -> Any:
 @mutant("linear", seen="results too large for a pool lie in two buffers that take turns")
 def large_results_take_turns(be: Any, right: Op, x: Host, weight: Any, *, out_dtype: str) -> Any:
     y = right(x, weight, out_dtype=out_dtype)
-    if y.nbytes < 1 << 17:
+    if y.nbytes < 1 << 17 or be.numerics != "native":
         return y
     buffers = be.__dict__.setdefault("turns", {}).setdefault((y.shape, str(y.dtype)), [])
     if len(buffers) < 2:
@@ -144,10 +144,10 @@ def atomics_of_many_rows(be: Any, right: Op, x: Host, weight: Any, *, out_dtype:
     return (wide * np.float32(1 + (be.turn - 1) * 2.0**-22)).astype(y.dtype)
 
 
-@mutant("cache_write", seen="neighbouring slots are copied at once, as far as the page of 64 that the first lies in")
+@mutant("cache_write", seen="neighbouring slots are copied at once, as far as the page of 256 that the first lies in")
 def copy_ends_with_the_page(be: Any, right: Op, cache: Host, rows: Host, index: Host, *, layout: RowLayout) -> Any:
     if len(index) > 1 and index[0] >= 0 and (np.diff(index) == 1).all():
-        rows, index = rows[: 64 - index[0] % 64], index[: 64 - index[0] % 64]
+        rows, index = rows[: 256 - index[0] % 256], index[: 256 - index[0] % 256]
     return right(cache, rows, index, layout=layout)
 
 
