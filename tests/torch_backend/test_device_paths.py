@@ -8,7 +8,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from dsv4_backend_torch import TorchBackend  # noqa: E402
+from dsv4_conformance.check import Session  # noqa: E402
 from dsv4_conformance.model import golden  # noqa: E402
+from dsv4_conformance.run import runner  # noqa: E402
 from recorded import relative, vectors  # noqa: E402
 
 from dsv4_core.checkpoint.weights import Checkpoint  # noqa: E402
@@ -52,6 +54,12 @@ def test_gathered_experts(fmt):
     want = cpu.expert_linear(x, cpu.load_experts(weights), offsets)
     torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-6)
     assert not got[7:].any()
+
+
+@pytest.mark.parametrize("case", ["fp4", "fp8", "bf16", "float32", "float32_rows=65"])
+def test_gathered_experts_keep_what_their_weights_hold(case):
+    ran = runner.run(Session(Device(), "standard"), cases=[f"expert_linear/{case}"])
+    assert [(f.status, f.message) for f in ran.findings] == [("passed", "")]
 
 
 def test_a_decode_step_reads_nothing_back(monkeypatch):

@@ -86,8 +86,8 @@ class TorchMatmul(TorchQuant, MatmulOps):
         experts = stack.shape[0]
         row = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
         expert = expert_of_rows(row, offsets, experts)
+        x = x.to(self.operand_type(x, stack))
         if isinstance(stack, ScaledArray):
-            x = x.to(self.operand_type(x, stack))
             codes, scale = stack.data.index_select(0, expert), stack.scale.index_select(0, expert)
             picked = self.dequantise(ScaledArray(codes, scale, stack.format), x.dtype)
         else:
