@@ -227,7 +227,7 @@ def every_case(spec: OpSpec) -> list[Case]:
 def _every_case(op: str) -> tuple[Case, ...]:
     declared = cases_of(OPS[op])
     of_scalars = (*declared, *rescaled(op, declared))
-    rows = () if op in {"concat", "sample"} else beside_rows(op, of_scalars)
+    rows = () if op == "concat" else beside_rows(op, of_scalars)
     return (*of_scalars, *extended(op, declared), *paired(op, declared), *rows, *joined(op, declared))
 
 

@@ -216,7 +216,7 @@ def judge_sample(call: Call, results: list[Host], backend: Backend) -> Verdict:
         return judge_exact(got, Expected(logits.argmax(-1).astype(np.int32), "int32"))
     every, none = np.ones(len(logits)), np.zeros(len(logits), int)
     wishes = Wishes(temperature * every, top_p * every, none, none, uniform)
-    return judge_drawn(got, logits, wishes, backend)
+    return judge_drawn(got, logits, wishes, backend, by_share=True)
 
 
 @dataclass(frozen=True)
@@ -230,9 +230,12 @@ class Wishes:
     uniform: Host
 
 
-def judge_drawn(got: Host, x: Host, wishes: Wishes, backend: Backend) -> Verdict:
+def judge_drawn(got: Host, x: Host, wishes: Wishes, backend: Backend, *, by_share: bool = False) -> Verdict:
     """Tokens drawn from logits [rows, vocab] in float64, each row with a finite largest one: each
     token's share of the cumulative distribution holds the random number, give or take rounding.
+
+    ``by_share``: probabilities are sorted and not logits, so that those which rounding makes equal,
+    as a high temperature does, may stand in any order.
     """
     verdict = Verdict()
     tokens, vocab = x.shape
@@ -254,10 +257,13 @@ def judge_drawn(got: Host, x: Host, wishes: Wishes, backend: Backend) -> Verdict
         SAFETY * roundoff(backend.wide_dtype) * (np.sqrt(vocab) / 3 + finite)
     )  # a sum of `vocab` terms; exp of the largest
     rank = np.take_along_axis(np.argsort(order, -1), got[:, None], -1)[:, 0]
-    token, first, last = np.arange(tokens), rank, rank
-    if backend.ties == "any":  # it may stand anywhere among its equals
-        same = sorted_x == x[token, got][:, None]
-        first, last = same.argmax(-1), vocab - 1 - same[:, ::-1].argmax(-1)
+    token, behind = np.arange(tokens), np.arange(vocab) - rank[:, None]
+    same = sorted_x == x[token, got][:, None]
+    movable = same if backend.ties == "any" else np.zeros_like(same)  # it may stand anywhere among these
+    if by_share:
+        own, near = sorted_p[token, rank], SAFETY * roundoff(backend.wide_dtype) * (1 + finite)
+        movable = movable | ~same & (np.abs(sorted_p - own[:, None]) <= (near * own)[:, None])
+    first, last = rank - (movable & (behind < 0)).sum(-1), rank + (movable & (behind > 0)).sum(-1)
     upper, lower = running[token, last], running[token, first] - share[token, first]
     fits = np.zeros(tokens, bool)
     for edge, least in itertools.product((-slack, slack), (-slack, slack)):  # rounding may take one token more or less
