@@ -31,6 +31,7 @@ def failing(mutant, found, start):
         ("rows_by_a_sum_of_ids", "almost_the_same/embedding"),
         ("weights_by_their_first_row", "almost_the_same/linear/fp8"),
         ("every_fiftieth_call", "many_calls/gate/small"),
+        ("sorted_for_another_temperature", "other_scalars/sample/warm"),
     ],
 )
 def test_what_is_kept_between_calls_is_found(mutant, start, monkeypatch):
@@ -41,7 +42,7 @@ def test_what_is_kept_between_calls_is_found(mutant, start, monkeypatch):
 
 def test_the_right_backend_passes_them():
     session = checks.Session(right_backend()(numerics="native"), "standard")
-    found = [*arrays.checks("native"), *(c for c in in_a_row.checks("native") if c.id.startswith("almost"))]
+    found = [*arrays.checks("native"), *(c for c in in_a_row.checks("native") if c.id.startswith(("almost", "other")))]
     assert [f"{f.id}: {f.message}" for f in (c.run(session) for c in found) if f.status != "passed"] == []
 
 
@@ -58,9 +59,11 @@ def test_zeros_that_are_none_are_found():
         ("one_token_of_512_picks", "sparse_attn/at_picks=1152_tokens=1"),
         ("one_token_among_256_experts", "gate/at_experts=384_tokens=1"),
         ("of_many_equal_the_last", "gate/all_equal"),
+        ("many_heads_and_many_picks", "sparse_attn/at_picks=1152_heads=128"),
+        ("own_iterations_in_tiles", "hc_split_sinkhorn/iters=1_tokens=65"),
     ],
 )
-def test_published_widths_meet_one_token_and_a_chunk(mutant, killer):
+def test_widths_and_scalars_meet_one_token_a_chunk_and_each_other(mutant, killer):
     assert failing(mutant, opcases.checks("native"), killer) == [killer]
 
 

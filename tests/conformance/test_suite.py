@@ -30,8 +30,8 @@ from dsv4_conformance.run.isolate import Workers
 from dsv4_conformance.run.xfails import Xfail, stale
 from dsv4_conformance.run.xfails import load as load_xfails
 from dsv4_conformance.verdict.budget import Expected, allowance, expect, roundoff, unit
-from dsv4_conformance.verdict.calls import execute
-from dsv4_conformance.verdict.discrete import Scores, judge_picks
+from dsv4_conformance.verdict.calls import Call, execute
+from dsv4_conformance.verdict.discrete import Scores, judge_picks, judge_sample
 from dsv4_conformance.verdict.guard import Guarded
 from dsv4_conformance.verdict.judge import judge_exact, judge_rounded
 
@@ -204,6 +204,14 @@ def test_a_narrower_declaration_is_its_own_ops_and_is_reported():
         "as declared: cached_sparse_attn" in line
         for line in runner.run(checks.Session(declaring, "smoke"), cases=["hc_add/small"]).summary()
     )
+
+
+@pytest.mark.parametrize(("temperature", "either"), [(10000.0, True), (0.01, False)])
+def test_of_probabilities_that_rounding_makes_equal_any_may_come_first(temperature, either):
+    operands = [np.array([[0, 1e-4]], np.float32), np.array([0.25], np.float32)]
+    call = Call("sample", operands, {"temperature": temperature, "top_p": 1.0}, seed=0)
+    for token, may in ((1, True), (0, either)):
+        assert judge_sample(call, [np.full(1, token, np.int32)], right_backend()()).ok == may
 
 
 def test_probabilities_on_the_grid_are_allowed_what_others_are():

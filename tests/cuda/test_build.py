@@ -89,6 +89,14 @@ def test_the_hot_loop_is_the_one_with_tensor_core_work():
     assert code.loop_bytes() == 32 * 16
 
 
+def test_a_way_back_into_a_loop_is_no_loop():
+    """A wait stands behind the program's end and goes back to where it was needed."""
+    opcodes = ["LDG.E", "HGMMA.64x16x16.F32", "FADD", "BRA", "EXIT", "SYNCS", "BRA"]
+    operands = ["", "", "", " `(.L_x_0)", "", "", " `(.L_x_1)"]
+    instructions = [sass.Instruction(16 * i, o, a) for i, (o, a) in enumerate(zip(opcodes, operands, strict=True))]
+    assert sass._loops(instructions, {".L_x_0": 0, ".L_x_1": 1}) == [(0, 3, 1, 1)]
+
+
 def test_occupancy_by_hand():
     h100 = roofline.DEVICES[90]
     fits = roofline.blocks_per_multiprocessor
