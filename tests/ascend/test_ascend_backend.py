@@ -94,6 +94,14 @@ def test_an_old_cann_is_named_with_what_is_needed():
     assert answer.by == "composed: npu_mhc_pre needs CANN 9.0.0 on 950, found 8.5.0"
 
 
+def test_what_is_composed_of_contracts_says_so():
+    answer = AscendBackend(soc="910B").supports("hadamard", x=Operand("bfloat16", (4, 128)))
+    assert "by themselves" not in answer.by
+    operands = {"x": Operand("bfloat16", (4, 2, 64)), "positions": Operand("int32", (4,))}
+    answer = AscendBackend(soc="910B").supports("rms_norm_rope", **operands, eps=1e-6)
+    assert answer.by == "composed: no npu op serves rms_norm_rope; its parts are planned by themselves"
+
+
 def test_cann_versions_have_an_order():
     versions = ["8.2.RC1", "8.3.RC1", "8.3.RC2", "8.5.0", "9.0.0", "9.1.0_beta.1", "9.1.0", "9.1.1", "9.2.0"]
     assert sorted(versions, key=cann_version) == versions
