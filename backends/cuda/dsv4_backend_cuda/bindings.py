@@ -179,8 +179,8 @@ def hadamard(be: Settings, x: Tensor) -> Tensor:
 def _launch_together(x: Carrying) -> None:
     """Launch as many of the products that wait for one input as a launch takes of each kind."""
 
-    def taken(scaled: bool, most: int) -> list[Product]:
-        waits = next((ps for (kind, _), ps in x.products.items() if kind == scaled and ps), [])
+    def taken(of_fp8: bool, most: int) -> list[Product]:
+        waits = next((ps for (kind, _), ps in x.products.items() if kind == of_fp8 and ps), [])
         some: list[Product] = []
         while waits and sum(len(p.weights) for p in (*some, waits[0])) <= most:
             some.append(waits.pop(0))
@@ -303,8 +303,7 @@ def ffn(be: Settings, x: Tensor, w1: ScaledArray, w3: ScaledArray, w2: ScaledArr
     codes, both = _quantise(x, fp4=_fp4(w1)), [_parts(w1), _parts(w3)]
     room = torch.empty((x.shape[0], w2.shape[0]), dtype=x.dtype, device=x.device)
 
-    def make(of: Shared) -> None:
-        del of
+    def make(_: Shared) -> None:
         how = {"out_dtype": x.dtype, "fp4": _fp4(w1), "split": not be.batch_invariant, "reader": True}
         hidden = moe.swiglu_quant(
             scaled_matmul.products(*codes, both, **how), limit=limit, paired=scaled_matmul.paired(x, fp4=_fp4(w2))

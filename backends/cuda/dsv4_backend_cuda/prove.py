@@ -131,8 +131,9 @@ def smoke(p: Prover) -> None:
 
 
 def sanitise(p: Prover) -> None:
-    """compute-sanitizer on a smoke case of every op with a kernel. Without torch's pools, which
-    would hide an overrun.
+    """compute-sanitizer on a smoke case of every op with a kernel, and on a prompt and a decode
+    step of the embedded model, in which ops share launches. Without torch's pools, which would hide
+    an overrun.
     """
     listed = p.run(
         "cases",
@@ -153,7 +154,11 @@ def sanitise(p: Prover) -> None:
         op = line.partition("/")[0]
         if op in RULES and "/" in line:
             cases.setdefault(op, line.strip())
-    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+    def sanitised(name: str, check: str, argv: list[str]) -> None:
+        words = ["compute-sanitizer", "--tool", check, "--error-exitcode", "9", *argv]
+        p.run(name, words, on_gpu=True, tool="compute-sanitizer", env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
     for check, ops in (
         ("memcheck", list(cases)),
         ("initcheck", list(cases)),
@@ -162,21 +167,10 @@ def sanitise(p: Prover) -> None:
         for begin in range(0, len(ops), SANITISED_AT_ONCE):
             some = ops[begin : begin + SANITISED_AT_ONCE]
             words = [w for op in some for w in ("--case", cases[op])]
-            argv = [
-                "compute-sanitizer",
-                "--tool",
-                check,
-                "--error-exitcode",
-                "9",
-                *DSV4,
-                "conformance",
-                "run",
-                "--backend",
-                "cuda",
-                "--quiet",
-                *words,
-            ]
-            p.run(f"{check}-{begin // SANITISED_AT_ONCE}", argv, on_gpu=True, tool="compute-sanitizer", env=alone)
+            judged = [*DSV4, "conformance", "run", "--backend", "cuda", "--quiet", *words]
+            sanitised(f"{check}-{begin // SANITISED_AT_ONCE}", check, judged)
+        # one decode step: a second one would be recorded as a graph, whose memory is torch's pools'
+        sanitised(f"{check}-step", check, [*DSV4, "generate", "--tokens", "0,3,327", "-n", "2", "--backend", "cuda"])
 
 
 def standard(p: Prover) -> None:
@@ -269,7 +263,7 @@ def tuned(p: Prover) -> None:
 
 def counters(p: Prover) -> None:
     """Nsight Compute on the kernels that a step spends most time in."""
-    names = "regex:fp4_matmul|scaled_matmul|sparse_attn|index_select|mix|reduce"
+    names = "regex:moe_matmul|input_matmul|fp4_matmul|scaled_matmul|sparse_attn|index_select|mix|reduce"
     ncu = ["ncu", "--clock-control", "none", "--set", "full", "-k", names, "-c", "12", "-f", "-o", p.out / "ncu"]
     p.run(
         "ncu",

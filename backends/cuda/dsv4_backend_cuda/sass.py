@@ -167,7 +167,7 @@ def _loops(instructions: list[Instruction], labels: dict[str, int]) -> list[tupl
             body = instructions[first : last + 1]
             mma = sum(bool(MMA.match(i.opcode)) for i in body)
             loads = sum(i.opcode.startswith(("LDG", "UTMALDG", "UBLKCP")) for i in body)
-            if not any(begin < first <= end for begin, end, *_ in found if end < last):
+            if not any(begin < first <= end for begin, end, *_ in found):
                 found.append((first, last, mma, loads))
     return found
 

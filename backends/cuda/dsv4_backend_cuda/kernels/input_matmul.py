@@ -49,17 +49,17 @@ def together(
     """``scaled_matmul.together`` and ``dense_matmul.together`` of one input, codes and rows, of up to 16 tokens."""
     codes, scales = quantised
     outputs, weights = [w[0].shape[0] for w in scaled], [w for pair in plain for w in pair]
-    shared, _, scaled_span, scaled_pieces = scaled_matmul.shared_out(codes, outputs, fp4=False, split=True)
+    scaled_options, _, scaled_span, scaled_pieces = scaled_matmul.shared_out(codes, outputs, fp4=False, split=True)
     options, span, pieces = dense_matmul.shared_out("bf16_linear", x, [w.shape[0] for w in weights], split=True)
     scaled_ys, ys = in_pieces(scaled_rooms, scaled_pieces), in_pieces(rooms, pieces)
-    scaled_tiles, tiles = sum(cdiv(n, shared["BLOCK_N"]) for n in outputs), sum(cdiv(w.shape[0], options["BLOCK_N"]) for w in weights)
+    scaled_tiles, tiles = sum(cdiv(n, scaled_options["BLOCK_N"]) for n in outputs), sum(cdiv(w.shape[0], options["BLOCK_N"]) for w in weights)
     parts = columns(plain, ys)
     input_matmul_kernel[(scaled_tiles * scaled_pieces + tiles * pieces,)](
         codes, scales, *scaled[0], *scaled[-1], scaled_ys[0], scaled_ys[-1], outputs[0], outputs[-1], scaled_ys[0].stride(1), scaled_ys[-1].stride(1),
         scaled_tiles, scaled_span,
         x, *filled(weights), *filled(parts), *filled([w.shape[0] for w in weights]), *filled([y.stride(1) for y in parts]), tiles, pieces, span, *x.shape,
         MMA=scaled_matmul.mma_of(launch.architecture(str(x.device)), fp4=False), TWO=len(scaled) == 2, SCALED_SPLIT=scaled_pieces > 1,
-        BLOCK_SCALED=shared["BLOCK_N"], WEIGHTS=len(weights), SPLIT=pieces > 1, **options,
+        BLOCK_SCALED=scaled_options["BLOCK_N"], WEIGHTS=len(weights), SPLIT=pieces > 1, **options,
     )  # fmt: skip
     return [*scaled_ys, *ys]
 

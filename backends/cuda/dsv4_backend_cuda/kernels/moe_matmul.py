@@ -26,7 +26,7 @@ def moe_matmul_kernel(
 ):  # fmt: skip
     """The first programs take the experts' ``tiles`` of rows, N outputs each; the others the shared expert's pieces, of all ``tokens``.
 
-    TWO: so of two weights of N outputs. MMA, SHARED_MMA: the products, as in ``scaled_tile``.
+    TWO: of two weights, N outputs each. MMA, SHARED_MMA: the products, as in ``scaled_tile``.
     """
     program, weights = tl.program_id(0), 2 if TWO else 1
     across = tl.cdiv(N, BLOCK_N) * weights
