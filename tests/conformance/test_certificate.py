@@ -10,6 +10,7 @@ from dsv4_conformance.report import certificate, matrix
 from dsv4_conformance.report.short import short, whole
 
 from dsv4_core.cli import root
+from dsv4_core.contract import registry
 from dsv4_core.files.reading import FileError, checked, json_file
 
 
@@ -55,6 +56,16 @@ def test_what_a_report_says_of_itself_is_held_to_its_findings(report):
     assert verify.same_files(held) == []
     held.partial = False
     assert any("checks of tier smoke are not in the report" in line for line in verify.consistent(held))
+
+
+def test_the_backend_that_is_asked_for_its_checks_has_the_reports_options(report, monkeypatch):
+    held = json_file(report, CertifiedReport, "")
+    held.partial, held.certificate.arguments = False, ["--numerics", "native", "--option", "batch_invariant=true"]
+    given = {}
+    right = registry.create
+    monkeypatch.setattr(registry, "create", lambda name, **options: given.update(options) or right(name, **options))
+    verify.consistent(held)
+    assert given == {"numerics": "native", "batch_invariant": "true"}
 
 
 def test_words_of_a_report_that_are_no_options_are_refused(report):

@@ -94,8 +94,8 @@ def _apply_rope(m: Maker) -> list[Any]:
     if m.data == "everywhere":  # both ends of every power of two, and positions between them
         octave = 1 << (np.arange(m["tokens"]) // 4 % FAR.bit_length())
         place = np.stack([octave - 1, octave, octave + m.rng.integers(0, octave), 2 * octave - 2])
-        positions = np.minimum(np.maximum(place[np.arange(m["tokens"]) % 4, np.arange(m["tokens"])], 0), FAR - 1)
-        positions = positions.astype(np.int32)
+        token = np.arange(m["tokens"])
+        positions = np.minimum(place[token % 4, token], FAR - 1).astype(np.int32)
     return [m.floats(m["tokens"], m["heads"], m["dim"]), positions, m.freqs(m["half"])]
 
 

@@ -238,7 +238,9 @@ class Progress:
             click.echo(f"    {line}", err=self.aside)
         if finding.status == "passed":
             figures = ", ".join(f"{k} {v:.3g}" for k, v in finding.metrics.items())
-            click.echo(f"    {finding.used:.3g} of the budget used, worst {finding.worst}; {figures}", err=self.aside)
+            worst = f", worst at {finding.worst['element']}" if "element" in finding.worst else ""
+            said = f"    {finding.used:.3g} of the budget used{worst}" + (f"; {figures}" if figures else "")
+            click.echo(said, err=self.aside)
         else:
             claim = "" if finding.counts else " (not claimed)"
             click.echo(

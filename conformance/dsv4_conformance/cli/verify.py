@@ -82,7 +82,8 @@ def consistent(held: CertifiedReport) -> list[str]:
     if reached != held.level:
         said.append(f"level {held.level} in the report; its findings come to {reached}")
     if not held.partial and held.certificate.suite == certificate.suite():
-        backend = registry.create(held.backend, numerics=held.numerics)
+        options = dict(word.split("=", 1) for word in held.certificate.arguments if "=" in word)
+        backend = registry.create(held.backend, numerics=held.numerics, **options)
         ids, named = {c.id for c in collect(held.tier, held.numerics, backend)}, {f.id for f in held.findings}
         if missing := sorted(ids - named):
             said.append(f"{len(missing)} checks of tier {held.tier} are not in the report, first {missing[0]}")

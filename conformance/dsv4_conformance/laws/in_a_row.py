@@ -1,4 +1,5 @@
-"""Calls in a row: one that is almost the call before it, and very many.
+"""Calls in a row: one that is almost the call before it, one with its operands and another scalar,
+and very many.
 
 A backend keeps things between calls: tables of angles, sorted routes, expanded weights, buffers in
 turn. What it keeps is found again by a key. A key of some of the operands, of an array's ends, its
@@ -76,7 +77,7 @@ def nearly(call: Call) -> Iterator[tuple[str, Call]]:
 
 def after(call: Call, name: str, other: Call, backend: Backend) -> Outcome:
     """What the other call gives after the first; they share what the backend has loaded and taken
-    over, but for the operand ``name`` (of some) and what is written.
+    over, but for the operand ``name``, where one is named, and what is written.
     """
 
     def given(where: str, operand: Any) -> Any:

@@ -165,7 +165,7 @@ def chunks(op: str, case: Case, rows: int) -> list[Case]:
 
 def checks(numerics: Numerics) -> list[Check]:
     """Determinism, buffers and threads of every variant of scalars and formats that an op has;
-    invariance of cases with rows enough.
+    invariance of cases with rows enough; buffers, determinism and invariance at a chunk's rows too.
     """
     del numerics
     found: list[Check] = []

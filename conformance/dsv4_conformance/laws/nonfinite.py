@@ -276,7 +276,7 @@ class NonFinite(LawOnCase):
 
 def cases(spec: OpSpec) -> list[Case]:
     """What the law is tried with: every variant of scalars and formats at smoke, and those with
-    padding, also where a part is absent.
+    padding, also where a part is absent; and the first of them with full tiles of rows.
     """
     found: dict[Any, Case] = {}
     for case in cases_of(spec):
