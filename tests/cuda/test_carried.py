@@ -83,6 +83,9 @@ def test_the_rotation_brings_its_grid(be):
     got, ran = launches(be, "act_qdq", turned, format="e2m1", block=32, channels=128)
     assert ran == []
     assert torch.equal(got, be.act_qdq(turned.clone(), format="e2m1", block=32, channels=128))
+    got, ran = launches(be, "act_qdq", turned, format="e4m3", block=64, channels=128)
+    assert ran == ["act_qdq_kernel"]
+    assert torch.equal(got, be.act_qdq(turned.clone(), format="e4m3", block=64, channels=128))
 
 
 def test_a_rank_with_some_experts_sorts_for_itself(be):
@@ -496,6 +499,19 @@ def test_products_of_one_input_are_launched_by_their_first_reader(be, first, dim
     assert x.products == {(True, torch.bfloat16): [], (False, torch.float32): []}
     for got, exact in zip(waiting, want, strict=True):  # in other pieces than alone
         torch.testing.assert_close(got.clone().float(), exact.float(), rtol=2**-7, atol=1e-4 * float(exact.abs().max()))
+
+
+def test_who_adds_pieces_up_launches_a_product_that_waits(be):
+    x, weight = norm_of(be, 3, dim=4096), oracle.normal(16, 4096, seed=64)
+    waits = be.linear(x, weight, out_dtype="float32")
+    operands = oracle.normal(1, 3, 16, 32, seed=9), oracle.normal(1, 20, 32, seed=10)
+
+    def scored(y):
+        return launches(be, "index_scores", operands[0], y.reshape((1, 3, 16)), operands[1], scale=0.1)
+
+    got, ran = scored(waits)
+    assert ran == ["dense_matmul_kernel", "index_scores_kernel"]
+    assert torch.equal(got, scored(be.linear(x, weight, out_dtype="float32").clone())[0])
 
 
 def test_what_stands_alone_is_launched_at_once(be):
